@@ -1,0 +1,1 @@
+"""Measure every artifact on this machine: latency, accuracy, fidelity; and report it."""

@@ -1,0 +1,91 @@
+"""How right a model is where labels exist, and how faithful to its teacher where none do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Logits = NDArray[np.floating[Any]]  # [images, classes]
+Labels = NDArray[np.integer[Any]]  # [images]
+
+
+def scores(
+    logits: Logits, *, teacher: Logits | None = None, fp32: Logits | None = None, labels: Labels | None = None
+) -> dict[str, Any]:
+    """Return everything that can be said of ``logits`` with what is known; the rest is None. Shares are in percent."""
+    classes = logits.shape[1]
+    right = None if labels is None else int((logits.argmax(axis=1) == labels).sum())
+    same = None if teacher is None else int((logits.argmax(axis=1) == teacher.argmax(axis=1)).sum())
+    return {
+        "top1": None if labels is None else top1(logits, labels),
+        "top1_interval": None if right is None else list(wilson(right, len(logits))),
+        # With five classes or fewer, top-5 is 100 whatever the model does.
+        "top5": None if labels is None or classes <= 5 else top5(logits, labels),
+        "calibration_error": None if labels is None else calibration_error(logits, labels),
+        "agreement_teacher": None if teacher is None else agreement(logits, teacher),
+        "agreement_teacher_interval": None if same is None else list(wilson(same, len(logits))),
+        "agreement_fp32": None if fp32 is None else agreement(logits, fp32),
+        "kl_teacher": None if teacher is None else kl(teacher, logits),
+    }
+
+
+def top1(logits: Logits, labels: Labels) -> float:
+    """Return the share of images, in percent, whose highest logit is the label's."""
+    return top_k(logits, labels, k=1)
+
+
+def top5(logits: Logits, labels: Labels) -> float:
+    """Return the share of images, in percent, whose label is among the five highest logits."""
+    return top_k(logits, labels, k=5)
+
+
+def top_k(logits: Logits, labels: Labels, *, k: int) -> float:
+    """Return the share of images, in percent, whose label is among the ``k`` highest; ties go to the lower index."""
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :k]  # [images, k]
+    return 100 * float((best == labels[:, None]).any(axis=1).mean())
+
+
+def agreement(logits: Logits, reference: Logits) -> float:
+    """Return the share of images, in percent, on which two models give the same answer."""
+    return 100 * float((logits.argmax(axis=1) == reference.argmax(axis=1)).mean())
+
+
+def wilson(hits: int, count: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """Return Wilson's 95 % interval, in percent, of a share of which ``hits`` of ``count`` were seen.
+
+    Unlike the normal approximation it stays within 0 and 100, and is not empty when every image is right.
+    """
+    share = hits / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+
+def kl(teacher: Logits, student: Logits) -> float:
+    """Return the mean over images of KL(teacher || student) between their softmaxes, in nats."""
+    log_teacher, log_student = log_softmax(teacher), log_softmax(student)  # [images, classes]
+    per_image = (np.exp(log_teacher) * (log_teacher - log_student)).sum(axis=1)  # [images]
+    return max(0.0, float(per_image.mean()))
+
+
+def calibration_error(logits: Logits, labels: Labels, *, bins: int = 15) -> float:
+    """Return the expected calibration error, in percent points: how far confidence is from accuracy.
+
+    Images are binned by confidence in equal widths; each bin's gap is weighted by its share of the images.
+    """
+    probabilities = np.exp(log_softmax(logits))
+    confidence = probabilities.max(axis=1)  # [images]
+    right = probabilities.argmax(axis=1) == labels  # [images]
+    which = np.minimum((confidence * bins).astype(np.int64), bins - 1)  # [images]
+    gaps = np.bincount(which, weights=right - confidence, minlength=bins)  # [bins], summed over images
+    return 100 * float(np.abs(gaps).sum()) / len(logits)
+
+
+def log_softmax(logits: Logits) -> NDArray[np.float64]:
+    """Return the logarithm of the softmax over classes, in double precision."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result

@@ -1,0 +1,216 @@
+"""Measure artifacts side by side: steady-state warm-up, interleaved rounds, every sample kept, intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prgkit.evaluate.worker import Pixels, Spec, WarmUp, Worker, WorkerFailedError
+
+ROUNDS = 10
+LEAST_PER_ROUND = 5
+P99_SAMPLES = 1000  # below this, the 99th percentile is one or two outliers
+# A runtime's threads spin for a moment after their last run; these untimed runs outlast the previous artifact's.
+SETTLE_S = 0.1
+# How the seconds of an artifact are spent; predicting the evaluation images comes on top.
+WARM_UP_SHARE, LATENCY_SHARE, THROUGHPUT_SHARE = 0.2, 0.55, 0.25
+
+
+@dataclass
+class Measured:
+    """What was measured of one artifact; ``failed`` says why the rest is missing."""
+
+    spec: Spec
+    failed: str | None = None
+    load_ms: float | None = None
+    peak_memory_mib: float | None = None
+    warm_up: WarmUp | None = None
+    rounds_ns: list[list[int]] = field(default_factory=list)  # [rounds][runs], batch 1
+    sweep_ns: dict[int, list[int]] = field(default_factory=dict)  # batch -> [runs]
+    refused: dict[int, str] = field(default_factory=dict)  # batch -> why it would not run
+    logits: NDArray[np.float32] | None = None  # [images, classes]
+
+
+@dataclass
+class Session:
+    """Everything that one bench measured, with the order in which the artifacts took their turns."""
+
+    measured: list[Measured]
+    order: list[list[int]]  # [rounds][turns], indices into measured
+
+
+def measure(
+    specs: Sequence[Spec],
+    images: Pixels,
+    *,
+    seconds: float,
+    batches: Sequence[int],
+    rounds: int = ROUNDS,
+    predict: Sequence[Pixels] = (),
+    note: Callable[[str], None] = lambda text: None,
+    between_rounds: Callable[[int], None] = lambda round_: None,
+) -> Session:
+    """Measure each artifact in its own process for about ``seconds``; one that fails leaves the others going.
+
+    Args:
+        specs: what each worker opens.
+        images: real images [images, height, width, 3] that the timed runs take in turn.
+        seconds: the time for warming up and measuring one artifact.
+        batches: the batch sizes of the throughput sweep; latency is always batch 1.
+        rounds: how many turns each artifact takes at batch 1.
+        predict: batches of images whose logits are wanted, from the same worker and file.
+        note: told what is being done.
+        between_rounds: called before each round with its number.
+    """
+    session = Session([Measured(spec) for spec in specs], [])
+    with ExitStack() as stack:
+        workers: dict[int, Worker] = {}
+        for index, one in enumerate(session.measured):
+            note(f"opening {label(one.spec)}")
+            with recording_failure(one):
+                workers[index] = stack.enter_context(Worker(one.spec, images, patience_s=max(600.0, 20 * seconds)))
+                one.load_ms = workers[index].load_ms
+        warm_up(session, workers, seconds=seconds, note=note)
+        latency_rounds(session, workers, seconds=seconds, rounds=rounds, note=note, between_rounds=between_rounds)
+        throughput_sweep(session, workers, seconds=seconds, batches=batches, note=note)
+        predictions(session, workers, predict, note=note)
+    return session
+
+
+def warm_up(session: Session, workers: dict[int, Worker], *, seconds: float, note: Callable[[str], None]) -> None:
+    """Bring every artifact to its steady state, and read its memory while it has seen batch 1 only."""
+    cap_s = WARM_UP_SHARE * seconds
+    for index, worker in alive(session, workers):
+        one = session.measured[index]
+        note(f"warming up {label(one.spec)}")
+        with recording_failure(one):
+            one.warm_up = worker.warm_up(batch=1, window_s=cap_s / 8, cap_s=cap_s)
+            one.peak_memory_mib = worker.peak_memory_mib()
+
+
+def latency_rounds(
+    session: Session,
+    workers: dict[int, Worker],
+    *,
+    seconds: float,
+    rounds: int,
+    note: Callable[[str], None],
+    between_rounds: Callable[[int], None],
+) -> None:
+    """Let the artifacts take turns at batch 1, starting each round with another, so that drift hits all alike."""
+    slice_s = max(LATENCY_SHARE * seconds / rounds - SETTLE_S, 0.2 * LATENCY_SHARE * seconds / rounds)
+    note(f"latency: {rounds} rounds, artifacts interleaved")
+    for round_ in range(rounds):
+        between_rounds(round_)
+        turns = [index for index, _ in alive(session, workers)]
+        turns = rotate(turns, round_)
+        session.order.append(turns)
+        for index in turns:
+            one = session.measured[index]
+            with recording_failure(one):
+                samples = workers[index].measure(
+                    batch=1, seconds=slice_s, at_least=LEAST_PER_ROUND, settle_s=SETTLE_S if len(turns) > 1 else 0.0
+                )
+                one.rounds_ns.append(samples)
+
+
+def throughput_sweep(
+    session: Session, workers: dict[int, Worker], *, seconds: float, batches: Sequence[int], note: Callable[[str], None]
+) -> None:
+    """Run each artifact at each batch size; one that refuses a size (a fixed batch, no memory) keeps the others."""
+    if batches:
+        note(f"throughput: batch {', '.join(map(str, batches))}")
+    slice_s = THROUGHPUT_SHARE * seconds / max(1, len(batches))
+    for turn, batch in enumerate(batches):
+        for index in rotate([index for index, _ in alive(session, workers)], turn):
+            one = session.measured[index]
+            try:
+                # The settling runs allocate for this batch size and let the previous artifact's threads come to rest.
+                one.sweep_ns[batch] = workers[index].measure(
+                    batch=batch, seconds=0.7 * slice_s, at_least=3, settle_s=0.3 * slice_s
+                )
+            except WorkerFailedError as error:
+                if error.alive:
+                    one.refused[batch] = error.what
+                else:
+                    one.failed = f"batch {batch}: {error.what}"
+
+
+def predictions(
+    session: Session, workers: dict[int, Worker], batches: Sequence[Pixels], *, note: Callable[[str], None]
+) -> None:
+    """Collect every artifact's logits from the worker that was timed."""
+    if not len(batches):
+        return
+    note(f"accuracy: {sum(len(pixels) for pixels in batches)} images")
+    for index, worker in alive(session, workers):
+        one = session.measured[index]
+        with recording_failure(one):
+            parts = [worker.predict(pixels) for pixels in batches]
+            one.logits = np.concatenate(parts)  # [images, classes]
+
+
+def alive(session: Session, workers: dict[int, Worker]) -> list[tuple[int, Worker]]:
+    """Return the workers that have not failed, with their artifact's index."""
+    return [(index, worker) for index, worker in workers.items() if session.measured[index].failed is None]
+
+
+@contextmanager
+def recording_failure(one: Measured) -> Iterator[None]:
+    """Turn a worker's failure inside the block into its row's reason, so that the others go on."""
+    try:
+        yield
+    except WorkerFailedError as error:
+        one.failed = error.what
+
+
+def rotate(turns: list[int], by: int) -> list[int]:
+    """Return ``turns`` with another first each time."""
+    start = by % len(turns) if turns else 0
+    return turns[start:] + turns[:start]
+
+
+def summary(rounds_ns: Sequence[Sequence[int]], *, steady: bool, batch: int = 1, scope: str = "io") -> dict[str, Any]:
+    """Return the latency block of a report's row: percentiles over all samples, the median's interval over rounds."""
+    samples_ms = np.concatenate([np.asarray(samples, dtype=np.float64) for samples in rounds_ns]) / 1e6
+    p50, p90, p95, p99 = (float(value) for value in np.percentile(samples_ms, [50, 90, 95, 99]))
+    low_ns, high_ns = median_interval(rounds_ns)
+    return {
+        "batch": batch,
+        "scope": scope,
+        "samples": len(samples_ms),
+        "p50_ms": p50,
+        "p90_ms": p90,
+        "p95_ms": p95,
+        "p99_ms": p99 if len(samples_ms) >= P99_SAMPLES else None,
+        "max_ms": float(samples_ms.max()),
+        "p50_interval_ms": [low_ns / 1e6, high_ns / 1e6],
+        "round_p50_ms": [float(np.median(samples)) / 1e6 for samples in rounds_ns],
+        "steady": steady,
+        "rounds": len(rounds_ns),
+    }
+
+
+def median_interval(rounds: Sequence[Sequence[int]], *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the median, drawing whole rounds: successive samples correlate."""
+    generator = np.random.default_rng(seed)
+    arrays = [np.asarray(samples, dtype=np.float64) for samples in rounds]
+    drawn = generator.integers(len(arrays), size=(resamples, len(arrays)))  # [resamples, rounds]
+    medians = [float(np.median(np.concatenate([arrays[index] for index in row]))) for row in drawn]
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def images_per_s(batch: int, samples_ns: Sequence[int]) -> float:
+    """Return the images that went through per second over the whole run, slow runs included."""
+    return batch * len(samples_ns) / (sum(samples_ns) / 1e9)
+
+
+def label(spec: Spec) -> str:
+    """Return how people read an artifact's name: with its device where that is not the CPU."""
+    return str(spec["artifact"]) if spec["device"] == "cpu" else f"{spec['artifact']} on {spec['device']}"

@@ -1,0 +1,355 @@
+"""report.html: one self-contained page that an engineer can send on, drawn without a script and without the network."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from prgkit.evaluate import plots, svg, wording
+from prgkit.evaluate.style import CSS
+from prgkit.evaluate.wording import NONE, Report, Row
+
+MOST_PICTURES = 48
+LARGEST_SIDE = 224  # a larger picture only makes the page heavier: it is shown smaller than this
+PIXELATED_SIDE = 96  # below this, smoothing would show something that the student did not see
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An evaluation image with the answers given to it; confidences are in percent."""
+
+    pixels: NDArray[np.uint8]  # [height, width, 3]
+    group: str  # "sample": drawn by chance; "differs": chosen because the answers differ
+    teacher: str
+    teacher_confidence: float
+    student: str
+    student_confidence: float
+    label: str | None
+
+
+def page(report: Report, *, samples: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
+    """Return the whole page; everything that came from outside is escaped."""
+    title = wording.headline(report)
+    parts = [
+        head(report, title),
+        "<main>",
+        tiles(report),
+        artifacts(report),
+        charts(report, samples),
+        f'<div class="pair">{comparison(report)}{throughput(report)}</div>',
+        training(report),
+        sheet(pictures[:MOST_PICTURES]),
+        circumstances(report),
+        "</main>",
+        f"<footer><p>{escape(wording.HOW)}</p></footer>",
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{CSS}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def head(report: Report, title: str) -> str:
+    """Return the headline with the facts that qualify it."""
+    run, row = report["run"], wording.lead_row(report)
+    eyebrow = f"prgkit bench · run {run['name']} · {report['created'][:16].replace('T', ' ')}"
+    figures = ""
+    if row is not None:
+        latency = row["latency"]
+        figures = (
+            f" The latency is the median of {latency['samples']:,} runs of <b>{escape(wording.row_name(row))}</b> "
+            f"at batch 1, 95 % interval {wording.interval_ms(latency['p50_interval_ms'])} ms."
+        )
+    lead = (
+        f"Distilled from <b>{escape(run['teacher'])}</b> without labels (objective {escape(str(run['objective']))}, "
+        f"{run['classes']} classes, {run['epochs']} epochs) and measured on "
+        f"{escape(wording.evaluated_on(report))}.{figures}"
+    )
+    return (
+        f'<header><p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(title)}</h1><p class="lead">{lead}</p></header>'
+    )
+
+
+def tiles(report: Report) -> str:
+    """Return the figures that answer most questions."""
+    row = wording.lead_row(report)
+    if row is None:
+        return ""
+    latency, best, teacher = row["latency"], wording.best_throughput(row), report["teacher"]["top1"]
+    shown = []
+    if row["top1"] is not None:
+        more = f"teacher {wording.percent(teacher)}" if teacher is not None else ""
+        shown.append(("Top-1 accuracy", wording.percent(row["top1"]), more))
+    if row["agreement_teacher"] is not None:
+        bounds = wording.interval(row["agreement_teacher_interval"])
+        shown.append(("Same answer as teacher", wording.percent(row["agreement_teacher"]), f"{bounds} (95 %)"))
+    tail = (
+        "p90 " + wording.ms(latency["p90_ms"]) + (f", p99 {wording.ms(latency['p99_ms'])}" if latency["p99_ms"] else "")
+    )
+    shown.append(("Latency, median", f"{wording.ms(latency['p50_ms'])} ms", tail))
+    if best:
+        shown.append(("Throughput", f"{wording.rate(best['images_per_s'])} img/s", f"at batch {best['batch']}"))
+    if row["size_mib"] is not None:
+        shown.append(("Model file", f"{wording.mib(row['size_mib'])} MiB", row["artifact"]))
+    return f'<div class="tiles">{"".join(tile(*one) for one in shown)}</div>'
+
+
+def tile(name: str, value: str, more: str) -> str:
+    """Return one figure with its name and what qualifies it."""
+    number, _, unit = value.partition(" ")
+    return (
+        f'<div class="tile"><div class="name">{escape(name)}</div>'
+        f'<div class="value">{escape(number)} <small>{escape(unit)}</small></div>'
+        f'<div class="more">{escape(more)}</div></div>'
+    )
+
+
+def section(title: str, about: str, body: str) -> str:
+    """Return a part of the page: its title, a sentence on what is shown, and what is shown."""
+    words = f'<p class="about">{escape(about)}</p>' if about else ""
+    return f"<section><h2>{escape(title)}</h2>{words}{body}</section>"
+
+
+def grid(header: str, lines: Sequence[str], *, kind: str = "") -> str:
+    """Return a table of ready-made cells; the style's ``stacked`` makes each row a block on a narrow screen."""
+    return f'<table class="{kind}"><thead><tr>{header}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def heading(name: str, unit: str = "") -> str:
+    """Return a column's heading, its unit under it."""
+    return f'<th scope="col">{escape(name)}{f"<small>{escape(unit)}</small>" if unit else ""}</th>'
+
+
+COLUMNS = [
+    ("Size", "MiB"),
+    ("Latency p50", "ms"),
+    ("p90", "ms"),
+    ("p99", "ms"),
+    ("Best rate", "img/s"),
+    ("Top-1", ""),
+    ("Same as teacher", ""),
+    ("Same as FP32", ""),
+    ("Load", "ms"),
+    ("Peak memory", "MiB"),
+]
+
+
+def artifacts(report: Report) -> str:
+    """Return the table of rows; on a narrow screen each row becomes a block."""
+    labelled = report["evaluation"]["labelled"]
+    columns = [column for column in COLUMNS if labelled or column[0] != "Top-1"]
+    header = heading("Artifact") + "".join(heading(name, unit) for name, unit in columns)
+    ranks = {id(row): index for index, row in enumerate(wording.measured(report))}
+    lead = wording.lead_row(report)
+    lines = [artifact_line(row, columns, rank=ranks.get(id(row)), lead=row is lead) for row in report["rows"]]
+    about = (
+        "The same file gives the accuracy and the latency of its row. Small figures are 95 % intervals; "
+        "the marked row is the one that the headline speaks of."
+    )
+    return section("Artifacts", about, grid(header, lines, kind="stacked"))
+
+
+def artifact_line(row: Row, columns: Sequence[tuple[str, str]], *, rank: int | None, lead: bool) -> str:
+    """Return one row of the table, or its reason where it was not measured."""
+    ink = "" if rank is None else f' style="background: {svg.colour(rank)}"'
+    facts = [row["backend"], row["device"], f"{row['threads']} threads" if row["threads"] else "", row["precision"]]
+    under = " · ".join(str(fact) for fact in facts if fact)
+    dot = f'<span class="dot"{ink}></span>'
+    name = f'<th scope="row">{dot}{escape(str(row["artifact"]))}<small>{escape(under)}</small></th>'
+    if rank is None:
+        chip = f'<span class="chip {"bad" if row["status"] == "failed" else ""}">{escape(row["status"])}</span>'
+        size = f'<td data-name="Size">{wording.mib(row["size_mib"])}</td>'
+        said = f"{chip} {escape(row['reason'] or '')}"
+        return f'<tr>{name}{size}<td class="reason" colspan="{len(columns) - 1}">{said}</td></tr>'
+    latency, best = row["latency"], wording.best_throughput(row)
+    cells = {
+        "Size": (wording.mib(row["size_mib"]), ""),
+        "Latency p50": (wording.ms(latency["p50_ms"]), wording.interval_ms(latency["p50_interval_ms"])),
+        "p90": (wording.ms(latency["p90_ms"]), ""),
+        "p99": (wording.ms(latency["p99_ms"]), ""),
+        "Best rate": (wording.rate(best["images_per_s"]), f"batch {best['batch']}") if best else (NONE, ""),
+        "Top-1": (wording.percent(row["top1"]), wording.interval(row.get("top1_interval"))),
+        "Same as teacher": (
+            wording.percent(row["agreement_teacher"]),
+            wording.interval(row.get("agreement_teacher_interval")),
+        ),
+        "Same as FP32": (wording.percent(row["agreement_fp32"]), ""),
+        "Load": (wording.ms(row["load_ms"]), ""),
+        "Peak memory": (wording.mib(row["peak_memory_mib"]), ""),
+    }
+    data = "".join(cell(f"{column} {unit}".strip(), *cells[column]) for column, unit in columns)
+    return f"<tr{' class=lead-row' if lead else ''}>{name}{data}</tr>"
+
+
+def cell(name: str, value: str, under: str) -> str:
+    """Return a figure with a smaller one under it."""
+    smaller = f"<small>{escape(under)}</small>" if under else ""
+    return f'<td data-name="{escape(name)}"><span>{escape(value)}</span>{smaller}</td>'
+
+
+def charts(report: Report, samples: Mapping[str, Any]) -> str:
+    """Return the plot of accuracy against latency and the distributions of latency."""
+    rows = wording.measured(report)
+    if not rows:
+        return ""
+    labelled = all(row["top1"] is not None for row in rows)
+    key, name = ("top1", "Top-1 accuracy, %") if labelled else ("agreement_teacher", "Same answer as the teacher, %")
+    points = [
+        plots.Point(
+            label=wording.row_name(row),
+            latency_ms=row["latency"]["p50_ms"],
+            latency_interval_ms=(row["latency"]["p50_interval_ms"][0], row["latency"]["p50_interval_ms"][1]),
+            score=row[key],
+            score_interval=tuple(row[f"{key}_interval"]) if row.get(f"{key}_interval") else None,
+            colour=index,
+        )
+        for index, row in enumerate(rows)
+        if row[key] is not None
+    ]
+    teacher = report["teacher"]["top1"] if labelled else None
+    drawn = []
+    if points:
+        picture = plots.accuracy_latency(
+            points, score_name=name, reference=("teacher", teacher) if teacher is not None else None
+        )
+        drawn.append(section("Accuracy against latency" if labelled else "Fidelity against latency", "", picture))
+    series = latencies_ms(rows, samples)
+    if series:
+        drawn.append(section("Every run", "", plots.latency_distribution(series)))
+    return f'<div class="pair">{"".join(drawn)}</div>'
+
+
+def latencies_ms(rows: Sequence[Row], samples: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Return each measured row's samples in ms, in the order of the rows, so that the colours match."""
+    kept = {(one["artifact"], one["device"]): one["rounds"] for one in samples.get("rows", [])}
+    series = {}
+    for row in rows:
+        values = [value / 1e6 for round_ in kept.get((row["artifact"], row["device"]), []) for value in round_]
+        if values:
+            series[wording.row_name(row)] = values
+    return series
+
+
+def throughput(report: Report) -> str:
+    """Return the table of the batch sweep."""
+    sizes, rows = wording.batches(report), wording.measured(report)
+    if not sizes:
+        return ""
+    lines = []
+    for rank, row in enumerate(rows):
+        rates = {entry["batch"]: entry["images_per_s"] for entry in row["throughput"]}
+        best = max(rates.values(), default=None)
+        figures = [wording.rate(rates.get(size)) for size in sizes]
+        data = "".join(
+            f"<td>{f'<b>{figure}</b>' if rates.get(size) == best else figure}</td>"
+            for size, figure in zip(sizes, figures, strict=True)
+        )
+        dot = f'<span class="dot" style="background: {svg.colour(rank)}"></span>'
+        lines.append(f'<tr><th scope="row">{dot}{escape(wording.row_name(row))}</th>{data}</tr>')
+    header = heading("Artifact") + "".join(heading(f"batch {size}") for size in sizes)
+    return section("Throughput", "Images per second, in runs of their own.", grid(header, lines))
+
+
+def comparison(report: Report) -> str:
+    """Return the teacher beside the student."""
+    lines = [
+        f'<tr><th scope="row">{escape(who)}</th>'
+        f"{cell('Top-1', top1, '')}{cell('Top-5', top5, '')}{cell('Same answer', same, '')}</tr>"
+        for who, top1, top5, same in wording.teacher_and_student(report)
+    ]
+    about = f"On {wording.evaluated_on(report)}. The student learned from the teacher's answers alone."
+    header = "".join(map(heading, ("Model", "Top-1", "Top-5", "Same answer")))
+    return section("Teacher and student", about, grid(header, lines, kind="stacked wrapped"))
+
+
+def training(report: Report) -> str:
+    """Return the training curves, where the run is at hand and had more than one epoch."""
+    drawn = plots.training_curves(report["training"])
+    if not drawn:
+        return ""
+    about = "Agreement is with the teacher, on held-out images; no label is involved."
+    return section("Training", about, f'<div class="plots">{"".join(f"<div>{one}</div>" for one in drawn)}</div>')
+
+
+def sheet(pictures: Sequence[Picture]) -> str:
+    """Return the images with their answers: some drawn by chance, then some on which the answers differ."""
+    groups = [
+        ("A sample", "Drawn by chance from the evaluation images.", [one for one in pictures if one.group == "sample"]),
+        (
+            "Where they differ",
+            "Chosen, not typical: teacher and student disagree here, and the student is most sure of itself.",
+            [one for one in pictures if one.group == "differs"],
+        ),
+    ]
+    return "".join(
+        section(title, about, f'<ul class="sheet">{"".join(map(picture, chosen))}</ul>')
+        for title, about, chosen in groups
+        if chosen
+    )
+
+
+def picture(one: Picture) -> str:
+    """Return one image with its verdict and the answers."""
+    kind, verdict = judge(one)
+    lines = [] if one.label is None else [answer("label", one.label, None, wrong=False)]
+    lines.append(
+        answer("teacher", one.teacher, one.teacher_confidence, wrong=one.label is not None and one.teacher != one.label)
+    )
+    lines.append(
+        answer("student", one.student, one.student_confidence, wrong=one.label is not None and one.student != one.label)
+    )
+    small = ' class="small"' if max(one.pixels.shape[:2]) <= PIXELATED_SIDE else ""
+    alt = f"evaluation image; teacher: {one.teacher}; student: {one.student}"
+    return (
+        f'<li><img{small} loading="lazy" alt="{escape(alt)}" src="{data_uri(one.pixels)}"><div class="words">'
+        f'<span class="chip {kind}">{verdict}</span><dl>{"".join(lines)}</dl></div></li>'
+    )
+
+
+def judge(one: Picture) -> tuple[str, str]:
+    """Return the colour and the words for the two answers."""
+    if one.label is None:
+        return ("good", "same answer") if one.teacher == one.student else ("warn", "differ")
+    if one.student == one.label:
+        return ("good", "both right") if one.teacher == one.label else ("good", "student right")
+    return ("bad", "student wrong") if one.teacher == one.label else ("warn", "both wrong")
+
+
+def answer(who: str, name: str, confidence: float | None, *, wrong: bool) -> str:
+    """Return one line under an image."""
+    sure = "" if confidence is None else f"{confidence:.0f} %"
+    marked = " class=wrong" if wrong else ""
+    return f'<dt>{who}</dt><dd{marked} title="{escape(name)}">{escape(name)}</dd><dd class="sure">{sure}</dd>'
+
+
+def data_uri(pixels: NDArray[np.uint8]) -> str:
+    """Return an image as part of the page: exact where it is small, compressed where it is a photograph."""
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    if max(image.size) <= PIXELATED_SIDE:
+        image.save(file, "PNG")
+        kind = "png"
+    else:
+        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+        image.save(file, "JPEG", quality=85)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def circumstances(report: Report) -> str:
+    """Return the machine, the notes and the command."""
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in wording.machine_facts(report))
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report["notes"])
+    said = f'<h2>Notes</h2><ul class="notes">{notes}</ul><h3>Command</h3>' if notes else "<h2>Command</h2>"
+    return (
+        f'<div class="pair"><section><h2>Machine</h2><dl class="facts">{facts}</dl></section>'
+        f"<section>{said}<pre>{escape(report['command'])}</pre></section></div>"
+    )

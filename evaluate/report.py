@@ -1,0 +1,166 @@
+"""Write what a bench found: report.json for programs, report.md for a pull request, report.html for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from prgkit.evaluate import wording
+from prgkit.evaluate.page import Picture, page
+from prgkit.evaluate.wording import NONE, Report, Row
+from prgkit.files import write_json, write_text
+
+SCHEMA = "prgkit.report/1"
+
+
+def write_report(folder: Path, report: Report, *, samples: dict[str, Any], pictures: Sequence[Picture]) -> None:
+    """Write report.json, report.md, report.html and samples.json into ``folder``; each appears whole or not at all."""
+    # One line a row: ten thousand samples on a line each would be unreadable too, and three times the size.
+    write_text(folder / "samples.json", json.dumps(samples, separators=(",", ":"), allow_nan=False) + "\n")
+    write_text(folder / "report.md", markdown(report))
+    write_text(folder / "report.html", page(report, samples=samples, pictures=pictures))
+    write_json(folder / "report.json", report)
+
+
+def table(report: Report) -> Table:
+    """Return the rows as a table for the terminal."""
+    labelled = report["evaluation"]["labelled"]
+    result = Table(
+        title=Text(wording.headline(report)), title_justify="left", title_style="bold", header_style="", pad_edge=False
+    )
+    result.add_column("artifact", no_wrap=True)
+    for name in [
+        "p50 ms",
+        "p99 ms",
+        "images/s",
+        *(["top-1 %"] if labelled else []),
+        "teacher %",
+        "fp32 %",
+        "MiB",
+        "load ms",
+        "memory",
+    ]:
+        result.add_column(name, justify="right")
+    for row in report["rows"]:
+        if row["status"] != "measured":
+            # Text, not a string: a reason may hold brackets that rich would read as markup.
+            result.add_row(
+                Text(wording.row_name(row), style="dim"),
+                Text(row["status"], style="yellow" if row["status"] == "failed" else "dim"),
+            )
+            continue
+        best = wording.best_throughput(row)
+        result.add_row(
+            Text(wording.row_name(row)),
+            wording.ms(row["latency"]["p50_ms"]),
+            wording.ms(row["latency"]["p99_ms"]),
+            wording.rate(best["images_per_s"] if best else None),
+            *([share(row["top1"])] if labelled else []),
+            share(row["agreement_teacher"]),
+            share(row["agreement_fp32"]),
+            wording.mib(row["size_mib"]),
+            wording.ms(row["load_ms"]),
+            wording.mib(row["peak_memory_mib"]),
+        )
+    missing = [
+        f"{wording.row_name(row)}: {wording.why_missing(row)}" for row in report["rows"] if row["status"] != "measured"
+    ]
+    result.caption = Text("\n".join([*missing, *report["notes"]])) if missing or report["notes"] else None
+    result.caption_justify = "left"
+    return result
+
+
+def share(value: float | None) -> str:
+    """Return a percentage for a column that names the unit."""
+    return wording.percent(value).removesuffix(" %")
+
+
+def markdown(report: Report) -> str:
+    """Return the report as Markdown."""
+    machine = [f"- {name}: {cell(value)}" for name, value in wording.machine_facts(report)]
+    comparison = [(who, top1, top5, same) for who, top1, top5, same in wording.teacher_and_student(report)]
+    parts = [
+        f"# {cell(wording.headline(report))}",
+        f"Run `{plain(report['run']['name'])}`, {cell(wording.evaluated_on(report))}. "
+        f"Made by prgkit {cell(report['prgkit'])}, {cell(report['created'])}.",
+        grid(HEADER, [markdown_row(row) for row in report["rows"]]),
+        *throughput(report),
+        grid(["", "top-1", "top-5", "agrees with the teacher"], comparison),
+        *(["## Notes", "\n".join(f"- {cell(note)}" for note in report["notes"])] if report["notes"] else []),
+        "## Machine",
+        "\n".join(machine),
+        "## Command",
+        f"```\n{report['command']}\n```",
+        wording.HOW,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+HEADER = [
+    "artifact",
+    "size MiB",
+    "p50 ms",
+    "95 %",
+    "p90",
+    "p99",
+    "images/s",
+    "top-1",
+    "= teacher",
+    "= FP32",
+    "load ms",
+    "memory MiB",
+]
+
+
+def markdown_row(row: Row) -> list[str]:
+    """Return the cells of an artifact's line."""
+    start = [wording.row_name(row), wording.mib(row["size_mib"])]
+    if row["status"] != "measured":
+        return [*start, wording.why_missing(row)] + [""] * (len(HEADER) - 3)
+    latency, best = row["latency"], wording.best_throughput(row)
+    return [
+        *start,
+        wording.ms(latency["p50_ms"]),
+        wording.interval_ms(latency["p50_interval_ms"]),
+        wording.ms(latency["p90_ms"]),
+        wording.ms(latency["p99_ms"]),
+        wording.rate(best["images_per_s"]) if best else NONE,
+        wording.percent(row["top1"]),
+        wording.percent(row["agreement_teacher"]),
+        wording.percent(row["agreement_fp32"]),
+        wording.ms(row["load_ms"]),
+        wording.mib(row["peak_memory_mib"]),
+    ]
+
+
+def throughput(report: Report) -> list[str]:
+    """Return the table of the batch sweep, if there was one."""
+    sizes = wording.batches(report)
+    if not sizes:
+        return []
+    lines = []
+    for row in wording.measured(report):
+        rates = {entry["batch"]: entry["images_per_s"] for entry in row["throughput"]}
+        lines.append([wording.row_name(row), *(wording.rate(rates.get(size)) for size in sizes)])
+    return [grid(["images/s", *(f"batch {size}" for size in sizes)], lines)]
+
+
+def grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table: names to the left, figures to the right."""
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in [header, rule, *lines])
+
+
+def cell(value: str) -> str:
+    """Return text that stays text in Markdown."""
+    return str(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
+
+
+def plain(value: str) -> str:
+    """Return text for between backticks."""
+    return str(value).replace("`", "'").replace("\n", " ")

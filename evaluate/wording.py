@@ -1,0 +1,190 @@
+"""What a report says in words: its headline, its names and its numbers, the same in the terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from prgkit.evaluate.plots import milliseconds
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+NONE = "–"
+FAMILIES = {
+    "repvit": "RepViT",
+    "efficientnet": "EfficientNet",
+    "mobilenetv3": "MobileNetV3",
+    "mobilenetv4": "MobileNetV4",
+    "fastvit": "FastViT",
+    "resnet": "ResNet",
+    "convnext": "ConvNeXt",
+}
+
+
+def headline(report: Report) -> str:
+    """Return the one sentence of the report: how much of the teacher the student keeps, and how fast."""
+    row, student = lead_row(report), model_name(report["run"]["student"])
+    if row is None:
+        return f"{student}: nothing could be measured on this machine"
+    return (
+        f"{student} {kept(report, row)} at {milliseconds(row['latency']['p50_ms'])} ms an image on {place(report, row)}"
+    )
+
+
+def kept(report: Report, row: Row) -> str:
+    """Return what the student keeps of its teacher, as a verb and its object."""
+    teacher, top1 = report["teacher"]["top1"], row["top1"]
+    if teacher and top1 is not None:
+        ratio = 100 * top1 / teacher
+        if ratio > 100:
+            return f"beats its teacher's accuracy ({percent(top1)} against {percent(teacher)})"
+        return f"keeps {percent(ratio)} of its teacher's accuracy"
+    if row["agreement_teacher"] is not None:
+        return f"gives its teacher's answer on {percent(row['agreement_teacher'])} of the images"
+    return "runs"
+
+
+def place(report: Report, row: Row) -> str:
+    """Return what a row ran on: ``2 threads of AMD EPYC``, or the GPU's name."""
+    machine = report["machine"]
+    if row["device"] != "cpu" and machine.get("gpus"):
+        return str(machine["gpus"][0]["name"])
+    threads = row["threads"]
+    return f"{threads} thread{'' if threads == 1 else 's'} of {machine['cpu']}" if threads else str(machine["cpu"])
+
+
+def lead_row(report: Report) -> Row | None:
+    """Return the row to speak of: the fastest whose quality is within a point of the best, PyTorch only if alone."""
+    rows = measured(report)
+    rows = [row for row in rows if row["backend"] != "torch"] or rows
+    if not rows:
+        return None
+    best = max(quality(row) for row in rows)
+    return min((row for row in rows if quality(row) >= best - 1), key=lambda row: float(row["latency"]["p50_ms"]))
+
+
+def quality(row: Row) -> float:
+    """Return a row's accuracy where labels exist, else its agreement with the teacher."""
+    value = row["agreement_teacher"] if row["top1"] is None else row["top1"]
+    return 0.0 if value is None else float(value)
+
+
+def measured(report: Report) -> list[Row]:
+    """Return the rows that have a latency and no failure."""
+    return [row for row in report["rows"] if row["status"] == "measured"]
+
+
+def row_name(row: Row) -> str:
+    """Return a row's name: the artifact, with its device where that is not the CPU."""
+    return str(row["artifact"]) if row["device"] == "cpu" else f"{row['artifact']} ({row['device']})"
+
+
+def why_missing(row: Row) -> str:
+    """Return why a row has no figures."""
+    return f"{row['status']}: {row['reason']}" if row["reason"] else str(row["status"])
+
+
+def model_name(name: str) -> str:
+    """Return a timm model's name as papers print it: ``repvit_m0_9`` is RepViT-M0.9; other names stay as they are."""
+    family, _, rest = name.split(".")[0].partition("_")
+    if family not in FAMILIES:
+        return name
+    variant = re.sub(r"(?<=\d)_(?=\d)", ".", rest).replace("_", "-")
+    return f"{FAMILIES[family]}-{variant[:1].upper()}{variant[1:]}" if variant else FAMILIES[family]
+
+
+def percent(value: float | None) -> str:
+    """Return a share with one decimal; what is not quite everything never rounds up to it."""
+    if value is None:
+        return NONE
+    return "99.9 %" if 99.9 <= value < 100 else f"{value:.1f} %"
+
+
+def interval(bounds: list[float] | None, *, digits: int = 1) -> str:
+    """Return an interval's bounds."""
+    return "" if bounds is None else f"{bounds[0]:.{digits}f}–{bounds[1]:.{digits}f}"
+
+
+def interval_ms(bounds: list[float]) -> str:
+    """Return the bounds of a latency."""
+    return f"{milliseconds(bounds[0])}–{milliseconds(bounds[1])}"
+
+
+def ms(value: float | None) -> str:
+    """Return a latency, or a dash where there is none."""
+    return NONE if value is None else milliseconds(value)
+
+
+def mib(value: float | None) -> str:
+    """Return a size with a sensible precision."""
+    return (
+        NONE if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+    )
+
+
+def rate(value: float | None) -> str:
+    """Return images per second."""
+    return NONE if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def best_throughput(row: Row) -> dict[str, Any] | None:
+    """Return the batch size that moves the most images, with its rate."""
+    return max(row["throughput"], key=lambda entry: float(entry["images_per_s"]), default=None)
+
+
+def batches(report: Report) -> list[int]:
+    """Return every batch size that any row ran."""
+    return sorted({entry["batch"] for row in measured(report) for entry in row["throughput"]})
+
+
+def evaluated_on(report: Report) -> str:
+    """Return what the quality was measured on."""
+    evaluation = report["evaluation"]
+    kind = "labelled images" if evaluation["labelled"] else "images without labels"
+    return f"{evaluation['images']:,} {kind} held out of training"
+
+
+def teacher_and_student(report: Report) -> list[tuple[str, str, str, str]]:
+    """Return the comparison's lines: who, top-1, top-5, agreement with the teacher."""
+    teacher, student = report["teacher"], report["student"]
+    lines = [(f"Teacher: {report['run']['teacher']}", percent(teacher["top1"]), percent(teacher["top5"]), NONE)]
+    if teacher.get("top1_uniform_prompts") is not None:
+        lines.append(("Teacher, prompts weighted equally", percent(teacher["top1_uniform_prompts"]), NONE, NONE))
+    name = f"Student: {model_name(report['run']['student'])}"
+    return [*lines, (name, percent(student["top1"]), percent(student["top5"]), percent(student["agreement"]))]
+
+
+def machine_facts(report: Report) -> list[tuple[str, str]]:
+    """Return the machine as pairs of a name and a value, leaving out what it did not say."""
+    facts = report["machine"]
+    clocks, warmth = facts.get("clocks_mhz") or [], facts.get("temperatures_c") or []
+    if facts.get("clocks_locked") is None:
+        rule = "not readable here"
+    else:
+        rule = (
+            "locked" if facts["clocks_locked"] else "unlocked"
+        ) + f", {interval(facts['clock_range_mhz'], digits=0)} MHz"
+    load = facts.get("load_average")
+    pairs = [
+        ("Processor", f"{facts['cpu']}, {facts['usable_cores']} of {facts['cores']} cores usable"),
+        *[("GPU", f"{gpu['name']}, driver {gpu['driver']}") for gpu in facts.get("gpus", [])],
+        ("Memory", f"{facts['memory_gib']} GiB" if facts.get("memory_gib") else ""),
+        ("System", f"{facts['os']}, {facts['architecture']}{', virtual machine' if facts.get('virtual') else ''}"),
+        ("Clocks", rule + (f"; {min(clocks)}–{max(clocks)} MHz seen" if clocks else "")),
+        ("Governor", facts.get("governor") or ""),
+        ("Temperature", f"{min(warmth)}–{max(warmth)} °C" if warmth else ""),
+        ("Busy before", f"{facts['busy_cores']} cores" if facts.get("busy_cores") is not None else ""),
+        ("Load average before", " ".join(map(str, load)) if load else ""),
+        ("Python", facts["python"]),
+        ("Runtimes", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
+    ]
+    return [(name, value) for name, value in pairs if value]
+
+
+HOW = (
+    "Latency is the wall-clock time of one call at batch 1, from pixels to logits in host memory (scope: io), timed in "
+    "a process of its own after warming up. Artifacts take turns over several rounds; every run counts, none is "
+    "trimmed. The interval of the median is a 95 % bootstrap over rounds; p99 needs 1,000 runs. Intervals of shares "
+    "are Wilson's, 95 %. Load time excludes the import of the runtime; peak memory is how far a process grows from "
+    "before that import to the end of its first batch-1 runs. All samples are in samples.json."
+)

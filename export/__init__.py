@@ -1,0 +1,1 @@
+"""Deploy a student: ONNX, TensorRT, and the runners that prove they agree."""

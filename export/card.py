@@ -1,0 +1,82 @@
+"""The card beside an engine: what built it, from what, for which GPU; an engine is code, and not loaded without it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prgkit.errors import ExportError, PrgkitError
+from prgkit.files import read_json, sha256, write_json
+
+SCHEMA = "prgkit.engine/1"
+REBUILD = "prgkit export --trt"
+
+
+@dataclass(frozen=True)
+class EngineCard:
+    """What is known of an engine; an engine without its card is not loaded."""
+
+    schema: str
+    file: str
+    bytes: int
+    sha256: str
+    onnx: str
+    onnx_sha256: str
+    backend: str
+    backend_version: str
+    precision: str
+    batch: tuple[int, int, int]  # min, opt, max
+    compute_capabilities: tuple[str, ...]
+    gpu: str | None  # the GPU it was built on; None where it was built without one
+    input: dict[str, Any]
+    output: dict[str, Any]
+    layer_dtypes: dict[str, dict[str, int]]  # of the parsed network: layer type -> output type -> count
+    inspected_dtypes: dict[str, int] | None  # of the built engine, where a GPU could open it
+    build_s: float
+    executed: bool
+    note: str | None
+
+
+def write_card(engine_path: Path, card: EngineCard) -> None:
+    """Write the card beside its engine."""
+    write_json(card_path(engine_path), asdict(card))
+
+
+def load_card(engine_path: Path) -> EngineCard:
+    """Read an engine's card and verify that the engine is the one it describes.
+
+    Raises:
+        ExportError: no card, no engine, or an engine that is truncated, changed or foreign; names what rebuilds it.
+    """
+    fix = f"build it again: {REBUILD}"
+    if not engine_path.exists():
+        raise ExportError(f"there is no engine {engine_path.name}", where=engine_path.parent, fix=fix)
+    path = card_path(engine_path)
+    if not path.exists():
+        raise ExportError(
+            f"{engine_path.name} has no card ({path.name}): an engine of unknown origin is code, and is not loaded",
+            where=engine_path.parent,
+            fix=fix,
+        )
+    try:
+        facts = read_json(path)
+        if facts["schema"] != SCHEMA:
+            raise ExportError(f"{path.name} has schema {facts['schema']!r}, not {SCHEMA!r}", where=path, fix=fix)
+        sequences = {key: tuple(facts[key]) for key in ("batch", "compute_capabilities")}
+        card = EngineCard(**{**facts, **sequences})
+    except (KeyError, TypeError) as error:
+        raise ExportError(f"{path.name} is not an engine card: {error}", where=path, fix=fix) from error
+    except PrgkitError as error:
+        raise ExportError(error.what, where=path, fix=fix) from error
+    size = engine_path.stat().st_size
+    if size != card.bytes:
+        raise ExportError(f"{engine_path.name} is truncated: {size} of {card.bytes} bytes", where=engine_path, fix=fix)
+    if sha256(engine_path) != card.sha256:
+        raise ExportError(f"{engine_path.name} is not the engine its card describes", where=engine_path, fix=fix)
+    return card
+
+
+def card_path(engine_path: Path) -> Path:
+    """Return where an engine's card is."""
+    return engine_path.with_name(engine_path.name + ".json")

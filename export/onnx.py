@@ -1,0 +1,272 @@
+"""A student leaves PyTorch: reparameterised, its preprocessing inside, its class names in the file's metadata."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+import prgkit
+from prgkit.errors import ExportError
+from prgkit.export.parity import FP32_RELATIVE_TOLERANCE
+from prgkit.files import write_bytes
+from prgkit.student import reparameterised
+
+FP16_MAX = 65504.0  # the largest finite float16
+IR_VERSION = 10  # newer ones are refused by runtimes that are deployed today
+PROTOBUF_LIMIT = 2**31  # a larger model would need its weights in a second file
+
+
+class Deployable(nn.Module):
+    """The network that is exported: uint8 NHWC pixels in, float32 logits out.
+
+    Normalisation is one multiplication and one addition. The pixels are cast before they are transposed, as TensorRT's
+    parser demands, and made contiguous, without which torch.export traces channels-last strides into the graph.
+    """
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        mean, std = mean.detach().double().reshape(3).cpu(), std.detach().double().reshape(3).cpu()
+        self.register_buffer("scale", (1.0 / std).float())
+        self.register_buffer("offset", (-mean / std).float())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map pixels [batch, S, S, 3] uint8 to logits [batch, classes] float32."""
+        normalised = pixels.to(torch.float32) * self.scale + self.offset
+        return cast(Tensor, self.network(normalised.permute(0, 3, 1, 2).contiguous()))
+
+
+@torch.no_grad()
+def deployable(student: nn.Module, pixels: Tensor) -> Deployable:
+    """Reparameterise and fuse a copy of ``student`` and assert that it computes what the student computes.
+
+    Args:
+        student: uint8 NHWC pixels to logits, with ``model`` (the timm network), ``mean`` and ``std`` (in 0..255).
+        pixels: real images [n, S, S, 3] uint8 on which the two must agree.
+
+    Raises:
+        ExportError: fusing changed the logits.
+    """
+    student = student.eval().cpu()
+    fused = Deployable(
+        reparameterised(cast(nn.Module, student.model)), cast(Tensor, student.mean), cast(Tensor, student.std)
+    ).eval()
+    before = torch.cat([student(batch) for batch in torch.split(pixels, 32)])  # [n, classes]
+    after = torch.cat([fused(batch) for batch in torch.split(pixels, 32)])
+    difference = float((before - after).abs().max())
+    tolerance = FP32_RELATIVE_TOLERANCE * max(1.0, float(before.abs().max()))
+    agreement = 100.0 * float((before.argmax(1) == after.argmax(1)).float().mean())
+    if not (difference <= tolerance and agreement == 100.0):
+        raise ExportError(
+            f"reparameterising changed the student on {len(pixels)} images: max abs difference {difference:.3g} "
+            f"(allowed {tolerance:.3g}), top-1 agreement {agreement:.2f} % (must be 100 %)",
+            fix="choose another student, or report this model: its fused form is not the network that was trained",
+        )
+    return fused
+
+
+def export_onnx(
+    module: Deployable,
+    path: Path,
+    *,
+    image_size: int,
+    classes: Sequence[str],
+    preprocessing: dict[str, Any],
+    opset: int,
+) -> None:
+    """Write ``module`` as one FP32 ONNX file: input ``pixels`` [batch, S, S, 3] uint8, output ``logits`` float32."""
+    model = trace(module, image_size=image_size, opset=opset)
+    strip_traces(model)
+    describe(model, classes=classes, preprocessing=preprocessing)
+    save(model, path)
+
+
+def write_fp16(fp32_path: Path, path: Path) -> None:
+    """Write the FP16 version of an FP32 file of ours: weights and activations float16, casts at the edges.
+
+    Done on the graph and not by ``module.half()``: BatchNorm is already folded there, in float32, so variances that
+    float16 cannot hold never meet it.
+
+    Raises:
+        ExportError: a weight is larger than float16 can hold.
+    """
+    model = onnx.load(str(fp32_path))
+    graph = model.graph
+    edge, before = normalised_input(graph)  # everything up to `edge` stays float32
+    kept = {name for node in before for name in node.input}
+    for initializer in graph.initializer:
+        if initializer.data_type == TensorProto.FLOAT and initializer.name not in kept:
+            initializer.CopyFrom(half_tensor(initializer))
+    outside = {node.output[0] for node in before}
+    inside = [node for node in graph.node if node.output[0] not in outside]
+    for node in inside:
+        halve_attributes(node)
+        rename(node.input, edge, "network_input")
+        rename(node.output, "logits", "network_output")
+        rename(node.input, "logits", "network_output")
+    enter = helper.make_node("Cast", [edge], ["network_input"], "to_float16", to=TensorProto.FLOAT16)
+    leave = helper.make_node("Cast", ["network_output"], ["logits"], "to_float32", to=TensorProto.FLOAT)
+    del graph.node[:]
+    graph.node.extend([*before, enter, *inside, leave])
+    save(model, path)
+
+
+@torch.no_grad()
+def rehearse_fp16(module: nn.Module, pixels: Tensor) -> Tensor:
+    """Run ``module`` as FP16 hardware would and return its logits, asserting that every value fits into float16.
+
+    Weights of convolutions and linear layers, and all that enters or leaves a layer, are rounded to float16; sums are
+    float32, as in tensor cores. ONNX Runtime on a CPU cannot show this: it computes FP16 files in float32. Inputs are
+    checked as well as outputs, since a residual sum belongs to no layer of its own.
+
+    Raises:
+        ExportError: an activation reaches 65,504 on these images; names the layer and the value.
+    """
+    rounded = copy.deepcopy(module).eval()
+    for name, layer in rounded.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            for parameter in layer.parameters():
+                parameter.copy_(parameter.half().float())
+        if not list(layer.children()):
+            layer.register_forward_pre_hook(
+                lambda _, inputs, name=name: tuple(half_value(value, name) for value in inputs)
+            )
+            layer.register_forward_hook(lambda _, inputs, output, name=name: half_value(output, name))
+    return torch.cat([half_value(rounded(batch), "the logits") for batch in torch.split(pixels, 32)])
+
+
+def trace(module: Deployable, *, image_size: int, opset: int) -> onnx.ModelProto:
+    """Run the dynamo exporter, quietly; two example images keep the batch dimension symbolic."""
+    example = torch.zeros((2, image_size, image_size, 3), dtype=torch.uint8)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=["pixels"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                external_data=False,
+                optimize=True,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(
+            f"PyTorch's ONNX exporter refused this student: {first_line(error)}",
+            fix="choose a student of another family, or another opset in the recipe's export section",
+        ) from error
+    if program is None:
+        raise ExportError("PyTorch's ONNX exporter returned nothing")
+    return cast(onnx.ModelProto, program.model_proto)
+
+
+def half_value(value: Any, name: str) -> Any:
+    """Round a tensor to float16, or refuse it by the name of its layer."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    peak = float(value.abs().max())
+    if not peak < FP16_MAX:
+        raise ExportError(
+            f"FP16 cannot hold this student: {name} reaches {peak:,.0f} on real images, "
+            f"and float16 ends at {FP16_MAX:,.0f}",
+            fix="export without --fp16, or train with weight decay and gradient clipping",
+        )
+    return value.half().float()
+
+
+def strip_traces(model: onnx.ModelProto) -> None:
+    """Remove the exporter's stack traces: they hold this machine's paths and are larger than the graph itself."""
+    graph = model.graph
+    for item in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    del graph.metadata_props[:]
+    del graph.value_info[:]
+
+
+def describe(model: onnx.ModelProto, *, classes: Sequence[str], preprocessing: dict[str, Any]) -> None:
+    """Put into the file all that a program needs to use it without the rest of the bundle."""
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "prgkit", prgkit.__version__
+    contract = {
+        "prgkit": prgkit.__version__,
+        "classes": json.dumps(list(classes), ensure_ascii=False),
+        "preprocessing": json.dumps(preprocessing),
+    }
+    helper.set_model_props(model, contract)
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Check the model as a whole and write it as one file."""
+    if model.ByteSize() >= PROTOBUF_LIMIT:
+        raise ExportError(
+            "this student is larger than the 2 GB that one ONNX file can hold", fix="choose a smaller student"
+        )
+    onnx.checker.check_model(model, full_check=True)
+    write_bytes(path, model.SerializeToString(deterministic=True))
+
+
+def normalised_input(graph: onnx.GraphProto) -> tuple[str, list[onnx.NodeProto]]:
+    """Follow the input through cast, scale, offset and transpose: the name of the network's input, and those nodes."""
+    edge, before = "pixels", []
+    while True:
+        consumers = [node for node in graph.node if edge in node.input and node.op_type != "Shape"]
+        if len(consumers) != 1 or consumers[0].op_type not in ("Cast", "Mul", "Add", "Transpose"):
+            break
+        before.append(consumers[0])
+        edge = consumers[0].output[0]
+    if "Transpose" not in [node.op_type for node in before]:
+        raise ExportError(
+            "this ONNX file does not begin with prgkit's preprocessing", fix="export it with: prgkit export"
+        )
+    return edge, before
+
+
+def half_tensor(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """Return a float32 tensor as float16, under the same name."""
+    values = numpy_helper.to_array(tensor)
+    largest = float(np.abs(values).max(initial=0.0))
+    if not largest < FP16_MAX:
+        raise ExportError(
+            f"FP16 cannot hold this student: weight {tensor.name} reaches {largest:,.0f}, "
+            f"and float16 ends at {FP16_MAX:,.0f}",
+            fix="export without --fp16",
+        )
+    return numpy_helper.from_array(values.astype(np.float16), tensor.name)
+
+
+def halve_attributes(node: onnx.NodeProto) -> None:
+    """Turn what a node says of float32 into float16: the target of a cast, the value of a constant."""
+    for attribute in node.attribute:
+        if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+            attribute.i = TensorProto.FLOAT16
+        if attribute.HasField("t") and attribute.t.data_type == TensorProto.FLOAT:
+            attribute.t.CopyFrom(half_tensor(attribute.t))
+
+
+def rename(names: Any, old: str, new: str) -> None:
+    """Replace ``old`` by ``new`` in a repeated field of names."""
+    for position, name in enumerate(names):
+        if name == old:
+            names[position] = new
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,314 @@
+"""ONNX to a TensorRT engine, with the facts of the build in a card beside it."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prgkit.errors import BackendError, ExportError, nearest
+from prgkit.export.card import SCHEMA, EngineCard, write_card
+from prgkit.files import sha256, write_bytes
+
+BACKENDS = ("tensorrt", "tensorrt_rtx")  # in the order of preference
+DTYPE_OF = {"fp32": "FLOAT", "fp16": "HALF"}
+HEAVY_LAYERS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")  # what the precision is about
+INSTALL = {
+    "tensorrt": "pip install 'prgkit[trt]' (its libraries come from NVIDIA's own index, pypi.nvidia.com, which must be "
+    "reachable; on a Jetson use JetPack's: python3 -m venv --system-site-packages)",
+    "tensorrt_rtx": "pip install 'prgkit[rtx]'",
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first NVIDIA GPU of this machine."""
+
+    name: str
+    capability: str  # "SM89"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One TensorRT, as it is or is not on this machine."""
+
+    name: str
+    version: str | None  # None where it is not installed
+    problem: str | None  # why it cannot build here, and what it needs
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can build an engine here."""
+        return self.problem is None
+
+
+def available_backends() -> dict[str, Backend]:
+    """Return both TensorRTs with their version, or with what each needs to be usable here."""
+    return {name: probe_backend(name) for name in BACKENDS}
+
+
+def choose_backend(name: str | None = None) -> Backend:
+    """Return the backend asked for, or the best that is usable: tensorrt where a GPU is, else tensorrt_rtx.
+
+    Raises:
+        BackendError: there is none; says what each one needs.
+    """
+    if name is not None and name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}{nearest(name, BACKENDS)}", fix=f"one of: {', '.join(BACKENDS)}")
+    candidates = [probe_backend(known) for known in ((name,) if name else BACKENDS)]
+    for candidate in candidates:
+        if candidate.usable:
+            return candidate
+    problems = "\n".join(f"  {candidate.name}: {candidate.problem}" for candidate in candidates)
+    fixes = "; or ".join(INSTALL[candidate.name] for candidate in reversed(candidates))
+    raise BackendError(f"no TensorRT can build an engine here\n{problems}", fix=fixes)
+
+
+def build_engine(
+    onnx_path: Path,
+    folder: Path,
+    *,
+    precision: str,
+    batch: tuple[int, int, int],
+    backend: str | None = None,
+    compute_capabilities: Sequence[str] | None = None,
+) -> EngineCard:
+    """Build ``<onnx stem>.<precision>.<backend>.engine`` in ``folder``, and its card (the same name with .json).
+
+    The network is strongly typed: the types come from the ONNX file alone, and are checked against ``precision`` before
+    anything is built. ``batch`` is [min, opt, max]; three equal numbers make a static engine.
+
+    Raises:
+        BackendError: no usable TensorRT, or it cannot build for those compute capabilities.
+        ExportError: the file is damaged or holds another precision, or the build failed; with TensorRT's own words.
+    """
+    chosen = choose_backend(backend)
+    trt = importlib.import_module(chosen.name)
+    check_batch(batch)
+    logger = quiet_logger(trt)
+    started = time.perf_counter()
+    builder = trt.Builder(logger)
+    network, parser = parse(trt, builder, logger, onnx_path)
+    types = layer_dtypes(network)
+    require_precision(types, precision, onnx_path)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    targets = set_targets(trt, config, chosen.name, compute_capabilities)
+    set_batch(builder, config, network, batch)
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise ExportError(f"{chosen.name} could not build an engine: {logger.reason()}", where=onnx_path)
+    plan = bytes(serialized)
+    build_s = time.perf_counter() - started
+    del parser
+    inspected = inspect(trt, logger, plan, precision, onnx_path)
+    stem = onnx_path.name.split(".")[0]
+    path = folder / f"{stem}.{precision}.{chosen.name}.engine"
+    write_bytes(path, plan)
+    gpu = find_gpu()
+    card = EngineCard(
+        schema=SCHEMA,
+        file=path.name,
+        bytes=len(plan),
+        sha256=sha256(path),
+        onnx=onnx_path.name,
+        onnx_sha256=sha256(onnx_path),
+        backend=chosen.name,
+        backend_version=str(chosen.version),
+        precision=precision,
+        batch=batch,
+        compute_capabilities=targets,
+        gpu=gpu.name if gpu else None,
+        input=tensor_facts(network.get_input(0)),
+        output=tensor_facts(network.get_output(0)),
+        layer_dtypes=types,
+        inspected_dtypes=inspected,
+        build_s=round(build_s, 3),
+        executed=False,
+        note="built and never executed here",
+    )
+    write_card(path, card)
+    return card
+
+
+def find_gpu() -> Gpu | None:
+    """Ask the driver itself for its first GPU: no CUDA package is needed for that."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    device, count = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return None
+    if driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    name, version = ctypes.create_string_buffer(256), []
+    driver.cuDeviceGetName(name, len(name), device)
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        version.append(str(value.value))
+    return Gpu(name.value.decode(errors="replace"), "SM" + "".join(version))
+
+
+def probe_backend(name: str) -> Backend:
+    """Import one TensorRT and say whether it can build here."""
+    try:
+        version = str(importlib.import_module(name).__version__)
+    except Exception as error:  # a placeholder wheel, a missing library, a driver too old: each raises its own kind
+        why = (
+            "not installed"
+            if isinstance(error, ModuleNotFoundError) and error.name == name
+            else f"cannot be imported ({error})"
+        )
+        return Backend(name, None, f"{why}; {INSTALL[name]}")
+    if name == "tensorrt" and find_gpu() is None:
+        return Backend(name, version, "installed, but it builds only where an NVIDIA GPU and its driver are")
+    return Backend(name, version, None)
+
+
+def check_batch(batch: tuple[int, int, int]) -> None:
+    """Refuse a batch profile that no engine can have."""
+    if len(batch) != 3 or not 1 <= batch[0] <= batch[1] <= batch[2]:
+        raise ExportError(f"a batch profile is [min, opt, max] with 1 <= min <= opt <= max, not {list(batch)}")
+
+
+def quiet_logger(trt: Any) -> Any:
+    """Return a TensorRT logger that keeps what it is told and prints nothing."""
+
+    class QuietLogger(trt.ILogger):  # type: ignore[misc]
+        """Keeps warnings and errors."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            """Receive one line from TensorRT."""
+            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                self.errors.append(message.strip())
+
+        def reason(self) -> str:
+            """Return the errors so far, each once."""
+            return "; ".join(dict.fromkeys(self.errors)) or "TensorRT gave no reason"
+
+    return QuietLogger()
+
+
+def parse(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> tuple[Any, Any]:
+    """Parse a file into a strongly typed network; the parser is returned because it owns the weights."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # gone where nothing else is left
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, logger)
+    fix = "export it again: prgkit export"
+    if not onnx_path.exists():
+        raise ExportError(f"there is no {onnx_path.name} to build an engine from", where=onnx_path.parent, fix=fix)
+    if not parser.parse(onnx_path.read_bytes()):
+        said = [parser.get_error(number).desc() for number in range(parser.num_errors)]
+        reason = "; ".join(dict.fromkeys(said)) or logger.reason()
+        raise ExportError(f"TensorRT's parser refused {onnx_path.name}: {reason}", where=onnx_path, fix=fix)
+    if (network.num_inputs, network.num_outputs) != (1, 1):
+        raise ExportError(
+            f"{onnx_path.name} is not an export of ours: one input and one output expected", where=onnx_path, fix=fix
+        )
+    return network, parser
+
+
+def layer_dtypes(network: Any) -> dict[str, dict[str, int]]:
+    """Count the output types of a parsed network's layers, by layer type."""
+    counts: dict[str, Counter[str]] = {}
+    for number in range(network.num_layers):
+        layer = network.get_layer(number)
+        counts.setdefault(layer.type.name, Counter())[layer.get_output(0).dtype.name] += 1
+    return {kind: dict(sorted(counts[kind].items())) for kind in sorted(counts)}
+
+
+def require_precision(types: dict[str, dict[str, int]], precision: str, onnx_path: Path) -> None:
+    """Refuse a file whose convolutions and matrix products are not in the precision that was asked for."""
+    if precision not in DTYPE_OF:
+        raise ExportError(f"unknown precision {precision!r}", fix=f"one of: {', '.join(DTYPE_OF)}")
+    found: Counter[str] = Counter()
+    for kind in HEAVY_LAYERS:
+        found.update(types.get(kind, {}))
+    if set(found) != {DTYPE_OF[precision]}:
+        held = ", ".join(f"{count} {dtype}" for dtype, count in sorted(found.items())) or "none at all"
+        raise ExportError(
+            f"{precision} was asked for, and {onnx_path.name} holds convolutions and products as {held}, "
+            f"not {DTYPE_OF[precision]}",
+            where=onnx_path,
+            fix="an engine has the precision of its ONNX file: export --fp16 writes model.fp16.onnx",
+        )
+
+
+def set_targets(trt: Any, config: Any, backend: str, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """Choose the GPU generations an engine is for; returns them as "SM89"."""
+    if backend == "tensorrt":
+        gpu = find_gpu()
+        here = (gpu.capability,) if gpu else ()
+        if asked and tuple(asked) != here:
+            raise BackendError(
+                f"tensorrt builds for the GPU at hand ({', '.join(here)}), not for {', '.join(asked)}",
+                fix="build on the device itself, or use tensorrt_rtx",
+            )
+        return here
+    known = {
+        name: value for name, value in trt.ComputeCapability.__members__.items() if name not in ("NONE", "CURRENT")
+    }
+    # Turing (SM75) must be asked for: TensorRT-RTX 1.7 has no FP32 matrix product for it, and would refuse them all.
+    wanted = tuple(asked) if asked else tuple(sorted((set(known) - {"SM75"}), key=lambda name: int(name[2:])))
+    if unknown := [name for name in wanted if name not in known]:
+        raise BackendError(f"tensorrt_rtx cannot build for {', '.join(unknown)}", fix=f"it knows {', '.join(known)}")
+    config.num_compute_capabilities = len(wanted)
+    for position, name in enumerate(wanted):
+        config.set_compute_capability(known[name], position)
+    return wanted
+
+
+def set_batch(builder: Any, config: Any, network: Any, batch: tuple[int, int, int]) -> None:
+    """Fix the batch dimension, or give the range it may take: static engines can be faster."""
+    pixels = network.get_input(0)
+    rest = tuple(pixels.shape)[1:]
+    if batch[0] == batch[2]:
+        pixels.shape = (batch[0], *rest)
+        return
+    profile = builder.create_optimization_profile()
+    profile.set_shape(pixels.name, *((size, *rest) for size in batch))
+    config.add_optimization_profile(profile)
+
+
+def inspect(trt: Any, logger: Any, plan: bytes, precision: str, onnx_path: Path) -> dict[str, int] | None:
+    """Count the tensor types inside the built engine, where a GPU can open it; FP16 that vanished is an error.
+
+    One fused node shows nothing but its ends, so only an engine of several layers is judged.
+    """
+    if find_gpu() is None:
+        return None
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None:  # built for other GPUs than the one here
+        return None
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    layers = [layer for layer in json.loads(text).get("Layers", []) if isinstance(layer, dict)]
+    types: Counter[str] = Counter()
+    for layer in layers:
+        for tensor in (*layer.get("Inputs", []), *layer.get("Outputs", [])):
+            types[str(tensor.get("DataType") or tensor.get("Format/Datatype"))] += 1  # 11, 10
+    is_half = any("half" in kind.lower() or "fp16" in kind.lower() for kind in types)
+    if len(layers) > 1 and is_half != (precision == "fp16"):
+        raise ExportError(
+            f"{precision} was asked for, and the built engine holds {dict(types)}",
+            where=onnx_path,
+            fix="report this build",
+        )
+    return dict(types)
+
+
+def tensor_facts(tensor: Any) -> dict[str, Any]:
+    """Return a network tensor's name, type and shape; -1 is the batch."""
+    return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}

@@ -1,0 +1,1 @@
+"""One YAML page per dataset."""

@@ -1,0 +1,200 @@
+"""The bench from a bundle to a report, without torch: every figure where it belongs, every failure said."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from prgkit.errors import BenchError
+from prgkit.evaluate.bench import bench
+from prgkit.evaluate.pictures import choose_pictures
+from prgkit.export.bundle import (
+    Evaluation,
+    contract,
+    describe_artifact,
+    write_evaluation,
+    write_golden,
+    write_manifest,
+)
+from prgkit.export.card import SCHEMA, EngineCard, write_card
+from prgkit.files import sha256
+from prgkit.images import Preprocessing
+
+onnx = pytest.importorskip("onnx", reason="the model under test is made with the onnx package")
+
+CLASSES = ("red", "green", "<b>blue</b>")
+SIDE = 16
+
+
+def model(path: Path, *, weight: float = 1.0) -> Path:
+    """Write an ONNX file that answers with the strongest channel: three classes."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["floats", "axes"], ["means"], keepdims=0),
+        helper.make_node("Mul", ["means", "weight"], ["logits"]),
+    ]
+    constants = [
+        numpy_helper.from_array(np.array([1, 2], dtype=np.int64), "axes"),
+        numpy_helper.from_array(np.array(weight, dtype=np.float32), "weight"),
+    ]
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", SIDE, SIDE, 3])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])
+    graph = helper.make_graph(nodes, "means", [pixels], [logits], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+def answers(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return pixels.mean(axis=(1, 2), dtype=np.float64).astype(np.float32)
+
+
+def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> Path:
+    """Write a bundle of 40 images: the student is right on 30 and the teacher on all, and an engine nobody can run."""
+    folder.mkdir()
+    model(folder / "model.onnx", weight=weight)
+    engine = folder / "model.fp16.engine"
+    engine.write_bytes(b"an engine for a GPU that does not exist")
+    tensors = {"input": {"name": "pixels", "shape": [1, SIDE, SIDE, 3]}, "output": {"name": "logits", "shape": [1, 3]}}
+    write_card(
+        engine,
+        EngineCard(
+            SCHEMA, engine.name, engine.stat().st_size, sha256(engine), "model.onnx", "", "tensorrt_rtx", "0.0", "fp16",
+            (1, 1, 1), ("0.0",), None, **tensors, layer_dtypes={}, inspected_dtypes=None, build_s=0.0, executed=False, note=None,
+        ),
+    )  # fmt: skip
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 100, (40, SIDE, SIDE, 3), dtype=np.uint8)
+    strongest = np.arange(40) % 3
+    pixels[np.arange(40), :, :, strongest] += 50
+    labels = strongest.copy()
+    labels[:10] = (labels[:10] + 1) % 3
+    teacher = np.full((40, 3), -1, dtype=np.float32)
+    teacher[np.arange(40), labels] = 1
+    preprocessing = Preprocessing(SIDE, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    write_evaluation(
+        folder, pixels, teacher_logits=teacher, teacher_uniform_logits=-teacher, labels=labels if labelled else None, student=answers
+    )  # fmt: skip
+    golden = [preprocessing.prepare(Image.fromarray(image)) for image in pixels[:2]]
+    write_golden(folder, [Image.fromarray(image) for image in pixels[:2]], np.stack(golden), answers(np.stack(golden)))
+    facts: dict[str, Any] = {"executed": False, "note": None, "parity": None}
+    artifacts = [
+        describe_artifact(folder, "model.onnx", name="onnx-fp32", format_="onnx", precision="fp32", backend="onnxruntime", **facts),
+        describe_artifact(folder, engine.name, name="rtx-fp16", format_="engine", precision="fp16", backend="tensorrt_rtx", **facts),
+    ]  # fmt: skip
+    manifest = {
+        "run": {"name": "colours", "fingerprint": "0" * 16, "objective": "prg", "epochs": 3},
+        "recipe": {},
+        "teacher": {"model": "eye", "weights": "human", "fingerprint": "0" * 16},
+        "student": {"model": "repvit_m0_9", "parameters": 1},
+        "artifacts": artifacts,
+        "evaluation": {"images": 40, "labelled": labelled, "source": "made up"},
+        **contract(preprocessing, CLASSES),
+    }
+    write_manifest(folder, manifest)
+    return folder
+
+
+def measure(bundle: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "run_folder": None,
+        "threads": 1,
+        "seconds": 0.3,
+        "batches": (1, 4),
+        "note": lambda text: None,
+    }
+    return bench(bundle, out=out, **{**options, **changes})
+
+
+def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
+    said: list[str] = []
+    out = tmp_path / "bench" / "here"
+    report = measure(make_bundle(tmp_path / "bundle"), out, note=said.append, command="prgkit bench --seconds 0.3")
+    assert json.loads((out / "report.json").read_text()) == report
+    assert report["schema"] == "prgkit.report/1"
+    assert report["command"] == "prgkit bench --seconds 0.3"
+    assert report["run"] == {
+        "name": "colours", "student": "repvit_m0_9", "teacher": "eye human", "objective": "prg", "classes": 3, "epochs": 3
+    }  # fmt: skip
+    assert report["evaluation"] == {"images": 40, "labelled": True, "source": "made up"}
+    assert report["teacher"] == {"top1": 100.0, "top5": None, "top1_uniform_prompts": 0.0}
+    assert report["student"] == {"top1": 75.0, "top5": None, "agreement": 75.0}
+    assert report["ratio"] == 0.75
+    onnx_row, engine_row = report["rows"]
+    assert (onnx_row["status"], onnx_row["top1"], onnx_row["agreement_fp32"]) == ("measured", 75.0, 100.0)
+    assert (onnx_row["threads"], onnx_row["backend"], onnx_row["device"]) == (1, "onnxruntime", "cpu")
+    assert [entry["batch"] for entry in onnx_row["throughput"]] == [1, 4]
+    assert (
+        onnx_row["latency"]["p50_interval_ms"][0]
+        <= onnx_row["latency"]["p50_ms"]
+        <= onnx_row["latency"]["p50_interval_ms"][1]
+    )
+    assert engine_row["status"] == "not executed"
+    assert engine_row["reason"].endswith("never executed here")
+    assert engine_row["latency"] is engine_row["top1"] is None
+    assert onnx_row.keys() == engine_row.keys()
+    assert any(note.startswith("rtx-fp16 (cuda) was never executed here") for note in report["notes"])
+    assert not any(note.startswith("Golden images") for note in report["notes"])
+    raw = json.loads((out / "samples.json").read_text())
+    assert raw["order"] == [[0]] * 10
+    assert sum(map(len, raw["rows"][0]["rounds"])) == onnx_row["latency"]["samples"]
+    page = (out / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "<b>blue</b>" not in page
+    assert said[0] == "opening onnx-fp32"
+    assert multiprocessing.active_children() == []
+
+
+def test_without_labels_there_is_fidelity_and_no_accuracy(tmp_path: Path) -> None:
+    report = measure(make_bundle(tmp_path / "bundle", labelled=False), tmp_path / "out", batches=())
+    assert report["teacher"] == {"top1": None, "top5": None, "top1_uniform_prompts": None}
+    assert report["student"] == {"top1": None, "top5": None, "agreement": 75.0}
+    assert report["ratio"] is None
+    assert report["rows"][0]["top1"] is None
+    assert report["rows"][0]["throughput"] == []
+    assert "gives its teacher's answer on 75.0 % of the images" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_model_that_leaves_the_numbers_is_a_failure(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", weight=float("inf"))
+    with pytest.raises(BenchError, match="onnx-fp32: its logits are not finite on 40 of 40 images, first on image 0"):
+        measure(bundle, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_the_exported_one_is_noted(tmp_path: Path) -> None:
+    report = measure(make_bundle(tmp_path / "bundle", weight=2.0), tmp_path / "out", batches=())
+    assert any("Golden images: onnx-fp32 differs from the exported logits" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("threads", 0), ("seconds", 0), ("seconds", float("nan")), ("batches", (1, 0))]
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_opened(
+    tmp_path: Path, option: str, value: Any
+) -> None:
+    with pytest.raises(BenchError) as caught:
+        measure(tmp_path / "nothing here", tmp_path / "out", **{option: value})
+    assert f"--{option}" in (caught.value.fix or "")
+
+
+def test_pictures_are_a_sample_and_the_surest_differences() -> None:
+    pixels = np.zeros((100, 4, 4, 3), dtype=np.uint8)
+    teacher = np.tile(np.array([[5.0, 0.0]], dtype=np.float32), (100, 1))
+    student = teacher.copy()
+    student[50:60] = np.stack([np.zeros(10), np.arange(1, 11)], axis=1)  # ten differ, each surer than the one before
+    chosen = choose_pictures(Evaluation(pixels, teacher, teacher, student, None), student, ["a", "b"])
+    sample, differs = ([one for one in chosen if one.group == group] for group in ("sample", "differs"))
+    assert len(sample) == 24
+    assert 0 < len(differs) <= 10
+    assert all((one.teacher, one.student, one.label) == ("a", "b", None) for one in differs)
+    sure = [one.student_confidence for one in differs]
+    assert sure == sorted(sure, reverse=True)

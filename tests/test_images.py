@@ -1,0 +1,727 @@
+"""Images: every kind of source, colour mode and damage, and the exact words for what a user can get wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import struct
+import tarfile
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from prgkit.decoding import UnreadableImage, decode, image_suffixes
+from prgkit.errors import ImagesError
+from prgkit.images import Catalogue, Preprocessing, catalogue, load_image, match_labels, open_images
+from prgkit.sources import expand_braces
+
+REAL = Path(os.environ.get("PRGKIT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data") / "cifar100"
+
+
+def noise(seed: int, size: tuple[int, int] = (8, 6)) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_zip(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def write_folder(root: Path, members: dict[str, bytes]) -> Path:
+    for name, data in members.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def error_text(spec: str | Path, **options: Path) -> str:
+    with pytest.raises(ImagesError) as raised:
+        catalogue(open_images(str(spec), **options), workers=2)
+    return str(raised.value)
+
+
+# --- decoding: each colour mode against the pixels it must become ---
+
+
+def test_plain_rgb_is_untouched() -> None:
+    assert (pixels(decode(encode(noise(1)), "a.png")) == pixels(noise(1))).all()
+
+
+def test_grey_and_bilevel() -> None:
+    grey = Image.fromarray(np.array([[0, 7, 128, 255]], dtype=np.uint8))
+    assert pixels(decode(encode(grey), "a.png"))[0, :, 0].tolist() == [0, 7, 128, 255]
+    assert pixels(decode(encode(grey.point(lambda v: 255 * (v > 100)).convert("1")), "a.png"))[0, :, 2].tolist() == [
+        *(0, 0, 255, 255)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled_not_clipped(kind: str) -> None:
+    deep = Image.fromarray(np.array([[0, 257, 40 * 257 + 100, 128 * 257, 65535]], dtype=np.uint16))
+    read = pixels(decode(encode(deep, kind), f"a.{kind.lower()}"))
+    assert read[0].tolist() == [[v] * 3 for v in (0, 1, 40, 128, 255)]
+
+
+def test_big_endian_16_bit_tiff() -> None:
+    values = np.array([[0, 300 * 100, 65535]], dtype=">u2")
+    deep = Image.frombytes("I;16B", (3, 1), values.tobytes())
+    assert pixels(decode(encode(deep, "TIFF"), "a.tif"))[0, :, 1].tolist() == [0, 117, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0, 0.5, 1.0], [0, 128, 255]),
+        ([0.0, 99.6, 255.0], [0, 100, 255]),
+        ([0.0, 25700.0, 65535.0], [0, 100, 255]),
+        ([-1.0, 0.0, 1.0], [0, 128, 255]),
+        ([0.0, float("nan"), 1.0], [0, 0, 255]),
+    ],
+)
+def test_floating_point_grey(values: list[float], expected: list[int]) -> None:
+    image = Image.fromarray(np.array([values], dtype=np.float32))
+    assert pixels(decode(encode(image, "TIFF"), "a.tif"))[0, :, 0].tolist() == expected
+
+
+def test_32_bit_grey() -> None:
+    for values, expected in (([0, 128, 255], [0, 128, 255]), ([0, 2**20, 2**21], [0, 128, 255])):
+        image = Image.fromarray(np.array([values], dtype=np.int32))
+        assert pixels(decode(encode(image, "TIFF"), "a.tif"))[0, :, 0].tolist() == expected
+
+
+def test_palette_with_and_without_transparency() -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0, 10, 20, 30])
+    image.putdata([0, 1, 2])
+    colours = [[255, 0, 0], [0, 255, 0], [10, 20, 30]]
+    assert pixels(decode(encode(image), "a.png"))[0].tolist() == colours
+    assert pixels(decode(encode(image, transparency=1), "a.png"))[0].tolist() == [colours[0], [255] * 3, colours[2]]
+    partly = encode(image, transparency=bytes([255, 0, 127]))
+    assert pixels(decode(partly, "a.png"))[0].tolist() == [colours[0], [255] * 3, [133, 138, 143]]
+
+
+def test_transparency_lies_on_white() -> None:
+    rgba = Image.new("RGBA", (2, 1))
+    rgba.putdata([(200, 100, 0, 128), (9, 9, 9, 0)])
+    assert pixels(decode(encode(rgba), "a.png"))[0].tolist() == [[227, 177, 127], [255, 255, 255]]
+    grey = Image.new("LA", (2, 1))
+    grey.putdata([(0, 128), (77, 255)])
+    assert pixels(decode(encode(grey), "a.png"))[0].tolist() == [[127] * 3, [77] * 3]
+    keyed = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8))
+    assert pixels(decode(encode(keyed, transparency=(1, 2, 3)), "a.png"))[0].tolist() == [[255] * 3, [4, 5, 6]]
+    dark = Image.fromarray(np.array([[0, 9]], dtype=np.uint8))
+    assert pixels(decode(encode(dark, transparency=0), "a.png"))[0].tolist() == [[255] * 3, [9] * 3]
+
+
+def test_cmyk() -> None:
+    ink = Image.new("CMYK", (16, 16), (255, 0, 0, 0))  # pure cyan
+    for kind, tolerance in (("TIFF", 0), ("JPEG", 2)):
+        assert np.abs(pixels(decode(encode(ink, kind), "a")) - [0, 255, 255]).max() <= tolerance
+
+
+def test_cmyk_jpeg_without_adobe_marker_is_not_inverted() -> None:
+    jpeg = encode(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG", quality=100)
+    start = jpeg.index(b"\xff\xee")
+    length = struct.unpack(">H", jpeg[start + 2 : start + 4])[0]
+    plain = jpeg[:start] + jpeg[start + 2 + length :]
+    # Pillow stores ink inverted, as Adobe does. Without the marker what is stored is the ink: no cyan, all of the rest.
+    assert np.abs(pixels(decode(plain, "a.jpg")) - [0, 0, 0]).max() <= 2
+
+
+def test_lab_and_ycbcr() -> None:
+    colour = Image.new("RGB", (8, 8), (200, 60, 40))
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    lab = ImageCms.applyTransform(colour, to_lab)
+    assert lab is not None
+    assert np.abs(pixels(decode(encode(lab, "TIFF"), "a.tif")) - [200, 60, 40]).max() <= 4
+    assert np.abs(pixels(decode(encode(colour.convert("YCbCr"), "TIFF"), "a.tif")) - [200, 60, 40]).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_exif_orientation(orientation: int, kind: str) -> None:
+    upright = Image.fromarray(np.kron(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40, np.ones((16, 16), np.uint8)))
+    stored = {  # how a camera that notes this orientation has stored the upright picture
+        1: upright,
+        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: upright.transpose(Image.Transpose.ROTATE_180),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.transpose(Image.Transpose.ROTATE_90),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.transpose(Image.Transpose.ROTATE_270),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    read = decode(encode(stored.convert("RGB"), kind, exif=exif, **options), "a")
+    assert read.size == (48, 32)
+    assert np.abs(pixels(read)[8::16, 8::16, 0] - np.arange(6).reshape(2, 3) * 40).max() <= 3
+    assert "exif" not in read.info
+    assert read.getexif().get(0x0112) is None
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_is_no_obstacle() -> None:
+    data = encode(noise(1, (16, 16)), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xffgarbage")
+    assert decode(data, "a.jpg").size == (16, 16)
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "WEBP", "PNG", "TIFF"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert pixels(decode(data, "a"))[4, 4].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("a.jpg", b"", "the file is empty"),
+        ("a.jpg", b"hello, I am text", "not an image that Pillow knows"),
+        ("a.jpg", b"<!DOCTYPE html><title>404</title>", "a web page or XML, not an image"),
+        ("a.heic", b"\0\0\0\x18ftypheic" + bytes(16), "HEIC, which Pillow does not read: convert it to JPEG or PNG"),
+        ("a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image that Pillow knows"),
+        ("a.jpg", encode(noise(1, (64, 64)), "JPEG")[:900], "truncated"),
+        ("a.bmp", encode(noise(1, (64, 64)), "BMP")[:5000], "truncated"),
+    ],
+)
+def test_reasons(name: str, data: bytes, reason: str) -> None:
+    with pytest.raises(UnreadableImage) as raised:
+        decode(data, name)
+    assert (raised.value.name, raised.value.reason) == (name, reason)
+    copy = pickle.loads(pickle.dumps(raised.value))
+    assert (copy.name, copy.reason, str(copy)) == (name, reason, f"{name} cannot be read: {reason}")
+
+
+def test_truncated_png_is_refused_at_any_length() -> None:
+    whole = encode(noise(1, (64, 64)))
+    for length in range(0, len(whole) - 80, 997):
+        with pytest.raises(UnreadableImage):
+            decode(whole[:length], "a.png")
+
+
+def test_a_bomb_is_refused_with_its_reason(tmp_path: Path) -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    write_folder(tmp_path, {"bomb.png": bomb, "fine.png": encode(noise(1))})
+    found = catalogue(open_images(str(tmp_path)), workers=1)
+    assert [(one.name, one.reason) for one in found.unreadable] == [
+        ("bomb.png", "decompression bomb: more pixels than Pillow's limit (178,956,970)")
+    ]
+
+
+def test_random_bytes_are_never_taken_for_a_picture() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        with pytest.raises(UnreadableImage):
+            decode(rng.randbytes(rng.randrange(1, 2000)), "photo.jpg")
+
+
+def test_suffixes() -> None:
+    assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".tga"} <= image_suffixes()
+    assert not {".txt", ".cls", ".json", ".mp4", ".mpg", ".h5", ".eps", ".pdf"} & image_suffixes()
+    assert decode(encode(noise(2), "TGA"), "a.tga").size == (8, 6)
+
+
+# --- sources ---
+
+MEMBERS = {
+    "cat/b.png": encode(noise(1)),
+    "cat/a.png": encode(noise(2)),
+    "dog/c.JPG": encode(noise(3), "JPEG"),
+    "d.bmp": encode(noise(4), "BMP"),
+}
+
+
+def test_folder(tmp_path: Path) -> None:
+    others = {".hidden.png": b"x", ".git/e.png": b"x", "notes.txt": b"x", "cat/labels.csv": b"x"}
+    images = open_images(str(write_folder(tmp_path, MEMBERS | others)))
+    assert [images.name(i) for i in range(len(images))] == ["cat/a.png", "cat/b.png", "d.bmp", "dog/c.JPG"]
+    assert [images.label(i) for i in range(len(images))] == ["cat", "cat", None, "dog"]
+    assert (pixels(images.read(0)) == pixels(noise(2))).all()
+    assert len(images.key(0)) == 32
+    assert images.spec == str(tmp_path)
+
+
+def test_links_in_a_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "elsewhere", {"a.png": MEMBERS["cat/a.png"]})
+    root = write_folder(tmp_path / "root", {"b.png": MEMBERS["cat/b.png"]})
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "loop").symlink_to(root)
+    (root / "gone.png").symlink_to(tmp_path / "nothing.png")
+    os.mkfifo(root / "pipe.png")
+    found = catalogue(open_images(str(root)), workers=2)
+    assert len(found) == 2
+    reasons = [(one.name, one.reason) for one in found.unreadable]
+    assert reasons == [("gone.png", "no such file or directory"), ("pipe.png", "not a regular file")]
+
+
+def test_home_and_variables_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "pictures", MEMBERS)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    assert len(open_images("~/pictures")) == len(open_images("$WHERE/pictures")) == 4
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_zip(tmp_path: Path, method: int) -> None:
+    others = {"__MACOSX/cat/._a.png": b"x", "readme.txt": b"x"}
+    images = open_images(str(write_zip(tmp_path / "a.zip", MEMBERS | others, method)))
+    assert [images.name(i) for i in range(len(images))] == ["cat/a.png", "cat/b.png", "d.bmp", "dog/c.JPG"]
+    assert [images.label(i) for i in range(len(images))] == ["cat", "cat", None, "dog"]
+    assert (pixels(images.read(1)) == pixels(noise(1))).all()
+
+
+def test_hostile_zip(tmp_path: Path) -> None:
+    fine = encode(noise(1))
+    members = {"../../climbs.png": fine, "/etc/absolute.png": fine, "C:/drive.png": fine, "fine.png": fine}
+    path = write_zip(tmp_path / "a.zip", members)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("bzip2.png", fine)
+        archive.writestr("large.png", bytes(1000), zipfile.ZIP_DEFLATED)
+        archive.writestr("lies.png", bytes(100_000), zipfile.ZIP_DEFLATED)
+    data = bytearray(path.read_bytes())
+    for name, claimed in ((b"large.png", 3 << 30), (b"lies.png", 10)):
+        central = data.rindex(name) - 46
+        data[central + 24 : central + 28] = struct.pack("<I", claimed)
+    path.write_bytes(data)
+    found = catalogue(open_images(str(path)), workers=2)
+    assert len(found) == 1
+    assert {one.name: one.reason for one in found.unreadable} == {
+        "../../climbs.png": "its path climbs out of the archive",
+        "/etc/absolute.png": "its path climbs out of the archive",
+        "C:/drive.png": "its path climbs out of the archive",
+        "bzip2.png": "zip compression method 12; pack it again with deflate",
+        "large.png": "3.0 GiB, and the limit is 1 GiB",
+        "lies.png": "damaged inside the archive (its checksum differs)",
+    }
+    assert sorted(os.listdir(tmp_path)) == ["a.zip"]
+
+
+def test_tar_shards_with_cls_labels(tmp_path: Path) -> None:
+    pictures = [encode(noise(seed)) for seed in range(4)]
+    write_tar(tmp_path / "s-08.tar", {"./000.png": pictures[0], "./000.cls": b"3\n", "1.seg.png": pictures[1]})
+    write_tar(tmp_path / "s-09.tar", {"1.cls": b"9", "000.png": pictures[2], "000.cls": b"oak tree", "000.txt": b"no"})
+    write_tar(tmp_path / "s-10.tar", {"dir/v2.x.png": pictures[3], "dir/v2.x.cls": b"5", "../up.png": pictures[3]})
+    images = open_images(str(tmp_path / "s-{08..10}.tar"))
+    assert [(images.name(i), images.label(i)) for i in range(4)] == [
+        ("s-08.tar/000.png", 3),
+        ("s-08.tar/1.seg.png", None),
+        ("s-09.tar/000.png", "oak tree"),
+        ("s-10.tar/dir/v2.x.png", 5),
+    ]
+    assert (pixels(images.read(2)) == pixels(noise(2))).all()
+    assert [one.name for one in catalogue(images, workers=1).unreadable] == ["s-10.tar/../up.png"]
+    assert len(open_images(str(tmp_path / "s-08.tar"))) == 2
+
+
+def test_braces() -> None:
+    assert list(expand_braces("a-{008..010}.tar")) == ["a-008.tar", "a-009.tar", "a-010.tar"]
+    assert list(expand_braces("{a,b}-{0..1}.tar")) == ["a-0.tar", "a-1.tar", "b-0.tar", "b-1.tar"]
+    assert next(expand_braces("x-{0..99999999999}.tar")) == "x-0.tar"
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_threads_forks_and_copies_read_the_same(tmp_path: Path, kind: str) -> None:
+    members = {f"{seed:03d}.png": encode(noise(seed, (32, 32))) for seed in range(60)}
+    write = {"folder": write_folder, "zip": write_zip, "tar": write_tar}[kind]
+    path = tmp_path / ("pictures" if kind == "folder" else f"pictures.{kind}")
+    images = open_images(str(write(path, members)))
+    order = list(range(60)) * 5
+    random.Random(0).shuffle(order)
+
+    def reads_right(index: int) -> bool:
+        return bool((pixels(images.read(index)) == pixels(noise(index, (32, 32)))).all())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(reads_right, order))
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if all(map(reads_right, order)) else 1)
+        children.append(child)
+    assert all(map(reads_right, order))
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    copy = pickle.loads(pickle.dumps(images))
+    assert [copy.key(i) for i in range(60)] == [images.key(i) for i in range(60)]
+
+
+def test_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("torchvision").datasets
+
+    class Small(datasets.VisionDataset):  # type: ignore[misc,name-defined]
+        classes = ("cat", "dog")
+
+        def __init__(self, root: Path, train: bool = True, download: bool = False) -> None:
+            print("Files already downloaded")
+            assert download
+            self.targets = [1, 0] if train else [1]
+
+        def __len__(self) -> int:
+            return len(self.targets)
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return noise(index).convert("L"), self.targets[index]
+
+    monkeypatch.setattr(datasets, "CIFAR10", Small)
+    monkeypatch.setenv("PRGKIT_DATA_ROOT", str(tmp_path / "data"))
+    images = open_images("torchvision:CIFAR10/train")
+    assert [(images.name(i), images.label(i)) for i in range(2)] == [
+        ("CIFAR10/train[0]", "dog"),
+        ("CIFAR10/train[1]", "cat"),
+    ]
+    assert (pixels(images.read(1)) == pixels(noise(1).convert("L").convert("RGB"))).all()
+    assert len(catalogue(images, workers=2)) == 2
+    assert images.key(0) != images.key(1)
+    assert len(open_images("torchvision:CIFAR10/test")) == 1
+
+
+def test_torchvision_mistakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("torchvision").datasets
+    monkeypatch.setenv("PRGKIT_DATA_ROOT", str(tmp_path))
+    assert error_text("torchvision:CIFAR1000/train").startswith(
+        "torchvision has no dataset 'CIFAR1000'; did you mean 'CIFAR100'?"
+    )
+    assert error_text("torchvision:CIFAR100/trian").startswith("CIFAR100 has no split 'trian'; did you mean 'train'?")
+    assert error_text("torchvision:CIFAR100").startswith("torchvision:CIFAR100 names no split")
+
+    def refuse(root: Path, train: bool, download: bool) -> None:
+        print("Downloading")
+        raise OSError("<urlopen error [Errno -2] Name or service not known>")
+
+    monkeypatch.setattr(datasets, "CIFAR100", refuse)
+    assert error_text("torchvision:CIFAR100/train") == (
+        "torchvision:CIFAR100/train could not be opened: <urlopen error [Errno -2] Name or service not known>\n"
+        f"  where: {tmp_path}\n"
+        "  fix: check the network, or put the images into a folder and give its path instead"
+    )
+    assert capsys.readouterr().out == ""  # stdout belongs to the result
+
+
+def test_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "oak_tree"])})
+    table = {"img": [{"bytes": encode(noise(i)), "path": None} for i in range(2)], "label": [1, 0]}
+    table["img"].append({"bytes": b"broken", "path": None})
+    table["label"].append(0)
+    dataset = datasets.Dataset.from_dict(table, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {"me/pets test": dataset}[f"{name} {split}"])
+    images = open_images("hf:me/pets/test")
+    assert [(images.name(i), images.label(i)) for i in range(2)] == [
+        ("me/pets/test[0]", "oak_tree"),
+        ("me/pets/test[1]", "cat"),
+    ]
+    found = catalogue(images, workers=2)
+    assert match_labels(found, ["Cat", "oak tree"]).tolist() == [1 - int(index) for index in found.indices]
+    assert [one.name for one in found.unreadable] == ["me/pets/test[2]"]
+    assert pickle.loads(pickle.dumps(images)).key(0) == images.key(0)
+    assert error_text("hf:me/pets").startswith("hf:me/pets names no split\n  fix: write hf:me/pets/train")
+    assert error_text("hf:me/pets/dev").startswith("hf:me/pets/dev could not be opened: 'me/pets dev'")
+
+
+def test_demo_digits() -> None:
+    pytest.importorskip("sklearn")
+    images = open_images("demo:digits/test")
+    assert {images.label(i) for i in range(len(images))} == set(range(10))
+    assert images.read(0).mode == "RGB"
+    assert error_text("demo:digits/tset") == (
+        "there is no demo:digits/tset; did you mean 'digits/test'?\n  fix: use demo:digits/train or demo:digits/test"
+    )
+
+
+# --- the catalogue ---
+
+
+def test_catalogue_counts_skips_and_reports_progress(tmp_path: Path) -> None:
+    write_folder(
+        tmp_path, MEMBERS | {"copy.png": MEMBERS["cat/a.png"], "copy2.png": MEMBERS["cat/a.png"], "x.png": b""}
+    )
+    write_folder(tmp_path, {f"more/{seed}.png": encode(noise(seed)) for seed in range(100, 193)})
+    calls: list[int] = []
+    found = catalogue(open_images(str(tmp_path)), workers=2, progress=calls.append)
+    assert (len(found), found.duplicates) == (97, 2)
+    assert [(one.name, one.reason) for one in found.unreadable] == [("x.png", "the file is empty")]
+    assert list(found.keys) == sorted(found.keys)
+    assert [found.images.key(int(index)) for index in found.indices] == list(found.keys)
+    assert (len(calls), sum(calls)) == (4, 100)  # in steps, each saying how many more are done
+    assert (pixels(found.read(0)) == pixels(found.images.read(int(found.indices[0])))).all()
+
+
+def test_names_places_and_containers_change_nothing(tmp_path: Path) -> None:
+    """Keys and order come from content, so neither a rename nor a class folder can leak into training."""
+    members = {f"{seed}.png": encode(noise(seed)) for seed in range(50)}
+    moved = {f"class{int(name[:-4]) % 3}/{99 - int(name[:-4])}.png": data for name, data in members.items()}
+    sources = (
+        write_folder(tmp_path / "before", members),
+        write_folder(tmp_path / "after", moved),
+        write_zip(tmp_path / "a.zip", moved),
+        write_tar(tmp_path / "a.tar", members),
+    )
+    catalogues = [catalogue(open_images(str(source)), workers=workers) for workers, source in enumerate(sources, 1)]
+    assert len(catalogues[0]) == 50
+    for other in catalogues[1:]:
+        assert other.keys == catalogues[0].keys
+        assert all((pixels(other.read(i)) == pixels(catalogues[0].read(i))).all() for i in range(50))
+
+
+def test_interrupt_stops_the_catalogue(tmp_path: Path) -> None:
+    write_folder(tmp_path, {f"{seed}.png": encode(noise(seed)) for seed in range(200)})
+
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        catalogue(open_images(str(tmp_path)), workers=2, progress=interrupt)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the CIFAR-100 tars are not here")
+def test_real_shards() -> None:
+    images = open_images(str(REAL / "test-000000.tar"))
+    found = catalogue(images, workers=2)
+    assert len(images) == 5000
+    assert not found.unreadable
+    assert len(found) + found.duplicates == 5000
+    names = (REAL / "classes.txt").read_text().split("\n")[:100]
+    indices = match_labels(found, names)
+    assert len(indices) == len(found)
+    assert set(indices.tolist()) == set(range(100))
+
+
+# --- labels ---
+
+
+def open_labelled(root: Path, rows: str) -> list[str | int | None]:
+    (root.parent / "labels.csv").write_text(rows, encoding="utf-8-sig")
+    images = open_images(str(root), labels=root.parent / "labels.csv")
+    return [images.label(i) for i in range(len(images))]
+
+
+def test_csv_labels(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "in", MEMBERS)
+    whole = ["x y", "x", "z", None]
+    assert open_labelled(root, "cat/a.png,x y\ncat/b.png,x\nd.bmp,z\nmissing.png,q\n") == whole
+    assert open_labelled(root, "file,label\na.png,x y\n./cat/b.png,x\nd.bmp,z\n") == whole
+    assert open_labelled(root, 'label;id;filename\n"x y";1;cat\\a.png\nx;2;b.png\nz;3;d.bmp\n') == whole
+    tar = write_tar(tmp_path / "s.tar", {"0.png": MEMBERS["cat/a.png"], "x/1.png": MEMBERS["cat/b.png"]})
+    (tmp_path / "t.csv").write_text("s.tar/0.png,cat\nx/1.png,dog\n")
+    images = open_images(str(tar), labels=tmp_path / "t.csv")
+    assert [images.label(0), images.label(1)] == ["cat", "dog"]
+
+
+def test_csv_mistakes(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "in", MEMBERS | {"dog/a.png": MEMBERS["d.bmp"]})
+    table = tmp_path / "labels.csv"
+
+    def text(rows: str) -> str:
+        table.write_text(rows)
+        return error_text(root, labels=table)
+
+    assert text("a.png,cat\n") == (
+        f"'a.png' could be any of cat/a.png, dog/a.png\n  where: {table}, line 1\n  fix: write the whole path"
+    )
+    assert text("d.bmp,cat\nd.bmp,dog\n").startswith("'d.bmp' is labelled 'cat' and 'dog'")
+    assert text("d.bmp,cat\nc.JPG\n").startswith("labels.csv has a row without a label column")
+    assert text("file,label\nq.png,cat\n").startswith("no row of labels.csv names an image: it has 'q.png', the images")
+    assert text("").startswith("no row of labels.csv names an image: it has nothing")
+    table.unlink()
+    assert error_text(root, labels=table).startswith("the labels in labels.csv cannot be read: No such file")
+
+
+def labelled(tmp_path: Path, labels: list[str]) -> Catalogue:
+    members = {f"{label}/{seed}.png": encode(noise(seed)) for seed, label in enumerate(labels)}
+    return catalogue(open_images(str(write_folder(tmp_path, members))), workers=1)
+
+
+def matched(tmp_path: Path, labels: list[str], classes: list[str]) -> dict[str, int]:
+    found = labelled(tmp_path, labels)
+    return {
+        str(found.images.label(int(i))): c for i, c in zip(found.indices, match_labels(found, classes), strict=True)
+    }
+
+
+def test_labels_match_names_loosely_and_numbers(tmp_path: Path) -> None:
+    assert matched(tmp_path / "a", ["Oak_Tree", "cat"], ["cat", "oak tree"]) == {"Oak_Tree": 1, "cat": 0}
+    assert matched(tmp_path / "b", ["Crane", "crane"], ["crane", "Crane"]) == {"Crane": 1, "crane": 0}
+    assert matched(tmp_path / "c", ["0", "2"], ["cat", "dog", "fox"]) == {"0": 0, "2": 2}
+    assert matched(tmp_path / "d", ["1", "9"], ["9", "1"]) == {"1": 1, "9": 0}  # names first
+
+
+def test_labels_that_match_no_class(tmp_path: Path) -> None:
+    found = labelled(tmp_path / "in", ["cat", "dgo", "1", "zebra", "yak"])
+    with pytest.raises(ImagesError) as raised:
+        match_labels(found, ["cat", "dog", "fox"])
+    assert str(raised.value) == (
+        "4 of 5 labels match no class: '1', 'dgo' (did you mean 'dog'?), 'yak' and 1 more\n"
+        f"  where: {tmp_path / 'in'}\n"
+        "  fix: label with the class names, or with numbers from 0 to 2 in their order"
+    )
+
+
+def test_labels_out_of_range_or_missing(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"0.png": MEMBERS["cat/a.png"], "0.cls": b"7"})
+    with pytest.raises(ImagesError, match=r"^1 of 1 labels match no class: 7\n"):
+        match_labels(catalogue(open_images(str(path)), workers=1), ["cat", "dog"])
+    write_folder(tmp_path / "in", {"a.png": MEMBERS["cat/a.png"]})
+    with pytest.raises(ImagesError) as raised:
+        match_labels(catalogue(open_images(str(tmp_path / "in")), workers=1), ["cat", "dog"])
+    assert str(raised.value) == (
+        "1 of 1 images have no label: a.png\n"
+        f"  where: {tmp_path / 'in'}\n"
+        "  fix: put the images into folders named by class, or give a CSV of file,label rows"
+    )
+
+
+def test_imagenet_folders_are_in_wordnet_order(tmp_path: Path) -> None:
+    from prgkit.labels import lookup
+
+    folders = [f"n{number:08d}" for number in range(5000, 6000)]
+    found = lookup(random.Random(0).sample(folders, 1000), [f"class {number}" for number in range(1000)])
+    assert [found[folder] for folder in folders] == list(range(1000))
+
+
+# --- what a user can get wrong, word for word ---
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    assert error_text(tmp_path) == (
+        f"{tmp_path} holds no images\n  where: {tmp_path}\n  fix: it is empty: name another"
+    )
+    write_folder(tmp_path, {"a.txt": b"", "b.txt": b"", "c.mp4": b""})
+    assert error_text(tmp_path) == (
+        f"{tmp_path} holds no images\n  where: {tmp_path}\n"
+        "  fix: it holds 2 .txt, 1 .mp4; images end in .jpg, .png, .webp, .tif"
+    )
+    assert error_text(write_zip(tmp_path / "a.zip", {"x.txt": b""})).startswith(f"{tmp_path}/a.zip holds no images")
+    assert error_text(write_tar(tmp_path / "a.tar", {"x.txt": b""})).startswith(f"{tmp_path}/a.tar holds no images")
+
+
+def test_every_image_unreadable(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a.png": b"", "b.jpg": b"<html>", "c.png": MEMBERS["cat/a.png"][:60], "d.png": b"text"})
+    assert error_text(tmp_path) == (
+        f"none of the 4 images in {tmp_path} can be read (a.png: the file is empty; "
+        "b.jpg: a web page or XML, not an image; c.png: truncated)\n"
+        f"  where: {tmp_path}\n"
+        "  fix: open one of them in an image viewer; copy or download the images again if they are damaged"
+    )
+
+
+def test_missing_paths(tmp_path: Path) -> None:
+    kinds = (
+        "give a folder, a .zip, tar shards such as shards-{000..004}.tar, torchvision:NAME/split or hf:owner/name/split"
+    )
+    write_folder(tmp_path / "photos", MEMBERS)
+    assert error_text(tmp_path / "phtos") == (
+        f"{tmp_path}/phtos does not exist; did you mean 'photos'?\n  where: {tmp_path}\n  fix: {kinds}"
+    )
+    assert error_text(tmp_path / "phtos" / "cat").startswith(
+        f"{tmp_path}/phtos/cat does not exist; did you mean 'photos'?"
+    )
+    assert error_text("$PRGKIT_NOT_SET/photos").startswith(
+        "$PRGKIT_NOT_SET/photos does not exist; $PRGKIT_NOT_SET is not set"
+    )
+    write_tar(tmp_path / "s-0.tar", MEMBERS)
+    assert error_text(tmp_path / "s-{0..2}.tar").startswith(
+        f"s-1.tar of {tmp_path}/s-{{0..2}}.tar does not exist; did you mean 's-0.tar'?"
+    )
+
+
+def test_what_is_no_source(tmp_path: Path) -> None:
+    write_folder(tmp_path, MEMBERS | {"a.txt": b"", "a.zip": b"no zip", "a.tar": b"no tar" * 200, "a.tar.gz": b""})
+    assert error_text(tmp_path / "d.bmp").startswith(f"{tmp_path}/d.bmp is a single image")
+    assert error_text(tmp_path / "a.txt").startswith(f"{tmp_path}/a.txt is neither a folder nor an archive")
+    assert error_text(tmp_path / "a.tar.gz").endswith("fix: decompress it to a plain .tar")
+    assert error_text(tmp_path / "a.zip").startswith(f"{tmp_path}/a.zip is damaged: File is not a zip file")
+    assert error_text(tmp_path / "a.tar").startswith("a.tar is not a whole tar file: ")
+    whole = write_tar(tmp_path / "b.tar", {"0.png": bytes(5000), "1.png": bytes(5000)}).read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[:8000])
+    assert error_text(tmp_path / "b.tar").startswith("b.tar is not a whole tar file: unexpected end of data")
+
+
+def test_load_image(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a.png": MEMBERS["cat/a.png"], "b.png": b"text"})
+    assert (pixels(load_image(tmp_path / "a.png")) == pixels(load_image(MEMBERS["cat/a.png"]))).all()
+    with pytest.raises(ImagesError, match=r"c\.png does not exist; did you mean '[ab]\.png'\?"):
+        load_image(str(tmp_path / "c.png"))
+    with pytest.raises(UnreadableImage, match=r"b\.png cannot be read: not an image that Pillow knows$"):
+        load_image(tmp_path / "b.png")
+    with pytest.raises(UnreadableImage, match="not a regular file"):
+        load_image(tmp_path)
+
+
+# --- preprocessing ---
+
+
+def preprocessing(image_size: int = 24, crop: float = 1.0, interpolation: str = "bicubic") -> Preprocessing:
+    return Preprocessing(image_size, crop, interpolation, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
+@pytest.mark.parametrize(("image_size", "crop"), [(24, 1.0), (24, 0.875), (25, 0.95), (64, 0.9)])
+def test_prepare_equals_timm_and_torchvision(interpolation: str, image_size: int, crop: float) -> None:
+    create_transform = pytest.importorskip("timm.data").create_transform
+    expected = create_transform(image_size, interpolation=interpolation, crop_pct=crop, mean=(0,) * 3, std=(1,) * 3)
+    for size in ((31, 57), (57, 31), (24, 24), (25, 24), (7, 500), (301, 200), (64, 65), (1, 1)):
+        image = noise(1, size)
+        # ToTensor divides by 255 and puts channels first.
+        reference = (expected(image) * 255).round().byte().permute(1, 2, 0).numpy()
+        prepared = preprocessing(image_size, crop, interpolation).prepare(image)
+        assert prepared.shape == (image_size, image_size, 3)
+        assert prepared.dtype == np.uint8
+        assert prepared.flags.writeable
+        assert (prepared == reference).all(), size
+
+
+def test_prepare_equals_open_clip() -> None:
+    open_clip_transform = pytest.importorskip("open_clip.transform")
+    expected = open_clip_transform.image_transform(24, is_train=False, mean=(0,) * 3, std=(1,) * 3)
+    for size in ((31, 57), (57, 31), (24, 24), (301, 200)):
+        reference = (expected(noise(1, size)) * 255).round().byte().permute(1, 2, 0).numpy()
+        assert (preprocessing().prepare(noise(1, size)) == reference).all()
+
+
+def test_preprocessing_travels_as_json() -> None:
+    made = preprocessing(64, 0.95, "bilinear")
+    assert Preprocessing.from_dict(made.to_dict()) == made
+    assert made.to_dict()["mean"] == [0.5, 0.5, 0.5]
+    with pytest.raises(ImagesError, match="the preprocessing is damaged: KeyError"):
+        Preprocessing.from_dict({"image_size": 3})
+    with pytest.raises(ImagesError, match=r"cannot prepare images with image_size 24, crop 1\.0, 'lanczos'"):
+        preprocessing(interpolation="lanczos")

@@ -1,0 +1,250 @@
+"""ONNX export: two student families, really exported; equal to PyTorch, small, and honest about FP16."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+
+import prgkit  # noqa: E402
+from prgkit.errors import ExportError  # noqa: E402
+from prgkit.export.onnx import (  # noqa: E402
+    Deployable,
+    deployable,
+    export_onnx,
+    rehearse_fp16,
+    write_fp16,
+)
+from prgkit.export.parity import require_agreement, require_parity, run_batches  # noqa: E402
+from prgkit.export.runners import OnnxRunner, TorchRunner  # noqa: E402
+
+
+def logits_of(module, pixels):
+    return run_batches(TorchRunner(module), pixels)
+
+
+def ops(path):
+    return [node.op_type for node in onnx.load(str(path)).graph.node]
+
+
+def test_fused_equals_unfused_and_has_no_batch_norm_left_in_repvit(exported):
+    before, after = logits_of(exported.student, exported.pixels), logits_of(exported.module, exported.pixels)
+    assert np.abs(before - after).max() <= 1e-4 * max(1, np.abs(before).max())
+    assert (before.argmax(1) == after.argmax(1)).all()
+    assert len(set(before.argmax(1))) > 3, "the pictures must not all be one class"
+    layers = [type(layer).__name__ for layer in exported.module.modules()]
+    if "repvit" in type(exported.module.network).__name__.lower():
+        assert not [name for name in layers if "BatchNorm" in name]
+
+
+def test_fusing_leaves_the_student_as_it_was(exported):
+    weights = {name: value.clone() for name, value in exported.student.state_dict().items()}
+    deployable(exported.student, torch.from_numpy(exported.pixels[:8]))
+    after = exported.student.state_dict()
+    assert list(after) == list(weights)
+    assert all(torch.equal(after[name], value) for name, value in weights.items())
+
+
+def test_a_fusion_that_changes_the_logits_is_refused(repvit, monkeypatch):
+    def broken(model):
+        from prgkit.student import reparameterised
+
+        fused = reparameterised(model)
+        with torch.no_grad():
+            next(iter(fused.parameters())).mul_(1.01)
+        return fused
+
+    monkeypatch.setattr("prgkit.export.onnx.reparameterised", broken)
+    with pytest.raises(ExportError, match=r"on 16 images: max abs difference \d.*\(allowed .*\), top-1 agreement"):
+        deployable(repvit.student, torch.from_numpy(repvit.pixels[:16]))
+
+
+def test_onnx_runtime_agrees_with_torch_in_fp32(exported):
+    runner = OnnxRunner(exported.fp32, threads=1)
+    parity = require_parity(TorchRunner(exported.student), runner, exported.pixels, precision="fp32")
+    assert parity.images == 256
+    assert parity.max_abs_difference <= parity.tolerance
+    assert parity.top1_agreement == 100.0
+
+
+def test_onnx_runtime_agrees_with_torch_in_fp16(exported):
+    runner = OnnxRunner(exported.fp16, threads=1)
+    parity = require_parity(TorchRunner(exported.student), runner, exported.pixels, precision="fp16")
+    assert parity.top1_agreement >= 99.0
+    assert parity.max_abs_difference > 0, "float16 weights cannot give the very same logits"
+
+
+def test_fp16_arithmetic_rehearsed_agrees(exported):
+    pixels = exported.pixels[:128]
+    rehearsed = rehearse_fp16(exported.module, torch.from_numpy(pixels)).numpy()
+    reference = logits_of(exported.student, pixels)
+    parity = require_agreement(reference, rehearsed, precision="fp16", names=("torch", "rehearsed"))
+    stored = run_batches(OnnxRunner(exported.fp16, threads=1), pixels)
+    assert parity.max_abs_difference > np.abs(stored - reference).max(), "activations are rounded too, not weights alone"
+
+
+def test_real_images_agree(exported):
+    shard = real_shard()
+    if shard is None:
+        pytest.skip("no CIFAR-100 shard here")
+    pixels = np.stack([exported.preprocessing.prepare(picture) for picture in pictures_of(shard, 256)])
+    reference = TorchRunner(exported.student)
+    deployable(exported.student, torch.from_numpy(pixels))
+    require_parity(reference, OnnxRunner(exported.fp32, threads=1), pixels, precision="fp32")
+    require_parity(reference, OnnxRunner(exported.fp16, threads=1), pixels, precision="fp16")
+
+
+def test_the_batch_is_free(exported):
+    runner = OnnxRunner(exported.fp32, threads=1)
+    whole = runner.run(exported.pixels[:7])
+    for count in (1, 2, 5):
+        np.testing.assert_allclose(runner.run(exported.pixels[:count]), whole[:count], atol=1e-5)
+
+
+def test_the_file_says_all_that_is_needed_to_use_it(exported):
+    for path in (exported.fp32, exported.fp16):
+        model = onnx.load(str(path))
+        assert model.ir_version == 10
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
+        pixels, logits = model.graph.input[0], model.graph.output[0]
+        assert (pixels.name, shape_of(pixels), pixels.type.tensor_type.elem_type) == (
+            "pixels",
+            ["batch", 64, 64, 3],
+            onnx.TensorProto.UINT8,
+        )
+        assert (logits.name, shape_of(logits), logits.type.tensor_type.elem_type) == (
+            "logits",
+            ["batch", 20],
+            onnx.TensorProto.FLOAT,
+        )
+        facts = OnnxRunner(path, threads=1).metadata
+        assert json.loads(facts["classes"]) == [f"thing {number}" for number in range(20)]
+        assert json.loads(facts["preprocessing"]) == exported.preprocessing.to_dict()
+        assert facts["prgkit"] == prgkit.__version__
+        assert not [initializer for initializer in model.graph.initializer if initializer.external_data]
+
+
+def test_nothing_of_this_machine_is_in_the_file(exported):
+    data = exported.fp32.read_bytes()
+    assert b".py" not in data
+    assert str(Path.home()).encode() not in data or str(Path.home()) == "/"
+
+
+def test_pixels_are_cast_before_they_are_transposed(exported):
+    assert ops(exported.fp32)[:4] == ["Cast", "Mul", "Add", "Transpose"]
+    assert ops(exported.fp16)[:5] == ["Cast", "Mul", "Add", "Transpose", "Cast"]
+    assert ops(exported.fp16)[-1] == "Cast"
+
+
+def test_preprocessing_costs_four_nodes_and_no_shape_arithmetic(exported):
+    """A plain export of the fused network from float images is the peer: ours may have four nodes more."""
+    example = torch.zeros(2, 3, 64, 64)
+    batch = torch.export.Dim("batch", min=1)
+    plain = torch.onnx.export(
+        exported.module.network, (example,), dynamo=True, opset_version=20, dynamic_shapes=({0: batch},), verbose=False
+    )
+    ours = ops(exported.fp32)
+    assert len(ours) <= len(plain.model_proto.graph.node) + 4
+    assert not {"Shape", "Range", "Gather", "BatchNormalization", "Identity"} & set(ours)
+
+
+def test_fp16_holds_no_float32_between_its_edges(exported):
+    model = onnx.load(str(exported.fp16))
+    kinds = {initializer.name: initializer.data_type for initializer in model.graph.initializer}
+    normalising = {name for node in model.graph.node[:3] for name in node.input}
+    floats = {name for name, kind in kinds.items() if kind == onnx.TensorProto.FLOAT}
+    assert floats <= normalising
+    assert exported.fp16.stat().st_size < 0.52 * exported.fp32.stat().st_size
+
+
+def test_the_exporter_prints_nothing(repvit, tmp_path, capfd):
+    export_onnx(repvit.module, tmp_path / "m.onnx", image_size=64, classes=["a"], preprocessing={}, opset=19)
+    assert tuple(capfd.readouterr()) == ("", "")
+    assert onnx.load(str(tmp_path / "m.onnx")).opset_import[0].version == 19
+
+
+def test_an_activation_beyond_float16_is_refused_by_name(repvit):
+    import copy
+
+    module = copy.deepcopy(repvit.module)
+    with torch.no_grad():
+        module.network.stages[1].blocks[0].token_mixer.bias.fill_(1e6)
+    with pytest.raises(ExportError) as caught:
+        rehearse_fp16(module, torch.from_numpy(repvit.pixels[:4]))
+    assert caught.value.what.startswith("FP16 cannot hold this student: network.stages.1.blocks.0.token_mixer reaches 1,0")
+    assert caught.value.what.endswith("on real images, and float16 ends at 65,504")
+
+
+def test_a_residual_sum_beyond_float16_is_refused():
+    class Doubling(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = torch.nn.Identity(), torch.nn.Linear(3, 2)
+
+        def forward(self, images):
+            kept = self.first(images.amax((2, 3)) + 40_000)
+            return self.last(kept + kept)
+
+    module = Deployable(Doubling(), torch.zeros(3), torch.ones(3))
+    with pytest.raises(ExportError, match=r"network\.last reaches 80,"):
+        rehearse_fp16(module, torch.zeros((1, 4, 4, 3), dtype=torch.uint8))
+
+
+def test_activations_that_are_nan_are_refused():
+    module = Deployable(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2)), torch.zeros(3), torch.ones(3))
+    with torch.no_grad():
+        module.network[1].bias.fill_(torch.nan)
+    with pytest.raises(ExportError, match=r"network\.1 reaches nan"):
+        rehearse_fp16(module, torch.zeros((1, 4, 4, 3), dtype=torch.uint8))
+
+
+def test_a_weight_beyond_float16_is_refused_by_name(repvit, tmp_path):
+    model = onnx.load(str(repvit.fp32))
+    weight = next(entry for entry in model.graph.initializer if entry.name == "network.head.weight")
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values.flat[0] = -70_000
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    with pytest.raises(ExportError, match=r"weight network\.head\.weight reaches 70,000"):
+        write_fp16(tmp_path / "m.onnx", tmp_path / "h.onnx")
+    assert not (tmp_path / "h.onnx").exists()
+
+
+def test_only_our_own_files_become_fp16(tmp_path):
+    helper = onnx.helper
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["pixels"], ["logits"], "relu")],
+        "other",
+        [value("pixels", onnx.TensorProto.FLOAT, [1])],
+        [value("logits", onnx.TensorProto.FLOAT, [1])],
+    )
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), str(tmp_path / "m.onnx"))
+    with pytest.raises(ExportError, match="does not begin with prgkit's preprocessing"):
+        write_fp16(tmp_path / "m.onnx", tmp_path / "h.onnx")
+
+
+def shape_of(value):
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def real_shard():
+    places = [Path(os.environ["PRGKIT_DATA"])] if "PRGKIT_DATA" in os.environ else []
+    places.append(Path(__file__).resolve().parents[2] / "shared" / "data")
+    shards = [place / "cifar100" / "test-000000.tar" for place in places]
+    return next((shard for shard in shards if shard.exists()), None)
+
+
+def pictures_of(shard, count):
+    with tarfile.open(shard) as archive:
+        members = [member for member in archive if member.name.endswith((".png", ".jpg", ".webp"))][:count]
+        return [Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGB") for member in members]

@@ -1,0 +1,170 @@
+"""Class names and templates: the named ones are right, and every mistake is named with its place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from prgkit.errors import RecipeError
+from prgkit.prompts import NAMED_CLASSES, NAMED_TEMPLATES, canonical, fill, load_classes, load_templates
+
+REAL = Path(os.environ.get("PRGKIT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data") / "cifar100"
+
+
+def classes_error(value: str | list[object], folder: Path | None = None) -> str:
+    with pytest.raises(RecipeError) as raised:
+        load_classes(value, folder=folder)  # type: ignore[arg-type]
+    return str(raised.value)
+
+
+def templates_error(value: str | list[object]) -> str:
+    with pytest.raises(RecipeError) as raised:
+        load_templates(value)  # type: ignore[arg-type]
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "first", "last"),
+    [
+        ("cifar10", 10, "airplane", "truck"),
+        ("cifar100", 100, "apple", "worm"),
+        ("digits", 10, "zero", "nine"),
+        ("imagenet1k", 1000, "tench", "toilet paper"),
+    ],
+)
+def test_named_classes(name: str, count: int, first: str, last: str) -> None:
+    if name == "imagenet1k":
+        pytest.importorskip("open_clip")
+    names = load_classes(name)
+    assert (len(names), names[0], names[-1]) == (count, first, last)
+    assert len({canonical(one) for one in names}) == count
+    assert name in NAMED_CLASSES
+
+
+def test_cifar_names_equal_torchvision_and_the_data() -> None:
+    assert [load_classes("cifar100")[index] for index in (1, 41, 58, 83)] == [
+        *("aquarium fish", "lawn mower", "pickup truck", "sweet pepper")
+    ]
+    if (REAL / "classes.txt").exists():
+        assert load_classes(str(REAL / "classes.txt")) == load_classes("cifar100")
+
+
+def test_imagenet_names_are_open_clips_except_the_two_it_repeats() -> None:
+    metadata = pytest.importorskip("open_clip.zero_shot_metadata")
+    ours = load_classes("imagenet1k")
+    changed = {i: (a, b) for i, (a, b) in enumerate(zip(metadata.IMAGENET_CLASSNAMES, ours, strict=True)) if a != b}
+    assert changed == {744: ("missile", "projectile"), 836: ("sunglasses", "sunglass")}
+
+
+def test_class_file(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes("\ufeff# pets\ncat\r\n\n  oak tree  \n# more\ndog\n".encode())
+    assert load_classes("names.txt", folder=tmp_path) == ("cat", "oak tree", "dog")
+    assert load_classes(str(tmp_path / "names.txt")) == ("cat", "oak tree", "dog")
+
+
+def test_class_file_relative_to_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_classes("names.txt", folder=tmp_path / "recipes") == ("cat", "dog")
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    assert load_classes("$WHERE/names.txt") == ("cat", "dog")
+
+
+def test_names_themselves() -> None:
+    assert load_classes([" cat", "dog "]) == ("cat", "dog")
+
+
+def test_repeated_names(tmp_path: Path) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text("cat\n# note\nOak_tree\ndog\noak  tree\ncat\n")
+    assert classes_error(str(path)) == (
+        "class names repeat: 'oak  tree' (line 3 and line 5), 'cat' (line 1 and line 6)\n"
+        f"  where: {path}\n"
+        "  fix: keep one of each; case, spaces and underscores make no difference"
+    )
+    assert classes_error(["cat", "dog", "cat"]).startswith("class names repeat: 'cat' (entry 1 and entry 3)")
+
+
+def test_too_few_names(tmp_path: Path) -> None:
+    assert classes_error(["cat"]) == (
+        "there is only one class, 'cat'\n  where: the class names\n"
+        "  fix: give at least two, or there is nothing to tell apart"
+    )
+    (tmp_path / "names.txt").write_text("# nothing\n\n")
+    assert classes_error("names.txt", tmp_path).startswith("there are no class names\n")
+
+
+def test_names_that_are_not_names() -> None:
+    assert classes_error(["cat", " "]).startswith("a class name is empty (entry 2)\n")
+    assert classes_error(["cat", "_"]).startswith("a class name is empty (entry 2)\n")
+    assert classes_error(["yes", False]).startswith("class name False is not text (entry 2)\n")
+
+
+def test_missing_class_list(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    assert classes_error("cifar-100", tmp_path) == (
+        "there is no class list 'cifar-100'; did you mean 'cifar100'?\n"
+        f"  where: {tmp_path}\n"
+        "  fix: give a text file with one name a line, or one of cifar10, cifar100, digits, imagenet1k"
+    )
+    assert classes_error("name.txt", tmp_path).startswith(
+        "there is no class list 'name.txt'; did you mean 'names.txt'?"
+    )
+
+
+def test_class_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe\x00\x80")
+    assert classes_error("names.txt", tmp_path).startswith("names.txt cannot be read: it is not UTF-8 text\n")
+
+
+@pytest.mark.parametrize(("name", "count"), [("plain", 1), ("photo", 7), ("cifar", 18), ("imagenet", 80)])
+def test_named_templates(name: str, count: int) -> None:
+    if name == "imagenet":
+        pytest.importorskip("open_clip")
+    templates = load_templates(name)
+    assert len(set(templates)) == len(templates) == count
+    assert all(template.count("{}") == 1 for template in templates)
+    assert load_templates(templates) == templates
+    assert name in NAMED_TEMPLATES
+
+
+def test_digit_names_and_templates_are_the_demos() -> None:
+    from prgkit.demo import digits
+
+    assert load_classes("digits") == digits.CLASSES
+    assert load_templates("digits") == load_templates(digits.TEMPLATES) == digits.TEMPLATES
+
+
+def test_cifar_templates_are_openais() -> None:
+    templates = load_templates("cifar")
+    assert templates[:3] == ("a photo of a {}.", "a blurry photo of a {}.", "a black and white photo of a {}.")
+    assert templates[7:10] == ("a photo of a small {}.", "a photo of a big {}.", "a photo of the {}.")
+    assert templates[-1] == "a photo of the big {}."
+
+
+def test_photo_templates_are_open_clips_short_list() -> None:
+    metadata = pytest.importorskip("open_clip.zero_shot_metadata")
+    assert load_templates("photo") == tuple(make("{}") for make in metadata.SIMPLE_IMAGENET_TEMPLATES)
+
+
+def test_template_mistakes() -> None:
+    assert templates_error(["a photo of a {}.", "a photo"]) == (
+        "the template 'a photo' has not exactly one {}\n"
+        "  fix: write {} once, where the class name belongs, as in 'a photo of a {}.'"
+    )
+    assert templates_error(["{} and {}"]).startswith("the template '{} and {}' has not exactly one {}")
+    assert templates_error("a photo of").startswith("the template 'a photo of' has not exactly one {}")
+    assert templates_error([3]).startswith("the template 3 has not exactly one {}")
+    assert templates_error([]).startswith("there are no prompt templates")
+    assert templates_error("phtoo") == (
+        "there is no template set 'phtoo'; did you mean 'photo'?\n"
+        "  fix: use one of cifar, digits, imagenet, photo, plain, or write templates such as 'a photo of a {}.'"
+    )
+
+
+def test_fill() -> None:
+    prompts = fill(load_templates(["a {}.", "{}, {braces} stay"]), ["cat", "oak_tree"])
+    assert prompts == [["a cat.", "a oak tree."], ["cat, {braces} stay", "oak tree, {braces} stay"]]
+    assert load_templates("an image of {}") == ("an image of {}",)

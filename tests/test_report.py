@@ -1,0 +1,374 @@
+"""The report from a made-up bench: complete, well-formed, self-contained, and safe from what it quotes."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from prgkit.evaluate import plots, svg, wording
+from prgkit.evaluate.page import Picture, page
+from prgkit.evaluate.report import markdown, table, write_report
+
+VOID = {"meta", "img", "br", "link"}
+EVIL = '<script>alert("x")</script>'
+
+
+def row(artifact: str, p50_ms: float, top1: float | None, **changes: Any) -> dict[str, Any]:
+    found = {
+        "artifact": artifact,
+        "file": f"{artifact}.onnx",
+        "backend": "onnxruntime",
+        "device": "cpu",
+        "precision": artifact[-4:],
+        "threads": 2,
+        "status": "measured",
+        "reason": None,
+        "size_mib": 18.4,
+        "load_ms": 82.1,
+        "peak_memory_mib": 64.2,
+        "latency": {
+            "batch": 1,
+            "scope": "io",
+            "samples": 2613,
+            "p50_ms": p50_ms,
+            "p90_ms": 1.2 * p50_ms,
+            "p95_ms": 1.3 * p50_ms,
+            "p99_ms": 1.9 * p50_ms,
+            "p50_interval_ms": [0.98 * p50_ms, 1.03 * p50_ms],
+            "steady": True,
+            "rounds": 10,
+        },
+        "throughput": [{"batch": 1, "images_per_s": 990 / p50_ms}, {"batch": 32, "images_per_s": 1600 / p50_ms}],
+        "top1": top1,
+        "top1_interval": None if top1 is None else [top1 - 2.1, top1 + 2.1],
+        "top5": None if top1 is None else 84.0,
+        "agreement_teacher": 79.4,
+        "agreement_teacher_interval": [77.6, 81.1],
+        "agreement_fp32": 99.95,
+        "kl_teacher": 0.31,
+    }
+    return {**found, **changes}
+
+
+def missing(artifact: str, status: str, reason: str) -> dict[str, Any]:
+    kept = ("artifact", "file", "backend", "device", "precision", "threads", "size_mib")
+    return {**dict.fromkeys(row(artifact, 1, 1)), **{k: v for k, v in row(artifact, 1, 1).items() if k in kept}} | {
+        "status": status,
+        "reason": reason,
+        "throughput": [],
+        "backend": "tensorrt_rtx",
+        "device": "cuda",
+        "threads": None,
+    }
+
+
+def made_up(*, labelled: bool = True) -> dict[str, Any]:
+    top1 = (60.0, 59.9, 60.0) if labelled else (None, None, None)
+    return {
+        "schema": "prgkit.report/1",
+        "prgkit": "0.1.0",
+        "created": "2026-01-02T03:04:05+00:00",
+        "command": "prgkit distill cifar100 export --fp16 --trt bench",
+        "machine": {
+            "cpu": "AMD EPYC",
+            "cores": 2,
+            "usable_cores": 2,
+            "busy_cores": 0.05,
+            "load_average": [0.2, 0.3, 0.4],
+            "governor": None,
+            "clock_range_mhz": None,
+            "clocks_locked": None,
+            "temperature_c": None,
+            "memory_gib": 23.5,
+            "os": "Debian GNU/Linux 12 (bookworm)",
+            "architecture": "x86_64",
+            "virtual": True,
+            "python": "3.11.7",
+            "versions": {"onnxruntime": "1.31.1", "numpy": "2.4.6"},
+            "gpus": [],
+            "clocks_mhz": [],
+            "temperatures_c": [],
+            "stolen_percent": 0.0,
+        },
+        "run": {
+            "name": "cifar100",
+            "student": "repvit_m0_9",
+            "teacher": "ViT-S-16 / small100",
+            "objective": "prg",
+            "classes": 100,
+            "epochs": 12,
+        },
+        "evaluation": {"images": 2000, "labelled": labelled, "source": "test-000000.tar"},
+        "teacher": {
+            "top1": 61.2 if labelled else None,
+            "top5": 86.0 if labelled else None,
+            "top1_uniform_prompts": 60.8 if labelled else None,
+        },
+        "student": {"top1": top1[0], "top5": 84.0 if labelled else None, "agreement": 79.4},
+        "ratio": 60.0 / 61.2 if labelled else None,
+        "rows": [
+            row("onnx-fp32", 1.903, top1[0]),
+            row("onnx-fp16", 2.71, top1[1], size_mib=9.3),
+            row("torch-fp32", 8.4, top1[2], backend="torch", file=None, size_mib=None, peak_memory_mib=402.0),
+            missing("engine-fp16", "not executed", "it needs an NVIDIA GPU and its driver; never executed here"),
+        ],
+        "training": [
+            {
+                "epoch": e,
+                "loss": 9 / e + 1,
+                "nodes": 6 / e,
+                "edges": 3 / e + 1,
+                "agreement": 80 - 50 / e,
+                "seconds": 9.0,
+            }
+            for e in range(1, 13)
+        ],
+        "notes": ["Clocks cannot be read or locked here (virtual machine).", "engine-fp16 was never executed here."],
+    }
+
+
+def samples_of(report: dict[str, Any]) -> dict[str, Any]:
+    generator = np.random.default_rng(0)
+    rows = []
+    for one in wording.measured(report):
+        spread = generator.lognormal(0, 0.04, size=(10, 260)) + (generator.random((10, 260)) < 0.01) * generator.random(
+            (10, 260)
+        )
+        rounds = (one["latency"]["p50_ms"] * 1e6 * spread).astype(int).tolist()
+        rows.append({"artifact": one["artifact"], "device": one["device"], "rounds": rounds})
+    return {"schema": "prgkit.samples/1", "unit": "ns", "order": [[0, 1, 2]], "rows": rows}
+
+
+def pictures(count: int = 3, *, label: str | None = "cat", group: str = "sample", size: int = 8) -> list[Picture]:
+    pixels = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
+    return [Picture(pixels, group, "cat", 91.0, "dog", 55.0, label) for _ in range(count)]
+
+
+class Reader(HTMLParser):
+    """Holds the page to what a strict reader asks: every element closed in order; and collects what it refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+
+def read(html: str) -> Reader:
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def test_write_report_leaves_four_files_that_keep_the_report(tmp_path: Path) -> None:
+    report = made_up()
+    write_report(tmp_path, report, samples=samples_of(report), pictures=pictures())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+        "samples.json",
+    ]
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert json.loads((tmp_path / "samples.json").read_text())["unit"] == "ns"
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_page_is_well_formed_and_needs_nothing_else(labelled: bool) -> None:
+    report = made_up(labelled=labelled)
+    html = page(report, samples=samples_of(report), pictures=pictures(label="cat" if labelled else None))
+    reader = read(html)
+    assert all(link.startswith("data:image/") for link in reader.links)
+    assert "script" not in reader.tags
+    assert "url(" not in html
+    assert "@import" not in html
+    assert re.sub(r'xmlns="http://www.w3.org/2000/svg"', "", html).count("http") == 0
+    for drawing in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        root = ElementTree.fromstring(drawing)
+        assert root[0].tag.endswith("title")
+        assert "viewBox" in root.attrib
+    assert html.count("<svg") == 4  # accuracy, distribution, loss, agreement
+
+
+def test_what_came_from_outside_is_escaped_everywhere() -> None:
+    report = made_up()
+    report["run"].update(name=EVIL, teacher=EVIL, student=EVIL, objective=EVIL)
+    report["rows"][0].update(artifact=EVIL, backend=EVIL, precision=EVIL)
+    report["rows"][3].update(reason=EVIL, artifact=EVIL + "2")
+    report["machine"].update(cpu=EVIL, os=EVIL, versions={EVIL: EVIL})
+    report.update(command=EVIL, notes=[EVIL], created=EVIL, prgkit=EVIL)
+    report["training"] = [{**epoch, EVIL: 1.0 + epoch["epoch"]} for epoch in report["training"]]
+    evil = [Picture(np.zeros((8, 8, 3), np.uint8), "differs", EVIL, 50.0, EVIL + '"', 50.0, EVIL)]
+    html = page(report, samples=samples_of(report), pictures=evil)
+    assert "script" not in read(html).tags
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;") > 10
+    assert "<script" not in re.sub(r"```.*?```|`[^`]*`", "", markdown(report), flags=re.DOTALL)
+    assert EVIL in terminal(report)  # rich prints it as it is
+
+
+def test_brackets_in_names_are_text_in_the_terminal() -> None:
+    report = made_up()
+    report["rows"][0]["artifact"] = "[red]onnx[/nothing]"
+    report["notes"] = ["[/bold]"]
+    assert "[red]onnx[/nothing]" in terminal(report)
+
+
+def terminal(report: dict[str, Any], width: int = 400) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(report))
+    return console.export_text()
+
+
+def test_the_headline_says_what_is_kept_and_how_fast() -> None:
+    report = made_up()
+    assert (
+        wording.headline(report)
+        == "RepViT-M0.9 keeps 98.0 % of its teacher's accuracy at 1.90 ms an image on 2 threads of AMD EPYC"
+    )
+    report["rows"][0]["top1"] = 63.0
+    assert wording.headline(report).startswith(
+        "RepViT-M0.9 beats its teacher's accuracy (63.0 % against 61.2 %) at 1.90 ms"
+    )
+    assert wording.headline(made_up(labelled=False)).startswith(
+        "RepViT-M0.9 gives its teacher's answer on 79.4 % of the images at"
+    )
+    report["rows"] = report["rows"][3:]
+    assert wording.headline(report) == "RepViT-M0.9: nothing could be measured on this machine"
+
+
+def test_the_row_to_speak_of_is_the_fastest_that_loses_less_than_a_point() -> None:
+    report = made_up()
+    report["rows"] = [row("slow", 4.0, 60.0), row("fast-but-wrong", 1.0, 40.0), row("fast", 2.0, 59.4)]
+    assert wording.lead_row(report) is report["rows"][2]
+
+
+def test_model_names() -> None:
+    names = ["repvit_m0_9", "repvit_m1_1.dist_450e_in1k", "efficientnet_b0", "resnet50", "vit_tiny_patch16_224"]
+    assert [wording.model_name(name) for name in names] == [
+        "RepViT-M0.9",
+        "RepViT-M1.1",
+        "EfficientNet-B0",
+        "resnet50",
+        "vit_tiny_patch16_224",
+    ]
+
+
+def test_almost_everything_is_not_everything() -> None:
+    assert [wording.percent(value) for value in (100.0, 99.97, 99.94, 99.85, 0.0, None)] == [
+        "100.0 %",
+        "99.9 %",
+        "99.9 %",
+        "99.8 %",
+        "0.0 %",
+        "–",
+    ]
+
+
+def test_rows_without_figures_say_why() -> None:
+    report = made_up()
+    report["rows"].append(missing("onnx-int8", "failed", "its process was ended by SIGKILL"))
+    html = page(report, samples=samples_of(report), pictures=[])
+    assert "it needs an NVIDIA GPU and its driver; never executed here" in html
+    assert "its process was ended by SIGKILL" in html
+    assert "| not executed: it needs an NVIDIA GPU and its driver; never executed here |" in markdown(report)
+    assert "onnx-int8 (cuda): failed: its process was ended by SIGKILL" in terminal(report)
+
+
+def test_a_report_in_which_nothing_was_measured_is_still_a_page() -> None:
+    report = made_up()
+    report["rows"], report["training"] = report["rows"][3:], []
+    reader = read(page(report, samples={"rows": []}, pictures=[]))
+    assert "svg" not in reader.tags
+    assert "nothing could be measured" in markdown(report)
+    assert "nothing could be measured" in terminal(report)
+
+
+def test_the_markdown_tables_have_as_many_cells_as_columns() -> None:
+    report = made_up()
+    report["rows"][3]["reason"] = "no a|b here"
+    lines = [line for line in markdown(report).splitlines() if line.startswith("|")]
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in lines]
+    assert widths[:6] == [13] * 6
+    assert set(widths[6:]) == {4, 5}
+
+
+def test_at_most_48_pictures_and_each_says_who_was_wrong() -> None:
+    report = made_up()
+    html = page(report, samples={}, pictures=[*pictures(30), *pictures(30, group="differs")])
+    assert read(html).tags.count("img") == 48
+    assert html.count(">student wrong<") == 48
+    big = page(report, samples={}, pictures=pictures(1, label=None, size=300))
+    assert ">differ<" in big
+    assert "data:image/jpeg" in big
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert svg.nice_ticks(0, 1) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert svg.nice_ticks(57.2, 63.1) == [58, 60, 62]
+    assert svg.nice_ticks(3, 3) == [3]
+    assert svg.log_ticks(0.9, 110) == [1, 3, 10, 30, 100]
+    assert svg.log_ticks(1.81, 2.12) == [1.9, 2.0, 2.1]
+    assert all(0.02 <= tick <= 5000 for tick in svg.log_ticks(0.02, 5000))
+
+
+def test_the_pareto_front_holds_what_nothing_beats() -> None:
+    made = [(1.0, 50.0), (2.0, 60.0), (3.0, 55.0), (4.0, 60.0), (5.0, 70.0)]
+    points = [plots.Point(str(i), ms, (ms, ms), score, None, i) for i, (ms, score) in enumerate(made)]
+    assert [point.label for point in plots.pareto(points)] == ["0", "1", "4"]
+
+
+def test_labels_of_equal_points_do_not_cover_each_other() -> None:
+    points = [plots.Point(f"artifact-{i}", 2.0 + i / 100, (1.99, 2.02), 60.0, (58.0, 62.0), i) for i in range(4)]
+    root = ElementTree.fromstring(plots.accuracy_latency(points, score_name="Top-1, %", reference=("teacher", 61.2)))
+    boxes = []
+    for node in root.iter():
+        if node.tag.endswith("text") and (node.text or "").startswith("artifact-"):
+            x, y, width = float(node.attrib["x"]), float(node.attrib["y"]), svg.text_width(node.text or "")
+            left = x if node.attrib["text-anchor"] == "start" else x - width
+            assert left >= 0
+            assert left + width <= svg.WIDTH
+            boxes.append((left, y - svg.FONT, left + width, y + 3))
+    assert len(boxes) == 4
+    assert not any(plots.overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_the_distribution_shows_the_slowest_run() -> None:
+    drawing = plots.latency_distribution({"a": [1.0] * 2000 + [250.0], "b": [2.0, 2.1]})
+    assert "slowest 250" in drawing
+    assert "p99 1.00" in drawing
+    assert drawing.count("p99") == 1  # two samples have no 99th percentile
+    ElementTree.fromstring(drawing)
+
+
+def test_values_that_leave_no_room_still_make_axes() -> None:
+    same = plots.Point("only", 2.0, (2.0, 2.0), 100.0, None, 0)
+    ElementTree.fromstring(plots.accuracy_latency([same], score_name="Top-1, %"))
+    ElementTree.fromstring(plots.latency_distribution({"a": [1.0, 1.0]}))
+    zero = [{"epoch": e, "loss": 0.0, "agreement": 0.0} for e in (1, 2)]
+    for drawing in plots.training_curves(zero):
+        ElementTree.fromstring(drawing)
+    assert plots.training_curves([{"epoch": 1, "loss": 1.0, "agreement": None}]) == []

@@ -1,0 +1,140 @@
+"""The state of a training run as one safetensors file that appears whole or not at all; nothing is pickled."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prgkit.errors import RunError
+from prgkit.files import writing
+from prgkit.run import Run
+from prgkit.student import Student
+
+
+@dataclass
+class Progress:
+    """How far a run is: steps and epochs done, this epoch's sums of loss terms, and the best epoch so far."""
+
+    step: int = 0
+    epoch: int = 0
+    steps_in_epoch: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    best_epoch: int = 0
+    best_agreement: float = -1.0
+    seconds: float = 0.0
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Count one step and its loss terms."""
+        self.step += 1
+        self.steps_in_epoch += 1
+        values = torch.stack([term.detach().double() for term in terms.values()]).tolist()
+        for name, value in zip(terms, values, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """Return this epoch's mean of each loss term."""
+        return {name: total / self.steps_in_epoch for name, total in self.sums.items()}
+
+    def end_epoch(self) -> None:
+        """Count one epoch and start the next one's sums at zero."""
+        self.epoch += 1
+        self.steps_in_epoch = 0
+        self.sums = {}
+
+
+class Average:
+    """The exponential moving average of a student's weights and batch-norm statistics."""
+
+    def __init__(self, student: Student) -> None:
+        self.student = copy.deepcopy(student).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, student: Student, decay: float) -> None:
+        """average <- decay * average + (1 - decay) * student; integers are copied."""
+        mine, theirs = self.student.state_dict(), student.state_dict()
+        floating = [name for name, tensor in mine.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([mine[name] for name in floating], [theirs[name] for name in floating], 1 - decay)
+        for name in mine.keys() - set(floating):
+            mine[name].copy_(theirs[name])
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything a resumed run needs to go on as if it had never stopped."""
+
+    student: Student
+    average: Average
+    optimizer: torch.optim.Optimizer
+    objective: nn.Module
+    progress: Progress
+
+    def save(self, run: Run) -> None:
+        """Write the checkpoint; the one before stays until this one is whole."""
+        tensors = {
+            **_prefixed("student", self.student.state_dict()),
+            **_prefixed("average", self.average.student.state_dict()),
+            **_prefixed("objective", self.objective.state_dict()),
+            **_prefixed("optimizer", _flat(self.optimizer.state_dict()["state"])),
+        }
+        save_tensors(run.state, tensors, self.progress.__dict__)
+
+    def load(self, run: Run) -> None:
+        """Go on from the run's checkpoint, if it has one.
+
+        Raises:
+            RunError: the checkpoint is damaged.
+        """
+        if not run.state.exists():
+            return
+        try:
+            with safe_open(run.state, framework="pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            self.student.load_state_dict(_part("student", tensors))
+            self.average.student.load_state_dict(_part("average", tensors))
+            self.objective.load_state_dict(_part("objective", tensors))
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": _nested(_part("optimizer", tensors)), "param_groups": groups})
+        except (SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
+            raise RunError(
+                f"the checkpoint is damaged: {str(error).splitlines()[0]}",
+                where=run.state,
+                fix="delete it, and the same command trains this run from its start; the targets are kept",
+            ) from error
+        for name, value in facts.items():
+            setattr(self.progress, name, value)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors and JSON facts as one safetensors file, atomically."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with writing(path) as temporary:
+        save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _part(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.split("/", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}
+
+
+def _flat(state: dict[int, dict[str, Any]]) -> dict[str, Tensor]:
+    return {f"{index}/{name}": torch.as_tensor(value) for index, slot in state.items() for name, value in slot.items()}
+
+
+def _nested(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    nested: dict[int, dict[str, Tensor]] = {}
+    for path, value in flat.items():
+        index, name = path.split("/", 1)
+        nested.setdefault(int(index), {})[name] = value
+    return nested

@@ -1,0 +1,232 @@
+"""Images that a library hands out: torchvision's datasets, the Hugging Face hub, and the embedded digits."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from prgkit.decoding import UnreadableImage
+from prgkit.errors import ImagesError, nearest
+from prgkit.sources import read_span
+
+LOCAL_COPY = "check the network, or put the images into a folder and give its path instead"
+
+
+def open_torchvision(rest: str) -> TorchvisionSource:
+    """Open ``NAME/split`` of torchvision.datasets, downloading it where the class can.
+
+    Raises:
+        ImagesError: torchvision is missing, has no such dataset or split, or the download failed.
+    """
+    name, _, split = rest.partition("/")
+    spec = f"torchvision:{rest}"
+    if not split:
+        raise ImagesError(f"{spec} names no split", fix=f"write torchvision:{name}/train or torchvision:{name}/test")
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        fix = "pip install 'prgkit[distill]', or give a folder of images"
+        raise ImagesError(f"{spec} needs torchvision, which is not installed", fix=fix) from error
+    if name not in datasets.__all__:
+        raise ImagesError(
+            f"torchvision has no dataset {name!r}{nearest(name, datasets.__all__)}",
+            fix="see https://docs.pytorch.org/vision/stable/datasets.html",
+        )
+    make = getattr(datasets, name)
+    accepted = inspect.signature(make).parameters
+    root = Path(os.environ.get("PRGKIT_DATA_ROOT", "~/.cache/prgkit/data")).expanduser()
+    options: dict[str, Any] = {"root": root}
+    if "train" in accepted:
+        if split not in ("train", "test"):
+            hint = nearest(split, ("train", "test"))
+            raise ImagesError(f"{name} has no split {split!r}{hint}", fix="use train or test")
+        options["train"] = split == "train"
+    elif "split" in accepted:
+        options["split"] = split
+    else:
+        raise ImagesError(f"torchvision's {name} has no splits", fix="give its folder of images instead")
+    if "download" in accepted:
+        options["download"] = True
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with redirect_stdout(sys.stderr):  # stdout belongs to the result
+            dataset = make(**options)
+    except Exception as error:  # whatever the network, the disk or torchvision has to say
+        what = f"{spec} could not be opened: {first_line(error)}"
+        raise ImagesError(what, where=root, fix=LOCAL_COPY) from error
+    return TorchvisionSource(rest, dataset)
+
+
+class TorchvisionSource:
+    """A torchvision dataset; its labels are the class names it knows."""
+
+    def __init__(self, title: str, dataset: Any) -> None:
+        self.title = title
+        self.dataset = dataset
+        self.class_names = plain_class_names(getattr(dataset, "classes", None))
+        stored = (getattr(dataset, attribute, None) for attribute in ("targets", "labels", "_labels"))
+        self.targets = next((labels for labels in stored if labels is not None and len(labels) == len(dataset)), None)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        """Return ``NAME/split[index]``."""
+        return f"{self.title}[{index}]"
+
+    def label(self, index: int) -> str | int | None:
+        """Return the class name, or its number where torchvision has no plain names."""
+        label = self.targets[index] if self.targets is not None else self.dataset[index][1]
+        return named(label, self.class_names)
+
+    def fetch(self, index: int) -> Image.Image:
+        """Return the picture."""
+        return picture_of(lambda: self.dataset[index][0], self.name(index))
+
+
+def open_hub(rest: str) -> HubSource:
+    """Open ``owner/name/split`` of the Hugging Face hub.
+
+    Raises:
+        ImagesError: the datasets library is missing, the download failed, or there is no column of images.
+    """
+    spec = f"hf:{rest}"
+    name, _, split = rest.rpartition("/")
+    if "/" not in name:
+        raise ImagesError(f"{spec} names no split", fix=f"write hf:{rest}/train, say: owner, name and split")
+    try:
+        import datasets
+    except ImportError as error:
+        fix = "pip install 'prgkit[hf]', or give a folder of images"
+        raise ImagesError(f"{spec} needs the datasets library, which is not installed", fix=fix) from error
+    try:
+        with redirect_stdout(sys.stderr):
+            dataset = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library raises its own, the hub's and the network's errors
+        raise ImagesError(f"{spec} could not be opened: {first_line(error)}", fix=LOCAL_COPY) from error
+    columns = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise ImagesError(f"{spec} has no column of images, only: {', '.join(dataset.features)}", fix=LOCAL_COPY)
+    # Undecoded: the bytes decide what an image is, and prgkit decodes every source alike.
+    encoded = dataset.cast_column(columns[0], datasets.Image(decode=False))
+    labelled = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    preferred = [column for column in ("label", "labels", "fine_label") if column in dataset.features]
+    return HubSource(rest, encoded, columns[0], next(iter(preferred + labelled), None))
+
+
+class HubSource:
+    """A Hugging Face dataset: encoded images in one column, labels in another."""
+
+    def __init__(self, title: str, dataset: Any, images: str, labels: str | None) -> None:
+        self.title = title
+        self.pictures = dataset.select_columns([images]).with_format(None)
+        self.column = images
+        self.labels = dataset.with_format(None)[labels] if labels else None
+        self.class_names = plain_class_names(getattr(dataset.features[labels], "names", None)) if labels else None
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def name(self, index: int) -> str:
+        """Return ``owner/name/split[index]``."""
+        return f"{self.title}[{index}]"
+
+    def label(self, index: int) -> str | int | None:
+        """Return the class name, or what the column holds where it has none."""
+        return named(self.labels[index], self.class_names) if self.labels is not None else None
+
+    def fetch(self, index: int) -> bytes:
+        """Return the encoded image."""
+        item = self.pictures[index][self.column]
+        if item is None:
+            raise UnreadableImage(self.name(index), "the dataset has no image here")
+        return bytes(item["bytes"]) if item["bytes"] is not None else read_span(Path(item["path"]), self.name(index))
+
+
+def open_demo(rest: str) -> DigitsSource:
+    """Open ``digits/train`` or ``digits/test``, which need no network.
+
+    Raises:
+        ImagesError: there is no such demo, or what it is made from is not installed.
+    """
+    known = ("digits/train", "digits/test")
+    if rest not in known:
+        raise ImagesError(f"there is no demo:{rest}{nearest(rest, known)}", fix=f"use demo:{' or demo:'.join(known)}")
+    try:
+        from prgkit.demo.digits import load_digits
+
+        pictures, labels = load_digits(rest.removeprefix("digits/"))
+    except ImportError as error:
+        fix = "pip install 'prgkit[demo]'"
+        raise ImagesError(f"demo:{rest} needs {error.name}, which is not installed", fix=fix) from error
+    return DigitsSource(rest, pictures, labels)
+
+
+class DigitsSource:
+    """Pictures in memory."""
+
+    def __init__(self, title: str, pictures: Sequence[Image.Image], labels: Sequence[int]) -> None:
+        self.title = title
+        self.pictures = pictures
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def name(self, index: int) -> str:
+        """Return ``digits/split[index]``."""
+        return f"{self.title}[{index}]"
+
+    def label(self, index: int) -> int:
+        """Return the digit."""
+        return int(self.labels[index])
+
+    def fetch(self, index: int) -> Image.Image:
+        """Return the picture."""
+        return self.pictures[index]
+
+
+def picture_of(read: Any, name: str) -> Image.Image:
+    """Call ``read`` and hold it to its promise of a picture."""
+    try:
+        picture = read()
+    except Exception as error:  # a dataset's reader may raise anything
+        raise UnreadableImage(name, first_line(error)) from error
+    if not isinstance(picture, Image.Image):
+        raise UnreadableImage(name, f"the dataset gives a {type(picture).__name__}, not a picture")
+    return picture
+
+
+def plain_class_names(names: Any) -> tuple[str, ...] | None:
+    """Return a dataset's class names where they can stand for its labels.
+
+    ImageNet's classes have many spellings and one order, so there the number is the better label.
+    """
+    if not names or not all(isinstance(name, str) for name in names):
+        return None
+    return None if len(names) == 1000 and names[0].lower().startswith("tench") else tuple(names)
+
+
+def named(label: Any, class_names: Sequence[str] | None) -> str | int | None:
+    """Turn a dataset's label into a class name, a number, or None where it is neither."""
+    if isinstance(label, str):
+        return label
+    try:
+        number = int(label)
+    except (TypeError, ValueError):
+        return None
+    if number < 0:  # how torchvision and the hub spell "not labelled"
+        return None
+    return class_names[number] if class_names and number < len(class_names) else number
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error, or its name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

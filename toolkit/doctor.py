@@ -1,0 +1,98 @@
+"""What this machine has and can run, what each missing backend needs, and which installed packages clash."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+from prgkit.evaluate import machine
+from prgkit.export.tensorrt import available_backends
+
+PACKAGES = (
+    "prgkit numpy pillow onnxruntime onnxruntime-gpu torch torchvision timm open_clip_torch accelerate safetensors onnx "
+    "onnxscript tensorrt tensorrt_rtx cuda-python cuda-bindings"
+).split()
+
+
+def examine() -> dict[str, Any]:
+    """Return versions, machine facts, backends (each with whether it runs here and why not) and clashes."""
+    versions = {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}}
+    facts = machine.describe()
+    gpus = ", ".join(str(gpu.get("name")) for gpu in facts["gpus"]) or "none found"
+    return {
+        "versions": versions,
+        "machine": {
+            "cpu": f"{facts['cpu']}, {facts['usable_cores']} cores",
+            "memory": f"{facts['memory_gib']} GiB",
+            "gpu": gpus,
+            "system": f"{facts['os']}, {facts['architecture']}",
+        },
+        "backends": [*onnxruntime_backends(), *torch_backends(versions), *tensorrt_backends()],
+        "clashes": clashes(versions),
+    }
+
+
+def version_of(package: str) -> str | None:
+    """Return an installed package's version."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def onnxruntime_backends() -> list[dict[str, Any]]:
+    """Return ONNX Runtime's execution providers: the CPU's always, the GPU's where they are built in."""
+    import onnxruntime
+
+    built_in = onnxruntime.get_available_providers()
+    needs_gpu = "pip uninstall onnxruntime && pip install onnxruntime-gpu, on a machine with an NVIDIA GPU"
+    return [
+        backend("onnxruntime CPU", "CPUExecutionProvider" in built_in, "pip install onnxruntime"),
+        backend("onnxruntime CUDA", "CUDAExecutionProvider" in built_in, needs_gpu),
+        backend("onnxruntime TensorRT", "TensorrtExecutionProvider" in built_in, needs_gpu),
+    ]
+
+
+def torch_backends(versions: dict[str, str | None]) -> list[dict[str, Any]]:
+    """Return whether torch runs, and on a GPU; asked in a process of its own, since a broken torch can take it down."""
+    if versions["torch"] is None:
+        return [backend("torch (distill, export)", False, "pip install 'prgkit[distill]'")]
+    code = "import torch, torchvision; print(torch.cuda.is_available())"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        reason = (asked.stderr.strip().splitlines() or ["it does not start"])[-1]
+        return [backend("torch (distill, export)", False, f"{reason}; reinstall torch and torchvision together")]
+    cuda = asked.stdout.strip() == "True"
+    return [
+        backend("torch CPU (distill, export)", True, ""),
+        backend("torch CUDA", cuda, "an NVIDIA GPU with a driver that this torch build supports"),
+    ]
+
+
+def tensorrt_backends() -> list[dict[str, Any]]:
+    """Return whether TensorRT and TensorRT for RTX can build engines here, and run them."""
+    found = []
+    for name, state in available_backends().items():
+        found.append({"name": f"{name} (export --trt)", "runs": state.usable, "detail": state.detail})
+    return found
+
+
+def backend(name: str, runs: bool, need: str) -> dict[str, Any]:  # noqa: FBT001 - a row of a table
+    """Return one backend's row."""
+    return {"name": name, "runs": runs, "detail": "" if runs else f"needs: {need}"}
+
+
+def clashes(versions: dict[str, str | None]) -> list[str]:
+    """Return the known ways in which installed packages stand in each other's way."""
+    found = []
+    if versions["onnxruntime"] and versions["onnxruntime-gpu"]:
+        found.append(
+            "onnxruntime is installed over onnxruntime-gpu: one overwrites the other's files, and the GPU is lost in "
+            "silence. pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+        )
+    if versions["torch"] and versions["torchvision"] is None:
+        found.append("torch is installed without torchvision, which timm and open_clip import. pip install torchvision")
+    return found

@@ -1,0 +1,129 @@
+"""Files that appear whole or not at all: atomic writes, fingerprints, and the disk space they need."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prgkit.errors import DiskFullError, PrgkitError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; on success it is flushed and renamed to ``path``, on failure removed.
+
+    Raises:
+        DiskFullError: the disk was full before the file was whole; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(path, temporary.stat().st_size if temporary.exists() else None) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` atomically, creating its folder."""
+    with writing(path) as temporary, guarding_space(path, len(data)):
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically as UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` to ``path`` atomically as indented JSON; NaN is refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        PrgkitError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PrgkitError(f"there is no {path.name}", where=path.parent) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PrgkitError(f"{path.name} is damaged: {error}", where=path, fix="delete it and run the command again that made it") from error
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """Return 16 hex digits that change when the JSON-able ``value`` does, whatever the order of its keys."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
+    """Refuse before the work starts, not after hours of it.
+
+    Raises:
+        DiskFullError: ``folder``'s disk has less than ``needed_bytes`` free.
+    """
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise DiskFullError(
+            f"{purpose} needs {readable_bytes(needed_bytes)}, and {readable_bytes(free_bytes)} are free",
+            where=folder,
+            fix="free some space, or choose another disk with --run and --targets",
+        )
+
+
+@contextmanager
+def guarding_space(path: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn the system's "no space left" into a DiskFullError that says how much was needed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(path, needed_bytes) from error
+        raise
+
+
+def disk_full(path: Path, needed_bytes: int | None) -> DiskFullError:
+    """Build the error for a write to ``path`` that found the disk full."""
+    need = f"; it needed {readable_bytes(needed_bytes)}" if needed_bytes else ""
+    return DiskFullError(
+        f"no disk space left for {path.name}{need}",
+        where=path.parent,
+        fix="free some space and run the same command again: finished work is kept",
+    )
+
+
+def readable_bytes(count: int) -> str:
+    """Return a byte count as people read it: ``1.5 GiB``."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,16 @@
+"""CE: cross-entropy with the teacher's pseudo-labels, the floor that every other objective must clear."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from prgkit.objectives.sides import StudentSide, TeacherSide
+
+
+class CE(nn.Module):
+    """loss = CE(L, y)."""
+
+    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+        """Return the loss term ``ce``, a scalar."""
+        return {"ce": F.cross_entropy(student.logits, teacher.labels)}

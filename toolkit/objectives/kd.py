@@ -1,0 +1,25 @@
+"""KD: the teacher's softened probabilities beside its pseudo-labels (Hinton et al., arXiv 1503.02531)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from prgkit.objectives.sides import StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.recipe import KD as Page
+
+
+class KD(nn.Module):
+    """loss = (1 - alpha) * CE(L, y) + alpha * T^2 * KL(softmax(W / T) || softmax(L / T))."""
+
+    def __init__(self, page: Page) -> None:
+        super().__init__()
+        self.page = page
+
+    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+        """Return the loss terms ``ce`` and ``kl``, each a scalar."""
+        softened = soft_cross_entropy(student.logits, teacher.logits, self.page.temperature)
+        return {
+            "ce": (1 - self.page.alpha) * F.cross_entropy(student.logits, teacher.labels),
+            "kl": self.page.alpha * self.page.temperature**2 * softened,
+        }

@@ -1,0 +1,128 @@
+"""PRG, the Proxy Relational Graph (arXiv 2408.12248), reconstructed from its abstract and captions.
+
+Notation: B images, M prompt templates, C classes, D the teacher's feature width. One side of the graph per network:
+nodes are its images, proxies its classes, edges the correlation of each image with each class.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from prgkit.objectives.sides import StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.recipe import PRG as Page
+
+
+class PRG(nn.Module):
+    """loss = supervision + node_weight * node + edge_weight * edge; the returned terms are weighted already."""
+
+    teacher_proxies: Tensor
+    student_proxies: Tensor
+    seen: Tensor
+
+    def __init__(self, page: Page, classes: int, width: int) -> None:
+        super().__init__()
+        self.page = page
+        # No gradient reaches a proxy; as buffers they are saved with the checkpoint.
+        self.register_buffer("teacher_proxies", torch.zeros(classes, width + classes))  # P^t [C, D+C]
+        self.register_buffer("student_proxies", torch.zeros(classes, width + classes))  # P^s [C, D+C]
+        self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
+
+    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+        """Return the loss terms ``supervision``, ``node`` and ``edge``, each a scalar."""
+        teacher_nodes = nodes(teacher.features, teacher.logits, self.page.block)  # N^t [B, D+C]
+        student_nodes = nodes(student.features, student.logits, self.page.block)  # N^s [B, D+C]
+        self.update_proxies(student_nodes.detach(), teacher_nodes, teacher.labels)
+        teacher_edges = correlate(teacher_nodes, self.teacher_proxies[self.seen])  # E^t [B, seen classes]
+        student_edges = correlate(student_nodes, self.student_proxies[self.seen])  # E^s [B, seen classes]
+
+        if self.page.supervision == "soft":
+            supervision = soft_cross_entropy(student.logits, teacher.logits)
+        else:
+            supervision = F.cross_entropy(student.logits, teacher.labels)
+        if self.page.node_loss == "pearson":
+            node = (1 - pearson(student_nodes, teacher_nodes)).mean()
+        else:
+            node = F.mse_loss(student_nodes, teacher_nodes)
+        if self.page.edge_loss == "mse":
+            edge = F.mse_loss(student_edges, teacher_edges)
+        else:
+            edge = (1 - pearson(student_edges, teacher_edges)).mean()
+        return {"supervision": supervision, "node": self.page.node_weight * node, "edge": self.page.edge_weight * edge}
+
+    @torch.no_grad()
+    def update_proxies(self, student_nodes: Tensor, teacher_nodes: Tensor, labels: Tensor) -> None:
+        """P_c <- mu P_c + (1 - mu) * mean of N over the batch's images with y = c, over all processes.
+
+        The teacher's assignment y serves both graphs. A class seen for the first time starts at its batch mean; a
+        class that is not in the batch is left as it is.
+        """
+        assignment = F.one_hot(labels, len(self.seen)).to(teacher_nodes.dtype)  # [B, C]
+        counts = assignment.sum(dim=0)  # [C]
+        sums = assignment.T @ torch.cat([student_nodes, teacher_nodes], dim=1)  # [C, 2(D+C)]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+            torch.distributed.all_reduce(sums)
+        present = counts > 0
+        means = (sums / counts.clamp(min=1)[:, None]).split(teacher_nodes.shape[1], dim=1)
+        momentum = self.page.proxy_momentum * self.seen.to(means[0].dtype)[:, None]  # 0 where there is nothing to keep
+        for proxies, mean in ((self.student_proxies, means[0]), (self.teacher_proxies, means[1])):
+            proxies.copy_(torch.where(present[:, None], momentum * proxies + (1 - momentum) * mean, proxies))
+        self.seen |= present
+
+
+def nodes(features: Tensor, logits: Tensor, block: str) -> Tensor:
+    """Return N = [F ; block(L)] [B, D+C]; the way the logits enter a node decides whether edges can say anything."""
+    if block == "softmax":
+        return torch.cat([F.normalize(features, dim=1), logits.softmax(dim=1)], dim=1)
+    if block == "zscore":
+        return torch.cat([standardise(features), standardise(logits)], dim=1)
+    if block == "l2":
+        return torch.cat([F.normalize(centre(features), dim=1), F.normalize(centre(logits), dim=1)], dim=1)
+    return torch.cat([features, logits], dim=1)  # raw: the caption, literally
+
+
+def correlate(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the Pearson correlation of every row [B, N] with every other [C, N]: [B, C], as one matrix product."""
+    return F.normalize(centre(rows), dim=1) @ F.normalize(centre(columns), dim=1).T
+
+
+def pearson(first: Tensor, second: Tensor) -> Tensor:
+    """Return the Pearson correlation of each row [B, N] with its counterpart: [B]."""
+    return F.cosine_similarity(centre(first), centre(second), dim=1)
+
+
+def centre(rows: Tensor) -> Tensor:
+    """Return rows [B, N] with mean zero."""
+    return rows - rows.mean(dim=1, keepdim=True)
+
+
+def standardise(rows: Tensor) -> Tensor:
+    """Return rows [B, N] with mean zero and standard deviation one."""
+    return F.normalize(centre(rows), dim=1) * rows.shape[1] ** 0.5
+
+
+def prompt_logits(features: Tensor, prompts: Tensor, scale: float) -> Tensor:
+    """Return each template's logits W_m = s * I * T_m^T: features [B, D], prompts [M, C, D] -> [B, M, C]."""
+    return scale * torch.einsum("bd,mcd->bmc", features, prompts)
+
+
+def weighted_logits(logits: Tensor, weighting: str) -> Tensor:
+    """Combine the templates' logits [B, M, C] into the teacher's answer W [B, C].
+
+    ``max`` weights a template by its largest logit, a_m = max(0, max_c W_m), normalised over templates: a template
+    that speaks of nothing in the image counts little. The clamp keeps the weights finite where every logit of an
+    image is near zero or below; where no template has a positive logit they count alike. ``softmax`` is the softmax
+    of a_m, ``mean`` counts all alike.
+    """
+    if weighting == "mean" or logits.shape[1] == 1:
+        return logits.mean(dim=1)
+    strengths = logits.amax(dim=2).clamp(min=0)  # a [B, M]
+    if weighting == "softmax":
+        weights = strengths.softmax(dim=1)
+    else:
+        total = strengths.sum(dim=1, keepdim=True)
+        weights = torch.where(total > 0, strengths / total.clamp(min=1e-12), 1 / logits.shape[1])
+    return torch.einsum("bm,bmc->bc", weights, logits)

@@ -1,0 +1,33 @@
+"""What an objective is given: the student's side and the teacher's side of one batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+class StudentSide(NamedTuple):
+    """The student's answer: features F [B, D] in the teacher's space, and class logits L [B, C]."""
+
+    features: Tensor
+    logits: Tensor
+
+
+class TeacherSide(NamedTuple):
+    """The teacher's answer: unit features I [B, D], prompt-weighted logits W [B, C], pseudo-labels y [B]."""
+
+    features: Tensor
+    logits: Tensor
+    labels: Tensor
+
+
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the batch mean of KL(softmax(teacher / T) || softmax(student / T)): logits [B, C] -> scalar."""
+    return F.kl_div(
+        (student_logits / temperature).log_softmax(dim=1),
+        (teacher_logits / temperature).log_softmax(dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )

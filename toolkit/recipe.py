@@ -1,0 +1,367 @@
+"""A recipe: one YAML page that says everything a run depends on, checked whole before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
+
+from prgkit.errors import RecipeError, nearest
+from prgkit.files import fingerprint, write_text
+from prgkit.prompts import load_classes, load_templates
+
+
+class Page(BaseModel):
+    """The common ground of every section: immutable, and no key that is not known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Data(Page):
+    """Where the images come from, and what may be in them."""
+
+    images: str  # a folder, a .zip, shards-{000..041}.tar, torchvision:NAME/split, hf:owner/name/split
+    evaluation: str | None = None  # labelled images; their labels are read by evaluation alone
+    evaluation_labels: str | None = None  # a CSV of file,label where folders or .cls members do not say it
+    classes: str | tuple[str, ...]  # a named list, a file with one name a line, or the names
+    prompts: str | tuple[str, ...] = "photo"  # a named template set, or templates with one {} each
+    held_out: float = Field(0.05, gt=0, lt=0.5)  # share of the unlabelled images that selects the checkpoint
+
+
+class TeacherPage(Page):
+    """Any open_clip model: a name with its weights, ``hf-hub:owner/name`` or ``local-dir:path``."""
+
+    model: str
+    weights: str | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    batch_size: int = Field(64, ge=1)  # fixed, since a feature varies a little with the batch it is computed in
+
+
+class Views(Page):
+    """The random crops and flips that teacher and student both see."""
+
+    count: int = Field(8, ge=1, le=255)
+    crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
+    flip: bool = True
+    seed: int = 0
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError("must be [low, high] with 0 < low <= high <= 1")
+        return scale
+
+
+class StudentPage(Page):
+    """Any timm model."""
+
+    model: str
+    image_size: int = Field(224, ge=16)
+    initial: str = "random"  # random, pretrained, or a .safetensors file of the same timm model
+    crop: float | None = Field(None, gt=0, le=1)  # share kept by the centre crop; None: 1, or timm's own where pretrained
+
+
+class Objective(Page):
+    """What every objective has: its share in a weighted list, and how the prompts are combined (METHOD: W)."""
+
+    weight: float = Field(1.0, gt=0)
+    prompt_weighting: Literal["max", "mean", "softmax"] = "max"
+
+
+class CE(Objective):
+    """Cross-entropy with the teacher's pseudo-labels."""
+
+    name: Literal["ce"]
+
+
+class KD(Objective):
+    """Knowledge distillation: softened teacher probabilities beside the pseudo-labels (Hinton et al., 2015)."""
+
+    name: Literal["kd"]
+    alpha: float = Field(0.9, ge=0, le=1)
+    temperature: float = Field(4.0, gt=0)
+
+
+class PRG(Objective):
+    """Proxy relational graph: nodes, class proxies and the edges between them (arXiv 2408.12248, reconstructed)."""
+
+    name: Literal["prg"]
+    supervision: Literal["soft", "hard"] = "soft"
+    node_weight: float = Field(3.0, ge=0)
+    edge_weight: float = Field(1.0, ge=0)
+    block: Literal["softmax", "zscore", "l2", "raw"] = "softmax"
+    node_loss: Literal["pearson", "mse"] = "pearson"
+    edge_loss: Literal["mse", "pearson"] = "mse"
+    proxy_momentum: float = Field(0.9, ge=0, lt=1)
+
+
+AnyObjective = Annotated[PRG | KD | CE, Field(discriminator="name")]
+
+
+class Training(Page):
+    """How the student is trained."""
+
+    epochs: int = Field(100, ge=1)
+    batch_size: int = Field(256, ge=2)  # over all processes
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(0.001, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_epochs: float = Field(1.0, ge=0)
+    gradient_clip: float | None = Field(5.0, gt=0)
+    ema: float = Field(0.9998, ge=0, lt=1)  # warms up: min(ema, (1 + t) / (10 + t))
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto times both for a few steps and writes down which won
+    compile: bool = False
+    seed: int = 0
+    workers: int | None = Field(None, ge=0)  # processes that decode images; None: chosen from the CPU count
+    checkpoint_minutes: float = Field(5.0, gt=0)
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+
+class Export(Page):
+    """What leaves for the device."""
+
+    opset: int = Field(20, ge=19)
+    batch: tuple[int, int, int] = (1, 1, 32)  # [min, opt, max] of a TensorRT profile; opt is the deployed batch
+    evaluation_images: int = Field(2000, ge=1)
+
+    @field_validator("batch")
+    @classmethod
+    def _ordered(cls, batch: tuple[int, int, int]) -> tuple[int, int, int]:
+        if not 1 <= batch[0] <= batch[1] <= batch[2]:
+            raise ValueError("must be [min, opt, max] with 1 <= min <= opt <= max")
+        return batch
+
+
+class Recipe(Page):
+    """Everything a run depends on."""
+
+    data: Data
+    teacher: TeacherPage
+    views: Views = Views()
+    student: StudentPage
+    objective: tuple[AnyObjective, ...]
+    training: Training = Training()
+    export: Export = Export()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _one_or_many(cls, objective: Any) -> Any:
+        return tuple(objective) if isinstance(objective, list) else (objective,)
+
+    @field_serializer("objective")
+    def _one_as_mapping(self, objective: tuple[Objective, ...]) -> Any:
+        pages = [page.model_dump(mode="json") for page in objective]
+        return pages[0] if len(pages) == 1 else pages
+
+    @model_validator(mode="after")
+    def _one_prompt_weighting(self) -> Recipe:
+        if not self.objective:
+            raise ValueError("objective: name at least one")
+        if len({objective.prompt_weighting for objective in self.objective}) > 1:
+            raise ValueError("objective: every objective of a list must name the same prompt_weighting")
+        return self
+
+    @property
+    def prompt_weighting(self) -> Literal["max", "mean", "softmax"]:
+        """How the templates' logits become one (METHOD: W), the same for every objective of the run."""
+        return self.objective[0].prompt_weighting
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names in label order; after `resolved` these are the recipe's own words."""
+        return tuple(self.data.classes)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The prompt templates; after `resolved` these are the recipe's own words."""
+        return tuple(self.data.prompts)
+
+    def resolved(self) -> Recipe:
+        """Return the recipe with every class name and template written out, so that a run needs no other file."""
+        data = self.data.model_copy(
+            update={
+                "classes": load_classes(self.data.classes),
+                "prompts": load_templates(self.data.prompts),
+            }
+        )
+        return self.model_copy(update={"data": data})
+
+    def fingerprint(self) -> str:
+        """Return what decides the trained weights: everything but the export and how the work is watched."""
+        page = self.model_dump(mode="json", exclude={"export": True})
+        for key in ("workers", "checkpoint_minutes", "trackers"):
+            del page["training"][key]
+        return fingerprint(page)
+
+
+def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name or a YAML file by path, apply ``key=value`` overrides, and resolve it.
+
+    Raises:
+        RecipeError: with every mistake of the page at once, each with its path and the nearest right key.
+    """
+    path = find_recipe(name)
+    raw = parse(path.read_text(encoding="utf-8"), where=path)
+    for override in overrides:
+        apply_override(raw, override)
+    return validate(raw, where=path).resolved()
+
+
+def find_recipe(name: str) -> Path:
+    """Return the page of a recipe's name, or of a path to a YAML file."""
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RecipeError(f"there is no recipe file {name}", fix="prgkit recipes lists the ones that are shipped")
+        return path
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise RecipeError(
+            f"unknown recipe {name!r}{nearest(name, shipped)}",
+            fix=f"choose one of {', '.join(shipped)}, or give the path of a .yaml file",
+        )
+    return shipped[name]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the pages that come with the package, by name."""
+    folder = Path(str(resources.files("prgkit.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def summary_line(path: Path) -> str:
+    """Return a recipe page's first comment line, which says what it does."""
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ").rstrip()
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as YAML that `load_recipe` reads back as the same recipe."""
+    page = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    write_text(path, page)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its traps: no aliases (they can explode), no key twice (the first would be lost)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise RecipeError("a recipe uses no YAML aliases (*name)", where=f"line {mark.line + 1}", fix="write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise RecipeError(f"the key {key.value!r} stands twice", where=f"line {key.start_mark.line + 1}", fix="keep one")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def parse(text: str, *, where: object) -> dict[str, Any]:
+    """Read YAML into a mapping, or say on which line it is broken."""
+    try:
+        raw = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise RecipeError(f"the recipe is no valid YAML: {problem}", where=f"{where}{line}") from error
+    except RecursionError as error:
+        raise RecipeError("the recipe is nested too deeply", where=where) from error
+    if not isinstance(raw, dict):
+        raise RecipeError("the recipe is no mapping of sections", where=where, fix="prgkit recipes --show custom prints one to copy")
+    return raw
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one value of the raw page: ``training.epochs=5``; the value is read as YAML."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set takes key=value, not {override!r}", fix="for example --set training.epochs=5")
+    *sections, last = key.split(".")
+    page: Any = raw
+    for section in sections:
+        page = page.setdefault(section, {}) if isinstance(page, dict) else None
+    if not isinstance(page, dict):
+        raise RecipeError(f"--set {key}: {'.'.join(sections)} is no section of the recipe")
+    # A new objective brings its own parameters, so the old one's are not carried over.
+    if key == "objective.name" and page.get("name") not in (None, value):
+        page.clear()
+    page[last] = parse(f"value: {value}", where=f"--set {override}")["value"]
+
+
+def validate(raw: Mapping[str, Any], *, where: object) -> Recipe:
+    """Check a raw page against the models; JSON keeps lists apart from tuples, and text apart from numbers."""
+    try:
+        return Recipe.model_validate_json(json.dumps(raw, default=str))
+    except ValidationError as error:
+        mistakes = [_explain(mistake) for mistake in error.errors(include_url=False)]
+        count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise RecipeError("\n    ".join([f"the recipe has {count}:", *mistakes]), where=where) from error
+
+
+def _explain(mistake: Mapping[str, Any]) -> str:
+    """Say one pydantic error in a recipe writer's words."""
+    location, kind, value = list(mistake["loc"]), mistake["type"], mistake["input"]
+    path = ".".join(str(part) for part in location if part not in _TAGS and not isinstance(part, int))
+    if kind == "extra_forbidden":
+        wrong = str(location[-1])
+        return f"{path}: unknown key{_nearest_key(wrong, location[:-1])}"
+    if kind == "missing":
+        return f"{path}: missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        name = value.get("name") if isinstance(value, dict) else value
+        return f"{path}: unknown objective {name!r}{nearest(str(name), _TAGS)}; known: {', '.join(_TAGS)}"
+    if kind == "literal_error":
+        hint = nearest(value, _literals(mistake)) if isinstance(value, str) else ""
+        return f"{path}: {value!r} is none of {mistake['ctx']['expected']}{hint}"
+    if isinstance(value, str) and kind in ("float_type", "int_type") and _is_number(value):
+        return f"{path}: YAML reads {value} as text; write it with a dot and without quotes, as in {float(value)!r} or 1.0e-3"
+    if isinstance(value, bool) and kind == "string_type":
+        return f"{path}: YAML reads yes, no, on and off as {value}; put the word in quotes"
+    message = mistake["msg"].removeprefix("Value error, ")
+    return f"{path}: {message[0].lower()}{message[1:]}, not {value!r}" if path else message
+
+
+_TAGS = tuple(get_args(page.model_fields["name"].annotation)[0] for page in (PRG, KD, CE))
+
+
+def _nearest_key(wrong: str, section: Sequence[int | str]) -> str:
+    """Name the key that was meant: of the same section first, else the same word in another section."""
+    pages = dict(_pages())
+    here = ".".join(str(part) for part in section if not isinstance(part, int))
+    known = list(pages.get(here, Recipe).model_fields)
+    if difflib.get_close_matches(wrong, known, n=1, cutoff=0.5):
+        return nearest(wrong, known)
+    elsewhere = [f"{place}.{wrong}" for place, page in pages.items() if place and wrong in page.model_fields]
+    return f"; it belongs in {elsewhere[0]}" if elsewhere else f"; known: {', '.join(known)}"
+
+
+def _pages() -> Iterator[tuple[str, type[BaseModel]]]:
+    yield "", Recipe
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield name, field.annotation
+    for tag, page in zip(_TAGS, (PRG, KD, CE), strict=True):
+        yield f"objective.{tag}", page
+
+
+def _literals(mistake: Mapping[str, Any]) -> list[str]:
+    return [word.strip("' ") for word in mistake["ctx"]["expected"].replace(" or ", ", ").split(",")]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

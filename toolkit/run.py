@@ -1,0 +1,215 @@
+"""A run folder: the one place that knows a file's name inside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from prgkit import __version__
+from prgkit.errors import PrgkitError, RunError
+from prgkit.files import guarding_space, read_json, write_json, write_text
+from prgkit.recipe import Recipe, parse, save_recipe, validate
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: two processes on one folder are then not noticed
+    fcntl = None  # type: ignore[assignment]
+
+RUNS = Path("runs")
+
+
+class Run:
+    """One student's folder: its recipe, its card, its weights, and what was measured while it learned."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe_file = folder / "recipe.yaml"
+        self.card_file = folder / "card.json"
+        self.weights = folder / "student.safetensors"
+        self.state = folder / "state" / "checkpoint.safetensors"
+        self.metrics_file = folder / "metrics.jsonl"
+        self.bundle = folder / "bundle"
+        self.bench = folder / "bench"
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe the run was started with."""
+        return validate(parse(self.recipe_file.read_text(encoding="utf-8"), where=self.recipe_file), where=self.recipe_file)
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the run is made from and how far it is."""
+        card: dict[str, Any] = read_json(self.card_file)
+        return card
+
+    def update_card(self, **facts: Any) -> None:
+        """Add facts to the card; the file is replaced whole."""
+        write_json(self.card_file, {**(self.card if self.card_file.exists() else {}), **facts})
+
+    @property
+    def finished(self) -> bool:
+        """Whether the student is trained."""
+        return self.card_file.exists() and bool(self.card.get("finished"))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics, one record an epoch; a torn last line is left out."""
+        if not self.metrics_file.exists():
+            return []
+        return list(complete_lines(self.metrics_file))
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Append one epoch's record and flush it to the disk."""
+        append_line(self.metrics_file, record)
+
+    def keep_metrics(self, epochs: int) -> None:
+        """Drop the records after ``epochs``: they came after the checkpoint that training goes on from."""
+        kept = [record for record in self.metrics() if record["epoch"] <= epochs]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        if self.metrics_file.exists() and self.metrics_file.read_text() != text:
+            write_text(self.metrics_file, text)
+
+
+def start_run(folder: Path, recipe: Recipe) -> Run:
+    """Open ``folder`` as the run of ``recipe``: a new one, or the same one to go on with.
+
+    Raises:
+        RunError: the folder holds a run of another recipe, or something else.
+    """
+    run = Run(folder)
+    if run.recipe_file.exists():
+        changed = changed_keys(run.recipe, recipe)
+        if run.recipe.fingerprint() != recipe.fingerprint():
+            raise RunError(
+                f"this run was made from another recipe; it differs in {', '.join(changed)}",
+                where=folder,
+                fix=f"start a new run with --run {folder}-2, or delete {folder}",
+            )
+        save_recipe(recipe, run.recipe_file)  # what may change in a run: its export and how it is watched
+        return run
+    if folder.exists() and any(folder.iterdir()):
+        raise RunError("the folder is not empty and holds no run", where=folder, fix="give --run a new or an empty folder")
+    save_recipe(recipe, run.recipe_file)
+    run.update_card(
+        schema="prgkit.run/1",
+        prgkit=__version__,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        fingerprint=recipe.fingerprint(),
+        finished=False,
+    )
+    return run
+
+
+def find_run(given: Path | None) -> Run:
+    """Return the run that a command means: the one given, the one stood in, or the newest under runs/.
+
+    Raises:
+        RunError: there is none.
+    """
+    if given is not None:
+        if (given / "recipe.yaml").is_file():
+            return Run(given)
+        raise RunError("this is no run folder: it has no recipe.yaml", where=given, fix="prgkit distill RECIPE makes one")
+    if Path("recipe.yaml").is_file() and Path("card.json").is_file():
+        return Run(Path())
+    runs = sorted(RUNS.glob("*/card.json"), key=lambda card: card.stat().st_mtime)
+    if not runs:
+        raise RunError(
+            "there is no run here", where=Path.cwd(), fix="prgkit distill demo makes one, or name one with --run FOLDER"
+        )
+    return Run(runs[-1].parent)
+
+
+def changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """Return the dotted keys in which two recipes differ."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+
+
+def run_name(recipe_name: str) -> str:
+    """Return a folder name for a recipe's name or a path: its last part, in letters that every system takes."""
+    return re.sub(r"[^\w.-]+", "-", Path(recipe_name).expanduser().resolve().stem).strip("-.") or "run"
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line and flush it to the disk, so that a kill loses at most a torn last line."""
+    line = json.dumps(record) + "\n"
+    with guarding_space(path, len(line)), open(path, "a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def complete_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield a JSON-lines file's records; stop at a last line that was torn by a kill."""
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number == len(lines) - 1:
+                return
+            raise RunError(f"line {number} of {path.name} is damaged", where=path) from error
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold ``folder`` for this process alone.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(
+                    f"another process is working on this {what}", where=folder, fix="wait for it, or stop it first"
+                ) from error
+        yield
+
+
+class Interrupted(PrgkitError):
+    """The user, or the system, asked to stop; everything computed so far is saved."""
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; the loop looks between steps and saves.
+
+    A second signal of the same kind ends the process as usual.
+    """
+    received: list[int] = []
+    previous = {}
+
+    def receive(number: int, _frame: object) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _flat(page: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in page.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

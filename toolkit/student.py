@@ -1,0 +1,191 @@
+"""The student: a timm model with its class head, and a projector into the teacher's feature space for training only."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+
+from prgkit.errors import StudentError, nearest
+from prgkit.images import Preprocessing
+from prgkit.objectives.sides import StudentSide
+from prgkit.recipe import StudentPage
+from prgkit.run import Run
+
+
+class Normalised(nn.Module):
+    """A network behind its preprocessing: uint8 pixels [B, S, S, 3] in, normalised channels-first images inside."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.register_buffer("mean", 255 * torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(preprocessing.std).view(3, 1, 1), persistent=False)
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """Return normalised float32 images [B, 3, S, S]; the cast comes first, as TensorRT's parser wants it."""
+        return (pixels.float().permute(0, 3, 1, 2) - self.mean) / self.std
+
+
+class Student(Normalised):
+    """The student in training: h is the timm model up to its pooled features, g the projector."""
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing, teacher_width: int) -> None:
+        super().__init__(preprocessing)
+        self.model = model
+        self.preprocessing = preprocessing
+        self.projector = nn.Linear(_feature_width(model, preprocessing.image_size), teacher_width)
+
+    def forward(self, pixels: Tensor) -> StudentSide:
+        """Return F = g(h(x)) [B, D] and L = head(h(x)) [B, C] for uint8 pixels [B, S, S, 3]."""
+        images = self.images(pixels).contiguous(memory_format=torch.channels_last)
+        pooled = self.model.forward_head(self.model.forward_features(images), pre_logits=True)  # type: ignore[operator]
+        return StudentSide(self.projector(pooled), self.model.get_classifier()(pooled))  # type: ignore[operator]
+
+    def facts(self, page: StudentPage) -> dict[str, Any]:
+        """Return what a run's card says of its student; parameters are counted as they are deployed."""
+        return {
+            "model": page.model,
+            "initial": page.initial,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "preprocessing": self.preprocessing.to_dict(),
+        }
+
+    def deployed(self) -> Deployed:
+        """Return what leaves for the device: the same weights without the projector."""
+        return Deployed(copy.deepcopy(self.model), self.preprocessing).eval()
+
+
+class Deployed(Normalised):
+    """The student on a device: uint8 pixels [B, S, S, 3] in, float32 class logits [B, C] out."""
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__(preprocessing)
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return class logits [B, C]."""
+        logits: Tensor = self.model(self.images(pixels))
+        return logits
+
+
+def build_student(page: StudentPage, *, classes: int, teacher_width: int) -> Student:
+    """Build the timm model with a fresh head for ``classes``, and the projector to ``teacher_width``.
+
+    Raises:
+        StudentError: timm has no such model, its weights cannot be had, or it does not give pooled features.
+    """
+    if not timm.is_model(page.model):
+        raise StudentError(
+            f"timm has no model {page.model!r}{nearest(page.model, timm.list_models())}",
+            where="student.model",
+            fix="python -c 'import timm; print(timm.list_models())' lists them all",
+        )
+    model = _create(page, classes)
+    try:
+        student = Student(model, student_preprocessing(page), teacher_width)
+    except (AttributeError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise StudentError(
+            f"{page.model} cannot be a student at {page.image_size} px: {error}",
+            where="student",
+            fix="choose another image_size, or a model of the RepViT or EfficientNet family",
+        ) from error
+    return student.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def student_preprocessing(page: StudentPage) -> Preprocessing:
+    """Return how images reach the student: timm's mean, std and interpolation; its crop where it was pretrained."""
+    config: dict[str, Any] = timm.get_pretrained_cfg(page.model).to_dict()
+    crop = page.crop or (1.0 if page.initial == "random" else config["crop_pct"])
+    return Preprocessing(
+        image_size=page.image_size,
+        crop=crop,
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+def load_student(run: Run) -> Student:
+    """Load a run's best student, in evaluation mode.
+
+    Raises:
+        StudentError: there are no weights yet, or they are damaged.
+    """
+    again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"
+    if not run.weights.exists():
+        raise StudentError("the run has no student yet", where=run.folder, fix=f"{again} goes on with it")
+    recipe, card = run.recipe, run.card
+    try:
+        weights = load_file(run.weights)
+        # The weights come from the file, so a pretrained start is not fetched again.
+        page = recipe.student.model_copy(update={"initial": "random", "crop": card["student"]["preprocessing"]["crop"]})
+        student = build_student(page, classes=len(recipe.classes), teacher_width=card["teacher"]["width"])
+        student.load_state_dict(weights)
+    except (SafetensorError, RuntimeError) as error:
+        raise StudentError(
+            f"the student's weights are damaged: {str(error).splitlines()[0]}",
+            where=run.weights,
+            fix=f"delete the file, then {again} writes it again from the last checkpoint",
+        ) from error
+    return student.eval()
+
+
+def student_facts(path: Path) -> dict[str, Any]:
+    """Return what is written in a weights file's header: the epoch it comes from, and its agreement."""
+    with safe_open(path, framework="pt") as file:
+        facts: dict[str, Any] = json.loads((file.metadata() or {}).get("facts", "{}"))
+    return facts
+
+
+def reparameterised(model: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode with its training-time branches and batch norms fused (RepViT and its kind)."""
+    return reparameterize_model(copy.deepcopy(model).eval(), inplace=True)  # type: ignore[no-any-return]
+
+
+def _create(page: StudentPage, classes: int) -> nn.Module:
+    options: dict[str, Any] = {"num_classes": classes, "pretrained": page.initial == "pretrained"}
+    if page.model.startswith("repvit"):
+        options["distillation"] = False  # one head: the second one is of no use without a CNN teacher
+    if page.initial not in ("random", "pretrained"):
+        path = Path(page.initial).expanduser()
+        if path.suffix != ".safetensors" or not path.is_file():
+            raise StudentError(
+                f"student.initial is random, pretrained or a .safetensors file, not {page.initial!r}", where="student.initial"
+            )
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    try:
+        model: nn.Module = timm.create_model(page.model, **options)
+    except Exception as error:
+        if not options["pretrained"]:
+            raise
+        hub = timm.get_pretrained_cfg(page.model).hf_hub_id
+        first_line = (str(error).splitlines() or [""])[0]
+        raise StudentError(
+            f"the pretrained weights of {page.model} could not be loaded ({type(error).__name__}: {first_line})",
+            where=f"https://huggingface.co/{hub}" if hub else "student.initial",
+            fix="download model.safetensors from there and give its path as student.initial, or start from initial: random",
+        ) from error
+    return model
+
+
+def _feature_width(model: nn.Module, image_size: int) -> int:
+    """Return D_s by running one black image, which also shows that the model takes this size."""
+    model.eval()
+    with torch.inference_mode():
+        features = model.forward_features(torch.zeros(1, 3, image_size, image_size))  # type: ignore[operator]
+        pooled = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    model.train()
+    if not isinstance(pooled, Tensor) or pooled.dim() != 2:
+        raise ValueError("it gives no pooled features [batch, width]")
+    return int(pooled.shape[1])

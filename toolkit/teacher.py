@@ -1,0 +1,193 @@
+"""The teacher: any open_clip model behind two methods, embed_images and embed_prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prgkit import demo
+from prgkit.errors import TeacherError, nearest
+from prgkit.files import sha256
+from prgkit.images import Preprocessing
+from prgkit.recipe import TeacherPage
+
+
+class Teacher:
+    """A frozen open_clip model, CLIP or SigLIP."""
+
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device, page: TeacherPage) -> None:
+        import open_clip
+
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.device = device
+        self.batch_size = page.batch_size
+        self.autocast_to_bf16 = page.precision == "bf16"
+        # Both families are scored alike: SigLIP's logit bias is one constant, and drops out of argmax and softmax.
+        self.logit_scale = float(model.logit_scale.exp())
+        self.preprocessing = _preprocessing(open_clip.get_model_preprocess_cfg(model))
+        self.width = int(self.embed_images(torch.zeros(1, *self._shape, dtype=torch.uint8)).shape[1])
+
+    @torch.inference_mode()
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Embed uint8 pixels [B, S, S, 3] as unit vectors [B, D] (METHOD: I), on the teacher's device."""
+        mean = torch.tensor(self.preprocessing.mean, device=self.device) * 255
+        std = torch.tensor(self.preprocessing.std, device=self.device) * 255
+        images = ((pixels.to(self.device).float() - mean) / std).permute(0, 3, 1, 2)
+        with self._autocast():
+            features = self.model.encode_image(images)
+        return torch.nn.functional.normalize(features.float(), dim=-1)
+
+    @torch.inference_mode()
+    def embed_prompts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
+        """Embed prompts[template][class] as unit vectors [M, C, D] (METHOD: T), one per template, not averaged."""
+        embedded = []
+        for of_template in prompts:
+            chunks = [of_template[start : start + 256] for start in range(0, len(of_template), 256)]
+            tokens = [self.tokenizer(list(chunk)).to(self.device) for chunk in chunks]
+            with self._autocast():
+                features = torch.cat([self.model.encode_text(chunk).float() for chunk in tokens])
+            embedded.append(torch.nn.functional.normalize(features, dim=-1))
+        return torch.stack(embedded)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return (self.preprocessing.image_size, self.preprocessing.image_size, 3)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast_to_bf16)
+
+
+def load_teacher(page: TeacherPage, device: torch.device) -> Teacher:
+    """Load an open_clip model with its weights and its tokenizer.
+
+    Raises:
+        TeacherError: the model or its weights are unknown, damaged, or cannot be fetched.
+    """
+    import open_clip
+
+    name = _expand(page.model)
+    if ":" not in name:
+        _check_names(name, page.weights)
+    try:
+        with _quiet():
+            model, _, _ = open_clip.create_model_and_transforms(name, pretrained=page.weights)
+            tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:
+        raise _load_error(page, error) from error
+    return Teacher(model, tokenizer, device, page)
+
+
+def teacher_identity(page: TeacherPage) -> dict[str, Any]:
+    """Return what decides the teacher's features, without loading it: names, and the content of local files."""
+    identity: dict[str, Any] = {"precision": page.precision, "batch_size": page.batch_size}
+    name = _expand(page.model)
+    if not name.startswith("local-dir:"):
+        return {**identity, "model": page.model, "weights": page.weights}
+    folder = Path(name.removeprefix("local-dir:"))
+    files = sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".md")
+    if not (folder / "open_clip_config.json").is_file():
+        raise TeacherError(
+            "the teacher's folder holds no open_clip_config.json",
+            where=folder,
+            fix="teacher.model is local-dir:PATH of a folder with open_clip_config.json and open_clip_model.safetensors",
+        )
+    return {**identity, "files": {path.name: sha256(path) for path in files}}
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """Return ImageNet-1K's class names as CLIP's authors cleaned them, in label order."""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+    return tuple(IMAGENET_CLASSNAMES)
+
+
+def imagenet_templates() -> tuple[str, ...]:
+    """Return the 80 prompt templates of CLIP's ImageNet evaluation, with ``{}`` for the class."""
+    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+
+    return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+
+
+def _preprocessing(config: dict[str, Any]) -> Preprocessing:
+    """Translate open_clip's preprocessing: ``shortest`` crops the middle, ``squash`` keeps it all out of shape."""
+    size = config["size"]
+    if config["resize_mode"] == "longest":
+        raise TeacherError("the teacher letterboxes its images (resize_mode longest), which is not supported")
+    return Preprocessing(
+        image_size=size if isinstance(size, int) else size[0],
+        crop=1.0,
+        interpolation=config["interpolation"] if config["interpolation"] != "random" else "bicubic",
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        squash=config["resize_mode"] == "squash",
+    )
+
+
+def _expand(model: str) -> str:
+    scheme, _, path = model.partition(":")
+    if model == "demo:digits":
+        return f"local-dir:{Path(demo.__file__).with_name('teacher')}"
+    return f"local-dir:{Path(path).expanduser()}" if scheme == "local-dir" else model
+
+
+def _check_names(model: str, weights: str | None) -> None:
+    import open_clip
+
+    if model not in open_clip.list_models():
+        raise TeacherError(
+            f"open_clip has no model {model!r}{nearest(model, open_clip.list_models())}",
+            fix="python -c 'import open_clip; print(open_clip.list_pretrained())' lists them all",
+        )
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if weights is None:
+        raise TeacherError(f"teacher.weights is missing for {model}", fix=f"choose one of {', '.join(tags)}, or a weights file")
+    if weights not in tags and not Path(weights).is_file():
+        raise TeacherError(
+            f"{model} has no weights {weights!r}{nearest(weights, tags)}", fix=f"choose one of {', '.join(tags)}, or a weights file"
+        )
+
+
+def _load_error(page: TeacherPage, error: Exception) -> TeacherError:
+    """Say which file could not be had, from where, and how to point at a local copy."""
+    import open_clip
+
+    first_line = (str(error).splitlines() or [""])[0]
+    reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    if page.model.startswith("local-dir:"):
+        return TeacherError(
+            f"the teacher's files cannot be loaded ({reason})",
+            where=_expand(page.model).removeprefix("local-dir:"),
+            fix="copy open_clip_config.json and open_clip_model.safetensors again: they are damaged or belong to another model",
+        )
+    local = "a machine without network uses a copied folder: teacher: {model: 'local-dir:PATH'} with open_clip_config.json in it"
+    if page.model.startswith("hf-hub:"):
+        return TeacherError(f"the teacher's weights could not be fetched ({reason})", where=page.model, fix=local)
+    source = open_clip.get_pretrained_cfg(page.model, page.weights or "")
+    hub = (source.get("hf_hub") or "").strip("/")
+    place = f"https://huggingface.co/{hub}" if hub else source.get("url") or page.weights
+    return TeacherError(
+        f"the weights {page.weights!r} of {page.model} could not be fetched ({reason})",
+        where=place,
+        fix=f"download open_clip_model.safetensors from there and give its path as teacher.weights; {local}",
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip's log lines about what it loads off the terminal."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,31 @@
+"""What long work tells whoever watches it: stages with progress, and notes; the command line draws them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Watch(Protocol):
+    """Someone who watches."""
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        """A stage of ``total`` units begins; the one before has ended."""
+
+    def advance(self, count: int, facts: str = "") -> None:
+        """``count`` more units are done; ``facts`` says what they showed."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line of its own."""
+
+
+class Unwatched:
+    """Nobody watches."""
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        """Tell no one."""
+
+    def advance(self, count: int, facts: str = "") -> None:
+        """Tell no one."""
+
+    def note(self, text: str) -> None:
+        """Tell no one."""
