@@ -14,7 +14,7 @@ import numpy as np
 
 import prgkit
 from prgkit.errors import BenchError, PrgkitError
-from prgkit.evaluate import accuracy, latency, machine
+from prgkit.evaluate import accuracy, latency, machine, wording
 from prgkit.evaluate.latency import Measured
 from prgkit.evaluate.pictures import choose_pictures
 from prgkit.evaluate.report import SCHEMA, write_report
@@ -141,7 +141,7 @@ def plan(
             spec = None if reason else {"kind": "engine", "path": str(path)}
             row = blank(artifact["name"], artifact, device="cuda", threads=None)
             if reason:
-                row |= {"status": "not executed", "reason": f"{reason}; never executed here"}
+                row["reason"] = reason
             add(row, spec and named(spec, row))
             continue
         for provider, device in providers(facts):
@@ -258,26 +258,25 @@ def golden_notes(bundle: Bundle) -> list[str]:
 
 
 def row_notes(rows: Sequence[Row], measured: Sequence[Measured]) -> list[str]:
-    """Return what a reader must know about single rows."""
+    """Return what a reader must know about single rows; what was never executed comes first, once for each reason."""
     notes = []
+    absent = [row for row in rows if row["status"] == "not executed"]
+    for reason in dict.fromkeys(row["reason"] for row in absent):
+        names = ", ".join(wording.row_name(row) for row in absent if row["reason"] == reason)
+        notes.append(f"Never executed here: {names}; {reason}.")
     for row in rows:
-        name = f"{row['artifact']} ({row['device']})"
-        found = row["latency"]
-        if row["status"] == "not executed":
-            notes.append(f"{name} was never executed here: {row['reason'].removesuffix('; never executed here')}.")
+        name, found = wording.row_name(row), row["latency"]
+        if row["status"] == "failed":
+            notes.append(f"{name} failed: {row['reason']}.")
         if found and not found["steady"]:
-            notes.append(
-                f"{name} did not become steady while warming up: two windows' medians stayed more than 2 % apart."
-            )
+            notes.append(f"{name} did not become steady while warming up: two windows' medians stayed over 2 % apart.")
         if found and max(found["round_p50_ms"]) > 1.1 * min(found["round_p50_ms"]):
-            low, high = min(found["round_p50_ms"]), max(found["round_p50_ms"])
-            notes.append(f"{name} was unstable: the median of a round moved between {low:.3g} and {high:.3g} ms.")
+            low, high = (wording.ms(bound(found["round_p50_ms"])) for bound in (min, max))
+            notes.append(f"{name} was unstable: the median of a round moved between {low} and {high} ms.")
         if row["backend"] == "torch":
             notes.append(f"{name} is PyTorch in eager mode, the student as it was trained: its branches are not fused.")
     for one in measured:
-        notes += [
-            f"{latency.label(one.spec)} refused batch {batch}: {reason}." for batch, reason in one.refused.items()
-        ]
+        notes += [f"{latency.label(one.spec)} refused batch {batch}: {why}." for batch, why in one.refused.items()]
     return notes
 
 

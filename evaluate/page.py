@@ -166,7 +166,8 @@ def artifact_line(row: Row, columns: Sequence[tuple[str, str]], *, rank: int | N
     dot = f'<span class="dot"{ink}></span>'
     name = f'<th scope="row">{dot}{escape(str(row["artifact"]))}<small>{escape(under)}</small></th>'
     if rank is None:
-        chip = f'<span class="chip {"bad" if row["status"] == "failed" else ""}">{escape(row["status"])}</span>'
+        failed = row["status"] == "failed"
+        chip = f'<span class="chip{" bad" if failed else ""}">{"failed" if failed else "never executed here"}</span>'
         size = f'<td data-name="Size">{wording.mib(row["size_mib"])}</td>'
         said = f"{chip} {escape(row['reason'] or '')}"
         return f'<tr>{name}{size}<td class="reason" colspan="{len(columns) - 1}">{said}</td></tr>'

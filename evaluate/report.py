@@ -67,10 +67,7 @@ def table(report: Report) -> Table:
             wording.ms(row["load_ms"]),
             wording.mib(row["peak_memory_mib"]),
         )
-    missing = [
-        f"{wording.row_name(row)}: {wording.why_missing(row)}" for row in report["rows"] if row["status"] != "measured"
-    ]
-    result.caption = Text("\n".join([*missing, *report["notes"]])) if missing or report["notes"] else None
+    result.caption = Text("\n".join(report["notes"])) if report["notes"] else None
     result.caption_justify = "left"
     return result
 

@@ -81,7 +81,7 @@ def row_name(row: Row) -> str:
 
 def why_missing(row: Row) -> str:
     """Return why a row has no figures."""
-    return f"{row['status']}: {row['reason']}" if row["reason"] else str(row["status"])
+    return f"{'never executed here' if row['status'] == 'not executed' else row['status']}: {row['reason']}"
 
 
 def model_name(name: str) -> str:

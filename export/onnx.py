@@ -38,7 +38,7 @@ class Deployable(nn.Module):
 
     def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        self.network = network
+        self.network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         mean, std = mean.detach().double().reshape(3).cpu(), std.detach().double().reshape(3).cpu()
         self.register_buffer("scale", (1.0 / std).float())
         self.register_buffer("offset", (-mean / std).float())
@@ -139,7 +139,7 @@ def rehearse_fp16(module: nn.Module, pixels: Tensor) -> Tensor:
     for name, layer in rounded.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             for parameter in layer.parameters():
-                parameter.copy_(parameter.half().float())
+                parameter.copy_(half_value(parameter, f"a weight of {name}"))
         if not list(layer.children()):
             layer.register_forward_pre_hook(
                 lambda _, inputs, name=name: tuple(half_value(value, name) for value in inputs)

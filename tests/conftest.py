@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,18 @@ class Exported:
     preprocessing: Any
 
 
-def smooth_pictures(count: int, *, size: int = SIZE, seed: int = 0) -> NDArray[np.uint8]:
-    """Pictures with large shapes and a little noise, as photographs have; a network tells them apart."""
+def pictures(count: int, *, size: int = SIZE, seed: int = 0) -> NDArray[np.uint8]:
+    """Pictures as varied as photographs: shapes of many sizes, contrasts and brightnesses, and some noise."""
     generator = np.random.default_rng(seed)
-    coarse = generator.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
-    shapes = np.stack([np.asarray(Image.fromarray(picture).resize((size, size), 3)) for picture in coarse])
-    noisy = shapes + generator.normal(0, 6, shapes.shape)
-    return noisy.clip(0, 255).astype(np.uint8)
+    made = []
+    for _ in range(count):
+        grid = int(generator.choice([2, 3, 4, 8, 16, 32]))
+        coarse = Image.fromarray(generator.integers(0, 256, (grid, grid, 3), dtype=np.uint8))
+        shapes = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)).astype(float)
+        middle, contrast = generator.uniform(70, 185), generator.uniform(0.5, 1.2)
+        noise = generator.normal(0, generator.uniform(0, 12), shapes.shape)
+        made.append(middle + contrast * (shapes - 128) + noise)
+    return np.stack(made).clip(0, 255).astype(np.uint8)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -63,17 +69,13 @@ def export_family(model: str, folder: Path) -> Exported:
     from prgkit.student import build_student
 
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     page = StudentPage(model=model, image_size=SIZE, initial="random")
     built = build_student(page, classes=len(CLASSES), teacher_width=8)
-    pixels = smooth_pictures(256)
-    student = built.deployed().train()
-    with torch.no_grad():  # batch norms that have seen pictures: without them every picture has the same logits
-        for batch in torch.split(torch.from_numpy(pixels), 64):
-            student(batch)
-    for layer in student.modules():
-        if isinstance(layer, torch.nn.Linear):
-            torch.nn.init.normal_(layer.weight, std=0.5)  # spread the logits as training does
-    module = deployable(student.eval(), torch.from_numpy(pixels[:64]))
+    pixels = pictures(256)
+    student = settled(built.deployed(), torch.from_numpy(pixels))
+    module = deployable(student, torch.from_numpy(pixels[:64]))
     fp32, fp16 = folder / "model.onnx", folder / "model.fp16.onnx"
     export_onnx(
         module,
@@ -84,5 +86,38 @@ def export_family(model: str, folder: Path) -> Exported:
         opset=20,
     )
     write_fp16(fp32, fp16)
+    torch.set_num_threads(threads)
     _done[model] = Exported(student, module, fp32, fp16, pixels, built.preprocessing)
     return _done[model]
+
+
+def settled(student: Any, pixels: Any) -> Any:
+    """Give a random network what training gives it: batch norms that know the pictures, logits that differ."""
+    import torch
+
+    norms = [layer for layer in student.modules() if isinstance(layer, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # the average over what follows
+    student.train()
+    with torch.no_grad():
+        for batch in torch.split(pixels, 64):
+            student(batch)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        student.eval()
+        head = [layer for layer in student.modules() if isinstance(layer, torch.nn.Linear)][-1]
+        head.weight.normal_(std=0.3)
+        head.bias.sub_(student(pixels[:128]).mean(0))
+    return student
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two busy cores and two spinning OpenMP threads are a hundred times slower than one thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

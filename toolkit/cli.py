@@ -6,8 +6,9 @@ import errno
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +54,12 @@ class Chain(click.Group):
         return results
 
 
-def split_at_commands(args: Sequence[str], commands: Sequence[str] | dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def split_at_commands(args: Sequence[str], commands: Collection[str]) -> tuple[list[str], list[list[str]]]:
     """Split arguments at command names: what comes before the first, and one list for each command."""
     starts = [place for place, word in enumerate(args) if word in commands]
-    ends = [*starts[1:], len(args)]
-    return list(args[: starts[0]] if starts else args), [list(args[a:b]) for a, b in zip(starts, ends, strict=True)]
+    if not starts:
+        return list(args), []
+    return list(args[: starts[0]]), [list(args[a:b]) for a, b in pairwise([*starts, len(args)])]
 
 
 class Terminal:
@@ -129,25 +131,24 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what distill and targets share: which recipe, and what is different this time."""
-    for option in reversed(
-        [
-            click.argument("recipe", required=False),
-            click.option("--images", help="Unlabelled images: a folder, a .zip or tar shards."),
-            click.option("--classes", help="A file with one class name a line, or a named list."),
-            click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe."),
-            click.option("--run", "folder", type=click.Path(path_type=Path, file_okay=False), help="The run's folder."),
-            click.option(
-                "--targets",
-                "targets_root",
-                type=click.Path(path_type=Path, file_okay=False),
-                default="targets",
-                show_default=True,
-                help="Where the teacher's targets are kept, for all runs.",
-            ),
-            click.option("--dry-run", is_flag=True, help="Say what would run, how much disk and how long; do nothing."),
-            json_option,
-        ]
-    ):
+    options: list[Callable[..., Any]] = [
+        click.argument("recipe", required=False),
+        click.option("--images", help="Unlabelled images: a folder, a .zip or tar shards."),
+        click.option("--classes", help="A file with one class name a line, or a named list."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe."),
+        click.option("--run", "folder", type=click.Path(path_type=Path, file_okay=False), help="The run's folder."),
+        click.option(
+            "--targets",
+            "targets_root",
+            type=click.Path(path_type=Path, file_okay=False),
+            default="targets",
+            show_default=True,
+            help="Where the teacher's targets are kept, for all runs.",
+        ),
+        click.option("--dry-run", is_flag=True, help="Say what would run, how much disk and how long; do nothing."),
+        json_option,
+    ]
+    for option in reversed(options):
         command = option(command)
     return command
 
@@ -167,7 +168,7 @@ def cli() -> None:
 @cli.command(short_help="Teach a student from unlabelled images.")
 @recipe_options
 @click.pass_obj
-def distill(chain: Terminal, **given: Any) -> dict[str, Any]:
+def distill(chain: Terminal, /, **given: Any) -> dict[str, Any]:
     """Teach a student from unlabelled images: RECIPE is a shipped name or a YAML file.
 
     Without RECIPE, --images and --classes are enough, and with none of them the newest unfinished run goes on. The same
@@ -197,7 +198,7 @@ def distill(chain: Terminal, **given: Any) -> dict[str, Any]:
 @cli.command(short_help="Let the teacher see the images, and no more.")
 @recipe_options
 @click.pass_obj
-def targets(chain: Terminal, **given: Any) -> dict[str, Any]:
+def targets(chain: Terminal, /, **given: Any) -> dict[str, Any]:
     """Let the teacher see every image of RECIPE, once, and store what it saw; distill then starts at once."""
     recipe, folder = choose_recipe(given)
     if given["dry_run"]:
@@ -232,16 +233,22 @@ def export(
     """
     bundle = find_bundle(chain, folder)
     if bundle is not None:
-        from prgkit.export.bundle import add_engines
+        from prgkit.files import read_json
 
-        manifest = add_engines(bundle, trt=trt, backend=backend, note=chain.note)
+        if not trt:
+            raise click.UsageError("A bundle is exported already; export --trt builds its engines.")
+        from prgkit.export.engines import build_engines
+        from prgkit.recipe import validate
+
+        batch = validate(read_json(bundle / "manifest.json")["recipe"], where=bundle).export.batch
+        manifest = build_engines(bundle, fp16=fp16, batch=batch, backend=backend, note=chain.note)
         chain.folder = bundle
     else:
         from prgkit.run import find_run
 
         run = find_run(chain.folder or folder)
         with needing("distill"):
-            from prgkit.export.student import export_run
+            from prgkit.export.run import export_run
 
         manifest = export_run(run, fp16=fp16, trt=trt, backend=backend, watch=chain)
         bundle, chain.folder = run.bundle, run.folder
@@ -260,7 +267,9 @@ def export(
 
 
 @cli.command(short_help="Measure every artifact on this machine.")
-@click.option("--seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Time for each artifact.")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Time for each artifact."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]")
 @click.option("--batches", default="1,8,32", show_default=True, help="Batch sizes for throughput.")
 @run_option
@@ -303,7 +312,7 @@ def predict(
     from prgkit.evaluate.predict import predict as answer
 
     bundle, _ = require_bundle(chain, folder)
-    answers = answer(bundle, images, top_k=top_k, min_confidence=min_confidence)
+    answers: list[dict[str, Any]] = answer(bundle, images, top_k=top_k, min_confidence=min_confidence)
     for image in answers:
         scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in image["top"])
         said = "abstains" if image["abstained"] else image["class"]
@@ -368,7 +377,9 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        full = DiskFullError("no disk space left", where=error.filename, fix="free some space and run the same command again")
+        full = DiskFullError(
+            "no disk space left", where=error.filename, fix="free some space and run the same command again"
+        )
         click.echo(f"Error: {full}", err=True)
         sys.exit(1)
 
@@ -412,7 +423,9 @@ def require_bundle(chain: Terminal, folder: Path | None) -> tuple[Path, Path | N
     run = find_run(folder or chain.folder)
     if not (run.bundle / "manifest.json").is_file():
         raise PrgkitError(
-            "the run has not been exported yet", where=run.folder, fix=f"prgkit export --run {shlex.quote(str(run.folder))}"
+            "the run has not been exported yet",
+            where=run.folder,
+            fix=f"prgkit export --run {shlex.quote(str(run.folder))}",
         )
     return run.bundle, run.folder
 

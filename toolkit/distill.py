@@ -130,7 +130,12 @@ def read_catalogue(spec: str, recipe: Recipe, watch: Watch) -> Catalogue:
 def facts_of(images: Catalogue) -> dict[str, Any]:
     """Return what a run's card says of its images: how many, and each unreadable one with its reason."""
     unreadable = [{"name": file.name, "reason": file.reason} for file in images.unreadable]
-    return {"source": images.images.spec, "used": len(images), "duplicates": images.duplicates, "unreadable": unreadable}
+    return {
+        "source": images.images.spec,
+        "used": len(images),
+        "duplicates": images.duplicates,
+        "unreadable": unreadable,
+    }
 
 
 def check_trackers(page: Training) -> None:
@@ -138,7 +143,9 @@ def check_trackers(page: Training) -> None:
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     for tracker in page.trackers:
         if not available[tracker]():
-            raise BackendError(f"training.trackers names {tracker}, which is not installed", fix=f"pip install {tracker}")
+            raise BackendError(
+                f"training.trackers names {tracker}, which is not installed", fix=f"pip install {tracker}"
+            )
 
 
 def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerator: Accelerator, watch: Watch) -> None:
@@ -147,7 +154,9 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
     batch_size = min(page.batch_size, len(lesson.learned))
     steps = len(lesson.learned) // batch_size  # in an epoch; the last, smaller batch is left out
     total, warmup = steps * page.epochs, round(page.warmup_epochs * steps)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=decide_precision(run, student, page, device))
+    autocast = partial(
+        torch.autocast, device.type, torch.bfloat16, enabled=decide_precision(run, student, page, device)
+    )
 
     student.to(device)
     lesson = replace(lesson, prompts=lesson.prompts.to(device))
@@ -277,7 +286,7 @@ def agreement_with_teacher(student: Student, lesson: Lesson, page: Training, acc
         logits = student(batch.pixels[:, 0].to(accelerator.device)).logits
         counts += torch.stack([(logits.argmax(1) == teacher.labels).sum(), torch.tensor(len(logits))])
     agreeing, images = accelerator.reduce(counts).tolist()
-    return round(100 * agreeing / images, 4)
+    return float(round(100 * agreeing / images, 4))
 
 
 def hold_out(keys: Sequence[str], share: float) -> NDArray[np.int64]:
@@ -285,7 +294,9 @@ def hold_out(keys: Sequence[str], share: float) -> NDArray[np.int64]:
     places = np.array([int(key[-8:], 16) / 2**32 for key in keys])
     chosen = np.flatnonzero(places < share)
     if len(keys) < 4:
-        raise ImagesError(f"{len(keys)} images are too few to learn from", fix="give at least four, better some hundreds")
+        raise ImagesError(
+            f"{len(keys)} images are too few to learn from", fix="give at least four, better some hundreds"
+        )
     return chosen if 0 < len(chosen) < len(keys) - 1 else np.argsort(places)[:1]
 
 

@@ -11,10 +11,7 @@ from typing import Any
 from prgkit.evaluate import machine
 from prgkit.export.tensorrt import available_backends
 
-PACKAGES = (
-    "prgkit numpy pillow onnxruntime onnxruntime-gpu torch torchvision timm open_clip_torch accelerate safetensors onnx "
-    "onnxscript tensorrt tensorrt_rtx cuda-python cuda-bindings"
-).split()
+PACKAGES = ["prgkit", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "torchvision", "timm", "open_clip_torch", "accelerate", "safetensors", "onnx", "onnxscript", "tensorrt", "tensorrt_rtx", "cuda-python", "cuda-bindings"]
 
 
 def examine() -> dict[str, Any]:
@@ -76,11 +73,12 @@ def tensorrt_backends() -> list[dict[str, Any]]:
     """Return whether TensorRT and TensorRT for RTX can build engines here, and run them."""
     found = []
     for name, state in available_backends().items():
-        found.append({"name": f"{name} (export --trt)", "runs": state.usable, "detail": state.detail})
+        row = backend(f"{name} (export --trt)", state.usable, state.problem or "")
+        found.append({**row, "detail": row["detail"] or f"{state.version} builds engines here"})
     return found
 
 
-def backend(name: str, runs: bool, need: str) -> dict[str, Any]:  # noqa: FBT001 - a row of a table
+def backend(name: str, runs: bool, need: str) -> dict[str, Any]:
     """Return one backend's row."""
     return {"name": name, "runs": runs, "detail": "" if runs else f"needs: {need}"}
 

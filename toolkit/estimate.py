@@ -43,7 +43,11 @@ def estimate(recipe: Recipe, targets_root: Path, watch: Watch) -> dict[str, Any]
 
     missing = round(share_missing * len(images)) * (1 + recipe.views.count)
     teacher_s = missing / views_per_s(teacher, [images.read(int(index)) for index in sample[:1]])
-    step_ms = min(probe["step_ms"].values()) if recipe.training.precision == "auto" else probe["step_ms"][recipe.training.precision]
+    step_ms = (
+        min(probe["step_ms"].values())
+        if recipe.training.precision == "auto"
+        else probe["step_ms"][recipe.training.precision]
+    )
     student_s = recipe.training.epochs * len(images) * step_ms / 1000 / probe["batch_size"]
     targets_bytes = missing * teacher.width * 2
     # The checkpoint holds the student, its average and two moments of the optimizer; the best student stands beside it.

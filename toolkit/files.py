@@ -64,7 +64,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise PrgkitError(f"there is no {path.name}", where=path.parent) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PrgkitError(f"{path.name} is damaged: {error}", where=path, fix="delete it and run the command again that made it") from error
+        raise PrgkitError(
+            f"{path.name} is damaged: {error}", where=path, fix="delete it and run the command again that made it"
+        ) from error
 
 
 def sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
@@ -65,23 +65,25 @@ class StudentPage(Page):
     model: str
     image_size: int = Field(224, ge=16)
     initial: str = "random"  # random, pretrained, or a .safetensors file of the same timm model
-    crop: float | None = Field(None, gt=0, le=1)  # share kept by the centre crop; None: 1, or timm's own where pretrained
+    crop: float | None = Field(
+        None, gt=0, le=1
+    )  # share kept by the centre crop; None: 1, or timm's own where pretrained
 
 
-class Objective(Page):
+class ObjectivePage(Page):
     """What every objective has: its share in a weighted list, and how the prompts are combined (METHOD: W)."""
 
     weight: float = Field(1.0, gt=0)
     prompt_weighting: Literal["max", "mean", "softmax"] = "max"
 
 
-class CE(Objective):
+class CE(ObjectivePage):
     """Cross-entropy with the teacher's pseudo-labels."""
 
     name: Literal["ce"]
 
 
-class KD(Objective):
+class KD(ObjectivePage):
     """Knowledge distillation: softened teacher probabilities beside the pseudo-labels (Hinton et al., 2015)."""
 
     name: Literal["kd"]
@@ -89,7 +91,7 @@ class KD(Objective):
     temperature: float = Field(4.0, gt=0)
 
 
-class PRG(Objective):
+class PRG(ObjectivePage):
     """Proxy relational graph: nodes, class proxies and the edges between them (arXiv 2408.12248, reconstructed)."""
 
     name: Literal["prg"]
@@ -156,7 +158,7 @@ class Recipe(Page):
         return tuple(objective) if isinstance(objective, list) else (objective,)
 
     @field_serializer("objective")
-    def _one_as_mapping(self, objective: tuple[Objective, ...]) -> Any:
+    def _one_as_mapping(self, objective: tuple[AnyObjective, ...]) -> Any:
         pages = [page.model_dump(mode="json") for page in objective]
         return pages[0] if len(pages) == 1 else pages
 
@@ -182,6 +184,11 @@ class Recipe(Page):
     def templates(self) -> tuple[str, ...]:
         """The prompt templates; after `resolved` these are the recipe's own words."""
         return tuple(self.data.prompts)
+
+    @property
+    def objective_name(self) -> str:
+        """The objective in a word: ``prg``, or ``kd + prg`` for a list."""
+        return " + ".join(objective.name for objective in self.objective)
 
     def resolved(self) -> Recipe:
         """Return the recipe with every class name and template written out, so that a run needs no other file."""
@@ -253,15 +260,19 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise RecipeError("a recipe uses no YAML aliases (*name)", where=f"line {mark.line + 1}", fix="write the value out")
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise RecipeError(
+                "a recipe uses no YAML aliases (*name)", where=f"line {mark.line + 1}", fix="write the value out"
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise RecipeError(f"the key {key.value!r} stands twice", where=f"line {key.start_mark.line + 1}", fix="keep one")
+                raise RecipeError(
+                    f"the key {key.value!r} stands twice", where=f"line {key.start_mark.line + 1}", fix="keep one"
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -269,7 +280,7 @@ class _Loader(yaml.SafeLoader):
 def parse(text: str, *, where: object) -> dict[str, Any]:
     """Read YAML into a mapping, or say on which line it is broken."""
     try:
-        raw = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        raw = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -278,7 +289,9 @@ def parse(text: str, *, where: object) -> dict[str, Any]:
     except RecursionError as error:
         raise RecipeError("the recipe is nested too deeply", where=where) from error
     if not isinstance(raw, dict):
-        raise RecipeError("the recipe is no mapping of sections", where=where, fix="prgkit recipes --show custom prints one to copy")
+        raise RecipeError(
+            "the recipe is no mapping of sections", where=where, fix="prgkit recipes --show custom prints one to copy"
+        )
     return raw
 
 
@@ -332,7 +345,8 @@ def _explain(mistake: Mapping[str, Any]) -> str:
     return f"{path}: {message[0].lower()}{message[1:]}, not {value!r}" if path else message
 
 
-_TAGS = tuple(get_args(page.model_fields["name"].annotation)[0] for page in (PRG, KD, CE))
+_OBJECTIVES: dict[str, type[BaseModel]] = {"prg": PRG, "kd": KD, "ce": CE}
+_TAGS = tuple(_OBJECTIVES)
 
 
 def _nearest_key(wrong: str, section: Sequence[int | str]) -> str:
@@ -351,8 +365,7 @@ def _pages() -> Iterator[tuple[str, type[BaseModel]]]:
     for name, field in Recipe.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield name, field.annotation
-    for tag, page in zip(_TAGS, (PRG, KD, CE), strict=True):
-        yield f"objective.{tag}", page
+    yield from ((f"objective.{tag}", page) for tag, page in _OBJECTIVES.items())
 
 
 def _literals(mistake: Mapping[str, Any]) -> list[str]:

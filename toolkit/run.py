@@ -46,7 +46,9 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The resolved recipe the run was started with."""
-        return validate(parse(self.recipe_file.read_text(encoding="utf-8"), where=self.recipe_file), where=self.recipe_file)
+        return validate(
+            parse(self.recipe_file.read_text(encoding="utf-8"), where=self.recipe_file), where=self.recipe_file
+        )
 
     @property
     def card(self) -> dict[str, Any]:
@@ -99,7 +101,9 @@ def start_run(folder: Path, recipe: Recipe) -> Run:
         save_recipe(recipe, run.recipe_file)  # what may change in a run: its export and how it is watched
         return run
     if folder.exists() and any(folder.iterdir()):
-        raise RunError("the folder is not empty and holds no run", where=folder, fix="give --run a new or an empty folder")
+        raise RunError(
+            "the folder is not empty and holds no run", where=folder, fix="give --run a new or an empty folder"
+        )
     save_recipe(recipe, run.recipe_file)
     run.update_card(
         schema="prgkit.run/1",
@@ -120,7 +124,9 @@ def find_run(given: Path | None) -> Run:
     if given is not None:
         if (given / "recipe.yaml").is_file():
             return Run(given)
-        raise RunError("this is no run folder: it has no recipe.yaml", where=given, fix="prgkit distill RECIPE makes one")
+        raise RunError(
+            "this is no run folder: it has no recipe.yaml", where=given, fix="prgkit distill RECIPE makes one"
+        )
     if Path("recipe.yaml").is_file() and Path("card.json").is_file():
         return Run(Path())
     runs = sorted(RUNS.glob("*/card.json"), key=lambda card: card.stat().st_mtime)
@@ -182,7 +188,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
-class Interrupted(PrgkitError):
+class Interrupted(PrgkitError):  # noqa: N818 - nothing went wrong
     """The user, or the system, asked to stop; everything computed so far is saved."""
 
 
@@ -193,13 +199,13 @@ def stopping() -> Iterator[list[int]]:
     A second signal of the same kind ends the process as usual.
     """
     received: list[int] = []
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def receive(number: int, _frame: object) -> None:
         received.append(number)
         signal.signal(number, previous[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         previous[number] = signal.signal(number, receive)
     try:
         yield received

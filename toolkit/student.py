@@ -100,7 +100,7 @@ def build_student(page: StudentPage, *, classes: int, teacher_width: int) -> Stu
             where="student",
             fix="choose another image_size, or a model of the RepViT or EfficientNet family",
         ) from error
-    return student.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return student.to(memory_format=torch.channels_last)
 
 
 def student_preprocessing(page: StudentPage) -> Preprocessing:
@@ -161,7 +161,8 @@ def _create(page: StudentPage, classes: int) -> nn.Module:
         path = Path(page.initial).expanduser()
         if path.suffix != ".safetensors" or not path.is_file():
             raise StudentError(
-                f"student.initial is random, pretrained or a .safetensors file, not {page.initial!r}", where="student.initial"
+                f"student.initial is random, pretrained or a .safetensors file, not {page.initial!r}",
+                where="student.initial",
             )
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
     try:
@@ -174,7 +175,7 @@ def _create(page: StudentPage, classes: int) -> nn.Module:
         raise StudentError(
             f"the pretrained weights of {page.model} could not be loaded ({type(error).__name__}: {first_line})",
             where=f"https://huggingface.co/{hub}" if hub else "student.initial",
-            fix="download model.safetensors from there and give its path as student.initial, or start from initial: random",
+            fix="download model.safetensors from there and name it as student.initial, or start from initial: random",
         ) from error
     return model
 

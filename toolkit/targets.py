@@ -103,7 +103,7 @@ class Targets:
             "model": self.card["teacher_model"],
             "weights": self.card["teacher_weights"],
             "fingerprint": fingerprint(self.card["teacher"]),
-            "targets": self.folder.name,
+            "targets": str(self.folder),
             "width": self.width,
             "logit_scale": self.logit_scale,
         }
@@ -172,7 +172,9 @@ def open_targets(recipe: Recipe, root: Path, teacher: Callable[[], Teacher]) -> 
         )
     targets = Targets(folder)
     if any(targets.card.get(key) != value for key, value in made_from.items()):
-        raise TargetsError("the target store was made from something else than its name says", where=folder, fix="delete it")
+        raise TargetsError(
+            "the target store was made from something else than its name says", where=folder, fix="delete it"
+        )
     return targets
 
 
@@ -219,8 +221,10 @@ def _embed_views(
     keys: list[str] = []
     features: list[NDArray[np.float16]] = []
     for number, batch in enumerate(load_batches(rendered, plan, workers=recipe.training.workers), start=1):
-        seen = torch.cat([_embed_full(teacher, part) for part in batch.pixels.flatten(0, 1).split(teacher.batch_size)])
-        features.append(seen.unflatten(0, (-1, views)).transpose(0, 1).half().numpy())  # [views, images, D]
+        seen = torch.cat(
+            [_embed_full(teacher, part) for part in torch.split(batch.pixels.flatten(0, 1), teacher.batch_size)]
+        )
+        features.append(seen.view(-1, views, targets.width).transpose(0, 1).half().numpy())  # [views, images, D]
         keys += [catalogue.keys[position] for position in batch.positions]
         watch.advance(len(batch.positions))
         if len(keys) >= BLOCK_IMAGES or number == len(plan):
@@ -236,4 +240,3 @@ def _embed_full(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
 
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
-

@@ -97,7 +97,7 @@ def teacher_identity(page: TeacherPage) -> dict[str, Any]:
         raise TeacherError(
             "the teacher's folder holds no open_clip_config.json",
             where=folder,
-            fix="teacher.model is local-dir:PATH of a folder with open_clip_config.json and open_clip_model.safetensors",
+            fix="teacher.model is local-dir:PATH of a folder with that file and open_clip_model.safetensors",
         )
     return {**identity, "files": {path.name: sha256(path) for path in files}}
 
@@ -148,10 +148,13 @@ def _check_names(model: str, weights: str | None) -> None:
         )
     tags = open_clip.list_pretrained_tags_by_model(model)
     if weights is None:
-        raise TeacherError(f"teacher.weights is missing for {model}", fix=f"choose one of {', '.join(tags)}, or a weights file")
+        raise TeacherError(
+            f"teacher.weights is missing for {model}", fix=f"choose one of {', '.join(tags)}, or a weights file"
+        )
     if weights not in tags and not Path(weights).is_file():
         raise TeacherError(
-            f"{model} has no weights {weights!r}{nearest(weights, tags)}", fix=f"choose one of {', '.join(tags)}, or a weights file"
+            f"{model} has no weights {weights!r}{nearest(weights, tags)}",
+            fix=f"choose one of {', '.join(tags)}, or a weights file",
         )
 
 
@@ -165,9 +168,9 @@ def _load_error(page: TeacherPage, error: Exception) -> TeacherError:
         return TeacherError(
             f"the teacher's files cannot be loaded ({reason})",
             where=_expand(page.model).removeprefix("local-dir:"),
-            fix="copy open_clip_config.json and open_clip_model.safetensors again: they are damaged or belong to another model",
+            fix="copy open_clip_config.json and open_clip_model.safetensors again: damaged, or of two models",
         )
-    local = "a machine without network uses a copied folder: teacher: {model: 'local-dir:PATH'} with open_clip_config.json in it"
+    local = "without network, copy a folder with open_clip_config.json and name it: teacher: {model: 'local-dir:PATH'}"
     if page.model.startswith("hf-hub:"):
         return TeacherError(f"the teacher's weights could not be fetched ({reason})", where=page.model, fix=local)
     source = open_clip.get_pretrained_cfg(page.model, page.weights or "")

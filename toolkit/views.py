@@ -32,7 +32,7 @@ class View:
 
 
 def seeded_view(key: str, number: int, width: int, height: int, page: Views) -> View:
-    """Return view ``number`` >= 1 of the image with content ``key``: a function of (seed, image, view) and nothing else.
+    """Return view ``number`` >= 1 of the image with content ``key``: a function of (seed, image, view) alone.
 
     A random resized crop (Szegedy et al., 2015) in closed form: the area's share is uniform in ``crop_scale``, the
     aspect ratio log-uniform in [3/4, 4/3], and a side that would leave the image is cut to it.

@@ -18,11 +18,11 @@ __all__ = ["CE", "KD", "PRG", "Objectives", "StudentSide", "TeacherSide"]
 class Objectives(nn.Module):
     """A recipe's objectives, each with its weight; always in float32, whatever the student was run in."""
 
-    def __init__(self, pages: Sequence[recipe.Objective], classes: int, width: int) -> None:
+    def __init__(self, pages: Sequence[recipe.AnyObjective], classes: int, width: int) -> None:
         super().__init__()
         self.weights = [page.weight for page in pages]
         self.parts = nn.ModuleList([_build(page, classes, width) for page in pages])
-        self.prefixes = [f"{page.model_dump()['name']}." if len(pages) > 1 else "" for page in pages]
+        self.prefixes = [f"{page.name}." if len(pages) > 1 else "" for page in pages]
 
     def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
         """Return every part's terms, weighted; with several parts a term is named ``prg.node``."""
@@ -33,7 +33,7 @@ class Objectives(nn.Module):
         return terms
 
 
-def _build(page: recipe.Objective, classes: int, width: int) -> nn.Module:
+def _build(page: recipe.AnyObjective, classes: int, width: int) -> nn.Module:
     if isinstance(page, recipe.PRG):
         return PRG(page, classes, width)
     return KD(page) if isinstance(page, recipe.KD) else CE()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.objectives.sides import StudentSide, TeacherSide, soft_cross_entropy
@@ -66,7 +66,7 @@ class PRG(nn.Module):
             torch.distributed.all_reduce(counts)
             torch.distributed.all_reduce(sums)
         present = counts > 0
-        means = (sums / counts.clamp(min=1)[:, None]).split(teacher_nodes.shape[1], dim=1)
+        means = torch.chunk(sums / counts.clamp(min=1)[:, None], 2, dim=1)  # the student's, the teacher's
         momentum = self.page.proxy_momentum * self.seen.to(means[0].dtype)[:, None]  # 0 where there is nothing to keep
         for proxies, mean in ((self.student_proxies, means[0]), (self.teacher_proxies, means[1])):
             proxies.copy_(torch.where(present[:, None], momentum * proxies + (1 - momentum) * mean, proxies))
@@ -86,7 +86,8 @@ def nodes(features: Tensor, logits: Tensor, block: str) -> Tensor:
 
 def correlate(rows: Tensor, columns: Tensor) -> Tensor:
     """Return the Pearson correlation of every row [B, N] with every other [C, N]: [B, C], as one matrix product."""
-    return F.normalize(centre(rows), dim=1) @ F.normalize(centre(columns), dim=1).T
+    correlations: Tensor = F.normalize(centre(rows), dim=1) @ F.normalize(centre(columns), dim=1).T
+    return correlations
 
 
 def pearson(first: Tensor, second: Tensor) -> Tensor:
@@ -106,7 +107,8 @@ def standardise(rows: Tensor) -> Tensor:
 
 def prompt_logits(features: Tensor, prompts: Tensor, scale: float) -> Tensor:
     """Return each template's logits W_m = s * I * T_m^T: features [B, D], prompts [M, C, D] -> [B, M, C]."""
-    return scale * torch.einsum("bd,mcd->bmc", features, prompts)
+    logits: Tensor = scale * torch.einsum("bd,mcd->bmc", features, prompts)
+    return logits
 
 
 def weighted_logits(logits: Tensor, weighting: str) -> Tensor:

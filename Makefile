@@ -1,0 +1,37 @@
+# Two commands do all their own set-up, on a machine with Python 3.11 (or any from 3.10 on) and nothing else:
+#   make demo    install, then distil, export and bench the embedded digits; ends in a table and a report
+#   make test    install, then ruff, mypy and every test
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP = -m pip install --quiet --disable-pip-version-check
+VENV = .venv/bin
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+demo: .venv/demo.stamp
+	$(VENV)/prgkit distill demo export --trt bench
+
+test: .venv/dev.stamp .venv-base/base.stamp
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/python -m pytest
+
+clean:
+	rm -rf .venv .venv-base runs targets
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: pyproject.toml | .venv/bin/python
+	$(VENV)/python $(PIP) -e '.[demo]'
+	touch $@
+
+.venv/dev.stamp: pyproject.toml | .venv/bin/python
+	$(VENV)/python $(PIP) -e '.[dev]'
+	touch $@ .venv/demo.stamp
+
+# The device's install: no torch. Tests prove there what must run without it.
+.venv-base/base.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-base
+	.venv-base/bin/python $(PIP) -e .
+	touch $@

@@ -1,0 +1,118 @@
+"""What an export takes from a run: its best student, images it has not learned from, and the teacher's answers to them."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prgkit.devices import best_device
+from prgkit.distill import hold_out, read_catalogue
+from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
+from prgkit.files import sha256
+from prgkit.images import Catalogue, match_labels
+from prgkit.objectives.prg import prompt_logits, weighted_logits
+from prgkit.recipe import Recipe
+from prgkit.run import Run
+from prgkit.student import load_student, student_facts
+from prgkit.targets import Targets, embed, open_targets
+from prgkit.teacher import Teacher, load_teacher
+from prgkit.watch import Watch
+
+PARITY_IMAGES = 256
+GOLDEN_IMAGES = 16
+
+
+def export_run(run: Run, *, fp16: bool, trt: bool, backend: str | None, watch: Watch) -> dict[str, Any]:
+    """Export a run's best student into ``<run>/bundle`` and return the manifest.
+
+    Raises:
+        PrgkitError: the run has no student, an artifact disagrees with PyTorch, or a backend is missing.
+    """
+    recipe, card = run.recipe, run.card
+    student = load_student(run)
+    learned = student_facts(run.weights)
+    if not run.finished:
+        watch.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
+    images = read_catalogue(recipe.data.evaluation or recipe.data.images, recipe, watch)
+    positions = evaluation_positions(images, recipe)
+    labels = match_labels(images, recipe.classes)[positions] if recipe.data.evaluation else None
+    weighted, uniform = teacher_logits(run, recipe, images, positions, watch)
+    checked = np.resize(positions, max(PARITY_IMAGES, len(positions)))[:PARITY_IMAGES]
+
+    def prepare(position: np.int64) -> NDArray[np.uint8]:
+        return student.preprocessing.prepare(images.read(int(position)))
+
+    return export_student(
+        student.deployed(),
+        run.bundle,
+        pixels=np.stack([prepare(position) for position in checked]),
+        golden=[images.read(int(position)) for position in positions[:GOLDEN_IMAGES]],
+        held_out=HeldOut(
+            prepared=(prepare(position) for position in positions),
+            teacher_logits=weighted,
+            teacher_uniform_logits=uniform,
+            labels=labels,
+            source=images.images.spec,
+        ),
+        classes=recipe.classes,
+        preprocessing=student.preprocessing,
+        facts={
+            "run": {
+                "name": run.name,
+                "fingerprint": card["fingerprint"],
+                "student_sha256": sha256(run.weights),
+                "objective": recipe.objective_name,
+                "epochs": recipe.training.epochs,
+                "best_epoch": learned["epoch"],
+                "images": card["images"]["used"],
+                "training": run.metrics(),
+            },
+            "recipe": recipe.model_dump(mode="json"),
+            "teacher": {key: card["teacher"][key] for key in ("model", "weights", "fingerprint")},
+            "student": {
+                **{key: card["student"][key] for key in ("model", "initial", "parameters")},
+                "image_size": recipe.student.image_size,
+            },
+        },
+        options=ExportOptions(
+            opset=recipe.export.opset, fp16=fp16, trt=trt, batch=recipe.export.batch, backend=backend
+        ),
+        note=watch.note,
+    )
+
+
+def evaluation_positions(images: Catalogue, recipe: Recipe) -> NDArray[np.int64]:
+    """Return which images travel: labelled ones where the recipe names them, else those held out from training.
+
+    The catalogue is ordered by content key, so the first ones are a random sample.
+    """
+    chosen = np.arange(len(images)) if recipe.data.evaluation else hold_out(images.keys, recipe.data.held_out)
+    return chosen[: recipe.export.evaluation_images]
+
+
+def teacher_logits(
+    run: Run, recipe: Recipe, images: Catalogue, positions: NDArray[np.int64], watch: Watch
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return W [n, C] of the evaluation view, with the recipe's prompt weighting and with uniform weights."""
+
+    @cache
+    def teacher() -> Teacher:  # asked only where the run's targets are gone
+        watch.note(f"loading the teacher {recipe.teacher.model}")
+        return load_teacher(recipe.teacher, best_device())
+
+    targets: Targets = open_targets(recipe, Path(run.card["teacher"]["targets"]).parent, teacher)
+    embed(targets, images, views=np.ones(len(images), dtype=int), recipe=recipe, teacher=teacher, watch=watch)
+    prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
+    rows = targets.rows([images.keys[position] for position in positions], views=1)
+    weighted, uniform = [], []
+    for part in np.array_split(rows, max(1, len(rows) // 256)):
+        features = targets.features(part, np.zeros(len(part), dtype=int))
+        logits = prompt_logits(features, prompts, targets.logit_scale)
+        weighted.append(weighted_logits(logits, recipe.prompt_weighting))
+        uniform.append(weighted_logits(logits, "mean"))
+    return torch.cat(weighted).numpy(), torch.cat(uniform).numpy()

@@ -1,0 +1,221 @@
+"""PRG, CE and KD against numbers worked out by hand or by numpy."""
+
+import math
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from prgkit.objectives import CE, KD, PRG, Objectives, StudentSide, TeacherSide
+from prgkit.objectives.prg import correlate, nodes, pearson, prompt_logits, weighted_logits
+from prgkit.recipe import CE as CEPage
+from prgkit.recipe import KD as KDPage
+from prgkit.recipe import PRG as PRGPage
+
+BATCH, CLASSES, WIDTH = 12, 4, 6
+
+
+def sides(seed: int = 0, classes: int = CLASSES) -> tuple[StudentSide, TeacherSide]:
+    generator = torch.Generator().manual_seed(seed)
+    student = StudentSide(
+        torch.randn(BATCH, WIDTH, generator=generator, requires_grad=True),
+        torch.randn(BATCH, classes, generator=generator, requires_grad=True),
+    )
+    features = F.normalize(torch.randn(BATCH, WIDTH, generator=generator), dim=1)
+    logits = 5 * torch.randn(BATCH, classes, generator=generator)
+    return student, TeacherSide(features, logits, logits.argmax(dim=1))
+
+
+def prg(**changes: object) -> PRG:
+    return PRG(PRGPage(name="prg", **changes), CLASSES, WIDTH)  # type: ignore[arg-type]
+
+
+def test_prompt_logits_are_scaled_cosines() -> None:
+    features = torch.tensor([[0.6, 0.8]])
+    prompts = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.8, 0.6], [-1.0, 0.0]]])  # 2 templates, 2 classes
+    torch.testing.assert_close(prompt_logits(features, prompts, 10.0), torch.tensor([[[6.0, 8.0], [9.6, -6.0]]]))
+
+
+def test_max_weighting_by_hand() -> None:
+    logits = torch.tensor([[[6.0, 8.0], [2.0, -6.0]]])  # the templates' maxima are 8 and 2: weights 0.8 and 0.2
+    torch.testing.assert_close(weighted_logits(logits, "max"), torch.tensor([[5.2, 5.2]]))
+    torch.testing.assert_close(weighted_logits(logits, "mean"), torch.tensor([[4.0, 1.0]]))
+    share = 1 / (1 + math.exp(-6))
+    expected = torch.tensor([[6 * share + 2 * (1 - share), 8 * share - 6 * (1 - share)]])
+    torch.testing.assert_close(weighted_logits(logits, "softmax"), expected)
+
+
+def test_max_weighting_of_negative_maxima_is_finite_and_uniform() -> None:
+    logits = torch.tensor([[[-1.0, -3.0], [-2.0, -5.0]], [[-1.0, -3.0], [2.0, 1.0]]])
+    expected = torch.tensor([[-1.5, -4.0], [2.0, 1.0]])  # alike where all are negative, else the positive one alone
+    torch.testing.assert_close(weighted_logits(logits, "max"), expected)
+
+
+@pytest.mark.parametrize("weighting", ["max", "mean", "softmax"])
+def test_one_template_changes_nothing_and_their_order_does_not_matter(weighting: str) -> None:
+    logits = torch.randn(5, 3, 7)
+    assert torch.equal(weighted_logits(logits[:, :1], weighting), logits[:, 0])
+    torch.testing.assert_close(weighted_logits(logits[:, [2, 0, 1]], weighting), weighted_logits(logits, weighting))
+
+
+def test_pearson_is_numpys_and_ignores_scale_and_shift() -> None:
+    first, second = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 9, dtype=torch.float64)
+    expected = [np.corrcoef(a, b)[0, 1] for a, b in zip(first.numpy(), second.numpy(), strict=True)]
+    np.testing.assert_allclose(pearson(first, second), expected, rtol=1e-12)
+    np.testing.assert_allclose(pearson(3 * first + 7, 0.5 * second - 2), expected, rtol=1e-12)
+    np.testing.assert_allclose(correlate(first, second), np.corrcoef(first, second)[:5, 5:], rtol=1e-10)
+
+
+def test_nodes_by_hand() -> None:
+    features, logits = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, math.log(3)]])
+    torch.testing.assert_close(nodes(features, logits, "softmax"), torch.tensor([[0.6, 0.8, 0.25, 0.75]]))
+    torch.testing.assert_close(nodes(features, logits, "raw"), torch.tensor([[3.0, 4.0, 0.0, math.log(3)]]))
+    torch.testing.assert_close(nodes(features, logits, "zscore"), torch.tensor([[-1.0, 1.0, -1.0, 1.0]]))
+    half = math.sqrt(0.5)
+    torch.testing.assert_close(nodes(features, logits, "l2"), torch.tensor([[-half, half, -half, half]]))
+
+
+def test_raw_edges_say_nothing_and_softmax_edges_tell_classes_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = F.normalize(torch.randn(20, 64, generator=generator), dim=1)
+    labels = torch.arange(200) % 20
+    features = F.normalize(centres[labels] + 0.08 * torch.randn(200, 64, generator=generator), dim=1)
+    gap = {}
+    for block in ("raw", "softmax"):
+        side = nodes(features, 100 * (0.2 * features @ centres.T + 0.15), block)
+        proxies = torch.stack([side[labels == label].mean(0) for label in range(20)])
+        edges = correlate(side, proxies)
+        own = F.one_hot(labels, 20).bool()
+        gap[block] = (edges[own].mean() - edges[~own].mean()).item()
+    assert gap["raw"] < 0.15 < 0.5 < gap["softmax"]
+
+
+def test_equal_graphs_cost_nothing() -> None:
+    _, teacher = sides()
+    for node_loss in ("pearson", "mse"):
+        for edge_loss in ("mse", "pearson"):
+            terms = prg(node_loss=node_loss, edge_loss=edge_loss)(StudentSide(*teacher[:2]), teacher)
+            assert terms["node"].item() == pytest.approx(0, abs=1e-6)
+            assert terms["edge"].item() == pytest.approx(0, abs=1e-6)
+            assert terms["supervision"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_loss_is_the_formula() -> None:
+    student, teacher = sides()
+    objective = prg(node_weight=3.0, edge_weight=2.0, proxy_momentum=0.0)
+    terms = objective(student, teacher)
+
+    def block(features: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        exponents = np.exp(logits - logits.max(1, keepdims=True))
+        return np.hstack(
+            [features / np.linalg.norm(features, axis=1, keepdims=True), exponents / exponents.sum(1, keepdims=True)]
+        )
+
+    ours, theirs = block(*(t.detach().numpy() for t in student)), block(*(t.numpy() for t in teacher[:2]))
+    labels = teacher.labels.numpy()
+    present = [c for c in range(CLASSES) if (labels == c).any()]
+    rows = range(BATCH)
+
+    def edges(side: np.ndarray) -> np.ndarray:
+        proxies = [side[labels == c].mean(0) for c in present]
+        return np.array([[np.corrcoef(side[i], proxy)[0, 1] for proxy in proxies] for i in rows])
+
+    node = 3 * np.mean([1 - np.corrcoef(ours[i], theirs[i])[0, 1] for i in rows])
+    edge = 2 * np.mean((edges(ours) - edges(theirs)) ** 2)
+    assert terms["node"].item() == pytest.approx(node, rel=1e-4)
+    assert terms["edge"].item() == pytest.approx(edge, rel=1e-3)
+
+
+def test_proxies_follow_their_class_mean_and_the_unseen_stay() -> None:
+    objective = prg(proxy_momentum=0.9)
+    ones, labels = torch.ones(2, WIDTH + CLASSES), torch.tensor([1, 1])
+    objective.update_proxies(ones, 2 * ones, labels)  # the first sight of class 1 starts at its mean
+    objective.update_proxies(3 * ones, 4 * ones, labels)
+    torch.testing.assert_close(objective.student_proxies[1], torch.full((WIDTH + CLASSES,), 0.9 * 1 + 0.1 * 3))
+    torch.testing.assert_close(objective.teacher_proxies[1], torch.full((WIDTH + CLASSES,), 0.9 * 2 + 0.1 * 4))
+    assert objective.seen.tolist() == [False, True, False, False]
+    assert not objective.student_proxies[[0, 2, 3]].any()
+
+
+def test_without_momentum_a_proxy_is_the_batch_mean() -> None:
+    objective = prg(proxy_momentum=0.0)
+    side, labels = torch.randn(6, WIDTH + CLASSES), torch.tensor([0, 0, 2, 2, 2, 3])
+    for _ in range(2):
+        objective.update_proxies(side, side, labels)
+    torch.testing.assert_close(objective.student_proxies[2], side[2:5].mean(0))
+
+
+def test_no_gradient_reaches_the_teacher_or_a_proxy() -> None:
+    student, teacher = sides()
+    features, logits = teacher.features.requires_grad_(), teacher.logits.requires_grad_()
+    objective = prg()
+    teacher = TeacherSide(features.detach(), logits.detach(), teacher.labels)
+    sum(objective(student, teacher).values()).backward()
+    assert student.features.grad is not None
+    assert student.features.grad.abs().sum() > 0
+    assert features.grad is None
+    assert logits.grad is None
+    assert not any(buffer.requires_grad for buffer in objective.buffers())
+    assert not list(objective.parameters())
+
+
+def test_hard_supervision_is_cross_entropy_with_the_pseudo_label() -> None:
+    student, teacher = sides()
+    terms = prg(supervision="hard", node_weight=0.0, edge_weight=0.0)(student, teacher)
+    assert terms["supervision"].item() == CE()(student, teacher)["ce"].item()
+    assert terms["node"] == terms["edge"] == 0
+
+
+def test_kd_by_hand() -> None:
+    student = StudentSide(torch.zeros(1, 1), torch.tensor([[0.0, 0.0]]))
+    teacher = TeacherSide(torch.zeros(1, 1), torch.tensor([[2 * math.log(3), 0.0]]), torch.tensor([0]))
+    terms = KD(KDPage(name="kd", alpha=0.75, temperature=2.0))(student, teacher)
+    assert terms["ce"].item() == pytest.approx(0.25 * math.log(2))
+    divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)  # the softened teacher says 3 to 1
+    assert terms["kl"].item() == pytest.approx(0.75 * 4 * divergence, rel=1e-6)
+
+
+def test_a_weighted_list_adds_up_and_runs_in_float32() -> None:
+    student, teacher = sides()
+    both = Objectives([CEPage(name="ce", weight=2.0), KDPage(name="kd")], CLASSES, WIDTH)
+    terms = both(StudentSide(student.features.bfloat16(), student.logits.bfloat16()), teacher)
+    assert set(terms) == {"ce.ce", "kd.ce", "kd.kl"}
+    assert all(term.dtype == torch.float32 for term in terms.values())
+    rounded = F.cross_entropy(student.logits.bfloat16().float(), teacher.labels)
+    torch.testing.assert_close(terms["ce.ce"], 2 * rounded)
+
+
+def _rank(rank: int, port: int, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, out: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    objective = prg()
+    for batch in range(2):
+        mine = slice(batch * 6 + rank * 3, batch * 6 + rank * 3 + 3)
+        objective.update_proxies(student[mine], teacher[mine], labels[mine])
+    torch.save(objective.state_dict(), f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_hold_the_proxies_of_one(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 12, WIDTH + CLASSES, generator=generator)
+    labels = torch.tensor([0, 1, 1, 2, 0, 0, 1, 1, 2, 2, 0, 2])
+    alone = prg()
+    for batch in range(2):
+        both = slice(batch * 6, batch * 6 + 6)
+        alone.update_proxies(student[both], teacher[both], labels[both])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_rank, args=(r, port, student, teacher, labels, str(tmp_path))) for r in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    for rank in range(2):
+        together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, buffer in alone.state_dict().items():
+            torch.testing.assert_close(together[name], buffer)
