@@ -276,7 +276,9 @@ def row_notes(rows: Sequence[Row], measured: Sequence[Measured]) -> list[str]:
         if row["backend"] == "torch":
             notes.append(f"{name} is PyTorch in eager mode, the student as it was trained: its branches are not fused.")
     for one in measured:
-        notes += [f"{latency.label(one.spec)} refused batch {batch}: {why}." for batch, why in one.refused.items()]
+        notes += [
+            f"{latency.label(one.spec)} has no figure at batch {batch}: {why}." for batch, why in one.unmeasured.items()
+        ]
     return notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,12 +14,14 @@ from numpy.typing import NDArray
 from prgkit.evaluate.worker import Pixels, Spec, WarmUp, Worker, WorkerFailedError
 
 ROUNDS = 10
-LEAST_PER_ROUND = 5
 P99_SAMPLES = 1000  # below this, the 99th percentile is one or two outliers
 # A runtime's threads spin for a moment after their last run; these untimed runs outlast the previous artifact's.
 SETTLE_S = 0.1
 # How the seconds of an artifact are spent; predicting the evaluation images comes on top.
 WARM_UP_SHARE, LATENCY_SHARE, THROUGHPUT_SHARE = 0.2, 0.55, 0.25
+# A model of seconds a run would overstay by whole rounds: past this many times its share it has no further turns.
+OVERSTAY = 1.5
+LEAST_ROUNDS = 3
 
 
 @dataclass
@@ -32,7 +35,9 @@ class Measured:
     warm_up: WarmUp | None = None
     rounds_ns: list[list[int]] = field(default_factory=list)  # [rounds][runs], batch 1
     sweep_ns: dict[int, list[int]] = field(default_factory=dict)  # batch -> [runs]
-    refused: dict[int, str] = field(default_factory=dict)  # batch -> why it would not run
+    unmeasured: dict[int, str] = field(default_factory=dict)  # batch -> why there are no runs
+    latency_s: float = 0.0  # spent on its rounds
+    throughput_s: float = 0.0  # spent on its sweep
     logits: NDArray[np.float32] | None = None  # [images, classes]
 
 
@@ -107,16 +112,22 @@ def latency_rounds(
     note(f"latency: {rounds} rounds, artifacts interleaved")
     for round_ in range(rounds):
         between_rounds(round_)
-        turns = [index for index, _ in alive(session, workers)]
-        turns = rotate(turns, round_)
+        turns = rotate(
+            [index for index, _ in alive(session, workers) if has_time(session.measured[index], seconds)], round_
+        )
         session.order.append(turns)
         for index in turns:
             one = session.measured[index]
+            start = time.perf_counter()
             with recording_failure(one):
-                samples = workers[index].measure(
-                    batch=1, seconds=slice_s, at_least=LEAST_PER_ROUND, settle_s=SETTLE_S if len(turns) > 1 else 0.0
-                )
+                samples = workers[index].measure(batch=1, seconds=slice_s, settle_s=SETTLE_S if len(turns) > 1 else 0.0)
                 one.rounds_ns.append(samples)
+            one.latency_s += time.perf_counter() - start
+
+
+def has_time(one: Measured, seconds: float) -> bool:
+    """Return whether an artifact takes another turn at batch 1."""
+    return len(one.rounds_ns) < LEAST_ROUNDS or one.latency_s < OVERSTAY * LATENCY_SHARE * seconds
 
 
 def throughput_sweep(
@@ -129,16 +140,21 @@ def throughput_sweep(
     for turn, batch in enumerate(batches):
         for index in rotate([index for index, _ in alive(session, workers)], turn):
             one = session.measured[index]
+            if one.throughput_s > OVERSTAY * THROUGHPUT_SHARE * seconds:
+                one.unmeasured[batch] = "its time was up"
+                continue
+            start = time.perf_counter()
             try:
                 # The settling runs allocate for this batch size and let the previous artifact's threads come to rest.
                 one.sweep_ns[batch] = workers[index].measure(
-                    batch=batch, seconds=0.7 * slice_s, at_least=3, settle_s=0.3 * slice_s
+                    batch=batch, seconds=0.7 * slice_s, at_least=2, settle_s=0.3 * slice_s
                 )
             except WorkerFailedError as error:
                 if error.alive:
-                    one.refused[batch] = error.what
+                    one.unmeasured[batch] = error.what
                 else:
                     one.failed = f"batch {batch}: {error.what}"
+            one.throughput_s += time.perf_counter() - start
 
 
 def predictions(

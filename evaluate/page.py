@@ -301,18 +301,11 @@ def sheet(pictures: Sequence[Picture]) -> str:
 def picture(one: Picture) -> str:
     """Return one image with its verdict and the answers."""
     kind, verdict = judge(one)
-    lines = [] if one.label is None else [answer("label", one.label, None, wrong=False)]
-    lines.append(
-        answer("teacher", one.teacher, one.teacher_confidence, wrong=one.label is not None and one.teacher != one.label)
-    )
-    lines.append(
-        answer("student", one.student, one.student_confidence, wrong=one.label is not None and one.student != one.label)
-    )
     small = ' class="small"' if max(one.pixels.shape[:2]) <= PIXELATED_SIDE else ""
     alt = f"evaluation image; teacher: {one.teacher}; student: {one.student}"
     return (
         f'<li><img{small} loading="lazy" alt="{escape(alt)}" src="{data_uri(one.pixels)}"><div class="words">'
-        f'<span class="chip {kind}">{verdict}</span><dl>{"".join(lines)}</dl></div></li>'
+        f'<span class="chip {kind}">{verdict}</span>{answers(one)}</div></li>'
     )
 
 
@@ -325,11 +318,17 @@ def judge(one: Picture) -> tuple[str, str]:
     return ("bad", "student wrong") if one.teacher == one.label else ("warn", "both wrong")
 
 
-def answer(who: str, name: str, confidence: float | None, *, wrong: bool) -> str:
-    """Return one line under an image."""
-    sure = "" if confidence is None else f"{confidence:.0f} %"
-    marked = " class=wrong" if wrong else ""
-    return f'<dt>{who}</dt><dd{marked} title="{escape(name)}">{escape(name)}</dd><dd class="sure">{sure}</dd>'
+def answers(one: Picture) -> str:
+    """Return each answer with those who gave it, so that a long class name has the whole line."""
+    by_name: dict[str, list[str]] = {} if one.label is None else {one.label: ["label"]}
+    by_name.setdefault(one.teacher, []).append(f"teacher {one.teacher_confidence:.0f} %")
+    by_name.setdefault(one.student, []).append(f"student {one.student_confidence:.0f} %")
+    lines = []
+    for name, givers in by_name.items():
+        kind = "answer wrong" if one.label is not None and name != one.label else "answer"
+        who = " ".join(f"<span>{giver}</span>" for giver in givers)
+        lines.append(f'<p class="{kind}"><b>{escape(name)}</b> <small>{who}</small></p>')
+    return "".join(lines)
 
 
 def data_uri(pixels: NDArray[np.uint8]) -> str:
@@ -350,7 +349,9 @@ def circumstances(report: Report) -> str:
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in wording.machine_facts(report))
     notes = "".join(f"<li>{escape(note)}</li>" for note in report["notes"])
     said = f'<h2>Notes</h2><ul class="notes">{notes}</ul><h3>Command</h3>' if notes else "<h2>Command</h2>"
+    # Each word whole: a line may end between two options, not within one.
+    command = " ".join(f"<span>{escape(word)}</span>" for word in report["command"].split(" "))
     return (
         f'<div class="pair"><section><h2>Machine</h2><dl class="facts">{facts}</dl></section>'
-        f"<section>{said}<pre>{escape(report['command'])}</pre></section></div>"
+        f"<section>{said}<pre>{command}</pre></section></div>"
     )

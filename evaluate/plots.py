@@ -71,6 +71,8 @@ def accuracy_latency(points: Sequence[Point], *, score_name: str, reference: tup
     taken += [(x.at(p.latency_ms) - 7, y.at(p.score) - 7, x.at(p.latency_ms) + 7, y.at(p.score) + 7) for p in points]
     for point in points:
         parts += draw_point(point, x, y)
+        low, high = (x.at(value) for value in point.latency_interval_ms)
+        taken.append((low, y.at(point.score) - 4, high, y.at(point.score) + 4))
     for point in points:
         across, up, anchor = place_label(point, x, y, taken, (left, top - 8, right, bottom))
         parts.append(svg.text(across, up, point.label, anchor=anchor, bold=point in front))

@@ -76,12 +76,11 @@ svg { display: block; overflow: visible; }
 .sheet img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--soft); }
 .sheet img.small { image-rendering: pixelated; }
 .sheet .words { padding: 9px 11px 11px; font-size: 13px; line-height: 1.4; }
-.sheet .chip { margin-bottom: 6px; }
-.sheet dl { display: grid; grid-template-columns: auto minmax(0, 1fr) auto; gap: 0 7px; margin: 0; }
-.sheet dt { color: var(--muted); }
-.sheet dd { margin: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.sheet dd.wrong { color: var(--bad); font-weight: 600; }
-.sheet dd.sure { color: var(--muted); font-size: 12px; text-align: right; font-variant-numeric: tabular-nums; }
+.answer { margin: 5px 0 0; line-height: 1.3; overflow-wrap: anywhere; }
+.answer b { font-weight: 600; }
+.answer small { display: block; color: var(--muted); font-size: 12px; font-variant-numeric: tabular-nums; }
+.answer span { display: inline-block; margin-right: 6px; }
+.answer.wrong b { color: var(--bad); }
 .facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 6px 20px; margin: 12px 0 0; }
 .facts dt { color: var(--muted); }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
@@ -90,6 +89,7 @@ ul.notes li { margin: 4px 0; overflow-wrap: anywhere; }
 pre { margin: 12px 0 0; padding: 12px 14px; background: var(--soft); border-radius: 8px;
   font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
     overflow-wrap: anywhere; }
+pre span { display: inline-block; }
 footer { padding-top: 4px; padding-bottom: 48px; color: var(--muted); font-size: 13px; }
 @media (max-width: 900px) { .pair, .plots { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 760px) {
@@ -97,6 +97,7 @@ footer { padding-top: 4px; padding-bottom: 48px; color: var(--muted); font-size:
   header { padding-top: 28px; }
   section { padding: 18px 16px; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; margin-top: 20px; }
+  .tile:last-child:nth-child(odd) { grid-column: 1 / -1; }
   .tile { padding: 12px 14px; } .tile .value { font-size: 23px; }
   .sheet { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; }
   .facts { grid-template-columns: minmax(0, 1fr); gap: 0; } .facts dd { margin-bottom: 8px; }
@@ -104,7 +105,7 @@ footer { padding-top: 4px; padding-bottom: 48px; color: var(--muted); font-size:
     th:last-child, td:last-child { padding-right: 0; }
   table.stacked thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   table.stacked, table.stacked tbody { display: block; }
-  table.stacked tr { display: grid; grid-template-columns: 1fr 1fr; gap: 6px 18px; padding: 14px 0;
+  table.stacked tr { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 6px 20px; padding: 14px 0;
     border-bottom: 1px solid var(--rule); }
   table.stacked tr:first-child { padding-top: 4px; }
   table.stacked tr:last-child { border-bottom: 0; padding-bottom: 0; }
@@ -112,8 +113,8 @@ footer { padding-top: 4px; padding-bottom: 48px; color: var(--muted); font-size:
     gap: 8px; padding: 0; border: 0; background: none; }
   tr.lead-row > :first-child { box-shadow: none; }
   table.stacked th, table.stacked td.reason { grid-column: 1 / -1; display: block; }
-  table.stacked td::before { content: attr(data-name); color: var(--muted); font-size: 13px; text-align: left; }
-table.wrapped th:first-child { white-space: normal; }
+  table.stacked td::before { content: attr(data-name); color: var(--muted); font-size: 13px; text-align: left;
+    white-space: normal; }
   table.stacked td.reason::before { content: none; }
   table.stacked td small { display: none; }
   table.stacked th small { display: inline; margin-left: 8px; }

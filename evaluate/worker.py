@@ -6,7 +6,6 @@ import gc
 import importlib
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 import tempfile
@@ -177,7 +176,7 @@ class Resident:
         start = time.perf_counter()
         before, runs = None, 0
         while True:
-            samples = self.measure(batch, window_s, 5, 0.0)
+            samples = self.measure(batch, window_s, 3, 0.0)
             runs += len(samples)
             median = float(np.median(samples))
             passed = time.perf_counter() - start
@@ -291,6 +290,8 @@ def peak_mib() -> float:
     value = status_mib("VmHWM")
     if value is not None:
         return value
+    import resource  # here, since Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / (1 << 20)
 

@@ -29,8 +29,9 @@ PROTOBUF_LIMIT = 2**31  # a larger model would need its weights in a second file
 class Deployable(nn.Module):
     """The network that is exported: uint8 NHWC pixels in, float32 logits out.
 
-    Normalisation is one multiplication and one addition. The pixels are cast before they are transposed, as TensorRT's
-    parser demands, and made contiguous, without which torch.export traces channels-last strides into the graph.
+    The pixels are cast before they are transposed, as TensorRT's parser demands, and laid out plainly: torch.export would
+    trace channels-last strides into the graph. Normalisation is one multiplication and one addition after the transpose;
+    before it, ONNX Runtime broadcasts three numbers at a time, which costs a tenth of EfficientNet-B0's latency.
     """
 
     scale: Tensor
@@ -38,15 +39,15 @@ class Deployable(nn.Module):
 
     def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        self.network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        mean, std = mean.detach().double().reshape(3).cpu(), std.detach().double().reshape(3).cpu()
+        self.network = network.to(memory_format=torch.contiguous_format)
+        mean, std = (values.detach().double().reshape(3, 1, 1).cpu() for values in (mean, std))
         self.register_buffer("scale", (1.0 / std).float())
         self.register_buffer("offset", (-mean / std).float())
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels [batch, S, S, 3] uint8 to logits [batch, classes] float32."""
-        normalised = pixels.to(torch.float32) * self.scale + self.offset
-        return cast(Tensor, self.network(normalised.permute(0, 3, 1, 2).contiguous()))
+        images = pixels.to(torch.float32).permute(0, 3, 1, 2).contiguous()  # [batch, 3, S, S]
+        return cast(Tensor, self.network(images * self.scale + self.offset))
 
 
 @torch.no_grad()

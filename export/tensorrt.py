@@ -210,7 +210,10 @@ def parse(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> tuple[Any, An
     fix = "export it again: prgkit export"
     if not onnx_path.exists():
         raise ExportError(f"there is no {onnx_path.name} to build an engine from", where=onnx_path.parent, fix=fix)
-    if not parser.parse(onnx_path.read_bytes()):
+    data = onnx_path.read_bytes()
+    if not data:  # the parser takes it for a model without layers
+        raise ExportError(f"{onnx_path.name} is empty", where=onnx_path, fix=fix)
+    if not parser.parse(data):
         said = [parser.get_error(number).desc() for number in range(parser.num_errors)]
         reason = "; ".join(dict.fromkeys(said)) or logger.reason()
         raise ExportError(f"TensorRT's parser refused {onnx_path.name}: {reason}", where=onnx_path, fix=fix)

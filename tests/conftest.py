@@ -37,7 +37,7 @@ def pictures(count: int, *, size: int = SIZE, seed: int = 0) -> NDArray[np.uint8
         grid = int(generator.choice([2, 3, 4, 8, 16, 32]))
         coarse = Image.fromarray(generator.integers(0, 256, (grid, grid, 3), dtype=np.uint8))
         shapes = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)).astype(float)
-        middle, contrast = generator.uniform(70, 185), generator.uniform(0.5, 1.2)
+        middle, contrast = generator.uniform(40, 215), generator.uniform(0.1, 1)
         noise = generator.normal(0, generator.uniform(0, 12), shapes.shape)
         made.append(middle + contrast * (shapes - 128) + noise)
     return np.stack(made).clip(0, 255).astype(np.uint8)
@@ -107,8 +107,10 @@ def settled(student: Any, pixels: Any) -> Any:
             norm.momentum = momentum
         student.eval()
         head = [layer for layer in student.modules() if isinstance(layer, torch.nn.Linear)][-1]
-        head.weight.normal_(std=0.3)
-        head.bias.sub_(student(pixels[:128]).mean(0))
+        logits = student(pixels)
+        scale = 3 / logits.std(0).mean()
+        head.weight.mul_(scale)
+        head.bias.copy_(scale * (head.bias - logits.mean(0)))
     return student
 
 

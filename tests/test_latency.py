@@ -157,14 +157,23 @@ def test_artifacts_take_turns_and_bad_ones_leave_the_others_measured(tmp_path: P
     for one in (a, fixed, b):
         assert one.failed is None
         assert len(one.rounds_ns) == 3
-        assert all(len(samples) >= latency.LEAST_PER_ROUND for samples in one.rounds_ns)
+        assert all(samples for samples in one.rounds_ns)
         assert one.warm_up is not None
         assert one.logits is not None
         assert one.logits.shape == (2, 3)
     assert sorted(a.sweep_ns) == [1, 4]
     assert sorted(fixed.sweep_ns) == [1]  # a model of batch 1 refuses 4, and that is all it costs
-    assert list(fixed.refused) == [4]
+    assert list(fixed.unmeasured) == [4]
     assert "opening a" in notes
+
+
+def test_an_artifact_that_overstays_has_no_further_turns() -> None:
+    one = latency.Measured({}, rounds_ns=[[1], [1]], latency_s=100.0)
+    assert latency.has_time(one, seconds=10)  # fewer than three rounds say nothing
+    one.rounds_ns.append([1])
+    assert not latency.has_time(one, seconds=10)
+    one.latency_s = 8.0
+    assert latency.has_time(one, seconds=10)
 
 
 def test_a_worker_that_dies_leaves_the_others_measured(tmp_path: Path) -> None:

@@ -43,10 +43,11 @@ class Chain(click.Group):
         for name, *rest in parts:
             part = self.commands[name].make_context(name, list(rest), parent=ctx)
             contexts.append(part)
-        chain = ctx.obj = Terminal(as_json=any(part.params.get("as_json") for part in contexts))
+        chain = Terminal(as_json=any(part.params.get("as_json") for part in contexts))
         results: dict[str, Any] = {}
         with chain:
             for part in contexts:
+                part.obj = chain
                 with part:
                     results[str(part.info_name)] = part.command.invoke(part)
         if chain.as_json:

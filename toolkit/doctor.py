@@ -11,7 +11,10 @@ from typing import Any
 from prgkit.evaluate import machine
 from prgkit.export.tensorrt import available_backends
 
-PACKAGES = ["prgkit", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "torchvision", "timm", "open_clip_torch", "accelerate", "safetensors", "onnx", "onnxscript", "tensorrt", "tensorrt_rtx", "cuda-python", "cuda-bindings"]
+PACKAGES = (
+    *("prgkit", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "torchvision", "timm", "open_clip_torch"),
+    *("accelerate", "safetensors", "onnx", "onnxscript", "tensorrt", "tensorrt_rtx", "cuda-python", "cuda-bindings"),
+)
 
 
 def examine() -> dict[str, Any]:

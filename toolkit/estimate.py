@@ -23,7 +23,7 @@ SAMPLE_IMAGES = 256
 
 
 def estimate(recipe: Recipe, targets_root: Path, watch: Watch) -> dict[str, Any]:
-    """Count the images, time teacher and student for a moment each, and add it up; nothing is written but the store's card.
+    """Count the images, time teacher and student for a moment each, and add it up.
 
     Raises:
         PrgkitError: for whatever would also stop the real work at its start.
@@ -79,12 +79,12 @@ def views_per_s(teacher: Teacher, pictures: list[Any]) -> float:
 def told(recipe: Recipe, figures: dict[str, Any], device: torch.device) -> dict[str, str]:
     """Put the figures into words."""
     return {
-        "images": f"{figures['images']:,} ({figures['images_missing']:,} of them new to the teacher), {recipe.data.images}",
+        "images": f"{figures['images']:,} in {recipe.data.images}, {figures['images_missing']:,} new to the teacher",
         "classes": f"{len(recipe.classes)}, {len(recipe.templates)} templates",
         "teacher": f"{recipe.teacher.model}, {figures['views']} views an image, about {duration(figures['teacher_s'])}",
         "student": f"{recipe.student.model} at {recipe.student.image_size} px, {recipe.training.epochs} epochs, "
         f"about {duration(figures['student_s'])} on {device}",
-        "disk": f"{readable_bytes(figures['targets_bytes'])} of targets, {readable_bytes(figures['run_bytes'])} for the run",
+        "disk": f"{readable_bytes(figures['targets_bytes'])} for targets, {readable_bytes(figures['run_bytes'])} for the run",
     }
 
 

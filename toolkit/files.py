@@ -14,6 +14,9 @@ from typing import Any
 
 from prgkit.errors import DiskFullError, PrgkitError
 
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)  # the only way to read it is to set it
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
@@ -28,6 +31,7 @@ def writing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write files that only their owner can read
         os.replace(temporary, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -338,7 +338,9 @@ def _explain(mistake: Mapping[str, Any]) -> str:
         hint = nearest(value, _literals(mistake)) if isinstance(value, str) else ""
         return f"{path}: {value!r} is none of {mistake['ctx']['expected']}{hint}"
     if isinstance(value, str) and kind in ("float_type", "int_type") and _is_number(value):
-        return f"{path}: YAML reads {value} as text; write it with a dot and without quotes, as in {float(value)!r} or 1.0e-3"
+        return (
+            f"{path}: YAML reads {value} as text; write it with a dot and no quotes, as in {float(value)!r} or 1.0e-3"
+        )
     if isinstance(value, bool) and kind == "string_type":
         return f"{path}: YAML reads yes, no, on and off as {value}; put the word in quotes"
     message = mistake["msg"].removeprefix("Value error, ")

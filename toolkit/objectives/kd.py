@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prgkit import recipe
 from prgkit.objectives.sides import StudentSide, TeacherSide, soft_cross_entropy
-from prgkit.recipe import KD as Page
 
 
 class KD(nn.Module):
     """loss = (1 - alpha) * CE(L, y) + alpha * T^2 * KL(softmax(W / T) || softmax(L / T))."""
 
-    def __init__(self, page: Page) -> None:
+    def __init__(self, page: recipe.KD) -> None:
         super().__init__()
         self.page = page
 

@@ -11,8 +11,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prgkit import recipe
 from prgkit.objectives.sides import StudentSide, TeacherSide, soft_cross_entropy
-from prgkit.recipe import PRG as Page
 
 
 class PRG(nn.Module):
@@ -22,7 +22,7 @@ class PRG(nn.Module):
     student_proxies: Tensor
     seen: Tensor
 
-    def __init__(self, page: Page, classes: int, width: int) -> None:
+    def __init__(self, page: recipe.PRG, classes: int, width: int) -> None:
         super().__init__()
         self.page = page
         # No gradient reaches a proxy; as buffers they are saved with the checkpoint.

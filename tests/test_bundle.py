@@ -1,0 +1,350 @@
+"""The bundle: a whole export of real students, and every way a bundle can be damaged."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prgkit.errors import BackendError, DiskFullError, ExportError, ParityError, PrgkitError
+from prgkit.export import engines, pipeline
+from prgkit.export.bundle import check_golden, open_bundle, read_evaluation, write_evaluation
+from prgkit.export.card import load_card
+from prgkit.export.engines import build_engines
+from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
+from prgkit.export.runners import OnnxRunner, open_runner
+from prgkit.export.tensorrt import available_backends
+from prgkit.files import read_json
+
+needs_rtx = pytest.mark.skipif(
+    not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
+)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLASSES = [f"thing {number}" for number in range(20)]
+FACTS = {
+    "run": {"name": "test", "fingerprint": "0" * 16, "objective": "prg", "epochs": 1},
+    "recipe": {"student": {"model": "repvit_m0_9"}},
+    "teacher": {"model": "tiny", "weights": "none", "fingerprint": "1" * 16},
+    "student": {"model": "repvit_m0_9", "parameters": 5, "image_size": 64, "initial": "random"},
+}
+
+
+def golden_pictures():
+    """Pictures of many shapes, so that resizing and cropping are seen."""
+    generator = np.random.default_rng(3)
+    sizes = [(80, 64), (64, 80), (64, 64), (131, 97), (40, 30), (33, 200)]
+    return [
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(sizes[number % 6], 3)
+        for number in range(16)
+    ]
+
+
+def held_out(repvit, count=40, *, labels=True):
+    generator = np.random.default_rng(4)
+    return HeldOut(
+        prepared=iter(repvit.pixels[:count]),
+        teacher_logits=generator.normal(size=(count, 20)).astype(np.float32),
+        teacher_uniform_logits=generator.normal(size=(count, 20)).astype(np.float32),
+        labels=generator.integers(0, 20, count) if labels else None,
+        source="made up",
+    )
+
+
+def export(repvit, folder, *, notes=None, **options):
+    return export_student(
+        repvit.student,
+        folder,
+        pixels=repvit.pixels,
+        golden=golden_pictures(),
+        held_out=held_out(repvit),
+        classes=CLASSES,
+        preprocessing=repvit.preprocessing,
+        facts=FACTS,
+        options=ExportOptions(**options),
+        note=(notes if notes is not None else []).append,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(repvit, tmp_path_factory):
+    """A bundle with both precisions and, where tensorrt_rtx is, both engines; tests copy it before they damage it."""
+    folder, notes = tmp_path_factory.mktemp("run") / "bundle", []
+    manifest = export(repvit, folder, notes=notes, fp16=True, trt=available_backends()["tensorrt_rtx"].usable)
+    return SimpleNamespace(folder=folder, manifest=manifest, notes=notes)
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    shutil.copytree(whole.folder, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_what_was_written_opens_again(whole, repvit):
+    bundle = open_bundle(whole.folder)
+    assert bundle.manifest == {"schema": "prgkit.bundle/1", **json.loads(json.dumps(whole.manifest))}
+    assert bundle.classes == tuple(CLASSES)
+    assert bundle.preprocessing == repvit.preprocessing
+    names = [entry["name"] for entry in bundle.artifacts]
+    assert names[:2] == ["onnx-fp32", "onnx-fp16"]
+    assert bundle.manifest["evaluation"] == {"images": 40, "labelled": True, "source": "made up"}
+    assert bundle.manifest["input"]["shape"] == ["batch", 64, 64, 3]
+    fp32, fp16 = bundle.artifacts[:2]
+    assert fp32["parity"]["images"] == 256
+    assert fp32["parity"]["top1_agreement"] == 100.0
+    assert fp16["parity"]["top1_agreement"] >= 99.0
+    assert not [path.name for path in whole.folder.rglob("*") if path.name.endswith(".part")]
+
+
+@needs_rtx
+def test_engines_are_in_the_bundle_and_said_to_be_unexecuted(whole):
+    entries = [entry for entry in open_bundle(whole.folder).artifacts if entry["format"] == "engine"]
+    assert [entry["name"] for entry in entries] == ["tensorrt_rtx-fp32", "tensorrt_rtx-fp16"]
+    for entry in entries:
+        card = load_card(whole.folder / entry["file"])
+        assert entry["sha256"] == card.sha256
+        if not entry["executed"]:
+            assert entry["note"].startswith("never executed here: ")
+            assert card.note == entry["note"]
+            assert entry["parity"] is None
+    assert entries[1]["bytes"] < 0.7 * entries[0]["bytes"]
+    said = "\n".join(whole.notes)
+    assert "model.fp16.tensorrt_rtx.engine: tensorrt_rtx 1." in said
+
+
+def test_evaluation_comes_back_without_loss(whole, repvit):
+    evaluation, given = read_evaluation(whole.folder), held_out(repvit)
+    np.testing.assert_array_equal(evaluation.pixels, repvit.pixels[:40])
+    np.testing.assert_array_equal(evaluation.teacher_logits, given.teacher_logits)
+    np.testing.assert_array_equal(evaluation.teacher_uniform_logits, given.teacher_uniform_logits)
+    np.testing.assert_array_equal(evaluation.labels, given.labels)
+    here = OnnxRunner(whole.folder / "model.onnx", threads=1).run(repvit.pixels[:40])
+    np.testing.assert_allclose(evaluation.logits, here, atol=1e-3)
+    assert len(read_evaluation(whole.folder, limit=7).pixels) == 7
+
+
+def test_without_labels_there_is_no_labels_file(repvit, tmp_path):
+    given = held_out(repvit, labels=False)
+    arrays = {"teacher_logits": given.teacher_logits, "teacher_uniform_logits": given.teacher_uniform_logits}
+    write_evaluation(tmp_path, given.prepared, **arrays, labels=None, student=lambda batch: batch[:, 0, 0].astype("f4"))
+    assert not (tmp_path / "evaluation" / "labels.npy").exists()
+    assert read_evaluation(tmp_path).labels is None
+
+
+def test_equal_images_make_equal_bytes(repvit, tmp_path):
+    for name in ("a", "b"):
+        given = held_out(repvit)
+        arrays = {"teacher_logits": given.teacher_logits, "teacher_uniform_logits": given.teacher_uniform_logits}
+        write_evaluation(
+            tmp_path / name, given.prepared, **arrays, labels=None, student=lambda b: b[:, 0, 0].astype("f4")
+        )
+    archives = [tmp_path / name / "evaluation" / "images.zip" for name in ("a", "b")]
+    assert archives[0].read_bytes() == archives[1].read_bytes()
+    with zipfile.ZipFile(archives[0]) as archive:
+        assert archive.namelist()[:2] == ["00000.png", "00001.png"]
+        assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
+
+
+def test_golden_images_pass_where_they_were_made(whole):
+    bundle = open_bundle(whole.folder)
+    for entry in bundle.artifacts[:2]:
+        check_golden(bundle, open_runner(whole.folder, entry, threads=1), precision=entry["precision"])
+    assert len(list((whole.folder / "golden").glob("*.input.png"))) == 16
+
+
+def test_a_preprocessing_that_differs_is_named_as_the_stage(copy):
+    bundle = open_bundle(copy)
+    Image.open(copy / "golden" / "05.png").rotate(180).save(copy / "golden" / "05.png")
+    with pytest.raises(ParityError, match=r"preprocessing differs .* golden image 05, by up to"):
+        check_golden(bundle, open_runner(copy, bundle.artifacts[0], threads=1), precision="fp32")
+
+
+def test_a_model_that_differs_is_named_as_the_stage(copy):
+    bundle = open_bundle(copy)
+    logits = np.load(copy / "golden" / "logits.npy")
+    logits[3, 1] += 5
+    np.save(copy / "golden" / "logits.npy", logits)
+    with pytest.raises(ParityError, match=r"onnx-fp32 differs .* golden image 03: by 5,? .*so the model stage differs"):
+        check_golden(bundle, open_runner(copy, bundle.artifacts[0], threads=1), precision="fp32")
+
+
+def test_the_readmes_ten_lines_run_and_agree(whole, repvit):
+    code = re.search(r"```python\n(.*?)```", (whole.folder / "README.md").read_text(), re.S).group(1)
+    expected = np.load(whole.folder / "golden" / "logits.npy")
+    for number in (0, 1, 3, 4, 5):
+        printed = subprocess.run(
+            [sys.executable, "-c", code, f"golden/{number:02}.png"],
+            cwd=whole.folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert printed.stdout.strip() == CLASSES[expected[number].argmax()]
+
+
+@pytest.mark.parametrize(("file", "fix"), [("model.onnx", "prgkit export"), ("engine", "prgkit export --trt")])
+def test_a_truncated_artifact_is_named_with_what_remakes_it(copy, file, fix):
+    entries = [entry for entry in read_json(copy / "manifest.json")["artifacts"] if entry["file"].endswith(file)]
+    if not entries:
+        pytest.skip("no engine without tensorrt_rtx")
+    path = copy / entries[0]["file"]
+    size = path.stat().st_size
+    with open(path, "r+b") as stream:
+        stream.truncate(size - 1)
+    with pytest.raises(ExportError) as caught:
+        open_bundle(copy)
+    assert caught.value.what == f"{path.name} is truncated: {size - 1} of {size} bytes"
+    assert caught.value.fix == f"copy the bundle again, or make the file again: {fix}"
+
+
+def test_a_changed_byte_is_found(copy):
+    with open(copy / "model.onnx", "r+b") as stream:
+        stream.seek(1000)
+        byte = stream.read(1)
+        stream.seek(1000)
+        stream.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(ExportError, match=r"model\.onnx is damaged"):
+        open_bundle(copy)
+
+
+def test_a_missing_artifact_is_named(copy):
+    (copy / "model.fp16.onnx").unlink()
+    with pytest.raises(ExportError, match=r"model\.fp16\.onnx is missing from the bundle"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "manifest.json is damaged"),
+        ("[]", "manifest.json has schema None"),
+        ('{"schema": "prgkit.bundle/9"}', "manifest.json has schema 'prgkit.bundle/9', not 'prgkit.bundle/1'"),
+        ('{"schema": "prgkit.bundle/1", "run": {}}', "manifest.json lacks recipe, teacher"),
+    ],
+)
+def test_a_damaged_manifest_is_a_short_error(copy, text, message):
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(ExportError) as caught:
+        open_bundle(copy)
+    assert caught.value.what.startswith(message)
+    assert "prgkit export" in caught.value.fix
+
+
+def test_a_folder_without_a_bundle_says_so(tmp_path):
+    with pytest.raises(ExportError, match="there is no bundle here"):
+        open_bundle(tmp_path)
+
+
+def test_damaged_evaluation_images_are_an_error(copy):
+    path = copy / "evaluation" / "images.zip"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ExportError, match="the evaluation images cannot be read"):
+        read_evaluation(copy)
+
+
+def test_a_parity_breach_leaves_the_old_bundle_and_nothing_else(copy, repvit, monkeypatch):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    monkeypatch.setattr(pipeline, "run_batches", lambda runner, pixels: np.random.default_rng().normal(size=(256, 20)))
+    with pytest.raises(ParityError):
+        export(repvit, copy)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
+
+
+def test_a_bundle_is_replaced_and_its_measurements_stay(copy, repvit):
+    (copy / "bench" / "laptop").mkdir(parents=True)
+    (copy / "bench" / "laptop" / "report.json").write_text("{}")
+    (copy / "stale").touch()
+    manifest = export(repvit, copy)
+    assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32"]
+    assert (copy / "bench" / "laptop" / "report.json").exists()
+    assert not (copy / "stale").exists()
+    assert not (copy / "model.fp16.onnx").exists()
+    assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
+    open_bundle(copy)
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(repvit, tmp_path):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "thesis.tex").touch()
+    with pytest.raises(ExportError, match="holds something that is not a bundle"):
+        export(repvit, tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "thesis.tex").exists()
+
+
+def test_an_export_killed_between_its_renames_is_repaired(copy):
+    copy.rename(copy.with_name(".bundle.old"))
+    with pytest.raises(PrgkitError, match="stopped"), pipeline.building(copy):
+        raise PrgkitError("stopped")
+    open_bundle(copy)
+
+
+def test_trt_without_a_tensorrt_fails_before_any_work(repvit, tmp_path, monkeypatch):
+    def none(_):
+        raise BackendError("no TensorRT can build an engine here")
+
+    monkeypatch.setattr(pipeline, "choose_backend", none)
+    with pytest.raises(BackendError):
+        export(repvit, tmp_path / "bundle", trt=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_before_any_work(repvit, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(DiskFullError, match=r"the bundle needs .* MiB, and 1000 B are free"):
+        export(repvit, tmp_path / "bundle")
+
+
+@needs_rtx
+def test_a_device_builds_engines_from_the_bundle_alone(copy):
+    manifest = build_engines(copy, fp16=True, batch=(2, 2, 2), backend="tensorrt_rtx", note=lambda _: None)
+    bundle = open_bundle(copy)
+    assert bundle.manifest == json.loads(json.dumps(manifest))
+    assert sorted(entry["name"] for entry in bundle.artifacts) == [
+        "onnx-fp16",
+        "onnx-fp32",
+        "tensorrt_rtx-fp16",
+        "tensorrt_rtx-fp32",
+    ]
+    assert load_card(copy / "model.fp16.tensorrt_rtx.engine").batch == (2, 2, 2)
+
+
+@needs_rtx
+def test_a_damaged_engine_does_not_stop_its_own_rebuilding(copy):
+    (copy / "model.fp32.tensorrt_rtx.engine").write_bytes(b"")
+    build_engines(copy, fp16=False, batch=(1, 1, 1), backend="tensorrt_rtx", note=lambda _: None)
+    open_bundle(copy)
+
+
+@needs_rtx
+def test_an_fp16_engine_needs_an_fp16_file(copy, repvit):
+    export(repvit, copy)
+    with pytest.raises(ExportError, match="the bundle has no fp16 ONNX file to build from"):
+        build_engines(copy, fp16=True, batch=(1, 1, 1), backend="tensorrt_rtx", note=lambda _: None)
+
+
+@needs_rtx
+def test_an_engine_that_disagrees_is_removed(copy, repvit, monkeypatch):
+    """The runner is a stand-in for a GPU that computes something else."""
+
+    class Wrong(OnnxRunner):
+        def __init__(self, path, *, name):
+            super().__init__(copy / "model.onnx", threads=1, name=name)
+
+        def run(self, pixels):
+            return super().run(pixels)[:, ::-1]
+
+    monkeypatch.setattr(engines, "why_not_here", lambda card: None)
+    monkeypatch.setattr(engines, "TensorRTRunner", Wrong)
+    with pytest.raises(ParityError, match=r"tensorrt_rtx-fp32 \(fp32\) does not agree with onnx-fp32 on 40 images"):
+        build_engines(copy, fp16=False, batch=(1, 1, 1), backend="tensorrt_rtx", note=lambda _: None)
+    assert not (copy / "model.fp32.tensorrt_rtx.engine").exists()
+    assert "tensorrt_rtx-fp32" not in [entry["name"] for entry in open_bundle(copy).artifacts]

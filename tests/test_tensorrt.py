@@ -1,0 +1,255 @@
+"""TensorRT: engines really parsed and built by tensorrt_rtx, which needs no GPU; none is executed here."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from prgkit.errors import BackendError, ExportError
+from prgkit.export import tensorrt
+from prgkit.export.card import card_path, load_card
+from prgkit.export.tensorrt import Gpu, available_backends, build_engine, choose_backend, find_gpu
+from prgkit.files import sha256
+
+needs_rtx = pytest.mark.skipif(
+    not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
+)
+
+
+@pytest.fixture(scope="session")
+def engines(exported, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines")
+    build = {"backend": "tensorrt_rtx", "batch": (1, 1, 32)}
+    cards = {
+        "fp32": build_engine(exported.fp32, folder, precision="fp32", **build),
+        "fp16": build_engine(exported.fp16, folder, precision="fp16", **build),
+    }
+    return folder, cards, exported
+
+
+@needs_rtx
+def test_both_precisions_build_for_both_families(engines):
+    folder, cards, exported = engines
+    for precision, card in cards.items():
+        source = exported.fp32 if precision == "fp32" else exported.fp16
+        path = folder / f"model.{precision}.tensorrt_rtx.engine"
+        assert card.file == path.name
+        assert (card.bytes, card.sha256) == (path.stat().st_size, sha256(path))
+        assert (card.onnx, card.onnx_sha256) == (source.name, sha256(source))
+        assert (card.backend, card.precision, card.batch) == ("tensorrt_rtx", precision, (1, 1, 32))
+        assert card.input == {"name": "pixels", "dtype": "UINT8", "shape": [-1, 64, 64, 3]}
+        assert card.output == {"name": "logits", "dtype": "FLOAT", "shape": [-1, 20]}
+        assert {"SM80", "SM86", "SM89", "SM120"} <= set(card.compute_capabilities)
+        assert not card.executed
+        assert card.note == "built and never executed here"
+    assert cards["fp16"].bytes < 0.7 * cards["fp32"].bytes
+
+
+@needs_rtx
+def test_every_convolution_and_product_has_the_precision_asked_for(engines):
+    _, cards, _ = engines
+    for precision, dtype in (("fp32", "FLOAT"), ("fp16", "HALF")):
+        types = cards[precision].layer_dtypes
+        assert set(types["CONVOLUTION"]) == set(types["MATRIX_MULTIPLY"]) == {dtype}
+        assert types["CONVOLUTION"][dtype] > 50
+
+
+@needs_rtx
+def test_a_card_comes_back_as_it_was_written(engines):
+    folder, cards, _ = engines
+    for card in cards.values():
+        assert load_card(folder / card.file) == card
+
+
+@needs_rtx
+def test_equal_batches_make_a_static_engine(repvit, tmp_path):
+    card = build_engine(repvit.fp16, tmp_path, precision="fp16", batch=(4, 4, 4), backend="tensorrt_rtx")
+    assert card.input["shape"] == [4, 64, 64, 3]
+    assert card.output["shape"] == [4, 20]
+
+
+@needs_rtx
+@pytest.mark.parametrize(("asked", "held", "word"), [("fp16", "fp32", "HALF"), ("fp32", "fp16", "FLOAT")])
+def test_another_precision_than_the_files_is_refused(repvit, tmp_path, asked, held, word):
+    path = getattr(repvit, held)
+    with pytest.raises(ExportError) as caught:
+        build_engine(path, tmp_path, precision=asked, batch=(1, 1, 1), backend="tensorrt_rtx")
+    other = {"HALF": "FLOAT", "FLOAT": "HALF"}[word]
+    assert caught.value.what == (
+        f"{asked} was asked for, and {path.name} holds convolutions and products as 104 {other}, not {word}"
+    )
+    assert not list(tmp_path.iterdir()), "nothing is built"
+
+
+@needs_rtx
+@pytest.mark.parametrize("keep", [7, 0.5, 0.999])
+def test_a_truncated_onnx_file_is_an_error_in_the_parsers_words(repvit, tmp_path, capfd, keep):
+    data = repvit.fp32.read_bytes()
+    broken = tmp_path / "model.onnx"
+    broken.write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
+    with pytest.raises(ExportError) as caught:
+        build_engine(broken, tmp_path, precision="fp32", batch=(1, 1, 1), backend="tensorrt_rtx")
+    assert caught.value.what.startswith("TensorRT's parser refused model.onnx: ")
+    assert len(caught.value.what) > len("TensorRT's parser refused model.onnx: ")
+    assert caught.value.where == broken
+    assert caught.value.fix == "export it again: prgkit export"
+    assert tuple(capfd.readouterr()) == ("", ""), "TensorRT's own log is kept, not printed"
+
+
+@needs_rtx
+def test_an_empty_onnx_file_is_an_error(tmp_path):
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(ExportError, match=r"model\.onnx is empty"):
+        build_engine(tmp_path / "model.onnx", tmp_path, precision="fp32", batch=(1, 1, 1), backend="tensorrt_rtx")
+
+
+@needs_rtx
+def test_a_missing_onnx_file_is_an_error(tmp_path):
+    with pytest.raises(ExportError, match=r"there is no model\.onnx to build an engine from"):
+        build_engine(tmp_path / "model.onnx", tmp_path, precision="fp32", batch=(1, 1, 1), backend="tensorrt_rtx")
+
+
+@needs_rtx
+def test_building_prints_nothing(repvit, tmp_path, capfd):
+    build_engine(repvit.fp32, tmp_path, precision="fp32", batch=(1, 1, 1), backend="tensorrt_rtx")
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+@needs_rtx
+def test_gpu_generations_are_chosen_by_name(repvit, tmp_path):
+    build = {"precision": "fp16", "batch": (1, 1, 1), "backend": "tensorrt_rtx"}
+    card = build_engine(repvit.fp16, tmp_path, compute_capabilities=["SM86"], **build)
+    assert card.compute_capabilities == ("SM86",)
+    with pytest.raises(BackendError, match="tensorrt_rtx cannot build for SM87"):
+        build_engine(repvit.fp16, tmp_path, compute_capabilities=["SM86", "SM87"], **build)
+
+
+@needs_rtx
+def test_a_build_that_fails_gives_tensorrts_reason(repvit, tmp_path):
+    """Turing has no FP32 matrix product in TensorRT-RTX, so asking for it is a build that must fail."""
+    with pytest.raises(ExportError, match=r"tensorrt_rtx could not build an engine: .*SM75"):
+        build_engine(
+            repvit.fp32,
+            tmp_path,
+            precision="fp32",
+            batch=(1, 1, 1),
+            backend="tensorrt_rtx",
+            compute_capabilities=["SM75"],
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("batch", [(0, 1, 1), (2, 1, 4), (1, 4, 2)])
+def test_an_impossible_batch_profile_is_refused(tmp_path, batch):
+    with pytest.raises(ExportError, match="a batch profile is"):
+        tensorrt.check_batch(batch)
+
+
+@needs_rtx
+def test_a_truncated_engine_is_refused_with_the_command_that_rebuilds_it(engines, tmp_path):
+    path = copied(engines, tmp_path)
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[: size // 2])
+    with pytest.raises(ExportError) as caught:
+        load_card(path)
+    assert caught.value.what == f"{path.name} is truncated: {size // 2} of {size} bytes"
+    assert caught.value.fix == "build it again: prgkit export --trt"
+
+
+@needs_rtx
+def test_an_engine_with_one_changed_byte_is_refused(engines, tmp_path):
+    path = copied(engines, tmp_path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ExportError, match="is not the engine its card describes"):
+        load_card(path)
+
+
+@needs_rtx
+def test_an_engine_without_a_card_is_not_loaded(engines, tmp_path):
+    path = copied(engines, tmp_path)
+    card_path(path).unlink()
+    with pytest.raises(ExportError, match=r"has no card .*: an engine of unknown origin is code, and is not loaded"):
+        load_card(path)
+
+
+@needs_rtx
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": "other/1"}', '{"schema": "prgkit.engine/1"}'])
+def test_a_damaged_card_is_an_error(engines, tmp_path, text):
+    path = copied(engines, tmp_path)
+    card_path(path).write_text(text)
+    with pytest.raises(ExportError) as caught:
+        load_card(path)
+    assert caught.value.fix == "build it again: prgkit export --trt"
+
+
+def test_without_any_tensorrt_the_error_says_what_each_needs(monkeypatch):
+    without(monkeypatch, "tensorrt", "tensorrt_rtx")
+    with pytest.raises(BackendError) as caught:
+        choose_backend()
+    text = str(caught.value)
+    assert "no TensorRT can build an engine here" in text
+    assert "tensorrt: not installed" in text
+    assert "tensorrt_rtx: not installed" in text
+    assert "pip install 'prgkit[rtx]'" in text
+    assert "--system-site-packages" in text
+    assert "pypi.nvidia.com" in text
+
+
+def test_an_unknown_backend_is_named_with_the_nearest():
+    with pytest.raises(BackendError, match=r"unknown backend 'tensorrt_rx'; did you mean 'tensorrt_rtx'\?"):
+        choose_backend("tensorrt_rx")
+
+
+def test_tensorrt_is_preferred_only_where_a_gpu_is(monkeypatch):
+    """Stand-ins for the modules: this is about the choice, not about TensorRT."""
+    fakes = {"tensorrt": SimpleNamespace(__version__="11.0"), "tensorrt_rtx": SimpleNamespace(__version__="1.7")}
+    monkeypatch.setattr(tensorrt.importlib, "import_module", fakes.__getitem__)
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: None)
+    assert choose_backend().name == "tensorrt_rtx"
+    with pytest.raises(BackendError, match="tensorrt: installed, but it builds only where an NVIDIA GPU"):
+        choose_backend("tensorrt")
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("some GPU", "SM89"))
+    assert choose_backend().name == "tensorrt"
+    assert choose_backend("tensorrt_rtx").name == "tensorrt_rtx"
+
+
+def test_a_placeholder_wheel_that_cannot_be_imported_is_told_from_none(monkeypatch):
+    def broken(name):
+        raise ImportError("libnvinfer.so.11: cannot open shared object file")
+
+    monkeypatch.setattr(tensorrt.importlib, "import_module", broken)
+    problem = available_backends()["tensorrt"].problem
+    assert problem.startswith("cannot be imported (libnvinfer.so.11: cannot open shared object file); pip install")
+
+
+def test_no_driver_means_no_gpu(monkeypatch):
+    def missing(_):
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert find_gpu() is None
+
+
+def without(monkeypatch, *names):
+    real = tensorrt.importlib.import_module
+
+    def import_module(name):
+        if name in names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name)
+
+    monkeypatch.setattr(tensorrt.importlib, "import_module", import_module)
+
+
+def copied(engines, folder):
+    source, cards, _ = engines
+    for name in (cards["fp16"].file, cards["fp16"].file + ".json"):
+        shutil.copy(source / name, folder / name)
+    assert json.loads((folder / name).read_text())["file"] == cards["fp16"].file
+    return folder / cards["fp16"].file
