@@ -271,12 +271,5 @@ def latency_axis(values: Sequence[float], left: float, right: float, *, margin: 
 
 def milliseconds(value: float) -> str:
     """Return a latency with three significant digits."""
-    return (
-        f"{value:.0f}"
-        if value >= 100
-        else f"{value:.1f}"
-        if value >= 10
-        else f"{value:.2f}"
-        if value >= 1
-        else f"{value:.3f}"
-    )
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:,.{digits}f}"

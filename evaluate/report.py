@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -31,19 +32,23 @@ def table(report: Report) -> Table:
     """Return the rows as a table for the terminal."""
     labelled = report["evaluation"]["labelled"]
     result = Table(
-        title=Text(wording.headline(report)), title_justify="left", title_style="bold", header_style="", pad_edge=False
+        title=Text(wording.headline(report)),
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     result.add_column("artifact", no_wrap=True)
     for name in [
         "p50 ms",
         "p99 ms",
-        "images/s",
+        "img/s",
         *(["top-1 %"] if labelled else []),
         "teacher %",
         "fp32 %",
         "MiB",
-        "load ms",
-        "memory",
     ]:
         result.add_column(name, justify="right")
     for row in report["rows"]:
@@ -51,7 +56,7 @@ def table(report: Report) -> Table:
             # Text, not a string: a reason may hold brackets that rich would read as markup.
             result.add_row(
                 Text(wording.row_name(row), style="dim"),
-                Text(row["status"], style="yellow" if row["status"] == "failed" else "dim"),
+                Text("failed" if row["status"] == "failed" else "not run", style="yellow"),
             )
             continue
         best = wording.best_throughput(row)
@@ -64,8 +69,6 @@ def table(report: Report) -> Table:
             share(row["agreement_teacher"]),
             share(row["agreement_fp32"]),
             wording.mib(row["size_mib"]),
-            wording.ms(row["load_ms"]),
-            wording.mib(row["peak_memory_mib"]),
         )
     result.caption = Text("\n".join(report["notes"])) if report["notes"] else None
     result.caption_justify = "left"

@@ -29,9 +29,9 @@ PROTOBUF_LIMIT = 2**31  # a larger model would need its weights in a second file
 class Deployable(nn.Module):
     """The network that is exported: uint8 NHWC pixels in, float32 logits out.
 
-    The pixels are cast before they are transposed, as TensorRT's parser demands, and laid out plainly: torch.export would
-    trace channels-last strides into the graph. Normalisation is one multiplication and one addition after the transpose;
-    before it, ONNX Runtime broadcasts three numbers at a time, which costs a tenth of EfficientNet-B0's latency.
+    The pixels are cast before they are transposed, as TensorRT's parser demands, and laid out plainly: torch.export
+    would trace channels-last strides into the graph. Normalisation is one multiplication and one addition after the
+    transpose: before it, ONNX Runtime broadcasts three numbers at a time, a tenth of EfficientNet-B0's latency.
     """
 
     scale: Tensor

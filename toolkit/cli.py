@@ -16,6 +16,7 @@ import click
 
 from prgkit import __version__
 from prgkit.errors import BackendError, DiskFullError, PrgkitError
+from prgkit.files import read_json, sha256
 
 if TYPE_CHECKING:
     from prgkit.recipe import Recipe
@@ -71,7 +72,9 @@ class Terminal:
 
         self.as_json = as_json
         self.folder: Path | None = None  # the run, or the bundle, that the chain is about
-        self.out = Console(quiet=as_json, highlight=False, soft_wrap=True)
+        # A pipe has no width; a file of it should hold whole lines.
+        width = None if sys.stdout.isatty() else 120
+        self.out = Console(quiet=as_json, highlight=False, soft_wrap=True, width=width)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
         self.bar: Any = None
         self.task: Any = None
@@ -80,13 +83,13 @@ class Terminal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end_stage()
+        self.end_stage()
 
     def start(self, stage: str, total: int, unit: str) -> None:
         """Begin a stage: a bar with count, speed and time left, or a line where nobody can see a bar move."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._end_stage()
+        self.end_stage()
         if not self.err.is_terminal:
             self.err.print(f"{stage}: {total:,} {unit}")
             return
@@ -113,7 +116,8 @@ class Terminal:
         """Print a line above the bar, on stderr."""
         self.err.print(text, markup=False)
 
-    def _end_stage(self) -> None:
+    def end_stage(self) -> None:
+        """Take the bar away."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
@@ -181,7 +185,7 @@ def distill(chain: Terminal, /, **given: Any) -> dict[str, Any]:
     with needing("distill"):
         from prgkit.distill import distill as work
     run = work(recipe, folder, given["targets_root"], chain)
-    chain._end_stage()
+    chain.end_stage()
     chain.folder = run.folder
     card = run.card
     if not chain.as_json:
@@ -207,7 +211,7 @@ def targets(chain: Terminal, /, **given: Any) -> dict[str, Any]:
     with needing("distill"):
         from prgkit.distill import prepare
     lesson = prepare(recipe, given["targets_root"], chain)
-    chain._end_stage()
+    chain.end_stage()
     store = lesson.targets.folder
     size = sum(path.stat().st_size for path in store.iterdir())
     chain.out.print(f"[bold]{store}[/bold]: {len(lesson.catalogue):,} images, {size / 2**20:,.1f} MiB")
@@ -234,8 +238,6 @@ def export(
     """
     bundle = find_bundle(chain, folder)
     if bundle is not None:
-        from prgkit.files import read_json
-
         if not trt:
             raise click.UsageError("A bundle is exported already; export --trt builds its engines.")
         from prgkit.export.engines import build_engines
@@ -253,7 +255,7 @@ def export(
 
         manifest = export_run(run, fp16=fp16, trt=trt, backend=backend, watch=chain)
         bundle, chain.folder = run.bundle, run.folder
-    chain._end_stage()
+    chain.end_stage()
     for artifact in manifest["artifacts"]:
         parity = artifact["parity"]
         checked = (
@@ -280,14 +282,16 @@ def bench(
     chain: Terminal, seconds: float, threads: int | None, batches: str, folder: Path | None, as_json: bool
 ) -> dict[str, Any]:
     """Measure every artifact on this machine: latency, throughput, accuracy, fidelity, memory; and write a report."""
+    from prgkit.evaluate import machine
     from prgkit.evaluate.bench import bench as measure
     from prgkit.evaluate.report import table
 
     bundle, run_folder = require_bundle(chain, folder)
+    out = (run_folder or bundle) / "bench" / machine.slug(machine.describe())
     report = measure(
         bundle,
         run_folder=run_folder,
-        out=(run_folder or bundle) / "bench",
+        out=out,
         threads=threads,
         seconds=seconds,
         batches=parse_batches(batches),
@@ -295,7 +299,7 @@ def bench(
         note=chain.note,
     )
     chain.out.print(table(report))
-    chain.out.print(f"report: [bold]{report['folder']}/report.html[/bold]")
+    chain.out.print(f"report: [bold]{out / 'report.html'}[/bold]")
     return report
 
 
@@ -344,6 +348,8 @@ def recipes(chain: Terminal, show: str | None, as_json: bool) -> dict[str, Any]:
 @click.pass_obj
 def doctor(chain: Terminal, as_json: bool) -> dict[str, Any]:
     """Say which versions, devices and backends are here, what each missing one needs, and what clashes."""
+    from rich.markup import escape
+
     from prgkit.doctor import examine
 
     found = examine()
@@ -356,9 +362,9 @@ def doctor(chain: Terminal, as_json: bool) -> dict[str, Any]:
     chain.out.print("[bold]backends[/bold]")
     for backend in found["backends"]:
         mark = "[green]yes[/green]" if backend["runs"] else "[yellow]no [/yellow]"
-        chain.out.print(f"  {mark} {backend['name']:<24} {backend['detail']}")
+        chain.out.print(f"  {mark} {backend['name']:<27} {escape(backend['detail'])}")
     for clash in found["clashes"]:
-        chain.out.print(f"[red]clash[/red] {clash}")
+        chain.out.print(f"[red]clash[/red] {escape(clash)}")
     return found
 
 
@@ -422,12 +428,16 @@ def require_bundle(chain: Terminal, folder: Path | None) -> tuple[Path, Path | N
         parent = bundle.resolve().parent
         return bundle, parent if (parent / "recipe.yaml").is_file() else None
     run = find_run(folder or chain.folder)
+    again = f"prgkit export --run {shlex.quote(str(run.folder))}"
     if not (run.bundle / "manifest.json").is_file():
         raise PrgkitError(
             "the run has not been exported yet",
             where=run.folder,
             fix=f"prgkit export --run {shlex.quote(str(run.folder))}",
         )
+    exported = read_json(run.bundle / "manifest.json").get("run", {}).get("student_sha256")
+    if run.weights.exists() and exported != sha256(run.weights):
+        raise PrgkitError("the bundle is stale: it holds another student than the run", where=run.bundle, fix=again)
     return run.bundle, run.folder
 
 
@@ -448,7 +458,7 @@ def show_estimate(chain: Terminal, recipe: Recipe, folder: Path, targets_root: P
         from prgkit.estimate import estimate
 
     expected = estimate(recipe, targets_root, chain)
-    chain._end_stage()
+    chain.end_stage()
     for name, value in {"run": str(folder), **expected["told"]}.items():
         chain.out.print(f"  {name:<12} {value}", markup=False)
     return {"run": str(folder), **expected}
