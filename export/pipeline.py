@@ -82,7 +82,6 @@ def export_student(
     images = torch.from_numpy(pixels)
     with building(folder) as new:
         module = deployable(student, images)
-        note(f"reparameterised: the same logits on {len(pixels)} images")
         reference_logits = run_batches(TorchRunner(student), pixels)
 
         size = preprocessing.image_size

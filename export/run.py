@@ -1,4 +1,4 @@
-"""What an export takes from a run: its best student, images it never learned from, and the teacher's answers to them."""
+"""What an export takes from a run: its best student, images it never learned from, the teacher's answers."""
 
 from __future__ import annotations
 

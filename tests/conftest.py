@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+
+# Two busy cores and two spinning OpenMP threads are a hundred times slower than one thread; subprocesses inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,14 +116,3 @@ def settled(student: Any, pixels: Any) -> Any:
         head.weight.mul_(scale)
         head.bias.copy_(scale * (head.bias - logits.mean(0)))
     return student
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Two busy cores and two spinning OpenMP threads are a hundred times slower than one thread."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

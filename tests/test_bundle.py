@@ -27,7 +27,6 @@ from prgkit.files import read_json
 needs_rtx = pytest.mark.skipif(
     not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
 )
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSES = [f"thing {number}" for number in range(20)]
 FACTS = {

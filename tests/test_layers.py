@@ -3,10 +3,10 @@
 import ast
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parents[1]
 PACKAGES: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
@@ -32,8 +32,8 @@ OWNERS = {
 NEEDS_TORCH = {
     "prgkit.views", "prgkit.teacher", "prgkit.targets", "prgkit.student", "prgkit.distill", "prgkit.devices",
     "prgkit.checkpoint", "prgkit.estimate", "prgkit.objectives", "prgkit.objectives.prg", "prgkit.objectives.kd",
-    "prgkit.objectives.ce", "prgkit.objectives.sides", "prgkit.export.onnx", "prgkit.export.run", "prgkit.export.pipeline",
-    "prgkit.demo.train_teacher",
+    "prgkit.objectives.ce", "prgkit.objectives.sides", "prgkit.export.onnx", "prgkit.export.run",
+    "prgkit.export.pipeline", "prgkit.demo.train_teacher",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import socket
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from prgkit.objectives import CE, KD, PRG, Objectives, StudentSide, TeacherSide
 from prgkit.objectives.prg import correlate, nodes, pearson, prompt_logits, weighted_logits

@@ -28,8 +28,6 @@ from prgkit.export.onnx import (  # noqa: E402
 from prgkit.export.parity import compare, require_parity, run_batches  # noqa: E402
 from prgkit.export.runners import OnnxRunner, TorchRunner  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def logits_of(module, pixels):
     return run_batches(TorchRunner(module), pixels)

@@ -36,7 +36,7 @@ CARD = EngineCard(
 )
 
 
-def test_torch_and_onnx_runtime_speak_the_same_protocol(repvit, one_thread):
+def test_torch_and_onnx_runtime_speak_the_same_protocol(repvit):
     torch_runner, onnx_runner = TorchRunner(repvit.student), OnnxRunner(repvit.fp32, threads=1)
     answers = [runner.run(repvit.pixels[:3]) for runner in (torch_runner, onnx_runner)]
     for logits in answers:

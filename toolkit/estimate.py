@@ -84,7 +84,8 @@ def told(recipe: Recipe, figures: dict[str, Any], device: torch.device) -> dict[
         "teacher": f"{recipe.teacher.model}, {figures['views']} views an image, about {duration(figures['teacher_s'])}",
         "student": f"{recipe.student.model} at {recipe.student.image_size} px, {recipe.training.epochs} epochs, "
         f"about {duration(figures['student_s'])} on {device}",
-        "disk": f"{readable_bytes(figures['targets_bytes'])} for targets, {readable_bytes(figures['run_bytes'])} for the run",
+        "disk": f"{readable_bytes(figures['targets_bytes'])} of targets, "
+        f"{readable_bytes(figures['run_bytes'])} for the run",
     }
 
 

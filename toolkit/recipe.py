@@ -339,7 +339,7 @@ def _explain(mistake: Mapping[str, Any]) -> str:
         return f"{path}: {value!r} is none of {mistake['ctx']['expected']}{hint}"
     if isinstance(value, str) and kind in ("float_type", "int_type") and _is_number(value):
         return (
-            f"{path}: YAML reads {value} as text; write it with a dot and no quotes, as in {float(value)!r} or 1.0e-3"
+            f"{path}: YAML reads {value} as text; write it with a dot and no quotes, as in {_as_yaml(float(value))}"
         )
     if isinstance(value, bool) and kind == "string_type":
         return f"{path}: YAML reads yes, no, on and off as {value}; put the word in quotes"
@@ -372,6 +372,12 @@ def _pages() -> Iterator[tuple[str, type[BaseModel]]]:
 
 def _literals(mistake: Mapping[str, Any]) -> list[str]:
     return [word.strip("' ") for word in mistake["ctx"]["expected"].replace(" or ", ", ").split(",")]
+
+
+def _as_yaml(number: float) -> str:
+    """Write a float so that YAML reads it as one: its exponent needs a dot before it and a sign."""
+    text = repr(number)
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text
 
 
 def _is_number(text: str) -> bool:

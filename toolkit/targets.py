@@ -45,12 +45,14 @@ class Targets:
         self.width: int = self.card["width"]
         self.logit_scale: float = self.card["logit_scale"]
         self.preprocessing = Preprocessing.from_dict(self.card["preprocessing"])
-        self.damaged: list[str] = []
+        self._broken: list[tuple[str, list[str]]] = []  # where, and the keys of the images in it
         self._rows: dict[str, tuple[int, int]] = {}  # key -> (row, views)
         self._end = 0
         self._maps: dict[int, NDArray[np.float16]] = {}
         for block in complete_lines(self._journal) if self._journal.exists() else ():
             self._take_in(block)
+        # A broken block is of no account once its images have been embedded again.
+        self.damaged = [place for place, keys in self._broken if any(key not in self._rows for key in keys)]
 
     def stored_views(self, key: str) -> int:
         """Return how many views of an image are stored."""
@@ -135,7 +137,7 @@ class Targets:
                     file.seek(row * self.width * 2)
                     content = file.read(size)
             if _digest(content) != digest:
-                self.damaged.append(f"{path.name}, rows {row} to {row + len(keys) - 1}")
+                self._broken.append((f"{path.name}, rows {row} to {row + len(keys) - 1}", keys))
                 self._end = max(self._end, row + len(keys))
                 return
         self._note(row, keys, len(digests))

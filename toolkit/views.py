@@ -112,6 +112,7 @@ def default_workers() -> int:
 
 def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches the whole process group; the training process decides what it means.
+    # Ctrl-C, and often SIGTERM, reach the whole process group; the training process alone decides what they mean, and
+    # a worker that died of one would take the checkpoint with it. Workers end when they are told or left alone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -6,6 +6,8 @@ nodes are its images, proxies its classes, edges the correlation of each image w
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -102,7 +104,7 @@ def centre(rows: Tensor) -> Tensor:
 
 def standardise(rows: Tensor) -> Tensor:
     """Return rows [B, N] with mean zero and standard deviation one."""
-    return F.normalize(centre(rows), dim=1) * rows.shape[1] ** 0.5
+    return math.sqrt(rows.shape[1]) * F.normalize(centre(rows), dim=1)
 
 
 def prompt_logits(features: Tensor, prompts: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,213 @@
+"""The training loop: no label reaches it, and a run that was stopped ends bit for bit like one that was not."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prgkit.demo.digits import CLASSES, load_digits
+from prgkit.distill import distill, hold_out, schedule
+from prgkit.errors import RunError
+from prgkit.recipe import Recipe, validate
+from prgkit.run import Interrupted, Run
+from prgkit.student import load_student
+from prgkit.watch import Unwatched
+
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number, image in enumerate(load_digits("train")[0][:72]):
+        image.save(folder / f"{number:03}.png")
+    for number, (image, label) in enumerate(zip(*load_digits("test"), strict=True)):
+        if number < 20:
+            (folder.parent / "labelled" / CLASSES[label]).mkdir(parents=True, exist_ok=True)
+            image.save(folder.parent / "labelled" / CLASSES[label] / f"{number}.png")
+    return folder
+
+
+def raw_recipe(images: Path, evaluation: Path | None = None, **training: Any) -> dict[str, Any]:
+    return {
+        "data": {
+            "images": str(images),
+            "evaluation": str(evaluation) if evaluation else None,
+            "classes": list(CLASSES),
+            "prompts": ["the digit {}", "a {}"],
+            "held_out": 0.1,
+        },
+        "teacher": {"model": "demo:digits", "batch_size": 16},
+        "views": {"count": 2, "flip": False},
+        "student": {"model": "test_efficientnet", "image_size": 32},
+        "objective": {"name": "prg"},
+        "training": {"epochs": EPOCHS, "batch_size": 16, "workers": 0, "precision": "fp32", **training},
+    }
+
+
+def recipe_for(images: Path, evaluation: Path | None = None, **training: Any) -> Recipe:
+    return validate(raw_recipe(images, evaluation, **training), where="test").resolved()
+
+
+def outcome(run: Run) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    records = [{name: value for name, value in record.items() if name != "seconds"} for record in run.metrics()]
+    return load_file(run.weights), records
+
+
+def assert_same(one: Run, other: Run) -> None:
+    (weights, metrics), (other_weights, other_metrics) = outcome(one), outcome(other)
+    assert metrics == other_metrics
+    assert weights.keys() == other_weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, other_weights[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("finished")
+    return distill(recipe_for(photos), folder / "run", folder / "targets", Unwatched())
+
+
+def test_a_run_leaves_what_it_promises(finished: Run, photos: Path) -> None:
+    records = finished.metrics()
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    for record in records:
+        assert record["loss"] == pytest.approx(record["supervision"] + record["node"] + record["edge"], rel=1e-5)
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert finished.finished
+    assert finished.card["best"]["agreement"] == max(record["agreement"] for record in records)
+    assert finished.card["images"] == {"source": str(photos), "used": 72, "duplicates": 0, "unreadable": []}
+    student = load_student(finished)
+    answer = student(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
+    assert answer.logits.shape == (2, 10)
+    assert answer.features.shape == (2, finished.card["teacher"]["width"])
+
+
+def test_labels_shuffled_or_deleted_leave_training_bit_identical(photos: Path, tmp_path: Path, finished: Run) -> None:
+    labelled = photos.parent / "labelled"
+    with_labels = distill(recipe_for(photos, labelled), tmp_path / "labels", tmp_path / "targets", Unwatched())
+    assert_same(with_labels, finished)  # deleted: `finished` has none at all
+
+    shuffled, names = tmp_path / "shuffled", random.Random(0).sample(CLASSES, len(CLASSES))
+    for path in labelled.rglob("*.png"):
+        wrong = shuffled / names[CLASSES.index(path.parent.name)]
+        wrong.mkdir(parents=True, exist_ok=True)
+        (wrong / path.name).write_bytes(path.read_bytes())
+    assert_same(distill(recipe_for(photos, shuffled), tmp_path / "wrong", tmp_path / "targets", Unwatched()), finished)
+
+
+def test_class_folders_of_the_training_images_leak_nothing(photos: Path, tmp_path: Path, finished: Run) -> None:
+    images, labels = load_digits("train")
+    for number in range(72):
+        folder = tmp_path / "sorted" / CLASSES[labels[number]]
+        folder.mkdir(parents=True, exist_ok=True)
+        images[number].save(folder / f"{number}.png")
+    run = distill(recipe_for(tmp_path / "sorted"), tmp_path / "run", tmp_path / "targets", Unwatched())
+    assert_same(run, finished)
+
+
+class StopAt(Unwatched):
+    """Sends this process a signal after some images of the student's training."""
+
+    def __init__(self, images: int, number: int) -> None:
+        self.images, self.number, self.stage = images, number, ""
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        self.stage = stage
+
+    def advance(self, count: int, facts: str = "") -> None:
+        if self.stage == "student" and count:
+            self.images -= count
+            if self.images == 0:
+                os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("images", "number"), [(16, signal.SIGTERM), (96, signal.SIGINT)])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    photos: Path, tmp_path: Path, finished: Run, images: int, number: int
+) -> None:
+    arguments = (recipe_for(photos), tmp_path / "run", tmp_path / "targets")
+    with pytest.raises(Interrupted, match="everything up to here is saved"):
+        distill(*arguments, StopAt(images, number))
+    assert not Run(tmp_path / "run").finished
+    assert_same(distill(*arguments, Unwatched()), finished)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_process_group_then_the_same_command(
+    photos: Path, tmp_path: Path, finished: Run, number: int
+) -> None:
+    page = raw_recipe(photos, checkpoint_minutes=0.0001, workers=1)  # one after nearly every step
+    (tmp_path / "recipe.yaml").write_text(json.dumps(page))
+    run, root = Run(tmp_path / "run"), finished.folder.parent / "targets"
+    command = [sys.executable, "-m", "prgkit", "distill", "recipe.yaml", "--run", "run", "--targets", str(root)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not run.state.exists() and process.poll() is None:
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()
+    os.killpg(process.pid, number)
+    _, said = process.communicate()
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL, said
+    else:
+        assert process.returncode == 130, said
+        assert "everything up to here is saved" in said
+        assert "Traceback" not in said
+    assert not run.finished, "the run had ended before the signal came"
+    assert_same(distill(recipe_for(photos, workers=1), run.folder, root, Unwatched()), finished)
+
+
+def test_a_damaged_checkpoint_is_named(photos: Path, tmp_path: Path) -> None:
+    arguments = (recipe_for(photos), tmp_path / "run", tmp_path / "targets")
+    with pytest.raises(Interrupted):
+        distill(*arguments, StopAt(16, signal.SIGTERM))
+    state = Run(tmp_path / "run").state
+    state.write_bytes(state.read_bytes()[:-1000])
+    with pytest.raises(RunError, match="the checkpoint is damaged"):
+        distill(*arguments, Unwatched())
+
+
+def test_a_run_of_another_recipe_is_refused(photos: Path, finished: Run, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"another recipe; it differs in training\.learning_rate"):
+        distill(recipe_for(photos, learning_rate=0.5), finished.folder, tmp_path, Unwatched())
+
+
+@pytest.mark.parametrize(
+    "objective", [{"name": "ce"}, {"name": "kd"}, [{"name": "ce"}, {"name": "prg", "weight": 0.5}]]
+)
+def test_every_objective_trains(photos: Path, tmp_path: Path, finished: Run, objective: Any) -> None:
+    raw = {**raw_recipe(photos, epochs=1), "objective": objective}
+    root = finished.folder.parent / "targets"
+    run = distill(validate(raw, where="test").resolved(), tmp_path / "run", root, Unwatched())
+    assert run.metrics()[0]["loss"] > 0
+
+
+def test_the_schedule_by_hand() -> None:
+    assert [schedule(step, 10, 4) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert schedule(4, 10, 4) == 1.0
+    assert schedule(7, 10, 4) == pytest.approx(0.5)
+    assert schedule(9, 10, 4) == pytest.approx(0.5 * (1 + math.cos(math.pi * 5 / 6)))
+
+
+def test_what_is_held_out_depends_on_content_alone() -> None:
+    keys = [f"{number * 2654435761 % 2**32:032x}" for number in range(2000)]
+    chosen = {keys[position] for position in hold_out(keys, 0.05)}
+    assert 60 < len(chosen) < 140
+    assert {keys[::-1][position] for position in hold_out(keys[::-1], 0.05)} == chosen
+    assert {key for key in keys[:500] if key in chosen} == {keys[position] for position in hold_out(keys[:500], 0.05)}
+    assert len(hold_out([f"{2**32 - 1 - n:032x}" for n in range(5)], 0.01)) == 1  # never none
+    assert np.issubdtype(hold_out(keys, 0.05).dtype, np.integer)

@@ -1,0 +1,200 @@
+"""The target store: the teacher sees each view once, whatever is renamed, added, killed or damaged."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from prgkit import distill as distilling
+from prgkit import targets as storing
+from prgkit.demo.digits import load_digits
+from prgkit.distill import prepare
+from prgkit.errors import DiskFullError, RunError
+from prgkit.images import catalogue, open_images
+from prgkit.recipe import Recipe, validate
+from prgkit.run import locked
+from prgkit.targets import Targets
+from prgkit.teacher import Teacher, load_teacher
+from prgkit.views import Rendered
+from prgkit.watch import Unwatched
+
+IMAGES = 40
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, image in enumerate(load_digits("train")[0][:IMAGES]):
+        image.save(folder / f"{number:03}.png")
+    return folder
+
+
+def recipe_for(photos: Path, **changes: Any) -> Recipe:
+    raw: dict[str, Any] = {
+        "data": {
+            "images": str(photos),
+            "classes": ["zero", "one", "two"],
+            "prompts": ["the digit {}"],
+            "held_out": 0.1,
+        },
+        "teacher": {"model": "demo:digits", "batch_size": 8},
+        "views": {"count": 2},
+        "student": {"model": "test_efficientnet", "image_size": 32},
+        "objective": {"name": "prg"},
+        "training": {"workers": 0},
+    }
+    for key, value in changes.items():
+        raw[key] = {**raw[key], **value}
+    return validate(raw, where="test").resolved()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Count the views and the prompts that the teacher is shown, and how often it is loaded."""
+    counted = {"loaded": 0, "views": 0, "prompts": 0}
+    embed_images, embed_prompts = Teacher.embed_images, Teacher.embed_prompts
+
+    def count_load(*arguments: Any) -> Teacher:
+        counted["loaded"] += 1
+        return load_teacher(*arguments)
+
+    def count_images(self: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+        counted["views"] += len(pixels) if len(pixels) > 1 else 0  # one black image at loading tells the width
+        return embed_images(self, pixels)
+
+    def count_prompts(self: Teacher, prompts: Any) -> torch.Tensor:
+        counted["prompts"] += sum(len(row) for row in prompts)
+        return embed_prompts(self, prompts)
+
+    monkeypatch.setattr(distilling, "load_teacher", count_load)
+    monkeypatch.setattr(Teacher, "embed_images", count_images)
+    monkeypatch.setattr(Teacher, "embed_prompts", count_prompts)
+    return counted
+
+
+def see(recipe: Recipe, root: Path) -> distilling.Lesson:
+    return prepare(recipe, root, Unwatched())
+
+
+def features(lesson: distilling.Lesson, view: int, positions: np.ndarray) -> torch.Tensor:
+    return lesson.targets.features(lesson.rows[positions], np.full(len(positions), view))
+
+
+def test_a_stored_feature_is_what_the_teacher_says_of_that_view(photos: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(photos)
+    lesson = see(recipe, tmp_path / "targets")
+    teacher = load_teacher(recipe.teacher, torch.device("cpu"))
+    rendered = Rendered(lesson.catalogue, teacher.preprocessing, recipe.views)
+    positions = lesson.learned[:8]
+    for view in range(3):
+        pixels = torch.cat([rendered[int(position), [view]][0] for position in positions])
+        torch.testing.assert_close(features(lesson, view, positions), teacher.embed_images(pixels), atol=5e-4, rtol=0)
+    assert not torch.equal(features(lesson, 1, positions), features(lesson, 2, positions))
+
+
+def test_the_teacher_sees_each_view_once(photos: Path, tmp_path: Path, calls: dict[str, int]) -> None:
+    root = tmp_path / "targets"
+    lesson = see(recipe_for(photos), root)
+    # Batches are padded to 8: two images with three views each fit, and the held-out ones have one view.
+    learned, held_out = len(lesson.learned), len(lesson.held_out)
+    assert calls == {"loaded": 1, "views": 8 * (-(-learned // 2) + -(-held_out // 8)), "prompts": 3}
+
+    calls.update(loaded=0, views=0, prompts=0)
+    see(recipe_for(photos, objective={"name": "kd"}, student={"model": "test_resnet"}, training={"epochs": 3}), root)
+    assert calls == {"loaded": 0, "views": 0, "prompts": 0}
+    see(recipe_for(photos, data={"classes": ["a cat", "a dog"], "prompts": ["a {}", "the {}"]}), root)
+    assert calls == {"loaded": 1, "views": 0, "prompts": 4}
+
+
+def test_names_and_places_change_nothing_and_new_images_are_all_that_is_seen(
+    photos: Path, tmp_path: Path, calls: dict[str, int]
+) -> None:
+    root = tmp_path / "targets"
+    before = see(recipe_for(photos), root)
+    (photos / "cats").mkdir()
+    for number in range(0, IMAGES, 2):
+        (photos / f"{number:03}.png").rename(photos / "cats" / f"renamed-{number}.png")
+    calls.update(loaded=0, views=0)
+    after = see(recipe_for(photos), root)
+    assert calls["views"] == calls["loaded"] == 0
+    assert after.catalogue.keys == before.catalogue.keys
+    assert np.array_equal(after.held_out, before.held_out)
+
+    for number, image in enumerate(load_digits("test")[0][:6]):
+        image.save(photos / f"new-{number}.png")
+    grown = see(recipe_for(photos), root)
+    new = [position for position, key in enumerate(grown.catalogue.keys) if key not in set(before.catalogue.keys)]
+    assert len(new) == 6
+    assert 0 < calls["views"] <= 8 * 6
+    old = np.array([position for position in grown.learned if position not in new])
+    same = np.array([before.catalogue.keys.index(grown.catalogue.keys[position]) for position in old])
+    assert torch.equal(features(grown, 1, old), features(before, 1, same))
+
+
+def test_what_was_not_journalled_is_seen_again_and_ends_the_same(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: dict[str, int]
+) -> None:
+    monkeypatch.setattr(storing, "BLOCK_IMAGES", 8)
+    recipe = recipe_for(photos)
+    whole = see(recipe, tmp_path / "whole")
+    all_views = calls["views"]
+    folder = tmp_path / "cut" / whole.targets.folder.name
+    shutil.copytree(whole.targets.folder, folder)
+    journal = (folder / "journal.jsonl").read_bytes().split(b"\n")
+    (folder / "journal.jsonl").write_bytes(b"\n".join(journal[:2]) + b"\n" + journal[2][:30])  # torn in the third line
+    calls["views"] = 0
+    resumed = see(recipe, tmp_path / "cut")
+    assert 0 < calls["views"] < all_views
+    for view in range(3):
+        assert torch.equal(features(resumed, view, resumed.learned), features(whole, view, whole.learned))
+    assert (folder / "view-001.f16").read_bytes() == (whole.targets.folder / "view-001.f16").read_bytes()
+
+
+def test_a_flipped_byte_is_named_and_its_block_alone_is_seen_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: dict[str, int]
+) -> None:
+    monkeypatch.setattr(storing, "BLOCK_IMAGES", 8)
+    recipe = recipe_for(photos)
+    whole = see(recipe, tmp_path)
+    before = features(whole, 1, whole.learned).clone()
+    path = whole.targets.folder / "view-001.f16"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1  # in the last row
+    path.write_bytes(content)
+    damaged = Targets(whole.targets.folder).damaged
+    assert len(damaged) == 1
+    assert damaged[0].startswith("view-001.f16, rows ")
+    calls["views"] = 0
+    mended = see(recipe, tmp_path)
+    assert 0 < calls["views"] <= 8 * 4  # at most eight images, two to a batch
+    assert Targets(whole.targets.folder).damaged == []
+    assert torch.equal(features(mended, 1, mended.learned), before)
+
+
+def test_a_store_in_use_is_refused(photos: Path, tmp_path: Path) -> None:
+    lesson = see(recipe_for(photos), tmp_path)
+    for image in load_digits("test")[0][:3]:
+        image.save(photos / f"new-{id(image)}.png")
+    with (
+        locked(lesson.targets.folder, "target store"),
+        pytest.raises(RunError, match="another process is working on this target store"),
+    ):
+        see(recipe_for(photos), tmp_path)
+
+
+def test_a_full_disk_is_told_before_the_work(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 10, 1000))
+    with pytest.raises(DiskFullError, match=r"the target store needs 1\d\.\d KiB, and 1000 B are free"):
+        see(recipe_for(photos), tmp_path / "targets")
+
+
+def test_the_journal_is_readable_json(photos: Path, tmp_path: Path) -> None:
+    lesson = see(recipe_for(photos), tmp_path)
+    lines = [json.loads(line) for line in (lesson.targets.folder / "journal.jsonl").read_text().splitlines()]
+    assert sum(len(line["keys"]) for line in lines) == len(catalogue(open_images(str(photos)), workers=1))
+    assert {len(line["digests"]) for line in lines} == {1, 3}
