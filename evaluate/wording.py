@@ -37,7 +37,9 @@ def kept(report: Report, row: Row) -> str:
     if teacher and top1 is not None:
         ratio = 100 * top1 / teacher
         if ratio > 100:
-            return f"beats its teacher's accuracy ({percent(top1)} against {percent(teacher)})"
+            interval = row.get("top1_interval")
+            verb = "matches" if interval and interval[0] <= teacher else "beats"  # more than chance would give
+            return f"{verb} its teacher's accuracy ({percent(top1)} against {percent(teacher)})"
         return f"keeps {percent(ratio)} of its teacher's accuracy"
     if row["agreement_teacher"] is not None:
         return f"gives its teacher's answer on {percent(row['agreement_teacher'])} of the images"

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prgkit.errors import RunError
-from prgkit.files import writing
+from prgkit.files import guarding_space, writing
 from prgkit.run import Run
 from prgkit.student import Student
 
@@ -113,10 +113,16 @@ class TrainingState:
             setattr(self.progress, name, value)
 
 
+def expected_bytes(student: Student) -> int:
+    """Return what a run takes on the disk: student, average and the optimizer's two moments, and the best student."""
+    return 5 * 4 * sum(parameter.numel() for parameter in student.parameters())
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write tensors and JSON facts as one safetensors file, atomically."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with writing(path) as temporary:
+    size_bytes = sum(tensor.nbytes for tensor in contiguous.values())
+    with writing(path) as temporary, guarding_space(path, size_bytes):
         save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
 
 

@@ -22,10 +22,11 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prgkit.checkpoint import Average, Progress, TrainingState, save_tensors
+from prgkit.checkpoint import Average, Progress, TrainingState, expected_bytes, save_tensors
 from prgkit.devices import best_device, probe_precision, seed_everything
 from prgkit.errors import BackendError, ImagesError
-from prgkit.images import Catalogue, catalogue, open_images
+from prgkit.files import require_space
+from prgkit.images import Catalogue, catalogue, match_labels, open_images
 from prgkit.objectives import Objectives, TeacherSide
 from prgkit.objectives.prg import prompt_logits, weighted_logits
 from prgkit.recipe import Recipe, Training, Views
@@ -77,6 +78,7 @@ def distill(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> R
         seed_everything(recipe.training.seed)
         student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=lesson.targets.width)
         if accelerator.is_main_process:
+            require_space(run.folder, expected_bytes(student), "the run")
             run.update_card(teacher=lesson.targets.facts(), student=student.facts(recipe.student))
         train(recipe, run, lesson, student, accelerator, watch)
     return run
@@ -96,12 +98,12 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
     targets = open_targets(recipe, targets_root, teacher)
     for place in targets.damaged:
         watch.note(f"damaged block in {targets.folder}: {place}; its images are embedded again")
+    evaluation = read_evaluation(recipe, images, watch) if recipe.data.evaluation else None
     held_out = hold_out(images.keys, recipe.data.held_out)
     views = np.full(len(images), 1 + recipe.views.count)
     views[held_out] = 1  # the evaluation view alone
     embed(targets, images, views=views, recipe=recipe, teacher=teacher, watch=watch)
-    if recipe.data.evaluation:
-        evaluation = read_catalogue(recipe.data.evaluation, recipe, watch)
+    if evaluation is not None:
         embed(targets, evaluation, views=np.ones(len(evaluation), int), recipe=recipe, teacher=teacher, watch=watch)
     prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
     return Lesson(
@@ -125,6 +127,18 @@ def read_catalogue(spec: str, recipe: Recipe, watch: Watch) -> Catalogue:
         first = found.unreadable[0]
         watch.note(f"{len(found.unreadable)} of {len(images)} images are unreadable, e.g. {first.name}: {first.reason}")
     return found
+
+
+def read_evaluation(recipe: Recipe, learned: Catalogue, watch: Watch) -> Catalogue:
+    """Read the labelled images, and say now rather than after training if their labels fit no class.
+
+    Nothing of a label goes any further: the teacher will see these images, and the student only when it is measured.
+    """
+    evaluation = read_catalogue(recipe.data.evaluation or "", recipe, watch)
+    match_labels(evaluation, recipe.classes)
+    if shared := len(set(evaluation.keys) & set(learned.keys)):
+        watch.note(f"{shared} evaluation images are also among those to learn from: accuracy on them flatters")
+    return evaluation
 
 
 def facts_of(images: Catalogue) -> dict[str, Any]:

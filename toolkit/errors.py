@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 
 class PrgkitError(Exception):
-    """A mistake that is not a bug; the command line prints it without a traceback and exits with 1."""
+    """A mistake that is not a bug; the command line prints it without a traceback."""
+
+    exit_code = 1
 
     def __init__(self, what: str, *, where: object | None = None, fix: str | None = None) -> None:
         self.what = what

@@ -33,9 +33,9 @@ def writing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
             os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write files that only their owner can read
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full(path, temporary.stat().st_size if temporary.exists() else None) from error
+    except Exception as error:
+        if is_disk_full(error):
+            raise disk_full(path, None) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -109,10 +109,17 @@ def guarding_space(path: Path, needed_bytes: int) -> Iterator[None]:
     """Turn the system's "no space left" into a DiskFullError that says how much was needed."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if is_disk_full(error):
             raise disk_full(path, needed_bytes) from error
         raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether a write failed for want of space; safetensors and onnx report it in words of their own."""
+    if isinstance(error, DiskFullError):
+        return False
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def disk_full(path: Path, needed_bytes: int | None) -> DiskFullError:

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from prgkit.errors import RecipeError, nearest
 from prgkit.files import fingerprint, write_text
+from prgkit.mistakes import explain
 from prgkit.prompts import load_classes, load_templates
 
 
 class Page(BaseModel):
     """The common ground of every section: immutable, and no key that is not known."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _shape(value: Any) -> str:
+    return "a list" if isinstance(value, list | tuple) else "one word"
+
+
+# Told apart by their shape, so that a mistake in a list is not also told as a list that is no word.
+Words = Annotated[Annotated[str, Tag("one word")] | Annotated[tuple[str, ...], Tag("a list")], Discriminator(_shape)]
 
 
 class Data(Page):
@@ -29,8 +47,8 @@ class Data(Page):
     images: str  # a folder, a .zip, shards-{000..041}.tar, torchvision:NAME/split, hf:owner/name/split
     evaluation: str | None = None  # labelled images; their labels are read by evaluation alone
     evaluation_labels: str | None = None  # a CSV of file,label where folders or .cls members do not say it
-    classes: str | tuple[str, ...]  # a named list, a file with one name a line, or the names
-    prompts: str | tuple[str, ...] = "photo"  # a named template set, or templates with one {} each
+    classes: Words  # a named list, a file with one name a line, or the names
+    prompts: Words = "photo"  # a named template set, or templates with one {} each
     held_out: float = Field(0.05, gt=0, lt=0.5)  # share of the unlabelled images that selects the checkpoint
 
 
@@ -65,9 +83,8 @@ class StudentPage(Page):
     model: str
     image_size: int = Field(224, ge=16)
     initial: str = "random"  # random, pretrained, or a .safetensors file of the same timm model
-    crop: float | None = Field(
-        None, gt=0, le=1
-    )  # share kept by the centre crop; None: 1, or timm's own where pretrained
+    # The share that the centre crop keeps; None: 1, or timm's own where the start is pretrained.
+    crop: float | None = Field(None, gt=0, le=1)
 
 
 class ObjectivePage(Page):
@@ -105,6 +122,7 @@ class PRG(ObjectivePage):
 
 
 AnyObjective = Annotated[PRG | KD | CE, Field(discriminator="name")]
+OBJECTIVES: dict[str, type[ObjectivePage]] = {"prg": PRG, "kd": KD, "ce": CE}
 
 
 class Training(Page):
@@ -139,6 +157,14 @@ class Export(Page):
         if not 1 <= batch[0] <= batch[1] <= batch[2]:
             raise ValueError("must be [min, opt, max] with 1 <= min <= opt <= max")
         return batch
+
+
+# What may change in a run that was started: how it is judged, exported and watched.
+NOT_LEARNED_FROM: dict[str, Any] = {
+    "data": {"evaluation", "evaluation_labels"},
+    "training": {"workers", "checkpoint_minutes", "trackers"},
+    "export": True,
+}
 
 
 class Recipe(Page):
@@ -201,11 +227,8 @@ class Recipe(Page):
         return self.model_copy(update={"data": data})
 
     def fingerprint(self) -> str:
-        """Return what decides the trained weights: everything but the export and how the work is watched."""
-        page = self.model_dump(mode="json", exclude={"export": True})
-        for key in ("workers", "checkpoint_minutes", "trackers"):
-            del page["training"][key]
-        return fingerprint(page)
+        """Return what decides the trained weights: everything but NOT_LEARNED_FROM."""
+        return fingerprint(self.model_dump(mode="json", exclude=NOT_LEARNED_FROM))
 
 
 def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -215,26 +238,39 @@ def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: with every mistake of the page at once, each with its path and the nearest right key.
     """
     path = find_recipe(name)
-    raw = parse(path.read_text(encoding="utf-8"), where=path)
+    raw = parse(read_page(path), where=path)
     for override in overrides:
         apply_override(raw, override)
-    return validate(raw, where=path).resolved()
+    where = f"{path}, with {', '.join(overrides)}" if overrides else path
+    return validate(raw, where=where).resolved()
 
 
 def find_recipe(name: str) -> Path:
     """Return the page of a recipe's name, or of a path to a YAML file."""
     path = Path(name).expanduser()
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise RecipeError(f"there is no recipe file {name}", fix="prgkit recipes lists the ones that are shipped")
-        return path
     shipped = shipped_recipes()
-    if name not in shipped:
-        raise RecipeError(
-            f"unknown recipe {name!r}{nearest(name, shipped)}",
-            fix=f"choose one of {', '.join(shipped)}, or give the path of a .yaml file",
-        )
-    return shipped[name]
+    if name in shipped:
+        return shipped[name]
+    is_page = path.suffix in (".yaml", ".yml")
+    if is_page and path.is_file():
+        return path
+    if path.is_dir():
+        raise RecipeError(f"{name} is a folder, not a recipe", fix=f"--images {name} --classes FILE needs no recipe")
+    pages = [page.name for page in path.parent.glob("*.y*ml")]
+    close = nearest(path.name, pages if is_page else [*shipped, *pages])
+    raise RecipeError(
+        f"there is no recipe file {name}{close}" if is_page else f"unknown recipe {name!r}{close}",
+        fix=f"choose one of {', '.join(shipped)}, or give the path of a .yaml file",
+    )
+
+
+def read_page(path: Path) -> str:
+    """Read a recipe's text."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(f"the recipe cannot be read: {reason}", where=path, fix="save it as UTF-8 text") from error
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -255,24 +291,26 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     write_text(path, page)
 
 
+class _Refused(yaml.MarkedYAMLError):
+    """Valid YAML that a recipe has no use for."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without its traps: no aliases (they can explode), no key twice (the first would be lost)."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise RecipeError(
-                "a recipe uses no YAML aliases (*name)", where=f"line {mark.line + 1}", fix="write the value out"
-            )
+            raise _Refused(problem="an alias (*name) stands for a value; write the value out", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _Refused(problem="a key is a single word; write key: value", problem_mark=key.start_mark)
             if key.value in seen:
-                raise RecipeError(
-                    f"the key {key.value!r} stands twice", where=f"line {key.start_mark.line + 1}", fix="keep one"
-                )
+                raise _Refused(problem=f"the key {key.value!r} stands twice; keep one", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -285,7 +323,8 @@ def parse(text: str, *, where: object) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it cannot be read"
-        raise RecipeError(f"the recipe is no valid YAML: {problem}", where=f"{where}{line}") from error
+        what = problem if isinstance(error, _Refused) else f"the recipe is no valid YAML: {problem}"
+        raise RecipeError(what, where=f"{where}{line}") from error
     except RecursionError as error:
         raise RecipeError("the recipe is nested too deeply", where=where) from error
     if not isinstance(raw, dict):
@@ -297,92 +336,38 @@ def parse(text: str, *, where: object) -> dict[str, Any]:
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one value of the raw page: ``training.epochs=5``; the value is read as YAML."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set takes key=value, not {override!r}", fix="for example --set training.epochs=5")
+    key, equals, text = override.partition("=")
     *sections, last = key.split(".")
+    if not equals or not all((*sections, last)):
+        raise RecipeError(f"--set takes KEY=VALUE, not {override!r}", fix="for example --set training.epochs=5")
     page: Any = raw
     for section in sections:
         page = page.setdefault(section, {}) if isinstance(page, dict) else None
     if not isinstance(page, dict):
-        raise RecipeError(f"--set {key}: {'.'.join(sections)} is no section of the recipe")
-    # A new objective brings its own parameters, so the old one's are not carried over.
-    if key == "objective.name" and page.get("name") not in (None, value):
-        page.clear()
-    page[last] = parse(f"value: {value}", where=f"--set {override}")["value"]
+        raise RecipeError(
+            f"--set {key}: {'.'.join(sections)} is no section of keys",
+            fix=f"give it as a whole: --set '{sections[0]}=...'",
+        )
+    value = parse(f"value: {text}", where=f"--set {override}")["value"]
+    if key == "objective.name" and value in OBJECTIVES:
+        # A new objective brings its own parameters; the old one's are not carried over.
+        for foreign in page.keys() - OBJECTIVES[value].model_fields.keys():
+            del page[foreign]
+    page[last] = value
 
 
 def validate(raw: Mapping[str, Any], *, where: object) -> Recipe:
-    """Check a raw page against the models; JSON keeps lists apart from tuples, and text apart from numbers."""
+    """Check a raw page against the models; JSON keeps lists apart from tuples, and text apart from numbers.
+
+    Raises:
+        RecipeError: with every mistake of the page.
+    """
     try:
         return Recipe.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
-        mistakes = [_explain(mistake) for mistake in error.errors(include_url=False)]
+        sections = {"": Recipe, **{name: field.annotation for name, field in Recipe.model_fields.items()}}
+        sections.pop("objective")
+        listed = isinstance(raw.get("objective"), list)
+        mistakes = [explain(mistake, sections, OBJECTIVES, listed=listed) for mistake in error.errors()]
         count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise RecipeError("\n    ".join([f"the recipe has {count}:", *mistakes]), where=where) from error
-
-
-def _explain(mistake: Mapping[str, Any]) -> str:
-    """Say one pydantic error in a recipe writer's words."""
-    location, kind, value = list(mistake["loc"]), mistake["type"], mistake["input"]
-    path = ".".join(str(part) for part in location if part not in _TAGS and not isinstance(part, int))
-    if kind == "extra_forbidden":
-        wrong = str(location[-1])
-        return f"{path}: unknown key{_nearest_key(wrong, location[:-1])}"
-    if kind == "missing":
-        return f"{path}: missing"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        name = value.get("name") if isinstance(value, dict) else value
-        return f"{path}: unknown objective {name!r}{nearest(str(name), _TAGS)}; known: {', '.join(_TAGS)}"
-    if kind == "literal_error":
-        hint = nearest(value, _literals(mistake)) if isinstance(value, str) else ""
-        return f"{path}: {value!r} is none of {mistake['ctx']['expected']}{hint}"
-    if isinstance(value, str) and kind in ("float_type", "int_type") and _is_number(value):
-        return (
-            f"{path}: YAML reads {value} as text; write it with a dot and no quotes, as in {_as_yaml(float(value))}"
-        )
-    if isinstance(value, bool) and kind == "string_type":
-        return f"{path}: YAML reads yes, no, on and off as {value}; put the word in quotes"
-    message = mistake["msg"].removeprefix("Value error, ")
-    return f"{path}: {message[0].lower()}{message[1:]}, not {value!r}" if path else message
-
-
-_OBJECTIVES: dict[str, type[BaseModel]] = {"prg": PRG, "kd": KD, "ce": CE}
-_TAGS = tuple(_OBJECTIVES)
-
-
-def _nearest_key(wrong: str, section: Sequence[int | str]) -> str:
-    """Name the key that was meant: of the same section first, else the same word in another section."""
-    pages = dict(_pages())
-    here = ".".join(str(part) for part in section if not isinstance(part, int))
-    known = list(pages.get(here, Recipe).model_fields)
-    if difflib.get_close_matches(wrong, known, n=1, cutoff=0.5):
-        return nearest(wrong, known)
-    elsewhere = [f"{place}.{wrong}" for place, page in pages.items() if place and wrong in page.model_fields]
-    return f"; it belongs in {elsewhere[0]}" if elsewhere else f"; known: {', '.join(known)}"
-
-
-def _pages() -> Iterator[tuple[str, type[BaseModel]]]:
-    yield "", Recipe
-    for name, field in Recipe.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield name, field.annotation
-    yield from ((f"objective.{tag}", page) for tag, page in _OBJECTIVES.items())
-
-
-def _literals(mistake: Mapping[str, Any]) -> list[str]:
-    return [word.strip("' ") for word in mistake["ctx"]["expected"].replace(" or ", ", ").split(",")]
-
-
-def _as_yaml(number: float) -> str:
-    """Write a float so that YAML reads it as one: its exponent needs a dot before it and a sign."""
-    text = repr(number)
-    return text.replace("e", ".0e") if "e" in text and "." not in text else text
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

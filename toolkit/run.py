@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ from typing import Any
 
 from prgkit import __version__
 from prgkit.errors import PrgkitError, RunError
-from prgkit.files import guarding_space, read_json, write_json, write_text
-from prgkit.recipe import Recipe, parse, save_recipe, validate
+from prgkit.files import guarding_space, read_json, sha256, write_json, write_text
+from prgkit.recipe import NOT_LEARNED_FROM, Recipe, parse, save_recipe, validate
 
 try:
     import fcntl
@@ -91,8 +92,7 @@ def start_run(folder: Path, recipe: Recipe) -> Run:
     """
     run = Run(folder)
     if run.recipe_file.exists():
-        changed = changed_keys(run.recipe, recipe)
-        if run.recipe.fingerprint() != recipe.fingerprint():
+        if changed := changed_keys(run.recipe, recipe):
             raise RunError(
                 f"this run was made from another recipe; it differs in {', '.join(changed)}",
                 where=folder,
@@ -110,6 +110,7 @@ def start_run(folder: Path, recipe: Recipe) -> Run:
         prgkit=__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         fingerprint=recipe.fingerprint(),
+        origin=os.path.relpath(Path.cwd(), folder),
         finished=False,
     )
     return run
@@ -125,7 +126,9 @@ def find_run(given: Path | None) -> Run:
         if (given / "recipe.yaml").is_file():
             return Run(given)
         raise RunError(
-            "this is no run folder: it has no recipe.yaml", where=given, fix="prgkit distill RECIPE makes one"
+            "this is no run folder: it has no recipe.yaml" if given.exists() else "there is no such run folder",
+            where=given,
+            fix="prgkit distill RECIPE makes one",
         )
     if Path("recipe.yaml").is_file() and Path("card.json").is_file():
         return Run(Path())
@@ -137,15 +140,63 @@ def find_run(given: Path | None) -> Run:
     return Run(runs[-1].parent)
 
 
+def find_bundle(given: Path | None) -> tuple[Path, Run | None]:
+    """Return the bundle that a command means and the run it lies in, if any; found as `find_run` finds a run.
+
+    Raises:
+        RunError: there is no run, it has not been exported, or the bundle holds another student than the run.
+    """
+    place = given or Path()
+    run: Run | None
+    if (place / "manifest.json").is_file():
+        bundle, run = place, Run(place.resolve().parent)
+        if not run.recipe_file.is_file() or run.bundle != bundle.resolve():
+            return bundle, None
+    else:
+        run = find_run(given)
+        bundle = run.bundle
+    again = f"prgkit export --run {shlex.quote(str(run.folder))}"
+    if not (bundle / "manifest.json").is_file():
+        raise RunError("the run has not been exported yet", where=run.folder, fix=again)
+    exported = read_json(bundle / "manifest.json").get("run", {}).get("student_sha256")
+    if run.weights.exists() and exported != sha256(run.weights):
+        raise RunError("the bundle is stale: it holds another student than the run", where=bundle, fix=again)
+    return bundle, run
+
+
+@contextmanager
+def standing_where_it_started(run: Run) -> Iterator[Run]:
+    """Work in the folder that the run was started from: its recipe's relative paths begin there.
+
+    The folder is remembered relative to the run, so that a project can be moved as a whole.
+    """
+    here, folder = Path.cwd(), run.folder.resolve()
+    origin = folder / run.card.get("origin", os.path.relpath(here, folder))
+    if origin.resolve() == here or not origin.is_dir():
+        yield run
+        return
+    os.chdir(origin)
+    try:
+        yield Run(folder)
+    finally:
+        os.chdir(here)
+
+
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
-    """Return the dotted keys in which two recipes differ."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    """Return the dotted keys that make two recipes different runs."""
+    before, after = (_flat(recipe.model_dump(mode="json", exclude=NOT_LEARNED_FROM)) for recipe in (old, new))
     return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 
 
-def run_name(recipe_name: str) -> str:
-    """Return a folder name for a recipe's name or a path: its last part, in letters that every system takes."""
-    return re.sub(r"[^\w.-]+", "-", Path(recipe_name).expanduser().resolve().stem).strip("-.") or "run"
+def run_name(source: str) -> str:
+    """Return a folder name for a recipe or a source of images, in letters that every system takes.
+
+    A path gives its last part, ``torchvision:CIFAR100/train`` all of its own.
+    """
+    scheme, colon, rest = source.partition(":")
+    words = rest if colon and scheme in ("torchvision", "hf", "demo") else Path(source).expanduser().resolve().name
+    stem = re.sub(r"\.(yaml|yml|zip|tar)$", "", words)
+    return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "run"
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
@@ -190,6 +241,8 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
 class Interrupted(PrgkitError):  # noqa: N818 - nothing went wrong
     """The user, or the system, asked to stop; everything computed so far is saved."""
+
+    exit_code = 130  # as after any SIGINT
 
 
 @contextmanager

@@ -13,6 +13,7 @@ teacher pass. It belongs to a teacher and a way of drawing views, not to a datas
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from prgkit.errors import TargetsError
-from prgkit.files import fingerprint, guarding_space, read_json, require_space, write_json, writing
+from prgkit.files import fingerprint, guarding_space, read_json, require_space, write_bytes, write_json
 from prgkit.images import Catalogue, Preprocessing
 from prgkit.prompts import fill
 from prgkit.recipe import Recipe
@@ -94,8 +95,9 @@ class Targets:
         path = self.folder / f"prompts-{fingerprint(texts)}.npy"
         if not path.exists():
             embedded = teacher().embed_prompts(texts).cpu().numpy()
-            with writing(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, embedded)
+            buffer = io.BytesIO()
+            np.save(buffer, embedded, allow_pickle=False)
+            write_bytes(path, buffer.getvalue())
         loaded: NDArray[np.float32] = np.load(path)
         return torch.from_numpy(loaded)
 
@@ -153,11 +155,7 @@ def open_targets(recipe: Recipe, root: Path, teacher: Callable[[], Teacher]) -> 
     Raises:
         TargetsError: the store was made by something else.
     """
-    made_from = {
-        "schema": "prgkit.targets/1",
-        "teacher": teacher_identity(recipe.teacher),
-        "views": recipe.views.model_dump(mode="json", exclude={"count"}),
-    }
+    made_from = origin_of(recipe)
     folder = root / fingerprint(made_from)
     if not (folder / "card.json").exists():
         seeing = teacher()
@@ -178,6 +176,21 @@ def open_targets(recipe: Recipe, root: Path, teacher: Callable[[], Teacher]) -> 
             "the target store was made from something else than its name says", where=folder, fix="delete it"
         )
     return targets
+
+
+def existing_targets(recipe: Recipe, root: Path) -> Targets | None:
+    """Open the store of the recipe's teacher and views where there is one."""
+    folder = root / fingerprint(origin_of(recipe))
+    return Targets(folder) if (folder / "card.json").exists() else None
+
+
+def origin_of(recipe: Recipe) -> dict[str, Any]:
+    """Return what decides a store's features, and so its name."""
+    return {
+        "schema": "prgkit.targets/1",
+        "teacher": teacher_identity(recipe.teacher),
+        "views": recipe.views.model_dump(mode="json", exclude={"count"}),
+    }
 
 
 def embed(
