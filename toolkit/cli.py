@@ -1,13 +1,14 @@
-"""The command line: the only file that prints, parses arguments or knows click."""
+"""The command line: the only file that parses arguments or knows click."""
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,13 @@ import click
 
 from prgkit import __version__
 from prgkit.errors import BackendError, DiskFullError, PrgkitError
-from prgkit.files import read_json, sha256
+from prgkit.files import is_disk_full, read_json
 
 if TYPE_CHECKING:
     from prgkit.recipe import Recipe
+    from prgkit.terminal import Terminal
+
+ON_A_RUN = ("distill", "export", "bench", "predict")
 
 
 class Chain(click.Group):
@@ -29,6 +33,10 @@ class Chain(click.Group):
     the first one runs. A file that is named like a command is written ``./export``.
     """
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order in which they are used."""
+        return list(self.commands)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep the parts for `invoke`; click itself sees the first."""
         head, parts = split_at_commands(args, self.commands)
@@ -36,24 +44,25 @@ class Chain(click.Group):
         return super().parse_args(ctx, head + (parts[0] if parts else []))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Parse every part, then run them in order; under --json print one document keyed by command."""
+        """Parse every part, then run them in order."""
         parts = ctx.meta["parts"]
         if not parts:
             return super().invoke(ctx)
-        contexts = []
-        for name, *rest in parts:
-            part = self.commands[name].make_context(name, list(rest), parent=ctx)
-            contexts.append(part)
-        chain = Terminal(as_json=any(part.params.get("as_json") for part in contexts))
-        results: dict[str, Any] = {}
-        with chain:
-            for part in contexts:
-                part.obj = chain
-                with part:
-                    results[str(part.info_name)] = part.command.invoke(part)
-        if chain.as_json:
-            click.echo(json.dumps(results, indent=2, ensure_ascii=False))
-        return results
+        steps = [self.parse_part(ctx, part, following) for part, following in pairwise([*parts, [""]])]
+        check_chain(steps)
+        run_chain(steps)
+        return None
+
+    def parse_part(self, ctx: click.Context, part: list[str], following: list[str]) -> click.Context:
+        """Let a command parse its own arguments."""
+        name, *rest = part
+        try:
+            return self.commands[name].make_context(name, rest, parent=ctx)
+        except (click.BadOptionUsage, click.MissingParameter) as error:
+            if not following[0]:
+                raise
+            hint = f"'{following[0]}' is read as a command; a file of that name is written ./{following[0]}"
+            raise click.UsageError(f"{error.format_message().rstrip('.')}: {hint}.", error.ctx) from error
 
 
 def split_at_commands(args: Sequence[str], commands: Collection[str]) -> tuple[list[str], list[list[str]]]:
@@ -64,69 +73,62 @@ def split_at_commands(args: Sequence[str], commands: Collection[str]) -> tuple[l
     return list(args[: starts[0]]), [list(args[a:b]) for a, b in pairwise([*starts, len(args)])]
 
 
-class Terminal:
-    """What the commands of one chain share: where they print, and the run they hand on."""
+def check_chain(steps: Sequence[click.Context]) -> None:
+    """Refuse at once what would otherwise stop a later command, maybe hours from now."""
+    names = [str(step.info_name) for step in steps]
+    for name in names:
+        if names.count(name) > 1:
+            raise click.UsageError(f"'{name}' stands twice; a file that is named like a command is written ./{name}.")
+    folders = [step.params["folder"] for step in steps if step.info_name in ON_A_RUN]
+    if any(folder not in (None, folders[0]) for folder in folders):
+        raise click.UsageError("A chain works on one run: give --run to its first command.")
+    for step in steps:
+        if step.info_name == "export" and (step.params["trt"] or step.params["backend"]):
+            from prgkit.export.tensorrt import choose_backend
 
-    def __init__(self, *, as_json: bool) -> None:
-        from rich.console import Console
+            choose_backend(step.params["backend"])
 
-        self.as_json = as_json
-        self.folder: Path | None = None  # the run, or the bundle, that the chain is about
-        # A pipe has no width; a file of it should hold whole lines.
-        width = None if sys.stdout.isatty() else 120
-        self.out = Console(quiet=as_json, highlight=False, soft_wrap=True, width=width)
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.bar: Any = None
-        self.task: Any = None
 
-    def __enter__(self) -> Terminal:
-        return self
+def run_chain(steps: Sequence[click.Context]) -> None:
+    """Run the commands in order; under --json, print one document keyed by command."""
+    from prgkit.terminal import Terminal
 
-    def __exit__(self, *_: object) -> None:
-        self.end_stage()
+    as_json = any(step.params["as_json"] for step in steps)
+    leads = int(os.environ.get("RANK", "0")) == 0  # the others of torchrun's processes train, and no more
+    results: dict[str, Any] = {}
+    with Terminal(says_results=leads and not as_json, shows_progress=leads) as terminal:
+        session = Session(terminal)
+        # A library that prints must not get into the document.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            for step in steps:
+                name = str(step.info_name)
+                if session.rehearses:
+                    terminal.note(f"then {name}")
+                elif leads or name in ("distill", "targets"):
+                    step.obj = session
+                    with step:
+                        results[name] = step.command.invoke(step)
+    if as_json and leads:
+        click.echo(json.dumps(results, indent=2, ensure_ascii=False))
 
-    def start(self, stage: str, total: int, unit: str) -> None:
-        """Begin a stage: a bar with count, speed and time left, or a line where nobody can see a bar move."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.end_stage()
-        if not self.err.is_terminal:
-            self.err.print(f"{stage}: {total:,} {unit}")
-            return
-        self.bar = Progress(
-            TextColumn("[bold]{task.description:>8}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[facts]}"),
-            console=self.err,
-        )
-        self.bar.start()
-        self.task = self.bar.add_task(stage, total=total, rate="", facts="", unit=unit)
+@dataclass
+class Session:
+    """What the commands of one chain share."""
 
-    def advance(self, count: int, facts: str = "") -> None:
-        """Move the bar."""
-        if self.bar is not None:
-            task = self.bar.tasks[0]
-            rate = f"{task.speed:,.0f} {task.fields['unit']}/s" if task.speed else ""
-            self.bar.update(self.task, advance=count, rate=rate, facts=facts)
+    terminal: Terminal
+    folder: Path | None = None  # the run, or the bundle, that the chain is about
+    asked: dict[str, Any] | None = None  # the recipe options of `targets`, for a `distill` that names none
+    rehearses: bool = False  # --dry-run was given: what follows would have nothing to work on
 
-    def note(self, text: str) -> None:
-        """Print a line above the bar, on stderr."""
-        self.err.print(text, markup=False)
 
-    def end_stage(self) -> None:
-        """Take the bar away."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 def run_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --run to a command that works on a run or a bundle."""
     help_text = "The run, or the bundle, to work on.  [default: the one this chain made, stood in, or the newest]"
-    return click.option("--run", "folder", type=click.Path(path_type=Path, file_okay=False), help=help_text)(command)
+    return click.option("--run", "folder", type=FOLDER, metavar="FOLDER", help=help_text)(command)
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,14 +140,15 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what distill and targets share: which recipe, and what is different this time."""
     options: list[Callable[..., Any]] = [
         click.argument("recipe", required=False),
-        click.option("--images", help="Unlabelled images: a folder, a .zip or tar shards."),
-        click.option("--classes", help="A file with one class name a line, or a named list."),
+        click.option("--images", metavar="SOURCE", help="Unlabelled images: a folder, a .zip or tar shards."),
+        click.option("--classes", metavar="FILE", help="One class name a line, or the name of a known list."),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe."),
-        click.option("--run", "folder", type=click.Path(path_type=Path, file_okay=False), help="The run's folder."),
+        click.option("--run", "folder", type=FOLDER, metavar="FOLDER", help="The run's folder.  [default: runs/NAME]"),
         click.option(
             "--targets",
             "targets_root",
-            type=click.Path(path_type=Path, file_okay=False),
+            type=FOLDER,
+            metavar="FOLDER",
             default="targets",
             show_default=True,
             help="Where the teacher's targets are kept, for all runs.",
@@ -156,6 +159,17 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def batch_sizes(ctx: click.Context, option: click.Parameter, text: str) -> list[int]:
+    """Read ``1,8,32``."""
+    try:
+        batches = [int(part) for part in text.split(",")]
+    except ValueError:
+        batches = [0]
+    if min(batches) < 1:
+        raise click.BadParameter(f"write batch sizes as 1,8,32, not {text!r}.", ctx, option)
+    return batches
 
 
 @click.group(cls=Chain, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -173,49 +187,31 @@ def cli() -> None:
 @cli.command(short_help="Teach a student from unlabelled images.")
 @recipe_options
 @click.pass_obj
-def distill(chain: Terminal, /, **given: Any) -> dict[str, Any]:
+def distill(session: Session, /, **given: Any) -> dict[str, Any]:
     """Teach a student from unlabelled images: RECIPE is a shipped name or a YAML file.
 
-    Without RECIPE, --images and --classes are enough, and with none of them the newest unfinished run goes on. The same
-    command resumes a run that was stopped.
+    Without RECIPE, --images and --classes are enough; with none of them the newest run goes on. The same command
+    resumes a run that was stopped.
     """
-    recipe, folder = choose_recipe(given)
-    if given["dry_run"]:
-        return show_estimate(chain, recipe, folder, given["targets_root"])
     with needing("distill"):
+        recipe, folder = choose_recipe(session, given)
+        if given["dry_run"]:
+            return rehearse(session, recipe, folder, given["targets_root"])
         from prgkit.distill import distill as work
-    run = work(recipe, folder, given["targets_root"], chain)
-    chain.end_stage()
-    chain.folder = run.folder
+    run = work(recipe, folder, given["targets_root"], session.terminal)
+    session.folder = run.folder
     card = run.card
-    if not chain.as_json:
-        best, images = card["best"], card["images"]
-        skipped = f", {len(images['unreadable'])} unreadable" if images["unreadable"] else ""
-        copies = f", {images['duplicates']} duplicates" if images["duplicates"] else ""
-        chain.out.print(
-            f"[bold]{run.folder}[/bold]: {card['student']['model']} agrees with its teacher on "
-            f"[bold]{best['agreement']:.1f} %[/bold] of the held-out images (epoch {best['epoch']} of "
-            f"{recipe.training.epochs}; {images['used']:,} images{skipped}{copies}; {card['images_per_s']:,.0f} img/s)"
-        )
+    best, images = card["best"], card["images"]
+    skipped = f", {len(images['unreadable'])} unreadable" if images["unreadable"] else ""
+    copies = f", {images['duplicates']} duplicates" if images["duplicates"] else ""
+    session.terminal.say(
+        (str(run.folder), "bold"),
+        f": {card['student']['model']} agrees with its teacher on ",
+        (f"{best['agreement']:.1f} %", "bold"),
+        f" of the held-out images (epoch {best['epoch']} of {recipe.training.epochs}; "
+        f"{images['used']:,} images{skipped}{copies}; {card['images_per_s']:,.0f} img/s)",
+    )
     return {"run": str(run.folder), **card}
-
-
-@cli.command(short_help="Let the teacher see the images, and no more.")
-@recipe_options
-@click.pass_obj
-def targets(chain: Terminal, /, **given: Any) -> dict[str, Any]:
-    """Let the teacher see every image of RECIPE, once, and store what it saw; distill then starts at once."""
-    recipe, folder = choose_recipe(given)
-    if given["dry_run"]:
-        return show_estimate(chain, recipe, folder, given["targets_root"])
-    with needing("distill"):
-        from prgkit.distill import prepare
-    lesson = prepare(recipe, given["targets_root"], chain)
-    chain.end_stage()
-    store = lesson.targets.folder
-    size = sum(path.stat().st_size for path in store.iterdir())
-    chain.out.print(f"[bold]{store}[/bold]: {len(lesson.catalogue):,} images, {size / 2**20:,.1f} MiB")
-    return {"targets": str(store), "images": len(lesson.catalogue), "bytes": size}
 
 
 @cli.command(short_help="Turn the student into ONNX and TensorRT.")
@@ -224,82 +220,100 @@ def targets(chain: Terminal, /, **given: Any) -> dict[str, Any]:
 @click.option(
     "--backend",
     type=click.Choice(["tensorrt", "tensorrt_rtx"]),
-    help="Which TensorRT builds the engine.  [default: tensorrt where it can run, else tensorrt_rtx]",
+    metavar="NAME",
+    help="Build the engines with this one of tensorrt and tensorrt_rtx; implies --trt.  "
+    "[default: tensorrt where it can run, else tensorrt_rtx]",
 )
 @run_option
 @json_option
 @click.pass_obj
 def export(
-    chain: Terminal, fp16: bool, trt: bool, backend: str | None, folder: Path | None, as_json: bool
+    session: Session, fp16: bool, trt: bool, backend: str | None, folder: Path | None, as_json: bool
 ) -> dict[str, Any]:
     """Turn the student into ONNX, preprocessing inside, and with --trt into a TensorRT engine.
 
     In a bundle, on the device, --trt builds the engines from the bundle's ONNX files; that needs no torch.
     """
-    bundle = find_bundle(chain, folder)
-    if bundle is not None:
-        if not trt:
-            raise click.UsageError("A bundle is exported already; export --trt builds its engines.")
-        from prgkit.export.engines import build_engines
-        from prgkit.recipe import validate
-
-        batch = validate(read_json(bundle / "manifest.json")["recipe"], where=bundle).export.batch
-        manifest = build_engines(bundle, fp16=fp16, batch=batch, backend=backend, note=chain.note)
-        chain.folder = bundle
+    place, trt = session.folder or folder, trt or backend is not None
+    bundle = place or Path()
+    if (bundle / "manifest.json").is_file():
+        manifest = export_in_bundle(bundle, fp16=fp16, trt=trt, backend=backend, terminal=session.terminal)
+        session.folder = bundle
     else:
-        from prgkit.run import find_run
+        from prgkit.run import find_run, standing_where_it_started
 
-        run = find_run(chain.folder or folder)
+        run = click.get_current_context().with_resource(standing_where_it_started(find_run(place)))
         with needing("distill"):
             from prgkit.export.run import export_run
 
-        manifest = export_run(run, fp16=fp16, trt=trt, backend=backend, watch=chain)
-        bundle, chain.folder = run.bundle, run.folder
-    chain.end_stage()
+        manifest = export_run(run, fp16=fp16, trt=trt, backend=backend, watch=session.terminal)
+        bundle, session.folder = run.bundle, run.folder
     for artifact in manifest["artifacts"]:
-        parity = artifact["parity"]
-        checked = (
-            f"max difference {parity['max_abs_difference']:.1e}, same answer on {parity['top1_agreement']:.4g} % "
-            f"of {parity['images']} images"
-            if parity
-            else artifact["note"] or ""
-        )
-        chain.out.print(f"  {artifact['file']:<34} {artifact['bytes'] / 2**20:7.1f} MiB  {checked}", markup=False)
-    chain.out.print(f"[bold]{bundle}[/bold] is ready to travel")
+        size_mib = artifact["bytes"] / 2**20
+        session.terminal.say(f"  {artifact['file']:<34} {size_mib:7.1f} MiB  {checked(artifact)}".rstrip())
+    session.terminal.say((str(bundle), "bold"), " is ready to travel")
     return {"bundle": str(bundle), **manifest}
 
 
+def export_in_bundle(bundle: Path, *, fp16: bool, trt: bool, backend: str | None, terminal: Terminal) -> dict[str, Any]:
+    """Build the engines of a bundle that was exported elsewhere."""
+    if not trt:
+        raise click.UsageError("A bundle is exported already; export --trt builds its engines.")
+    from prgkit.export.engines import build_engines
+    from prgkit.recipe import validate
+
+    batch = validate(read_json(bundle / "manifest.json")["recipe"], where=bundle).export.batch
+    return build_engines(bundle, fp16=fp16, batch=batch, backend=backend, note=terminal.note)
+
+
+def checked(artifact: dict[str, Any]) -> str:
+    """Say how an artifact was checked against PyTorch."""
+    parity = artifact["parity"]
+    if not parity:
+        return artifact["note"] or ""
+    return (
+        f"max difference {parity['max_abs_difference']:.1e}, same answer on {parity['top1_agreement']:.4g} % "
+        f"of {parity['images']} images"
+    )
+
+
 @cli.command(short_help="Measure every artifact on this machine.")
-@click.option(
-    "--seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Time for each artifact."
-)
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=10, show_default=True, help="For each artifact.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]")
-@click.option("--batches", default="1,8,32", show_default=True, help="Batch sizes for throughput.")
+@click.option(
+    "--batches",
+    default="1,8,32",
+    show_default=True,
+    metavar="LIST",
+    callback=batch_sizes,
+    help="Batch sizes for throughput.",
+)
 @run_option
 @json_option
 @click.pass_obj
 def bench(
-    chain: Terminal, seconds: float, threads: int | None, batches: str, folder: Path | None, as_json: bool
+    session: Session, seconds: float, threads: int | None, batches: list[int], folder: Path | None, as_json: bool
 ) -> dict[str, Any]:
     """Measure every artifact on this machine: latency, throughput, accuracy, fidelity, memory; and write a report."""
     from prgkit.evaluate import machine
     from prgkit.evaluate.bench import bench as measure
     from prgkit.evaluate.report import table
+    from prgkit.run import find_bundle
 
-    bundle, run_folder = require_bundle(chain, folder)
-    out = (run_folder or bundle) / "bench" / machine.slug(machine.describe())
+    bundle, run = find_bundle(session.folder or folder)
+    out = (run.folder if run else bundle) / "bench" / machine.slug(machine.describe())
     report = measure(
         bundle,
-        run_folder=run_folder,
+        run_folder=run.folder if run else None,
         out=out,
         threads=threads,
         seconds=seconds,
-        batches=parse_batches(batches),
+        batches=batches,
         command="prgkit " + shlex.join(sys.argv[1:]),
-        note=chain.note,
+        note=session.terminal.note,
     )
-    chain.out.print(table(report))
-    chain.out.print(f"report: [bold]{out / 'report.html'}[/bold]")
+    session.terminal.show(table(report))
+    session.terminal.say("report: ", (str(out / "report.html"), "bold"))
     return report
 
 
@@ -311,60 +325,72 @@ def bench(
 @json_option
 @click.pass_obj
 def predict(
-    chain: Terminal, images: tuple[Path, ...], top_k: int, min_confidence: float, folder: Path | None, as_json: bool
+    session: Session, images: tuple[Path, ...], top_k: int, min_confidence: float, folder: Path | None, as_json: bool
 ) -> list[dict[str, Any]]:
     """Name what is in each IMAGE, with probabilities; --min-confidence abstains where the best one is too low."""
     from prgkit.evaluate.predict import predict as answer
+    from prgkit.run import find_bundle
 
-    bundle, _ = require_bundle(chain, folder)
+    bundle, _ = find_bundle(session.folder or folder)
     answers: list[dict[str, Any]] = answer(bundle, images, top_k=top_k, min_confidence=min_confidence)
     for image in answers:
         scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in image["top"])
         said = "abstains" if image["abstained"] else image["class"]
-        chain.out.print(f"{image['image']}: [bold]{said}[/bold]  ({scores})")
+        session.terminal.say(f"{image['image']}: ", (said, "bold"), f"  ({scores})")
     return answers
+
+
+@cli.command(short_help="Let the teacher see the images, and no more.")
+@recipe_options
+@click.pass_obj
+def targets(session: Session, /, **given: Any) -> dict[str, Any]:
+    """Let the teacher see every image of RECIPE, once, and store what it saw; distill then starts at once."""
+    with needing("distill"):
+        recipe, folder = choose_recipe(session, given)
+        if given["dry_run"]:
+            return rehearse(session, recipe, folder, given["targets_root"])
+        from prgkit.distill import prepare
+    lesson = prepare(recipe, given["targets_root"], session.terminal)
+    session.asked = given
+    store = lesson.targets.folder
+    size = sum(path.stat().st_size for path in store.iterdir())
+    session.terminal.say((str(store), "bold"), f": {len(lesson.catalogue):,} images, {size / 2**20:,.1f} MiB")
+    return {"targets": str(store), "images": len(lesson.catalogue), "bytes": size}
 
 
 @cli.command(short_help="List the recipes.")
 @click.option("--show", metavar="NAME", help="Print one, to copy.")
 @json_option
 @click.pass_obj
-def recipes(chain: Terminal, show: str | None, as_json: bool) -> dict[str, Any]:
+def recipes(session: Session, show: str | None, as_json: bool) -> dict[str, Any]:
     """List the recipes that are shipped, or print one to copy."""
-    from prgkit.recipe import find_recipe, shipped_recipes, summary_line
+    from prgkit.recipe import find_recipe, read_page, shipped_recipes, summary_line
 
     if show:
-        text = find_recipe(show).read_text(encoding="utf-8")
-        chain.out.print(text, markup=False, end="")
-        return {show: text}
+        page = read_page(find_recipe(show))
+        session.terminal.verbatim(page)
+        return {show: page}
     lines = {name: summary_line(path) for name, path in shipped_recipes().items()}
-    for name, line in lines.items():
-        chain.out.print(f"  [bold]{name:<12}[/bold] {line}")
+    session.terminal.listing(lines)
     return lines
 
 
 @cli.command(short_help="Say what can run on this machine.")
 @json_option
 @click.pass_obj
-def doctor(chain: Terminal, as_json: bool) -> dict[str, Any]:
+def doctor(session: Session, as_json: bool) -> dict[str, Any]:
     """Say which versions, devices and backends are here, what each missing one needs, and what clashes."""
-    from rich.markup import escape
-
     from prgkit.doctor import examine
 
-    found = examine()
-    chain.out.print("[bold]versions[/bold]")
-    for name, version in found["versions"].items():
-        chain.out.print(f"  {name:<16} {version or '[dim]not installed[/dim]'}")
-    chain.out.print("[bold]machine[/bold]")
-    for name, fact in found["machine"].items():
-        chain.out.print(f"  {name:<16} {fact}", markup=False)
-    chain.out.print("[bold]backends[/bold]")
-    for backend in found["backends"]:
-        mark = "[green]yes[/green]" if backend["runs"] else "[yellow]no [/yellow]"
-        chain.out.print(f"  {mark} {backend['name']:<27} {escape(backend['detail'])}")
+    found, terminal = examine(), session.terminal
+    terminal.say(("versions", "bold"))
+    terminal.listing({name: version or "not installed" for name, version in found["versions"].items()})
+    terminal.say(("machine", "bold"))
+    terminal.listing(found["machine"])
+    terminal.say(("backends", "bold"))
+    terminal.listing({f"{'yes' if row['runs'] else 'no':<4} {row['name']}": row["detail"] for row in found["backends"]})
     for clash in found["clashes"]:
-        chain.out.print(f"[red]clash[/red] {escape(clash)}")
+        terminal.say(("clash: ", "red"), clash)
     return found
 
 
@@ -375,96 +401,61 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except click.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # nothing here asks a question, so this is a bug
+            raise abort.__cause__ from None
         click.echo("Stopped.", err=True)
         sys.exit(130)
     except PrgkitError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(130 if type(error).__name__ == "Interrupted" else 1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        sys.exit(told(error))
+    except Exception as error:
+        if not is_disk_full(error):
             raise
-        full = DiskFullError(
-            "no disk space left", where=error.filename, fix="free some space and run the same command again"
-        )
-        click.echo(f"Error: {full}", err=True)
-        sys.exit(1)
+        place = getattr(error, "filename", None)
+        sys.exit(told(DiskFullError("no disk space left", where=place, fix="free some and run the same command again")))
 
 
-def choose_recipe(given: dict[str, Any]) -> tuple[Recipe, Path]:
+def told(error: PrgkitError) -> int:
+    """Print an error and return the exit code; having been stopped is none, and says so itself."""
+    text = str(error)
+    click.echo(f"Error: {text}" if error.exit_code == 1 else text[0].upper() + text[1:], err=True)
+    return error.exit_code
+
+
+def choose_recipe(session: Session, given: dict[str, Any]) -> tuple[Recipe, Path]:
     """Return the recipe that was meant and the folder of its run."""
     from prgkit.recipe import load_recipe
-    from prgkit.run import RUNS, find_run, run_name
+    from prgkit.run import RUNS, find_run, run_name, standing_where_it_started
 
-    name, images, classes = given["recipe"], given["images"], given["classes"]
-    overrides = list(given["overrides"])
-    if name is None and not images and not classes:
-        run = find_run(given["folder"])
-        return load_recipe(str(run.recipe_file), overrides=overrides), run.folder
-    if name is None and not (images and classes):
+    named = ("recipe", "images", "classes")
+    if session.asked and not any(given[key] for key in named):
+        given = {**given, **{key: session.asked[key] for key in named}}
+        given["overrides"] = (*session.asked["overrides"], *given["overrides"])
+    name, images, classes = (given[key] for key in named)
+    if not (name or images or classes):
+        run = click.get_current_context().with_resource(standing_where_it_started(find_run(given["folder"])))
+        return load_recipe(str(run.recipe_file), overrides=given["overrides"]), run.folder
+    if not name and not (images and classes):
         raise click.UsageError("Name a RECIPE, or give both --images and --classes.")
     # JSON is YAML, and keeps a path with a colon or a hash in one piece.
-    overrides[:0] = [
-        f"data.{key}={json.dumps(value)}" for key, value in (("images", images), ("classes", classes)) if value
+    sources = [
+        f"data.{key}={json.dumps(given[key], ensure_ascii=False)}" for key in ("images", "classes") if given[key]
     ]
-    recipe = load_recipe(name or "custom", overrides=overrides)
+    recipe = load_recipe(name or "custom", overrides=[*sources, *given["overrides"]])
     return recipe, given["folder"] or RUNS / run_name(name or images)
 
 
-def find_bundle(chain: Terminal, folder: Path | None) -> Path | None:
-    """Return the bundle that was named or is stood in; None where a run is meant."""
-    for place in (folder,) if folder else (chain.folder,) if chain.folder else (Path(),):
-        if place is not None and (place / "manifest.json").is_file():
-            return place
-    return None
-
-
-def require_bundle(chain: Terminal, folder: Path | None) -> tuple[Path, Path | None]:
-    """Return the bundle to work on and the run it belongs to, if it lies in one."""
-    from prgkit.run import find_run
-
-    bundle = find_bundle(chain, folder)
-    if bundle is not None:
-        parent = bundle.resolve().parent
-        return bundle, parent if (parent / "recipe.yaml").is_file() else None
-    run = find_run(folder or chain.folder)
-    again = f"prgkit export --run {shlex.quote(str(run.folder))}"
-    if not (run.bundle / "manifest.json").is_file():
-        raise PrgkitError(
-            "the run has not been exported yet",
-            where=run.folder,
-            fix=f"prgkit export --run {shlex.quote(str(run.folder))}",
-        )
-    exported = read_json(run.bundle / "manifest.json").get("run", {}).get("student_sha256")
-    if run.weights.exists() and exported != sha256(run.weights):
-        raise PrgkitError("the bundle is stale: it holds another student than the run", where=run.bundle, fix=again)
-    return run.bundle, run.folder
-
-
-def parse_batches(text: str) -> list[int]:
-    """Read ``1,8,32``."""
-    try:
-        batches = [int(part) for part in text.split(",")]
-    except ValueError:
-        batches = [0]
-    if min(batches) < 1:
-        raise click.BadParameter("write batch sizes as 1,8,32", param_hint="--batches")
-    return batches
-
-
-def show_estimate(chain: Terminal, recipe: Recipe, folder: Path, targets_root: Path) -> dict[str, Any]:
+def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path) -> dict[str, Any]:
     """Print what a distillation would take."""
-    with needing("distill"):
-        from prgkit.estimate import estimate
+    from prgkit.estimate import estimate
 
-    expected = estimate(recipe, targets_root, chain)
-    chain.end_stage()
-    for name, value in {"run": str(folder), **expected["told"]}.items():
-        chain.out.print(f"  {name:<12} {value}", markup=False)
+    expected = estimate(recipe, targets_root, session.terminal)
+    session.rehearses = True
+    session.terminal.listing({"run": str(folder), **expected["told"]})
     return {"run": str(folder), **expected}
 
 
-@contextmanager
+@contextlib.contextmanager
 def needing(extra: str) -> Iterator[None]:
     """Say which extra brings a package that is missing."""
     try:

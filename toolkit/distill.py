@@ -281,7 +281,7 @@ def finish_epoch(run: Run, lesson: Lesson, state: TrainingState, accelerator: Ac
     agreement = agreement_with_teacher(average, lesson, page, accelerator)
     if not accelerator.is_main_process:
         return
-    if agreement > progress.best_agreement:
+    if agreement >= progress.best_agreement:  # of equals the later, which has seen more and moves less
         progress.best_epoch, progress.best_agreement = progress.epoch, agreement
         save_tensors(run.weights, average.state_dict(), {"epoch": progress.epoch, "agreement": agreement})
     record = {"epoch": progress.epoch, **means, "agreement": agreement, "seconds": round(progress.seconds, 1)}

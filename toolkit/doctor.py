@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from prgkit.evaluate import machine
-from prgkit.export.tensorrt import available_backends
+from prgkit.export.tensorrt import available_backends, find_gpu
 
 PACKAGES = (
     *("prgkit", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "torchvision", "timm", "open_clip_torch"),
@@ -44,46 +44,46 @@ def version_of(package: str) -> str | None:
 
 
 def onnxruntime_backends() -> list[dict[str, Any]]:
-    """Return ONNX Runtime's execution providers: the CPU's always, the GPU's where they are built in."""
-    import onnxruntime
+    """Return ONNX Runtime's execution providers: the CPU's always, the GPU's where they are built in and a GPU is."""
+    try:
+        import onnxruntime
 
-    built_in = onnxruntime.get_available_providers()
-    needs_gpu = "pip uninstall onnxruntime && pip install onnxruntime-gpu, on a machine with an NVIDIA GPU"
+        built_in = onnxruntime.get_available_providers()
+    except Exception as error:  # a missing library or a half-removed package: each raises its own kind
+        return [backend("onnxruntime", f"{error}; pip install --force-reinstall onnxruntime")]
+    no_gpu = None if find_gpu() else "needs an NVIDIA GPU and its driver"
+    not_built = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
     return [
-        backend("onnxruntime CPU", "CPUExecutionProvider" in built_in, "pip install onnxruntime"),
-        backend("onnxruntime CUDA", "CUDAExecutionProvider" in built_in, needs_gpu),
-        backend("onnxruntime TensorRT", "TensorrtExecutionProvider" in built_in, needs_gpu),
+        backend("onnxruntime CPU", None),
+        backend("onnxruntime CUDA", no_gpu or (None if "CUDAExecutionProvider" in built_in else not_built)),
+        backend("onnxruntime TensorRT", no_gpu or (None if "TensorrtExecutionProvider" in built_in else not_built)),
     ]
 
 
 def torch_backends(versions: dict[str, str | None]) -> list[dict[str, Any]]:
     """Return whether torch runs, and on a GPU; asked in a process of its own, since a broken torch can take it down."""
     if versions["torch"] is None:
-        return [backend("torch (distill, export)", False, "pip install 'prgkit[distill]'")]
+        return [backend("torch (distill, export)", "pip install 'prgkit[distill]'")]
     code = "import torch, torchvision; print(torch.cuda.is_available())"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if asked.returncode:
         reason = (asked.stderr.strip().splitlines() or ["it does not start"])[-1]
-        return [backend("torch (distill, export)", False, f"{reason}; reinstall torch and torchvision together")]
+        return [backend("torch (distill, export)", f"{reason}; reinstall torch and torchvision together")]
     cuda = asked.stdout.strip() == "True"
     return [
-        backend("torch CPU (distill, export)", True, ""),
-        backend("torch CUDA", cuda, "an NVIDIA GPU with a driver that this torch build supports"),
+        backend("torch CPU (distill, export)", None),
+        backend("torch CUDA", None if cuda else "needs an NVIDIA GPU and a driver that this torch build supports"),
     ]
 
 
 def tensorrt_backends() -> list[dict[str, Any]]:
-    """Return whether TensorRT and TensorRT for RTX can build engines here, and run them."""
-    found = []
-    for name, state in available_backends().items():
-        row = backend(f"{name} (export --trt)", state.usable, state.problem or "")
-        found.append({**row, "detail": row["detail"] or f"{state.version} builds engines here"})
-    return found
+    """Return whether TensorRT and TensorRT for RTX can build engines here."""
+    return [backend(f"{name} (export --trt)", state.problem) for name, state in available_backends().items()]
 
 
-def backend(name: str, runs: bool, need: str) -> dict[str, Any]:
-    """Return one backend's row."""
-    return {"name": name, "runs": runs, "detail": "" if runs else f"needs: {need}"}
+def backend(name: str, problem: str | None) -> dict[str, Any]:
+    """Return one backend's row: whether it runs here, and if not, why and what to do."""
+    return {"name": name, "runs": problem is None, "detail": problem or ""}
 
 
 def clashes(versions: dict[str, str | None]) -> list[str]:

@@ -365,8 +365,9 @@ def validate(raw: Mapping[str, Any], *, where: object) -> Recipe:
     try:
         return Recipe.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
-        sections = {"": Recipe, **{name: field.annotation for name, field in Recipe.model_fields.items()}}
-        sections.pop("objective")
+        fields = {name: field.annotation for name, field in Recipe.model_fields.items()}
+        sections = {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Page)}
+        sections[""] = Recipe
         listed = isinstance(raw.get("objective"), list)
         mistakes = [explain(mistake, sections, OBJECTIVES, listed=listed) for mistake in error.errors()]
         count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"

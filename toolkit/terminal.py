@@ -1,0 +1,90 @@
+"""The terminal: results on stdout; progress, notes and everything else for people on stderr."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Mapping
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+LINE = 80  # columns, where text is wrapped
+PIPED = 120  # a pipe has no width; a file of it should hold whole lines
+
+
+class Terminal:
+    """What a chain of commands prints, and the progress bar of the stage it is in (a `prgkit.watch.Watch`)."""
+
+    def __init__(self, *, says_results: bool, shows_progress: bool) -> None:
+        self.out = Console(
+            quiet=not says_results, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPED
+        )
+        self.err = Console(stderr=True, quiet=not shows_progress, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end_stage()
+
+    def say(self, *parts: str | tuple[str, str]) -> None:
+        """Print one line of a result, from plain text and (text, style) pairs; brackets in it are just brackets."""
+        self.end_stage()
+        self.out.print(Text.assemble(*parts))
+
+    def show(self, table: RenderableType) -> None:
+        """Print a table."""
+        self.end_stage()
+        self.out.print(table)
+
+    def verbatim(self, text: str) -> None:
+        """Print text as it is, to the last space."""
+        if not self.out.quiet:
+            self.out.file.write(text)
+
+    def listing(self, rows: Mapping[str, str]) -> None:
+        """Print names and what is said of each in two columns, wrapped."""
+        indent = max(map(len, rows)) + 4
+        for name, text in rows.items():
+            lines = textwrap.wrap(text, LINE - indent, break_long_words=False, break_on_hyphens=False)
+            told = f"\n{' ' * indent}".join(lines)
+            self.say(f"  {name:<{indent - 2}}{told}".rstrip())
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        """Begin a stage: a bar with count, speed and time left, or a line where nobody can see a bar move."""
+        self.end_stage()
+        if not self.err.is_terminal or self.err.quiet:
+            self.note(f"{stage}: {total:,} {unit}")
+            return
+        self._bar = Progress(
+            TextColumn("[bold]{task.description:>8}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}", markup=False),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}", style="dim", markup=False),
+            console=self.err,
+        )
+        self._task = self._bar.add_task(stage, total=total, rate="", facts="", unit=unit)
+        self._bar.start()
+
+    def advance(self, count: int, facts: str = "") -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            task = self._bar.tasks[0]
+            rate = f"{task.speed:,.0f} {task.fields['unit']}/s" if task.speed else ""
+            self._bar.update(self._task, advance=count, rate=rate, facts=facts or task.fields["facts"])
+
+    def note(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        self.err.print(Text(text))
+
+    def end_stage(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
