@@ -22,6 +22,7 @@ from prgkit.evaluate.worker import Spec
 from prgkit.export.bundle import Bundle, Evaluation, check_golden, open_bundle, read_evaluation
 from prgkit.export.card import load_card
 from prgkit.export.runners import OnnxRunner, why_not_here
+from prgkit.files import read_json
 from prgkit.run import Run
 
 Row = dict[str, Any]
@@ -97,6 +98,7 @@ def bench(
         **subject(bundle, evaluation, rows),
         "rows": rows,
         "training": training(run_folder),
+        "quality": trust(run_folder),
         "notes": [*notes, *machine.remarks(facts), *row_notes(rows, session.measured)],
     }
     note("writing the report")
@@ -290,6 +292,14 @@ def training(run_folder: Path | None) -> list[dict[str, Any]]:
         {key: value for key, value in record.items() if key not in NOT_TRAINING and isinstance(value, (int, float))}
         for record in Run(run_folder).metrics()
     ]
+
+
+def trust(run_folder: Path | None) -> dict[str, Any] | None:
+    """Return what was known of the pseudo-labels before training, where the run is at hand."""
+    if run_folder is None or not Run(run_folder).quality_file.exists():
+        return None
+    found: dict[str, Any] = read_json(Run(run_folder).quality_file)
+    return found
 
 
 def samples(session: latency.Session) -> dict[str, Any]:

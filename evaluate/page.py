@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from prgkit import quality
 from prgkit.evaluate import plots, svg, wording
 from prgkit.evaluate.style import CSS
 from prgkit.evaluate.wording import NONE, Report, Row
@@ -45,6 +46,7 @@ def page(report: Report, *, samples: Mapping[str, Any], pictures: Sequence[Pictu
         artifacts(report),
         charts(report, samples),
         f'<div class="pair">{comparison(report)}{throughput(report)}</div>',
+        answers(report),
         training(report),
         sheet(pictures[:MOST_PICTURES]),
         circumstances(report),
@@ -270,6 +272,23 @@ def comparison(report: Report) -> str:
     about = f"On {wording.evaluated_on(report)}. The student learned from the teacher's answers alone."
     header = "".join(map(heading, ("Model", "Top-1", "Top-5", "Same answer")))
     return section("Teacher and student", about, grid(header, lines, kind="stacked wrapped"))
+
+
+def answers(report: Report) -> str:
+    """Return how far the teacher's pseudo-labels could be trusted before training, where the run is at hand."""
+    found = report.get("quality")
+    if not found:
+        return ""
+    drawn = [
+        plots.histogram(
+            found["confidence"]["histogram"], name="probability of the teacher's answer", title="Confidence"
+        ),
+        plots.class_sizes(found["balance"]["counts"], uniform=found["balance"]["uniform"]),
+    ]
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(line)}</dd>" for name, line in quality.summary(found))
+    about = f"Of the {found['images']:,} unlabelled images, known before the first epoch. No label is involved."
+    plotted = f'<div class="plots">{"".join(f"<div>{one}</div>" for one in drawn)}</div>'
+    return section("The teacher's answers", about, f'{plotted}<dl class="facts">{facts}</dl>')
 
 
 def training(report: Report) -> str:

@@ -188,6 +188,40 @@ def draw_lane(name: str, samples: Any, x: Axis, edges: Any, *, floor: float, lan
     ]
 
 
+def histogram(counts: Sequence[int], *, name: str, title: str) -> str:
+    """Draw counts in equal bins of [0, 1] as bars."""
+    left, right, top, floor = 44.0, WIDTH - 12.0, 12.0, 150.0
+    x, y = Axis(0, 1, left, right), Axis(0, max([*counts, 1]), floor, top)
+    width = (right - left) / len(counts)
+    bars = [
+        f'<rect x="{left + place * width + 0.5:.1f}" y="{y.at(count):.1f}" width="{width - 1:.1f}" '
+        f'height="{floor - y.at(count):.1f}" fill="{svg.colour(0)}" opacity="0.75"/>'
+        for place, count in enumerate(counts)
+        if count
+    ]
+    parts = [*svg.vertical_axis(y, left, right=right), *svg.horizontal_axis(x, floor, name, top=top), *bars]
+    return svg.drawing(floor + 46, parts, title=title, description=f"{sum(counts):,} images in {len(counts)} bins")
+
+
+def class_sizes(counts: Sequence[int], *, uniform: float) -> str:
+    """Draw images per class from the fullest to the emptiest, against an even share."""
+    left, right, top, floor = 44.0, WIDTH - 12.0, 12.0, 150.0
+    ordered = sorted(counts, reverse=True)
+    x = Axis(0, len(ordered), left, right)
+    y = Axis(0, max([*ordered, uniform, 1]), floor, top)
+    edge = " ".join(
+        f"L{x.at(place):.1f} {y.at(n):.1f}L{x.at(place + 1):.1f} {y.at(n):.1f}" for place, n in enumerate(ordered)
+    )
+    area = f'<path d="M{left:.1f} {floor:.1f}{edge}L{right:.1f} {floor:.1f}Z" fill="{svg.colour(0)}" opacity="0.75"/>'
+    even = svg.line(left, y.at(uniform), right, y.at(uniform), extra='stroke-dasharray="4 3" opacity="0.8"')
+    said = svg.text(right, y.at(uniform) - 6, f"even: {uniform:,.0f}", anchor="end", muted=True)
+    name = "classes, the fullest first"
+    parts = [*svg.vertical_axis(y, left, right=right), *svg.horizontal_axis(x, floor, name, top=top), area, even, said]
+    return svg.drawing(
+        floor + 46, parts, title="Images per class", description="pseudo-labels of the unlabelled images"
+    )
+
+
 def training_curves(training: Sequence[Mapping[str, Any]]) -> list[str]:
     """Draw two panels over the epochs: the loss with its terms, and the agreement with the teacher."""
     terms = (

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from prgkit.devices import best_device
-from prgkit.distill import hold_out, read_catalogue
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
 from prgkit.files import sha256
 from prgkit.images import Catalogue, match_labels
+from prgkit.lesson import hold_out, read_catalogue
 from prgkit.objectives.prg import prompt_logits, weighted_logits
 from prgkit.recipe import Recipe
 from prgkit.run import Run

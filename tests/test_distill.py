@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.distill import distill, hold_out, schedule
+from prgkit.distill import distill, schedule
 from prgkit.errors import RunError
+from prgkit.lesson import hold_out
 from prgkit.recipe import Recipe, validate
 from prgkit.run import Interrupted, Run
 from prgkit.student import load_student

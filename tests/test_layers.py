@@ -18,7 +18,7 @@ OWNERS = {
     "click": {"prgkit.cli"},
     "yaml": {"prgkit.recipe"},
     "rich": {"prgkit.terminal", "prgkit.evaluate.report"},
-    "accelerate": {"prgkit.distill"},
+    "accelerate": {"prgkit.devices", "prgkit.distill"},
     "tensorrt": {"prgkit.export.tensorrt", "prgkit.export.runners"},
     "tensorrt_rtx": {"prgkit.export.tensorrt", "prgkit.export.runners"},
     "onnxruntime": {"prgkit.export.runners", "prgkit.evaluate.bench", "prgkit.doctor"},
@@ -30,8 +30,8 @@ OWNERS = {
 }
 # Modules that import torch at their top; everything else imports with the base install.
 NEEDS_TORCH = {
-    "prgkit.views", "prgkit.teacher", "prgkit.targets", "prgkit.student", "prgkit.distill", "prgkit.devices",
-    "prgkit.checkpoint", "prgkit.estimate", "prgkit.objectives", "prgkit.objectives.prg", "prgkit.objectives.kd",
+    "prgkit.views", "prgkit.lesson", "prgkit.teacher", "prgkit.targets", "prgkit.student", "prgkit.distill",
+    "prgkit.devices", "prgkit.checkpoint", "prgkit.estimate", "prgkit.objectives", "prgkit.objectives.prg", "prgkit.objectives.kd",
     "prgkit.objectives.ce", "prgkit.objectives.sides", "prgkit.export.onnx", "prgkit.export.run",
     "prgkit.export.pipeline", "prgkit.demo.train_teacher",
 }  # fmt: skip

@@ -2,11 +2,11 @@
 
 import re
 import shlex
-import tomllib
 from pathlib import Path
 
 import click
 import pytest
+import tomllib
 
 from prgkit.cli import cli, split_at_commands
 from prgkit.recipe import parse, validate

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from prgkit import distill as distilling
+from prgkit import lesson as teaching
 from prgkit import targets as storing
 from prgkit.demo.digits import load_digits
-from prgkit.distill import prepare
 from prgkit.errors import DiskFullError, RunError
 from prgkit.images import catalogue, open_images
+from prgkit.lesson import prepare
 from prgkit.recipe import Recipe, validate
 from prgkit.run import locked
 from prgkit.targets import Targets
@@ -71,17 +71,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counted["prompts"] += sum(len(row) for row in prompts)
         return embed_prompts(self, prompts)
 
-    monkeypatch.setattr(distilling, "load_teacher", count_load)
+    monkeypatch.setattr(teaching, "load_teacher", count_load)
     monkeypatch.setattr(Teacher, "embed_images", count_images)
     monkeypatch.setattr(Teacher, "embed_prompts", count_prompts)
     return counted
 
 
-def see(recipe: Recipe, root: Path) -> distilling.Lesson:
+def see(recipe: Recipe, root: Path) -> teaching.Lesson:
     return prepare(recipe, root, Unwatched())
 
 
-def features(lesson: distilling.Lesson, view: int, positions: np.ndarray) -> torch.Tensor:
+def features(lesson: teaching.Lesson, view: int, positions: np.ndarray) -> torch.Tensor:
     return lesson.targets.features(lesson.rows[positions], np.full(len(positions), view))
 
 

@@ -62,7 +62,7 @@ class Chain(click.Group):
             if not following[0]:
                 raise
             hint = f"'{following[0]}' is read as a command; a file of that name is written ./{following[0]}"
-            raise click.UsageError(f"{error.format_message().rstrip('.')}: {hint}.", error.ctx) from error
+            raise click.UsageError(f"{error.format_message().rstrip('.')}: {hint}.", error.ctx or ctx) from error
 
 
 def split_at_commands(args: Sequence[str], commands: Collection[str]) -> tuple[list[str], list[list[str]]]:
@@ -75,13 +75,15 @@ def split_at_commands(args: Sequence[str], commands: Collection[str]) -> tuple[l
 
 def check_chain(steps: Sequence[click.Context]) -> None:
     """Refuse at once what would otherwise stop a later command, maybe hours from now."""
+    whole = steps[0].parent
     names = [str(step.info_name) for step in steps]
     for name in names:
         if names.count(name) > 1:
-            raise click.UsageError(f"'{name}' stands twice; a file that is named like a command is written ./{name}.")
+            hint = f"a file that is named like a command is written ./{name}"
+            raise click.UsageError(f"'{name}' stands twice; {hint}.", whole)
     folders = [step.params["folder"] for step in steps if step.info_name in ON_A_RUN]
     if any(folder not in (None, folders[0]) for folder in folders):
-        raise click.UsageError("A chain works on one run: give --run to its first command.")
+        raise click.UsageError("A chain works on one run: give --run to its first command.", whole)
     for step in steps:
         if step.info_name == "export" and (step.params["trt"] or step.params["backend"]):
             from prgkit.export.tensorrt import choose_backend
@@ -349,7 +351,7 @@ def targets(session: Session, /, **given: Any) -> dict[str, Any]:
         recipe, folder = choose_recipe(session, given)
         if given["dry_run"]:
             return rehearse(session, recipe, folder, given["targets_root"])
-        from prgkit.distill import prepare
+        from prgkit.lesson import prepare
     lesson = prepare(recipe, given["targets_root"], session.terminal)
     session.asked = given
     store = lesson.targets.folder
@@ -436,7 +438,7 @@ def choose_recipe(session: Session, given: dict[str, Any]) -> tuple[Recipe, Path
         run = click.get_current_context().with_resource(standing_where_it_started(find_run(given["folder"])))
         return load_recipe(str(run.recipe_file), overrides=given["overrides"]), run.folder
     if not name and not (images and classes):
-        raise click.UsageError("Name a RECIPE, or give both --images and --classes.")
+        raise click.UsageError("Name a RECIPE, or give both --images and --classes.", click.get_current_context())
     # JSON is YAML, and keeps a path with a colon or a hash in one piece.
     sources = [
         f"data.{key}={json.dumps(given[key], ensure_ascii=False)}" for key in ("images", "classes") if given[key]

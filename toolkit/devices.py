@@ -1,18 +1,56 @@
-"""Where the work runs: the device, its precision, and the seeds."""
+"""Where the work runs: the processes, the device, its precision, and the seeds."""
 
 from __future__ import annotations
 
 import copy
 import statistics
 import time
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
+from prgkit.run import Interrupted
 from prgkit.student import Student
 
 PROBE_STEPS = 3
+T = TypeVar("T")
+
+
+def join_processes(trackers: Sequence[str], trackers_folder: Path) -> Accelerator:
+    """Join the processes of this training: this one, or all that torchrun or ``accelerate launch`` started."""
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),  # unasked, accelerate lets the processes of a CPU work each for itself
+        log_with=list(trackers) or None,
+        project_dir=str(trackers_folder),
+        # The others wait while the first lets the teacher see every image.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+
+
+@contextmanager
+def first_goes_on(accelerator: Accelerator) -> Iterator[None]:
+    """End every process but the first when the work is done or was stopped: one reports it, and goes on."""
+    try:
+        yield
+    except Interrupted as stopped:
+        if accelerator.is_main_process:
+            raise
+        raise SystemExit(stopped.exit_code) from stopped
+    if not accelerator.is_main_process:
+        raise SystemExit
+
+
+def from_first(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """Return what the first process makes, in every process."""
+    made = [make() if accelerator.is_main_process else None]
+    return broadcast_object_list(made)[0]  # type: ignore[no-any-return]
 
 
 def best_device() -> torch.device:

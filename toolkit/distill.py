@@ -1,155 +1,68 @@
 """Distil: a student learns from what the teacher saw, without a label, and the teacher is not in the room.
 
-Reads top to bottom: prepare the images and targets, train, and keep the student that agrees most with the teacher on
-images it has not learned from.
+Reads top to bottom: train on the stored targets, and keep the student that agrees most with the teacher on images it
+has not learned from.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available, is_wandb_available
-from numpy.typing import NDArray
-from torch import Tensor
+from accelerate.utils import broadcast, is_tensorboard_available, is_wandb_available
 
 from prgkit.checkpoint import Average, Progress, TrainingState, expected_bytes, save_tensors
-from prgkit.devices import best_device, probe_precision, seed_everything
-from prgkit.errors import BackendError, ImagesError
+from prgkit.devices import first_goes_on, from_first, join_processes, probe_precision, seed_everything
+from prgkit.errors import BackendError
 from prgkit.files import require_space
-from prgkit.images import Catalogue, catalogue, match_labels, open_images
-from prgkit.objectives import Objectives, TeacherSide
-from prgkit.objectives.prg import prompt_logits, weighted_logits
+from prgkit.lesson import Lesson, prepare
+from prgkit.objectives import Objectives
 from prgkit.recipe import Recipe, Training, Views
 from prgkit.run import Interrupted, Run, locked, start_run, stopping
 from prgkit.student import Student, build_student
-from prgkit.targets import Targets, embed, open_targets
-from prgkit.teacher import Teacher, load_teacher
-from prgkit.views import Rendered, default_workers, load_batches
-from prgkit.watch import Watch
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What there is to learn from: the images, and the teacher's answers to them."""
-
-    catalogue: Catalogue
-    targets: Targets
-    rows: NDArray[np.int64]  # [images], in the target store
-    held_out: NDArray[np.int64]  # positions that select the checkpoint
-    learned: NDArray[np.int64]  # positions that the student learns from
-    prompts: Tensor  # T [M, C, D]
-    prompt_weighting: str
-
-    def answer(self, positions: NDArray[np.int64], views: NDArray[np.int64], device: torch.device) -> TeacherSide:
-        """Return the teacher's side (I, W, y) of these views."""
-        features = self.targets.features(self.rows[positions], views).to(device)  # I [B, D]
-        per_prompt = prompt_logits(features, self.prompts.to(device), self.targets.logit_scale)  # W_m [B, M, C]
-        logits = weighted_logits(per_prompt, self.prompt_weighting)  # W [B, C]
-        return TeacherSide(features, logits, logits.argmax(dim=1))
+from prgkit.views import Rendered, load_batches
+from prgkit.watch import Unwatched, Watch
 
 
 def distill(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> Run:
     """Distil ``recipe`` into the run at ``folder``, or go on where it was stopped.
+
+    Under torchrun or ``accelerate launch`` every process calls this, and the first alone returns.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; everything up to it is saved.
         PrgkitError: for anything the user can mend.
     """
     check_trackers(recipe.training)
-    accelerator = Accelerator(log_with=list(recipe.training.trackers) or None, project_dir=str(folder / "trackers"))
+    accelerator = join_processes(recipe.training.trackers, folder / "trackers")
+    with first_goes_on(accelerator):
+        work(recipe, folder, targets_root, accelerator, watch if accelerator.is_main_process else Unwatched())
+    return Run(folder)
+
+
+def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelerator, watch: Watch) -> None:
+    """Do one process's part: the first reads the images and asks the teacher, all of them train."""
     with accelerator.main_process_first():
         run = start_run(folder, recipe)
     if run.finished:
         watch.note(f"{run.folder} is finished already")
-        return run
+        return
     with locked(run.folder, "run") if accelerator.is_main_process else nullcontext():
-        with accelerator.main_process_first():
-            lesson = prepare(recipe, targets_root, watch, run)
+        lesson = from_first(accelerator, lambda: prepare(recipe, targets_root, watch, run))
         seed_everything(recipe.training.seed)
         student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=lesson.targets.width)
         if accelerator.is_main_process:
             require_space(run.folder, expected_bytes(student), "the run")
             run.update_card(teacher=lesson.targets.facts(), student=student.facts(recipe.student))
         train(recipe, run, lesson, student, accelerator, watch)
-    return run
-
-
-def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = None) -> Lesson:
-    """Read the images, split off the held-out ones, and have the teacher see what it has not seen yet."""
-
-    @cache
-    def teacher() -> Teacher:  # loaded once, and only if something is missing
-        watch.note(f"loading the teacher {recipe.teacher.model}")
-        return load_teacher(recipe.teacher, best_device())
-
-    images = read_catalogue(recipe.data.images, recipe, watch)
-    if run is not None:
-        run.update_card(images=facts_of(images))
-    targets = open_targets(recipe, targets_root, teacher)
-    for place in targets.damaged:
-        watch.note(f"damaged block in {targets.folder}: {place}; its images are embedded again")
-    evaluation = read_evaluation(recipe, images, watch) if recipe.data.evaluation else None
-    held_out = hold_out(images.keys, recipe.data.held_out)
-    views = np.full(len(images), 1 + recipe.views.count)
-    views[held_out] = 1  # the evaluation view alone
-    embed(targets, images, views=views, recipe=recipe, teacher=teacher, watch=watch)
-    if evaluation is not None:
-        embed(targets, evaluation, views=np.ones(len(evaluation), int), recipe=recipe, teacher=teacher, watch=watch)
-    prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
-    return Lesson(
-        catalogue=images,
-        targets=targets,
-        rows=targets.rows(images.keys, views=1),
-        held_out=held_out,
-        learned=np.setdiff1d(np.arange(len(images)), held_out),
-        prompts=prompts,
-        prompt_weighting=recipe.prompt_weighting,
-    )
-
-
-def read_catalogue(spec: str, recipe: Recipe, watch: Watch) -> Catalogue:
-    """Read every image of ``spec`` once: which are readable, which are the same, and the content key of each."""
-    labels = recipe.data.evaluation_labels if spec == recipe.data.evaluation else None
-    images = open_images(spec, labels=Path(labels) if labels else None)
-    watch.start("images", len(images), "img")
-    found = catalogue(images, workers=default_workers(), progress=watch.advance)
-    if found.unreadable:
-        first = found.unreadable[0]
-        watch.note(f"{len(found.unreadable)} of {len(images)} images are unreadable, e.g. {first.name}: {first.reason}")
-    return found
-
-
-def read_evaluation(recipe: Recipe, learned: Catalogue, watch: Watch) -> Catalogue:
-    """Read the labelled images, and say now rather than after training if their labels fit no class.
-
-    Nothing of a label goes any further: the teacher will see these images, and the student only when it is measured.
-    """
-    evaluation = read_catalogue(recipe.data.evaluation or "", recipe, watch)
-    match_labels(evaluation, recipe.classes)
-    if shared := len(set(evaluation.keys) & set(learned.keys)):
-        watch.note(f"{shared} evaluation images are also among those to learn from: accuracy on them flatters")
-    return evaluation
-
-
-def facts_of(images: Catalogue) -> dict[str, Any]:
-    """Return what a run's card says of its images: how many, and each unreadable one with its reason."""
-    unreadable = [{"name": file.name, "reason": file.reason} for file in images.unreadable]
-    return {
-        "source": images.images.spec,
-        "used": len(images),
-        "duplicates": images.duplicates,
-        "unreadable": unreadable,
-    }
 
 
 def check_trackers(page: Training) -> None:
@@ -169,18 +82,20 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
     steps = len(lesson.learned) // batch_size  # in an epoch; the last, smaller batch is left out
     total, warmup = steps * page.epochs, round(page.warmup_epochs * steps)
     autocast = partial(
-        torch.autocast, device.type, torch.bfloat16, enabled=decide_precision(run, student, page, device)
+        torch.autocast, device.type, torch.bfloat16, enabled=decide_precision(run, student, page, accelerator)
     )
 
     student.to(device)
     lesson = replace(lesson, prompts=lesson.prompts.to(device))
     objective = Objectives(recipe.objective, len(recipe.classes), lesson.targets.width).to(device)
+    student.projector.requires_grad_(objective.uses_features)  # several processes wait for every gradient
     optimizer = build_optimizer(student, page)
     average = Average(student)  # the weight EMA is what is judged and kept
     progress = Progress()
     state = TrainingState(student, average, optimizer, objective, progress)
     state.load(run)
-    run.keep_metrics(progress.epoch)
+    if accelerator.is_main_process:
+        run.keep_metrics(progress.epoch)
     model, stepper = accelerator.prepare(torch.compile(student) if page.compile else student, optimizer)
     accelerator.init_trackers(run.name)
 
@@ -208,7 +123,8 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
             stepper.step()
             average.update(student, decay=min(page.ema, (1 + step) / (10 + step)))
 
-            progress.add({"loss": loss, **terms})
+            told = {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
+            progress.add(accelerator.reduce(told, "mean"))
             watch.advance(batch_size, describe(progress, page))
             epoch_ends = progress.steps_in_epoch == steps
             if epoch_ends:
@@ -219,16 +135,18 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
                 progress.seconds = clock.seconds()
                 state.save(run)
             if stop:
+                accelerator.wait_for_everyone()  # a launcher ends them all as soon as one has ended
                 raise Interrupted(
                     f"stopped in epoch {progress.epoch + 1} of {page.epochs}; everything up to here is saved",
                     where=run.folder,
                     fix="the same command goes on from here",
                 )
-    accelerator.end_training()
     if accelerator.is_main_process:
         rate = total * batch_size / max(progress.seconds, 1e-9)
         best = {"epoch": progress.best_epoch, "agreement": progress.best_agreement}
         run.update_card(best=best, images_per_s=round(rate, 1), seconds=round(progress.seconds, 1), finished=True)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def batches(
@@ -264,12 +182,13 @@ def build_optimizer(student: Student, page: Training) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=page.learning_rate, momentum=0.9, nesterov=True)
 
 
-def decide_precision(run: Run, student: Student, page: Training, device: torch.device) -> bool:
+def decide_precision(run: Run, student: Student, page: Training, accelerator: Accelerator) -> bool:
     """Return whether to train in bfloat16; what a probe decides is written down first, and read again on resume."""
     if page.precision != "auto":
         return page.precision == "bf16"
-    if "precision" not in run.card:
-        run.update_card(precision=probe_precision(student, device, page.batch_size))
+    with accelerator.main_process_first():
+        if "precision" not in run.card:
+            run.update_card(precision=probe_precision(student, accelerator.device, page.batch_size))
     return bool(run.card["precision"]["chosen"] == "bf16")
 
 
@@ -278,6 +197,8 @@ def finish_epoch(run: Run, lesson: Lesson, state: TrainingState, accelerator: Ac
     progress, average = state.progress, state.average.student
     means = progress.means()
     progress.end_epoch()
+    for statistic in average.buffers():  # batch norm has seen another part of each batch in every process
+        broadcast(statistic)
     agreement = agreement_with_teacher(average, lesson, page, accelerator)
     if not accelerator.is_main_process:
         return
@@ -301,17 +222,6 @@ def agreement_with_teacher(student: Student, lesson: Lesson, page: Training, acc
         counts += torch.stack([(logits.argmax(1) == teacher.labels).sum(), torch.tensor(len(logits))])
     agreeing, images = accelerator.reduce(counts).tolist()
     return float(round(100 * agreeing / images, 4))
-
-
-def hold_out(keys: Sequence[str], share: float) -> NDArray[np.int64]:
-    """Return the positions of the images that select the checkpoint, chosen by their content alone."""
-    places = np.array([int(key[-8:], 16) / 2**32 for key in keys])
-    chosen = np.flatnonzero(places < share)
-    if len(keys) < 4:
-        raise ImagesError(
-            f"{len(keys)} images are too few to learn from", fix="give at least four, better some hundreds"
-        )
-    return chosen if 0 < len(chosen) < len(keys) - 1 else np.argsort(places)[:1]
 
 
 def stop_requested(signals: list[int], accelerator: Accelerator) -> bool:

@@ -35,6 +35,7 @@ class Run:
         self.card_file = folder / "card.json"
         self.weights = folder / "student.safetensors"
         self.state = folder / "state" / "checkpoint.safetensors"
+        self.quality_file = folder / "quality.json"
         self.metrics_file = folder / "metrics.jsonl"
         self.bundle = folder / "bundle"
         self.bench = folder / "bench"

@@ -154,39 +154,72 @@ def reparameterised(model: nn.Module) -> nn.Module:
 
 
 def _create(page: StudentPage, classes: int) -> nn.Module:
-    options: dict[str, Any] = {"num_classes": classes, "pretrained": page.initial == "pretrained"}
+    options: dict[str, Any] = {"num_classes": classes}
     if page.model.startswith("repvit"):
         options["distillation"] = False  # one head: the second one is of no use without a CNN teacher
-    if page.initial not in ("random", "pretrained"):
-        path = Path(page.initial).expanduser()
-        if path.suffix != ".safetensors" or not path.is_file():
-            raise StudentError(
-                f"student.initial is random, pretrained or a .safetensors file, not {page.initial!r}",
-                where="student.initial",
-            )
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    if page.initial == "pretrained":
+        return _pretrained(page.model, options)
+    model: nn.Module = timm.create_model(page.model, **options)
+    if page.initial != "random":
+        _start_from(model, page)
+    return model
+
+
+def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
+    """Fetch timm's weights; the head stays fresh, even where ImageNet's 1000 classes are the student's own."""
     try:
-        model: nn.Module = timm.create_model(page.model, **options)
+        model: nn.Module = timm.create_model(
+            name, **options, pretrained=True, pretrained_cfg_overlay={"num_classes": 0}
+        )
     except Exception as error:
-        if not options["pretrained"]:
-            raise
-        hub = timm.get_pretrained_cfg(page.model).hf_hub_id
+        hub = timm.get_pretrained_cfg(name).hf_hub_id
         first_line = (str(error).splitlines() or [""])[0]
         raise StudentError(
-            f"the pretrained weights of {page.model} could not be loaded ({type(error).__name__}: {first_line})",
+            f"the pretrained weights of {name} could not be fetched ({type(error).__name__}: {first_line})",
             where=f"https://huggingface.co/{hub}" if hub else "student.initial",
             fix="download model.safetensors from there and name it as student.initial, or start from initial: random",
         ) from error
     return model
 
 
+def _start_from(model: nn.Module, page: StudentPage) -> None:
+    """Load every weight but the head's from a file of the same timm model."""
+    path = Path(page.initial).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise StudentError(
+            f"there is no weights file {page.initial!r}{nearest(page.initial, ('random', 'pretrained'))}",
+            where="student.initial",
+            fix="write random, pretrained, or the path of a .safetensors file",
+        )
+    named = timm.get_pretrained_cfg(page.model).classifier or ()
+    heads = (named,) if isinstance(named, str) else tuple(named)
+    try:
+        weights = load_file(path)
+        kept = {name: tensor for name, tensor in weights.items() if not name.startswith(heads)}
+        found = model.load_state_dict(kept, strict=False)
+        strangers = [name for name in found.missing_keys if not name.startswith(heads)]
+        strangers += [name for name in found.unexpected_keys if "head_dist" not in name]
+        if strangers:
+            raise ValueError(f"{len(strangers)} weights are in one of the two only, e.g. {strangers[0]}")
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise StudentError(
+            f"the file cannot start {page.model}: {reason}",
+            where=path,
+            fix=f"give the weights of {page.model} as timm saves them",
+        ) from error
+
+
 def _feature_width(model: nn.Module, image_size: int) -> int:
-    """Return D_s by running one black image, which also shows that the model takes this size."""
+    """Return D_s by running one image, which also shows that the model takes this size and ends in one head."""
     model.eval()
+    image = torch.linspace(-1, 1, 3 * image_size**2).view(1, 3, image_size, image_size)
     with torch.inference_mode():
-        features = model.forward_features(torch.zeros(1, 3, image_size, image_size))  # type: ignore[operator]
-        pooled = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        pooled = model.forward_head(model.forward_features(image), pre_logits=True)  # type: ignore[operator]
+        if not isinstance(pooled, Tensor) or pooled.dim() != 2:
+            raise ValueError("it gives no pooled features [batch, width]")
+        head = model.get_classifier()  # type: ignore[operator]
+        if not isinstance(head, nn.Module) or not torch.allclose(head(pooled), model(image), atol=1e-5):
+            raise ValueError("its logits are not one head on its pooled features")
     model.train()
-    if not isinstance(pooled, Tensor) or pooled.dim() != 2:
-        raise ValueError("it gives no pooled features [batch, width]")
     return int(pooled.shape[1])

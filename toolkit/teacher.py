@@ -73,33 +73,28 @@ def load_teacher(page: TeacherPage, device: torch.device) -> Teacher:
     """
     import open_clip
 
-    name = _expand(page.model)
-    if ":" not in name:
+    folder = _local_folder(page.model)
+    name = f"local-dir:{folder}" if folder else page.model
+    if folder is None and not name.startswith("hf-hub:"):
         _check_names(name, page.weights)
     try:
         with _quiet():
             model, _, _ = open_clip.create_model_and_transforms(name, pretrained=page.weights)
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
-        raise _load_error(page, error) from error
+        raise _load_error(page, folder, error) from error
     return Teacher(model, tokenizer, device, page)
 
 
 def teacher_identity(page: TeacherPage) -> dict[str, Any]:
     """Return what decides the teacher's features, without loading it: names, and the content of local files."""
     identity: dict[str, Any] = {"precision": page.precision, "batch_size": page.batch_size}
-    name = _expand(page.model)
-    if not name.startswith("local-dir:"):
-        return {**identity, "model": page.model, "weights": page.weights}
-    folder = Path(name.removeprefix("local-dir:"))
-    files = sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".md")
-    if not (folder / "open_clip_config.json").is_file():
-        raise TeacherError(
-            "the teacher's folder holds no open_clip_config.json",
-            where=folder,
-            fix="teacher.model is local-dir:PATH of a folder with that file and open_clip_model.safetensors",
-        )
-    return {**identity, "files": {path.name: sha256(path) for path in files}}
+    folder = _local_folder(page.model)
+    if folder is not None:
+        files = sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".md")
+        return {**identity, "files": {path.name: sha256(path) for path in files}}
+    weights = Path(page.weights or "")
+    return {**identity, "model": page.model, "weights": sha256(weights) if weights.is_file() else page.weights}
 
 
 def imagenet_classes() -> tuple[str, ...]:
@@ -131,11 +126,20 @@ def _preprocessing(config: dict[str, Any]) -> Preprocessing:
     )
 
 
-def _expand(model: str) -> str:
-    scheme, _, path = model.partition(":")
+def _local_folder(model: str) -> Path | None:
+    """Return the folder of a teacher that lies on this machine: the demo's own, or ``local-dir:PATH``."""
     if model == "demo:digits":
-        return f"local-dir:{Path(demo.__file__).with_name('teacher')}"
-    return f"local-dir:{Path(path).expanduser()}" if scheme == "local-dir" else model
+        return Path(demo.__file__).with_name("teacher")
+    if not model.startswith("local-dir:"):
+        return None
+    folder = Path(model.removeprefix("local-dir:")).expanduser()
+    if not (folder / "open_clip_config.json").is_file():
+        raise TeacherError(
+            "the teacher's folder holds no open_clip_config.json" if folder.is_dir() else "there is no such folder",
+            where=folder,
+            fix="teacher.model is local-dir:PATH of a folder with open_clip_config.json and open_clip_model.safetensors",
+        )
+    return folder
 
 
 def _check_names(model: str, weights: str | None) -> None:
@@ -144,50 +148,60 @@ def _check_names(model: str, weights: str | None) -> None:
     if model not in open_clip.list_models():
         raise TeacherError(
             f"open_clip has no model {model!r}{nearest(model, open_clip.list_models())}",
-            fix="python -c 'import open_clip; print(open_clip.list_pretrained())' lists them all",
+            where="teacher.model",
+            fix="choose a name of open_clip.list_models(), hf-hub:OWNER/NAME, or local-dir:PATH",
         )
     tags = open_clip.list_pretrained_tags_by_model(model)
     if weights is None:
         raise TeacherError(
-            f"teacher.weights is missing for {model}", fix=f"choose one of {', '.join(tags)}, or a weights file"
+            f"teacher.weights is missing for {model}",
+            where="teacher.weights",
+            fix=f"choose one of {', '.join(tags)}, or a weights file",
         )
     if weights not in tags and not Path(weights).is_file():
         raise TeacherError(
             f"{model} has no weights {weights!r}{nearest(weights, tags)}",
+            where="teacher.weights",
             fix=f"choose one of {', '.join(tags)}, or a weights file",
         )
 
 
-def _load_error(page: TeacherPage, error: Exception) -> TeacherError:
+def _load_error(page: TeacherPage, folder: Path | None, error: Exception) -> TeacherError:
     """Say which file could not be had, from where, and how to point at a local copy."""
     import open_clip
 
     first_line = (str(error).splitlines() or [""])[0]
     reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
-    if page.model.startswith("local-dir:"):
+    if folder is not None or Path(page.weights or "").is_file():
         return TeacherError(
             f"the teacher's files cannot be loaded ({reason})",
-            where=_expand(page.model).removeprefix("local-dir:"),
+            where=folder or page.weights,
             fix="copy open_clip_config.json and open_clip_model.safetensors again: damaged, or of two models",
         )
-    local = "without network, copy a folder with open_clip_config.json and name it: teacher: {model: 'local-dir:PATH'}"
-    if page.model.startswith("hf-hub:"):
-        return TeacherError(f"the teacher's weights could not be fetched ({reason})", where=page.model, fix=local)
-    source = open_clip.get_pretrained_cfg(page.model, page.weights or "")
-    hub = (source.get("hf_hub") or "").strip("/")
-    place = f"https://huggingface.co/{hub}" if hub else source.get("url") or page.weights
+    hub = page.model.removeprefix("hf-hub:")
+    if hub == page.model:
+        source = open_clip.get_pretrained_cfg(page.model, page.weights or "")
+        hub = (source.get("hf_hub") or "").strip("/")
+        if not hub:
+            return TeacherError(
+                f"the weights {page.weights!r} of {page.model} could not be fetched ({reason})",
+                where=source.get("url"),
+                fix="download that file where there is a network, and give its path as teacher.weights",
+            )
+    # A weights file alone would lose what the folder's config knows: its activation (QuickGELU), its mean and std.
     return TeacherError(
-        f"the weights {page.weights!r} of {page.model} could not be fetched ({reason})",
-        where=place,
-        fix=f"download open_clip_model.safetensors from there and give its path as teacher.weights; {local}",
+        f"open_clip_model.safetensors of {page.model} could not be fetched ({reason})",
+        where=f"https://huggingface.co/{hub}",
+        fix="download it and open_clip_config.json from there into a folder, and name that: "
+        "teacher: {model: 'local-dir:FOLDER'}",
     )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep open_clip's log lines about what it loads off the terminal."""
+    """Keep open_clip's log lines about what it loads off the terminal; what goes wrong, it also raises."""
     previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -6,8 +6,9 @@ import sys
 import textwrap
 from collections.abc import Mapping
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 LINE = 80  # columns, where text is wrapped
@@ -23,7 +24,8 @@ class Terminal:
         )
         self.err = Console(stderr=True, quiet=not shows_progress, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._live: Live | None = None
+        self._facts = Text(style="dim", no_wrap=True, overflow="ellipsis")
 
     def __enter__(self) -> Terminal:
         return self
@@ -66,18 +68,21 @@ class Terminal:
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}", markup=False),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}", style="dim", markup=False),
-            console=self.err,
         )
-        self._task = self._bar.add_task(stage, total=total, rate="", facts="", unit=unit)
-        self._bar.start()
+        self._bar.add_task(stage, total=total, rate="", unit=unit)
+        self._facts.plain = ""
+        self._live = Live(Group(self._bar, self._facts), console=self.err)
+        self._live.start()
 
     def advance(self, count: int, facts: str = "") -> None:
-        """Move the bar."""
-        if self._bar is not None:
-            task = self._bar.tasks[0]
-            rate = f"{task.speed:,.0f} {task.fields['unit']}/s" if task.speed else ""
-            self._bar.update(self._task, advance=count, rate=rate, facts=facts or task.fields["facts"])
+        """Move the bar; the facts have the line below it, where they push nothing off the screen."""
+        if self._bar is None:
+            return
+        task = self._bar.tasks[0]
+        rate = f"{task.speed:,.0f} {task.fields['unit']}/s" if task.speed else ""
+        self._bar.update(task.id, advance=count, rate=rate)
+        if facts:
+            self._facts.plain = f"{'':>8} {facts}"
 
     def note(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
@@ -85,6 +90,6 @@ class Terminal:
 
     def end_stage(self) -> None:
         """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = self._bar = None

@@ -21,7 +21,9 @@ class Objectives(nn.Module):
     def __init__(self, pages: Sequence[recipe.AnyObjective], classes: int, width: int) -> None:
         super().__init__()
         self.weights = [page.weight for page in pages]
-        self.parts = nn.ModuleList([_build(page, classes, width) for page in pages])
+        parts = [_build(page, classes, width) for page in pages]
+        self.parts = nn.ModuleList(parts)
+        self.uses_features = any(part.uses_features for part in parts)  # else the projector learns nothing
         self.prefixes = [f"{page.name}." if len(pages) > 1 else "" for page in pages]
 
     def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
@@ -33,7 +35,7 @@ class Objectives(nn.Module):
         return terms
 
 
-def _build(page: recipe.AnyObjective, classes: int, width: int) -> nn.Module:
+def _build(page: recipe.AnyObjective, classes: int, width: int) -> CE | KD | PRG:
     if isinstance(page, recipe.PRG):
         return PRG(page, classes, width)
     return KD(page) if isinstance(page, recipe.KD) else CE()

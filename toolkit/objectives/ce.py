@@ -11,6 +11,8 @@ from prgkit.objectives.sides import StudentSide, TeacherSide
 class CE(nn.Module):
     """loss = CE(L, y)."""
 
+    uses_features = False
+
     def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
         """Return the loss term ``ce``, a scalar."""
         return {"ce": F.cross_entropy(student.logits, teacher.labels)}

@@ -12,6 +12,8 @@ from prgkit.objectives.sides import StudentSide, TeacherSide, soft_cross_entropy
 class KD(nn.Module):
     """loss = (1 - alpha) * CE(L, y) + alpha * T^2 * KL(softmax(W / T) || softmax(L / T))."""
 
+    uses_features = False
+
     def __init__(self, page: recipe.KD) -> None:
         super().__init__()
         self.page = page

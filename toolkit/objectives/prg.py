@@ -20,6 +20,7 @@ from prgkit.objectives.sides import StudentSide, TeacherSide, soft_cross_entropy
 class PRG(nn.Module):
     """loss = supervision + node_weight * node + edge_weight * edge; the returned terms are weighted already."""
 
+    uses_features = True
     teacher_proxies: Tensor
     student_proxies: Tensor
     seen: Tensor

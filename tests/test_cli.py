@@ -1,0 +1,705 @@
+"""The command line: how a line is split, what is printed where, and that every mistake is told with its fix."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from PIL import Image
+
+from prgkit import cli
+from prgkit.cli import main, split_at_commands
+from prgkit.errors import PrgkitError
+from prgkit.recipe import shipped_recipes
+
+HELP = """\
+Usage: prgkit [OPTIONS] COMMAND [ARGS]...
+
+  Distil CLIP into a small classifier for your device, without a label.
+
+  Commands chain; each one works on what the one before made:
+    prgkit distill demo export --trt bench
+    prgkit distill --images photos/ --classes names.txt export bench
+
+Options:
+  --version   Show the version and exit.
+  -h, --help  Show this message and exit.
+
+Commands:
+  distill  Teach a student from unlabelled images.
+  export   Turn the student into ONNX and TensorRT.
+  bench    Measure every artifact on this machine.
+  predict  Name what is in an image.
+  targets  Let the teacher see the images, and no more.
+  recipes  List the recipes.
+  doctor   Say what can run on this machine.
+"""
+COMMANDS = ("distill", "export", "bench", "predict", "targets", "recipes", "doctor")
+
+# A recipe that trains in a second: the demo's teacher, timm's smallest student, 24 pictures.
+TINY = """\
+# Distil a few pictures, to try the command line.
+data: {images: photos, classes: [one, two, three], prompts: ["a {}", "the digit {}"], held_out: 0.2}
+teacher: {model: "demo:digits", batch_size: 8}
+views: {count: 1, flip: false}
+student: {model: test_efficientnet, image_size: 32}
+objective: {name: ce}
+training: {epochs: 1, batch_size: 8, workers: 0, precision: fp32}
+"""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a call of the command line left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Call = Callable[..., Said]
+
+
+@pytest.fixture
+def prgkit(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Call the command line in this process; an error that is a bug comes out as itself."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def call(line: str = "", *more: str) -> Said:
+        arguments = [*shlex.split(line), *more]
+        monkeypatch.setattr(sys, "argv", ["prgkit", *arguments])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capfd.readouterr()
+        assert "Traceback" not in said.err
+        return Said(code, said.out, said.err)
+
+    return call
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Replace the work of every command by a note of what it was called with."""
+    made: list[tuple[str, dict[str, Any]]] = []
+
+    def noting(name: str) -> Callable[..., Any]:
+        def note(**given: Any) -> dict[str, Any]:
+            made.append((name, given))
+            print("a library that prints")
+            return {"did": name}
+
+        return note
+
+    for name, command in cli.cli.commands.items():
+        monkeypatch.setattr(command, "callback", noting(name))
+    monkeypatch.setattr("prgkit.export.tensorrt.choose_backend", lambda name=None: None)
+    return made
+
+
+def photos(folder: Path, count: int = 24) -> Path:
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number:02}.png")
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to stand in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pictures, a recipe, a finished run and its bundle; tests copy it."""
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("project")
+    photos(folder / "photos")
+    (folder / "tiny.yaml").write_text(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["prgkit", "distill", "tiny.yaml", "export"])
+        main()
+    return folder
+
+
+@pytest.fixture
+def standing(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in a copy of the project."""
+    shutil.copytree(project, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+# What the line means.
+
+
+def test_help_is_one_screen(prgkit: Call) -> None:
+    assert prgkit("--help") == Said(0, HELP, "")
+    assert prgkit("-h").out == HELP
+    assert prgkit().code == 2
+    assert prgkit("--version").out.startswith("prgkit, version ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_its_help_in_80_columns(prgkit: Call, name: str) -> None:
+    said = prgkit(name, "--help")
+    assert said.code == 0
+    assert said.out.startswith(f"Usage: prgkit {name} ")
+    assert max(map(len, said.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (
+            "distill cifar100 --set a=1 export --trt bench",
+            ["distill cifar100 --set a=1", "export --trt", "bench"],
+        ),
+        ("distill --images d --classes c export --trt", ["distill --images d --classes c", "export --trt"]),
+        ("predict a.jpg --json", ["predict a.jpg --json"]),
+        ("distill --images ./export bench", ["distill --images ./export", "bench"]),
+        ("--help", []),
+    ],
+)
+def test_a_line_is_split_at_command_names(line: str, parts: list[str]) -> None:
+    head, split = split_at_commands(line.split(), COMMANDS)
+    assert [" ".join(part) for part in split] == parts
+    assert head == ([] if parts else ["--help"])
+
+
+def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: Call, calls: list[Any]) -> None:
+    assert prgkit("distill cifar100 --set a=1 --set b.c=d export --trt bench").code == 0
+    assert [name for name, _ in calls] == ["distill", "export", "bench"]
+    assert calls[0][1]["recipe"] == "cifar100"
+    assert calls[0][1]["overrides"] == ("a=1", "b.c=d")
+    assert calls[1][1]["trt"]
+    assert calls[2][1]["batches"] == [1, 8, 32]
+    calls.clear()
+    assert prgkit("distill --set a=1 cifar100 --run here export").code == 0
+    assert (calls[0][1]["recipe"], calls[0][1]["folder"]) == ("cifar100", Path("here"))
+    calls.clear()
+    assert prgkit("distill --images d --classes c export --trt").code == 0
+    assert (calls[0][1]["recipe"], calls[0][1]["images"], calls[0][1]["classes"]) == (None, "d", "c")
+    assert calls[1][0] == "export"
+    calls.clear()
+    assert prgkit("predict ./export a.jpg --top-k 2 b.jpg").code == 0
+    assert calls == [
+        ("predict", {"images": (Path("export"), Path("a.jpg"), Path("b.jpg")), "top_k": 2, "min_confidence": 0.0,
+                     "folder": None, "as_json": False})
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("distil demo", "No such command 'distil'. Did you mean 'distill'?"),
+        ("distill demo export --trtt", "No such option '--trtt'. Did you mean '--trt'?"),
+        ("distill demo bench --batches 1,x", "write batch sizes as 1,8,32, not '1,x'."),
+        ("distill demo bench --seconds 0", "0.0 is not in the range x>=0.1."),
+        ("distill demo more", "Got unexpected extra argument (more)"),
+        ("predict", "Missing argument 'IMAGE...'."),
+        ("distill --images bench --classes c", "Option '--images' requires an argument: 'bench' is read as a command; "
+                                               "a file of that name is written ./bench."),
+        ("predict a bench predict b", "'predict' stands twice; a file that is named like a command is written ./predict."),
+        ("distill demo export --run x", "A chain works on one run: give --run to its first command."),
+        ("distill demo --run x export --run y", "A chain works on one run: give --run to its first command."),
+    ],
+)  # fmt: skip
+def test_a_wrong_line_is_told_before_anything_runs(prgkit: Call, calls: list[Any], line: str, told: str) -> None:
+    said = prgkit(line)
+    assert said.code == 2
+    assert said.out == ""
+    assert said.err.startswith("Usage: prgkit ")
+    assert said.err.rstrip().endswith(f"Error: {told}") or said.err.rstrip().endswith(told)
+    assert calls == []
+
+
+def test_the_same_run_may_be_named_again(prgkit: Call, calls: list[Any]) -> None:
+    assert prgkit("distill demo --run x export --run x bench").code == 0
+    assert len(calls) == 3
+
+
+def test_a_recipe_or_both_images_and_classes(prgkit: Call, place: Path) -> None:
+    said = prgkit("distill", "--images", "photos")
+    assert (said.code, said.out) == (2, "")
+    assert said.err.endswith("Error: Name a RECIPE, or give both --images and --classes.\n")
+
+
+# What is printed where.
+
+
+def test_json_is_one_document_keyed_by_command(prgkit: Call, calls: list[Any]) -> None:
+    said = prgkit("distill demo export bench --json")
+    assert said.json == {name: {"did": name} for name in ("distill", "export", "bench")}
+    assert said.err.count("a library that prints") == 3
+
+
+def test_recipes(prgkit: Call) -> None:
+    listed = prgkit("recipes").out
+    assert [line.split()[0] for line in listed.splitlines() if line[2] != " "] == list(shipped_recipes())
+    assert "cifar100    Distil CLIP ViT-L/14 into RepViT-M1.1 on CIFAR-100.\n" in listed
+    page = shipped_recipes()["custom"].read_text()
+    assert prgkit("recipes", "--show", "custom").out == page
+    assert prgkit("recipes", "--show", "custom", "--json").json == {"recipes": {"custom": page}}
+    assert prgkit("recipes", "--show", "custum").err.startswith(
+        "Error: unknown recipe 'custum'; did you mean 'custom'?\n"
+    )
+
+
+def test_doctor_is_aligned_and_tells_extras_with_their_brackets(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    import prgkit.doctor as doctor
+
+    versions = dict.fromkeys(doctor.PACKAGES) | {"onnxruntime": "1.20", "onnxruntime-gpu": "1.20"}
+    monkeypatch.setattr(doctor, "version_of", versions.get)
+    said = prgkit("doctor")
+    assert (said.code, said.err) == (0, "")
+    lines = said.out.splitlines()
+    assert all(line == line.rstrip() and (len(line) <= 80 or line.startswith("clash")) for line in lines)
+    rows = lines[lines.index("backends") + 1 :]
+    assert any(re.fullmatch(r"  no   torch \(distill, export\) +pip install 'prgkit\[distill\]'", row) for row in rows)
+    assert any(line.startswith("  yes  onnxruntime CPU") for line in rows)
+    assert lines[-1].startswith("clash: onnxruntime is installed over onnxruntime-gpu")
+    assert "  torch            not installed" in lines
+    document = prgkit("doctor", "--json").json["doctor"]
+    assert set(document) == {"versions", "machine", "backends", "clashes"}
+    assert all(set(row) == {"name", "runs", "detail"} for row in document["backends"])
+
+
+def test_doctor_survives_a_broken_onnxruntime(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr("prgkit.doctor.torch_backends", lambda versions: [])
+    said = prgkit("doctor")
+    assert said.code == 0
+    assert "no   onnxruntime " in said.out
+
+
+# How a run ends.
+
+
+def ending(error: BaseException) -> Callable[..., Any]:
+    def raises(**_: Any) -> None:
+        raise error
+
+    return raises
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (PrgkitError("it is wrong", where="here", fix="do this"), 1, "Error: it is wrong\n  where: here\n  fix: do this\n"),
+        (KeyboardInterrupt(), 130, "\nStopped.\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1,
+         "Error: no disk space left\n  where: x.bin\n  fix: free some and run the same command again\n"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 1,
+         "Error: no disk space left\n  fix: free some and run the same command again\n"),
+    ],
+)  # fmt: skip
+def test_exit_codes(prgkit: Call, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, told: str) -> None:
+    monkeypatch.setattr(cli.cli.commands["doctor"], "callback", ending(error))
+    assert prgkit("doctor") == Said(code, "", told)
+
+
+@pytest.mark.parametrize("bug", [ValueError("a bug"), OSError(errno.EACCES, "denied"), EOFError("a bug")])
+def test_a_bug_keeps_its_traceback(prgkit: Call, monkeypatch: pytest.MonkeyPatch, bug: Exception) -> None:
+    monkeypatch.setattr(cli.cli.commands["doctor"], "callback", ending(bug))
+    with pytest.raises(type(bug)) as caught:
+        prgkit("doctor")
+    assert caught.value is bug
+
+
+def test_being_stopped_is_no_error(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prgkit.run import Interrupted
+
+    stopped = Interrupted("stopped in epoch 1 of 2; everything up to here is saved", fix="the same command goes on")
+    monkeypatch.setattr(cli.cli.commands["doctor"], "callback", ending(stopped))
+    told = "Stopped in epoch 1 of 2; everything up to here is saved\n  fix: the same command goes on\n"
+    assert prgkit("doctor") == Said(130, "", told)
+
+
+# Which run is meant.
+
+
+def test_distill_names_the_run_and_says_what_it_learned(prgkit: Call, standing: Path) -> None:
+    said = prgkit("distill", "tiny.yaml")
+    assert said.code == 0
+    assert said.err == "runs/tiny is finished already\n"
+    assert said.out.startswith("runs/tiny: test_efficientnet agrees with its teacher on ")
+    assert "of the held-out images (epoch 1 of 1; 24 images; " in said.out
+
+
+def test_a_finished_run_goes_on_with_the_chain(prgkit: Call, standing: Path) -> None:
+    said = prgkit("distill tiny.yaml --run runs/tiny export predict photos/00.png --json")
+    assert said.code == 0
+    document = said.json
+    assert list(document) == ["distill", "export", "predict"]
+    assert document["distill"]["run"] == "runs/tiny"
+    assert document["export"]["bundle"] == "runs/tiny/bundle"
+    assert [artifact["name"] for artifact in document["export"]["artifacts"]] == ["onnx-fp32"]
+    assert document["predict"][0]["image"] == "photos/00.png"
+    assert document["predict"][0]["class"] in ("one", "two", "three")
+    assert "runs/tiny is finished already" in said.err
+
+
+def test_the_newest_run_is_found_and_distill_alone_goes_on_with_it(prgkit: Call, standing: Path) -> None:
+    shutil.copytree("runs/tiny", "runs/older")
+    (standing / "runs/tiny/card.json").touch()
+    assert prgkit("distill", "--json").json["distill"]["run"] == "runs/tiny"
+    (standing / "runs/older/card.json").touch()
+    assert prgkit("distill", "--json").json["distill"]["run"] == "runs/older"
+    said = prgkit("distill", "--run", "runs/tiny", "--set", "training.epochs=3")
+    assert said.code == 1
+    assert said.err == (
+        "Error: this run was made from another recipe; it differs in training.epochs\n"
+        "  where: runs/tiny\n"
+        "  fix: start a new run with --run runs/tiny-2, or delete runs/tiny\n"
+    )
+
+
+def test_a_run_from_another_recipe_is_refused_by_the_keys_that_differ(prgkit: Call, standing: Path) -> None:
+    (standing / "tiny.yaml").write_text(TINY.replace("{name: ce}", "{name: kd}").replace("count: 1", "count: 2"))
+    said = prgkit("distill", "tiny.yaml")
+    assert said.code == 1
+    assert "it differs in objective.alpha, objective.name, objective.temperature, views.count\n" in said.err
+
+
+def test_what_is_not_learned_from_may_change(prgkit: Call, standing: Path) -> None:
+    assert prgkit("distill", "tiny.yaml", "--set", "export.batch=[1, 4, 4]").code == 0
+    from prgkit.run import Run
+
+    assert Run(Path("runs/tiny")).recipe.export.batch == (1, 4, 4)
+
+
+def test_a_run_and_its_bundle_can_be_stood_in(prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = str(standing / "photos/00.png")
+    expected = prgkit("predict", picture, "--json").json
+    monkeypatch.chdir(standing / "runs/tiny")
+    assert prgkit("predict", picture, "--json").json == expected
+    assert prgkit("distill", "--json").json["distill"]["run"] == str(standing / "runs/tiny")
+    said = prgkit("export")  # its images are named relative to where the run was started
+    assert said.code == 0
+    assert said.out.endswith(f"{standing}/runs/tiny/bundle is ready to travel\n")
+    assert Path.cwd() == standing / "runs/tiny"
+    monkeypatch.chdir(standing / "runs/tiny/bundle")
+    assert prgkit("predict", picture, "--json").json == expected
+    said = prgkit("export")
+    assert said.code == 2
+    assert "A bundle is exported already; export --trt builds its engines." in said.err
+
+
+def test_a_project_can_be_moved(prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(standing.parent)
+    standing.rename("moved")
+    assert prgkit("export", "--run", "moved/runs/tiny").code == 0
+    said = prgkit("predict", "--run", "moved/runs/tiny/bundle", "moved/photos/00.png")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith("moved/photos/00.png: ")
+
+
+def test_bench_is_given_the_run_or_the_bundle_alone(
+    prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def measure(bundle: Path, **given: Any) -> dict[str, Any]:
+        seen.append({"bundle": bundle, **given})
+        return {"rows": []}
+
+    monkeypatch.setattr("prgkit.evaluate.bench.bench", measure)
+    monkeypatch.setattr("prgkit.evaluate.report.table", lambda report: "the table")
+    said = prgkit("bench", "--threads", "1", "--batches", "4,2", "--seconds", "1")
+    assert said.out.startswith("the table\nreport: runs/tiny/bench/")
+    shutil.copytree("runs/tiny/bundle", "device")
+    monkeypatch.chdir("device")
+    assert prgkit("bench").out.startswith("the table\nreport: bench/")
+    assert [(call["bundle"], call["run_folder"]) for call in seen] == [
+        (Path("runs/tiny/bundle"), Path("runs/tiny")),
+        (Path(), None),
+    ]
+    assert (seen[0]["threads"], seen[0]["batches"], seen[0]["seconds"]) == (1, [4, 2], 1.0)
+    assert seen[0]["command"] == "prgkit bench --threads 1 --batches 4,2 --seconds 1"
+
+
+def test_no_run_no_bundle_and_a_stale_bundle(prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = standing / "runs/tiny/student.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    stale = "Error: the bundle is stale: it holds another student than the run\n"
+    assert prgkit("bench").err == f"{stale}  where: runs/tiny/bundle\n  fix: prgkit export --run runs/tiny\n"
+    assert prgkit("predict", "photos/00.png", "--run", "runs/tiny/bundle").err.startswith(stale)
+    shutil.rmtree("runs/tiny/bundle")
+    assert prgkit("bench").err == (
+        "Error: the run has not been exported yet\n  where: runs/tiny\n  fix: prgkit export --run runs/tiny\n"
+    )
+    assert prgkit("bench", "--run", "runs/tine").err.startswith(
+        "Error: there is no such run folder\n  where: runs/tine"
+    )
+    assert prgkit("bench", "--run", "photos").err.startswith("Error: this is no run folder: it has no recipe.yaml\n")
+    shutil.rmtree("runs")
+    assert prgkit("export").err == (
+        f"Error: there is no run here\n  where: {standing}\n"
+        "  fix: prgkit distill demo makes one, or name one with --run FOLDER\n"
+    )
+    assert prgkit("distill").code == 1
+
+
+def test_predict_abstains_and_keeps_the_brackets_of_a_name(prgkit: Call, standing: Path) -> None:
+    shutil.copy("photos/00.png", "photos/a[bold].png")
+    said = prgkit("predict", "photos/a[bold].png", "--min-confidence", "1", "--top-k", "1")
+    assert said.out.startswith("photos/a[bold].png: abstains  (")
+    said = prgkit("predict", "nothing.jpg")
+    assert said.code == 1
+    assert said.err.startswith("Error: nothing.jpg does not exist")
+
+
+def test_targets_then_distill_are_about_the_same_recipe(prgkit: Call, standing: Path) -> None:
+    said = prgkit("targets", "tiny.yaml", "--set", "views.count=2", "distill", "--run", "runs/two", "--json")
+    assert said.code == 0
+    assert said.json["targets"]["images"] == 24
+    assert said.json["targets"]["bytes"] > 0
+    assert said.json["distill"]["run"] == "runs/two"
+    from prgkit.run import Run
+
+    assert Run(Path("runs/two")).recipe.views.count == 2
+
+
+def test_images_and_classes_need_no_recipe(prgkit: Call, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr("prgkit.estimate.PROBE_SECONDS", 0.0)
+    photos(place / "my photos")
+    (place / "names.txt").write_text("one\ntwo\n")
+    tiny = ["teacher={model: 'demo:digits'}", "student={model: test_efficientnet, image_size: 32}"]
+    sets = [word for value in tiny for word in ("--set", value)]
+    said = prgkit("distill", "--images", "my photos/", "--classes", "names.txt", *sets, "--dry-run", "export", "bench")
+    assert said.code == 0
+    assert said.err == "probing demo:digits and test_efficientnet for some seconds\nthen export\nthen bench\n"
+    told = dict(line.split(maxsplit=1) for line in said.out.splitlines())
+    assert told["run"] == "runs/my-photos"
+    assert told["images"] == "24 in my photos/, 24 new to the teacher"
+    assert told["evaluation"] == "none"
+    assert told["classes"] == "2, 7 templates"
+    assert told["teacher"].startswith("demo:digits, 9 views an image, about ")
+    assert told["student"].startswith("test_efficientnet at 32 px, 30 epochs, about ")
+    assert told["disk"].startswith("27.0 KiB of targets, ")
+    assert sorted(path.name for path in place.iterdir()) == ["my photos", "names.txt"]  # nothing was written
+    document = prgkit("distill", "--images", "my photos/", "--classes", "names.txt", *sets, "--dry-run", "--json").json
+    assert document["distill"]["images"] == document["distill"]["images_missing"] == 24
+
+
+# Bad input, one by one.
+
+
+def tiny(place: Path, *changes: tuple[str, str]) -> None:
+    text = TINY
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (place / "tiny.yaml").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("test_efficientnet", "repvit_m0_99"), "timm has no model 'repvit_m0_99'; did you mean 'repvit_m0_9'?"),
+        (('"demo:digits"', "ViT-B-61"), "open_clip has no model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
+        (('"demo:digits"', "ViT-B-32, weights: openay"), "ViT-B-32 has no weights 'openay'; did you mean 'openai'?"),
+        (('"demo:digits"', "ViT-B-32"), "teacher.weights is missing for ViT-B-32"),
+        (('"demo:digits"', "local-dir:nowhere"), "the teacher's folder holds no open_clip_config.json"),
+        (("{name: ce}", "{name: cee}"), "the recipe has a mistake:\n    objective.name: unknown objective 'cee', known are "
+                                        "prg, kd, ce; did you mean 'ce'?"),
+        (("[one, two, three]", "[one, two, One]"), "class names repeat: 'One' (entry 1 and entry 3)"),
+        (("[one, two, three]", "[one]"), "there is only one class, 'one'"),
+        (('"a {}"', "a"), "the template 'a' has not exactly one {}"),
+        (("images: photos", "images: photo"), "photo does not exist; did you mean 'photos'?"),
+        (("images: photos", "images: empty"), "empty holds no images"),
+        (("images: photos", "images: broken"), "none of the 3 images in broken can be read"),
+        (("held_out: 0.2", "evaluation: labelled"), "1 of 1 labels match no class: 'tow' (did you mean 'two'?)"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_with_its_fix(prgkit: Call, place: Path, change: tuple[str, str], told: str) -> None:
+    pytest.importorskip("torch")
+    photos(place / "photos", 4)
+    photos(place / "labelled/tow", 2)
+    (place / "empty").mkdir()
+    (place / "broken").mkdir()
+    for number in range(3):
+        (place / f"broken/{number}.jpg").write_bytes(b"no picture")
+    tiny(place, change)
+    said = prgkit("distill", "tiny.yaml", "export")
+    assert said.code == 1
+    error = said.err[said.err.index("Error: ") :]
+    assert error.startswith(f"Error: {told}")
+    assert "\n  fix: " in error or "did you mean" in error
+    assert len(error) < 700
+    assert said.out == "" or "labels" in told
+
+
+def test_trt_without_tensorrt_is_told_before_the_training(
+    prgkit: Call, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    said = prgkit("distill", "demo", "export", "--trt")
+    assert said.code == 1
+    assert said.out == ""
+    assert said.err.startswith(
+        "Error: no TensorRT can build an engine here\n  tensorrt: not installed; pip install 'prgkit[trt]'"
+    )
+    assert "\n  fix: pip install 'prgkit[rtx]'" in said.err
+    assert not list(place.iterdir())
+    only = prgkit("export", "--backend", "tensorrt_rtx").err
+    assert "tensorrt_rtx: not installed" in only
+    assert "tensorrt:" not in only
+
+
+@pytest.mark.parametrize("command", ["bench", "predict photos/00.png"])
+def test_a_truncated_onnx_file_is_named(prgkit: Call, standing: Path, command: str) -> None:
+    model = standing / "runs/tiny/bundle/model.onnx"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:-100])
+    said = prgkit(command)
+    assert (said.code, said.out) == (1, "")
+    assert said.err == (
+        f"Error: model.onnx is truncated: {len(whole) - 100} of {len(whole)} bytes\n"
+        "  where: runs/tiny/bundle/model.onnx\n"
+        "  fix: copy the bundle again, or make the file again: prgkit export\n"
+    )
+
+
+def test_a_truncated_engine_is_named(prgkit: Call, standing: Path) -> None:
+    from prgkit.export.bundle import describe_artifact
+
+    bundle = standing / "runs/tiny/bundle"
+    engine = bundle / "model.fp32.tensorrt_rtx.engine"
+    engine.write_bytes(b"x" * 1000)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["artifacts"].append(
+        describe_artifact(bundle, engine.name, name="tensorrt_rtx-fp32", format_="engine", precision="fp32",
+                          backend="tensorrt_rtx", executed=False, note=None, parity=None)
+    )  # fmt: skip
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    engine.write_bytes(b"x" * 900)
+    said = prgkit("bench")
+    assert said.code == 1
+    assert said.err.startswith("Error: model.fp32.tensorrt_rtx.engine is truncated: 900 of 1000 bytes\n")
+    assert said.err.endswith("make the file again: prgkit export --trt\n")
+
+
+def test_a_full_disk_is_told_before_the_work(prgkit: Call, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    photos(place / "photos")
+    tiny(place)
+    usage = type(shutil.disk_usage(place))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 1024, 1024))
+    said = prgkit("distill", "tiny.yaml")
+    assert said.code == 1
+    assert re.search(r"Error: the target store needs 5\.\d KiB, and 1\.0 KiB are free\n  where: targets/", said.err)
+    assert "  fix: free some space, or choose another disk with --run and --targets\n" in said.err
+
+
+def test_a_disk_that_fills_up_is_told_with_what_was_needed(
+    prgkit: Call, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    from safetensors import SafetensorError
+
+    photos(place / "photos")
+    tiny(place)
+
+    def full(*_: Any, **__: Any) -> None:  # what safetensors says, on a file system of 1 MiB
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prgkit.checkpoint.save_file", full)
+        said = prgkit("distill", "tiny.yaml")
+    assert said.code == 1
+    error = said.err[said.err.index("Error: ") :].splitlines()
+    assert error[0].startswith("Error: no disk space left for ")
+    assert "; it needed " in error[0]
+    assert error[2] == "  fix: free some space and run the same command again: finished work is kept"
+
+    def write(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write)
+        said = prgkit("distill", "tiny.yaml", "--run", "other")
+    assert said.code == 1
+    assert "Error: no disk space left for recipe.yaml; it needed " in said.err
+    assert prgkit("distill", "tiny.yaml").code == 0  # space was made, and the same command goes on
+
+
+@pytest.mark.parametrize(
+    "line", ["distill demo", "targets demo", "distill demo --dry-run", "distill imagenet1k", "export --run run"]
+)
+def test_the_base_install_says_which_extra_a_command_needs(place: Path, line: str) -> None:
+    (place / "run").mkdir()
+    (place / "run/recipe.yaml").write_text(TINY)
+    (place / "run/card.json").write_text("{}")
+    code = (
+        f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {line.split()}; from prgkit.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert Said(done.returncode, done.stdout, done.stderr) == Said(
+        1,
+        "",
+        "Error: this command needs torch, which the base install leaves out\n  fix: pip install 'prgkit[distill]'\n",
+    )
+
+
+def test_only_the_first_of_several_processes_prints(
+    prgkit: Call, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert prgkit("distill demo export bench --json").out == ""
+    assert [name for name, _ in calls] == ["distill"]
+
+
+def test_a_terminal_shows_a_bar_that_long_facts_do_not_push_away(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prgkit.terminal import Terminal
+
+    monkeypatch.setenv("COLUMNS", "80")
+
+    with Terminal(says_results=True, shows_progress=True) as terminal:
+        terminal.err._force_terminal = True
+        terminal.start("teacher", 10, "img")
+        terminal.advance(4, "epoch 1/2  loss [0.5]" + 10 * "  agreement 98.4 %")
+        terminal.note("a [note]")
+        terminal.advance(6)
+        terminal.end_stage()
+        terminal.start("student", 5, "img")
+        terminal.say("done [all]")
+    said = capsys.readouterr()
+    assert said.out == "done [all]\n"
+    assert "10/10" in said.err
+    assert "epoch 1/2  loss [0.5]" in said.err
+    assert "a [note]" in said.err
+
+
+def test_options_say_what_they_take() -> None:
+    for command in cli.cli.commands.values():
+        for option in command.params:
+            assert isinstance(option, click.Argument) or option.help, option.name

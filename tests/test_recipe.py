@@ -1,0 +1,378 @@
+"""Recipes: what a page may say, how its mistakes are told, and what makes two runs different."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prgkit.errors import RecipeError
+from prgkit.images import ImagesError, open_images
+from prgkit.recipe import (
+    NOT_LEARNED_FROM,
+    Recipe,
+    find_recipe,
+    load_recipe,
+    parse,
+    save_recipe,
+    shipped_recipes,
+    validate,
+)
+
+PAGE = """
+data: {images: photos/, classes: [cat, dog]}
+teacher: {model: ViT-B-16, weights: openai}
+student: {model: repvit_m0_9}
+objective: {name: prg}
+"""
+
+
+def page(text: str) -> dict[str, Any]:
+    """Return a page that is right, with some sections replaced."""
+    return {**parse(PAGE, where="test"), **parse(text, where="test")}
+
+
+def mistakes(text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        validate(page(text), where="mine.yaml")
+    return str(caught.value)
+
+
+def mistake(text: str) -> str:
+    """Return the one mistake of a page."""
+    first, only, where = mistakes(text).split("\n")
+    assert first == "the recipe has a mistake:"
+    assert where == "  where: mine.yaml"
+    return only.strip()
+
+
+# What is shipped.
+
+
+@pytest.fixture(autouse=True)
+def _no_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IMAGENET", raising=False)
+
+
+def loaded(name: str) -> Recipe:
+    if name == "imagenet1k":
+        pytest.importorskip("open_clip", reason="ImageNet's class names come with open_clip")
+    overrides = ["data.classes=[cat, dog]"] if name == "custom" else []
+    return load_recipe(name, overrides=overrides)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_loads_and_comes_back_from_a_run_the_same(name: str, tmp_path: Path) -> None:
+    recipe = loaded(name)
+    assert len(recipe.classes) == {"cifar100": 100, "custom": 2, "demo": 10, "imagenet1k": 1000}[name]
+    assert all(template.count("{}") == 1 for template in recipe.templates)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    again = load_recipe(str(tmp_path / "recipe.yaml"))
+    assert again == recipe
+    assert again.fingerprint() == recipe.fingerprint()
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_is_a_page_with_its_command_on_top(name: str) -> None:
+    lines = find_recipe(name).read_text().splitlines()
+    assert lines[0].startswith("# Distil ")
+    assert lines[0].endswith(".")
+    assert any(line.startswith("#   prgkit ") for line in lines[1:3])
+    assert max(map(len, lines)) <= 130
+
+
+def test_imagenet_is_found_where_the_variable_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    images = loaded("imagenet1k").data.images
+    with pytest.raises(ImagesError, match=r"\$IMAGENET is not set"):
+        open_images(images)
+    monkeypatch.setenv("IMAGENET", str(tmp_path))
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ImagesError, match="holds no images"):
+        open_images(images)
+
+
+def test_lists_and_single_words_are_read_alike(tmp_path: Path) -> None:
+    weighted = page("objective: [{name: ce}, {name: prg, weight: 0.5}]")
+    recipe = validate(weighted, where="test").resolved()
+    assert recipe.objective_name == "ce + prg"
+    assert [objective.weight for objective in recipe.objective] == [1.0, 0.5]
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
+    (tmp_path / "names.txt").write_text("# three\ncat\ndog\n\nhot dog\n")
+    from_file = validate(page(f"data: {{images: a, classes: {tmp_path}/names.txt, prompts: 'a {{}}'}}"), where="test")
+    assert from_file.resolved().classes == ("cat", "dog", "hot dog")
+    assert from_file.resolved().templates == ("a {}",)
+
+
+# How mistakes are told.
+
+
+def test_all_mistakes_of_a_page_are_told_at_once() -> None:
+    text = """
+data: {imges: photos/, classes: [cat, 7, no]}
+teacher: {model: ViT-B-16, precision: fp61}
+student: {model: repvit_m0_9, image_size: "224"}
+objective: {name: prg, block: softmx, alpha: 0.5}
+training: {learning_rate: 1e-3, epoch: 5, ema: 2, count: 3}
+epochs: 100
+"""
+    assert mistakes(text) == (
+        "the recipe has 13 mistakes:\n"
+        "    data.images: missing\n"
+        "    data.classes[1]: YAML reads 7 as a number; put it in quotes\n"
+        "    data.classes[2]: YAML reads yes, no, on and off as false; put the word in quotes\n"
+        "    data.imges: unknown key; did you mean 'images'?\n"
+        "    teacher.precision: 'fp61' is none of fp32, bf16; did you mean 'fp32'?\n"
+        "    student.image_size: YAML reads 224 as text; write 224, without quotes\n"
+        "    objective.block: 'softmx' is none of softmax, zscore, l2, raw; did you mean 'softmax'?\n"
+        "    objective.alpha: unknown key; it is a parameter of kd\n"
+        "    training.learning_rate: YAML reads 1e-3 as text; write 0.001, with a dot and no quotes\n"
+        "    training.ema: must be less than 1, not 2\n"
+        "    training.epoch: unknown key; did you mean 'epochs'?\n"
+        "    training.count: unknown key; it belongs in views.count\n"
+        "    epochs: unknown key; it belongs in training.epochs\n"
+        "  where: mine.yaml"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("traning: {}", "traning: unknown key; did you mean 'training'?"),
+        ("student: {model: a, seed: 1}", "student.seed: unknown key; it belongs in views.seed or training.seed"),
+        ("training: {node_weight: 1}", "training.node_weight: unknown key; it belongs in objective.node_weight"),
+        ("zzz: 1", "zzz: unknown key; known: data, teacher, views, student, objective, training, export"),
+        ("objective: {}", "objective.name: missing; known: prg, kd, ce"),
+        (
+            "objective: {name: pgr}",
+            "objective.name: unknown objective 'pgr', known are prg, kd, ce; did you mean 'prg'?",
+        ),
+        ("objective: ce", "objective: write a mapping such as {name: prg}, not 'ce'"),
+        ("objective: []", "objective: name at least one"),
+        ("objective: [{name: ce}, {name: kd, alpa: 1}]", "objective[1].alpa: unknown key; did you mean 'alpha'?"),
+        ("objective: [{name: ce}, {name: kd, alpha: 2}]", "objective[1].alpha: must be less than or equal to 1, not 2"),
+        (
+            "objective: [{name: ce}, {name: kd, prompt_weighting: mean}]",
+            "objective: every objective of a list must name the same prompt_weighting",
+        ),
+        ("training: {epochs: 1e2}", "training.epochs: YAML reads 1e2 as text; write 100, without quotes"),
+        ("training: {epochs: 2.5}", "training.epochs: must be a whole number, not 2.5"),
+        ("training: {learning_rate: .inf}", "training.learning_rate: must be a finite number, not inf"),
+        ("training: {compile: 1}", "training.compile: must be true or false, not 1"),
+        ("training:", "training: empty"),
+        ("views: 8", "views: write a mapping such as {key: value}, not 8"),
+        (
+            "views: {crop_scale: [1, 0.5]}",
+            "views.crop_scale: must be [low, high] with 0 < low <= high <= 1, not [1, 0.5]",
+        ),
+        ("export: {batch: [1, 8]}", "export.batch[2]: missing"),
+        ("export: {batch: [1, 2, 3, 4]}", "export.batch: must have 3 values"),
+        (
+            "export: {batch: [1, 8, 4]}",
+            "export.batch: must be [min, opt, max] with 1 <= min <= opt <= max, not [1, 8, 4]",
+        ),
+        (
+            "data: {images: no, classes: cifar10}",
+            "data.images: YAML reads yes, no, on and off as false; put the word in quotes",
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_its_path_and_what_is_right(text: str, told: str) -> None:
+    assert mistake(text) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "a: 1\nb: [1, 2\nc: 3\n",
+            "the recipe is no valid YAML: expected ',' or ']', but got ':'\n  where: x.yaml, line 3",
+        ),
+        ("a: 1\nb: 2\na: 3\n", "the key 'a' stands twice; keep one\n  where: x.yaml, line 3"),
+        ("a: &x 1\nb: *x\n", "an alias (*name) stands for a value; write the value out\n  where: x.yaml, line 2"),
+        ("? [a, b]\n: 3\n", "a key is a single word; write key: value\n  where: x.yaml, line 1"),
+        ("a: !!python/object:os.system {}\n", "the recipe is no valid YAML: could not determine a constructor"),
+        ("[1, 2]", "the recipe is no mapping of sections\n  where: x.yaml\n  fix: prgkit recipes --show custom"),
+        ("", "the recipe is no mapping of sections"),
+        ("[" * 3000, "the recipe is nested too deeply"),
+    ],
+)
+def test_broken_yaml_is_told_with_its_line(text: str, told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(text, where="x.yaml")
+    assert str(caught.value).startswith(told)
+
+
+def test_a_page_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(b"data: {images: caf\xe9}")
+    with pytest.raises(RecipeError, match="the recipe cannot be read: it is not UTF-8 text"):
+        load_recipe(str(tmp_path / "mine.yaml"))
+
+
+def test_unknown_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(PAGE)
+    Path("photos").mkdir()
+    choose = "\n  fix: choose one of cifar100, custom, demo, imagenet1k, or give the path of a .yaml file"
+    for name, told in {
+        "cifar10O": f"unknown recipe 'cifar10O'; did you mean 'cifar100'?{choose}",
+        "mine": f"unknown recipe 'mine'; did you mean 'mine.yaml'?{choose}",
+        "min.yaml": f"there is no recipe file min.yaml; did you mean 'mine.yaml'?{choose}",
+        "photos": "photos is a folder, not a recipe\n  fix: --images photos --classes FILE needs no recipe",
+    }.items():
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(name)
+        assert str(caught.value) == told
+
+
+# --set.
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    (tmp_path / "mine.yaml").write_text(PAGE)
+    return str(tmp_path / "mine.yaml")
+
+
+def test_set_reads_values_as_yaml(mine: str) -> None:
+    recipe = load_recipe(
+        mine,
+        overrides=[
+            "training.epochs=5",
+            "data.classes=[ripe tomato, leaf]",
+            "teacher.weights=null",
+            "views.crop_scale=[0.5, 1.0]",
+            "student.initial='a=b.safetensors'",
+            "views={count: 2}",
+        ],
+    )
+    assert recipe.training.epochs == 5
+    assert recipe.classes == ("ripe tomato", "leaf")
+    assert recipe.teacher.weights is None
+    assert recipe.views.crop_scale == (0.4, 1.0)  # the whole section was set after it
+    assert recipe.views.count == 2
+    assert recipe.student.initial == "a=b.safetensors"
+
+
+def test_another_objective_drops_the_parameters_of_the_first(mine: str) -> None:
+    prg = ["objective.node_weight=1.5", "objective.prompt_weighting=mean", "objective.weight=2.0"]
+    recipe = load_recipe(mine, overrides=[*prg, "objective.name=kd", "objective.alpha=0.5"])
+    (objective,) = recipe.objective
+    assert objective.model_dump() == {
+        "weight": 2.0,
+        "prompt_weighting": "mean",
+        "name": "kd",
+        "alpha": 0.5,
+        "temperature": 4.0,
+    }
+    with pytest.raises(RecipeError, match="unknown objective 'kdd'"):
+        load_recipe(mine, overrides=["objective.name=kdd"])
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("training.epochs", "--set takes KEY=VALUE, not 'training.epochs'\n  fix: for example --set training.epochs=5"),
+        ("=5", "--set takes KEY=VALUE, not '=5'"),
+        ("training.=5", "--set takes KEY=VALUE, not 'training.=5'"),
+        ("data.classes.first=cat", "--set data.classes.first: data.classes is no section of keys"),
+        (
+            "data.classes=[a, b",
+            "the recipe is no valid YAML: expected ',' or ']', but got '<stream end>'\n"
+            "  where: --set data.classes=[a, b, line 1",
+        ),
+        (
+            "training.epoch=5",
+            "the recipe has a mistake:\n    training.epoch: unknown key; did you mean 'epochs'?\n"
+            "  where: {mine}, with training.epoch=5",
+        ),
+        (
+            "training.learning_rate=1e-3",
+            "the recipe has a mistake:\n    training.learning_rate: YAML reads 1e-3 as text",
+        ),
+    ],
+)
+def test_a_set_that_cannot_be(mine: str, override: str, told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(mine, overrides=[override])
+    assert str(caught.value).startswith(told.replace("{mine}", mine))
+
+
+# Classes and prompts.
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.classes=[cat, dog, Cat]", "class names repeat: 'Cat' (entry 1 and entry 3)"),
+        ("data.classes=[cat]", "there is only one class, 'cat'"),
+        ("data.classes=[]", "there are no class names"),
+        ("data.classes=cifar-100", "there is no class list 'cifar-100'; did you mean 'cifar100'?"),
+        ("data.prompts=[a photo]", "the template 'a photo' has not exactly one {}"),
+        ("data.prompts=photos", "there is no template set 'photos'; did you mean 'photo'?"),
+        ("data.prompts=[]", "there are no prompt templates"),
+    ],
+)
+def test_bad_classes_and_prompts(mine: str, override: str, told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(mine, overrides=[override])
+    assert caught.value.what == told
+    assert caught.value.fix
+
+
+# What makes two runs different.
+
+
+def test_the_fingerprint_is_of_what_is_learned_from(mine: str) -> None:
+    recipe = load_recipe(mine)
+    same = [
+        "export.batch=[1, 8, 8]",
+        "training.workers=3",
+        "training.trackers=[wandb]",
+        "training.checkpoint_minutes=1.0",
+        "data.evaluation=labelled/",
+        "data.evaluation_labels=labels.csv",
+    ]
+    for override in same:
+        assert load_recipe(mine, overrides=[override]).fingerprint() == recipe.fingerprint(), override
+    assert load_recipe(mine, overrides=same).fingerprint() == recipe.fingerprint()
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def test_everything_else_changes_it(mine: str) -> None:
+    """Change every value of the page that is not excluded, each in a way that is valid."""
+    recipe = load_recipe(mine)
+    seen = {recipe.fingerprint()}
+    other = {
+        "data.classes": ["cat", "cow"],
+        "data.prompts": ["a {}"],
+        "teacher.precision": "bf16",
+        "teacher.weights": "b",
+        "views.crop_scale": [0.3, 1.0],
+        "student.crop": 0.9,
+        "objective.name": "kd",
+        "objective.prompt_weighting": "mean",
+        "objective.supervision": "hard",
+        "objective.block": "l2",
+        "objective.node_loss": "mse",
+        "objective.edge_loss": "pearson",
+        "training.optimizer": "sgd",
+        "training.precision": "bf16",
+        "training.gradient_clip": None,
+    }
+    for key, value in leaves(recipe.model_dump(mode="json", exclude=NOT_LEARNED_FROM)).items():
+        if key not in other:
+            kinds = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * 0.9, str: lambda v: f"{v}x"}
+            other[key] = kinds[type(value)](value)
+        changed = load_recipe(mine, overrides=[f"{key}={yaml.safe_dump(other[key], default_flow_style=True)}"])
+        assert changed.fingerprint() not in seen, key
+        seen.add(changed.fingerprint())
+    assert len(seen) > 30

@@ -1,0 +1,158 @@
+"""How far the teacher's pseudo-labels can be trusted, told before the first epoch and without a label."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+BINS = 20
+LISTED = 10  # of anything that is named one by one
+CLOSE_CALL = 0.2  # a margin below it is a close call between two classes
+DUPLICATE_COSINE = 0.99
+DUPLICATE_SAMPLE = 20_000  # comparing all with all is quadratic
+OUTLIER_DEVIATIONS = 3.5  # robust standard deviations below the median (Iglewicz and Hoaglin, 1993)
+
+
+def assess(
+    features: Floats,
+    logits: Floats,
+    template_labels: NDArray[np.int64],
+    *,
+    logit_scale: float,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Return what there is to know of pseudo-labels before anyone learns from them.
+
+    Args:
+        features: the teacher's unit features I [n, D] of the evaluation view.
+        logits: its prompt-weighted logits W [n, C].
+        template_labels: the class that each template alone would name [M, n].
+        logit_scale: s of METHOD, which turns logits back into cosines.
+        classes: C names.
+        templates: M templates.
+        names: n names of images, for the ones worth a look.
+    """
+    probabilities = softmax(logits)  # [n, C]
+    order = np.argsort(-logits, axis=1)[:, :2]  # the best and the second best class
+    best, second = np.take_along_axis(probabilities, order, axis=1).T
+    labels, margin = order[:, 0], best - second
+    return {
+        "images": len(logits),
+        "confidence": {"mean": mean(best), "histogram": histogram(best)},
+        "margin": {"mean": mean(margin), "histogram": histogram(margin)},
+        "close_calls": int((margin < CLOSE_CALL).sum()),
+        "balance": balance(labels, classes),
+        "confused": confused(order[margin < CLOSE_CALL], classes),
+        "near_duplicates": near_duplicates(features, names),
+        "outliers": outliers(logits.max(axis=1) / logit_scale, names),
+        "templates": [
+            {"template": template, "agreement": round(100 * float((chosen == labels).mean()), 2)}
+            for template, chosen in zip(templates, template_labels, strict=True)
+        ],
+    }
+
+
+def summary(quality: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the few lines that a person reads before training starts."""
+    spread, pairs = quality["balance"], quality["confused"]
+    alike, far = quality["near_duplicates"], quality["outliers"]
+    close = 100 * quality["close_calls"] / quality["images"]
+    lines = [
+        ("confidence", f"{quality['confidence']['mean']:.2f} on average, {close:.0f} % of the images are close calls"),
+        (
+            "balance",
+            f"{spread['smallest']['count']:,} ({spread['smallest']['class']}) to {spread['largest']['count']:,} "
+            f"({spread['largest']['class']}) images a class; {spread['uniform']:,.0f} would be even",
+        ),
+    ]
+    if spread["unmatched"]:
+        lines.append(("no image", f"{len(spread['unmatched'])} classes, e.g. {', '.join(spread['unmatched'][:5])}"))
+    if pairs:
+        lines.append(("confused", ", ".join(f"{a} / {b} ({count:,})" for a, b, count in pairs[:3])))
+    if alike["images"]:
+        example = " = ".join(alike["pairs"][0][:2])
+        lines.append(("near copies", f"{alike['images']:,} of {alike['compared']:,} images, e.g. {example}"))
+    if far["count"]:
+        lines.append(("outliers", f"{far['count']:,} images fit no class, e.g. {far['lowest'][0][0]}"))
+    worst = min(quality["templates"], key=lambda row: row["agreement"])
+    if len(quality["templates"]) > 1:
+        lines.append(("odd prompt", f"{worst['template']!r} agrees with the others on {worst['agreement']:.1f} %"))
+    return lines
+
+
+def balance(labels: NDArray[np.int64], classes: Sequence[str]) -> dict[str, Any]:
+    """Return images per pseudo-class against an even share; CLIP's are uneven even where the images are not."""
+    counts = np.bincount(labels, minlength=len(classes))
+    shares = counts[counts > 0] / counts.sum()
+    return {
+        "counts": counts.tolist(),
+        "uniform": len(labels) / len(classes),
+        "largest": {"class": classes[int(counts.argmax())], "count": int(counts.max())},
+        "smallest": {"class": classes[int(counts.argmin())], "count": int(counts.min())},
+        "unmatched": [name for name, count in zip(classes, counts, strict=True) if count == 0],
+        # exp(entropy): as many evenly filled classes would be as varied
+        "effective_classes": round(float(np.exp(-(shares * np.log(shares)).sum())), 2),
+    }
+
+
+def confused(close_calls: NDArray[np.int64], classes: Sequence[str]) -> list[tuple[str, str, int]]:
+    """Return the pairs of classes [(a, b, images)] between which the teacher hesitates most."""
+    pairs = Counter(tuple(sorted(pair)) for pair in close_calls.tolist())
+    return [(classes[a], classes[b], count) for (a, b), count in pairs.most_common(LISTED)]
+
+
+def near_duplicates(features: Floats, names: Sequence[str]) -> dict[str, Any]:
+    """Return how many images have a near copy (cosine above 0.99), and the closest pairs, among at most 20,000."""
+    chosen = np.unique(np.linspace(0, len(features) - 1, min(len(features), DUPLICATE_SAMPLE)).astype(int))
+    sample = features[chosen].astype(np.float32)
+    found: list[tuple[float, int, int]] = []
+    copied = np.zeros(len(sample), dtype=bool)
+    for start in range(0, len(sample), 1024):
+        cosines = sample[start : start + 1024] @ sample[start:].T  # only with what comes later
+        rows, columns = np.nonzero(cosines > DUPLICATE_COSINE)
+        later = columns > rows
+        rows, columns = rows[later], columns[later]
+        copied[start + rows] = copied[start + columns] = True
+        found += zip(cosines[rows, columns].tolist(), (start + rows).tolist(), (start + columns).tolist(), strict=True)
+        found = sorted(found, reverse=True)[:LISTED]
+    pairs = [(names[chosen[a]], names[chosen[b]], round(cosine, 4)) for cosine, a, b in found]
+    return {"compared": len(sample), "images": int(copied.sum()), "pairs": pairs}
+
+
+def outliers(cosines: Floats, names: Sequence[str]) -> dict[str, Any]:
+    """Return the images far from every class: cosine [n] to the nearest one, robust standard deviations too low."""
+    middle = float(np.median(cosines))
+    deviation = 1.4826 * float(np.median(np.abs(cosines - middle)))
+    floor = middle - OUTLIER_DEVIATIONS * deviation
+    lowest = [int(place) for place in np.argsort(cosines)[:LISTED] if cosines[place] < floor]
+    return {
+        "count": int((cosines < floor).sum()),
+        "floor": round(floor, 4),
+        "lowest": [(names[place], round(float(cosines[place]), 4)) for place in lowest],
+    }
+
+
+def histogram(values: Floats) -> list[int]:
+    """Return counts in 20 equal bins of [0, 1]."""
+    counts: list[int] = np.histogram(values, bins=BINS, range=(0, 1))[0].tolist()
+    return counts
+
+
+def softmax(logits: Floats) -> Floats:
+    """Return probabilities [n, C]."""
+    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares: Floats = exponents / exponents.sum(axis=1, keepdims=True)
+    return shares
+
+
+def mean(values: Floats) -> float:
+    """Return a mean for JSON."""
+    return round(float(values.mean()), 4)
