@@ -46,7 +46,7 @@ def page(report: Report, *, samples: Mapping[str, Any], pictures: Sequence[Pictu
         artifacts(report),
         charts(report, samples),
         f'<div class="pair">{comparison(report)}{throughput(report)}</div>',
-        answers(report),
+        trust(report),
         training(report),
         sheet(pictures[:MOST_PICTURES]),
         circumstances(report),
@@ -274,7 +274,7 @@ def comparison(report: Report) -> str:
     return section("Teacher and student", about, grid(header, lines, kind="stacked wrapped"))
 
 
-def answers(report: Report) -> str:
+def trust(report: Report) -> str:
     """Return how far the teacher's pseudo-labels could be trusted before training, where the run is at hand."""
     found = report.get("quality")
     if not found:

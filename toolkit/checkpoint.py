@@ -103,7 +103,7 @@ class TrainingState:
             self.objective.load_state_dict(_part("objective", tensors))
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": _nested(_part("optimizer", tensors)), "param_groups": groups})
-        except (SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
+        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
             raise RunError(
                 f"the checkpoint is damaged: {str(error).splitlines()[0]}",
                 where=run.state,

@@ -122,8 +122,8 @@ def load_student(run: Run) -> Student:
     Raises:
         StudentError: there are no weights yet, or they are damaged.
     """
-    again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"
     if not run.weights.exists():
+        again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"
         raise StudentError("the run has no student yet", where=run.folder, fix=f"{again} goes on with it")
     recipe, card = run.recipe, run.card
     try:
@@ -136,7 +136,7 @@ def load_student(run: Run) -> Student:
         raise StudentError(
             f"the student's weights are damaged: {str(error).splitlines()[0]}",
             where=run.weights,
-            fix=f"delete the file, then {again} writes it again from the last checkpoint",
+            fix=f"delete {run.folder} and distill again; the targets are kept",
         ) from error
     return student.eval()
 

@@ -1,0 +1,308 @@
+"""The teacher: open_clip's own numbers behind two methods, for CLIP and SigLIP, and short errors for what is missing."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from prgkit.errors import TeacherError
+from prgkit.recipe import TeacherPage
+from prgkit.teacher import Teacher, imagenet_classes, imagenet_templates, load_teacher, teacher_identity
+
+CPU = torch.device("cpu")
+SIZE, WIDTH = 32, 24
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+VISION = {"image_size": SIZE, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
+CLIP = {
+    "model_cfg": {"embed_dim": WIDTH, "vision_cfg": VISION, "text_cfg": TEXT},
+    "preprocess_cfg": {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "resize_mode": "shortest"},
+}
+SIGLIP = {
+    "model_cfg": {
+        "embed_dim": WIDTH,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": VISION,
+        "text_cfg": TEXT,
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "resize_mode": "squash"},
+}
+PAGES = {"clip": CLIP, "siglip": SIGLIP}
+
+
+def pictures(count: int, *, size: int = SIZE, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Smooth shapes with some noise, as photographs are: [count, size, size, 3]."""
+    generator = np.random.default_rng(seed)
+    coarse = [Image.fromarray(grid) for grid in generator.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)]
+    smooth = np.stack([image.resize((size, size), Image.Resampling.BICUBIC) for image in coarse])
+    return (smooth + generator.normal(0, 5, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny CLIP and a tiny SigLIP with random weights, in open_clip's own format."""
+    made = {}
+    for name, page in PAGES.items():
+        folder = made[name] = tmp_path_factory.mktemp(name)
+        (folder / "open_clip_config.json").write_text(json.dumps(page))
+        torch.manual_seed(1)
+        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+                  folder / "open_clip_model.safetensors")  # fmt: skip
+    return made
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def teacher(folders: dict[str, Path], family: str) -> Teacher:
+    return load_teacher(local(folders[family]), CPU)
+
+
+@pytest.fixture(scope="module")
+def theirs(folders: dict[str, Path], family: str) -> tuple[Any, Any]:
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folders[family]}")
+    return model.eval(), transform
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing in the cache and no network: the hub fails at once."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def local(folder: Path, **facts: Any) -> TeacherPage:
+    return TeacherPage(model=f"local-dir:{folder}", batch_size=4, **facts)
+
+
+def error_of(model: str, weights: str | None = None) -> TeacherError:
+    with pytest.raises(TeacherError) as caught:
+        load_teacher(TeacherPage(model=model, weights=weights), CPU)
+    return caught.value
+
+
+def test_images_become_unit_vectors(teacher: Teacher) -> None:
+    features = teacher.embed_images(torch.from_numpy(pictures(5)))
+    assert features.shape == (5, WIDTH)
+    assert teacher.width == WIDTH
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(5))
+
+
+def test_image_features_are_open_clips_own(teacher: Teacher, theirs: tuple[Any, Any]) -> None:
+    pixels, (model, _) = torch.from_numpy(pictures(6)), theirs
+    config = open_clip.get_model_preprocess_cfg(model)
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = model.encode_image((pixels.permute(0, 3, 1, 2) / 255 - mean) / std, normalize=True)
+    torch.testing.assert_close(teacher.embed_images(pixels), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_each_template_has_its_own_embedding(teacher: Teacher, theirs: tuple[Any, Any], folders: Any) -> None:
+    prompts = [["a photo of a cat", "a photo of a dog", "a photo of an owl"], ["cat", "dog", "owl"]]
+    embedded = teacher.embed_prompts(prompts)
+    assert embedded.shape == (2, 3, WIDTH)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=TEXT["context_length"])
+    for template, of_template in zip(embedded, prompts, strict=True):
+        with torch.no_grad():
+            expected = theirs[0].encode_text(tokenizer(of_template), normalize=True)
+        torch.testing.assert_close(template, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(embedded[0], embedded[1], atol=1e-3)
+
+
+def test_more_prompts_than_a_chunk_keep_their_order(teacher: Teacher) -> None:
+    names = [f"thing {number}" for number in range(300)]
+    embedded = teacher.embed_prompts([names])[0]
+    torch.testing.assert_close(embedded[[3, 299]], teacher.embed_prompts([["thing 3", "thing 299"]])[0])
+
+
+def test_the_logit_bias_stays_out(folders: dict[str, Path]) -> None:
+    teacher = load_teacher(local(folders["siglip"]), CPU)
+    model = open_clip.create_model(f"local-dir:{folders['siglip']}").eval()
+    assert model.logit_bias.item() == -10
+    assert teacher.logit_scale == pytest.approx(model.logit_scale.exp().item())
+    pixels, prompts = torch.from_numpy(pictures(6)), [["cat", "dog", "owl"]]
+    logits = teacher.logit_scale * teacher.embed_images(pixels) @ teacher.embed_prompts(prompts)[0].T
+    images = (pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        theirs, _ = model.get_logits(images, open_clip.get_tokenizer("ViT-B-32", context_length=16)(prompts[0]))
+    torch.testing.assert_close(logits - 10, theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits.softmax(1), theirs.softmax(1), atol=1e-5, rtol=1e-4)
+    assert logits.argmax(1).equal(theirs.argmax(1))
+
+
+@pytest.mark.parametrize("size", [(61, 37), (37, 61), (200, 33), (32, 32), (40, 40), (31, 77), (7, 9)])
+def test_preprocessing_is_open_clips_own(teacher: Teacher, theirs: tuple[Any, Any], size: tuple[int, int]) -> None:
+    image = Image.fromarray(pictures(1, size=200, seed=5)[0]).resize(size)
+    model, transform = theirs
+    config = open_clip.get_model_preprocess_cfg(model)
+    mean, std = (np.array(config[name]) for name in ("mean", "std"))
+    expected = (transform(image).permute(1, 2, 0).numpy() * std + mean) * 255
+    prepared = teacher.preprocessing.prepare(image)
+    assert prepared.shape == (SIZE, SIZE, 3)
+    assert np.abs(prepared - expected).max() <= 1.01
+    assert np.abs(prepared - expected).mean() < 0.05
+
+
+def test_families_prepare_differently(folders: dict[str, Path]) -> None:
+    assert not load_teacher(local(folders["clip"]), CPU).preprocessing.squash
+    assert load_teacher(local(folders["siglip"]), CPU).preprocessing.squash
+
+
+def test_letterboxing_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["clip"], tmp_path / "teacher"))
+    config = {**CLIP, "preprocess_cfg": {**CLIP["preprocess_cfg"], "resize_mode": "longest"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    assert "letterboxes its images (resize_mode longest)" in error_of(f"local-dir:{folder}").what
+
+
+def test_features_do_not_depend_on_the_rest_of_a_batch(teacher: Teacher) -> None:
+    pixels = torch.from_numpy(pictures(8))
+    alone = teacher.embed_images(pixels[:1].expand(8, -1, -1, -1))
+    assert torch.equal(teacher.embed_images(pixels)[0], alone[0])
+
+
+def test_bf16_is_near_and_not_equal(folders: dict[str, Path]) -> None:
+    pixels = torch.from_numpy(pictures(4))
+    full = load_teacher(local(folders["clip"]), CPU).embed_images(pixels)
+    half = load_teacher(local(folders["clip"], precision="bf16"), CPU).embed_images(pixels)
+    assert 1e-5 < (full - half).abs().max() < 0.03
+
+
+def test_a_teacher_is_frozen(teacher: Teacher) -> None:
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    assert not teacher.model.training
+
+
+def test_identity_follows_content_not_place(folders: dict[str, Path], tmp_path: Path) -> None:
+    before = teacher_identity(local(folders["clip"]))
+    moved = Path(shutil.copytree(folders["clip"], tmp_path / "moved"))
+    (moved / "README.md").write_text("notes do not count")
+    assert teacher_identity(local(moved)) == before
+    assert teacher_identity(local(moved, precision="bf16")) != before
+    weights = moved / "open_clip_model.safetensors"
+    tensors = load_file(weights)
+    tensors["logit_scale"] += 1e-3
+    save_file(tensors, weights)
+    assert teacher_identity(local(moved)) != before
+
+
+def test_identity_of_a_weights_file_is_its_content(tmp_path: Path) -> None:
+    identities = []
+    for name, content in (("a.safetensors", b"one"), ("b.safetensors", b"one"), ("c.safetensors", b"two")):
+        (tmp_path / name).write_bytes(content)
+        identities.append(teacher_identity(TeacherPage(model="ViT-B-32", weights=str(tmp_path / name))))
+    assert identities[0] == identities[1] != identities[2]
+
+
+def test_an_unknown_model_names_the_nearest() -> None:
+    error = error_of("ViT-B-23", "openai")
+    assert str(error) == (
+        "open_clip has no model 'ViT-B-23'; did you mean 'ViT-B-32'?\n  where: teacher.model\n"
+        "  fix: choose a name of open_clip.list_models(), hf-hub:OWNER/NAME, or local-dir:PATH"
+    )
+    assert error_of("hub:laion/CLIP").what == "open_clip has no model 'hub:laion/CLIP'"
+
+
+def test_an_unknown_tag_names_the_nearest_and_all() -> None:
+    error = error_of("RN50", "openia")
+    assert error.what == "RN50 has no weights 'openia'; did you mean 'openai'?"
+    assert error.fix == "choose one of openai, yfcc15m, cc12m, or a weights file"
+    missing = error_of("RN50")
+    assert (missing.what, missing.fix) == ("teacher.weights is missing for RN50", error.fix)
+
+
+def test_a_folder_without_a_config_says_what_belongs_there(tmp_path: Path) -> None:
+    fix = "teacher.model is local-dir:PATH of a folder with open_clip_config.json and open_clip_model.safetensors"
+    error = error_of(f"local-dir:{tmp_path}")
+    assert (error.what, error.where, error.fix) == (
+        "the teacher's folder holds no open_clip_config.json",
+        tmp_path,
+        fix,
+    )
+    assert error_of(f"local-dir:{tmp_path / 'no'}").what == "there is no such folder"
+    with pytest.raises(TeacherError, match=r"holds no open_clip_config\.json"):
+        teacher_identity(local(tmp_path))
+
+
+@pytest.mark.parametrize("kept", [0, 7, 1000, -100])
+def test_truncated_weights_are_an_error(folders: dict[str, Path], tmp_path: Path, kept: int) -> None:
+    folder = Path(shutil.copytree(folders["clip"], tmp_path / "teacher"))
+    weights = folder / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    error = error_of(f"local-dir:{folder}")
+    assert error.what.startswith("the teacher's files cannot be loaded (")
+    assert error.where == folder
+    assert error.fix == "copy open_clip_config.json and open_clip_model.safetensors again: damaged, or of two models"
+
+
+def test_weights_of_another_model_are_an_error(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["clip"], tmp_path / "teacher"))
+    shutil.copy(folders["siglip"] / "open_clip_model.safetensors", folder)
+    assert error_of(f"local-dir:{folder}").what.startswith("the teacher's files cannot be loaded (")
+
+
+class Evil:
+    """A pickle that makes a file when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_a_pickle_is_never_run(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(folders["clip"], tmp_path / "teacher"))
+    (folder / "open_clip_model.safetensors").unlink()
+    loot = tmp_path / "owned"
+    (folder / name).write_bytes(pickle.dumps({"logit_scale": Evil(loot)}))
+    assert error_of(f"local-dir:{folder}").what.startswith("the teacher's files cannot be loaded (")
+    torch.save({"logit_scale": Evil(loot)}, folder / name)
+    assert error_of(f"local-dir:{folder}").what.startswith("the teacher's files cannot be loaded (")
+    assert not loot.exists()
+    torch.load(folder / name, weights_only=False)
+    assert loot.exists()  # it would have
+
+
+@pytest.mark.usefixtures("offline")
+def test_weights_that_cannot_be_fetched(capfd: pytest.CaptureFixture[str]) -> None:
+    error = error_of("RN50", "openai")
+    assert error.what.startswith("open_clip_model.safetensors of RN50 could not be fetched (RuntimeError: ")
+    assert error.where == "https://huggingface.co/timm/resnet50_clip.openai"
+    assert error.fix == (
+        "download it and open_clip_config.json from there into a folder, and name that: "
+        "teacher: {model: 'local-dir:FOLDER'}"
+    )
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_hub_model_that_cannot_be_fetched() -> None:
+    error = error_of("hf-hub:somebody/something")
+    assert error.what.startswith("open_clip_model.safetensors of hf-hub:somebody/something could not be fetched (")
+    assert error.where == "https://huggingface.co/somebody/something"
+
+
+def test_imagenets_words_are_open_clips() -> None:
+    classes, templates = imagenet_classes(), imagenet_templates()
+    assert (len(classes), len(set(classes)) > 990, len(templates)) == (1000, True, 80)
+    assert classes[:2] == ("tench", "goldfish")
+    assert templates[0] == "a bad photo of a {}."
+    assert all(template.count("{}") == 1 for template in templates)
