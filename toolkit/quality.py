@@ -14,9 +14,9 @@ Floats = NDArray[np.float32]
 BINS = 20
 LISTED = 10  # of anything that is named one by one
 CLOSE_CALL = 0.2  # a margin below it is a close call between two classes
-DUPLICATE_COSINE = 0.99
+DUPLICATE_SHARE = 0.02  # of the usual distance between two images of one pseudo-class: teachers spread differently
 DUPLICATE_SAMPLE = 20_000  # comparing all with all is quadratic
-OUTLIER_DEVIATIONS = 3.5  # robust standard deviations below the median (Iglewicz and Hoaglin, 1993)
+FENCE = 3.0  # interquartile ranges below the first quartile: "far out" (Tukey, 1977)
 
 
 def assess(
@@ -51,7 +51,7 @@ def assess(
         "close_calls": int((margin < CLOSE_CALL).sum()),
         "balance": balance(labels, classes),
         "confused": confused(order[margin < CLOSE_CALL], classes),
-        "near_duplicates": near_duplicates(features, names),
+        "near_duplicates": near_duplicates(features, labels, names),
         "outliers": outliers(logits.max(axis=1) / logit_scale, names),
         "templates": [
             {"template": template, "agreement": round(100 * float((chosen == labels).mean()), 2)}
@@ -109,15 +109,16 @@ def confused(close_calls: NDArray[np.int64], classes: Sequence[str]) -> list[tup
     return [(classes[a], classes[b], count) for (a, b), count in pairs.most_common(LISTED)]
 
 
-def near_duplicates(features: Floats, names: Sequence[str]) -> dict[str, Any]:
-    """Return how many images have a near copy (cosine above 0.99), and the closest pairs, among at most 20,000."""
+def near_duplicates(features: Floats, labels: NDArray[np.int64], names: Sequence[str]) -> dict[str, Any]:
+    """Return how many images have a near copy, and the closest pairs, among at most 20,000."""
     chosen = np.unique(np.linspace(0, len(features) - 1, min(len(features), DUPLICATE_SAMPLE)).astype(int))
     sample = features[chosen].astype(np.float32)
+    closest = 1 - DUPLICATE_SHARE * usual_distance(sample, labels[chosen])
     found: list[tuple[float, int, int]] = []
     copied = np.zeros(len(sample), dtype=bool)
     for start in range(0, len(sample), 1024):
         cosines = sample[start : start + 1024] @ sample[start:].T  # only with what comes later
-        rows, columns = np.nonzero(cosines > DUPLICATE_COSINE)
+        rows, columns = np.nonzero(cosines > closest)
         later = columns > rows
         rows, columns = rows[later], columns[later]
         copied[start + rows] = copied[start + columns] = True
@@ -127,11 +128,19 @@ def near_duplicates(features: Floats, names: Sequence[str]) -> dict[str, Any]:
     return {"compared": len(sample), "images": int(copied.sum()), "pairs": pairs}
 
 
+def usual_distance(features: Floats, labels: NDArray[np.int64]) -> float:
+    """Return the median cosine distance between two images of one pseudo-class."""
+    order = np.argsort(labels, kind="stable")
+    one, other = order[:-1], order[1:]
+    same = labels[one] == labels[other]
+    distances = 1 - (features[one[same]] * features[other[same]]).sum(axis=1)
+    return float(np.median(distances)) if len(distances) else 0.0
+
+
 def outliers(cosines: Floats, names: Sequence[str]) -> dict[str, Any]:
-    """Return the images far from every class: cosine [n] to the nearest one, robust standard deviations too low."""
-    middle = float(np.median(cosines))
-    deviation = 1.4826 * float(np.median(np.abs(cosines - middle)))
-    floor = middle - OUTLIER_DEVIATIONS * deviation
+    """Return the images far from every class, whose cosine [n] to the nearest one lies below Tukey's outer fence."""
+    first, third = np.percentile(cosines, [25, 75])
+    floor = float(first - FENCE * (third - first))
     lowest = [int(place) for place in np.argsort(cosines)[:LISTED] if cosines[place] < floor]
     return {
         "count": int((cosines < floor).sum()),

@@ -1,0 +1,199 @@
+"""Views: a function of (seed, image, view) alone, the same crop for teacher and student, in order from any worker."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prgkit.images import Catalogue, Preprocessing, catalogue, open_images
+from prgkit.recipe import Views
+from prgkit.views import Batch, Rendered, View, default_workers, load_batches, render, seeded_view
+
+PAGE = Views(count=3, crop_scale=(0.3, 0.8), seed=5)
+PREPROCESSING = Preprocessing(24, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+SIZES = [(1, 1), (1, 1000), (1000, 1), (1000, 3), (3, 1000), (2, 2), (640, 480), (33, 77), (4000, 4000)]
+
+
+def keys(count: int) -> list[str]:
+    return [f"{number * 2654435761 % 2**32:032x}" for number in range(count)]
+
+
+def photo(width: int, height: int, *, seed: int = 0) -> Image.Image:
+    """Smooth shapes: what a crop cuts out of them can be compared at several sizes."""
+    grid = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(12):
+        photo(40 + number, 60 - number, seed=number).save(folder / f"{number}.png")
+    return catalogue(open_images(str(folder)), workers=1)
+
+
+def test_a_view_is_a_function_of_seed_image_and_number() -> None:
+    view = seeded_view("ab", 1, 640, 480, PAGE)
+    assert seeded_view("ab", 1, 640, 480, PAGE) == view
+    assert seeded_view("ab", 1, 640, 480, PAGE.model_copy(update={"count": 9})) == view
+    others = [
+        seeded_view("ab", 2, 640, 480, PAGE),
+        seeded_view("ac", 1, 640, 480, PAGE),
+        seeded_view("ab", 1, 640, 480, PAGE.model_copy(update={"seed": 6})),
+    ]
+    assert len({view.left, *(other.left for other in others)}) == 4
+
+
+def test_a_view_never_changes() -> None:
+    """Stored targets are worth nothing if a later version draws other crops."""
+    view = seeded_view("00" * 16, 1, 640, 480, Views())
+    assert (view.left, view.top, view.right, view.bottom) == pytest.approx(
+        (0.15869470162673396, 0.0, 0.9588876765326511, 1.0), abs=1e-12
+    )
+    assert view.flip is False
+
+
+def test_a_crop_by_hand() -> None:
+    """At crop_scale [s, s] the area is s; the ratio stays in [3/4, 4/3], in pixels."""
+    page = Views(crop_scale=(0.25, 0.25))
+    ratios = []
+    for key in keys(300):
+        view = seeded_view(key, 1, 800, 600, page)
+        width, height = (view.right - view.left) * 800, (view.bottom - view.top) * 600
+        assert width * height == pytest.approx(0.25 * 800 * 600)
+        ratios.append(width / height)
+    assert 3 / 4 <= min(ratios) < 0.77
+    assert 1.3 < max(ratios) <= 4 / 3 + 1e-9
+    assert np.mean(np.log(ratios)) == pytest.approx(0, abs=0.03)
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_boxes_stay_inside(width: int, height: int) -> None:
+    image = Image.new("RGB", (width, height), (10, 200, 30)) if width < 4000 else None
+    for key in keys(100):
+        view = seeded_view(key, 2, width, height, PAGE)
+        assert 0 <= view.left < view.right <= 1 + 1e-12
+        assert 0 <= view.top < view.bottom <= 1 + 1e-12
+        if image is not None and width * height < 100_000:
+            assert np.unique(render(image, view, 8, "bicubic").reshape(-1, 3), axis=0).tolist() == [[10, 200, 30]]
+
+
+def test_area_shares_are_uniform_in_crop_scale() -> None:
+    boxes = [seeded_view(key, 1, 500, 500, PAGE) for key in keys(2000)]
+    shares = np.sort([(box.right - box.left) * (box.bottom - box.top) for box in boxes])
+    assert shares[0] >= 0.3 - 1e-9
+    assert shares[-1] <= 0.8 + 1e-9
+    expected = np.linspace(0.3, 0.8, len(shares))
+    # An area that would leave the image is cut to it: above 3/4 some sides are.
+    assert np.abs(shares - expected)[expected < 0.7].max() < 0.02  # Kolmogorov's bound at 1 % is 0.018
+    assert 0.45 < np.mean([box.left / (1 - (box.right - box.left)) for box in boxes]) < 0.55
+
+
+def test_flips_are_half_or_none() -> None:
+    off = PAGE.model_copy(update={"flip": False})
+    flips = [seeded_view(key, 1, 64, 64, PAGE).flip for key in keys(1000)]
+    assert 440 < sum(flips) < 560
+    assert not any(seeded_view(key, 1, 64, 64, off).flip for key in keys(1000))
+    assert replace(seeded_view(keys(9)[8], 1, 64, 64, PAGE), flip=False) == seeded_view(keys(9)[8], 1, 64, 64, off)
+
+
+def test_rendering_by_hand() -> None:
+    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    cut = render(Image.fromarray(pixels), View(0.25, 0.5, 0.75, 1.0, flip=False), 4, "bilinear")
+    np.testing.assert_array_equal(cut, pixels[4:8, 2:6])
+    mirrored = render(Image.fromarray(pixels), View(0.25, 0.5, 0.75, 1.0, flip=True), 4, "bilinear")
+    np.testing.assert_array_equal(mirrored, pixels[4:8, 2:6][:, ::-1])
+
+
+def test_teacher_and_student_see_the_same_crop() -> None:
+    image = photo(300, 220)
+    for number in range(1, 9):
+        view = seeded_view("0f" * 16, number, *image.size, PAGE)
+        large, small = render(image, view, 128, "bicubic"), render(image, view, 32, "bilinear")
+        downscaled = large.reshape(32, 4, 32, 4, 3).mean((1, 3))
+        assert np.abs(downscaled - small).mean() < 1
+        other = render(image, seeded_view("0f" * 16, number + 1, *image.size, PAGE), 32, "bilinear")
+        assert np.abs(downscaled - other).mean() > 5
+
+
+def test_view_0_is_the_prepared_image(photos: Catalogue) -> None:
+    pixels, position, numbers = Rendered(photos, PREPROCESSING, PAGE)[(3, [0, 2])]
+    assert (pixels.shape, position, numbers.tolist()) == ((2, 24, 24, 3), 3, [0, 2])
+    image = photos.read(3)
+    np.testing.assert_array_equal(pixels[0], PREPROCESSING.prepare(image))
+    view = seeded_view(photos.keys[3], 2, *image.size, PAGE)
+    np.testing.assert_array_equal(pixels[1], render(image, view, 24, "bilinear"))
+
+
+PLAN: list[list[tuple[int, Sequence[int]]]] = [
+    [(7, [1, 2]), (0, [1, 2]), (3, [0, 3])],
+    [(2, [3, 1]), (7, [1, 2])],
+    [(11, [0, 1])],
+]
+
+
+def same(one: list[Batch], other: list[Batch]) -> bool:
+    pairs = list(zip(one, other, strict=True))
+    names = ("pixels", "positions", "views")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in pairs for name in names)
+
+
+def test_workers_change_nothing(photos: Catalogue) -> None:
+    rendered = Rendered(photos, PREPROCESSING, PAGE)
+    alone = list(load_batches(rendered, PLAN, workers=0))
+    assert [batch.positions.tolist() for batch in alone] == [[7, 0, 3], [2, 7], [11]]
+    assert [batch.views.tolist() for batch in alone] == [[[1, 2], [1, 2], [0, 3]], [[3, 1], [1, 2]], [[0, 1]]]
+    assert torch.equal(alone[0].pixels[0], alone[1].pixels[1])
+    assert same(alone, list(load_batches(rendered, PLAN, workers=2)))
+
+
+class Slow(Rendered):
+    """The first image takes its time."""
+
+    def __getitem__(self, item: tuple[int, Sequence[int]]) -> Any:
+        if item[0] == 7:
+            time.sleep(0.5)
+        return super().__getitem__(item)
+
+
+def test_a_slow_worker_does_not_reorder(photos: Catalogue) -> None:
+    slow, quick = Slow(photos, PREPROCESSING, PAGE), Rendered(photos, PREPROCESSING, PAGE)
+    assert same(list(load_batches(slow, PLAN, workers=2)), list(load_batches(quick, PLAN, workers=0)))
+
+
+def test_an_endless_plan_is_read_as_it_is_used(photos: Catalogue) -> None:
+    taken = []
+
+    def plan() -> Any:
+        for number in range(10**9):
+            taken.append(number)
+            yield [(number % 12, [1])]
+
+    loaded = load_batches(Rendered(photos, PREPROCESSING, PAGE), plan(), workers=0)
+    assert [next(loaded).positions.item() for _ in range(3)] == [0, 1, 2]
+    assert len(taken) <= 4
+
+
+def test_the_default_leaves_half_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, expected in ((None, 1), (1, 1), (2, 1), (9, 4), (64, 8)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert default_workers() == expected
+
+
+def test_a_gone_file_is_named(tmp_path: Path) -> None:
+    for number in range(3):
+        photo(30, 30, seed=number).save(tmp_path / f"{number}.png")
+    found = catalogue(open_images(str(tmp_path)), workers=1)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(Exception, match=r"\d\.png"):
+        list(load_batches(Rendered(found, PREPROCESSING, PAGE), [[(0, [1])]], workers=0))
