@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.distill import distill, schedule
-from prgkit.errors import RunError
+from prgkit.errors import ImagesError, RunError
 from prgkit.lesson import hold_out
 from prgkit.recipe import Recipe, validate
 from prgkit.run import Interrupted, Run
@@ -170,6 +171,47 @@ def test_a_signal_to_the_whole_process_group_then_the_same_command(
         assert "Traceback" not in said
     assert not run.finished, "the run had ended before the signal came"
     assert_same(distill(recipe_for(photos, workers=1), run.folder, root, Unwatched()), finished)
+
+
+def test_images_that_changed_under_a_stopped_run_are_refused(photos: Path, tmp_path: Path) -> None:
+    images = Path(shutil.copytree(photos, tmp_path / "images"))
+    arguments = (recipe_for(images), tmp_path / "run", tmp_path / "targets")
+    with pytest.raises(Interrupted):
+        distill(*arguments, StopAt(32, signal.SIGTERM))
+    for path in sorted(images.iterdir())[:30]:
+        path.unlink()
+    with pytest.raises(RunError, match="the images, or the teacher, have changed since this run was started"):
+        distill(*arguments, Unwatched())
+
+
+def test_a_deleted_student_of_a_finished_run_comes_back(photos: Path, tmp_path: Path) -> None:
+    arguments = (recipe_for(photos, epochs=1), tmp_path / "run", tmp_path / "targets")
+    weights = distill(*arguments, Unwatched()).weights
+    before = load_file(weights)
+    weights.unlink()
+    after = load_file(distill(*arguments, Unwatched()).weights)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_loss_that_is_no_number_stops_at_once(photos: Path, tmp_path: Path) -> None:
+    page = raw_recipe(photos, learning_rate=1e30, warmup_epochs=0.0, gradient_clip=None)
+    recipe = validate(page, where="test").resolved()
+    with pytest.raises(RunError, match=r"training came apart: \w+ is (nan|inf) in step \d+, epoch 1"):
+        distill(recipe, tmp_path / "run", tmp_path / "targets", Unwatched())
+    assert Run(tmp_path / "run").metrics() == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_vanishes_while_training_is_named(photos: Path, tmp_path: Path, workers: int) -> None:
+    images = Path(shutil.copytree(photos, tmp_path / "images"))
+
+    class Vanish(Unwatched):
+        def start(self, stage: str, total: int, unit: str) -> None:
+            if stage == "student":
+                shutil.rmtree(images)
+
+    with pytest.raises(ImagesError, match=r"\d{3}\.png could be read before and no longer can: "):
+        distill(recipe_for(images, workers=workers), tmp_path / "run", tmp_path / "targets", Vanish())
 
 
 def test_a_damaged_checkpoint_is_named(photos: Path, tmp_path: Path) -> None:

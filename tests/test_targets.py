@@ -17,7 +17,7 @@ from prgkit.images import catalogue, open_images
 from prgkit.lesson import prepare
 from prgkit.recipe import Recipe, validate
 from prgkit.run import locked
-from prgkit.targets import Targets
+from prgkit.targets import Targets, embed
 from prgkit.teacher import Teacher, load_teacher
 from prgkit.views import Rendered
 from prgkit.watch import Unwatched
@@ -149,6 +149,7 @@ def test_what_was_not_journalled_is_seen_again_and_ends_the_same(
     (folder / "journal.jsonl").write_bytes(b"\n".join(journal[:2]) + b"\n" + journal[2][:30])  # torn in the third line
     calls["views"] = 0
     resumed = see(recipe, tmp_path / "cut")
+    assert see(recipe, tmp_path / "cut").targets.damaged == []  # what was appended after the torn line can be read
     assert 0 < calls["views"] < all_views
     for view in range(3):
         assert torch.equal(features(resumed, view, resumed.learned), features(whole, view, whole.learned))
@@ -185,6 +186,21 @@ def test_a_store_in_use_is_refused(photos: Path, tmp_path: Path) -> None:
         pytest.raises(RunError, match="another process is working on this target store"),
     ):
         see(recipe_for(photos), tmp_path)
+
+
+def test_a_second_process_sees_what_the_first_has_stored(photos: Path, tmp_path: Path, calls: dict[str, int]) -> None:
+    recipe = recipe_for(photos)
+    first = see(recipe, tmp_path)
+    for number, image in enumerate(load_digits("test")[0][:4]):
+        image.save(photos / f"new-{number}.png")
+    second = Targets(first.targets.folder)
+    see(recipe, tmp_path)  # the first process stores the new images while the second is about to
+    seen = calls["views"]
+    images = catalogue(open_images(str(photos)), workers=1)
+    views = np.full(len(images), 3)
+    views[teaching.hold_out(images.keys, 0.1)] = 1
+    embed(second, images, views=views, recipe=recipe, teacher=lambda: pytest.fail("asked again"), watch=Unwatched())
+    assert calls["views"] == seen
 
 
 def test_a_full_disk_is_told_before_the_work(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,12 +203,21 @@ def test_identity_follows_content_not_place(folders: dict[str, Path], tmp_path: 
     assert teacher_identity(local(moved)) != before
 
 
-def test_identity_of_a_weights_file_is_its_content(tmp_path: Path) -> None:
-    identities = []
-    for name, content in (("a.safetensors", b"one"), ("b.safetensors", b"one"), ("c.safetensors", b"two")):
-        (tmp_path / name).write_bytes(content)
-        identities.append(teacher_identity(TeacherPage(model="ViT-B-32", weights=str(tmp_path / name))))
-    assert identities[0] == identities[1] != identities[2]
+@pytest.mark.parametrize(("weights", "activation"), [("openai", "QuickGELU"), ("laion2b_s34b_b79k", "GELU")])
+def test_weights_get_the_activation_they_were_trained_with(
+    monkeypatch: pytest.MonkeyPatch, weights: str, activation: str
+) -> None:
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: "nothing.safetensors")
+    monkeypatch.setattr(open_clip.factory, "load_checkpoint", lambda *_, **__: {})
+    teacher = load_teacher(TeacherPage(model="ViT-B-32", weights=weights), torch.device("cpu"))
+    assert type(teacher.model.visual.transformer.resblocks[0].mlp.gelu).__name__ == activation
+
+
+def test_a_file_of_weights_is_refused_since_its_configuration_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").write_bytes(b"weights")
+    error = error_of("ViT-B-32", str(tmp_path / "mine.safetensors"))
+    assert "has no weights" in error.what
+    assert "local-dir:FOLDER" in str(error.fix)
 
 
 def test_an_unknown_model_names_the_nearest() -> None:
@@ -223,13 +232,16 @@ def test_an_unknown_model_names_the_nearest() -> None:
 def test_an_unknown_tag_names_the_nearest_and_all() -> None:
     error = error_of("RN50", "openia")
     assert error.what == "RN50 has no weights 'openia'; did you mean 'openai'?"
-    assert error.fix == "choose one of openai, yfcc15m, cc12m, or a weights file"
+    assert str(error.fix).startswith("choose one of openai, yfcc15m, cc12m, or put a file of your own beside")
     missing = error_of("RN50")
-    assert (missing.what, missing.fix) == ("teacher.weights is missing for RN50", error.fix)
+    assert (missing.what, missing.fix) == (
+        "teacher.weights is missing for RN50",
+        "choose one of openai, yfcc15m, cc12m",
+    )
 
 
 def test_a_folder_without_a_config_says_what_belongs_there(tmp_path: Path) -> None:
-    fix = "teacher.model is local-dir:PATH of a folder with open_clip_config.json and open_clip_model.safetensors"
+    fix = "teacher.model is local-dir:PATH of a folder with that file and open_clip_model.safetensors"
     error = error_of(f"local-dir:{tmp_path}")
     assert (error.what, error.where, error.fix) == (
         "the teacher's folder holds no open_clip_config.json",

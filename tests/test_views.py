@@ -95,7 +95,7 @@ def test_area_shares_are_uniform_in_crop_scale() -> None:
     expected = np.linspace(0.3, 0.8, len(shares))
     # An area that would leave the image is cut to it: above 3/4 some sides are.
     assert np.abs(shares - expected)[expected < 0.7].max() < 0.02  # Kolmogorov's bound at 1 % is 0.018
-    assert 0.45 < np.mean([box.left / (1 - (box.right - box.left)) for box in boxes]) < 0.55
+    assert np.mean([(box.left + box.right) / 2 for box in boxes]) == pytest.approx(0.5, abs=0.01)
 
 
 def test_flips_are_half_or_none() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)
     best_epoch: int = 0
     best_agreement: float = -1.0
+    made_from: str = ""  # the images learned from and the targets, as a fingerprint
     seconds: float = 0.0
 
     def add(self, terms: dict[str, Tensor]) -> None:
@@ -37,6 +39,11 @@ class Progress:
         self.steps_in_epoch += 1
         values = torch.stack([term.detach().double() for term in terms.values()]).tolist()
         for name, value in zip(terms, values, strict=True):
+            if not math.isfinite(value):
+                raise RunError(
+                    f"training came apart: {name} is {value} in step {self.step}, epoch {self.epoch + 1}",
+                    fix="lower training.learning_rate, or objective.edge_weight, in a new run; the targets are kept",
+                )
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
@@ -109,13 +116,26 @@ class TrainingState:
                 where=run.state,
                 fix="delete it, and the same command trains this run from its start; the targets are kept",
             ) from error
+        for parameter, slot in self.optimizer.state.items():
+            for name, tensor in slot.items():
+                if tensor.shape == parameter.shape:  # back into the parameter's layout, channels-last or not
+                    slot[name] = torch.empty_like(parameter).copy_(tensor)
+        if facts["made_from"] != self.progress.made_from:
+            raise RunError(
+                "the images, or the teacher, have changed since this run was started",
+                where=run.folder,
+                fix=f"start a new run with --run {run.folder}-2; what the teacher has seen is not lost",
+            )
         for name, value in facts.items():
             setattr(self.progress, name, value)
 
 
 def expected_bytes(student: Student) -> int:
-    """Return what a run takes on the disk: student, average and the optimizer's two moments, and the best student."""
-    return 5 * 4 * sum(parameter.numel() for parameter in student.parameters())
+    """Return what a run takes on the disk: the best student, and two checkpoints while one replaces the other.
+
+    A checkpoint holds the student, its average and the optimizer's two moments.
+    """
+    return (1 + 2 * 4) * 4 * sum(parameter.numel() for parameter in student.parameters())
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

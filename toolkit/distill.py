@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, is_tensorboard_available, is_wandb_available
+from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from prgkit.checkpoint import Average, Progress, TrainingState, expected_bytes, save_tensors
 from prgkit.devices import first_goes_on, from_first, join_processes, probe_precision, seed_everything
@@ -52,10 +52,11 @@ def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelera
     """Do one process's part: the first reads the images and asks the teacher, all of them train."""
     with accelerator.main_process_first():
         run = start_run(folder, recipe)
-    if run.finished:
+    if run.finished and run.weights.exists():
         watch.note(f"{run.folder} is finished already")
         return
     with locked(run.folder, "run") if accelerator.is_main_process else nullcontext():
+        build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)  # a mistake in it is told now
         lesson = from_first(accelerator, lambda: prepare(recipe, targets_root, watch, run))
         seed_everything(recipe.training.seed)
         student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=lesson.targets.width)
@@ -80,7 +81,8 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
     page, device = recipe.training, accelerator.device
     batch_size = min(page.batch_size, len(lesson.learned))
     steps = len(lesson.learned) // batch_size  # in an epoch; the last, smaller batch is left out
-    total, warmup = steps * page.epochs, round(page.warmup_epochs * steps)
+    total = steps * page.epochs
+    warmup = round(min(page.warmup_epochs * steps, 0.2 * total))  # a run of one epoch is more than its warm-up
     autocast = partial(
         torch.autocast, device.type, torch.bfloat16, enabled=decide_precision(run, student, page, accelerator)
     )
@@ -91,7 +93,7 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
     student.projector.requires_grad_(objective.uses_features)  # several processes wait for every gradient
     optimizer = build_optimizer(student, page)
     average = Average(student)  # the weight EMA is what is judged and kept
-    progress = Progress()
+    progress = Progress(made_from=lesson.fingerprint())
     state = TrainingState(student, average, optimizer, objective, progress)
     state.load(run)
     if accelerator.is_main_process:
@@ -141,6 +143,9 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
                     where=run.folder,
                     fix="the same command goes on from here",
                 )
+    accelerator.wait_for_everyone()
+    if not run.weights.exists():  # deleted since, as it was damaged; the last average takes its place
+        judge(run, lesson, state, accelerator, page)
     if accelerator.is_main_process:
         rate = total * batch_size / max(progress.seconds, 1e-9)
         best = {"epoch": progress.best_epoch, "agreement": progress.best_agreement}
@@ -152,7 +157,7 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
 def batches(
     lesson: Lesson, page: Training, views: int, batch_size: int, steps: range, accelerator: Accelerator
 ) -> Iterator[list[tuple[int, list[int]]]]:
-    """Yield this process's part of each batch: every image once an epoch, and every view of it once in ``views``."""
+    """Yield this process's part of each batch: an image at most once an epoch, and each time its next view."""
     offsets = {int(position): int(lesson.catalogue.keys[position][:8], 16) for position in lesson.learned}
     in_epoch = len(lesson.learned) // batch_size
     order = np.empty(0, dtype=np.int64)
@@ -193,21 +198,25 @@ def decide_precision(run: Run, student: Student, page: Training, accelerator: Ac
 
 
 def finish_epoch(run: Run, lesson: Lesson, state: TrainingState, accelerator: Accelerator, page: Training) -> None:
-    """Judge the averaged student without labels, keep it if it is the best so far, and write the epoch's metrics."""
-    progress, average = state.progress, state.average.student
+    """Judge the student and write the epoch's metrics."""
+    progress = state.progress
     means = progress.means()
     progress.end_epoch()
-    for statistic in average.buffers():  # batch norm has seen another part of each batch in every process
-        broadcast(statistic)
+    agreement = judge(run, lesson, state, accelerator, page)
+    if accelerator.is_main_process:
+        record = {"epoch": progress.epoch, **means, "agreement": agreement, "seconds": round(progress.seconds, 1)}
+        run.append_metrics(record)
+        accelerator.log({name: value for name, value in record.items() if name != "epoch"}, step=progress.epoch)
+
+
+def judge(run: Run, lesson: Lesson, state: TrainingState, accelerator: Accelerator, page: Training) -> float:
+    """Judge the averaged student without labels and keep it if it is the best so far; of equals, the later one."""
+    progress, average = state.progress, state.average.student
     agreement = agreement_with_teacher(average, lesson, page, accelerator)
-    if not accelerator.is_main_process:
-        return
-    if agreement >= progress.best_agreement:  # of equals the later, which has seen more and moves less
+    if accelerator.is_main_process and (agreement >= progress.best_agreement or not run.weights.exists()):
         progress.best_epoch, progress.best_agreement = progress.epoch, agreement
         save_tensors(run.weights, average.state_dict(), {"epoch": progress.epoch, "agreement": agreement})
-    record = {"epoch": progress.epoch, **means, "agreement": agreement, "seconds": round(progress.seconds, 1)}
-    run.append_metrics(record)
-    accelerator.log({name: value for name, value in record.items() if name != "epoch"}, step=progress.epoch)
+    return agreement
 
 
 @torch.inference_mode()
@@ -219,7 +228,8 @@ def agreement_with_teacher(student: Student, lesson: Lesson, page: Training, acc
     for batch in load_batches(Rendered(lesson.catalogue, student.preprocessing, Views()), plan, workers=page.workers):
         teacher = lesson.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), accelerator.device)
         logits = student(batch.pixels[:, 0].to(accelerator.device)).logits
-        counts += torch.stack([(logits.argmax(1) == teacher.labels).sum(), torch.tensor(len(logits))])
+        counts[0] += (logits.argmax(1) == teacher.labels).sum()
+        counts[1] += len(logits)
     agreeing, images = accelerator.reduce(counts).tolist()
     return float(round(100 * agreeing / images, 4))
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from prgkit import quality
 from prgkit.devices import best_device
 from prgkit.errors import ImagesError
-from prgkit.files import write_json
+from prgkit.files import fingerprint, write_json
 from prgkit.images import Catalogue, catalogue, match_labels, open_images
 from prgkit.objectives import TeacherSide
 from prgkit.objectives.prg import prompt_logits, weighted_logits
 from prgkit.recipe import Recipe
 from prgkit.run import Run
 from prgkit.targets import Targets, embed, open_targets
-from prgkit.teacher import Teacher, load_teacher
+from prgkit.teacher import Teacher, check_teacher, load_teacher
 from prgkit.views import default_workers
 from prgkit.watch import Watch
 
@@ -39,6 +39,10 @@ class Lesson:
     learned: NDArray[np.int64]  # positions that the student learns from
     prompts: Tensor  # T [M, C, D]
     prompt_weighting: str
+
+    def fingerprint(self) -> str:
+        """Return what changes when other images are learned from, or when they are seen by another teacher."""
+        return fingerprint([self.targets.folder.name, [self.catalogue.keys[position] for position in self.learned]])
 
     def answer(self, positions: NDArray[np.int64], views: NDArray[np.int64], device: torch.device) -> TeacherSide:
         """Return the teacher's side (I, W, y) of these views."""
@@ -56,13 +60,14 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
         watch.note(f"loading the teacher {recipe.teacher.model}")
         return load_teacher(recipe.teacher, best_device())
 
+    check_teacher(recipe.teacher)
     images = read_catalogue(recipe.data.images, recipe, watch)
-    if run is not None:
-        run.update_card(images=facts_of(images))
     targets = open_targets(recipe, targets_root, teacher)
     for place in targets.damaged:
         watch.note(f"damaged block in {targets.folder}: {place}; its images are embedded again")
     evaluation = read_evaluation(recipe, images, watch) if recipe.data.evaluation else None
+    if run is not None:
+        run.update_card(images=facts_of(images), evaluation=facts_of(evaluation) if evaluation else None)
     held_out = hold_out(images.keys, recipe.data.held_out)
     views = np.full(len(images), 1 + recipe.views.count)
     views[held_out] = 1  # the evaluation view alone
@@ -78,30 +83,30 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
         prompts=targets.prompts(recipe.classes, recipe.templates, teacher),
         prompt_weighting=recipe.prompt_weighting,
     )
-    tell_quality(lesson, recipe, watch, run)
+    if run is None or not run.quality_file.exists():
+        tell_quality(lesson, recipe, watch, run)
     return lesson
 
 
 def tell_quality(lesson: Lesson, recipe: Recipe, watch: Watch, run: Run | None) -> None:
     """Say how far the pseudo-labels can be trusted, and keep it in the run."""
-    cpu = torch.device("cpu")
-    positions = np.arange(len(lesson.catalogue))
+    # The catalogue is ordered by content, so evenly spaced positions are a random sample.
+    count = min(len(lesson.catalogue), quality.MOST_IMAGES)
+    positions = np.unique(np.linspace(0, len(lesson.catalogue) - 1, count).astype(int))
     features, logits, template_labels = [], [], []
-    for part in np.array_split(positions, max(1, len(positions) // 256)):
-        view = np.zeros(len(part), dtype=int)
-        answer = lesson.answer(part, view, cpu)
-        features.append(answer.features.numpy())
-        logits.append(answer.logits.numpy())
-        per_prompt = prompt_logits(answer.features, lesson.prompts, lesson.targets.logit_scale)
-        template_labels.append(per_prompt.argmax(dim=2).T.numpy())  # [M, part]
+    for part in np.array_split(lesson.rows[positions], max(1, len(positions) // 256)):
+        features.append(lesson.targets.features(part, np.zeros(len(part), dtype=int)))
+        per_prompt = prompt_logits(features[-1], lesson.prompts, lesson.targets.logit_scale)  # [part, M, C]
+        logits.append(weighted_logits(per_prompt, lesson.prompt_weighting))
+        template_labels.append(per_prompt.argmax(dim=2).T)  # [M, part]
     found = quality.assess(
-        np.concatenate(features),
-        np.concatenate(logits),
-        np.concatenate(template_labels, axis=1),
+        torch.cat(features).numpy(),
+        torch.cat(logits).numpy(),
+        torch.cat(template_labels, dim=1).numpy(),
         logit_scale=lesson.targets.logit_scale,
         classes=recipe.classes,
         templates=recipe.templates,
-        names=[lesson.catalogue.images.name(int(index)) for index in lesson.catalogue.indices],
+        names=[lesson.catalogue.images.name(int(index)) for index in lesson.catalogue.indices[positions]],
     )
     watch.note("the teacher's answers:")
     for name, line in quality.summary(found):

@@ -15,7 +15,7 @@ BINS = 20
 LISTED = 10  # of anything that is named one by one
 CLOSE_CALL = 0.2  # a margin below it is a close call between two classes
 DUPLICATE_SHARE = 0.02  # of the usual distance between two images of one pseudo-class: teachers spread differently
-DUPLICATE_SAMPLE = 20_000  # comparing all with all is quadratic
+MOST_IMAGES = 20_000  # a sample says as much, and comparing all with all is quadratic
 FENCE = 3.0  # interquartile ranges below the first quartile: "far out" (Tukey, 1977)
 
 
@@ -51,7 +51,7 @@ def assess(
         "close_calls": int((margin < CLOSE_CALL).sum()),
         "balance": balance(labels, classes),
         "confused": confused(order[margin < CLOSE_CALL], classes),
-        "near_duplicates": near_duplicates(features, labels, names),
+        "near_duplicates": near_duplicates(features.astype(np.float32), labels, names),
         "outliers": outliers(logits.max(axis=1) / logit_scale, names),
         "templates": [
             {"template": template, "agreement": round(100 * float((chosen == labels).mean()), 2)}
@@ -110,22 +110,22 @@ def confused(close_calls: NDArray[np.int64], classes: Sequence[str]) -> list[tup
 
 
 def near_duplicates(features: Floats, labels: NDArray[np.int64], names: Sequence[str]) -> dict[str, Any]:
-    """Return how many images have a near copy, and the closest pairs, among at most 20,000."""
-    chosen = np.unique(np.linspace(0, len(features) - 1, min(len(features), DUPLICATE_SAMPLE)).astype(int))
-    sample = features[chosen].astype(np.float32)
-    closest = 1 - DUPLICATE_SHARE * usual_distance(sample, labels[chosen])
+    """Return how many images have a near copy, and the closest pairs."""
+    closest = 1 - DUPLICATE_SHARE * usual_distance(features, labels)
     found: list[tuple[float, int, int]] = []
-    copied = np.zeros(len(sample), dtype=bool)
-    for start in range(0, len(sample), 1024):
-        cosines = sample[start : start + 1024] @ sample[start:].T  # only with what comes later
+    copied = np.zeros(len(features), dtype=bool)
+    for start in range(0, len(features), 1024):
+        cosines = np.triu(features[start : start + 1024] @ features[start:].T, k=1)  # each pair once
         rows, columns = np.nonzero(cosines > closest)
-        later = columns > rows
-        rows, columns = rows[later], columns[later]
         copied[start + rows] = copied[start + columns] = True
-        found += zip(cosines[rows, columns].tolist(), (start + rows).tolist(), (start + columns).tolist(), strict=True)
+        best = np.argsort(-cosines[rows, columns], kind="stable")[:LISTED]
+        found += [
+            (float(cosines[a, b]), start + int(a), start + int(b))
+            for a, b in zip(rows[best], columns[best], strict=True)
+        ]
         found = sorted(found, reverse=True)[:LISTED]
-    pairs = [(names[chosen[a]], names[chosen[b]], round(cosine, 4)) for cosine, a, b in found]
-    return {"compared": len(sample), "images": int(copied.sum()), "pairs": pairs}
+    pairs = [(names[a], names[b], round(cosine, 4)) for cosine, a, b in found]
+    return {"compared": len(features), "images": int(copied.sum()), "pairs": pairs}
 
 
 def usual_distance(features: Floats, labels: NDArray[np.int64]) -> float:

@@ -192,6 +192,9 @@ class Recipe(Page):
     def _one_prompt_weighting(self) -> Recipe:
         if not self.objective:
             raise ValueError("objective: name at least one")
+        names = [objective.name for objective in self.objective]
+        if len(set(names)) < len(names):
+            raise ValueError("objective: each objective of a list may stand there once")
         if len({objective.prompt_weighting for objective in self.objective}) > 1:
             raise ValueError("objective: every objective of a list must name the same prompt_weighting")
         return self

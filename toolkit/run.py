@@ -92,6 +92,14 @@ def start_run(folder: Path, recipe: Recipe) -> Run:
         RunError: the folder holds a run of another recipe, or something else.
     """
     run = Run(folder)
+    base = {
+        "schema": "prgkit.run/1",
+        "prgkit": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "fingerprint": recipe.fingerprint(),
+        "origin": os.path.relpath(Path.cwd(), folder),
+        "finished": False,
+    }
     if run.recipe_file.exists():
         if changed := changed_keys(run.recipe, recipe):
             raise RunError(
@@ -100,20 +108,15 @@ def start_run(folder: Path, recipe: Recipe) -> Run:
                 fix=f"start a new run with --run {folder}-2, or delete {folder}",
             )
         save_recipe(recipe, run.recipe_file)  # what may change in a run: its export and how it is watched
+        if not run.card_file.exists():  # the first start was stopped between the two
+            run.update_card(**base)
         return run
     if folder.exists() and any(folder.iterdir()):
         raise RunError(
             "the folder is not empty and holds no run", where=folder, fix="give --run a new or an empty folder"
         )
     save_recipe(recipe, run.recipe_file)
-    run.update_card(
-        schema="prgkit.run/1",
-        prgkit=__version__,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        fingerprint=recipe.fingerprint(),
-        origin=os.path.relpath(Path.cwd(), folder),
-        finished=False,
-    )
+    run.update_card(**base)
     return run
 
 
@@ -202,11 +205,23 @@ def run_name(source: str) -> str:
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON line and flush it to the disk, so that a kill loses at most a torn last line."""
-    line = json.dumps(record) + "\n"
+    line = json.dumps(record, allow_nan=False) + "\n"
+    drop_torn_line(path)
     with guarding_space(path, len(line)), open(path, "a", encoding="utf-8") as file:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a kill or a full disk left without its end, so that the next one starts on its own."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with open(path, "rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def complete_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -50,10 +50,24 @@ class Targets:
         self._rows: dict[str, tuple[int, int]] = {}  # key -> (row, views)
         self._end = 0
         self._maps: dict[int, NDArray[np.float16]] = {}
-        for block in complete_lines(self._journal) if self._journal.exists() else ():
+        self._journalled = 0  # lines taken in
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what has been journalled since, also by another process."""
+        blocks = list(complete_lines(self._journal)) if self._journal.exists() else []
+        for block in blocks[self._journalled :]:
             self._take_in(block)
-        # A broken block is of no account once its images have been embedded again.
-        self.damaged = [place for place, keys in self._broken if any(key not in self._rows for key in keys)]
+        self._journalled = len(blocks)
+
+    @property
+    def damaged(self) -> list[str]:
+        """Where the store is damaged; of no account once the images in question have been embedded again."""
+        return [place for place, keys in self._broken if any(key not in self._rows for key in keys)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the memory maps behind: another process maps the files itself."""
+        return {**self.__dict__, "_maps": {}}
 
     def stored_views(self, key: str) -> int:
         """Return how many views of an image are stored."""
@@ -70,7 +84,7 @@ class Targets:
         gathered = np.empty((len(rows), self.width), dtype=np.float16)
         for view in np.unique(views):
             chosen = views == view
-            gathered[chosen] = self._map(int(view))[rows[chosen]]
+            gathered[chosen] = self._map(int(view), int(rows[chosen].max()))[rows[chosen]]
         # float16 rounds a unit vector's length by up to 0.05 %.
         return torch.nn.functional.normalize(torch.from_numpy(gathered).float(), dim=1)
 
@@ -87,6 +101,7 @@ class Targets:
                 os.fsync(file.fileno())
             digests.append(_digest(content))
         append_line(self._journal, {"row": self._end, "keys": list(keys), "digests": digests})
+        self._journalled += 1
         self._note(self._end, keys, len(features))
 
     def prompts(self, classes: Sequence[str], templates: Sequence[str], teacher: Callable[[], Teacher]) -> torch.Tensor:
@@ -119,9 +134,9 @@ class Targets:
     def _view_file(self, view: int) -> Path:
         return self.folder / f"view-{view:03d}.f16"
 
-    def _map(self, view: int) -> NDArray[np.float16]:
+    def _map(self, view: int, last_row: int) -> NDArray[np.float16]:
         known = self._maps.get(view)
-        if known is None or len(known) < self._end:
+        if known is None or len(known) <= last_row:
             path = self._view_file(view)
             rows = path.stat().st_size // (2 * self.width)
             self._maps[view] = np.memmap(path, dtype=np.float16, mode="r", shape=(rows, self.width))
@@ -208,12 +223,18 @@ def embed(
         DiskFullError: before the work, or at a block; what is journalled stays.
         RunError: another process is working on the store.
     """
-    stored = np.array([targets.stored_views(key) for key in catalogue.keys])
-    missing = np.flatnonzero(stored < views)
+
+    def missing_now() -> NDArray[np.int64]:
+        stored = np.array([targets.stored_views(key) for key in catalogue.keys])
+        return np.flatnonzero(stored < views)
+
+    missing = missing_now()
     if not len(missing):
         return
     require_space(targets.folder, int(views[missing].sum()) * targets.width * 2, "the target store")
     with locked(targets.folder, "target store"):
+        targets.refresh()  # another process may have appended before the lock was ours
+        missing = missing_now()
         watch.start("teacher", len(missing), "img")
         for count in np.unique(views[missing]):
             _embed_views(targets, teacher(), catalogue, missing[views[missing] == count], int(count), recipe, watch)

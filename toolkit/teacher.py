@@ -73,17 +73,24 @@ def load_teacher(page: TeacherPage, device: torch.device) -> Teacher:
     """
     import open_clip
 
+    check_teacher(page)
     folder = _local_folder(page.model)
     name = f"local-dir:{folder}" if folder else page.model
-    if folder is None and not name.startswith("hf-hub:"):
-        _check_names(name, page.weights)
     try:
         with _quiet():
-            model, _, _ = open_clip.create_model_and_transforms(name, pretrained=page.weights)
+            model, _, _ = open_clip.create_model_and_transforms(
+                name, pretrained=page.weights, force_quick_gelu=_trained_with_quick_gelu(name, page.weights)
+            )
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
         raise _load_error(page, folder, error) from error
     return Teacher(model, tokenizer, device, page)
+
+
+def check_teacher(page: TeacherPage) -> None:
+    """Refuse a name, a tag or a folder that no teacher can be loaded from, without loading it."""
+    if _local_folder(page.model) is None and not page.model.startswith("hf-hub:"):
+        _check_names(page.model, page.weights)
 
 
 def teacher_identity(page: TeacherPage) -> dict[str, Any]:
@@ -93,8 +100,7 @@ def teacher_identity(page: TeacherPage) -> dict[str, Any]:
     if folder is not None:
         files = sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".md")
         return {**identity, "files": {path.name: sha256(path) for path in files}}
-    weights = Path(page.weights or "")
-    return {**identity, "model": page.model, "weights": sha256(weights) if weights.is_file() else page.weights}
+    return {**identity, "model": page.model, "weights": page.weights}
 
 
 def imagenet_classes() -> tuple[str, ...]:
@@ -137,7 +143,7 @@ def _local_folder(model: str) -> Path | None:
         raise TeacherError(
             "the teacher's folder holds no open_clip_config.json" if folder.is_dir() else "there is no such folder",
             where=folder,
-            fix="teacher.model is local-dir:PATH of a folder with open_clip_config.json and open_clip_model.safetensors",
+            fix="teacher.model is local-dir:PATH of a folder with that file and open_clip_model.safetensors",
         )
     return folder
 
@@ -156,14 +162,26 @@ def _check_names(model: str, weights: str | None) -> None:
         raise TeacherError(
             f"teacher.weights is missing for {model}",
             where="teacher.weights",
-            fix=f"choose one of {', '.join(tags)}, or a weights file",
+            fix=f"choose one of {', '.join(tags)}",
         )
-    if weights not in tags and not Path(weights).is_file():
+    if weights not in tags:
+        # A file alone would lose what its tag knows: the activation (QuickGELU), mean, std and the kind of resize.
         raise TeacherError(
             f"{model} has no weights {weights!r}{nearest(weights, tags)}",
             where="teacher.weights",
-            fix=f"choose one of {', '.join(tags)}, or a weights file",
+            fix=f"choose one of {', '.join(tags)}, or put a file of your own beside an open_clip_config.json and name "
+            "the folder: teacher: {model: 'local-dir:FOLDER'}",
         )
+
+
+def _trained_with_quick_gelu(model: str, weights: str | None) -> bool:
+    """Return whether weights want the activation of OpenAI's own models, which open_clip 3 does not choose by itself.
+
+    A folder, or a repository of the hub, says it in its configuration.
+    """
+    import open_clip
+
+    return ":" not in model and bool(open_clip.get_pretrained_cfg(model, weights or "").get("quick_gelu"))
 
 
 def _load_error(page: TeacherPage, folder: Path | None, error: Exception) -> TeacherError:
@@ -172,10 +190,10 @@ def _load_error(page: TeacherPage, folder: Path | None, error: Exception) -> Tea
 
     first_line = (str(error).splitlines() or [""])[0]
     reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
-    if folder is not None or Path(page.weights or "").is_file():
+    if folder is not None:
         return TeacherError(
             f"the teacher's files cannot be loaded ({reason})",
-            where=folder or page.weights,
+            where=folder,
             fix="copy open_clip_config.json and open_clip_model.safetensors again: damaged, or of two models",
         )
     hub = page.model.removeprefix("hf-hub:")
@@ -186,9 +204,8 @@ def _load_error(page: TeacherPage, folder: Path | None, error: Exception) -> Tea
             return TeacherError(
                 f"the weights {page.weights!r} of {page.model} could not be fetched ({reason})",
                 where=source.get("url"),
-                fix="download that file where there is a network, and give its path as teacher.weights",
+                fix="run where there is a network, or copy open_clip's cache folder from a machine that has one",
             )
-    # A weights file alone would lose what the folder's config knows: its activation (QuickGELU), its mean and std.
     return TeacherError(
         f"open_clip_model.safetensors of {page.model} could not be fetched ({reason})",
         where=f"https://huggingface.co/{hub}",

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from prgkit.images import Catalogue, Preprocessing
+from prgkit.errors import ImagesError
+from prgkit.images import Catalogue, Preprocessing, UnreadableImage
 from prgkit.recipe import Views
 
 
@@ -66,9 +67,12 @@ class Rendered(Dataset[Any]):
         self.preprocessing = preprocessing
         self.page = page
 
-    def __getitem__(self, item: tuple[int, Sequence[int]]) -> tuple[torch.Tensor, int, torch.Tensor]:
+    def __getitem__(self, item: tuple[int, Sequence[int]]) -> tuple[torch.Tensor, int, torch.Tensor] | UnreadableImage:
         position, numbers = item
-        image = self.catalogue.read(position)
+        try:
+            image = self.catalogue.read(position)
+        except UnreadableImage as error:  # returned, since a worker's exception arrives as a text with its traceback
+            return error
         pictures = np.stack([self._view(image, position, number) for number in numbers])
         return torch.from_numpy(pictures), position, torch.tensor(list(numbers))
 
@@ -100,9 +104,22 @@ def load_batches(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         multiprocessing_context="fork" if count and hasattr(os, "fork") else None,
+        collate_fn=_collate,
     )
-    for pixels, positions, views in loader:
-        yield Batch(pixels, positions, views)
+    for batch in loader:
+        if isinstance(batch, UnreadableImage):
+            raise ImagesError(
+                f"{batch.name} could be read before and no longer can: {batch.reason}",
+                where=rendered.catalogue.images.spec,
+                fix="put it back, or start a new run without it",
+            )
+        yield Batch(*batch)
+
+
+def _collate(items: list[Any]) -> Any:
+    """Stack a batch's items; one that could not be read stands for the whole batch."""
+    unreadable = next((item for item in items if isinstance(item, UnreadableImage)), None)
+    return unreadable or default_collate(items)
 
 
 def default_workers() -> int:
