@@ -21,7 +21,7 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from prgkit.checkpoint import Average, Progress, TrainingState, expected_bytes, save_tensors
 from prgkit.devices import first_goes_on, from_first, join_processes, probe_precision, seed_everything
-from prgkit.errors import BackendError
+from prgkit.errors import BackendError, RunError
 from prgkit.files import require_space
 from prgkit.lesson import Lesson, prepare
 from prgkit.objectives import Objectives
@@ -80,6 +80,11 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
     """Train the student on the stored targets; every step is a function of (seed, epoch, step, process)."""
     page, device = recipe.training, accelerator.device
     batch_size = min(page.batch_size, len(lesson.learned))
+    if batch_size < accelerator.num_processes:
+        raise RunError(
+            f"a batch of {batch_size} images cannot be shared by {accelerator.num_processes} processes",
+            fix="give more images, raise training.batch_size, or start fewer processes",
+        )
     steps = len(lesson.learned) // batch_size  # in an epoch; the last, smaller batch is left out
     total = steps * page.epochs
     warmup = round(min(page.warmup_epochs * steps, 0.2 * total))  # a run of one epoch is more than its warm-up

@@ -1,0 +1,105 @@
+"""Several processes train one student: one run folder, one report, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prgkit.demo.digits import CLASSES, load_digits
+from prgkit.run import Run
+
+EPOCHS = 2
+# `--` ends torchrun's own options: it would take --run for its --run-path.
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "prgkit"]
+# The same two processes in a third of the time: torch is imported once.
+FORK = ["-c", """
+import os
+from prgkit import cli, distill
+rank = "0" if (other := os.fork()) else "1"
+os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+cli.main()
+assert rank == "0", "the second process reported, too"
+assert os.waitpid(other, 0)[1] == 0
+"""]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "photos").mkdir()
+    for number, image in enumerate(load_digits("train")[0][:72]):
+        image.save(folder / "photos" / f"{number:03}.png")
+    page = {
+        "data": {"images": "photos", "classes": list(CLASSES), "prompts": ["the digit {}", "a {}"], "held_out": 0.1},
+        "teacher": {"model": "demo:digits", "batch_size": 16},
+        "views": {"count": 2, "flip": False},
+        "student": {"model": "test_efficientnet", "image_size": 32},
+        "objective": {"name": "prg"},
+        "training": {"epochs": EPOCHS, "batch_size": 16, "workers": 0, "precision": "fp32"},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(page))
+    return folder
+
+
+@contextmanager
+def launched(launcher: list[str], folder: Path, run: str, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """Run ``prgkit distill`` in two processes; without a GPU they meet over gloo. None is left behind."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "distill", "recipe.yaml", "--run", run, *more],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": port},
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def told(run: Run) -> list[dict[str, Any]]:
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in run.metrics()]
+
+
+def test_two_processes_train_one_student_and_a_stop_loses_nothing(folder: Path) -> None:
+    run, whole = Run(folder / "stopped"), Run(folder / "whole")
+    with launched(TORCHRUN, folder, "stopped", "--set", "training.checkpoint_minutes=0.0001") as process:
+        while not run.state.exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.terminate()  # torchrun hands it on to both
+        _, err = process.communicate(timeout=60)
+    assert err.count("everything up to here is saved") == 1, err
+    assert not run.finished, "the run had ended before the signal came"
+
+    for name in ("stopped", "whole"):
+        with launched(FORK, folder, name) as process:
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert out.count("agrees with its teacher") == 1
+        assert err.count("student: ") == 1
+    assert whole.card.keys() >= {"images", "teacher", "student", "best", "images_per_s", "origin", "finished"}
+    assert [record["epoch"] for record in whole.metrics()] == [1, 2]
+    assert told(run) == told(whole)
+    weights, expected = load_file(run.weights), load_file(whole.weights)
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(weights[name], tensor), name
