@@ -1,4 +1,4 @@
-# Two commands do all their own set-up, on a machine with Python 3.11 (or any from 3.10 on) and nothing else:
+# Two commands do all their own set-up, on a machine with Python 3.11 and nothing else:
 #   make demo    install, then distil, export and bench the embedded digits; ends in a table and a report
 #   make test    install, then ruff, mypy and every test
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

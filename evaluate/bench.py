@@ -97,8 +97,8 @@ def bench(
         "machine": facts,
         **subject(bundle, evaluation, rows),
         "rows": rows,
-        "training": training(run_folder),
-        "quality": trust(run_folder),
+        "training": training(bundle, run_folder),
+        "quality": trust(bundle, run_folder),
         "notes": [*notes, *machine.remarks(facts), *row_notes(rows, session.measured)],
     }
     note("writing the report")
@@ -284,21 +284,21 @@ def row_notes(rows: Sequence[Row], measured: Sequence[Measured]) -> list[str]:
     return notes
 
 
-def training(run_folder: Path | None) -> list[dict[str, Any]]:
-    """Return each epoch's loss, its terms and the agreement, where the run is at hand."""
-    if run_folder is None:
-        return []
+def training(bundle: Bundle, run_folder: Path | None) -> list[dict[str, Any]]:
+    """Return each epoch's loss, its terms and the agreement: the run's, or on a device what the bundle took along."""
+    records = Run(run_folder).metrics() if run_folder is not None else bundle.manifest["run"].get("training", [])
     return [
         {key: value for key, value in record.items() if key not in NOT_TRAINING and isinstance(value, (int, float))}
-        for record in Run(run_folder).metrics()
+        for record in records
     ]
 
 
-def trust(run_folder: Path | None) -> dict[str, Any] | None:
-    """Return what was known of the pseudo-labels before training, where the run is at hand."""
-    if run_folder is None or not Run(run_folder).quality_file.exists():
-        return None
-    found: dict[str, Any] = read_json(Run(run_folder).quality_file)
+def trust(bundle: Bundle, run_folder: Path | None) -> dict[str, Any] | None:
+    """Return what was known of the pseudo-labels before training: the run's, or what the bundle took along."""
+    if run_folder is not None and Run(run_folder).quality_file.exists():
+        found: dict[str, Any] | None = read_json(Run(run_folder).quality_file)
+    else:
+        found = bundle.manifest["run"].get("quality")
     return found
 
 

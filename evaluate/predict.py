@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from prgkit.evaluate.accuracy import log_softmax
-from prgkit.export.bundle import open_bundle
-from prgkit.export.runners import OnnxRunner
+from prgkit.export.bundle import fp32_onnx, open_bundle
+from prgkit.export.runners import open_runner
 from prgkit.images import load_image
 
 
@@ -23,7 +23,7 @@ def predict(folder: Path, images: Sequence[Path], *, top_k: int, min_confidence:
         PrgkitError: the bundle is damaged, or an image cannot be read.
     """
     bundle = open_bundle(folder, verify=("onnx",))
-    runner = OnnxRunner(folder / "model.onnx")
+    runner = open_runner(folder, fp32_onnx(bundle))
     answers = []
     for image in images:
         pixels = bundle.preprocessing.prepare(load_image(image))[None]  # [1, S, S, 3]

@@ -7,7 +7,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from prgkit.images import Preprocessing
 
 SCHEMA = "prgkit.bundle/1"
 REMAKE = {"onnx": "prgkit export", "engine": "prgkit export --trt"}
+ARTIFACT_KEYS = {"name", "file", "format", "precision", "backend", "bytes", "sha256", "executed", "note", "parity"}
 KEYS = ("run", "recipe", "teacher", "student", "classes", "preprocessing", "input", "output", "artifacts", "evaluation")
 GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}  # of the largest logit: other processors sum in other orders
 STUDENT_BATCH = 32
@@ -73,6 +74,7 @@ def open_bundle(folder: Path, *, verify: Sequence[str] = ("onnx", "engine")) -> 
     if missing := [key for key in KEYS if key not in manifest]:
         raise ExportError(f"{path.name} lacks {', '.join(missing)}", where=path, fix="export again: prgkit export")
     for artifact in manifest["artifacts"]:
+        require_artifact(artifact, path)
         if artifact["format"] in verify:
             verify_artifact(folder, artifact)
     return Bundle(
@@ -82,6 +84,28 @@ def open_bundle(folder: Path, *, verify: Sequence[str] = ("onnx", "engine")) -> 
         preprocessing=Preprocessing.from_dict(manifest["preprocessing"]),
         artifacts=tuple(manifest["artifacts"]),
     )
+
+
+def require_artifact(artifact: dict[str, Any], path: Path) -> None:
+    """Refuse an entry that is none, or whose file would lie outside the bundle."""
+    fix = "copy the bundle again, or make it again: prgkit export"
+    if not isinstance(artifact, dict) or not artifact.keys() >= ARTIFACT_KEYS:
+        raise ExportError(f"{path.name} has an artifact that lacks facts: {artifact}", where=path, fix=fix)
+    file = artifact["file"]
+    if file in ("", ".", "..") or PurePosixPath(file).name != file or PureWindowsPath(file).name != file:
+        raise ExportError(f"{path.name} names a file outside the bundle: {file!r}", where=path, fix=fix)
+
+
+def fp32_onnx(bundle: Bundle) -> dict[str, Any]:
+    """Return the entry of the FP32 ONNX file, the one that every bundle has.
+
+    Raises:
+        ExportError: this one has none.
+    """
+    for artifact in bundle.artifacts:
+        if (artifact["format"], artifact["precision"]) == ("onnx", "fp32"):
+            return artifact
+    raise ExportError("the bundle has no fp32 ONNX file", where=bundle.folder, fix="export again: prgkit export")
 
 
 def verify_artifact(folder: Path, artifact: dict[str, Any]) -> None:

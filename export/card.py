@@ -26,6 +26,7 @@ class EngineCard:
     backend: str
     backend_version: str
     precision: str
+    tf32: bool  # whether FP32 products may be rounded to TF32's 10 bits
     batch: tuple[int, int, int]  # min, opt, max
     compute_capabilities: tuple[str, ...]
     gpu: str | None  # the GPU it was built on; None where it was built without one

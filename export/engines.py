@@ -16,6 +16,7 @@ from prgkit.export.card import card_path, write_card
 from prgkit.export.parity import require_agreement, run_batches
 from prgkit.export.runners import TensorRTRunner, open_runner, why_not_here
 from prgkit.export.tensorrt import build_engine, choose_backend
+from prgkit.recipe import validate
 
 PARITY_IMAGES = 256
 
@@ -24,12 +25,14 @@ def build_engines(
     folder: Path,
     *,
     fp16: bool,
-    batch: tuple[int, int, int],
+    batch: tuple[int, int, int] | None = None,
     backend: str | None = None,
-    compute_capabilities: Sequence[str] | None = None,
+    sm: Sequence[str] | None = None,
     note: Callable[[str], None],
 ) -> dict[str, Any]:
     """Build the engines of a bundle that exists, needing neither torch nor onnx, and return its new manifest.
+
+    ``batch`` is [min, opt, max], by default that of the bundle's recipe; ``sm`` are GPU generations, as "SM86".
 
     Raises:
         BackendError: no TensorRT is usable here.
@@ -38,6 +41,7 @@ def build_engines(
     """
     chosen = choose_backend(backend)
     bundle = open_bundle(folder, verify=("onnx",))
+    batch = batch or validate(bundle.manifest["recipe"], where=folder).export.batch
     wanted = ("fp32", "fp16") if fp16 else ("fp32",)
     sources = {entry["precision"]: entry for entry in bundle.artifacts if entry["format"] == "onnx"}
     if missing := [precision for precision in wanted if precision not in sources]:
@@ -60,8 +64,9 @@ def build_engines(
             sources[precision],
             backend=chosen.name,
             batch=batch,
-            compute_capabilities=compute_capabilities,
+            sm=sm,
             pixels=pixels,
+            reference=sources["fp32"]["name"],
             reference_logits=reference_logits,
             note=note,
         )
@@ -76,12 +81,16 @@ def make_engine(
     *,
     backend: str,
     batch: tuple[int, int, int],
-    compute_capabilities: Sequence[str] | None,
+    sm: Sequence[str] | None,
     pixels: NDArray[np.uint8],
+    reference: str,
     reference_logits: NDArray[np.float32],
     note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Build one engine from an ONNX artifact, execute it where that is possible, and return its manifest entry."""
+    """Build one engine from an ONNX artifact and return its manifest entry.
+
+    Where the engine can run here, its logits must agree with ``reference_logits``, those of the runner ``reference``.
+    """
     precision = source["precision"]
     card = build_engine(
         folder / source["file"],
@@ -89,7 +98,7 @@ def make_engine(
         precision=precision,
         batch=batch,
         backend=backend,
-        compute_capabilities=compute_capabilities,
+        sm=sm,
     )
     path, name = folder / card.file, f"{backend}-{precision}"
     reason, parity = why_not_here(card), None
@@ -97,7 +106,7 @@ def make_engine(
         runner = TensorRTRunner(path, name=name)
         try:
             logits = run_batches(runner, pixels)
-            parity = require_agreement(reference_logits, logits, precision=precision, names=("onnx-fp32", name))
+            parity = require_agreement(reference_logits, logits, precision=precision, names=(reference, name))
         except ParityError:
             for file in (path, card_path(path)):
                 file.unlink()
@@ -110,7 +119,7 @@ def make_engine(
     targets = ", ".join(card.compute_capabilities)
     note(
         f"{card.file}: {backend} {card.backend_version}, {precision}, batch {list(batch)}, for {targets}, "
-        f"built in {card.build_s:.1f} s; {never or 'it agrees with PyTorch'}"
+        f"built in {card.build_s:.1f} s; {never or f'it agrees with {reference}'}"
     )
     return describe_artifact(
         folder,

@@ -32,24 +32,14 @@ class Parity:
         return asdict(self)
 
 
-def require_parity(reference: Runner, runner: Runner, pixels: NDArray[np.uint8], *, precision: str) -> Parity:
-    """Run both runners on the same images and return how they agree.
+def require_agreement(
+    reference_logits: NDArray[np.float32], logits: NDArray[np.float32], *, precision: str, names: tuple[str, str]
+) -> Parity:
+    """Return how two runners, called ``names``, agree by their logits [images, classes] of the same images.
 
     Raises:
         ParityError: they disagree by more than ``precision`` explains; the message holds every figure.
     """
-    return require_agreement(
-        run_batches(reference, pixels),
-        run_batches(runner, pixels),
-        precision=precision,
-        names=(reference.name, runner.name),
-    )
-
-
-def require_agreement(
-    reference_logits: NDArray[np.float32], logits: NDArray[np.float32], *, precision: str, names: tuple[str, str]
-) -> Parity:
-    """Compare two sets of logits [images, classes] as :func:`require_parity` does."""
     if reference_logits.shape != logits.shape:
         raise ParityError(
             f"{names[0]} gives logits of shape {reference_logits.shape}, {names[1]} of shape {logits.shape}"

@@ -17,14 +17,14 @@ from PIL import Image
 from torch import nn
 
 import prgkit
-from prgkit.errors import ExportError
+from prgkit.errors import DiskFullError, ExportError
 from prgkit.export.bundle import contract, describe_artifact, write_evaluation, write_golden, write_manifest
 from prgkit.export.engines import make_engine
 from prgkit.export.onnx import deployable, export_onnx, rehearse_fp16, write_fp16
 from prgkit.export.parity import require_agreement, run_batches
 from prgkit.export.runners import OnnxRunner, TorchRunner
 from prgkit.export.tensorrt import check_batch, choose_backend
-from prgkit.files import require_space
+from prgkit.files import readable_bytes, require_space
 from prgkit.images import Preprocessing
 
 CPU_FP16 = "ONNX Runtime's CPU provider computes in float32 with the float16 weights"
@@ -39,7 +39,7 @@ class ExportOptions:
     trt: bool = False
     batch: tuple[int, int, int] = (1, 1, 32)  # of the engines: min, opt, max
     backend: str | None = None  # None: tensorrt where a GPU is, else tensorrt_rtx
-    compute_capabilities: tuple[str, ...] | None = None
+    sm: tuple[str, ...] | None = None  # GPU generations, as "SM86"; None: all that tensorrt_rtx builds for
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,8 @@ def export_student(
     """
     check_batch(options.batch)
     backend = choose_backend(options.backend) if options.trt else None
-    require_space(folder, expected_bytes(student, preprocessing, held_out, options), "the bundle")
     images = torch.from_numpy(pixels)
-    with building(folder) as new:
+    with room_for(folder, expected_bytes(student, preprocessing, held_out, options)), building(folder) as new:
         module = deployable(student, images)
         reference_logits = run_batches(TorchRunner(student), pixels)
 
@@ -109,7 +108,8 @@ def export_student(
                     backend=backend.name,
                     batch=options.batch,
                     pixels=pixels,
-                    compute_capabilities=options.compute_capabilities,
+                    sm=options.sm,
+                    reference="torch",
                     reference_logits=reference_logits,
                     note=note,
                 )
@@ -203,6 +203,18 @@ def building(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
+    """Refuse where the bundle does not fit; where the disk fills up all the same, say how much was needed."""
+    fix = "free some space and export again"
+    require_space(folder, needed_bytes, "the bundle", fix=fix)
+    try:
+        yield
+    except DiskFullError as error:
+        need = f"the bundle needs {readable_bytes(needed_bytes)}"
+        raise DiskFullError(f"{error.what}; {need}", where=folder, fix=fix) from error
 
 
 def expected_bytes(student: nn.Module, preprocessing: Preprocessing, held_out: HeldOut, options: ExportOptions) -> int:

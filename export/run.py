@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from prgkit.devices import best_device
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
-from prgkit.files import sha256
+from prgkit.files import read_json, sha256
 from prgkit.images import Catalogue, match_labels
 from prgkit.lesson import hold_out, read_catalogue
 from prgkit.objectives.prg import prompt_logits, weighted_logits
 from prgkit.recipe import Recipe
-from prgkit.run import Run
+from prgkit.run import Run, locked
 from prgkit.student import load_student, student_facts
 from prgkit.targets import Targets, embed, open_targets
 from prgkit.teacher import Teacher, load_teacher
@@ -25,14 +28,36 @@ from prgkit.watch import Watch
 
 PARITY_IMAGES = 256
 GOLDEN_IMAGES = 16
+GOLDEN_CANDIDATES = 64
+GOLDEN_SIDE = 1024  # of the shorter side: sixteen photographs of 24 megapixels would be most of a bundle
 
 
-def export_run(run: Run, *, fp16: bool, trt: bool, backend: str | None, watch: Watch) -> dict[str, Any]:
+def export_run(
+    run: Run,
+    *,
+    fp16: bool,
+    trt: bool,
+    backend: str | None = None,
+    batch: tuple[int, int, int] | None = None,
+    sm: tuple[str, ...] | None = None,
+    watch: Watch,
+) -> dict[str, Any]:
     """Export a run's best student into ``<run>/bundle`` and return the manifest.
 
+    ``backend``, ``batch`` (by default the recipe's) and ``sm`` are for the engines.
+
     Raises:
-        PrgkitError: the run has no student, an artifact disagrees with PyTorch, or a backend is missing.
+        PrgkitError: the run has no student or is being worked on, an artifact disagrees with PyTorch, or a backend is
+            missing.
     """
+    with locked(run.folder, "run"):
+        page = run.recipe.export
+        options = ExportOptions(page.opset, fp16=fp16, trt=trt, batch=batch or page.batch, backend=backend, sm=sm)
+        return export_best(run, options, watch)
+
+
+def export_best(run: Run, options: ExportOptions, watch: Watch) -> dict[str, Any]:
+    """Gather what the bundle is made from, and make it."""
     recipe, card = run.recipe, run.card
     student = load_student(run)
     learned = student_facts(run.weights)
@@ -42,18 +67,18 @@ def export_run(run: Run, *, fp16: bool, trt: bool, backend: str | None, watch: W
     positions = evaluation_positions(images, recipe)
     labels = match_labels(images, recipe.classes)[positions] if recipe.data.evaluation else None
     weighted, uniform = teacher_logits(run, recipe, images, positions, watch)
-    checked = np.resize(positions, max(PARITY_IMAGES, len(positions)))[:PARITY_IMAGES]
-
-    def prepare(position: np.int64) -> NDArray[np.uint8]:
-        return student.preprocessing.prepare(images.read(int(position)))
+    prepare = student.preprocessing.prepare
+    checked = [prepare(picture) for picture in parity_pictures(images, positions, recipe, watch)]
+    if len(checked) < PARITY_IMAGES:
+        watch.note(f"there are {len(checked)} images to compare the exports on; {PARITY_IMAGES} would be better")
 
     return export_student(
         student.deployed(),
         run.bundle,
-        pixels=np.stack([prepare(position) for position in checked]),
-        golden=[images.read(int(position)) for position in positions[:GOLDEN_IMAGES]],
+        pixels=np.stack(checked),
+        golden=golden_pictures(images, positions),
         held_out=HeldOut(
-            prepared=(prepare(position) for position in positions),
+            prepared=(prepare(images.read(int(position))) for position in positions),
             teacher_logits=weighted,
             teacher_uniform_logits=uniform,
             labels=labels,
@@ -71,6 +96,7 @@ def export_run(run: Run, *, fp16: bool, trt: bool, backend: str | None, watch: W
                 "best_epoch": learned["epoch"],
                 "images": card["images"]["used"],
                 "training": run.metrics(),
+                "quality": read_json(run.quality_file) if run.quality_file.exists() else None,
             },
             "recipe": recipe.model_dump(mode="json"),
             "teacher": {key: card["teacher"][key] for key in ("model", "weights", "fingerprint")},
@@ -79,9 +105,7 @@ def export_run(run: Run, *, fp16: bool, trt: bool, backend: str | None, watch: W
                 "image_size": recipe.student.image_size,
             },
         },
-        options=ExportOptions(
-            opset=recipe.export.opset, fp16=fp16, trt=trt, batch=recipe.export.batch, backend=backend
-        ),
+        options=options,
         note=watch.note,
     )
 
@@ -93,6 +117,41 @@ def evaluation_positions(images: Catalogue, recipe: Recipe) -> NDArray[np.int64]
     """
     chosen = np.arange(len(images)) if recipe.data.evaluation else hold_out(images.keys, recipe.data.held_out)
     return chosen[: recipe.export.evaluation_images]
+
+
+def parity_pictures(
+    images: Catalogue, positions: NDArray[np.int64], recipe: Recipe, watch: Watch
+) -> Iterator[Image.Image]:
+    """Yield up to `PARITY_IMAGES` distinct pictures: the ones that travel, then others, then ones learned from.
+
+    Two runtimes are compared on them, not a student and a truth, so having learned from them does no harm.
+    """
+    order = [*positions.tolist(), *np.setdiff1d(np.arange(len(images)), positions).tolist()][:PARITY_IMAGES]
+    for position in order:
+        yield images.read(position)
+    if len(order) < PARITY_IMAGES and recipe.data.evaluation:
+        seen = set(images.keys)
+        learned = read_catalogue(recipe.data.images, recipe, watch)
+        others = (position for position, key in enumerate(learned.keys) if key not in seen)
+        for position in islice(others, PARITY_IMAGES - len(order)):
+            yield learned.read(position)
+
+
+def golden_pictures(images: Catalogue, positions: NDArray[np.int64]) -> list[Image.Image]:
+    """Return `GOLDEN_IMAGES` pictures of moderate size; where there are too few of those, large ones are shrunk."""
+    moderate: list[Image.Image] = []
+    shrunk: list[Image.Image] = []
+    for position in positions[:GOLDEN_CANDIDATES].tolist():
+        picture = images.read(position)
+        factor = GOLDEN_SIDE / min(picture.size)
+        if factor >= 1:
+            moderate.append(picture)
+        elif len(shrunk) < GOLDEN_IMAGES:
+            width, height = (max(1, round(factor * side)) for side in picture.size)
+            shrunk.append(picture.resize((width, height), Image.Resampling.LANCZOS))
+        if len(moderate) == GOLDEN_IMAGES:
+            break
+    return [*moderate, *shrunk][:GOLDEN_IMAGES]
 
 
 def teacher_logits(

@@ -99,8 +99,10 @@ class OnnxRunner:
         options.add_session_config_entry(
             "session.force_spinning_stop", "1"
         )  # an idle session takes no core from others
+        # Its convolutions round to TF32's 10 bits unless told otherwise, and would still be called FP32.
+        settings = {"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {}
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[provider])
+            self._session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
         except Exception as error:  # its exception types share no base but Exception
             raise BackendError(
                 f"ONNX Runtime cannot open {path.name}: {one_line(error)}",
@@ -117,11 +119,6 @@ class OnnxRunner:
             "cpu" if provider == "CPUExecutionProvider" else provider.removesuffix("ExecutionProvider").lower()
         )
         self._input = self._session.get_inputs()[0].name
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What the file says of itself: ``classes`` and ``preprocessing`` (JSON), ``prgkit`` (version)."""
-        return dict(self._session.get_modelmeta().custom_metadata_map)
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Map pixels [batch, S, S, 3] to logits [batch, classes]."""
@@ -253,22 +250,32 @@ def open_runner(
     raise BackendError(f"artifact {artifact['name']} has unknown format {artifact['format']!r}", where=folder)
 
 
+def why_no_engine_runs(backend: str) -> str | None:
+    """Return what this machine lacks to run any engine of a backend, or None where it lacks nothing."""
+    if find_gpu() is None:
+        return "it needs an NVIDIA GPU and its driver"
+    try:
+        importlib.import_module(backend)
+        import_cudart()
+    except BackendError as error:
+        return f"{error.what}: {error.fix}"
+    except Exception as error:  # a placeholder wheel, a missing library: each raises its own kind
+        return f"{backend} cannot be imported ({one_line(error)})"
+    return None
+
+
 def why_not_here(card: EngineCard) -> str | None:
     """Return why an engine cannot run on this machine, or None where it can."""
     gpu = find_gpu()
     if gpu is None:
-        return "it needs an NVIDIA GPU and its driver"
+        return why_no_engine_runs(card.backend)
     if gpu.capability not in card.compute_capabilities:
         return f"it was built for {', '.join(card.compute_capabilities)}, and this GPU ({gpu.name}) is {gpu.capability}"
     if card.backend == "tensorrt" and card.gpu != gpu.name:
         return f"it was built on {card.gpu}, and this GPU is {gpu.name}"
-    try:
-        version = str(importlib.import_module(card.backend).__version__)
-        import_cudart()
-    except BackendError as error:
-        return f"{error.what}: {error.fix}"
-    except Exception as error:
-        return f"{card.backend} cannot be imported ({one_line(error)})"
+    if reason := why_no_engine_runs(card.backend):
+        return reason
+    version = str(importlib.import_module(card.backend).__version__)
     if version != card.backend_version:
         return f"it was built by {card.backend} {card.backend_version}, and {version} is installed"
     return None

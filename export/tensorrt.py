@@ -71,6 +71,29 @@ def choose_backend(name: str | None = None) -> Backend:
     raise BackendError(f"no TensorRT can build an engine here\n{problems}", fix=fixes)
 
 
+def choose_targets(backend: str, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the GPU generations an engine is for, as "SM89": those asked for, or all that the backend builds for.
+
+    Raises:
+        BackendError: the backend does not build for one of them.
+    """
+    if backend == "tensorrt":
+        gpu = find_gpu()
+        here = (gpu.capability,) if gpu else ()
+        if asked and tuple(asked) != here:
+            raise BackendError(
+                f"tensorrt builds for the GPU at hand ({', '.join(here)}), not for {', '.join(asked)}",
+                fix="build on the device itself without --sm, or for other GPUs with --backend tensorrt_rtx",
+            )
+        return here
+    names = importlib.import_module(backend).ComputeCapability.__members__
+    known = sorted((name for name in names if name not in ("NONE", "CURRENT")), key=lambda name: int(name[2:]))
+    if unknown := [name for name in asked or () if name not in known]:
+        raise BackendError(f"{backend} cannot build for {', '.join(unknown)}", fix=f"it knows {', '.join(known)}")
+    # Turing (SM75) must be asked for: TensorRT-RTX 1.7 has no FP32 matrix product for it, and would refuse them all.
+    return tuple(asked or (name for name in known if name != "SM75"))
+
+
 def build_engine(
     onnx_path: Path,
     folder: Path,
@@ -78,7 +101,7 @@ def build_engine(
     precision: str,
     batch: tuple[int, int, int],
     backend: str | None = None,
-    compute_capabilities: Sequence[str] | None = None,
+    sm: Sequence[str] | None = None,
 ) -> EngineCard:
     """Build ``<onnx stem>.<precision>.<backend>.engine`` in ``folder``, and its card (the same name with .json).
 
@@ -100,7 +123,9 @@ def build_engine(
     require_precision(types, precision, onnx_path)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    targets = set_targets(trt, config, chosen.name, compute_capabilities)
+    tf32 = refuse_tf32(trt, config)
+    targets = choose_targets(chosen.name, sm)
+    set_targets(trt, config, chosen.name, targets)
     set_batch(builder, config, network, batch)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
@@ -123,6 +148,7 @@ def build_engine(
         backend=chosen.name,
         backend_version=str(chosen.version),
         precision=precision,
+        tf32=tf32,
         batch=batch,
         compute_capabilities=targets,
         gpu=gpu.name if gpu else None,
@@ -250,28 +276,22 @@ def require_precision(types: dict[str, dict[str, int]], precision: str, onnx_pat
         )
 
 
-def set_targets(trt: Any, config: Any, backend: str, asked: Sequence[str] | None) -> tuple[str, ...]:
-    """Choose the GPU generations an engine is for; returns them as "SM89"."""
-    if backend == "tensorrt":
-        gpu = find_gpu()
-        here = (gpu.capability,) if gpu else ()
-        if asked and tuple(asked) != here:
-            raise BackendError(
-                f"tensorrt builds for the GPU at hand ({', '.join(here)}), not for {', '.join(asked)}",
-                fix="build on the device itself, or use tensorrt_rtx",
-            )
-        return here
-    known = {
-        name: value for name, value in trt.ComputeCapability.__members__.items() if name not in ("NONE", "CURRENT")
-    }
-    # Turing (SM75) must be asked for: TensorRT-RTX 1.7 has no FP32 matrix product for it, and would refuse them all.
-    wanted = tuple(asked) if asked else tuple(sorted((set(known) - {"SM75"}), key=lambda name: int(name[2:])))
-    if unknown := [name for name in wanted if name not in known]:
-        raise BackendError(f"tensorrt_rtx cannot build for {', '.join(unknown)}", fix=f"it knows {', '.join(known)}")
-    config.num_compute_capabilities = len(wanted)
-    for position, name in enumerate(wanted):
-        config.set_compute_capability(known[name], position)
-    return wanted
+def refuse_tf32(trt: Any, config: Any) -> bool:
+    """Clear the flag, on by default, that rounds FP32 products to 10 bits; returns what it is now."""
+    flag = getattr(trt.BuilderFlag, "TF32", None)
+    if flag is None:
+        return False
+    config.clear_flag(flag)
+    return bool(config.get_flag(flag))
+
+
+def set_targets(trt: Any, config: Any, backend: str, targets: Sequence[str]) -> None:
+    """Tell a builder the GPU generations that an engine is for."""
+    if backend == "tensorrt":  # it knows no other than the one at hand
+        return
+    config.num_compute_capabilities = len(targets)
+    for position, name in enumerate(targets):
+        config.set_compute_capability(trt.ComputeCapability.__members__[name], position)
 
 
 def set_batch(builder: Any, config: Any, network: Any, batch: tuple[int, int, int]) -> None:

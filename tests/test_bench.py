@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.errors import BenchError
-from prgkit.evaluate.bench import bench
+from prgkit.evaluate.bench import bench, training, trust
 from prgkit.evaluate.pictures import choose_pictures
 from prgkit.export.bundle import (
     Evaluation,
@@ -69,6 +70,7 @@ def card(engine: Path) -> EngineCard:
         backend="tensorrt_rtx",
         backend_version="0.0",
         precision="fp16",
+        tf32=False,
         batch=(1, 1, 1),
         compute_capabilities=("0.0",),
         gpu=None,
@@ -192,6 +194,19 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
     assert "<b>blue</b>" not in page
     assert said[0] == "opening onnx-fp32"
     assert multiprocessing.active_children() == []
+
+
+def test_the_run_travels_in_the_manifest_and_the_run_at_hand_goes_first(tmp_path: Path) -> None:
+    told = {"training": [{"epoch": 1, "loss": 2.0, "seconds": 3.0}], "quality": {"images": 40}}
+    bundle: Any = SimpleNamespace(manifest={"run": told})
+    assert training(bundle, None) == [{"epoch": 1, "loss": 2.0}]
+    assert trust(bundle, None) == {"images": 40}
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0}\n')
+    (tmp_path / "quality.json").write_text('{"images": 41}')
+    assert training(bundle, tmp_path) == [{"epoch": 1, "loss": 1.0}]
+    assert trust(bundle, tmp_path) == {"images": 41}
+    older: Any = SimpleNamespace(manifest={"run": {}})
+    assert (training(older, None), trust(older, None)) == ([], None)
 
 
 def test_without_labels_there_is_fidelity_and_no_accuracy(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from prgkit.errors import BackendError, DiskFullError, ExportError, ParityError, PrgkitError
+from prgkit.evaluate.predict import predict
 from prgkit.export import engines, pipeline
 from prgkit.export.bundle import check_golden, open_bundle, read_evaluation, write_evaluation
 from prgkit.export.card import load_card
@@ -23,6 +25,7 @@ from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
 from prgkit.export.runners import OnnxRunner, open_runner
 from prgkit.export.tensorrt import available_backends
 from prgkit.files import read_json
+from prgkit.recipe import parse, shipped_recipes
 
 needs_rtx = pytest.mark.skipif(
     not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
@@ -237,6 +240,39 @@ def test_a_damaged_manifest_is_a_short_error(copy, text, message):
     assert "prgkit export" in caught.value.fix
 
 
+@pytest.mark.parametrize("file", ["../model.onnx", "/model.onnx", "..", "", "a/b.onnx", "a\\b.onnx", "C:x.onnx"])
+def test_a_file_outside_the_bundle_is_refused(copy, file):
+    manifest = read_json(copy / "manifest.json")
+    manifest["artifacts"][0]["file"] = file
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ExportError) as caught:
+        open_bundle(copy)
+    assert caught.value.what == f"manifest.json names a file outside the bundle: {file!r}"
+
+
+@pytest.mark.parametrize("entry", ["model.onnx", {"file": "model.onnx", "format": "onnx"}])
+def test_an_artifact_without_its_facts_is_refused(copy, entry):
+    manifest = read_json(copy / "manifest.json")
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "artifacts": [entry]}))
+    with pytest.raises(ExportError, match=r"manifest\.json has an artifact that lacks facts: "):
+        open_bundle(copy)
+
+
+def test_predict_opens_the_fp32_file_that_the_manifest_names(copy):
+    picture = copy / "golden" / "00.png"
+    expected = predict(copy, [picture], top_k=1, min_confidence=0)
+    manifest = read_json(copy / "manifest.json")
+    manifest["artifacts"][0]["file"] = "student.onnx"
+    manifest["artifacts"].reverse()
+    (copy / "model.onnx").rename(copy / "student.onnx")
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert predict(copy, [picture], top_k=1, min_confidence=0) == expected
+    manifest["artifacts"].pop()
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ExportError, match="the bundle has no fp32 ONNX file"):
+        predict(copy, [picture], top_k=1, min_confidence=0)
+
+
 def test_a_folder_without_a_bundle_says_so(tmp_path):
     with pytest.raises(ExportError, match="there is no bundle here"):
         open_bundle(tmp_path)
@@ -298,8 +334,20 @@ def test_trt_without_a_tensorrt_fails_before_any_work(repvit, tmp_path, monkeypa
 
 def test_a_full_disk_is_said_before_any_work(repvit, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(DiskFullError, match=r"the bundle needs .* MiB, and 1000 B are free"):
+    with pytest.raises(DiskFullError, match=r"the bundle needs .* MiB, and 1000 B are free") as caught:
         export(repvit, tmp_path / "bundle")
+    assert caught.value.fix == "free some space and export again"
+
+
+def test_a_disk_that_fills_up_is_said_with_what_was_needed(repvit, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    with pytest.raises(DiskFullError, match=r"no disk space left for images\.zip; the bundle needs .* MiB") as caught:
+        export(repvit, tmp_path / "bundle")
+    assert caught.value.fix == "free some space and export again"
+    assert not list(tmp_path.iterdir())
 
 
 @needs_rtx
@@ -314,6 +362,27 @@ def test_a_device_builds_engines_from_the_bundle_alone(copy):
         "tensorrt_rtx-fp32",
     ]
     assert load_card(copy / "model.fp16.tensorrt_rtx.engine").batch == (2, 2, 2)
+
+
+@needs_rtx
+def test_a_device_may_leave_the_batch_to_the_recipe_and_names_its_gpus(copy, monkeypatch):
+    """The runner is a stand-in for a GPU that agrees."""
+
+    class Right(OnnxRunner):
+        def __init__(self, path, *, name):
+            super().__init__(copy / "model.onnx", threads=1, name=name)
+
+    monkeypatch.setattr(engines, "why_not_here", lambda card: None)
+    monkeypatch.setattr(engines, "TensorRTRunner", Right)
+    manifest = read_json(copy / "manifest.json")
+    page = parse(shipped_recipes()["demo"].read_text(), where="demo")
+    manifest["recipe"] = {**page, "export": {"batch": [1, 2, 4]}}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    notes = []
+    build_engines(copy, fp16=False, backend="tensorrt_rtx", sm=("SM86",), note=notes.append)
+    card = load_card(copy / "model.fp32.tensorrt_rtx.engine")
+    assert (card.batch, card.compute_capabilities) == ((1, 2, 4), ("SM86",))
+    assert notes[0].endswith("; it agrees with onnx-fp32")
 
 
 @needs_rtx

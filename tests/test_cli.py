@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -112,7 +113,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 
     for name, command in cli.cli.commands.items():
         monkeypatch.setattr(command, "callback", noting(name))
-    monkeypatch.setattr("prgkit.export.tensorrt.choose_backend", lambda name=None: None)
+    monkeypatch.setattr("prgkit.export.tensorrt.choose_backend", lambda name=None: SimpleNamespace(name="none"))
+    monkeypatch.setattr("prgkit.export.tensorrt.choose_targets", lambda backend, asked: asked)
     return made
 
 
@@ -201,6 +203,10 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: Call, calls: li
     assert prgkit("distill --set a=1 cifar100 --run here export").code == 0
     assert (calls[0][1]["recipe"], calls[0][1]["folder"]) == ("cifar100", Path("here"))
     calls.clear()
+    assert prgkit("export --sm 8.6,89 --batch 1,8,32").code == 0
+    assert calls[0][1] == {"fp16": False, "trt": False, "backend": None, "batch": (1, 8, 32), "sm": ("SM86", "SM89"),
+                           "folder": None, "as_json": False}  # fmt: skip
+    calls.clear()
     assert prgkit("distill --images d --classes c export --trt").code == 0
     assert (calls[0][1]["recipe"], calls[0][1]["images"], calls[0][1]["classes"]) == (None, "d", "c")
     assert calls[1][0] == "export"
@@ -218,6 +224,8 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: Call, calls: li
         ("distil demo", "No such command 'distil'. Did you mean 'distill'?"),
         ("distill demo export --trtt", "No such option '--trtt'. Did you mean '--trt'?"),
         ("distill demo bench --batches 1,x", "write batch sizes as 1,8,32, not '1,x'."),
+        ("distill demo export --batch 4,1,8", "write the least, the usual and the largest as 1,1,32, not '4,1,8'."),
+        ("distill demo export --sm ada", "write compute capabilities as 86,89, not 'ada'."),
         ("distill demo bench --seconds 0", "0.0 is not in the range x>=0.1."),
         ("distill demo more", "Got unexpected extra argument (more)"),
         ("predict", "Missing argument 'IMAGE...'."),
@@ -286,6 +294,30 @@ def test_doctor_is_aligned_and_tells_extras_with_their_brackets(prgkit: Call, mo
     document = prgkit("doctor", "--json").json["doctor"]
     assert set(document) == {"versions", "machine", "backends", "clashes"}
     assert all(set(row) == {"name", "runs", "detail"} for row in document["backends"])
+
+
+def test_doctor_tells_building_engines_from_running_them(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prgkit.export.tensorrt import Backend, Gpu
+
+    found = {"tensorrt": Backend("tensorrt", None, "not installed; pip"), "tensorrt_rtx": Backend("rtx", "1.7", None)}
+    monkeypatch.setattr("prgkit.doctor.available_backends", lambda: found)
+    monkeypatch.setattr("prgkit.doctor.torch_backends", lambda versions: [])
+
+    def engines() -> dict[str, str]:
+        rows = prgkit("doctor", "--json").json["doctor"]["backends"]
+        return {row["name"]: row["detail"] for row in rows if "engines" in row["name"]}
+
+    monkeypatch.setattr("prgkit.export.runners.find_gpu", lambda: None)
+    assert engines() == {
+        "tensorrt: build engines": "not installed; pip",
+        "tensorrt: run engines": "not installed; pip",
+        "tensorrt_rtx: build engines": "",
+        "tensorrt_rtx: run engines": "it needs an NVIDIA GPU and its driver",
+    }
+    monkeypatch.setattr("prgkit.export.runners.find_gpu", lambda: Gpu("some GPU", "SM89"))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    assert engines()["tensorrt_rtx: run engines"].startswith("cuda-python is not installed: pip install cuda-python")
 
 
 def test_doctor_survives_a_broken_onnxruntime(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +393,51 @@ def test_a_finished_run_goes_on_with_the_chain(prgkit: Call, standing: Path) -> 
     assert document["predict"][0]["image"] == "photos/00.png"
     assert document["predict"][0]["class"] in ("one", "two", "three")
     assert "runs/tiny is finished already" in said.err
+
+
+def test_parity_is_checked_on_distinct_images_and_their_number_is_said(prgkit: Call, standing: Path) -> None:
+    said = prgkit("export", "--json")
+    assert said.json["export"]["artifacts"][0]["parity"]["images"] == 24  # the few that travel, and those learned from
+    assert "there are 24 images to compare the exports on; 256 would be better\n" in said.err
+    assert said.json["export"]["run"]["quality"]["images"] == 24
+    photos(standing / "judged/two", 30)  # 24 of them are those of photos/
+    assert prgkit("distill tiny.yaml --run new --set data.evaluation=judged").code == 0
+    (standing / "judged/two/29.png").unlink()
+    manifest = prgkit("export", "--run", "new", "--json").json["export"]
+    assert manifest["evaluation"]["images"] == 29
+    assert manifest["artifacts"][0]["parity"]["images"] == 29
+    shutil.rmtree(standing / "judged/two")
+    photos(standing / "judged/two", 2)
+    Image.new("RGB", (8, 8), "red").save(standing / "judged/two/red.png")
+    manifest = prgkit("export", "--run", "new", "--json").json["export"]
+    assert manifest["artifacts"][0]["parity"]["images"] == 25  # two are in both folders
+
+
+def test_golden_images_are_of_moderate_size(standing: Path) -> None:
+    from prgkit.export.run import golden_pictures
+    from prgkit.images import catalogue, open_images
+
+    for number in range(3):
+        Image.new("RGB", (1500 + number, 1300)).save(standing / f"photos/large{number}.png")
+    images = catalogue(open_images("photos"), workers=1)
+    assert {picture.size for picture in golden_pictures(images, np.arange(len(images)))} == {(8, 8)}
+    large = np.array([position for position in range(len(images)) if images.read(position).width > 8])
+    assert sorted(picture.size for picture in golden_pictures(images, large)) == [
+        (1182, 1024),
+        (1182, 1024),
+        (1183, 1024),
+    ]
+    picks = golden_pictures(images, np.array([large[0], *np.setdiff1d(np.arange(9), large)]))
+    assert picks[-1].height == 1024  # after those that are as they were
+
+
+def test_two_exports_of_one_run_do_not_meet(prgkit: Call, standing: Path) -> None:
+    from prgkit.run import locked
+
+    with locked(standing / "runs/tiny", "run"):
+        said = prgkit("export")
+    assert said.code == 1
+    assert said.err.startswith("Error: another process is working on this run\n  where: runs/tiny\n")
 
 
 def test_the_newest_run_is_found_and_distill_alone_goes_on_with_it(prgkit: Call, standing: Path) -> None:
@@ -502,9 +579,47 @@ def test_images_and_classes_need_no_recipe(prgkit: Call, place: Path, monkeypatc
     assert told["teacher"].startswith("demo:digits, 9 views an image, about ")
     assert told["student"].startswith("test_efficientnet at 32 px, 30 epochs, about ")
     assert told["disk"].startswith("27.0 KiB of targets, ")
+    assert told["disk"].endswith(" are free")
     assert sorted(path.name for path in place.iterdir()) == ["my photos", "names.txt"]  # nothing was written
     document = prgkit("distill", "--images", "my photos/", "--classes", "names.txt", *sets, "--dry-run", "--json").json
     assert document["distill"]["images"] == document["distill"]["images_missing"] == 24
+
+
+@pytest.mark.parametrize("option", ["", "--dry-run"])
+def test_a_rehearsal_refuses_what_the_work_would_refuse(
+    prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("prgkit.estimate.PROBE_SECONDS", 0.0)
+    (standing / "mine").mkdir()
+    (standing / "mine/thesis.tex").touch()
+    for line, told in (
+        ("distill tiny.yaml --set training.epochs=3", "this run was made from another recipe; it differs in training"),
+        ("distill tiny.yaml --run mine", "the folder is not empty and holds no run\n"),
+        ("distill tiny.yaml --run new --set data.evaluation=labelled", "1 of 1 labels match no class: 'tow' (did you"),
+    ):
+        if "labelled" in line:
+            photos(standing / "labelled/tow", 2)
+        said = prgkit(f"{line} {option}")
+        assert said.code == 1
+        assert f"Error: {told}" in said.err
+    usage = type(shutil.disk_usage(standing))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 1024, 1024))
+    said = prgkit(f"distill tiny.yaml --run newer --targets elsewhere {option}")
+    assert said.code == 1
+    assert re.search(r"Error: the target store needs \d+\.\d KiB, and 1\.0 KiB are free\n", said.err)
+
+
+def test_a_rehearsal_counts_the_evaluation_images_for_the_teacher_too(
+    prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prgkit.estimate.PROBE_SECONDS", 0.0)
+    photos(standing / "judged/two", 30)  # 24 of them are those of photos/
+    line = "distill tiny.yaml --run new --set data.evaluation=judged --dry-run --json"
+    found = prgkit(line).json["distill"]
+    assert (found["images"], found["images_missing"]) == (24, 0)
+    assert (found["evaluation_images"], found["evaluation_missing"]) == (30, 6)
+    assert found["targets_bytes"] == 6 * 64 * 2
+    assert found["told"]["evaluation"] == "30 in judged, 6 new to the teacher"
 
 
 # Bad input, one by one.
@@ -525,7 +640,7 @@ def tiny(place: Path, *changes: tuple[str, str]) -> None:
         (('"demo:digits"', "ViT-B-61"), "open_clip has no model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
         (('"demo:digits"', "ViT-B-32, weights: openay"), "ViT-B-32 has no weights 'openay'; did you mean 'openai'?"),
         (('"demo:digits"', "ViT-B-32"), "teacher.weights is missing for ViT-B-32"),
-        (('"demo:digits"', "local-dir:nowhere"), "the teacher's folder holds no open_clip_config.json"),
+        (('"demo:digits"', "local-dir:nowhere"), "there is no such folder\n  where: nowhere\n"),
         (("{name: ce}", "{name: cee}"), "the recipe has a mistake:\n    objective.name: unknown objective 'cee', known are "
                                         "prg, kd, ce; did you mean 'ce'?"),
         (("[one, two, three]", "[one, two, One]"), "class names repeat: 'One' (entry 1 and entry 3)"),
@@ -551,7 +666,7 @@ def test_bad_input_is_told_with_its_fix(prgkit: Call, place: Path, change: tuple
     error = said.err[said.err.index("Error: ") :]
     assert error.startswith(f"Error: {told}")
     assert "\n  fix: " in error or "did you mean" in error
-    assert len(error) < 700
+    assert len(error) < 800
     assert said.out == "" or "labels" in told
 
 
@@ -676,6 +791,25 @@ def test_only_the_first_of_several_processes_prints(
     assert [name for name, _ in calls] == ["distill"]
 
 
+def test_only_the_first_of_several_processes_asks_the_teacher(
+    prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def distil(recipe: Any, *_: Any) -> None:
+        asked.append(recipe)
+        raise SystemExit  # as every process but the first ends
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("prgkit.lesson.prepare", ending(AssertionError("a second writer")))
+    monkeypatch.setattr("prgkit.distill.distill", distil)
+    assert prgkit("targets tiny.yaml --set views.count=2") == Said(0, "", "")
+    assert prgkit("targets tiny.yaml --set views.count=2 distill") == Said(0, "", "")
+    assert asked[0].views.count == 2  # it goes on with the same recipe, and waits for the first there
+    monkeypatch.setattr("prgkit.estimate.estimate", ending(AssertionError("a second probe")))
+    assert prgkit("distill tiny.yaml --dry-run") == Said(0, "", "")
+
+
 def test_a_terminal_shows_a_bar_that_long_facts_do_not_push_away(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -697,6 +831,30 @@ def test_a_terminal_shows_a_bar_that_long_facts_do_not_push_away(
     assert "10/10" in said.err
     assert "epoch 1/2  loss [0.5]" in said.err
     assert "a [note]" in said.err
+
+
+def test_where_no_bar_can_move_a_line_comes_every_30_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prgkit.terminal import Terminal
+
+    clock = iter([100.0, 110.0, 129.9, 130.0, 150.0, 3760.0])
+    monkeypatch.setattr("prgkit.terminal.time.monotonic", lambda: next(clock))
+    with Terminal(says_results=True, shows_progress=True) as terminal:
+        terminal.start("student", 100_000, "img")
+        terminal.advance(40_000)  # a stage that goes on where another process stopped
+        for _ in range(5):
+            terminal.advance(1_000, "epoch 1/2  loss [0.5]")
+        terminal.end_stage()
+    assert capsys.readouterr().err == (
+        "student: 100,000 img\n"
+        "student: 43,000/100,000 img  100 img/s  10 min left  epoch 1/2  loss [0.5]\n"
+        "student: 45,000/100,000 img  1.4 img/s  11 h 11 min left  epoch 1/2  loss [0.5]\n"
+    )
+    with Terminal(says_results=True, shows_progress=False) as terminal:
+        terminal.start("student", 10, "img")
+        terminal.advance(10)
+    assert capsys.readouterr().err == ""
 
 
 def test_options_say_what_they_take() -> None:

@@ -25,7 +25,7 @@ from prgkit.export.onnx import (  # noqa: E402
     rehearse_fp16,
     write_fp16,
 )
-from prgkit.export.parity import compare, require_parity, run_batches  # noqa: E402
+from prgkit.export.parity import compare, require_agreement, run_batches  # noqa: E402
 from prgkit.export.runners import OnnxRunner, TorchRunner  # noqa: E402
 
 
@@ -69,9 +69,14 @@ def test_a_fusion_that_changes_the_logits_is_refused(repvit, monkeypatch):
         deployable(repvit.student, torch.from_numpy(repvit.pixels[:16]))
 
 
+def agreement(reference, runner, pixels, *, precision):
+    logits = (run_batches(reference, pixels), run_batches(runner, pixels))
+    return require_agreement(*logits, precision=precision, names=(reference.name, runner.name))
+
+
 def test_onnx_runtime_agrees_with_torch_in_fp32(exported):
     runner = OnnxRunner(exported.fp32, threads=1)
-    parity = require_parity(TorchRunner(exported.student), runner, exported.pixels, precision="fp32")
+    parity = agreement(TorchRunner(exported.student), runner, exported.pixels, precision="fp32")
     assert parity.images == 256
     assert parity.max_abs_difference <= parity.tolerance
     assert parity.top1_agreement == 100.0
@@ -79,7 +84,7 @@ def test_onnx_runtime_agrees_with_torch_in_fp32(exported):
 
 def test_onnx_runtime_agrees_with_torch_in_fp16(exported):
     runner = OnnxRunner(exported.fp16, threads=1)
-    parity = require_parity(TorchRunner(exported.student), runner, exported.pixels, precision="fp16")
+    parity = agreement(TorchRunner(exported.student), runner, exported.pixels, precision="fp16")
     assert parity.top1_agreement >= 99.0
     assert parity.max_abs_difference > 0, "float16 weights cannot give the very same logits"
 
@@ -106,8 +111,8 @@ def test_real_images_agree(exported):
     pixels = np.stack([exported.preprocessing.prepare(picture) for picture in pictures_of(shard, 256)])
     reference = TorchRunner(exported.student)
     deployable(exported.student, torch.from_numpy(pixels))
-    require_parity(reference, OnnxRunner(exported.fp32, threads=1), pixels, precision="fp32")
-    require_parity(reference, OnnxRunner(exported.fp16, threads=1), pixels, precision="fp16")
+    agreement(reference, OnnxRunner(exported.fp32, threads=1), pixels, precision="fp32")
+    agreement(reference, OnnxRunner(exported.fp16, threads=1), pixels, precision="fp16")
 
 
 def test_the_batch_is_free(exported):
@@ -133,7 +138,7 @@ def test_the_file_says_all_that_is_needed_to_use_it(exported):
             ["batch", 20],
             onnx.TensorProto.FLOAT,
         )
-        facts = OnnxRunner(path, threads=1).metadata
+        facts = {entry.key: entry.value for entry in model.metadata_props}
         assert json.loads(facts["classes"]) == [f"thing {number}" for number in range(20)]
         assert json.loads(facts["preprocessing"]) == exported.preprocessing.to_dict()
         assert facts["prgkit"] == prgkit.__version__

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prgkit.errors import ParityError
-from prgkit.export.parity import compare, require_agreement, require_parity, run_batches
+from prgkit.export.parity import compare, require_agreement, run_batches
 
 
 class Fixed:
@@ -60,14 +60,15 @@ def test_adding_a_constant_to_an_image_leaves_kl_and_top1():
 
 def test_agreement_within_the_tolerance_passes():
     table = np.eye(4, dtype=np.float32)
-    parity = require_parity(Fixed("a", table), Fixed("b", table + 9e-5), numbered(4), precision="fp32")
+    parity = require_agreement(table, table + 9e-5, precision="fp32", names=("a", "b"))
     assert parity.top1_agreement == 100.0
 
 
 def test_fp32_breach_gives_every_figure():
     table = np.eye(4, dtype=np.float32)
     with pytest.raises(ParityError) as caught:
-        require_parity(Fixed("torch", table), Fixed("onnx-fp32", table + 2e-4), numbered(4), precision="fp32")
+        require_agreement(table, table + 2e-4, precision="fp32", names=("torch", "onnx-fp32"))
+    assert "onnx-fp32 (fp32) does not agree with torch on 4 images" in caught.value.what
     assert "max abs difference 0.0002 (allowed 0.0001), top-1 agreement 100.00 %" in caught.value.what
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ CARD = EngineCard(
     backend="tensorrt_rtx",
     backend_version="1.7.1.116",
     precision="fp16",
+    tf32=False,
     batch=(1, 1, 32),
     compute_capabilities=("SM86", "SM89"),
     gpu=None,
@@ -67,6 +69,29 @@ def test_a_truncated_onnx_file_is_a_short_error(repvit, tmp_path, capfd, keep):
     assert caught.value.fix == "export it again: prgkit export"
     assert len(str(caught.value).splitlines()) == 3
     assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_cuda_is_told_not_to_round_fp32_to_tf32(monkeypatch, tmp_path):
+    """The session is a stand-in: what is tested is what ONNX Runtime is asked for."""
+    import onnxruntime
+
+    opened = []
+
+    class Session:
+        def __init__(self, path, options, *, providers):
+            opened.append(providers)
+
+        def get_providers(self):
+            return ["CUDAExecutionProvider"]
+
+        def get_inputs(self):
+            return [SimpleNamespace(name="pixels")]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    (tmp_path / "model.onnx").touch()
+    assert OnnxRunner(tmp_path / "model.onnx", "CUDAExecutionProvider").device == "cuda"
+    assert opened == [[("CUDAExecutionProvider", {"use_tf32": "0"})]]
 
 
 def test_a_missing_onnx_file_is_named(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from prgkit.errors import BackendError, ExportError
 from prgkit.export import tensorrt
 from prgkit.export.card import card_path, load_card
-from prgkit.export.tensorrt import Gpu, available_backends, build_engine, choose_backend, find_gpu
+from prgkit.export.tensorrt import Gpu, available_backends, build_engine, choose_backend, choose_targets, find_gpu
 from prgkit.files import sha256
 
 needs_rtx = pytest.mark.skipif(
@@ -44,6 +44,7 @@ def test_both_precisions_build_for_both_families(engines):
         assert card.input == {"name": "pixels", "dtype": "UINT8", "shape": [-1, 64, 64, 3]}
         assert card.output == {"name": "logits", "dtype": "FLOAT", "shape": [-1, 20]}
         assert {"SM80", "SM86", "SM89", "SM120"} <= set(card.compute_capabilities)
+        assert card.tf32 is False, "FP32 means FP32"
         assert not card.executed
         assert card.note == "built and never executed here"
     assert cards["fp16"].bytes < 0.7 * cards["fp32"].bytes
@@ -122,10 +123,10 @@ def test_building_prints_nothing(repvit, tmp_path, capfd):
 @needs_rtx
 def test_gpu_generations_are_chosen_by_name(repvit, tmp_path):
     build = {"precision": "fp16", "batch": (1, 1, 1), "backend": "tensorrt_rtx"}
-    card = build_engine(repvit.fp16, tmp_path, compute_capabilities=["SM86"], **build)
+    card = build_engine(repvit.fp16, tmp_path, sm=["SM86"], **build)
     assert card.compute_capabilities == ("SM86",)
     with pytest.raises(BackendError, match="tensorrt_rtx cannot build for SM87"):
-        build_engine(repvit.fp16, tmp_path, compute_capabilities=["SM86", "SM87"], **build)
+        build_engine(repvit.fp16, tmp_path, sm=["SM86", "SM87"], **build)
 
 
 @needs_rtx
@@ -138,9 +139,23 @@ def test_a_build_that_fails_gives_tensorrts_reason(repvit, tmp_path):
             precision="fp32",
             batch=(1, 1, 1),
             backend="tensorrt_rtx",
-            compute_capabilities=["SM75"],
+            sm=["SM75"],
         )
     assert not list(tmp_path.iterdir())
+
+
+@needs_rtx
+def test_gpu_generations_are_refused_before_anything_is_built(monkeypatch):
+    assert choose_targets("tensorrt_rtx", ["SM86"]) == ("SM86",)
+    assert "SM75" not in choose_targets("tensorrt_rtx", None)
+    with pytest.raises(BackendError, match="tensorrt_rtx cannot build for SM12") as caught:
+        choose_targets("tensorrt_rtx", ["SM86", "SM12"])
+    assert caught.value.fix.startswith("it knows SM75, SM80, SM86")
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("some GPU", "SM89"))
+    assert choose_targets("tensorrt", None) == choose_targets("tensorrt", ["SM89"]) == ("SM89",)
+    with pytest.raises(BackendError, match=r"tensorrt builds for the GPU at hand \(SM89\), not for SM86") as caught:
+        choose_targets("tensorrt", ["SM86"])
+    assert "--backend tensorrt_rtx" in caught.value.fix
 
 
 @pytest.mark.parametrize("batch", [(0, 1, 1), (2, 1, 4), (1, 4, 2)])

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ import click
 
 from prgkit import __version__
 from prgkit.errors import BackendError, DiskFullError, PrgkitError
-from prgkit.files import is_disk_full, read_json
+from prgkit.files import is_disk_full
 
 if TYPE_CHECKING:
     from prgkit.recipe import Recipe
@@ -85,10 +85,15 @@ def check_chain(steps: Sequence[click.Context]) -> None:
     if any(folder not in (None, folders[0]) for folder in folders):
         raise click.UsageError("A chain works on one run: give --run to its first command.", whole)
     for step in steps:
-        if step.info_name == "export" and (step.params["trt"] or step.params["backend"]):
-            from prgkit.export.tensorrt import choose_backend
+        if step.info_name == "export" and builds_engines(step.params):
+            from prgkit.export.tensorrt import choose_backend, choose_targets
 
-            choose_backend(step.params["backend"])
+            choose_targets(choose_backend(step.params["backend"]).name, step.params["sm"])
+
+
+def builds_engines(given: Mapping[str, Any]) -> bool:
+    """Tell whether `export` was asked for engines: what says how to build them asks for them."""
+    return bool(given["trt"] or given["backend"] or given["sm"] or given["batch"])
 
 
 def run_chain(steps: Sequence[click.Context]) -> None:
@@ -99,14 +104,14 @@ def run_chain(steps: Sequence[click.Context]) -> None:
     leads = int(os.environ.get("RANK", "0")) == 0  # the others of torchrun's processes train, and no more
     results: dict[str, Any] = {}
     with Terminal(says_results=leads and not as_json, shows_progress=leads) as terminal:
-        session = Session(terminal)
+        session = Session(terminal, leads)
         # A library that prints must not get into the document.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             for step in steps:
                 name = str(step.info_name)
                 if session.rehearses:
                     terminal.note(f"then {name}")
-                elif leads or name in ("distill", "targets"):
+                elif leads or name in ("distill", "targets"):  # each says below what the others have to do in it
                     step.obj = session
                     with step:
                         results[name] = step.command.invoke(step)
@@ -119,6 +124,7 @@ class Session:
     """What the commands of one chain share."""
 
     terminal: Terminal
+    leads: bool = True  # False in all but the first of the processes that torchrun starts
     folder: Path | None = None  # the run, or the bundle, that the chain is about
     asked: dict[str, Any] | None = None  # the recipe options of `targets`, for a `distill` that names none
     rehearses: bool = False  # --dry-run was given: what follows would have nothing to work on
@@ -155,7 +161,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Where the teacher's targets are kept, for all runs.",
         ),
-        click.option("--dry-run", is_flag=True, help="Say what would run, how much disk and how long; do nothing."),
+        click.option("--dry-run", is_flag=True, help="Say what would run, how much disk and how long; train nothing."),
         json_option,
     ]
     for option in reversed(options):
@@ -172,6 +178,29 @@ def batch_sizes(ctx: click.Context, option: click.Parameter, text: str) -> list[
     if min(batches) < 1:
         raise click.BadParameter(f"write batch sizes as 1,8,32, not {text!r}.", ctx, option)
     return batches
+
+
+def batch_profile(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[int, int, int] | None:
+    """Read ``1,1,32``: the least, the usual and the largest batch of an engine."""
+    if text is None:
+        return None
+    try:
+        least, usual, most = map(int, text.split(","))
+    except ValueError:
+        least, usual, most = 0, 0, 0
+    if not 1 <= least <= usual <= most:
+        raise click.BadParameter(f"write the least, the usual and the largest as 1,1,32, not {text!r}.", ctx, option)
+    return least, usual, most
+
+
+def gpu_generations(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    """Read ``86,89``, or ``8.6,8.9``, as ("SM86", "SM89")."""
+    if text is None:
+        return None
+    numbers = [part.strip().upper().removeprefix("SM").replace(".", "") for part in text.split(",")]
+    if not all(number.isdecimal() and len(number) in (2, 3) for number in numbers):
+        raise click.BadParameter(f"write compute capabilities as 86,89, not {text!r}.", ctx, option)
+    return tuple(f"SM{number}" for number in dict.fromkeys(numbers))
 
 
 @click.group(cls=Chain, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -226,20 +255,36 @@ def distill(session: Session, /, **given: Any) -> dict[str, Any]:
     help="Build the engines with this one of tensorrt and tensorrt_rtx; implies --trt.  "
     "[default: tensorrt where it can run, else tensorrt_rtx]",
 )
+@click.option(
+    "--batch",
+    metavar="MIN,OPT,MAX",
+    callback=batch_profile,
+    help="Batch sizes of the engines, e.g. 1,1,32; three equal ones make a static engine; implies --trt.  "
+    "[default: the recipe's]",
+)
+@click.option(
+    "--sm",
+    metavar="LIST",
+    callback=gpu_generations,
+    help="GPU generations that tensorrt_rtx builds for, e.g. 86,89; implies --trt.  [default: all from 80 on]",
+)
 @run_option
 @json_option
 @click.pass_obj
-def export(
-    session: Session, fp16: bool, trt: bool, backend: str | None, folder: Path | None, as_json: bool
-) -> dict[str, Any]:
+def export(session: Session, /, folder: Path | None, as_json: bool, **given: Any) -> dict[str, Any]:
     """Turn the student into ONNX, preprocessing inside, and with --trt into a TensorRT engine.
 
     In a bundle, on the device, --trt builds the engines from the bundle's ONNX files; that needs no torch.
     """
-    place, trt = session.folder or folder, trt or backend is not None
+    place, trt = session.folder or folder, builds_engines(given)
+    fp16, engines = given["fp16"], {key: given[key] for key in ("backend", "batch", "sm")}
     bundle = place or Path()
     if (bundle / "manifest.json").is_file():
-        manifest = export_in_bundle(bundle, fp16=fp16, trt=trt, backend=backend, terminal=session.terminal)
+        if not trt:
+            raise click.UsageError("A bundle is exported already; export --trt builds its engines.")
+        from prgkit.export.engines import build_engines
+
+        manifest = build_engines(bundle, fp16=fp16, **engines, note=session.terminal.note)
         session.folder = bundle
     else:
         from prgkit.run import find_run, standing_where_it_started
@@ -248,7 +293,7 @@ def export(
         with needing("distill"):
             from prgkit.export.run import export_run
 
-        manifest = export_run(run, fp16=fp16, trt=trt, backend=backend, watch=session.terminal)
+        manifest = export_run(run, fp16=fp16, trt=trt, **engines, watch=session.terminal)
         bundle, session.folder = run.bundle, run.folder
     for artifact in manifest["artifacts"]:
         size_mib = artifact["bytes"] / 2**20
@@ -257,19 +302,8 @@ def export(
     return {"bundle": str(bundle), **manifest}
 
 
-def export_in_bundle(bundle: Path, *, fp16: bool, trt: bool, backend: str | None, terminal: Terminal) -> dict[str, Any]:
-    """Build the engines of a bundle that was exported elsewhere."""
-    if not trt:
-        raise click.UsageError("A bundle is exported already; export --trt builds its engines.")
-    from prgkit.export.engines import build_engines
-    from prgkit.recipe import validate
-
-    batch = validate(read_json(bundle / "manifest.json")["recipe"], where=bundle).export.batch
-    return build_engines(bundle, fp16=fp16, batch=batch, backend=backend, note=terminal.note)
-
-
 def checked(artifact: dict[str, Any]) -> str:
-    """Say how an artifact was checked against PyTorch."""
+    """Say how an artifact was checked."""
     parity = artifact["parity"]
     if not parity:
         return artifact["note"] or ""
@@ -351,9 +385,11 @@ def targets(session: Session, /, **given: Any) -> dict[str, Any]:
         recipe, folder = choose_recipe(session, given)
         if given["dry_run"]:
             return rehearse(session, recipe, folder, given["targets_root"])
+        session.asked = given
+        if not session.leads:  # the store has one writer
+            return {}
         from prgkit.lesson import prepare
     lesson = prepare(recipe, given["targets_root"], session.terminal)
-    session.asked = given
     store = lesson.targets.folder
     size = sum(path.stat().st_size for path in store.iterdir())
     session.terminal.say((str(store), "bold"), f": {len(lesson.catalogue):,} images, {size / 2**20:,.1f} MiB")
@@ -449,10 +485,12 @@ def choose_recipe(session: Session, given: dict[str, Any]) -> tuple[Recipe, Path
 
 def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path) -> dict[str, Any]:
     """Print what a distillation would take."""
+    session.rehearses = True
+    if not session.leads:
+        return {}
     from prgkit.estimate import estimate
 
-    expected = estimate(recipe, targets_root, session.terminal)
-    session.rehearses = True
+    expected = estimate(recipe, folder, targets_root, session.terminal)
     session.terminal.listing({"run": str(folder), **expected["told"]})
     return {"run": str(folder), **expected}
 

@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from prgkit.evaluate import machine
+from prgkit.export.runners import why_no_engine_runs
 from prgkit.export.tensorrt import available_backends, find_gpu
 
 PACKAGES = (
@@ -77,8 +78,14 @@ def torch_backends(versions: dict[str, str | None]) -> list[dict[str, Any]]:
 
 
 def tensorrt_backends() -> list[dict[str, Any]]:
-    """Return whether TensorRT and TensorRT for RTX can build engines here."""
-    return [backend(f"{name} (export --trt)", state.problem) for name, state in available_backends().items()]
+    """Return whether TensorRT and TensorRT for RTX can build engines here, and whether they can run them."""
+    rows = []
+    for name, state in available_backends().items():
+        rows.append(backend(f"{name}: build engines", state.problem))
+        rows.append(
+            backend(f"{name}: run engines", state.problem if state.version is None else why_no_engine_runs(name))
+        )
+    return rows
 
 
 def backend(name: str, problem: str | None) -> dict[str, Any]:

@@ -12,12 +12,15 @@ import torch
 from prgkit.checkpoint import expected_bytes
 from prgkit.devices import best_device, probe_precision
 from prgkit.distill import check_trackers
-from prgkit.files import readable_bytes
+from prgkit.files import free_bytes, readable_bytes, require_space
 from prgkit.images import Images, UnreadableImage, open_images
+from prgkit.labels import class_indices
 from prgkit.recipe import Recipe
+from prgkit.run import require_own_folder
 from prgkit.student import build_student
-from prgkit.targets import existing_targets
+from prgkit.targets import Targets, existing_targets
 from prgkit.teacher import Teacher, load_teacher
+from prgkit.terminal import duration
 from prgkit.watch import Watch
 
 PROBE_SECONDS = 3.0
@@ -25,22 +28,23 @@ CPU_PROBE_BATCH = 8  # a CPU is as fast with few images as with many, and a larg
 SAMPLE_IMAGES = 256
 
 
-def estimate(recipe: Recipe, targets_root: Path, watch: Watch) -> dict[str, Any]:
-    """Count the images, time teacher and student for a moment each, and add it up; nothing is written.
+def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> dict[str, Any]:
+    """Count the images, time teacher and student for a moment each, and add it up.
+
+    Neither the run nor the target store is touched. Weights and datasets that are named but not at hand are
+    downloaded to their usual caches, as there is no counting or timing them without.
 
     Raises:
         PrgkitError: for whatever would also stop the real work at its start.
     """
     check_trackers(recipe.training)
+    require_own_folder(folder, recipe)
     device = best_device()
-    images = open_images(recipe.data.images)
-    labels = Path(recipe.data.evaluation_labels) if recipe.data.evaluation_labels else None
-    judged = len(open_images(recipe.data.evaluation, labels=labels)) if recipe.data.evaluation else 0
-    sample = np.unique(np.linspace(0, len(images) - 1, SAMPLE_IMAGES).astype(int)).tolist()
-    require_one_readable(images, sample)
     stored = existing_targets(recipe, targets_root)
-    rows = stored.rows([images.key(index) for index in sample], views=1) if stored else np.full(len(sample), -1)
-    images_missing = round(float((rows < 0).mean()) * len(images))
+    images = open_images(recipe.data.images)
+    images_missing = count_missing(images, stored)
+    judged = open_evaluation(recipe) if recipe.data.evaluation else None
+    judged_missing = count_missing(judged, stored) if judged else 0
 
     watch.note(f"probing {recipe.teacher.model} and {recipe.student.model} for some seconds")
     teacher = load_teacher(recipe.teacher, device)
@@ -49,17 +53,45 @@ def estimate(recipe: Recipe, targets_root: Path, watch: Watch) -> dict[str, Any]
     precision = probe["chosen"] if recipe.training.precision == "auto" else recipe.training.precision
     student_images_per_s = 1000 * probe["batch_size"] / probe["step_ms"][precision]
     views = 1 + recipe.views.count
+    views_missing = images_missing * views + judged_missing
     figures = {
         "images": len(images),
         "images_missing": images_missing,
-        "evaluation_images": judged,
+        "evaluation_images": len(judged) if judged else 0,
+        "evaluation_missing": judged_missing,
         "views": views,
-        "targets_bytes": images_missing * views * teacher.width * 2,
+        "targets_bytes": views_missing * teacher.width * 2,
         "run_bytes": expected_bytes(student),
-        "teacher_s": round(images_missing * views / views_per_s(teacher), 1),
+        "teacher_s": round(views_missing / views_per_s(teacher), 1),
         "student_s": round(recipe.training.epochs * len(images) / student_images_per_s, 1),
     }
-    return {**figures, "told": told(recipe, figures, device)}
+    require_space(targets_root, figures["targets_bytes"], "the target store")
+    require_space(folder, figures["run_bytes"], "the run")
+    return {**figures, "told": told(recipe, figures, device, free_bytes(folder))}
+
+
+def open_evaluation(recipe: Recipe) -> Images:
+    """Open the evaluation images; their labels are only matched with the classes."""
+    labels = Path(recipe.data.evaluation_labels) if recipe.data.evaluation_labels else None
+    images = open_images(recipe.data.evaluation or "", labels=labels)
+    numbers = range(len(images))
+    class_indices(
+        [images.label(number) for number in numbers],
+        recipe.classes,
+        names=[images.name(number) for number in numbers],
+        where=images.spec,
+    )
+    return images
+
+
+def count_missing(images: Images, stored: Targets | None) -> int:
+    """Return how many images the teacher has not seen yet, judged by a sample of which one at least is readable."""
+    sample = np.unique(np.linspace(0, len(images) - 1, SAMPLE_IMAGES).astype(int)).tolist()
+    require_one_readable(images, sample)
+    if stored is None:
+        return len(images)
+    rows = stored.rows([images.key(index) for index in sample], views=1)
+    return round(float((rows < 0).mean()) * len(images))
 
 
 def require_one_readable(images: Images, sample: list[int]) -> None:
@@ -89,9 +121,14 @@ def views_per_s(teacher: Teacher) -> float:
     return done / seconds
 
 
-def told(recipe: Recipe, figures: dict[str, Any], device: torch.device) -> dict[str, str]:
+def told(recipe: Recipe, figures: dict[str, Any], device: torch.device, free: int) -> dict[str, str]:
     """Put the figures into words."""
-    judged = f"{figures['evaluation_images']:,} in {recipe.data.evaluation}" if recipe.data.evaluation else "none"
+    judged = "none"
+    if recipe.data.evaluation:
+        judged = (
+            f"{figures['evaluation_images']:,} in {recipe.data.evaluation}, "
+            f"{figures['evaluation_missing']:,} new to the teacher"
+        )
     templates = "1 template" if len(recipe.templates) == 1 else f"{len(recipe.templates)} templates"
     return {
         "images": f"{figures['images']:,} in {recipe.data.images}, {figures['images_missing']:,} new to the teacher",
@@ -101,13 +138,5 @@ def told(recipe: Recipe, figures: dict[str, Any], device: torch.device) -> dict[
         "student": f"{recipe.student.model} at {recipe.student.image_size} px, {recipe.training.epochs} epochs, "
         f"about {duration(figures['student_s'])} on {device}",
         "disk": f"{readable_bytes(figures['targets_bytes'])} of targets, "
-        f"{readable_bytes(figures['run_bytes'])} for the run",
+        f"{readable_bytes(figures['run_bytes'])} for the run; {readable_bytes(free)} are free",
     }
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: ``3 h 20 min``."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -88,20 +88,31 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
+def require_space(
+    folder: Path,
+    needed_bytes: int,
+    purpose: str,
+    *,
+    fix: str = "free some space, or choose another disk with --run and --targets",
+) -> None:
     """Refuse before the work starts, not after hours of it.
 
     Raises:
         DiskFullError: ``folder``'s disk has less than ``needed_bytes`` free.
     """
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
+    free = free_bytes(folder)
+    if free < needed_bytes:
         raise DiskFullError(
-            f"{purpose} needs {readable_bytes(needed_bytes)}, and {readable_bytes(free_bytes)} are free",
+            f"{purpose} needs {readable_bytes(needed_bytes)}, and {readable_bytes(free)} are free",
             where=folder,
-            fix="free some space, or choose another disk with --run and --targets",
+            fix=fix,
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return what is free on the disk of a folder that may not be there yet."""
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
 
 
 @contextmanager

@@ -91,6 +91,7 @@ def start_run(folder: Path, recipe: Recipe) -> Run:
     Raises:
         RunError: the folder holds a run of another recipe, or something else.
     """
+    require_own_folder(folder, recipe)
     run = Run(folder)
     base = {
         "schema": "prgkit.run/1",
@@ -101,23 +102,33 @@ def start_run(folder: Path, recipe: Recipe) -> Run:
         "finished": False,
     }
     if run.recipe_file.exists():
+        save_recipe(recipe, run.recipe_file)  # what may change in a run: its export and how it is watched
+        if not run.card_file.exists():  # the first start was stopped between the two
+            run.update_card(**base)
+        return run
+    save_recipe(recipe, run.recipe_file)
+    run.update_card(**base)
+    return run
+
+
+def require_own_folder(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder in which a run of ``recipe`` can neither start nor go on.
+
+    Raises:
+        RunError: the folder holds a run of another recipe, or something else.
+    """
+    run = Run(folder)
+    if run.recipe_file.exists():
         if changed := changed_keys(run.recipe, recipe):
             raise RunError(
                 f"this run was made from another recipe; it differs in {', '.join(changed)}",
                 where=folder,
                 fix=f"start a new run with --run {folder}-2, or delete {folder}",
             )
-        save_recipe(recipe, run.recipe_file)  # what may change in a run: its export and how it is watched
-        if not run.card_file.exists():  # the first start was stopped between the two
-            run.update_card(**base)
-        return run
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(folder.iterdir()):
         raise RunError(
             "the folder is not empty and holds no run", where=folder, fix="give --run a new or an empty folder"
         )
-    save_recipe(recipe, run.recipe_file)
-    run.update_card(**base)
-    return run
 
 
 def find_run(given: Path | None) -> Run:
