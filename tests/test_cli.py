@@ -21,7 +21,8 @@ import pytest
 from PIL import Image
 
 from prgkit import cli
-from prgkit.cli import main, split_at_commands
+from prgkit.chain import split_at_commands
+from prgkit.cli import main
 from prgkit.errors import PrgkitError
 from prgkit.recipe import shipped_recipes
 

@@ -15,7 +15,7 @@ PACKAGES: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())[
 OWNERS = {
     "open_clip": {"prgkit.teacher", "prgkit.demo.train_teacher"},
     "timm": {"prgkit.student"},
-    "click": {"prgkit.cli"},
+    "click": {"prgkit.cli", "prgkit.chain"},
     "yaml": {"prgkit.recipe"},
     "rich": {"prgkit.terminal", "prgkit.evaluate.report"},
     "accelerate": {"prgkit.devices", "prgkit.distill"},

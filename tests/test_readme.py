@@ -8,7 +8,8 @@ import click
 import pytest
 import tomllib
 
-from prgkit.cli import cli, split_at_commands
+from prgkit.chain import split_at_commands
+from prgkit.cli import cli
 from prgkit.recipe import parse, validate
 
 ROOT = Path(__file__).parents[1]
