@@ -144,7 +144,8 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
             if stop:
                 accelerator.wait_for_everyone()  # a launcher ends them all as soon as one has ended
                 raise Interrupted(
-                    f"stopped in epoch {min(progress.epoch + 1, page.epochs)} of {page.epochs}; everything up to here is saved",
+                    f"stopped in epoch {min(progress.epoch + 1, page.epochs)} of {page.epochs}; "
+                    "everything up to here is saved",
                     where=run.folder,
                     fix="the same command goes on from here",
                 )
