@@ -7,7 +7,7 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -225,6 +225,8 @@ def subject(bundle: Bundle, evaluation: Evaluation, rows: Sequence[Row]) -> dict
     reference = next((row for row in rows if row["artifact"] == "onnx-fp32" and row["status"] == "measured"), None)
     student = reference or accuracy.scores(evaluation.logits, teacher=evaluation.teacher_logits, labels=labels)
     name = " ".join(str(manifest["teacher"][key]) for key in ("model", "weights") if manifest["teacher"].get(key))
+    if name.startswith("local-dir:"):
+        name = PurePath(name).name  # where it lay is nobody's business
     return {
         "run": {
             "name": manifest["run"]["name"],
