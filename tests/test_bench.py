@@ -187,7 +187,10 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
     assert any(note.startswith("Never executed here: rtx-fp16 (cuda); ") for note in report["notes"])
     assert not any(note.startswith("Golden images") for note in report["notes"])
     raw = json.loads((out / "samples.json").read_text())
-    assert raw["order"] == [[0]] * 10
+    taken = [turn for turn in raw["order"] if turn]  # on a busy machine its time may be up before ten rounds
+    assert 3 <= len(taken) <= 10
+    assert taken == [[0]] * len(taken)
+    assert len(raw["rows"][0]["rounds"]) == len(taken)
     assert sum(map(len, raw["rows"][0]["rounds"])) == onnx_row["latency"]["samples"]
     page = (out / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>")
