@@ -1,7 +1,7 @@
 """Distil, export and bench every (student, objective) on CIFAR-100 and print one JSON document of what came out.
 
     python benchmarks/cifar100.py --images 'train-{000000..000004}.tar' --evaluation test-000000.tar \
-        --teacher local-dir:cifar100-rn18-64 --student repvit_m0_9:10 --student efficientnet_b0:4 > results.json
+        --teacher local-dir:cifar100-rn18-64 --student repvit_m0_9:10 > results.json
 
 A run that is finished is not trained again, so the command resumes; the teacher sees the images once for all of them.
 """
