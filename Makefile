@@ -1,11 +1,13 @@
 # Two commands do all their own set-up, on a machine with Python 3.11 and nothing else:
 #   make demo    install, then distil, export and bench the embedded digits; ends in a table and a report
 #   make test    install, then ruff, mypy and every test
+# and a third the long form of the tests that kill and fuzz:
+#   make soak    install, then some fifty kills and ten thousand hostile inputs
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = -m pip install --quiet --disable-pip-version-check
 VENV = .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test soak clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -15,6 +17,9 @@ test: .venv/dev.stamp .venv-base/base.stamp
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/python -m pytest
+
+soak: .venv/dev.stamp .venv-base/base.stamp
+	$(VENV)/python -m pytest -m soak
 
 clean:
 	rm -rf .venv .venv-base runs targets

@@ -7,29 +7,39 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import prgkit
 from prgkit.errors import BenchError, PrgkitError
-from prgkit.evaluate import accuracy, latency, machine, wording
+from prgkit.evaluate import accuracy, latency, machine
+from prgkit.evaluate.audit import audit, find_ticks
+from prgkit.evaluate.baseline import Gate, against, require_comparable
+from prgkit.evaluate.choice import choose, int8_notes, write_choice
 from prgkit.evaluate.latency import Measured
+from prgkit.evaluate.opencv import opencv_notes
+from prgkit.evaluate.paced import paced
 from prgkit.evaluate.pictures import choose_pictures
-from prgkit.evaluate.report import SCHEMA, write_report
+from prgkit.evaluate.reading import SCHEMA
+from prgkit.evaluate.remarks import row_notes
+from prgkit.evaluate.report import write_report
+from prgkit.evaluate.scopes import described, golden_pictures, scope_block
+from prgkit.evaluate.sittings import conditions, sitting
+from prgkit.evaluate.subject import identity, subject, training, trust
+from prgkit.evaluate.sweep import thread_sweep
 from prgkit.evaluate.worker import Spec
-from prgkit.export.bundle import Bundle, Evaluation, check_golden, open_bundle, read_evaluation
+from prgkit.export.bundle import NCHW, QDQ, Bundle, Evaluation, check_golden, open_bundle, read_evaluation
 from prgkit.export.card import load_card
 from prgkit.export.runners import OnnxRunner, why_not_here
-from prgkit.files import read_json
+from prgkit.files import sha256
 from prgkit.run import Run
 
 Row = dict[str, Any]
 DEFAULT_BATCHES = (1, 8, 32)
 TIMED_IMAGES = 128
 PREDICT_BATCH = 32
-NOT_TRAINING = {"learning_rate", "seconds", "images_per_s", "step"}
 
 
 def bench(
@@ -42,6 +52,9 @@ def bench(
     batches: Sequence[int] = DEFAULT_BATCHES,
     note: Callable[[str], None],
     command: str | None = None,
+    gate: Gate | None = None,
+    sweep_threads: Sequence[int] = (),
+    fps: float | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle's artifacts on this machine, write the report into ``out`` and return it.
 
@@ -50,65 +63,116 @@ def bench(
         run_folder: the run it came from, where that is at hand: adds PyTorch itself and the training curves.
         out: where report.json, report.md, report.html and samples.json go.
         threads: threads of one call on the CPU; None takes every core that this process may use.
-        seconds: the time for warming up and measuring one artifact; its accuracy comes on top.
+        seconds: the time for warming up and measuring one artifact; its scopes and its accuracy come on top.
         batches: the batch sizes of the throughput sweep.
         note: told what is being done.
         command: what the user typed, for the report.
+        gate: the older report that the new one is held against, and by how much it may be worse.
+        sweep_threads: numbers of CPU threads whose latencies are compared, after everything else.
+        fps: the rate at which frames come, for response times and late frames; None for no frames.
 
     Raises:
-        BenchError: an option makes no sense, or no artifact could be measured.
+        BenchError: an option makes no sense, no artifact could be measured, or the baseline cannot be compared with.
         ExportError: the bundle, or something in it, is missing or damaged.
+        ImagesError: something in the ticks cannot stand there.
     """
     check_options(threads=threads, seconds=seconds, batches=batches)
     bundle = open_bundle(bundle_folder)
     evaluation = read_evaluation(bundle_folder)
+    ticks = find_ticks(bundle, run_folder)  # a mistake in them is told before anything is measured
     facts = machine.describe()
     threads = threads or machine.usable_cores()
+    if gate is not None:  # hours of measuring would not make them comparable
+        require_comparable(gate, facts, identity(evaluation, bundle), threads=threads)
     rows, specs = plan(bundle, run_folder, facts, threads=threads)
-    notes = golden_notes(bundle)
-    watch = machine.Watch()
-    session = latency.measure(
-        [spec for spec in specs if spec is not None],
-        evenly(evaluation.pixels, TIMED_IMAGES),
-        seconds=seconds,
-        batches=sorted(set(batches)),
-        predict=[
-            evaluation.pixels[start : start + PREDICT_BATCH]
-            for start in range(0, len(evaluation.pixels), PREDICT_BATCH)
-        ],
-        note=note,
-        between_rounds=lambda round_: watch.sample(),
+    notes, pictures = golden_notes(bundle), golden_pictures(bundle)
+    opened = [spec for spec in specs if spec is not None]
+    timed = evenly(evaluation.pixels, TIMED_IMAGES)
+    made_from = conditions(
+        facts,
+        files=files_under_test(bundle, run_folder),
+        opened=opened,
+        options=[threads, seconds, sorted(set(batches))],
     )
-    facts |= watch.facts()
-    measured = iter(session.measured)
-    for row, spec in zip(rows, specs, strict=True):
-        if spec is not None:
-            fill(row, next(measured), evaluation)
-    if not any(row["status"] == "measured" for row in rows):
-        reasons = "; ".join(f"{row['artifact']}: {row['reason']}" for row in rows)
-        raise BenchError(
-            f"no artifact could be measured: {reasons}", where=bundle_folder, fix="prgkit doctor says what can run here"
+    with sitting(out, made_from, note) as kept:
+        watch = machine.Watch()
+        session = latency.measure(
+            opened,
+            timed,
+            seconds=seconds,
+            batches=sorted(set(batches)),
+            predict=[
+                evaluation.pixels[start : start + PREDICT_BATCH]
+                for start in range(0, len(evaluation.pixels), PREDICT_BATCH)
+            ],
+            pictures=pictures,
+            kept=kept,
+            note=note,
+            between_rounds=lambda round_: watch.sample(),
         )
-    report = {
-        "schema": SCHEMA,
-        "prgkit": prgkit.__version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command or spelled_out(bundle_folder, threads=threads, seconds=seconds, batches=batches),
-        "machine": facts,
-        **subject(bundle, evaluation, rows),
-        "rows": rows,
-        "training": training(bundle, run_folder),
-        "quality": trust(bundle, run_folder),
-        "notes": [*notes, *machine.remarks(facts), *row_notes(rows, session.measured)],
-    }
-    note("writing the report")
-    write_report(
-        out,
-        report,
-        samples=samples(session),
-        pictures=choose_pictures(evaluation, student_logits(session, evaluation), bundle.classes),
-    )
+        apart: dict[str, Any] = {"seconds": seconds, "note": note, "between_rounds": lambda round_: watch.sample()}
+        by_threads, sweep_samples = thread_sweep(opened, timed, sweep_threads, **apart)
+        at_rate, frames = paced(opened, timed, fps, **apart)
+        facts |= watch.facts()
+        measured = iter(session.measured)
+        for row, spec in zip(rows, specs, strict=True):
+            if spec is not None:
+                fill(row, next(measured), evaluation)
+        if not any(row["status"] == "measured" for row in rows):
+            reasons = "; ".join(f"{row['artifact']}: {row['reason']}" for row in rows)
+            raise BenchError(
+                f"no artifact could be measured: {reasons}",
+                where=bundle_folder,
+                fix="prgkit doctor says what can run here",
+            )
+        logits = [one.logits for one in session.measured]
+        ran = [row for row, spec in zip(rows, specs, strict=True) if spec is not None]
+        audited, audit_notes = audit(ticks, evaluation, bundle.classes, zip(ran, logits, strict=True))
+        int8 = choose(bundle, rows, images=len(evaluation.pixels))
+        report = {
+            "schema": SCHEMA,
+            "prgkit": prgkit.__version__,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": command or spelled_out(bundle_folder, threads, seconds, batches, sweep_threads, fps),
+            "machine": facts,
+            **subject(bundle, evaluation, rows),
+            "rows": rows,
+            "scopes": described(pictures),
+            "threads": by_threads,
+            "paced": at_rate,
+            "int8": int8,
+            "audit": audited,
+            "training": training(bundle, run_folder),
+            "quality": trust(bundle, run_folder),
+            "notes": [
+                *notes,
+                *kept.notes,
+                *int8_notes(bundle, int8),
+                *audit_notes,
+                *machine.remarks(facts),
+                *row_notes(rows, session.measured),
+            ],
+        }
+        if gate is not None:
+            report["baseline"] = against(report, gate)
+        write_choice(out, bundle, int8)
+        note("writing the report")
+        write_report(
+            out,
+            report,
+            samples={**samples(session), "threads": sweep_samples, "paced": frames},
+            pictures=choose_pictures(evaluation, student_logits(session, evaluation), bundle.classes),
+        )
     return report
+
+
+def files_under_test(bundle: Bundle, run_folder: Path | None) -> list[str]:
+    """Return the digests of all that is measured, and of the images that it is measured with."""
+    digests = [artifact["sha256"] for artifact in bundle.artifacts]
+    paths = [bundle.folder / "evaluation" / "images.zip"]
+    if run_folder is not None and Run(run_folder).weights.exists():
+        paths.append(Run(run_folder).weights)
+    return [*digests, *(sha256(path) for path in paths)]
 
 
 def check_options(*, threads: int | None, seconds: float, batches: Sequence[int]) -> None:
@@ -137,6 +201,8 @@ def plan(
         specs.append(spec)
 
     for artifact in bundle.artifacts:
+        if artifact["format"] in (NCHW, QDQ):  # networks of other files once more, for runtimes that are not measured
+            continue
         path = bundle.folder / artifact["file"]
         if artifact["format"] == "engine":
             reason = why_not_here(load_card(path))
@@ -183,6 +249,7 @@ def blank(name: str, artifact: dict[str, Any], *, device: str, threads: int | No
         "peak_memory_mib": None,
         "latency": None,
         "throughput": [],
+        "scopes": {},
         **dict.fromkeys(("top1", "top1_interval", "top5", "calibration_error")),
         **dict.fromkeys(("agreement_teacher", "agreement_teacher_interval", "agreement_fp32", "kl_teacher")),
     }
@@ -198,6 +265,7 @@ def fill(row: Row, one: Measured, evaluation: Evaluation) -> None:
     row["load_ms"], row["peak_memory_mib"] = one.load_ms, one.peak_memory_mib
     if one.rounds_ns:
         row["latency"] = latency.summary(one.rounds_ns, steady=one.warm_up is not None and one.warm_up.steady)
+    row["scopes"] = scope_block(one)
     row["throughput"] = [
         {"batch": batch, "images_per_s": latency.images_per_s(batch, samples_ns)}
         for batch, samples_ns in one.sweep_ns.items()
@@ -216,37 +284,6 @@ def fill(row: Row, one: Measured, evaluation: Evaluation) -> None:
     row["status"], row["reason"] = ("measured", None) if failed is None else ("failed", failed)
 
 
-def subject(bundle: Bundle, evaluation: Evaluation, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the report's parts on the run, the evaluation set, the teacher and the student."""
-    manifest, labels = bundle.manifest, evaluation.labels
-    teacher = accuracy.scores(evaluation.teacher_logits, labels=labels)
-    uniform = accuracy.scores(evaluation.teacher_uniform_logits, labels=labels)
-    # The student's figures are its FP32 file's as measured here; where that could not run, as exported.
-    reference = next((row for row in rows if row["artifact"] == "onnx-fp32" and row["status"] == "measured"), None)
-    student = reference or accuracy.scores(evaluation.logits, teacher=evaluation.teacher_logits, labels=labels)
-    name = " ".join(str(manifest["teacher"][key]) for key in ("model", "weights") if manifest["teacher"].get(key))
-    if name.startswith("local-dir:"):
-        name = PurePath(name).name  # where it lay is nobody's business
-    return {
-        "run": {
-            "name": manifest["run"]["name"],
-            "student": manifest["student"]["model"],
-            "teacher": name,
-            "objective": manifest["run"]["objective"],
-            "classes": len(bundle.classes),
-            "epochs": manifest["run"]["epochs"],
-        },
-        "evaluation": {
-            "images": len(evaluation.pixels),
-            "labelled": labels is not None,
-            "source": manifest["evaluation"]["source"],
-        },
-        "teacher": {"top1": teacher["top1"], "top5": teacher["top5"], "top1_uniform_prompts": uniform["top1"]},
-        "student": {"top1": student["top1"], "top5": student["top5"], "agreement": student["agreement_teacher"]},
-        "ratio": student["top1"] / teacher["top1"] if teacher["top1"] else None,
-    }
-
-
 def golden_notes(bundle: Bundle) -> list[str]:
     """Check that this machine prepares images as training did, and that its FP32 student answers as exported."""
     artifact = next((one for one in bundle.artifacts if one["format"] == "onnx" and one["precision"] == "fp32"), None)
@@ -255,53 +292,11 @@ def golden_notes(bundle: Bundle) -> list[str]:
     try:
         runner = OnnxRunner(bundle.folder / artifact["file"], threads=1, name=artifact["name"])
         check_golden(bundle, runner, precision="fp32")
+        notes = opencv_notes(bundle, runner)
         runner.close()
     except PrgkitError as error:  # the measurement stands: it starts from prepared images
         return [f"Golden images: {error.what}."]
-    return []
-
-
-def row_notes(rows: Sequence[Row], measured: Sequence[Measured]) -> list[str]:
-    """Return what a reader must know about single rows; what was never executed comes first, once for each reason."""
-    notes = []
-    absent = [row for row in rows if row["status"] == "not executed"]
-    for reason in dict.fromkeys(row["reason"] for row in absent):
-        names = ", ".join(wording.row_name(row) for row in absent if row["reason"] == reason)
-        notes.append(f"Never executed here: {names}; {reason}.")
-    for row in rows:
-        name, found = wording.row_name(row), row["latency"]
-        if row["status"] == "failed":
-            notes.append(f"{name} failed: {row['reason']}.")
-        if found and not found["steady"]:
-            notes.append(f"{name} did not become steady while warming up: two windows' medians stayed over 2 % apart.")
-        if found and max(found["round_p50_ms"]) > 1.1 * min(found["round_p50_ms"]):
-            low, high = (wording.ms(bound(found["round_p50_ms"])) for bound in (min, max))
-            notes.append(f"{name} was unstable: the median of a round moved between {low} and {high} ms.")
-        if row["backend"] == "torch":
-            notes.append(f"{name} is PyTorch in eager mode, the student as it was trained: its branches are not fused.")
-    for one in measured:
-        notes += [
-            f"{latency.label(one.spec)} has no figure at batch {batch}: {why}." for batch, why in one.unmeasured.items()
-        ]
     return notes
-
-
-def training(bundle: Bundle, run_folder: Path | None) -> list[dict[str, Any]]:
-    """Return each epoch's loss, its terms and the agreement: the run's, or on a device what the bundle took along."""
-    records = Run(run_folder).metrics() if run_folder is not None else bundle.manifest["run"].get("training", [])
-    return [
-        {key: value for key, value in record.items() if key not in NOT_TRAINING and isinstance(value, (int, float))}
-        for record in records
-    ]
-
-
-def trust(bundle: Bundle, run_folder: Path | None) -> dict[str, Any] | None:
-    """Return what was known of the pseudo-labels before training: the run's, or what the bundle took along."""
-    if run_folder is not None and Run(run_folder).quality_file.exists():
-        found: dict[str, Any] | None = read_json(Run(run_folder).quality_file)
-    else:
-        found = bundle.manifest["run"].get("quality")
-    return found
 
 
 def samples(session: latency.Session) -> dict[str, Any]:
@@ -312,6 +307,7 @@ def samples(session: latency.Session) -> dict[str, Any]:
             "device": one.spec["device"],
             "warm_up": one.warm_up._asdict() if one.warm_up else None,
             "rounds": one.rounds_ns,
+            "scopes": one.scopes_ns,
             "throughput": [{"batch": batch, "samples": values} for batch, values in one.sweep_ns.items()],
         }
         for one in session.measured
@@ -330,7 +326,18 @@ def evenly(pixels: Any, count: int) -> Any:
     return pixels[np.unique(np.linspace(0, len(pixels) - 1, min(count, len(pixels))).astype(int))]
 
 
-def spelled_out(bundle_folder: Path, *, threads: int, seconds: float, batches: Sequence[int]) -> str:
+def spelled_out(
+    bundle_folder: Path,
+    threads: int,
+    seconds: float,
+    batches: Sequence[int],
+    sweep_threads: Sequence[int],
+    fps: float | None,
+) -> str:
     """Return a command that measures the same."""
     options = ["--threads", str(threads), "--seconds", f"{seconds:g}", "--batches", ",".join(map(str, batches))]
+    if sweep_threads:
+        options += ["--sweep-threads", ",".join(map(str, sweep_threads))]
+    if fps is not None:
+        options += ["--fps", f"{fps:g}"]
     return shlex.join(["prgkit", "bench", "--run", str(bundle_folder), *options])

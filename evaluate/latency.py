@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prgkit.evaluate.sittings import Sittings
 from prgkit.evaluate.worker import Pixels, Spec, WarmUp, Worker, WorkerFailedError
 
 ROUNDS = 10
@@ -19,9 +20,17 @@ P99_SAMPLES = 1000  # below this, the 99th percentile is one or two outliers
 SETTLE_S = 0.1
 # How the seconds of an artifact are spent; predicting the evaluation images comes on top.
 WARM_UP_SHARE, LATENCY_SHARE, THROUGHPUT_SHARE = 0.2, 0.55, 0.25
+SCOPES = ("io", "pipeline", "end_to_end")  # from pixels; from a decoded picture; from its file
+SCOPE_SHARE, SCOPE_ROUNDS = 0.2, 5  # of an artifact's seconds, on top of them
 # A model of seconds a run would overstay by whole rounds: past this many times its share it has no further turns.
 OVERSTAY = 1.5
 LEAST_ROUNDS = 3
+
+
+class Fallible(Protocol):
+    """Something whose ``failed`` says why the rest of it is missing."""
+
+    failed: str | None
 
 
 @dataclass
@@ -38,7 +47,16 @@ class Measured:
     unmeasured: dict[int, str] = field(default_factory=dict)  # batch -> why there are no runs
     latency_s: float = 0.0  # spent on its rounds
     throughput_s: float = 0.0  # spent on its sweep
+    scopes_ns: dict[str, list[list[int]]] = field(default_factory=dict)  # scope -> [rounds][runs], batch 1
     logits: NDArray[np.float32] | None = None  # [images, classes]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Encoded pictures and how one becomes an input: what the scopes that begin before pixels run on."""
+
+    files: Sequence[bytes]
+    preprocessing: dict[str, Any]
 
 
 @dataclass
@@ -57,6 +75,8 @@ def measure(
     batches: Sequence[int],
     rounds: int = ROUNDS,
     predict: Sequence[Pixels] = (),
+    pictures: Pictures | None = None,
+    kept: Sittings | None = None,
     note: Callable[[str], None] = lambda text: None,
     between_rounds: Callable[[int], None] = lambda round_: None,
 ) -> Session:
@@ -69,10 +89,14 @@ def measure(
         batches: the batch sizes of the throughput sweep; latency is always batch 1.
         rounds: how many turns each artifact takes at batch 1.
         predict: batches of images whose logits are wanted, from the same worker and file.
+        pictures: what the scopes `SCOPES` run on, side by side; None leaves them out.
+        kept: what an earlier sitting measured, gone on with and added to; None keeps nothing.
         note: told what is being done.
         between_rounds: called before each round with its number.
     """
     session = Session([Measured(spec) for spec in specs], [])
+    kept = kept or Sittings()
+    take_over(session, kept)
     with ExitStack() as stack:
         workers: dict[int, Worker] = {}
         for index, one in enumerate(session.measured):
@@ -81,10 +105,32 @@ def measure(
                 workers[index] = stack.enter_context(Worker(one.spec, images, patience_s=max(600.0, 20 * seconds)))
                 one.load_ms = workers[index].load_ms
         warm_up(session, workers, seconds=seconds, note=note)
-        latency_rounds(session, workers, seconds=seconds, rounds=rounds, note=note, between_rounds=between_rounds)
-        throughput_sweep(session, workers, seconds=seconds, batches=batches, note=note)
-        predictions(session, workers, predict, note=note)
+        latency_rounds(
+            session, workers, seconds=seconds, rounds=rounds, kept=kept, note=note, between_rounds=between_rounds
+        )
+        throughput_sweep(session, workers, seconds=seconds, batches=batches, kept=kept, note=note)
+        if pictures is not None:
+            scope_rounds(session, workers, pictures, seconds=seconds, kept=kept, note=note)
+        predictions(session, workers, predict, kept=kept, note=note)
     return session
+
+
+def take_over(session: Session, kept: Sittings) -> None:
+    """Put what an earlier sitting measured into its place; how the artifacts opened and warmed up is not part of it."""
+    for record in kept.of("round"):
+        session.order.append(record["turns"])
+        for index, samples, seconds in record["samples"]:
+            session.measured[index].rounds_ns.append(samples)
+            session.measured[index].latency_s += seconds
+    for record in kept.of("sweep"):
+        one = session.measured[record["artifact"]]
+        one.sweep_ns[record["batch"]] = record["samples"]
+        one.throughput_s += record["seconds"]
+    for record in kept.of("scopes"):
+        for index, scope, samples in record["samples"]:
+            session.measured[index].scopes_ns.setdefault(scope, []).append(samples)
+    for record in kept.of("logits"):
+        session.measured[record["artifact"]].logits = kept.array(record)
 
 
 def warm_up(session: Session, workers: dict[int, Worker], *, seconds: float, note: Callable[[str], None]) -> None:
@@ -104,25 +150,29 @@ def latency_rounds(
     *,
     seconds: float,
     rounds: int,
+    kept: Sittings,
     note: Callable[[str], None],
     between_rounds: Callable[[int], None],
 ) -> None:
     """Let the artifacts take turns at batch 1, starting each round with another, so that drift hits all alike."""
     slice_s = max(LATENCY_SHARE * seconds / rounds - SETTLE_S, 0.2 * LATENCY_SHARE * seconds / rounds)
     note(f"latency: {rounds} rounds, artifacts interleaved")
-    for round_ in range(rounds):
+    for round_ in range(len(session.order), rounds):
         between_rounds(round_)
         turns = rotate(
             [index for index, _ in alive(session, workers) if has_time(session.measured[index], seconds)], round_
         )
         session.order.append(turns)
+        measured = []
         for index in turns:
             one = session.measured[index]
             start = time.perf_counter()
             with recording_failure(one):
                 samples = workers[index].measure(batch=1, seconds=slice_s, settle_s=SETTLE_S if len(turns) > 1 else 0.0)
                 one.rounds_ns.append(samples)
+                measured.append((index, samples, time.perf_counter() - start))
             one.latency_s += time.perf_counter() - start
+        kept.add("round", turns=turns, samples=measured)
 
 
 def has_time(one: Measured, seconds: float) -> bool:
@@ -131,7 +181,13 @@ def has_time(one: Measured, seconds: float) -> bool:
 
 
 def throughput_sweep(
-    session: Session, workers: dict[int, Worker], *, seconds: float, batches: Sequence[int], note: Callable[[str], None]
+    session: Session,
+    workers: dict[int, Worker],
+    *,
+    seconds: float,
+    batches: Sequence[int],
+    kept: Sittings,
+    note: Callable[[str], None],
 ) -> None:
     """Run each artifact at each batch size; one that refuses a size (a fixed batch, no memory) keeps the others."""
     if batches:
@@ -140,6 +196,8 @@ def throughput_sweep(
     for turn, batch in enumerate(batches):
         for index in rotate([index for index, _ in alive(session, workers)], turn):
             one = session.measured[index]
+            if batch in one.sweep_ns:
+                continue
             if one.throughput_s > OVERSTAY * THROUGHPUT_SHARE * seconds:
                 one.unmeasured[batch] = "its time was up"
                 continue
@@ -154,11 +212,47 @@ def throughput_sweep(
                     one.unmeasured[batch] = error.what
                 else:
                     one.failed = f"batch {batch}: {error.what}"
-            one.throughput_s += time.perf_counter() - start
+            spent_s = time.perf_counter() - start
+            one.throughput_s += spent_s
+            if batch in one.sweep_ns:
+                kept.add("sweep", artifact=index, batch=batch, samples=one.sweep_ns[batch], seconds=spent_s)
+
+
+def scope_rounds(
+    session: Session,
+    workers: dict[int, Worker],
+    pictures: Pictures,
+    *,
+    seconds: float,
+    kept: Sittings,
+    note: Callable[[str], None],
+) -> None:
+    """Let the artifacts take turns from pixels, from a decoded picture and from its file; this time comes on top."""
+    note("scopes: io, pipeline, end-to-end")
+    for index, worker in alive(session, workers):
+        with recording_failure(session.measured[index]):
+            worker.take_pictures(pictures.files, pictures.preprocessing)
+    slice_s = SCOPE_SHARE * seconds / (SCOPE_ROUNDS * len(SCOPES))
+    for round_ in range(len(kept.of("scopes")), SCOPE_ROUNDS):
+        measured = []
+        for index in rotate([index for index, _ in alive(session, workers)], round_):
+            one = session.measured[index]
+            with recording_failure(one):
+                for scope in SCOPES:
+                    settle_s = min(SETTLE_S, slice_s)
+                    samples = workers[index].measure_scope(scope, seconds=slice_s, settle_s=settle_s)
+                    one.scopes_ns.setdefault(scope, []).append(samples)
+                    measured.append((index, scope, samples))
+        kept.add("scopes", samples=measured)
 
 
 def predictions(
-    session: Session, workers: dict[int, Worker], batches: Sequence[Pixels], *, note: Callable[[str], None]
+    session: Session,
+    workers: dict[int, Worker],
+    batches: Sequence[Pixels],
+    *,
+    kept: Sittings,
+    note: Callable[[str], None],
 ) -> None:
     """Collect every artifact's logits from the worker that was timed."""
     if not len(batches):
@@ -166,9 +260,12 @@ def predictions(
     note(f"accuracy: {sum(len(pixels) for pixels in batches)} images")
     for index, worker in alive(session, workers):
         one = session.measured[index]
+        if one.logits is not None:
+            continue
         with recording_failure(one):
             parts = [worker.predict(pixels) for pixels in batches]
             one.logits = np.concatenate(parts)  # [images, classes]
+            kept.add_array("logits", one.logits, artifact=index)
 
 
 def alive(session: Session, workers: dict[int, Worker]) -> list[tuple[int, Worker]]:
@@ -177,7 +274,7 @@ def alive(session: Session, workers: dict[int, Worker]) -> list[tuple[int, Worke
 
 
 @contextmanager
-def recording_failure(one: Measured) -> Iterator[None]:
+def recording_failure(one: Fallible) -> Iterator[None]:
     """Turn a worker's failure inside the block into its row's reason, so that the others go on."""
     try:
         yield

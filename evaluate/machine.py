@@ -95,6 +95,11 @@ def slug(facts: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
 
+def slug_here() -> str:
+    """Return this machine's folder name without looking at what it does now, which takes a moment."""
+    return slug({"cpu": cpu_model(), "usable_cores": usable_cores(), "gpus": gpus()})
+
+
 def cpu_model() -> str:
     """Return the processor's name without its trademark signs and its clock."""
     text = read("/proc/cpuinfo") or ""

@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from prgkit import quality
-from prgkit.evaluate import plots, svg, wording
-from prgkit.evaluate.style import CSS
+from prgkit.evaluate import baseline, paced, plots, scopes, svg, sweep, wording
+from prgkit.evaluate.gallery import Picture, gallery
+from prgkit.evaluate.parts import cell, document, grid, heading, section
 from prgkit.evaluate.wording import NONE, Report, Row
 
 MOST_PICTURES = 48
-LARGEST_SIDE = 224  # a larger picture only makes the page heavier: it is shown smaller than this
-PIXELATED_SIDE = 96  # below this, smoothing would show something that the student did not see
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An evaluation image with the answers given to it; confidences are in percent."""
-
-    pixels: NDArray[np.uint8]  # [height, width, 3]
-    group: str  # "sample": drawn by chance; "differs": chosen because the answers differ
-    teacher: str
-    teacher_confidence: float
-    student: str
-    student_confidence: float
-    label: str | None
 
 
 def page(report: Report, *, samples: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
@@ -43,21 +22,20 @@ def page(report: Report, *, samples: Mapping[str, Any], pictures: Sequence[Pictu
         head(report, title),
         "<main>",
         tiles(report),
+        against(report),
         artifacts(report),
         charts(report, samples),
         f'<div class="pair">{comparison(report)}{throughput(report)}</div>',
+        circumstantial(report),
+        audit(report),
         trust(report),
         training(report),
-        sheet(pictures[:MOST_PICTURES]),
+        *(section(title, about, body) for title, about, body in gallery(pictures[:MOST_PICTURES])),
         circumstances(report),
         "</main>",
         f"<footer><p>{escape(wording.HOW)}</p></footer>",
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    return document(title, parts)
 
 
 def head(report: Report, title: str) -> str:
@@ -115,22 +93,6 @@ def tile(name: str, value: str, more: str) -> str:
     )
 
 
-def section(title: str, about: str, body: str) -> str:
-    """Return a part of the page: its title, a sentence on what is shown, and what is shown."""
-    words = f'<p class="about">{escape(about)}</p>' if about else ""
-    return f"<section><h2>{escape(title)}</h2>{words}{body}</section>"
-
-
-def grid(header: str, lines: Sequence[str], *, kind: str = "") -> str:
-    """Return a table of ready-made cells; the style's ``stacked`` makes each row a block on a narrow screen."""
-    return f'<table class="{kind}"><thead><tr>{header}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-
-
-def heading(name: str, unit: str = "") -> str:
-    """Return a column's heading, its unit under it."""
-    return f'<th scope="col">{escape(name)}{f"<small>{escape(unit)}</small>" if unit else ""}</th>'
-
-
 COLUMNS = [
     ("Size", "MiB"),
     ("Latency p50", "ms"),
@@ -163,7 +125,7 @@ def artifacts(report: Report) -> str:
 def artifact_line(row: Row, columns: Sequence[tuple[str, str]], *, rank: int | None, lead: bool) -> str:
     """Return one row of the table, or its reason where it was not measured."""
     ink = "" if rank is None else f' style="background: {svg.colour(rank)}"'
-    facts = [row["backend"], row["device"], f"{row['threads']} threads" if row["threads"] else "", row["precision"]]
+    facts = [row["backend"], row["device"], wording.threads_of(row), row["precision"]]
     under = " · ".join(str(fact) for fact in facts if fact)
     dot = f'<span class="dot"{ink}></span>'
     name = f'<th scope="row">{dot}{escape(str(row["artifact"]))}<small>{escape(under)}</small></th>'
@@ -191,12 +153,6 @@ def artifact_line(row: Row, columns: Sequence[tuple[str, str]], *, rank: int | N
     }
     data = "".join(cell(f"{column} {unit}".strip(), *cells[column]) for column, unit in columns)
     return f"<tr{' class=lead-row' if lead else ''}>{name}{data}</tr>"
-
-
-def cell(name: str, value: str, under: str) -> str:
-    """Return a figure with a smaller one under it."""
-    smaller = f"<small>{escape(under)}</small>" if under else ""
-    return f'<td data-name="{escape(name)}"><span>{escape(value)}</span>{smaller}</td>'
 
 
 def charts(report: Report, samples: Mapping[str, Any]) -> str:
@@ -262,6 +218,52 @@ def throughput(report: Report) -> str:
     return section("Throughput", "Images per second, in runs of their own.", grid(header, lines))
 
 
+def circumstantial(report: Report) -> str:
+    """Return the latencies under other circumstances, two beside each other."""
+    found = [part for part in (by_scope(report), threads(report), at_a_rate(report)) if part]
+    if len(found) == 1:
+        return found[0]
+    return "".join([f'<div class="pair">{"".join(found[:2])}</div>' if found else "", *found[2:]])
+
+
+def by_scope(report: Report) -> str:
+    """Return the table of the scopes, where they were measured."""
+    lines = scopes.scope_lines(report)
+    return section("From where on", scopes.scope_about(report), milliseconds(scopes.HEADER[1:], lines)) if lines else ""
+
+
+def threads(report: Report) -> str:
+    """Return the table of the thread sweep, if there was one."""
+    lines = sweep.sweep_lines(report)
+    return section("Threads", sweep.SWEEP_HOW, milliseconds(sweep.sweep_header(report)[1:], lines)) if lines else ""
+
+
+def at_a_rate(report: Report) -> str:
+    """Return the table of the frames that came at a rate, where any did."""
+    lines = paced.paced_lines(report)
+    if not lines:
+        return ""
+    rows = [
+        f'<tr><th scope="row">{escape(artifact)}</th>'
+        + "".join(cell(name, figure, "") for name, figure in zip(paced.HEADER[1:], figures, strict=True))
+        + "</tr>"
+        for artifact, *figures in lines
+    ]
+    header = heading("Artifact") + "".join(map(heading, paced.HEADER[1:]))
+    return section("At a camera's rate", paced.paced_about(report), grid(header, rows, kind="stacked"))
+
+
+def milliseconds(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table of latencies: an artifact a row, a circumstance a column."""
+    rows = [
+        f'<tr><th scope="row">{escape(artifact)}</th>'
+        + "".join(cell(name, figure, "") for name, figure in zip(names, figures, strict=True))
+        + "</tr>"
+        for artifact, *figures in lines
+    ]
+    return grid(heading("Artifact") + "".join(heading(name, "ms") for name in names), rows, kind="stacked")
+
+
 def comparison(report: Report) -> str:
     """Return the teacher beside the student."""
     lines = [
@@ -272,6 +274,38 @@ def comparison(report: Report) -> str:
     about = f"On {wording.evaluated_on(report)}. The student learned from the teacher's answers alone."
     header = "".join(map(heading, ("Model", "Top-1", "Top-5", "Same answer")))
     return section("Teacher and student", about, grid(header, lines, kind="stacked wrapped"))
+
+
+def audit(report: Report) -> str:
+    """Return how right teacher and student are on the images that somebody ticked, where somebody did."""
+    lines = [
+        f'<tr><th scope="row">{escape(who)}</th>{cell("Right", right, "")}{cell("95 %", bounds, "")}'
+        f"{cell('Images', images, '')}</tr>"
+        for who, right, bounds, images in wording.audit_lines(report)
+    ]
+    if not lines:
+        return ""
+    header = "".join(map(heading, ("Model", "Right", "95 % interval", "Images")))
+    return section("Audit", wording.audit_about(report), grid(header, lines, kind="stacked wrapped"))
+
+
+def against(report: Report) -> str:
+    """Return the report held against its baseline, where it was given one: what became worse, and what did not."""
+    found = report.get("baseline")
+    if not found:
+        return ""
+    kinds = {"worse": " bad", "better": " good"}
+    lines = [
+        f'<tr><th scope="row">{escape(name)}<small>{escape(what)}</small></th>'
+        f"{cell('Before', before, '')}{cell('Now', now, '')}{cell('Change', change, '')}"
+        f'<td data-name="Verdict"><span class="chip{kinds.get(verdict, "")}">{escape(verdict)}</span></td></tr>'
+        for name, what, before, now, change, verdict in baseline.cells(found)
+    ]
+    header = "".join(map(heading, ("Artifact", "Before", "Now", "Change", "")))
+    notes = "".join(f"<li>{escape(note)}</li>" for note in baseline.notes(found))
+    said = f'<ul class="notes">{notes}</ul>' if notes else ""
+    table = grid(header, lines, kind="stacked wrapped")
+    return section("Against the baseline", f"{baseline.about(found)} {baseline.HOW}", table + said)
 
 
 def trust(report: Report) -> str:
@@ -298,69 +332,6 @@ def training(report: Report) -> str:
         return ""
     about = "Agreement is with the teacher, on held-out images; no label is involved."
     return section("Training", about, f'<div class="plots">{"".join(f"<div>{one}</div>" for one in drawn)}</div>')
-
-
-def sheet(pictures: Sequence[Picture]) -> str:
-    """Return the images with their answers: some drawn by chance, then some on which the answers differ."""
-    groups = [
-        ("A sample", "Drawn by chance from the evaluation images.", [one for one in pictures if one.group == "sample"]),
-        (
-            "Where they differ",
-            "Chosen, not typical: teacher and student disagree here, and the student is most sure of itself.",
-            [one for one in pictures if one.group == "differs"],
-        ),
-    ]
-    return "".join(
-        section(title, about, f'<ul class="sheet">{"".join(map(picture, chosen))}</ul>')
-        for title, about, chosen in groups
-        if chosen
-    )
-
-
-def picture(one: Picture) -> str:
-    """Return one image with its verdict and the answers."""
-    kind, verdict = judge(one)
-    small = ' class="small"' if max(one.pixels.shape[:2]) <= PIXELATED_SIDE else ""
-    alt = f"evaluation image; teacher: {one.teacher}; student: {one.student}"
-    return (
-        f'<li><img{small} loading="lazy" alt="{escape(alt)}" src="{data_uri(one.pixels)}"><div class="words">'
-        f'<span class="chip {kind}">{verdict}</span>{answers(one)}</div></li>'
-    )
-
-
-def judge(one: Picture) -> tuple[str, str]:
-    """Return the colour and the words for the two answers."""
-    if one.label is None:
-        return ("good", "same answer") if one.teacher == one.student else ("warn", "differ")
-    if one.student == one.label:
-        return ("good", "both right") if one.teacher == one.label else ("good", "student right")
-    return ("bad", "student wrong") if one.teacher == one.label else ("warn", "both wrong")
-
-
-def answers(one: Picture) -> str:
-    """Return each answer with those who gave it, so that a long class name has the whole line."""
-    by_name: dict[str, list[str]] = {} if one.label is None else {one.label: ["label"]}
-    by_name.setdefault(one.teacher, []).append(f"teacher {one.teacher_confidence:.0f} %")
-    by_name.setdefault(one.student, []).append(f"student {one.student_confidence:.0f} %")
-    lines = []
-    for name, givers in by_name.items():
-        kind = "answer wrong" if one.label is not None and name != one.label else "answer"
-        who = " ".join(f"<span>{giver}</span>" for giver in givers)
-        lines.append(f'<p class="{kind}"><b>{escape(name)}</b> <small>{who}</small></p>')
-    return "".join(lines)
-
-
-def data_uri(pixels: NDArray[np.uint8]) -> str:
-    """Return an image as part of the page: exact where it is small, compressed where it is a photograph."""
-    image, file = Image.fromarray(pixels), io.BytesIO()
-    if max(image.size) <= PIXELATED_SIDE:
-        image.save(file, "PNG")
-        kind = "png"
-    else:
-        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-        image.save(file, "JPEG", quality=85)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def circumstances(report: Report) -> str:

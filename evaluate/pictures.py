@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from prgkit.evaluate.accuracy import log_softmax
-from prgkit.evaluate.page import Picture
+from prgkit.evaluate.gallery import Picture
 from prgkit.export.bundle import Evaluation
 
 OF_EACH = 24

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from prgkit.evaluate import wording
-from prgkit.evaluate.page import Picture, page
+from prgkit.evaluate import baseline, paced, scopes, sweep, wording
+from prgkit.evaluate.gallery import Picture
+from prgkit.evaluate.page import page
+from prgkit.evaluate.tables import plain_table
 from prgkit.evaluate.wording import NONE, Report, Row
 from prgkit.files import write_json, write_text
-
-SCHEMA = "prgkit.report/1"
 
 
 def write_report(folder: Path, report: Report, *, samples: dict[str, Any], pictures: Sequence[Picture]) -> None:
@@ -31,15 +30,7 @@ def write_report(folder: Path, report: Report, *, samples: dict[str, Any], pictu
 def table(report: Report) -> Table:
     """Return the rows as a table for the terminal."""
     labelled = report["evaluation"]["labelled"]
-    result = Table(
-        title=Text(wording.headline(report)),
-        title_justify="left",
-        title_style="bold",
-        header_style="dim",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    result = plain_table(wording.headline(report), [])
     result.add_column("artifact", no_wrap=True)
     for name in [
         "p50 ms",
@@ -70,7 +61,8 @@ def table(report: Report) -> Table:
             share(row["agreement_fp32"]),
             wording.mib(row["size_mib"]),
         )
-    result.caption = Text("\n".join(report["notes"])) if report["notes"] else None
+    said = [*sweep.sweep_said(report), *paced.paced_said(report), *wording.audit_summary(report), *report["notes"]]
+    result.caption = Text("\n".join(said)) if said else None
     result.caption_justify = "left"
     return result
 
@@ -90,7 +82,12 @@ def markdown(report: Report) -> str:
         f"Made by prgkit {cell(report['prgkit'])}, {cell(report['created'])}.",
         grid(HEADER, [markdown_row(row) for row in report["rows"]]),
         *throughput(report),
+        *by_scope(report),
+        *threads(report),
+        *at_a_rate(report),
         grid(["", "top-1", "top-5", "agrees with the teacher"], comparison),
+        *audit(report),
+        *against(report),
         *(["## Notes", "\n".join(f"- {cell(note)}" for note in report["notes"])] if report["notes"] else []),
         "## Machine",
         "\n".join(machine),
@@ -150,9 +147,50 @@ def throughput(report: Report) -> list[str]:
     return [grid(["images/s", *(f"batch {size}" for size in sizes)], lines)]
 
 
-def grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table: names to the left, figures to the right."""
-    rule = ["---", *["--:"] * (len(header) - 1)]
+def by_scope(report: Report) -> list[str]:
+    """Return the table of the scopes, where they were measured."""
+    lines = scopes.scope_lines(report)
+    return [grid(scopes.HEADER, lines), scopes.scope_about(report)] if lines else []
+
+
+def at_a_rate(report: Report) -> list[str]:
+    """Return the table of the frames that came at a rate, where any did."""
+    lines = paced.paced_lines(report)
+    return [grid(paced.HEADER, lines), paced.paced_about(report)] if lines else []
+
+
+def threads(report: Report) -> list[str]:
+    """Return the table of the thread sweep, if there was one."""
+    lines = sweep.sweep_lines(report)
+    return [grid(sweep.sweep_header(report), lines), sweep.SWEEP_HOW] if lines else []
+
+
+def audit(report: Report) -> list[str]:
+    """Return the table of what was ticked, if anything was."""
+    lines = wording.audit_lines(report)
+    if not lines:
+        return []
+    return ["## Audit", cell(wording.audit_about(report)), grid(["", "right", "95 %", "images"], lines)]
+
+
+def against(report: Report) -> list[str]:
+    """Return what the report is against its baseline, if it was given one."""
+    found = report.get("baseline")
+    if not found:
+        return []
+    said = [f"- {cell(note)}" for note in baseline.notes(found)]
+    lines = baseline.cells(found)
+    return [
+        "## Against the baseline",
+        cell(baseline.about(found)),
+        grid(baseline.HEADER, lines, names=2),
+        *(["\n".join(said)] if said else []),
+    ]
+
+
+def grid(header: Sequence[str], lines: Sequence[Sequence[str]], *, names: int = 1) -> str:
+    """Return a Markdown table: the first columns, of names, to the left, figures to the right."""
+    rule = [*["---"] * names, *["--:"] * (len(header) - names)]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in [header, rule, *lines])
 
 

@@ -51,13 +51,20 @@ def place(report: Report, row: Row) -> str:
     machine = report["machine"]
     if row["device"] != "cpu" and machine.get("gpus"):
         return str(machine["gpus"][0]["name"])
-    threads = row["threads"]
-    return f"{threads} thread{'' if threads == 1 else 's'} of {machine['cpu']}" if threads else str(machine["cpu"])
+    threads = threads_of(row)
+    return f"{threads} of {machine['cpu']}" if threads else str(machine["cpu"])
+
+
+def threads_of(row: Row) -> str:
+    """Return a row's number of CPU threads in words, or nothing where there is none."""
+    count = row["threads"]
+    return f"{count} thread{'' if count == 1 else 's'}" if count else ""
 
 
 def lead_row(report: Report) -> Row | None:
     """Return the row to speak of: the fastest whose quality is within a point of the best, PyTorch only if alone."""
-    rows = measured(report)
+    refused = {found["artifact"] for found in [report.get("int8")] if found and not found["kept"]}
+    rows = [row for row in measured(report) if row["artifact"] not in refused]
     rows = [row for row in rows if row["backend"] != "torch"] or rows
     if not rows:
         return None
@@ -149,11 +156,68 @@ def evaluated_on(report: Report) -> str:
 def teacher_and_student(report: Report) -> list[tuple[str, str, str, str]]:
     """Return the comparison's lines: who, top-1, top-5, agreement with the teacher."""
     teacher, student = report["teacher"], report["student"]
-    lines = [(f"Teacher: {report['run']['teacher']}", percent(teacher["top1"]), percent(teacher["top5"]), NONE)]
+    by, without = (", corrected", ", uncorrected") if (report.get("quality") or {}).get("correction") else ("", "")
+    lines = [(f"Teacher: {report['run']['teacher']}{by}", percent(teacher["top1"]), percent(teacher["top5"]), NONE)]
     if teacher.get("top1_uniform_prompts") is not None:
-        lines.append(("Teacher, prompts weighted equally", percent(teacher["top1_uniform_prompts"]), NONE, NONE))
+        equally = percent(teacher["top1_uniform_prompts"])
+        lines.append((f"Teacher, prompts weighted equally{without}", equally, NONE, NONE))
     name = f"Student: {model_name(report['run']['student'])}"
     return [*lines, (name, percent(student["top1"]), percent(student["top5"]), percent(student["agreement"]))]
+
+
+def audit_lines(report: Report) -> list[tuple[str, str, str, str]]:
+    """Return the audit's lines: who, on how many of the ticked images right, the 95 % interval, of how many images."""
+    found = report.get("audit")
+    if not found:
+        return []
+    rows = [
+        (f"Teacher: {report['run']['teacher']}", found["teacher"]),
+        *((row_name(row), row) for row in found["rows"]),
+    ]
+    return [
+        (who, audited(figures), interval(figures["top1_interval"]) + " %", f"{figures['images']:,}")
+        for who, figures in rows
+    ]
+
+
+def audit_summary(report: Report) -> list[str]:
+    """Return the audit in one sentence, if there was one."""
+    lines = audit_lines(report)
+    names = ["the teacher", *(who for who, *_ in lines[1:])]
+    said = [
+        f"{who} {right} ({bounds}) of {images}" for who, (_, right, bounds, images) in zip(names, lines, strict=False)
+    ]
+    return [f"Audit, right on ticked images (95 % interval): {'; '.join(said)}."] if said else []
+
+
+def audited(figures: dict[str, Any]) -> str:
+    """Return an accuracy on ticked images, as bounds where some of them are open."""
+    low, high = figures["top1"], figures.get("top1_at_most", figures["top1"])
+    return percent(low) if low == high else f"{percent(low).removesuffix(' %')}–{percent(high)}"
+
+
+def audit_about(report: Report) -> str:
+    """Return what the audit's figures are figures of."""
+    found = report["audit"]
+    return (
+        f"On {found['ticked']:,} ticked images of a sample of {found['images']:,}, in which every unlabelled image had "
+        "the same chance to be. Artifacts are judged on those that are also in the evaluation set. Whoever ticks sees "
+        "the teacher's answer, and people tend to agree: if anything, the figures are too high."
+    )
+
+
+def audit_so_far(found: dict[str, Any]) -> str:
+    """Return what an audit holds and says so far, for the terminal."""
+    teacher = found["teacher"]
+    if teacher is None:
+        return (
+            f"{found['images']:,} of {found['drawn_from']:,} images to tick in a browser; put the ticks.csv that it "
+            f"saves in the place of {found['ticks']}, then: prgkit bench"
+        )
+    return (
+        f"{found['ticked']:,} of {found['images']:,} ticked; the teacher is right on {percent(teacher['top1'])} of "
+        f"them (95 % interval {interval(teacher['top1_interval'])} %)"
+    )
 
 
 def machine_facts(report: Report) -> list[tuple[str, str]]:

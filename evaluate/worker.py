@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BenchError, PrgkitError
+from prgkit.evaluate.runs import paced_runs, timed_runs
 
 if TYPE_CHECKING:
     from prgkit.export.runners import Runner
@@ -80,6 +81,20 @@ class Worker:
         """Return the ns of every run within ``seconds``, and of ``at_least``, after ``settle_s`` of untimed runs."""
         samples: list[int] = self.ask("measure", batch, seconds, at_least, settle_s)
         return samples
+
+    def take_pictures(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> None:
+        """Give the worker encoded pictures, and how one becomes an input, for scopes that begin before pixels."""
+        self.ask("take_pictures", files, preprocessing)
+
+    def measure_scope(self, scope: str, *, seconds: float, settle_s: float) -> list[int]:
+        """Return the ns of every run from pixels (io), a decoded picture (pipeline) or its file (end_to_end)."""
+        samples: list[int] = self.ask("measure_scope", scope, seconds, settle_s)
+        return samples
+
+    def paced(self, *, fps: float, seconds: float) -> tuple[list[int], list[int]]:
+        """Return the ns of every frame that comes at a rate: from when it was due, and of its run alone."""
+        found: tuple[list[int], list[int]] = self.ask("paced", fps, seconds)
+        return found
 
     def peak_memory_mib(self) -> float:
         """Return how far the process grew, runtime library included, since before it opened the artifact."""
@@ -188,16 +203,44 @@ class Resident:
 
     def measure(self, batch: int, seconds: float, at_least: int, settle_s: float) -> list[int]:
         """Return the ns of each timed run."""
-        rotation = self.rotation(batch)
+        return self.settled_runs(self.runner.run, self.rotation(batch), seconds, at_least, settle_s)
+
+    def settled_runs(
+        self, run: Callable[[Any], Any], rotation: Sequence[Any], seconds: float, at_least: int, settle_s: float
+    ) -> list[int]:
+        """Run untimed for ``settle_s``, then return the ns of each timed run."""
         gc.collect()
         gc.disable()  # a collection of the harness's own garbage is not the artifact's latency
         try:
             if settle_s:
-                self.turn, _ = timed_runs(self.runner.run, rotation, settle_s, 1, self.turn)
-            self.turn, samples = timed_runs(self.runner.run, rotation, seconds, at_least, self.turn)
+                self.turn, _ = timed_runs(run, rotation, settle_s, 1, self.turn)
+            self.turn, samples = timed_runs(run, rotation, seconds, at_least, self.turn)
         finally:
             gc.enable()
         return samples
+
+    def take_pictures(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> None:
+        """Keep the pictures, encoded and decoded, and what prepares them."""
+        from prgkit.images import Preprocessing, load_image
+
+        self.prepare = Preprocessing.from_dict(preprocessing).prepare
+        self.load = load_image
+        self.files, self.pictures = list(files), [load_image(file) for file in files]
+
+    def measure_scope(self, scope: str, seconds: float, settle_s: float) -> list[int]:
+        """Return the ns of each timed run, one picture a run: as pixels, prepared, or decoded and prepared."""
+        run = self.runner.run
+        starts: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
+            "io": (run, self.rotation(1)),
+            "pipeline": (lambda picture: run(self.prepare(picture)[None]), self.pictures),
+            "end_to_end": (lambda file: run(self.prepare(self.load(file))[None]), self.files),
+        }
+        whole, rotation = starts[scope]
+        return self.settled_runs(whole, rotation, seconds, 1, settle_s)
+
+    def paced(self, fps: float, seconds: float) -> tuple[list[int], list[int]]:
+        """Run one picture for each frame that is due; the garbage collector works as it does in an application."""
+        return paced_runs(self.runner.run, self.rotation(1), fps, seconds)
 
     def memory(self) -> float:
         """Return by how many MiB the peak lies above the baseline."""
@@ -211,24 +254,6 @@ class Resident:
             starts = [index * count // arrays for index in range(arrays)]
             self.rotations[batch] = [self.images[np.arange(start, start + batch) % count] for start in starts]
         return self.rotations[batch]
-
-
-def timed_runs(
-    run: Callable[[Pixels], Any], rotation: Sequence[Pixels], seconds: float, at_least: int, turn: int
-) -> tuple[int, list[int]]:
-    """Run until ``seconds`` have passed and ``at_least`` runs are done; return the next turn and each run's ns."""
-    clock, count = time.perf_counter_ns, len(rotation)
-    samples: list[int] = []
-    end = clock() + int(seconds * 1e9)
-    while True:
-        pixels = rotation[turn % count]
-        start = clock()
-        run(pixels)
-        stop = clock()
-        samples.append(stop - start)
-        turn += 1
-        if stop >= end and len(samples) >= at_least:
-            return turn, samples
 
 
 def open_spec(spec: Spec) -> Runner:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,19 +15,27 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.errors import ExportError, ParityError, PrgkitError
+from prgkit.export.contents import require_unchanged
+from prgkit.export.lossless import Pixels, as_pixels, member, png, read_array, read_png, write_array
 from prgkit.export.readme import readme
 from prgkit.export.runners import Runner
-from prgkit.files import read_json, sha256, write_bytes, write_json, write_text, writing
+from prgkit.files import read_sealed, sha256, write_bytes, write_sealed, write_text, writing
 from prgkit.images import Preprocessing
 
 SCHEMA = "prgkit.bundle/1"
-REMAKE = {"onnx": "prgkit export", "engine": "prgkit export --trt"}
+NCHW = "onnx-nchw"  # the format of an ONNX file for other runtimes: normalised floats in, never run or measured by us
+QDQ = "onnx-tensorrt"  # the format of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
+REMAKE = {
+    "onnx": "prgkit export",
+    "engine": "prgkit export --trt",
+    NCHW: "prgkit export --float-input",
+    QDQ: "prgkit export --int8 --trt",
+}
 ARTIFACT_KEYS = {"name", "file", "format", "precision", "backend", "bytes", "sha256", "executed", "note", "parity"}
 KEYS = ("run", "recipe", "teacher", "student", "classes", "preprocessing", "input", "output", "artifacts", "evaluation")
 GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}  # of the largest logit: other processors sum in other orders
 STUDENT_BATCH = 32
 
-Pixels = NDArray[np.uint8]
 Logits = NDArray[np.float32]
 
 
@@ -51,9 +59,10 @@ class Evaluation:
     teacher_uniform_logits: Logits  # [n, classes], every prompt counting the same
     logits: Logits  # [n, classes], of the FP32 ONNX student
     labels: NDArray[np.int64] | None  # [n]
+    keys: tuple[str, ...] | None = None  # n content keys; bundles of earlier versions have none
 
 
-def open_bundle(folder: Path, *, verify: Sequence[str] = ("onnx", "engine")) -> Bundle:
+def open_bundle(folder: Path, *, verify: Sequence[str] = ("onnx", "engine", NCHW, QDQ)) -> Bundle:
     """Open a bundle and verify that its artifacts of the formats in ``verify`` are the ones its manifest describes.
 
     Raises:
@@ -63,10 +72,10 @@ def open_bundle(folder: Path, *, verify: Sequence[str] = ("onnx", "engine")) -> 
     if not path.exists():
         raise ExportError("there is no bundle here", where=folder, fix="make one: prgkit export")
     try:
-        manifest = read_json(path)
+        manifest = read_sealed(path)
     except PrgkitError as error:
         raise ExportError(error.what, where=path, fix="make the bundle again: prgkit export") from error
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    schema = manifest.get("schema")
     if schema != SCHEMA:
         raise ExportError(
             f"{path.name} has schema {schema!r}, not {SCHEMA!r}", where=path, fix="export again: prgkit export"
@@ -125,7 +134,7 @@ def verify_artifact(folder: Path, artifact: dict[str, Any]) -> None:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and the README that goes with it."""
     write_text(folder / "README.md", readme(manifest))
-    write_json(folder / "manifest.json", {"schema": SCHEMA, **manifest})
+    write_sealed(folder / "manifest.json", {"schema": SCHEMA, **manifest})
 
 
 def write_golden(folder: Path, pictures: Sequence[Image.Image], prepared: Pixels, logits: Logits) -> None:
@@ -141,8 +150,10 @@ def check_golden(bundle: Bundle, runner: Runner, *, precision: str) -> None:
     """Run the golden images through this machine's preprocessing and ``runner``.
 
     Raises:
+        ExportError: a golden file is missing or damaged.
         ParityError: names the stage that differs, preprocessing or model, and the image.
     """
+    require_unchanged(bundle.folder, "golden")
     golden = bundle.folder / "golden"
     expected = read_array(golden / "logits.npy")
     inputs = np.stack([read_png(golden / f"{number:02}.input.png") for number in range(len(expected))])
@@ -179,6 +190,7 @@ def write_evaluation(
     teacher_uniform_logits: Logits,
     labels: NDArray[np.int64] | None,
     student: Callable[[Pixels], Logits],
+    keys: Sequence[str] | None = None,
 ) -> Logits:
     """Write the held-out images, what the teacher says of them, and what ``student`` says, which is returned.
 
@@ -204,6 +216,8 @@ def write_evaluation(
     write_array(evaluation / "logits.npy", student_logits)
     if labels is not None:
         write_array(evaluation / "labels.npy", labels.astype(np.int64))
+    if keys is not None:
+        write_text(evaluation / "keys.txt", "".join(f"{key}\n" for key in keys))
     return student_logits
 
 
@@ -217,7 +231,7 @@ def read_evaluation(folder: Path, *, limit: int | None = None) -> Evaluation:
     try:
         with zipfile.ZipFile(evaluation / "images.zip") as archive:
             pixels = np.stack([as_pixels(archive.read(name)) for name in sorted(archive.namelist())[:limit]])
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, SyntaxError, zlib.error) as error:
         raise ExportError(
             f"the evaluation images cannot be read: {error}",
             where=evaluation / "images.zip",
@@ -229,12 +243,15 @@ def read_evaluation(folder: Path, *, limit: int | None = None) -> Evaluation:
     )
     labels_path = evaluation / "labels.npy"
     labels = read_array(labels_path)[:limit] if labels_path.exists() else None
-    counts = {len(array) for array in (pixels, teacher, uniform, student, *([] if labels is None else [labels]))}
+    keys_path = evaluation / "keys.txt"
+    keys = tuple(keys_path.read_text("ascii", "replace").split()[:limit]) if keys_path.exists() else None
+    counts = {len(values) for values in (pixels, teacher, uniform, student, labels, keys) if values is not None}
     if len(counts) != 1:
         raise ExportError(
-            "the evaluation's images, logits and labels differ in number", where=evaluation, fix=REMAKE["onnx"]
+            "the evaluation's images, keys, logits and labels differ in number", where=evaluation, fix=REMAKE["onnx"]
         )
-    return Evaluation(pixels, teacher, uniform, student, labels)
+    require_unchanged(folder, "evaluation")
+    return Evaluation(pixels, teacher, uniform, student, labels, keys)
 
 
 def batches(images: Iterable[Pixels], size: int) -> Iterator[Pixels]:
@@ -247,54 +264,6 @@ def batches(images: Iterable[Pixels], size: int) -> Iterator[Pixels]:
             waiting = []
     if waiting:
         yield np.stack(waiting)
-
-
-def member(name: str) -> zipfile.ZipInfo:
-    """Return an archive entry without a clock or a system in it, so that equal images make equal bytes."""
-    entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-    entry.create_system, entry.external_attr = 3, 0o644 << 16
-    return entry
-
-
-def png(picture: Image.Image) -> bytes:
-    """Encode a picture without loss and without metadata."""
-    buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def as_pixels(data: bytes) -> Pixels:
-    """Decode a PNG to [height, width, 3]."""
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.array(picture.convert("RGB"))
-
-
-def read_png(path: Path) -> Pixels:
-    """Read a PNG of the bundle."""
-    try:
-        return as_pixels(path.read_bytes())
-    except OSError as error:
-        raise ExportError(
-            f"{path.name} cannot be read: {error}", where=path.parent, fix=f"make it again: {REMAKE['onnx']}"
-        ) from error
-
-
-def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write one .npy file atomically."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    write_bytes(path, buffer.getvalue())
-
-
-def read_array(path: Path) -> NDArray[Any]:
-    """Read one .npy file of the bundle; nothing in it can run."""
-    try:
-        array: NDArray[Any] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ExportError(
-            f"{path.name} cannot be read: {error}", where=path.parent, fix=f"make it again: {REMAKE['onnx']}"
-        ) from error
-    return array
 
 
 def describe_artifact(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prgkit.errors import ExportError, PrgkitError
-from prgkit.files import read_json, sha256, write_json
+from prgkit.files import read_sealed, sha256, write_sealed
 
 SCHEMA = "prgkit.engine/1"
 REBUILD = "prgkit export --trt"
@@ -41,7 +41,7 @@ class EngineCard:
 
 def write_card(engine_path: Path, card: EngineCard) -> None:
     """Write the card beside its engine."""
-    write_json(card_path(engine_path), asdict(card))
+    write_sealed(card_path(engine_path), asdict(card))
 
 
 def load_card(engine_path: Path) -> EngineCard:
@@ -61,7 +61,7 @@ def load_card(engine_path: Path) -> EngineCard:
             fix=fix,
         )
     try:
-        facts = read_json(path)
+        facts = read_sealed(path, fix=fix)
         if facts["schema"] != SCHEMA:
             raise ExportError(f"{path.name} has schema {facts['schema']!r}, not {SCHEMA!r}", where=path, fix=fix)
         sequences = {key: tuple(facts[key]) for key in ("batch", "compute_capabilities")}

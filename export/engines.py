@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import ExportError, ParityError
-from prgkit.export.bundle import describe_artifact, open_bundle, read_evaluation, write_manifest
+from prgkit.export.bundle import QDQ, describe_artifact, open_bundle, read_evaluation, write_manifest
 from prgkit.export.card import card_path, write_card
+from prgkit.export.finished import Artifact, is_whole
 from prgkit.export.parity import require_agreement, run_batches
 from prgkit.export.runners import TensorRTRunner, open_runner, why_not_here
-from prgkit.export.tensorrt import build_engine, choose_backend
+from prgkit.export.tensorrt import Backend, build_engine, choose_backend, choose_targets, find_gpu
+from prgkit.files import fingerprint
 from prgkit.recipe import validate
 
 PARITY_IMAGES = 256
+MAKES = {"int8": " --trt"}  # what asks for TensorRT's layout of a precision
 
 
 def build_engines(
     folder: Path,
     *,
     fp16: bool,
+    int8: bool = False,
     batch: tuple[int, int, int] | None = None,
     backend: str | None = None,
     sm: Sequence[str] | None = None,
@@ -40,57 +46,114 @@ def build_engines(
         ParityError: an engine that can run here disagrees with its ONNX file; it is removed.
     """
     chosen = choose_backend(backend)
-    bundle = open_bundle(folder, verify=("onnx",))
+    bundle = open_bundle(folder, verify=("onnx", QDQ))
     batch = batch or validate(bundle.manifest["recipe"], where=folder).export.batch
-    wanted = ("fp32", "fp16") if fp16 else ("fp32",)
-    sources = {entry["precision"]: entry for entry in bundle.artifacts if entry["format"] == "onnx"}
+    wanted = ["fp32", *(["fp16"] if fp16 else []), *(["int8"] if int8 else [])]
+    sources = {
+        entry["precision"]: entry
+        for entry in bundle.artifacts
+        if entry["format"] == (QDQ if entry["precision"] == "int8" else "onnx")
+    }
     if missing := [precision for precision in wanted if precision not in sources]:
         raise ExportError(
             f"the bundle has no {missing[0]} ONNX file to build from",
             where=folder,
-            fix="export it where the student was trained: prgkit export --fp16",
+            fix=f"export it where the student was trained: prgkit export --{missing[0]}{MAKES.get(missing[0], '')}",
         )
     pixels = read_evaluation(folder, limit=PARITY_IMAGES).pixels
-    reference = open_runner(folder, sources["fp32"])
-    reference_logits = run_batches(reference, pixels)
-    reference.close()
     manifest = dict(bundle.manifest)
-    for precision in wanted:
-        name = f"{chosen.name}-{precision}"
+
+    @cache
+    def reference_logits() -> NDArray[np.float32]:
+        reference = open_runner(folder, sources["fp32"])
+        logits = run_batches(reference, pixels)
+        reference.close()
+        return logits
+
+    def finished(name: str, made_from: Any, make: Callable[[], Artifact]) -> Artifact:
+        before = next((entry for entry in manifest["artifacts"] if entry["name"] == name), None)
+        if before and before.get("made_from") == fingerprint(made_from) and is_whole(folder, before):
+            note(f"{before['file']}: finished before, and made from the same; it is kept")
+            return dict(before)
         manifest["artifacts"] = [entry for entry in manifest["artifacts"] if entry["name"] != name]
         write_manifest(folder, manifest)  # a build that is interrupted leaves no claim about a file that is gone
-        engine = make_engine(
+        made = {**make(), "made_from": fingerprint(made_from)}
+        manifest["artifacts"].append(made)
+        write_manifest(folder, manifest)
+        return made
+
+    for precision in wanted:
+        make_engine(
             folder,
             sources[precision],
-            backend=chosen.name,
+            backend=chosen,
             batch=batch,
             sm=sm,
             pixels=pixels,
             reference=sources["fp32"]["name"],
             reference_logits=reference_logits,
+            finished=finished,
             note=note,
         )
-        manifest["artifacts"].append(engine)
-        write_manifest(folder, manifest)
     return manifest
 
 
 def make_engine(
     folder: Path,
-    source: dict[str, Any],
+    source: Artifact,
+    *,
+    backend: Backend,
+    batch: tuple[int, int, int],
+    sm: Sequence[str] | None,
+    pixels: NDArray[np.uint8],
+    reference: str,
+    reference_logits: Callable[[], NDArray[np.float32]],
+    finished: Callable[[str, Any, Callable[[], Artifact]], Artifact],
+    note: Callable[[str], None],
+) -> Artifact:
+    """Return the manifest entry of one engine: that of a ``finished`` one, or of one built now from an ONNX artifact.
+
+    Where the engine can run here, its logits must agree with ``reference_logits``, those of the runner ``reference``.
+    """
+    gpu = find_gpu()
+    made_from = {
+        "onnx": source["sha256"],
+        "backend": [backend.name, backend.version],
+        "batch": list(batch),
+        "targets": choose_targets(backend.name, sm),
+        "gpu": [gpu.name, gpu.capability] if gpu else None,  # one that can run it compares it, too
+        "compared": [reference, hashlib.sha256(pixels.tobytes()).hexdigest()],
+    }
+
+    def build() -> Artifact:
+        return built_and_compared(
+            folder,
+            source,
+            backend=backend.name,
+            batch=batch,
+            sm=sm,
+            pixels=pixels,
+            reference=reference,
+            reference_logits=reference_logits,
+            note=note,
+        )
+
+    return finished(f"{backend.name}-{source['precision']}", made_from, build)
+
+
+def built_and_compared(
+    folder: Path,
+    source: Artifact,
     *,
     backend: str,
     batch: tuple[int, int, int],
     sm: Sequence[str] | None,
     pixels: NDArray[np.uint8],
     reference: str,
-    reference_logits: NDArray[np.float32],
+    reference_logits: Callable[[], NDArray[np.float32]],
     note: Callable[[str], None],
-) -> dict[str, Any]:
-    """Build one engine from an ONNX artifact and return its manifest entry.
-
-    Where the engine can run here, its logits must agree with ``reference_logits``, those of the runner ``reference``.
-    """
+) -> Artifact:
+    """Build one engine, and where it can run here compare it."""
     precision = source["precision"]
     card = build_engine(
         folder / source["file"],
@@ -106,7 +169,7 @@ def make_engine(
         runner = TensorRTRunner(path, name=name)
         try:
             logits = run_batches(runner, pixels)
-            parity = require_agreement(reference_logits, logits, precision=precision, names=(reference, name))
+            parity = require_agreement(reference_logits(), logits, precision=precision, names=(reference, name))
         except ParityError:
             for file in (path, card_path(path)):
                 file.unlink()

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 import prgkit
 from prgkit.errors import ExportError
+from prgkit.export.graph import normalised_input, rename, save
 from prgkit.export.parity import FP32_RELATIVE_TOLERANCE
-from prgkit.files import write_bytes
 from prgkit.student import reparameterised
 
 FP16_MAX = 65504.0  # the largest finite float16
 IR_VERSION = 10  # newer ones are refused by runtimes that are deployed today
-PROTOBUF_LIMIT = 2**31  # a larger model would need its weights in a second file
 
 
 class Deployable(nn.Module):
@@ -213,32 +212,6 @@ def describe(model: onnx.ModelProto, *, classes: Sequence[str], preprocessing: d
     helper.set_model_props(model, contract)
 
 
-def save(model: onnx.ModelProto, path: Path) -> None:
-    """Check the model as a whole and write it as one file."""
-    if model.ByteSize() >= PROTOBUF_LIMIT:
-        raise ExportError(
-            "this student is larger than the 2 GB that one ONNX file can hold", fix="choose a smaller student"
-        )
-    onnx.checker.check_model(model, full_check=True)
-    write_bytes(path, model.SerializeToString(deterministic=True))
-
-
-def normalised_input(graph: onnx.GraphProto) -> tuple[str, list[onnx.NodeProto]]:
-    """Follow the input through cast, scale, offset and transpose: the name of the network's input, and those nodes."""
-    edge, before = "pixels", []
-    while True:
-        consumers = [node for node in graph.node if edge in node.input and node.op_type != "Shape"]
-        if len(consumers) != 1 or consumers[0].op_type not in ("Cast", "Mul", "Add", "Transpose"):
-            break
-        before.append(consumers[0])
-        edge = consumers[0].output[0]
-    if "Transpose" not in [node.op_type for node in before]:
-        raise ExportError(
-            "this ONNX file does not begin with prgkit's preprocessing", fix="export it with: prgkit export"
-        )
-    return edge, before
-
-
 def half_tensor(tensor: onnx.TensorProto) -> onnx.TensorProto:
     """Return a float32 tensor as float16, under the same name."""
     values = numpy_helper.to_array(tensor)
@@ -259,13 +232,6 @@ def halve_attributes(node: onnx.NodeProto) -> None:
             attribute.i = TensorProto.FLOAT16
         if attribute.HasField("t") and attribute.t.data_type == TensorProto.FLOAT:
             attribute.t.CopyFrom(half_tensor(attribute.t))
-
-
-def rename(names: Any, old: str, new: str) -> None:
-    """Replace ``old`` by ``new`` in a repeated field of names."""
-    for position, name in enumerate(names):
-        if name == old:
-            names[position] = new
 
 
 def first_line(error: BaseException) -> str:

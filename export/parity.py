@@ -14,7 +14,8 @@ from prgkit.export.runners import Runner
 FP32_RELATIVE_TOLERANCE = (
     1e-4  # of max(1, largest reference logit): rounding in another order of summation stays below it
 )
-MIN_TOP1_AGREEMENT = {"fp32": 100.0, "fp16": 99.0}  # percent
+# Percent; INT8 files are judged by export.fidelity, on more images: this tells a broken INT8 engine from a right one.
+MIN_TOP1_AGREEMENT = {"fp32": 100.0, "fp16": 99.0, "int8": 85.0}
 
 
 @dataclass(frozen=True)

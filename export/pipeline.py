@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,29 @@ from torch import nn
 
 import prgkit
 from prgkit.errors import DiskFullError, ExportError
-from prgkit.export.bundle import contract, describe_artifact, write_evaluation, write_golden, write_manifest
+from prgkit.export.bundle import (
+    contract,
+    describe_artifact,
+    read_evaluation,
+    write_evaluation,
+    write_golden,
+    write_manifest,
+)
+from prgkit.export.contents import digests
 from prgkit.export.engines import make_engine
-from prgkit.export.onnx import deployable, export_onnx, rehearse_fp16, write_fp16
+from prgkit.export.finished import JOURNAL, Artifact, Finished, clear_unfinished
+from prgkit.export.int8 import Quantiser, quantise
+from prgkit.export.nchw import NAME as NCHW_NAME
+from prgkit.export.nchw import nchw_artifact
+from prgkit.export.onnx import Deployable, deployable, export_onnx, rehearse_fp16, write_fp16
 from prgkit.export.parity import require_agreement, run_batches
 from prgkit.export.runners import OnnxRunner, TorchRunner
 from prgkit.export.tensorrt import check_batch, choose_backend
 from prgkit.files import readable_bytes, require_space
 from prgkit.images import Preprocessing
+from prgkit.run import TICKS
 
+WRITERS = ("timm", "onnx", "onnxscript", "onnxruntime")  # besides torch: what writes ONNX files, and compares them
 CPU_FP16 = "ONNX Runtime's CPU provider computes in float32 with the float16 weights"
 
 
@@ -36,6 +53,9 @@ class ExportOptions:
 
     opset: int = 20
     fp16: bool = False
+    int8: bool = False
+    fidelity: float = 98.0  # percent of held-out images on which INT8 must surely give FP32's answer
+    float_input: bool = False  # also a file that takes normalised floats, NCHW
     trt: bool = False
     batch: tuple[int, int, int] = (1, 1, 32)  # of the engines: min, opt, max
     backend: str | None = None  # None: tensorrt where a GPU is, else tensorrt_rtx
@@ -51,6 +71,7 @@ class HeldOut:
     teacher_uniform_logits: NDArray[np.float32]  # [n, classes]
     labels: NDArray[np.int64] | None  # [n]
     source: str
+    keys: tuple[str, ...] | None = None  # n content keys
 
 
 def export_student(
@@ -64,12 +85,15 @@ def export_student(
     preprocessing: Preprocessing,
     facts: dict[str, Any],
     options: ExportOptions,
+    calibration: Callable[[], NDArray[np.uint8]] | None = None,
     note: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write the bundle of ``student`` (uint8 NHWC pixels to logits, unfused) and return its manifest.
 
     ``pixels`` [256 or more, S, S, 3] are real images on which every artifact must agree with PyTorch; ``facts`` are the
-    manifest's ``run``, ``recipe``, ``teacher`` and ``student``. A bundle that exists is replaced by a whole one.
+    manifest's ``run``, ``recipe``, ``teacher`` and ``student``; ``calibration`` gives the images [n, S, S, 3] for the
+    ranges of INT8, none of which is held out. A bundle that exists is replaced by a whole one; what
+    is the same in it, or was finished by an export that was killed, is not made again.
 
     Raises:
         ExportError: the student cannot be exported as asked.
@@ -79,55 +103,101 @@ def export_student(
     check_batch(options.batch)
     backend = choose_backend(options.backend) if options.trt else None
     images = torch.from_numpy(pixels)
-    with room_for(folder, expected_bytes(student, preprocessing, held_out, options)), building(folder) as new:
-        module = deployable(student, images)
-        reference_logits = run_batches(TorchRunner(student), pixels)
 
-        size = preprocessing.image_size
+    @cache
+    def module() -> Deployable:  # asked only where something is not finished yet
+        return deployable(student, images)
+
+    @cache
+    def reference_logits() -> NDArray[np.float32]:
+        return run_batches(TorchRunner(student), pixels)
+
+    def fp32() -> Artifact:
         export_onnx(
-            module,
+            module(),
             new / "model.onnx",
-            image_size=size,
+            image_size=preprocessing.image_size,
             classes=classes,
             preprocessing=preprocessing.to_dict(),
             opset=options.opset,
         )
-        artifacts = [onnx_artifact(new, "model.onnx", "fp32", pixels, reference_logits, note)]
+        return onnx_artifact(new, "model.onnx", "fp32", pixels, reference_logits(), note)
+
+    def write_half(path: Path) -> None:
+        rehearsed = rehearse_fp16(module(), images).numpy()
+        names = ("torch", "FP16 arithmetic, rehearsed")
+        require_agreement(reference_logits(), rehearsed, precision="fp16", names=names)
+        write_fp16(new / "model.onnx", path)
+
+    def fp16() -> Artifact:
+        write_half(new / "model.fp16.onnx")
+        return onnx_artifact(new, "model.fp16.onnx", "fp16", pixels, reference_logits(), note)
+
+    def nchw() -> Artifact:
+        return nchw_artifact(
+            new, pixels=pixels, reference_logits=reference_logits(), preprocessing=preprocessing, note=note
+        )
+
+    def engine(source: Artifact) -> Artifact:
+        assert backend is not None
+        return make_engine(
+            new,
+            source,
+            backend=backend,
+            batch=options.batch,
+            pixels=pixels,
+            sm=options.sm,
+            reference="torch",
+            reference_logits=reference_logits,
+            finished=finished.get,
+            note=note,
+        )
+
+    with room_for(folder, expected_bytes(student, preprocessing, held_out, options)), building(folder) as new:
+        finished = Finished(new, bundle=folder, note=note)  # by an export that was killed, or in the bundle there is
+        made_from = origin_of(student, pixels, classes, preprocessing, options)
+        artifacts = [finished.get("onnx-fp32", made_from, fp32)]
         if options.fp16:
-            rehearsed = rehearse_fp16(module, images).numpy()
-            require_agreement(
-                reference_logits, rehearsed, precision="fp16", names=("torch", "FP16 arithmetic, rehearsed")
-            )
-            write_fp16(new / "model.onnx", new / "model.fp16.onnx")
-            artifacts.append(onnx_artifact(new, "model.fp16.onnx", "fp16", pixels, reference_logits, note))
+            artifacts.append(finished.get("onnx-fp16", made_from, fp16))
         if backend:
-            artifacts += [
-                make_engine(
-                    new,
-                    source,
-                    backend=backend.name,
-                    batch=options.batch,
-                    pixels=pixels,
-                    sm=options.sm,
-                    reference="torch",
-                    reference_logits=reference_logits,
-                    note=note,
-                )
-                for source in list(artifacts)
-            ]
+            artifacts += [engine(source) for source in list(artifacts)]
+
+        if options.float_input:
+            artifacts.append(finished.get(NCHW_NAME, made_from, nchw))
 
         runner = OnnxRunner(new / "model.onnx", spin=False)
         inputs = np.stack([preprocessing.prepare(picture) for picture in golden])  # [16, S, S, 3]
         write_golden(new, golden, inputs, runner.run(inputs))
-        write_evaluation(
+        fp32_logits = write_evaluation(
             new,
             held_out.prepared,
             teacher_logits=held_out.teacher_logits,
             teacher_uniform_logits=held_out.teacher_uniform_logits,
             labels=held_out.labels,
             student=runner.run,
+            keys=held_out.keys,
         )
         runner.close()
+        not_kept: list[dict[str, Any]] = []
+        if options.int8 and calibration:
+            quantiser = Quantiser(
+                fp32=new / "model.onnx",
+                calibration=calibration(),
+                pixels=read_evaluation(new).pixels,
+                logits=fp32_logits,
+                floor=options.fidelity,
+                compared=(pixels, reference_logits),
+                note=note,
+            )
+            made, not_kept = quantise(
+                quantiser,
+                new,
+                half=write_half,
+                made_from=made_from,
+                finished=finished,
+                engine=engine if backend else None,
+            )
+            artifacts += made
         evaluation = {
             "images": len(held_out.teacher_logits),
             "labelled": held_out.labels is not None,
@@ -139,7 +209,9 @@ def export_student(
             **facts,
             **contract(preprocessing, classes),
             "artifacts": artifacts,
+            **({"not_kept": not_kept} if not_kept else {}),
             "evaluation": evaluation,
+            "files": digests(new),
         }
         write_manifest(new, manifest)
     return manifest
@@ -177,38 +249,62 @@ def onnx_artifact(
     )
 
 
+def origin_of(
+    student: nn.Module,
+    pixels: NDArray[np.uint8],
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    options: ExportOptions,
+) -> dict[str, Any]:
+    """Return all that decides an ONNX file and its parity: an artifact of the same origin need not be made again."""
+    weights = hashlib.sha256(repr(student).encode())
+    for name, tensor in student.state_dict().items():
+        weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return {
+        "student": weights.hexdigest(),
+        "images": hashlib.sha256(pixels.tobytes()).hexdigest(),
+        "classes": list(classes),
+        "preprocessing": preprocessing.to_dict(),
+        "opset": options.opset,
+        "versions": [prgkit.__version__, torch.__version__, *(metadata.version(name) for name in WRITERS)],
+    }
+
+
 @contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """Give a folder beside ``folder`` that takes its place when all went well, and is removed when not.
+    """Give a folder beside ``folder`` that takes its place when all went well.
 
-    Measurements made on the old bundle (its ``bench`` folder) move into the new one: they are the user's.
+    When not, or after a kill, only artifacts that were finished stay in it, for the next export. Measurements made on
+    the old bundle (its ``bench`` folder) and what was ticked in it move into the new one: they are the user's.
     """
     new, old = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "old"))
     if old.exists() and not folder.exists():
         old.rename(folder)  # the last export was killed between the two renames below
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    clear_unfinished(new)
     if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
         raise ExportError(
             "the folder holds something that is not a bundle", where=folder, fix="remove it, or choose another"
         )
-    new.mkdir(parents=True)
+    new.mkdir(parents=True, exist_ok=True)
     try:
         yield new
-        if (folder / "bench").exists():
-            shutil.copytree(folder / "bench", new / "bench")
+        for kept in ("bench", TICKS.parent.name):
+            if (folder / kept).exists():
+                shutil.copytree(folder / kept, new / kept)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
+        (folder / JOURNAL).unlink(missing_ok=True)  # the manifest says the same
         shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        clear_unfinished(new)
 
 
 @contextmanager
 def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
     """Refuse where the bundle does not fit; where the disk fills up all the same, say how much was needed."""
-    fix = "free some space and export again"
+    fix = "free some space and export again: finished artifacts are kept"
     require_space(folder, needed_bytes, "the bundle", fix=fix)
     try:
         yield
@@ -220,6 +316,6 @@ def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
 def expected_bytes(student: nn.Module, preprocessing: Preprocessing, held_out: HeldOut, options: ExportOptions) -> int:
     """Estimate the bundle's size from above."""
     weights = 4 * sum(parameter.numel() for parameter in student.parameters())
-    copies = (1.0 + 0.5 * options.fp16) * (1.0 + 1.4 * options.trt)
+    copies = (1.0 + 0.5 * options.fp16 + 0.6 * options.int8) * (1.0 + 1.4 * options.trt) + 1.0 * options.float_input
     pictures = len(held_out.teacher_logits) * preprocessing.image_size**2 * 3
     return int(weights * copies) + pictures + (16 << 20)

@@ -1,52 +1,197 @@
-"""The README that travels in a bundle: what it is, and ten lines that run it with onnxruntime alone."""
+"""The README that travels in a bundle: what it is, and the few lines that run it without prgkit."""
 
 from __future__ import annotations
 
+import math
+from pathlib import PurePath
 from typing import Any
+
+BATCH = (1, 1, 32)  # of the engine that trtexec builds, where the recipe says nothing
 
 
 def readme(manifest: dict[str, Any]) -> str:
-    """Return the bundle's README: what it is, and ten lines that run it with onnxruntime alone."""
-    facts = manifest["preprocessing"]
-    size = facts["image_size"]
-    resize = f"image = image.resize(({size}, {size}), Image.Resampling.{facts['interpolation'].upper()})"
-    if not facts.get("squash"):
-        resize = (
-            f"short, S = int({size} / {facts['crop']}), {size}\n"
-            "width, height = (int(short * side / min(image.size)) for side in image.size)\n"
-            f"image = image.resize((width, height), Image.Resampling.{facts['interpolation'].upper()})\n"
-            "left, top = round((width - S) / 2), round((height - S) / 2)\n"
-            "image = image.crop((left, top, left + S, top + S))"
-        )
+    """Return the bundle's README: what it is, how to run it with onnxruntime and TensorRT, and what lies beside it."""
+    size, classes = manifest["preprocessing"]["image_size"], len(manifest["classes"])
+    teacher = str(manifest["teacher"]["model"])
+    if teacher.startswith("local-dir:"):
+        teacher = PurePath(teacher).name  # where it lay is nobody's business
     rows = "\n".join(
         f"| {entry['file']} | {entry['precision']} | {entry['backend']} | {whether_executed(entry)} |"
         for entry in manifest["artifacts"]
     )
-    classes = len(manifest["classes"])
+    floats = [entry for entry in manifest["artifacts"] if entry.get("input", {}).get("layout") == "NCHW"]
     return f"""# {manifest["student"]["model"]}, {classes} classes, {size} px
 
-Made by prgkit from the teacher {manifest["teacher"]["model"]}. Input `pixels` [batch, {size}, {size}, 3] uint8 RGB,
-output `logits` [batch, {classes}] float32. Mean and standard deviation are applied inside; class names are in the file.
-
-```python
-import json, sys
-import numpy as np, onnxruntime
-from PIL import Image, ImageOps
-session = onnxruntime.InferenceSession("model.onnx")
-classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
-{resize}
-logits = session.run(None, {{"pixels": np.asarray(image)[None]}})[0]
-print(classes[logits[0].argmax()])
-```
+Made by prgkit from the teacher {teacher}. Input `pixels` [batch, {size}, {size}, 3] uint8 RGB, output `logits`
+[batch, {classes}] float32. Mean and standard deviation are applied inside; class names are in the file, as JSON.
 
 | file | precision | runs with | executed where it was made |
 |---|---|---|---|
 {rows}
 
+## Python, with onnxruntime alone
+
+```python
+{python_lines(manifest["preprocessing"])}
+```
+
+Resize with Pillow, as here: OpenCV's resize is another one. Where OpenCV is installed, `prgkit bench` says by how much.
+
+## C++, with onnxruntime
+
+```cpp
+{onnxruntime_lines(size)}
+```
+
+It reads prepared pixels, {size * size * 3:,} bytes, from standard input. Some to try it with:
+
+```console
+$ python -c "import sys; from PIL import Image; sys.stdout.buffer.write(Image.open(sys.argv[1]).tobytes())" \\
+    golden/00.input.png | ./name
+```
+
+OpenVINO reads the file as it is, too: `openvino.Core().compile_model("model.onnx", "CPU")`.
+
+## TensorRT
+
+`prgkit export --trt` in this folder builds engines and compares them with the ONNX file. Without prgkit:
+
+```console
+{trtexec_line(manifest)}
+```
+
+Types come from the file: for FP16 give `model.fp16.onnx` in place of `model.onnx` (made by `prgkit export --fp16`), and
+do not add `--fp16`. TensorRT 11 is always strongly typed; leave `--stronglyTyped` out there. Class names are not in an
+engine: read them from `manifest.json`.
+
+```cpp
+{tensorrt_lines(size, classes)}
+```
+
+Both C++ programs are written from the documented interfaces; prgkit's tests run the Python lines only.
+{"".join(float_section(entry) for entry in floats)}
+## What else is here
+
 `golden/` holds source pictures, prepared inputs and expected logits; `evaluation/` held-out images with the teacher's
-and the student's logits. `prgkit bench` in this folder checks the first and measures on the second;
-`prgkit export --trt` builds engines for the GPU at hand.
+and the student's logits. `prgkit bench` in this folder checks the first and measures on the second.
+"""
+
+
+def python_lines(facts: dict[str, Any]) -> str:
+    """Return ten lines that name what is in an image file; they need numpy, Pillow and onnxruntime."""
+    return f"""import json, sys
+import numpy as np, onnxruntime
+from PIL import Image, ImageOps
+session = onnxruntime.InferenceSession("model.onnx")
+classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
+{resizing(facts)}
+print(classes[session.run(None, {{"pixels": np.asarray(image)[None]}})[0][0].argmax()])"""
+
+
+def resizing(facts: dict[str, Any]) -> str:
+    """Return the lines that bring an image to the input's size, as `Preprocessing.prepare` does."""
+    size, filter_ = facts["image_size"], f"Image.Resampling.{facts['interpolation'].upper()}"
+    if facts.get("squash"):
+        return f"image = image.resize(({size}, {size}), {filter_})"
+    return f"""size = tuple(int({math.floor(size / facts["crop"])} * side / min(image.size)) for side in image.size)
+left, top = (round((side - {size}) / 2) for side in size)
+image = image.resize(size, {filter_}).crop((left, top, left + {size}, top + {size}))"""
+
+
+def onnxruntime_lines(size: int) -> str:
+    """Return a program in C++17 that names what is in prepared pixels."""
+    return f"""// g++ -std=c++17 name.cpp -I ORT/include -L ORT/lib -lonnxruntime -o name
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstdio>
+#include <vector>
+#include <onnxruntime_cxx_api.h>
+int main() {{
+  Ort::Env env;
+  Ort::Session session(env, ORT_TSTR("model.onnx"), Ort::SessionOptions());
+  std::vector<uint8_t> pixels({size} * {size} * 3);  // rows of RGB
+  if (std::fread(pixels.data(), 1, pixels.size(), stdin) != pixels.size()) return 1;
+  const std::array<int64_t, 4> shape{{1, {size}, {size}, 3}};
+  auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+  auto input = Ort::Value::CreateTensor<uint8_t>(memory, pixels.data(), pixels.size(), shape.data(), shape.size());
+  const char* input_name = "pixels";
+  const char* output_name = "logits";
+  auto outputs = session.Run(Ort::RunOptions(), &input_name, &input, 1, &output_name, 1);
+  const float* logits = outputs[0].GetTensorData<float>();
+  const size_t classes = outputs[0].GetTensorTypeAndShapeInfo().GetElementCount();
+  Ort::AllocatorWithDefaultOptions allocator;
+  auto names = session.GetModelMetadata().LookupCustomMetadataMapAllocated("classes", allocator);
+  std::printf("class %td, counted from 0, of %s\\n", std::max_element(logits, logits + classes) - logits, names.get());
+}}"""
+
+
+def trtexec_line(manifest: dict[str, Any]) -> str:
+    """Return the command that builds an FP32 engine with TensorRT's own tool, for the recipe's batch sizes."""
+    size = manifest["preprocessing"]["image_size"]
+    batch = manifest["recipe"].get("export", {}).get("batch", BATCH)
+    shapes = " ".join(
+        f"--{bound}Shapes=pixels:{count}x{size}x{size}x3"
+        for bound, count in zip(("min", "opt", "max"), batch, strict=True)
+    )
+    return f"$ trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped --noTF32 {shapes}"
+
+
+def tensorrt_lines(size: int, classes: int) -> str:
+    """Return a program in C++17 for TensorRT 10 and 11 that names what is in prepared pixels."""
+    return f"""// g++ -std=c++17 name.cpp -I CUDA/include -L CUDA/lib64 -lnvinfer -lcudart -o name
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <vector>
+#include <NvInfer.h>
+#include <cuda_runtime_api.h>
+struct Log : nvinfer1::ILogger {{
+  void log(Severity severity, const char* text) noexcept override {{
+    if (severity <= Severity::kWARNING) std::fprintf(stderr, "%s\\n", text);
+  }}
+}};
+int main() {{
+  Log log;
+  std::ifstream file("model.engine", std::ios::binary);
+  std::vector<char> bytes{{std::istreambuf_iterator<char>(file), {{}}}};
+  std::unique_ptr<nvinfer1::IRuntime> runtime(nvinfer1::createInferRuntime(log));
+  std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime->deserializeCudaEngine(bytes.data(), bytes.size()));
+  if (!engine) return 1;  // it was built for another GPU or another TensorRT
+  std::unique_ptr<nvinfer1::IExecutionContext> context(engine->createExecutionContext());
+  std::vector<uint8_t> pixels({size} * {size} * 3);  // rows of RGB
+  std::vector<float> logits({classes});
+  if (std::fread(pixels.data(), 1, pixels.size(), stdin) != pixels.size()) return 1;
+  void *input, *output;
+  cudaStream_t stream;
+  cudaStreamCreate(&stream);
+  cudaMalloc(&input, pixels.size());
+  cudaMalloc(&output, logits.size() * sizeof(float));
+  context->setInputShape("pixels", nvinfer1::Dims4(1, {size}, {size}, 3));
+  context->setTensorAddress("pixels", input);
+  context->setTensorAddress("logits", output);
+  cudaMemcpyAsync(input, pixels.data(), pixels.size(), cudaMemcpyHostToDevice, stream);
+  if (!context->enqueueV3(stream)) return 1;
+  cudaMemcpyAsync(logits.data(), output, logits.size() * sizeof(float), cudaMemcpyDeviceToHost, stream);
+  if (cudaStreamSynchronize(stream) != cudaSuccess) return 1;
+  std::printf("class %td, counted from 0\\n", std::max_element(logits.begin(), logits.end()) - logits.begin());
+}}"""
+
+
+def float_section(entry: dict[str, Any]) -> str:
+    """Return what a reader must know of the file that takes normalised floats."""
+    takes = entry["input"]
+    shape = ", ".join(map(str, takes["shape"]))
+    return f"""
+## Floats in place of pixels
+
+`{entry["file"]}` is the same network for a runtime or tool that prepares images itself: input `{takes["name"]}`
+[{shape}] float32, {takes["layout"]}, `{takes["values"]}` with mean {takes["mean"]} and std
+{takes["std"]} of red, green and blue. Resize and crop as above.
 """
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -13,20 +14,24 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from prgkit.answers import answers_of, no_correction
 from prgkit.devices import best_device
+from prgkit.errors import ExportError
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
-from prgkit.files import read_json, sha256
-from prgkit.images import Catalogue, match_labels
+from prgkit.files import sha256
+from prgkit.images import Catalogue, Preprocessing, match_labels
 from prgkit.lesson import hold_out, read_catalogue
-from prgkit.objectives.prg import prompt_logits, weighted_logits
+from prgkit.locks import locked
 from prgkit.recipe import Recipe
-from prgkit.run import Run, locked
+from prgkit.run import TICKS, Run
 from prgkit.student import load_student, student_facts
-from prgkit.targets import Targets, embed, open_targets
+from prgkit.targets import Targets, embed, existing_targets, open_targets
 from prgkit.teacher import Teacher, load_teacher
+from prgkit.ticks import audited_keys, bring_ticks
 from prgkit.watch import Watch
 
 PARITY_IMAGES = 256
+CALIBRATION_IMAGES = 256
 GOLDEN_IMAGES = 16
 GOLDEN_CANDIDATES = 64
 GOLDEN_SIDE = 1024  # of the shorter side: sixteen photographs of 24 megapixels would be most of a bundle
@@ -40,39 +45,62 @@ def export_run(
     backend: str | None = None,
     batch: tuple[int, int, int] | None = None,
     sm: tuple[str, ...] | None = None,
+    int8: bool = False,
+    float_input: bool = False,
+    evaluation_images: int | None = None,
     watch: Watch,
 ) -> dict[str, Any]:
     """Export a run's best student into ``<run>/bundle`` and return the manifest.
 
-    ``backend``, ``batch`` (by default the recipe's) and ``sm`` are for the engines.
+    ``backend``, ``batch`` (by default the recipe's) and ``sm`` are for the engines. ``evaluation_images`` takes the
+    place of the recipe's, also in the recipe that the manifest holds.
 
     Raises:
         PrgkitError: the run has no student or is being worked on, an artifact disagrees with PyTorch, or a backend is
             missing.
     """
     with locked(run.folder, "run"):
-        page = run.recipe.export
-        options = ExportOptions(page.opset, fp16=fp16, trt=trt, batch=batch or page.batch, backend=backend, sm=sm)
-        return export_best(run, options, watch)
+        recipe = run.recipe
+        if evaluation_images is not None:
+            page = recipe.export.model_copy(update={"evaluation_images": evaluation_images})
+            recipe = recipe.model_copy(update={"export": page})
+        page = recipe.export
+        options = ExportOptions(
+            page.opset,
+            fp16=fp16,
+            int8=int8,
+            fidelity=page.fidelity,
+            float_input=float_input,
+            trt=trt,
+            batch=batch or page.batch,
+            backend=backend,
+            sm=sm,
+        )
+        manifest = export_best(run, recipe, options, watch)
+    there = manifest["evaluation"]["images"]
+    if evaluation_images is not None and there < evaluation_images:
+        watch.note(f"there are {there} images to evaluate on; {evaluation_images} were asked for")
+    return manifest
 
 
-def export_best(run: Run, options: ExportOptions, watch: Watch) -> dict[str, Any]:
+def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) -> dict[str, Any]:
     """Gather what the bundle is made from, and make it."""
-    recipe, card = run.recipe, run.card
+    card = run.card
     student = load_student(run)
     learned = student_facts(run.weights)
     if not run.finished:
         watch.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
-    images = read_catalogue(recipe.data.evaluation or recipe.data.images, recipe, watch)
-    positions = evaluation_positions(images, recipe)
+    seen = existing_targets(recipe, Path(card["teacher"]["targets"]).parent) or ()
+    images = read_catalogue(recipe.data.evaluation or recipe.data.images, recipe, watch, known=seen)
+    positions = evaluation_positions(images, recipe, first=audited_keys(run))
     labels = match_labels(images, recipe.classes)[positions] if recipe.data.evaluation else None
     weighted, uniform = teacher_logits(run, recipe, images, positions, watch)
     prepare = student.preprocessing.prepare
-    checked = [prepare(picture) for picture in parity_pictures(images, positions, recipe, watch)]
+    checked = [prepare(picture) for picture in parity_pictures(images, positions, recipe, seen, watch)]
     if len(checked) < PARITY_IMAGES:
         watch.note(f"there are {len(checked)} images to compare the exports on; {PARITY_IMAGES} would be better")
 
-    return export_student(
+    manifest = export_student(
         student.deployed(),
         run.bundle,
         pixels=np.stack(checked),
@@ -83,6 +111,7 @@ def export_best(run: Run, options: ExportOptions, watch: Watch) -> dict[str, Any
             teacher_uniform_logits=uniform,
             labels=labels,
             source=images.images.spec,
+            keys=tuple(images.keys[position] for position in positions),
         ),
         classes=recipe.classes,
         preprocessing=student.preprocessing,
@@ -96,7 +125,7 @@ def export_best(run: Run, options: ExportOptions, watch: Watch) -> dict[str, Any
                 "best_epoch": learned["epoch"],
                 "images": card["images"]["used"],
                 "training": run.metrics(),
-                "quality": read_json(run.quality_file) if run.quality_file.exists() else None,
+                "quality": run.quality(),
             },
             "recipe": recipe.model_dump(mode="json"),
             "teacher": {key: card["teacher"][key] for key in ("model", "weights", "fingerprint")},
@@ -106,21 +135,26 @@ def export_best(run: Run, options: ExportOptions, watch: Watch) -> dict[str, Any
             },
         },
         options=options,
+        calibration=lambda: calibration_pixels(images, positions, student.preprocessing, recipe, seen, watch),
         note=watch.note,
     )
+    bring_ticks(run.ticks_file, run.bundle / TICKS, recipe.classes)
+    return manifest
 
 
-def evaluation_positions(images: Catalogue, recipe: Recipe) -> NDArray[np.int64]:
+def evaluation_positions(images: Catalogue, recipe: Recipe, *, first: Container[str] = ()) -> NDArray[np.int64]:
     """Return which images travel: labelled ones where the recipe names them, else those held out from training.
 
-    The catalogue is ordered by content key, so the first ones are a random sample.
+    Where there are more than travel, those with the keys in ``first`` go before the others. The catalogue is ordered by
+    content key, so the first ones are a random sample.
     """
     chosen = np.arange(len(images)) if recipe.data.evaluation else hold_out(images.keys, recipe.data.held_out)
-    return chosen[: recipe.export.evaluation_images]
+    before = np.array([images.keys[position] in first for position in chosen], dtype=bool)
+    return np.sort(np.concatenate([chosen[before], chosen[~before]])[: recipe.export.evaluation_images])
 
 
 def parity_pictures(
-    images: Catalogue, positions: NDArray[np.int64], recipe: Recipe, watch: Watch
+    images: Catalogue, positions: NDArray[np.int64], recipe: Recipe, seen: Container[str], watch: Watch
 ) -> Iterator[Image.Image]:
     """Yield up to `PARITY_IMAGES` distinct pictures: the ones that travel, then others, then ones learned from.
 
@@ -130,11 +164,34 @@ def parity_pictures(
     for position in order:
         yield images.read(position)
     if len(order) < PARITY_IMAGES and recipe.data.evaluation:
-        seen = set(images.keys)
-        learned = read_catalogue(recipe.data.images, recipe, watch)
-        others = (position for position, key in enumerate(learned.keys) if key not in seen)
+        taken = set(images.keys)
+        learned = read_catalogue(recipe.data.images, recipe, watch, known=seen)
+        others = (position for position, key in enumerate(learned.keys) if key not in taken)
         for position in islice(others, PARITY_IMAGES - len(order)):
             yield learned.read(position)
+
+
+def calibration_pixels(
+    images: Catalogue,
+    positions: NDArray[np.int64],
+    preprocessing: Preprocessing,
+    recipe: Recipe,
+    seen: Container[str],
+    watch: Watch,
+) -> NDArray[np.uint8]:
+    """Return up to `CALIBRATION_IMAGES` images [n, S, S, 3] that the student learned from, for the ranges of INT8.
+
+    None of them travels: INT8 is judged on images that its ranges were not fitted to.
+    """
+    learned, apart = images, {images.keys[position] for position in positions.tolist()}
+    if recipe.data.evaluation:
+        learned = read_catalogue(recipe.data.images, recipe, watch, known=seen)
+    held = set(hold_out(learned.keys, recipe.data.held_out).tolist())
+    chosen = (place for place, key in enumerate(learned.keys) if place not in held and key not in apart)
+    pictures = [preprocessing.prepare(learned.read(place)) for place in islice(chosen, CALIBRATION_IMAGES)]
+    if not pictures:
+        raise ExportError("there is no image to calibrate INT8 on that is not held out", fix="export without --int8")
+    return np.stack(pictures)
 
 
 def golden_pictures(images: Catalogue, positions: NDArray[np.int64]) -> list[Image.Image]:
@@ -157,7 +214,11 @@ def golden_pictures(images: Catalogue, positions: NDArray[np.int64]) -> list[Ima
 def teacher_logits(
     run: Run, recipe: Recipe, images: Catalogue, positions: NDArray[np.int64], watch: Watch
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return W [n, C] of the evaluation view, with the recipe's prompt weighting and with uniform weights."""
+    """Return W [n, C] of the evaluation view twice.
+
+    First as the student learned it, with the recipe's prompt weighting and the run's correction; then as the teacher
+    says it by itself, its prompts weighted equally.
+    """
 
     @cache
     def teacher() -> Teacher:  # asked only where the run's targets are gone
@@ -167,11 +228,12 @@ def teacher_logits(
     targets: Targets = open_targets(recipe, Path(run.card["teacher"]["targets"]).parent, teacher)
     embed(targets, images, views=np.ones(len(images), dtype=int), recipe=recipe, teacher=teacher, watch=watch)
     prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
+    answers = answers_of(run, recipe, prompts, targets.logit_scale)
+    by_itself = replace(answers, prompt_weighting="mean", correction=no_correction(len(recipe.classes)))
     rows = targets.rows([images.keys[position] for position in positions], views=1)
     weighted, uniform = [], []
     for part in np.array_split(rows, max(1, len(rows) // 256)):
         features = targets.features(part, np.zeros(len(part), dtype=int))
-        logits = prompt_logits(features, prompts, targets.logit_scale)
-        weighted.append(weighted_logits(logits, recipe.prompt_weighting))
-        uniform.append(weighted_logits(logits, "mean"))
+        weighted.append(answers.logits(features))
+        uniform.append(by_itself.logits(features))
     return torch.cat(weighted).numpy(), torch.cat(uniform).numpy()

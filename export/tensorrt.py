@@ -18,7 +18,7 @@ from prgkit.export.card import SCHEMA, EngineCard, write_card
 from prgkit.files import sha256, write_bytes
 
 BACKENDS = ("tensorrt", "tensorrt_rtx")  # in the order of preference
-DTYPE_OF = {"fp32": "FLOAT", "fp16": "HALF"}
+DTYPE_OF = {"fp32": "FLOAT", "fp16": "HALF", "int8": "HALF"}  # INT8 is Q/DQ nodes around FP16 layers
 HEAVY_LAYERS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")  # what the precision is about
 INSTALL = {
     "tensorrt": "pip install 'prgkit[trt]' (its libraries come from NVIDIA's own index, pypi.nvidia.com, which must be "
@@ -263,6 +263,13 @@ def require_precision(types: dict[str, dict[str, int]], precision: str, onnx_pat
     """Refuse a file whose convolutions and matrix products are not in the precision that was asked for."""
     if precision not in DTYPE_OF:
         raise ExportError(f"unknown precision {precision!r}", fix=f"one of: {', '.join(DTYPE_OF)}")
+    if (precision == "int8") != bool(types.get("QUANTIZE", {}).get("INT8")):
+        which = "no" if precision == "int8" else "INT8"
+        raise ExportError(
+            f"{precision} was asked for, and {onnx_path.name} holds {which} Q/DQ nodes",
+            where=onnx_path,
+            fix="an engine has the precision of its ONNX file: export --int8 --trt writes model.int8.tensorrt.onnx",
+        )
     found: Counter[str] = Counter()
     for kind in HEAVY_LAYERS:
         found.update(types.get(kind, {}))
@@ -323,7 +330,7 @@ def inspect(trt: Any, logger: Any, plan: bytes, precision: str, onnx_path: Path)
         for tensor in (*layer.get("Inputs", []), *layer.get("Outputs", [])):
             types[str(tensor.get("DataType") or tensor.get("Format/Datatype"))] += 1  # 11, 10
     is_half = any("half" in kind.lower() or "fp16" in kind.lower() for kind in types)
-    if len(layers) > 1 and is_half != (precision == "fp16"):
+    if len(layers) > 1 and is_half != (precision != "fp32"):
         raise ExportError(
             f"{precision} was asked for, and the built engine holds {dict(types)}",
             where=onnx_path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,32 @@ def test_predict_gives_the_torch_students_answer(bundle: Path, repvit: Any) -> N
         np.testing.assert_allclose([told[name] for name in classes], probabilities, atol=1e-4)
 
 
+def test_the_readmes_lines_give_the_same_answer_there(bundle: Path) -> None:
+    """They are run as they stand."""
+    lines = (bundle / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "prgkit" not in lines
+    for number in (0, 7, 15):
+        picture = f"golden/{number:02}.png"
+        done = subprocess.run([PYTHON, "-c", lines, picture], cwd=bundle, capture_output=True, text=True, check=True)
+        (answer,) = result("predict", picture, cwd=bundle)
+        assert done.stdout == f"{answer['class']}\n"
+
+
+def test_a_bundle_is_packed_and_opened_there(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    packed = result("export", "--zip", cwd=tmp_path / "bundle")
+    assert packed["zip"] == str(tmp_path / "test.zip")
+    refused = prgkit("predict", "bundle/golden/00.png", "--run", "test.zip", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        "Error: this bundle is still packed\n  where: test.zip\n"
+        "  fix: unpack it here, and give its folder: python -m zipfile -e test.zip .\n"
+    )
+    subprocess.run([PYTHON, "-m", "zipfile", "-e", "test.zip", "."], cwd=tmp_path, check=True)
+    (answer,) = result("predict", "bundle/golden/00.png", "--run", "test", cwd=tmp_path)
+    assert answer == result("predict", "golden/00.png", cwd=bundle)[0] | {"image": "bundle/golden/00.png"}
+
+
 def test_predict_abstains(bundle: Path) -> None:
     answers = result("predict", "golden/00.png", "--min-confidence", "1", cwd=bundle)
     assert [(answer["class"], answer["abstained"]) for answer in answers] == [(None, True)]
@@ -135,7 +162,7 @@ def test_export_trt_names_both_tensorrts(bundle: Path) -> None:
     assert fix.startswith("  fix: pip install 'prgkit[rtx]'; or pip install 'prgkit[trt]'")
 
 
-@pytest.mark.parametrize("command", ["distill", "targets"])
+@pytest.mark.parametrize("command", ["distill", "targets", "audit"])
 def test_what_needs_torch_names_the_extra(command: str, tmp_path: Path) -> None:
     done = prgkit(command, "cifar100", cwd=tmp_path)
     assert done.returncode == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from prgkit.errors import BenchError
-from prgkit.evaluate.bench import bench, training, trust
+from prgkit.errors import BenchError, ExportError
+from prgkit.evaluate.bench import bench
 from prgkit.evaluate.pictures import choose_pictures
+from prgkit.evaluate.subject import identity, training, trust
 from prgkit.export.bundle import (
     Evaluation,
     contract,
     describe_artifact,
+    read_evaluation,
     write_evaluation,
     write_golden,
     write_manifest,
@@ -27,6 +30,7 @@ from prgkit.export.bundle import (
 from prgkit.export.card import SCHEMA, EngineCard, write_card
 from prgkit.files import sha256
 from prgkit.images import Preprocessing
+from prgkit.ticks import Tick, write_ticks
 
 onnx = pytest.importorskip("onnx", reason="the model under test is made with the onnx package")
 
@@ -107,6 +111,7 @@ def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> 
         teacher_uniform_logits=-teacher,
         labels=labels if labelled else None,
         student=answers,
+        keys=[f"{number:032x}" for number in range(40)],
     )
     golden = [preprocessing.prepare(Image.fromarray(image)) for image in pixels[:2]]
     write_golden(folder, [Image.fromarray(image) for image in pixels[:2]], np.stack(golden), answers(np.stack(golden)))
@@ -167,7 +172,8 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
         "classes": 3,
         "epochs": 3,
     }
-    assert report["evaluation"] == {"images": 40, "labelled": True, "source": "made up"}
+    told = report["evaluation"]
+    assert told == {"images": 40, "labelled": True, "source": "made up", "digest": told["digest"]}
     assert report["teacher"] == {"top1": 100.0, "top5": None, "top1_uniform_prompts": 0.0}
     assert report["student"] == {"top1": 75.0, "top5": None, "agreement": 75.0}
     assert report["ratio"] == 0.75
@@ -199,6 +205,36 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
     assert multiprocessing.active_children() == []
 
 
+def test_scopes_threads_and_frames_stand_beside_the_rows(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = measure(make_bundle(tmp_path / "bundle"), out, batches=(), sweep_threads=(1, 2), fps=200)
+    row, never_run = report["rows"]
+    assert report["scopes"] == {"pictures": 2, "smallest": [SIDE, SIDE], "largest": [SIDE, SIDE]}
+    assert never_run["scopes"] == {}
+    assert {scope: found["rounds"] for scope, found in row["scopes"].items()} == {
+        "io": 5,
+        "pipeline": 5,
+        "end_to_end": 5,
+    }
+    assert report["threads"]["counts"] == [1, 2]
+    (swept,) = report["threads"]["rows"]
+    assert (swept["artifact"], sorted(swept["latency"]), swept["failed"]) == ("onnx-fp32", ["1", "2"], {})
+    raw = json.loads((out / "samples.json").read_text())
+    assert [(one["artifact"], one["threads"]) for one in raw["threads"]] == [("onnx-fp32", 1), ("onnx-fp32", 2)]
+    assert sum(map(len, raw["rows"][0]["scopes"]["pipeline"])) == row["scopes"]["pipeline"]["samples"]
+    (frames,) = report["paced"]["rows"]
+    assert (report["paced"]["fps"], report["paced"]["deadline_ms"]) == (200, 5)
+    assert (frames["artifact"], frames["failed"]) == ("onnx-fp32", None)
+    assert sum(map(len, raw["paced"][0]["responses"])) == frames["frames"] > 5
+    text = (out / "report.md").read_text()
+    assert "| frames | p50 ms | p99 ms | slowest ms | run p50 ms | late |\n" in text
+    assert "| p50 ms | io | pipeline | end-to-end |\n" in text
+    assert "| p50 ms | 1 thread | 2 threads |\n" in text
+    page = (out / "report.html").read_text()
+    assert "<h2>Threads</h2>" in page
+    assert "golden pictures (16×16 px)" in page
+
+
 def test_the_run_travels_in_the_manifest_and_the_run_at_hand_goes_first(tmp_path: Path) -> None:
     told = {"training": [{"epoch": 1, "loss": 2.0, "seconds": 3.0}], "quality": {"images": 40}}
     bundle: Any = SimpleNamespace(manifest={"run": told})
@@ -212,6 +248,17 @@ def test_the_run_travels_in_the_manifest_and_the_run_at_hand_goes_first(tmp_path
     assert (training(older, None), trust(older, None)) == ([], None)
 
 
+def test_evaluation_images_are_the_same_where_pictures_and_labels_are() -> None:
+    bundle: Any = SimpleNamespace(manifest={"evaluation": {"source": "made up"}})
+    pixels, logits = np.zeros((2, 4, 4, 3), dtype=np.uint8), np.zeros((2, 3), dtype=np.float32)
+    one = Evaluation(pixels, logits, logits, logits, np.array([0, 1]), ("a", "b"))
+    digest = identity(one, bundle)["digest"]
+    assert identity(replace(one, pixels=pixels[:, :2, :2], logits=logits + 1), bundle)["digest"] == digest
+    others = [replace(one, keys=("a", "c")), replace(one, labels=np.array([0, 2])), replace(one, labels=None)]
+    assert len({digest, *(identity(other, bundle)["digest"] for other in others)}) == 4
+    assert identity(replace(one, keys=None), bundle)["digest"] is None
+
+
 def test_without_labels_there_is_fidelity_and_no_accuracy(tmp_path: Path) -> None:
     report = measure(make_bundle(tmp_path / "bundle", labelled=False), tmp_path / "out", batches=())
     assert report["teacher"] == {"top1": None, "top5": None, "top1_uniform_prompts": None}
@@ -222,11 +269,54 @@ def test_without_labels_there_is_fidelity_and_no_accuracy(tmp_path: Path) -> Non
     assert "gives its teacher's answer on 75.0 % of the images" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_ticks_that_lie_in_the_bundle_become_an_accuracy_with_its_interval(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", labelled=False)
+    # Teacher and student differ on images 0 to 9. Of 25 ticked images that travel, the teacher is wrong on 0 to 4 and
+    # the student on 5 to 9; of 5 that do not, the teacher is wrong on none.
+    ticks = []
+    for number, image in enumerate([*range(10), *range(20, 35), *range(100, 105)], start=1):
+        student, teacher = CLASSES[image % 3], CLASSES[(image % 3 + (image < 10)) % 3]
+        named = student if image < 5 else None
+        ticks.append(Tick(number, f"{image}.jpg", f"{image:032x}", teacher, "99.0", image >= 5, named))
+    write_ticks(bundle / "audit" / "ticks.csv", ticks)
+    report = measure(bundle, tmp_path / "out", batches=())
+    audit = report["audit"]
+    assert (audit["images"], audit["ticked"]) == (30, 30)
+    assert (audit["teacher"]["images"], audit["teacher"]["right"]) == (30, 25)
+    assert audit["teacher"]["top1_interval"] == pytest.approx([66.436, 92.663], abs=1e-3)
+    (row,) = audit["rows"]
+    assert (row["artifact"], row["images"], row["right"], row["unknown"]) == ("onnx-fp32", 25, 20, 0)
+    assert row["top1_interval"] == pytest.approx([60.869, 91.139], abs=1e-3)
+    assert "<h2>Audit</h2>" in (tmp_path / "out" / "report.html").read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| Teacher: eye human | 83.3 % | 66.4–92.7 % | 30 |\n| onnx-fp32 | 80.0 % | 60.9–91.1 % | 25 |" in text
+    blank = [replace(tick, right=None, named=None) for tick in ticks]
+    write_ticks(bundle / "audit" / "ticks.csv", blank)
+    assert measure(bundle, tmp_path / "out", batches=())["audit"] is None
+    assert "Audit" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_bundle_of_an_earlier_version_has_no_keys_and_is_measured_all_the_same(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    assert read_evaluation(bundle, limit=2).keys == ("0" * 32, "0" * 31 + "1")
+    keys = bundle / "evaluation" / "keys.txt"
+    keys.write_text(keys.read_text()[:-40])
+    with pytest.raises(ExportError, match="images, keys, logits and labels differ in number"):
+        read_evaluation(bundle)
+    keys.unlink()
+    write_ticks(bundle / "audit" / "ticks.csv", [Tick(1, "a.jpg", "0" * 32, "red", "99.0", True)])
+    report = measure(bundle, tmp_path / "out", batches=())
+    assert report["rows"][0]["top1"] == 75.0
+    assert (report["audit"]["teacher"]["top1"], report["audit"]["rows"]) == (100.0, [])
+    told = "Audit: this bundle does not say which images it evaluates on; prgkit export makes one that does."
+    assert told in report["notes"]
+
+
 def test_a_model_that_leaves_the_numbers_is_a_failure(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", weight=float("inf"))
     with pytest.raises(BenchError, match="onnx-fp32: its logits are not finite on 40 of 40 images, first on image 0"):
         measure(bundle, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_a_model_that_is_not_the_exported_one_is_noted(tmp_path: Path) -> None:

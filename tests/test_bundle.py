@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from prgkit.errors import BackendError, DiskFullError, ExportError, ParityError, PrgkitError
@@ -24,8 +26,9 @@ from prgkit.export.engines import build_engines
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
 from prgkit.export.runners import OnnxRunner, open_runner
 from prgkit.export.tensorrt import available_backends
-from prgkit.files import read_json
-from prgkit.recipe import parse, shipped_recipes
+from prgkit.files import read_json, write_sealed
+from prgkit.page import parse
+from prgkit.recipe import shipped_recipes
 
 needs_rtx = pytest.mark.skipif(
     not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
@@ -162,15 +165,23 @@ def test_golden_images_pass_where_they_were_made(whole):
     assert len(list((whole.folder / "golden").glob("*.input.png"))) == 16
 
 
+def without_digests(folder):
+    """Open a bundle whose golden files may be changed: that stands for a machine that works in another way."""
+    manifest = read_json(folder / "manifest.json")
+    del manifest["files"]
+    write_sealed(folder / "manifest.json", manifest)
+    return open_bundle(folder)
+
+
 def test_a_preprocessing_that_differs_is_named_as_the_stage(copy):
-    bundle = open_bundle(copy)
+    bundle = without_digests(copy)
     Image.open(copy / "golden" / "05.png").rotate(180).save(copy / "golden" / "05.png")
     with pytest.raises(ParityError, match=r"preprocessing differs .* golden image 05, by up to"):
         check_golden(bundle, open_runner(copy, bundle.artifacts[0], threads=1), precision="fp32")
 
 
 def test_a_model_that_differs_is_named_as_the_stage(copy):
-    bundle = open_bundle(copy)
+    bundle = without_digests(copy)
     logits = np.load(copy / "golden" / "logits.npy")
     logits[3, 1] += 5
     np.save(copy / "golden" / "logits.npy", logits)
@@ -227,7 +238,7 @@ def test_a_missing_artifact_is_named(copy):
     ("text", "message"),
     [
         ("{", "manifest.json is damaged"),
-        ("[]", "manifest.json has schema None"),
+        ("[]", "manifest.json is damaged: it holds no object"),
         ('{"schema": "prgkit.bundle/9"}', "manifest.json has schema 'prgkit.bundle/9', not 'prgkit.bundle/1'"),
         ('{"schema": "prgkit.bundle/1", "run": {}}', "manifest.json lacks recipe, teacher"),
     ],
@@ -244,7 +255,7 @@ def test_a_damaged_manifest_is_a_short_error(copy, text, message):
 def test_a_file_outside_the_bundle_is_refused(copy, file):
     manifest = read_json(copy / "manifest.json")
     manifest["artifacts"][0]["file"] = file
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(copy / "manifest.json", manifest)
     with pytest.raises(ExportError) as caught:
         open_bundle(copy)
     assert caught.value.what == f"manifest.json names a file outside the bundle: {file!r}"
@@ -253,7 +264,7 @@ def test_a_file_outside_the_bundle_is_refused(copy, file):
 @pytest.mark.parametrize("entry", ["model.onnx", {"file": "model.onnx", "format": "onnx"}])
 def test_an_artifact_without_its_facts_is_refused(copy, entry):
     manifest = read_json(copy / "manifest.json")
-    (copy / "manifest.json").write_text(json.dumps({**manifest, "artifacts": [entry]}))
+    write_sealed(copy / "manifest.json", {**manifest, "artifacts": [entry]})
     with pytest.raises(ExportError, match=r"manifest\.json has an artifact that lacks facts: "):
         open_bundle(copy)
 
@@ -265,10 +276,10 @@ def test_predict_opens_the_fp32_file_that_the_manifest_names(copy):
     manifest["artifacts"][0]["file"] = "student.onnx"
     manifest["artifacts"].reverse()
     (copy / "model.onnx").rename(copy / "student.onnx")
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(copy / "manifest.json", manifest)
     assert predict(copy, [picture], top_k=1, min_confidence=0) == expected
     manifest["artifacts"].pop()
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(copy / "manifest.json", manifest)
     with pytest.raises(ExportError, match="the bundle has no fp32 ONNX file"):
         predict(copy, [picture], top_k=1, min_confidence=0)
 
@@ -276,6 +287,45 @@ def test_predict_opens_the_fp32_file_that_the_manifest_names(copy):
 def test_a_folder_without_a_bundle_says_so(tmp_path):
     with pytest.raises(ExportError, match="there is no bundle here"):
         open_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["labels.npy", "logits.npy", "teacher_logits.npy", "teacher_uniform_logits.npy", "images.zip"]
+)
+def test_a_flipped_byte_in_what_is_measured_against_is_named(copy, file):
+    path = copy / "evaluation" / file
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1  # in a number, or in the archive's directory: its form stays right
+    path.write_bytes(content)
+    with pytest.raises(ExportError, match=rf"(evaluation/{file} is damaged|the evaluation images cannot be read)"):
+        read_evaluation(copy)
+
+
+def test_a_flipped_byte_in_the_golden_files_is_not_taken_for_another_machine(copy):
+    bundle, path = open_bundle(copy), copy / "golden" / "logits.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 64]))
+    with pytest.raises(ExportError, match=r"golden/logits\.npy is damaged"):
+        check_golden(bundle, open_runner(copy, bundle.artifacts[0], threads=1), precision="fp32")
+    path.unlink()
+    with pytest.raises(ExportError, match=r"golden/logits\.npy is missing from the bundle"):
+        check_golden(bundle, open_runner(copy, bundle.artifacts[0], threads=1), precision="fp32")
+
+
+def test_a_changed_word_in_the_manifest_is_found(copy):
+    text = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(text.replace('"thing 3"', '"thing 4"'))
+    with pytest.raises(ExportError, match=r"manifest\.json is damaged: its content is not what was written"):
+        open_bundle(copy)
+
+
+@needs_rtx
+def test_a_changed_word_in_an_engines_card_is_found(copy):
+    path = copy / "model.fp32.tensorrt_rtx.engine"
+    card = path.with_name(path.name + ".json")
+    card.write_text(card.read_text().replace('"SM86"', '"SM87"'))
+    with pytest.raises(ExportError, match=r"model\.fp32\.tensorrt_rtx\.engine\.json is damaged"):
+        load_card(path)
 
 
 def test_damaged_evaluation_images_are_an_error(copy):
@@ -289,7 +339,7 @@ def test_a_parity_breach_leaves_the_old_bundle_and_nothing_else(copy, repvit, mo
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     monkeypatch.setattr(pipeline, "run_batches", lambda runner, pixels: np.random.default_rng().normal(size=(256, 20)))
     with pytest.raises(ParityError):
-        export(repvit, copy)
+        export(repvit, copy, opset=21)
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
     assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
 
@@ -297,14 +347,76 @@ def test_a_parity_breach_leaves_the_old_bundle_and_nothing_else(copy, repvit, mo
 def test_a_bundle_is_replaced_and_its_measurements_stay(copy, repvit):
     (copy / "bench" / "laptop").mkdir(parents=True)
     (copy / "bench" / "laptop" / "report.json").write_text("{}")
+    (copy / "audit").mkdir()
+    (copy / "audit" / "ticks.csv").write_text("ticked here")
     (copy / "stale").touch()
     manifest = export(repvit, copy)
     assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32"]
     assert (copy / "bench" / "laptop" / "report.json").exists()
+    assert (copy / "audit" / "ticks.csv").read_text() == "ticked here"
     assert not (copy / "stale").exists()
     assert not (copy / "model.fp16.onnx").exists()
     assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
     open_bundle(copy)
+
+
+def test_what_is_the_same_is_not_made_again(copy, repvit, monkeypatch):
+    """What travels with a kept file is its parity, and whatever it was made from has to be the same."""
+    manifest, notes = read_json(copy / "manifest.json"), []
+    monkeypatch.setattr(pipeline, "export_onnx", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr(pipeline, "write_fp16", lambda *_, **__: pytest.fail("made again"))
+    again = export(repvit, copy, fp16=True, trt=len(manifest["artifacts"]) > 2, notes=notes)
+    assert again["artifacts"] == manifest["artifacts"]
+    kept = ": finished before, and made from the same; it is kept"
+    assert notes == [f"{entry['file']}{kept}" for entry in manifest["artifacts"]]
+    open_bundle(copy)
+
+    monkeypatch.undo()
+    with open(copy / "model.fp16.onnx", "r+b") as stream:
+        stream.seek(1000)
+        stream.write(b"damaged")
+    notes.clear()
+    export(repvit, copy, fp16=True, notes=notes)
+    assert notes[0] == f"model.onnx{kept}"
+    assert notes[1].startswith("model.fp16.onnx: fp16, max abs difference ")
+    open_bundle(copy)
+
+
+@pytest.mark.parametrize("what", ["student", "pixels", "classes", "opset"])
+def test_what_an_onnx_file_is_made_from(repvit, what):
+    options, names, pixels = ExportOptions(opset=20), CLASSES, repvit.pixels
+    before = pipeline.origin_of(repvit.student, pixels, names, repvit.preprocessing, options)
+    fp16_too = pipeline.origin_of(repvit.student, pixels, names, repvit.preprocessing, ExportOptions(fp16=True))
+    assert fp16_too == before
+    student = deepcopy(repvit.student)
+    if what == "student":
+        with torch.no_grad():
+            next(student.parameters()).mul_(1.0001)
+    elif what == "pixels":
+        pixels = pixels[::-1].copy()
+    elif what == "classes":
+        names = CLASSES[::-1]
+    else:
+        options = ExportOptions(opset=21)
+    assert pipeline.origin_of(student, pixels, names, repvit.preprocessing, options) != before
+
+
+@needs_rtx
+def test_engines_come_to_a_bundle_without_another_onnx_export(repvit, tmp_path, monkeypatch):
+    export(repvit, tmp_path / "bundle")
+    monkeypatch.setattr(pipeline, "export_onnx", lambda *_, **__: pytest.fail("made again"))
+    manifest = export(repvit, tmp_path / "bundle", trt=True)
+    assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32", "tensorrt_rtx-fp32"]
+    monkeypatch.setattr(engines, "build_engine", lambda *_, **__: pytest.fail("built again"))
+    build = {"fp16": False, "batch": (1, 1, 32), "backend": "tensorrt_rtx", "note": lambda _: None}
+    with pytest.raises(pytest.fail.Exception, match="built again"):  # compared with ONNX here, with PyTorch there
+        build_engines(tmp_path / "bundle", **build)
+    monkeypatch.undo()
+    built = build_engines(tmp_path / "bundle", **build)
+    monkeypatch.setattr(engines, "build_engine", lambda *_, **__: pytest.fail("built again"))
+    assert build_engines(tmp_path / "bundle", **build) == built
+    with pytest.raises(pytest.fail.Exception, match="built again"):
+        build_engines(tmp_path / "bundle", **{**build, "batch": (1, 1, 1)})
 
 
 def test_a_folder_that_is_no_bundle_is_never_replaced(repvit, tmp_path):
@@ -336,7 +448,7 @@ def test_a_full_disk_is_said_before_any_work(repvit, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(DiskFullError, match=r"the bundle needs .* MiB, and 1000 B are free") as caught:
         export(repvit, tmp_path / "bundle")
-    assert caught.value.fix == "free some space and export again"
+    assert caught.value.fix == "free some space and export again: finished artifacts are kept"
 
 
 def test_a_disk_that_fills_up_is_said_with_what_was_needed(repvit, tmp_path, monkeypatch):
@@ -346,8 +458,15 @@ def test_a_disk_that_fills_up_is_said_with_what_was_needed(repvit, tmp_path, mon
     monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
     with pytest.raises(DiskFullError, match=r"no disk space left for images\.zip; the bundle needs .* MiB") as caught:
         export(repvit, tmp_path / "bundle")
-    assert caught.value.fix == "free some space and export again"
-    assert not list(tmp_path.iterdir())
+    assert caught.value.fix == "free some space and export again: finished artifacts are kept"
+    assert sorted(path.name for path in (tmp_path / ".bundle.new").iterdir()) == ["finished.jsonl", "model.onnx"]
+    monkeypatch.undo()
+    notes = []
+    export(repvit, tmp_path / "bundle", notes=notes)
+    assert notes == ["model.onnx: finished before, and made from the same; it is kept"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert not (tmp_path / "bundle" / "finished.jsonl").exists()
+    open_bundle(tmp_path / "bundle")
 
 
 @needs_rtx
@@ -377,7 +496,7 @@ def test_a_device_may_leave_the_batch_to_the_recipe_and_names_its_gpus(copy, mon
     manifest = read_json(copy / "manifest.json")
     page = parse(shipped_recipes()["demo"].read_text(), where="demo")
     manifest["recipe"] = {**page, "export": {"batch": [1, 2, 4]}}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(copy / "manifest.json", manifest)
     notes = []
     build_engines(copy, fp16=False, backend="tensorrt_rtx", sm=("SM86",), note=notes.append)
     card = load_card(copy / "model.fp32.tensorrt_rtx.engine")

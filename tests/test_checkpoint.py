@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prgkit.checkpoint import Average, Progress, TrainingState, expected_bytes, save_tensors
+from prgkit.checkpoint import Average, Progress, TrainingState, expected_bytes
 from prgkit.distill import build_optimizer
 from prgkit.errors import DiskFullError, RunError
 from prgkit.objectives import Objectives, TeacherSide
 from prgkit.recipe import CE, PRG, StudentPage, Training
 from prgkit.run import Run
 from prgkit.student import Student, build_student
+from prgkit.tensors import save_tensors
 
 CLASSES, WIDTH = 3, 8
 
@@ -110,7 +111,28 @@ def without_facts(path: Path) -> None:
     save_file(load_file(path), path)
 
 
+def flipped(place: float) -> Any:
+    """Flip one bit at a place between the start and the end of a file."""
+
+    def flip(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[int(place * (len(content) - 1))] ^= 4
+        path.write_bytes(content)
+
+    return flip
+
+
+def of_another_step(path: Path) -> None:
+    """Change a fact in the header, whose form stays right."""
+    content = path.read_bytes()
+    assert content.count(b'\\"step\\": 1,') == 1
+    path.write_bytes(content.replace(b'\\"step\\": 1,', b'\\"step\\": 7,'))
+
+
 DAMAGES = {
+    "a flipped bit in a tensor": flipped(0.5),
+    "a flipped bit at the end": flipped(1.0),
+    "a fact that was changed": of_another_step,
     "empty": lambda path: path.write_bytes(b""),
     "torn in the header": lambda path: path.write_bytes(path.read_bytes()[:500]),
     "torn in the tensors": lambda path: path.write_bytes(path.read_bytes()[:-1]),
@@ -141,7 +163,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("prgkit.checkpoint.save_file", full)
+    monkeypatch.setattr("prgkit.tensors.save_file", full)
     train(state, 1, seed=6)
     with pytest.raises(DiskFullError, match=r"no disk space left for checkpoint\.safetensors; it needed \d"):
         state.save(run)

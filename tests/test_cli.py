@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shlex
 import shutil
@@ -45,10 +46,11 @@ Commands:
   bench    Measure every artifact on this machine.
   predict  Name what is in an image.
   targets  Let the teacher see the images, and no more.
+  audit    Tick some of the teacher's answers yourself.
   recipes  List the recipes.
   doctor   Say what can run on this machine.
 """
-COMMANDS = ("distill", "export", "bench", "predict", "targets", "recipes", "doctor")
+COMMANDS = ("distill", "export", "bench", "predict", "targets", "audit", "recipes", "doctor")
 
 # A recipe that trains in a second: the demo's teacher, timm's smallest student, 24 pictures.
 TINY = """\
@@ -205,7 +207,8 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: Call, calls: li
     assert (calls[0][1]["recipe"], calls[0][1]["folder"]) == ("cifar100", Path("here"))
     calls.clear()
     assert prgkit("export --sm 8.6,89 --batch 1,8,32").code == 0
-    assert calls[0][1] == {"fp16": False, "trt": False, "backend": None, "batch": (1, 8, 32), "sm": ("SM86", "SM89"),
+    assert calls[0][1] == {"fp16": False, "int8": False, "trt": False, "backend": None, "batch": (1, 8, 32), "sm": ("SM86", "SM89"),
+                           "float_input": False, "evaluation_images": None, "packs": False,
                            "folder": None, "as_json": False}  # fmt: skip
     calls.clear()
     assert prgkit("distill --images d --classes c export --trt").code == 0
@@ -228,6 +231,13 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: Call, calls: li
         ("distill demo export --batch 4,1,8", "write the least, the usual and the largest as 1,1,32, not '4,1,8'."),
         ("distill demo export --sm ada", "write compute capabilities as 86,89, not 'ada'."),
         ("distill demo bench --seconds 0", "0.0 is not in the range x>=0.1."),
+        ("distill demo bench --tolerance 3%", "--tolerance is for --baseline, and there is none."),
+        ("bench --baseline . --tolerance 5", "write a tolerance as 5% or 0.05, not '5'."),
+        ("bench --sweep-threads 1,x", "write numbers of threads as 1,2,4, not '1,x'."),
+        ("bench more", "Got unexpected extra argument (more); --merge compares reports."),
+        ("bench --merge a.json", "--merge compares two reports or more: bench --merge a.json b.json."),
+        ("bench --merge a b --baseline .", "--merge measures nothing that could be held against --baseline."),
+        ("distill demo bench --baseline no.json", "Invalid value for '--baseline': Path 'no.json' does not exist."),
         ("distill demo more", "Got unexpected extra argument (more)"),
         ("predict", "Missing argument 'IMAGE...'."),
         ("distill --images bench --classes c", "Option '--images' requires an argument: 'bench' is read as a command; "
@@ -343,7 +353,7 @@ def ending(error: BaseException) -> Callable[..., Any]:
     ("error", "code", "told"),
     [
         (PrgkitError("it is wrong", where="here", fix="do this"), 1, "Error: it is wrong\n  where: here\n  fix: do this\n"),
-        (KeyboardInterrupt(), 130, "\nStopped.\n"),
+        (KeyboardInterrupt(), 130, "\nStopped. What was finished is kept; the same command goes on from there.\n"),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1,
          "Error: no disk space left\n  where: x.bin\n  fix: free some and run the same command again\n"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 1,
@@ -433,12 +443,13 @@ def test_golden_images_are_of_moderate_size(standing: Path) -> None:
 
 
 def test_two_exports_of_one_run_do_not_meet(prgkit: Call, standing: Path) -> None:
-    from prgkit.run import locked
+    from prgkit.locks import locked
 
     with locked(standing / "runs/tiny", "run"):
         said = prgkit("export")
     assert said.code == 1
-    assert said.err.startswith("Error: another process is working on this run\n  where: runs/tiny\n")
+    told = f"Error: another process ({os.getpid()}) is working on this run\n  where: runs/tiny\n"
+    assert said.err.startswith(told)
 
 
 def test_the_newest_run_is_found_and_distill_alone_goes_on_with_it(prgkit: Call, standing: Path) -> None:
@@ -484,7 +495,63 @@ def test_a_run_and_its_bundle_can_be_stood_in(prgkit: Call, standing: Path, monk
     assert prgkit("predict", picture, "--json").json == expected
     said = prgkit("export")
     assert said.code == 2
-    assert "A bundle is exported already; export --trt builds its engines." in said.err
+    assert "A bundle is exported already; export --trt builds its engines, export --zip packs it." in said.err
+    for option, does in (("--fp16", "halves"), ("--int8", "quantises")):
+        said = prgkit(f"export --zip {option}")
+        assert (said.code, said.err.splitlines()[-1]) == (
+            *(2, f"Error: {option} {does} where the student was trained; in a bundle it is for --trt."),
+        )
+    for option in ("--float-input", "--evaluation-images 5"):
+        said = prgkit(f"export --zip {option}")
+        assert (said.code, said.err.splitlines()[-1]) == (
+            *(2, f"Error: {option.split()[0]} is for where the student was trained; this is a bundle."),
+        )
+
+
+def test_a_bundle_leaves_as_one_file(prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prgkit.run import Run
+
+    (standing / "runs/tiny/bundle/bench").mkdir()
+    document = prgkit("export --float-input --evaluation-images 3 --zip --json").json["export"]
+    archive = standing / document["zip"]
+    assert (document["zip"], document["zip_bytes"]) == ("runs/tiny/tiny.zip", archive.stat().st_size)
+    assert [artifact["name"] for artifact in document["artifacts"]] == ["onnx-fp32", "onnx-nchw"]
+    assert document["evaluation"]["images"] == 3
+    assert document["recipe"]["export"]["evaluation_images"] == 3  # as it was used
+    assert Run(Path("runs/tiny")).recipe.export.evaluation_images == 2000  # as it was written
+    said = prgkit("export", "--zip", "--run", "runs/tiny/bundle")
+    assert said.out.splitlines()[-1].startswith("runs/tiny/tiny.zip (")
+    assert said.out.endswith("iB) is ready to travel\n")
+    assert said.err == "tiny.zip: without bench, which this machine made or you put there\n"
+    monkeypatch.setattr("prgkit.export.run.export_best", lambda *_: document)
+    assert prgkit("export").err == "tiny.zip is still the bundle before this one; --zip packs it again\n"
+    shutil.unpack_archive(archive, standing)
+    predicted = prgkit("predict photos/00.png --json").json
+    assert prgkit("predict photos/00.png --run tiny --json").json == predicted
+
+
+def test_fewer_evaluation_images_than_asked_for_are_said(
+    prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"run": {"name": "tiny"}, "artifacts": [], "evaluation": {"images": 12}}
+    monkeypatch.setattr("prgkit.export.run.export_best", lambda *_: made)
+    assert prgkit("export --evaluation-images 13").err == ("there are 12 images to evaluate on; 13 were asked for\n")
+    assert prgkit("export --evaluation-images 12").err == ""
+    assert prgkit("export").err == ""
+
+
+@pytest.mark.parametrize("command", ["bench", "export", "export --trt", "predict photos/00.png"])
+def test_a_packed_bundle_is_not_opened(prgkit: Call, standing: Path, command: str) -> None:
+    assert prgkit("export --zip --run runs/tiny/bundle").code == 0
+    assert prgkit(f"{command} --run runs/tiny/tiny.zip") == Said(
+        1,
+        "",
+        "Error: this bundle is still packed\n  where: runs/tiny/tiny.zip\n"
+        "  fix: unpack it here, and give its folder: python -m zipfile -e runs/tiny/tiny.zip .\n",
+    )
+    assert prgkit(f"{command} --run tiny.yaml").err == (
+        "Error: this is a file, not a run or a bundle\n  where: tiny.yaml\n  fix: give the folder that holds it\n"
+    )
 
 
 def test_a_project_can_be_moved(prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,6 +585,80 @@ def test_bench_is_given_the_run_or_the_bundle_alone(
     ]
     assert (seen[0]["threads"], seen[0]["batches"], seen[0]["seconds"]) == (1, [4, 2], 1.0)
     assert seen[0]["command"] == "prgkit bench --threads 1 --batches 4,2 --seconds 1"
+
+
+def test_a_bench_that_is_worse_than_its_baseline_tells_all_and_exits_1(prgkit: Call, standing: Path) -> None:
+    measured = ("bench", "--threads", "1", "--seconds", "0.3", "--batches", "1")
+    first = prgkit(*measured, "--out", "first")
+    assert (first.code, first.out.splitlines()[-1]) == (0, "report: first/report.html")
+    before = json.loads((standing / "first/report.json").read_text())
+    onnx = before["rows"][0]
+    onnx["latency"] |= {"p50_ms": 1e6, "p50_interval_ms": [1e6, 1e6]}  # however busy this machine is, it was busier
+    (standing / "base.json").write_text(json.dumps(before))
+    assert prgkit(*measured, "--out", "new", "--baseline", "base.json", "--tolerance", "10%").code == 0
+    onnx["size_mib"] = 0.01
+    (standing / "base.json").write_text(json.dumps(before))
+    said = prgkit(*measured, "--out", "new", "--baseline", "base.json")
+    size = json.loads((standing / "new/report.json").read_text())["rows"][0]["size_mib"]
+    assert said.code == 1
+    assert "Against base.json (run tiny, " in said.out
+    assert said.out.splitlines()[-1] == "report: new/report.html"
+    assert said.err.endswith(
+        "Error: 1 regression against base.json:\n"
+        f"  onnx-fp32: size 0.01 MiB → {size:.2f} MiB, {100 * (size / 0.01 - 1):+.1f} %\n"
+        "  where: new/report.html\n"
+        "  fix: make it good again, or accept it: this report.json is then the next baseline\n"
+    )
+    assert "## Against the baseline" in (standing / "new/report.md").read_text()
+    assert "<h2>Against the baseline</h2>" in (standing / "new/report.html").read_text()
+    again = prgkit(*measured, "--out", "new", "--baseline", "base.json", "--json")
+    assert (again.code, again.json["bench"]["baseline"]["regressions"]) == (1, 1)
+    assert prgkit(*measured, "--out", "new", "--baseline", "new").err.startswith(
+        "Error: the new report would overwrite its baseline, and the next bench would be held against that\n"
+        "  where: new/report.json\n"
+    )
+    said = prgkit("bench", "--threads", "2", "--baseline", "base.json", "--out", "new")
+    assert said.err.startswith(
+        "Error: the baseline was measured with --threads 1, and this would be with --threads 2\n"
+    )
+
+
+def test_reports_are_merged_into_a_comparison_without_a_run(prgkit: Call, place: Path) -> None:
+    row = {"artifact": "onnx-fp32", "device": "cpu", "threads": 2, "status": "measured", "size_mib": 18.4, "top1": None,
+           "agreement_teacher": 79.4, "throughput": [], "latency": {"p50_ms": 2.0, "p50_interval_ms": [1.9, 2.1]}}  # fmt: skip
+    for name in ("a", "b"):
+        report = {
+            "schema": "prgkit.report/1",
+            "created": "2026-01-02T03:04:05+00:00",
+            "machine": {"cpu": f"CPU {name}", "usable_cores": 2},
+            "run": {"name": "tiny", "student": "repvit_m0_9", "teacher": "ViT-S-16"},
+            "evaluation": {"images": 20, "labelled": False, "source": "", "digest": "d"},
+            "teacher": {"top1": None},
+            "rows": [row],
+        }
+        (place / f"{name}.json").write_text(json.dumps(report))
+    said = prgkit("bench", "--merge", "a.json", "b.json")
+    assert (said.code, said.err) == (0, "")
+    assert "\n".join(line.rstrip() for line in said.out.splitlines()) == MERGED
+    assert sorted(path.name for path in (place / "comparison").iterdir()) == [
+        "comparison.html", "comparison.json", "comparison.md"
+    ]  # fmt: skip
+    assert prgkit("bench a.json b.json --merge --out there --json").json["bench"]["reports"][1]["file"] == "b.json"
+    assert (place / "there/comparison.md").is_file()
+    assert prgkit("bench --merge a.json c.json").err == (
+        "Error: there is no c.json\n  where: .\n  fix: name the report.json that prgkit bench wrote\n"
+    )
+
+
+MERGED = """\
+RepViT-M0.9 in 2 benches: fastest is onnx-fp32 at 2.00 ms on CPU a, 2 cores
+
+ device          artifact   p50 ms  images/s  = teacher   MiB
+ ────────────────────────────────────────────────────────────
+ CPU a, 2 cores  onnx-fp32    2.00         –     79.4 %  18.4
+ CPU b, 2 cores  onnx-fp32    2.00         –     79.4 %  18.4
+
+comparison: comparison/comparison.html"""
 
 
 def test_no_run_no_bundle_and_a_stale_bundle(prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -562,6 +703,61 @@ def test_targets_then_distill_are_about_the_same_recipe(prgkit: Call, standing: 
     assert Run(Path("runs/two")).recipe.views.count == 2
 
 
+def test_ticks_on_the_sheet_become_an_accuracy_in_the_report(prgkit: Call, standing: Path) -> None:
+    document = prgkit("audit", "-n", "8", "export", "--json").json
+    found = document["audit"]
+    assert (found["run"], found["images"], found["drawn_from"], found["ticked"]) == ("runs/tiny", 8, 24, 0)
+    assert 0 < found["held_out"] < 8
+    ticks = standing / "runs/tiny/audit/ticks.csv"
+    blank = ticks.read_text("utf-8-sig")
+    assert (standing / "runs/tiny/bundle/audit/ticks.csv").read_text("utf-8-sig") == blank
+    # Right on every second one: "number,file,key,teacher,confidence" and then y or n.
+    lines = blank.splitlines()
+    lines[1:] = [line.removesuffix(",,") + (",n," if number % 2 else ",y,") for number, line in enumerate(lines[1:])]
+    ticks.write_text("\n".join(lines))
+    said = prgkit("audit")
+    assert said.out == (
+        "runs/tiny/audit/sheet.html: 8 of 8 ticked; the teacher is right on 50.0 % of them (95 % interval 21.5–78.5 %)\n"
+    )
+    measured = "--threads 1 --seconds 0.3 --batches 1"
+    report = prgkit(f"bench {measured} --json").json["bench"]
+    assert report["audit"]["teacher"] == {
+        "images": 8, "right": 4, "top1": 50.0, "top1_interval": pytest.approx([21.52, 78.48], abs=0.01)
+    }  # fmt: skip
+    assert {row["images"] for row in report["audit"]["rows"]} == {found["held_out"]}
+    assert {row["artifact"] for row in report["audit"]["rows"]} == {"onnx-fp32", "torch"}
+    ticks.write_text("\n".join([*lines[:4], lines[4].replace(",y,", ",ja,").replace(",n,", ",ja,")]))
+    said = prgkit(f"bench {measured}")
+    assert said.err == (
+        "Error: right is 'ja', neither yes nor no\n  where: runs/tiny/audit/ticks.csv, line 5\n"
+        "  fix: write y (or yes, x, 1, true, right), n (or no, 0, false, wrong), or nothing\n"
+    )
+
+
+def test_a_fresh_audit_says_what_to_do_next(prgkit: Call, standing: Path) -> None:
+    assert prgkit("audit").out == (
+        "runs/tiny/audit/sheet.html: 24 of 24 images to tick in a browser; put the ticks.csv that it saves in the "
+        "place of runs/tiny/audit/ticks.csv, then: prgkit bench\n"
+    )
+    assert prgkit("distill tiny.yaml audit --json").json["audit"]["run"] == "runs/tiny"
+
+
+def test_an_audit_stands_between_the_targets_and_the_training(
+    prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def distil(recipe: Any, folder: Path, *_: Any) -> None:
+        asked.append((recipe.views.count, folder))
+        raise SystemExit
+
+    monkeypatch.setattr("prgkit.distill.distill", distil)
+    assert prgkit("audit tiny.yaml --set views.count=2 --run runs/new distill export").code == 0
+    assert prgkit("targets tiny.yaml audit distill").code == 0
+    assert asked == [(2, Path("runs/new")), (1, Path("runs/tiny"))]
+    assert (standing / "runs/new/audit/sheet.html").exists()
+
+
 def test_images_and_classes_need_no_recipe(prgkit: Call, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     monkeypatch.setattr("prgkit.estimate.PROBE_SECONDS", 0.0)
@@ -579,11 +775,13 @@ def test_images_and_classes_need_no_recipe(prgkit: Call, place: Path, monkeypatc
     assert told["classes"] == "2, 7 templates"
     assert told["teacher"].startswith("demo:digits, 9 views an image, about ")
     assert told["student"].startswith("test_efficientnet at 32 px, 30 epochs, about ")
-    assert told["disk"].startswith("27.0 KiB of targets, ")
-    assert told["disk"].endswith(" are free")
+    assert told["disk"].startswith("27.0 KiB of targets, up to 4.5 KiB of decoded pictures, ")
+    assert said.out.rstrip().endswith(" free")
     assert sorted(path.name for path in place.iterdir()) == ["my photos", "names.txt"]  # nothing was written
+    sets += ["--set", "data.keep.weighted=true"]  # how many images that leaves is not known yet
     document = prgkit("distill", "--images", "my photos/", "--classes", "names.txt", *sets, "--dry-run", "--json").json
     assert document["distill"]["images"] == document["distill"]["images_missing"] == 24
+    assert document["distill"]["told"]["student"].startswith("test_efficientnet at 32 px, 30 epochs, at most ")
 
 
 @pytest.mark.parametrize("option", ["", "--dry-run"])
@@ -705,16 +903,17 @@ def test_a_truncated_onnx_file_is_named(prgkit: Call, standing: Path, command: s
 
 def test_a_truncated_engine_is_named(prgkit: Call, standing: Path) -> None:
     from prgkit.export.bundle import describe_artifact
+    from prgkit.files import read_sealed, write_sealed
 
     bundle = standing / "runs/tiny/bundle"
     engine = bundle / "model.fp32.tensorrt_rtx.engine"
     engine.write_bytes(b"x" * 1000)
-    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest = read_sealed(bundle / "manifest.json")
     manifest["artifacts"].append(
         describe_artifact(bundle, engine.name, name="tensorrt_rtx-fp32", format_="engine", precision="fp32",
                           backend="tensorrt_rtx", executed=False, note=None, parity=None)
     )  # fmt: skip
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(bundle / "manifest.json", manifest)
     engine.write_bytes(b"x" * 900)
     said = prgkit("bench")
     assert said.code == 1
@@ -747,7 +946,7 @@ def test_a_disk_that_fills_up_is_told_with_what_was_needed(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr("prgkit.checkpoint.save_file", full)
+        patch.setattr("prgkit.tensors.save_file", full)
         said = prgkit("distill", "tiny.yaml")
     assert said.code == 1
     error = said.err[said.err.index("Error: ") :].splitlines()
@@ -767,7 +966,8 @@ def test_a_disk_that_fills_up_is_told_with_what_was_needed(
 
 
 @pytest.mark.parametrize(
-    "line", ["distill demo", "targets demo", "distill demo --dry-run", "distill imagenet1k", "export --run run"]
+    "line",
+    ["distill demo", "targets demo", "audit demo", "distill demo --dry-run", "distill imagenet1k", "export --run run"],
 )
 def test_the_base_install_says_which_extra_a_command_needs(place: Path, line: str) -> None:
     (place / "run").mkdir()
@@ -806,6 +1006,7 @@ def test_only_the_first_of_several_processes_asks_the_teacher(
     monkeypatch.setattr("prgkit.distill.distill", distil)
     assert prgkit("targets tiny.yaml --set views.count=2") == Said(0, "", "")
     assert prgkit("targets tiny.yaml --set views.count=2 distill") == Said(0, "", "")
+    assert prgkit("audit tiny.yaml --set views.count=2 --run x distill") == Said(0, "", "")
     assert asked[0].views.count == 2  # it goes on with the same recipe, and waits for the first there
     monkeypatch.setattr("prgkit.estimate.estimate", ending(AssertionError("a second probe")))
     assert prgkit("distill tiny.yaml --dry-run") == Said(0, "", "")

@@ -11,15 +11,18 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from prgkit import pictures
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.distill import distill, schedule
-from prgkit.errors import ImagesError, RunError
+from prgkit.errors import ImagesError, PrgkitError, RunError, StudentError
+from prgkit.files import read_sealed, sha256, write_sealed
 from prgkit.lesson import hold_out
 from prgkit.recipe import Recipe, validate
 from prgkit.run import Interrupted, Run
@@ -173,6 +176,59 @@ def test_a_signal_to_the_whole_process_group_then_the_same_command(
     assert_same(distill(recipe_for(photos, workers=1), run.folder, root, Unwatched()), finished)
 
 
+def corrected(photos: Path, evaluation: Path | None = None) -> Recipe:
+    raw = raw_recipe(photos, evaluation)
+    raw["data"]["keep"] = {"min_confidence": 0.4, "weighted": True}
+    raw["targets"] = {"debias": 0.7, "entropy": 0.3}
+    return validate(raw, where="test").resolved()
+
+
+@pytest.mark.parametrize("lost", ["confidence.npy", "answers.json", ""])
+def test_a_stopped_run_with_corrected_answers_and_chosen_images_goes_on_bit_for_bit(
+    photos: Path, tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    root = finished.folder.parent / "targets"
+    whole = distill(corrected(photos), tmp_path / "whole", root, Unwatched())
+    learned = whole.card["learned"]
+    assert 0 < learned["dropped"] < learned["images"]
+    assert learned["an_epoch"] < learned["images"]
+    arguments = (
+        corrected(photos, photos.parent / "labelled"),
+        tmp_path / "run",
+        root,
+    )  # labels change nothing here, too
+    with pytest.raises(Interrupted):
+        distill(*arguments, StopAt(32, signal.SIGTERM))
+    if lost:  # found again, the same
+        (tmp_path / "run" / lost).unlink()
+    else:  # what was found before is read, and not found again
+        monkeypatch.setattr("prgkit.trust.fit_correction", lambda *_: pytest.fail("fitted again"))
+        monkeypatch.setattr("prgkit.trust.ask_confidence", lambda *_: pytest.fail("asked again"))
+    assert_same(distill(*arguments, Unwatched()), whole)
+
+
+@pytest.mark.parametrize("learns", [{"targets": {"debias": 0.7}}, {"keep": {"min_confidence": 0.5}}])
+def test_a_run_whose_answers_changed_under_it_is_refused(
+    photos: Path, tmp_path: Path, finished: Run, learns: dict[str, Any]
+) -> None:
+    raw = raw_recipe(photos)
+    raw["data"]["keep"] = learns.get("keep", {})
+    raw["targets"] = learns.get("targets", {})
+    arguments = (validate(raw, where="test").resolved(), tmp_path / "run", finished.folder.parent / "targets")
+    with pytest.raises(Interrupted):
+        distill(*arguments, StopAt(16, signal.SIGTERM))
+    answers, confidence = Run(tmp_path / "run").answers_file, Run(tmp_path / "run").confidence_file
+    known = read_sealed(answers)
+    if "keep" in learns:
+        np.save(confidence, np.ones_like(np.load(confidence)))
+        known["confidence_sha256"] = sha256(confidence)
+    else:
+        known["log_prior"]["zero"] += 0.5
+    write_sealed(answers, known)
+    with pytest.raises(RunError, match="the images, or the teacher, have changed since this run was started"):
+        distill(*arguments, Unwatched())
+
+
 def test_images_that_changed_under_a_stopped_run_are_refused(photos: Path, tmp_path: Path) -> None:
     images = Path(shutil.copytree(photos, tmp_path / "images"))
     arguments = (recipe_for(images), tmp_path / "run", tmp_path / "targets")
@@ -201,17 +257,34 @@ def test_a_loss_that_is_no_number_stops_at_once(photos: Path, tmp_path: Path) ->
     assert Run(tmp_path / "run").metrics() == []
 
 
+class Vanish(Unwatched):
+    """Deletes the images when the student's training starts."""
+
+    def __init__(self, images: Path) -> None:
+        self.images = images
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        if stage == "student":
+            shutil.rmtree(self.images)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_vanishes_while_training_is_named(photos: Path, tmp_path: Path, workers: int) -> None:
+def test_an_image_that_vanishes_while_training_is_named(
+    photos: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "MOST_BYTES", 0)
     images = Path(shutil.copytree(photos, tmp_path / "images"))
-
-    class Vanish(Unwatched):
-        def start(self, stage: str, total: int, unit: str) -> None:
-            if stage == "student":
-                shutil.rmtree(images)
-
     with pytest.raises(ImagesError, match=r"\d{3}\.png could be read before and no longer can: "):
-        distill(recipe_for(images, workers=workers), tmp_path / "run", tmp_path / "targets", Vanish())
+        distill(recipe_for(images, workers=workers), tmp_path / "run", tmp_path / "targets", Vanish(images))
+
+
+def test_kept_pictures_are_all_that_training_needs_and_change_nothing(
+    photos: Path, tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = Path(shutil.copytree(photos, tmp_path / "images"))
+    assert_same(distill(recipe_for(images), tmp_path / "run", tmp_path / "targets", Vanish(images)), finished)
+    monkeypatch.setattr(pictures, "MOST_BYTES", 0)
+    assert_same(distill(recipe_for(photos), tmp_path / "bare", tmp_path / "bare-targets", Unwatched()), finished)
 
 
 def test_a_damaged_checkpoint_is_named(photos: Path, tmp_path: Path) -> None:
@@ -222,6 +295,46 @@ def test_a_damaged_checkpoint_is_named(photos: Path, tmp_path: Path) -> None:
     state.write_bytes(state.read_bytes()[:-1000])
     with pytest.raises(RunError, match="the checkpoint is damaged"):
         distill(*arguments, Unwatched())
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_byte_in_a_run_is_named_with_what_brings_it_back(photos: Path, tmp_path: Path) -> None:
+    arguments = (recipe_for(photos, epochs=1), tmp_path / "run", tmp_path / "targets")
+    run = distill(*arguments, Unwatched())
+    before = run.weights.read_bytes()
+    flip(run.weights, len(before) - 3)  # in a weight: safetensors alone would not see it
+    with pytest.raises(StudentError, match="the student's weights are damaged: its content is not what") as caught:
+        load_student(run)
+    assert caught.value.fix == (
+        f"delete it, and prgkit distill {run.folder}/recipe.yaml --run {run.folder} brings a student back "
+        "from the run's checkpoint"
+    )
+    run.weights.unlink()
+    assert distill(*arguments, Unwatched()).weights.read_bytes() == before
+
+    card = run.card_file.read_bytes()
+    run.card_file.write_bytes(card.replace(b'"used": 72', b'"used": 73'))
+    with pytest.raises(PrgkitError, match=r"card\.json is damaged: its content is not what was written") as caught:
+        distill(*arguments, Unwatched())
+    assert caught.value.fix == f"delete it, then: prgkit distill {run.recipe_file} --run {run.folder}"
+    run.card_file.unlink()
+    again = distill(*arguments, Unwatched())
+    assert (again.card["images"]["used"], again.card["best"], again.finished) == (
+        72,
+        {"agreement": ANY, "epoch": 1},
+        True,
+    )
+    assert again.weights.read_bytes() == before
+
+    run.metrics_file.write_text('{"epoch": 1, "loss\n{"epoch": 2}\n')
+    with pytest.raises(RunError, match=r"line 1 of metrics\.jsonl is damaged") as caught:
+        run.metrics()
+    assert caught.value.fix == "delete that line: one epoch's figures are lost, and nothing else is"
 
 
 def test_a_run_of_another_recipe_is_refused(photos: Path, finished: Run, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from prgkit.evaluate import latency
-from prgkit.evaluate.worker import Worker, WorkerFailedError, reason, timed_runs
+from prgkit.evaluate.runs import timed_runs
+from prgkit.evaluate.worker import Worker, WorkerFailedError, reason
 
 onnx = pytest.importorskip("onnx", reason="the models under test are made with the onnx package")
 

@@ -15,25 +15,32 @@ PACKAGES: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())[
 OWNERS = {
     "open_clip": {"prgkit.teacher", "prgkit.demo.train_teacher"},
     "timm": {"prgkit.student"},
-    "click": {"prgkit.cli", "prgkit.chain"},
-    "yaml": {"prgkit.recipe"},
-    "rich": {"prgkit.terminal", "prgkit.evaluate.report"},
+    "click": {"prgkit.cli", "prgkit.chain", "prgkit.options"},
+    "yaml": {"prgkit.page"},
+    "rich": {"prgkit.terminal", "prgkit.evaluate.report", "prgkit.evaluate.tables"},
     "accelerate": {"prgkit.devices", "prgkit.distill"},
     "tensorrt": {"prgkit.export.tensorrt", "prgkit.export.runners"},
     "tensorrt_rtx": {"prgkit.export.tensorrt", "prgkit.export.runners"},
-    "onnxruntime": {"prgkit.export.runners", "prgkit.evaluate.bench", "prgkit.doctor"},
-    "onnx": {"prgkit.export.onnx"},
+    "onnxruntime": {"prgkit.export.runners", "prgkit.export.ranges", "prgkit.evaluate.bench", "prgkit.doctor"},
+    "onnx": {
+        "prgkit.export.onnx",
+        "prgkit.export.graph",
+        "prgkit.export.nchw",
+        "prgkit.export.quantize",
+        "prgkit.export.ranges",
+    },
     "datasets": {"prgkit.datasets"},
     "torchvision": {"prgkit.datasets"},
     "sklearn": {"prgkit.demo.digits"},
     "matplotlib": {"prgkit.demo.glyphs"},
 }
-# Modules that import torch at their top; everything else imports with the base install.
+# Modules that import torch, or onnx that comes with it, at their top; everything else imports with the base install.
 NEEDS_TORCH = {
-    "prgkit.views", "prgkit.lesson", "prgkit.teacher", "prgkit.targets", "prgkit.student", "prgkit.distill",
-    "prgkit.devices", "prgkit.checkpoint", "prgkit.estimate", "prgkit.objectives", "prgkit.objectives.prg", "prgkit.objectives.kd",
+    "prgkit.views", "prgkit.answers", "prgkit.audit", "prgkit.lesson", "prgkit.teacher", "prgkit.targets", "prgkit.student", "prgkit.distill",
+    "prgkit.devices", "prgkit.checkpoint", "prgkit.tensors", "prgkit.estimate", "prgkit.objectives", "prgkit.objectives.prg", "prgkit.objectives.kd",
     "prgkit.objectives.ce", "prgkit.objectives.sides", "prgkit.export.onnx", "prgkit.export.run",
-    "prgkit.export.pipeline", "prgkit.demo.train_teacher",
+    "prgkit.export.pipeline", "prgkit.export.graph", "prgkit.export.nchw", "prgkit.export.quantize", "prgkit.export.ranges",
+    "prgkit.export.fidelity", "prgkit.export.int8", "prgkit.demo.train_teacher", "prgkit.trust",
 }  # fmt: skip
 
 

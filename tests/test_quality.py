@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from prgkit.quality import assess, summary
+from prgkit.quality import assess, changes, summary
 
 CLASSES = ("cat", "dog", "cow", "owl")
 
@@ -30,7 +30,7 @@ def found() -> dict:  # type: ignore[type-arg]
     agreeing = logits.argmax(1)
     odd = np.where(np.arange(100) < 25, 3, agreeing)
     return assess(
-        features, logits, np.stack([agreeing, odd]), logit_scale=20.0, classes=CLASSES, templates=("a {}", "no {}"),
+        features, logits, np.stack([agreeing, odd]), cosines=logits.max(1) / 20, classes=CLASSES, templates=("a {}", "no {}"),
         names=[f"{number}.png" for number in range(100)],
     )  # fmt: skip
 
@@ -64,3 +64,16 @@ def test_the_summary_is_short_and_the_rest_is_json(found: dict) -> None:  # type
     assert lines["near copies"] == "2 of 100 images, e.g. 88.png = 89.png"
     assert lines["odd prompt"] == "'no {}' agrees with the others on 75.0 %"
     json.dumps(found, allow_nan=False)
+
+
+def test_what_a_correction_did_is_counted_by_hand(found: dict) -> None:  # type: ignore[type-arg]
+    before = np.array([[3, 1], [3, 2], [2, 1], [0, 1]], dtype=np.float32)  # three of the first class, one of the second
+    did = changes(before, before - np.array([1.5, 0], dtype=np.float32))
+    assert did == {"changed": 2, "images": 4, "effective_classes": {"before": 1.75, "after": 1.75}}
+    found = {**found, "correction": {"debias": 0.5, "entropy": 0.3, "temperature": 1.23456, **did}}
+    assert summary(found)[0] == (
+        "correction",
+        "debias 0.5 changed 2 of 4 pseudo-labels, as varied as 1.8 even classes, before 1.8; temperature 1.23",
+    )
+    found["correction"].update(debias=0.0)
+    assert summary(found)[0] == ("correction", "temperature 1.23")

@@ -10,7 +10,8 @@ import tomllib
 
 from prgkit.chain import split_at_commands
 from prgkit.cli import cli
-from prgkit.recipe import parse, validate
+from prgkit.page import parse
+from prgkit.recipe import validate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from prgkit.evaluate import plots, svg, wording
-from prgkit.evaluate.page import Picture, page
+from prgkit.evaluate.gallery import Picture
+from prgkit.evaluate.page import page
 from prgkit.evaluate.report import markdown, table, write_report
 
 VOID = {"meta", "img", "br", "link"}
@@ -237,6 +238,26 @@ def test_brackets_in_names_are_text_in_the_terminal() -> None:
     assert "[red]onnx[/nothing]" in terminal(report)
 
 
+def test_an_audit_is_told_in_a_line_a_table_and_a_section_and_bounds_stay_bounds() -> None:
+    report = made_up(labelled=False)
+    assert "Audit" not in terminal(report) + markdown(report)
+    of_all = {"images": 62, "top1": 80.64, "top1_interval": [69.1, 88.6]}
+    bounded = {"images": 60, "top1": 64.5, "top1_at_most": 69.4, "top1_interval": [52.1, 79.5]}
+    rows = [{"artifact": EVIL, "device": "cpu", **bounded}, {"artifact": "onnx-fp16", "device": "cuda", **of_all}]
+    report["audit"] = {"images": 100, "ticked": 62, "teacher": of_all, "rows": rows}
+    assert wording.audit_summary(report) == [
+        "Audit, right on ticked images (95 % interval): the teacher 80.6 % (69.1–88.6 %) of 62; "
+        f"{EVIL} 64.5–69.4 % (52.1–79.5 %) of 60; onnx-fp16 (cuda) 80.6 % (69.1–88.6 %) of 62."
+    ]
+    assert wording.audit_summary(report)[0] in " ".join(terminal(report).split())
+    html = page(report, samples=samples_of(report), pictures=[])
+    assert "script" not in read(html).tags
+    assert "On 62 ticked images of a sample of 100, in which" in html
+    assert "| 64.5–69.4 % | 52.1–79.5 % | 60 |" in markdown(report)
+    report["audit"]["rows"] = []  # none of the ticked images travelled
+    assert wording.audit_summary(report)[0].endswith("the teacher 80.6 % (69.1–88.6 %) of 62.")
+
+
 def terminal(report: dict[str, Any], width: int = 400) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table(report))
@@ -374,3 +395,12 @@ def test_values_that_leave_no_room_still_make_axes() -> None:
     for drawing in plots.training_curves(zero):
         ElementTree.fromstring(drawing)
     assert plots.training_curves([{"epoch": 1, "loss": 1.0, "agreement": None}]) == []
+
+
+def test_a_corrected_teacher_is_said_to_be_corrected() -> None:
+    report = {**made_up(), "quality": None}
+    plain = [line[0] for line in wording.teacher_and_student(report)[:2]]
+    assert plain[1] == "Teacher, prompts weighted equally"
+    report["quality"] = {"correction": {"debias": 0.5, "entropy": None, "temperature": 1.0}}
+    corrected = [line[0] for line in wording.teacher_and_student(report)[:2]]
+    assert corrected == [f"{plain[0]}, corrected", f"{plain[1]}, uncorrected"]

@@ -243,4 +243,5 @@ def test_damaged_weights_are_named(run: Run, damage: str) -> None:
         load_student(run)
     assert caught.value.what.startswith("the student's weights are damaged: ")
     assert caught.value.where == run.weights
-    assert caught.value.fix == f"delete {run.folder} and distill again; the targets are kept"
+    again = f"prgkit distill {run.folder}/recipe.yaml --run {run.folder}"
+    assert caught.value.fix == f"delete it, and {again} brings a student back from the run's checkpoint"

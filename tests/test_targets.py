@@ -1,7 +1,12 @@
 """The target store: the teacher sees each view once, whatever is renamed, added, killed or damaged."""
 
+import errno
 import json
+import os
+import re
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,11 @@ import torch
 from prgkit import lesson as teaching
 from prgkit import targets as storing
 from prgkit.demo.digits import load_digits
-from prgkit.errors import DiskFullError, RunError
+from prgkit.errors import DiskFullError, PrgkitError
 from prgkit.images import catalogue, open_images
 from prgkit.lesson import prepare
+from prgkit.locks import locked
 from prgkit.recipe import Recipe, validate
-from prgkit.run import locked
 from prgkit.targets import Targets, embed
 from prgkit.teacher import Teacher, load_teacher
 from prgkit.views import Rendered
@@ -49,7 +54,7 @@ def recipe_for(photos: Path, **changes: Any) -> Recipe:
         "training": {"workers": 0},
     }
     for key, value in changes.items():
-        raw[key] = {**raw[key], **value}
+        raw[key] = {**raw.get(key, {}), **value}
     return validate(raw, where="test").resolved()
 
 
@@ -92,7 +97,7 @@ def test_a_stored_feature_is_what_the_teacher_says_of_that_view(photos: Path, tm
     rendered = Rendered(lesson.catalogue, teacher.preprocessing, recipe.views)
     positions = lesson.learned[:8]
     for view in range(3):
-        pixels = torch.cat([rendered[int(position), [view]][0] for position in positions])
+        pixels = rendered.__getitems__([(int(position), [view]) for position in positions]).pixels[:, 0]
         torch.testing.assert_close(features(lesson, view, positions), teacher.embed_images(pixels), atol=5e-4, rtol=0)
     assert not torch.equal(features(lesson, 1, positions), features(lesson, 2, positions))
 
@@ -100,12 +105,15 @@ def test_a_stored_feature_is_what_the_teacher_says_of_that_view(photos: Path, tm
 def test_the_teacher_sees_each_view_once(photos: Path, tmp_path: Path, calls: dict[str, int]) -> None:
     root = tmp_path / "targets"
     lesson = see(recipe_for(photos), root)
-    # Batches are padded to 8: two images with three views each fit, and the held-out ones have one view.
+    # Batches are of 8, and the last one is padded; the held-out images have one view.
     learned, held_out = len(lesson.learned), len(lesson.held_out)
-    assert calls == {"loaded": 1, "views": 8 * (-(-learned // 2) + -(-held_out // 8)), "prompts": 3}
+    assert calls == {"loaded": 1, "views": 8 * (-(-3 * learned // 8) + -(-held_out // 8)), "prompts": 3}
 
     calls.update(loaded=0, views=0, prompts=0)
     see(recipe_for(photos, objective={"name": "kd"}, student={"model": "test_resnet"}, training={"epochs": 3}), root)
+    assert calls == {"loaded": 0, "views": 0, "prompts": 0}
+    put_right = recipe_for(photos, data={"keep": {"min_confidence": 0.4, "weighted": True}}, targets={"debias": 1.0})
+    assert len(see(put_right, root).learned) < learned
     assert calls == {"loaded": 0, "views": 0, "prompts": 0}
     see(recipe_for(photos, data={"classes": ["a cat", "a dog"], "prompts": ["a {}", "the {}"]}), root)
     assert calls == {"loaded": 1, "views": 0, "prompts": 4}
@@ -177,15 +185,38 @@ def test_a_flipped_byte_is_named_and_its_block_alone_is_seen_again(
     assert torch.equal(features(mended, 1, mended.learned), before)
 
 
-def test_a_store_in_use_is_refused(photos: Path, tmp_path: Path) -> None:
+class Noting(Unwatched):
+    def __init__(self, when_told: Callable[[], None] = lambda: None) -> None:
+        self.notes: list[str] = []
+        self.when_told = when_told
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self.when_told()
+
+
+def test_a_store_in_use_is_waited_for(photos: Path, tmp_path: Path, calls: dict[str, int]) -> None:
+    """The lock is this process's own, so what lets it go has to be another thread."""
     lesson = see(recipe_for(photos), tmp_path)
-    for image in load_digits("test")[0][:3]:
-        image.save(photos / f"new-{id(image)}.png")
-    with (
-        locked(lesson.targets.folder, "target store"),
-        pytest.raises(RunError, match="another process is working on this target store"),
-    ):
-        see(recipe_for(photos), tmp_path)
+    new = load_digits("test")[0][:3]
+    for number, image in enumerate(new):
+        image.save(photos / f"new-{number}.png")
+    told, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked(lesson.targets.folder, "target store"):
+            done.set()
+            told.wait(20)
+
+    threading.Thread(target=hold).start()
+    done.wait(20)
+    watch = Noting(told.set)
+    grown = prepare(recipe_for(photos), tmp_path, watch)
+    assert watch.notes[0] == (
+        f"another process ({os.getpid()}) is working on this target store; "
+        f"waiting until it has done its part ({lesson.targets.folder})"
+    )
+    assert len(grown.learned) + len(grown.held_out) == len(lesson.learned) + len(lesson.held_out) + 3
 
 
 def test_a_second_process_sees_what_the_first_has_stored(photos: Path, tmp_path: Path, calls: dict[str, int]) -> None:
@@ -203,10 +234,123 @@ def test_a_second_process_sees_what_the_first_has_stored(photos: Path, tmp_path:
     assert calls["views"] == seen
 
 
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "a torn end"])
+def test_damaged_prompts_are_named_and_read_by_the_teacher_again(
+    photos: Path, tmp_path: Path, calls: dict[str, int], damage: str
+) -> None:
+    whole = see(recipe_for(photos), tmp_path)
+    (path,) = whole.targets.folder.glob("prompts-*.npy")
+    before = path.read_bytes()
+    if damage == "a flipped byte":
+        flip(path, len(before) - 7)  # in a number: numpy alone would not see it
+    else:
+        path.write_bytes(before[:-7])
+    calls.update(views=0, prompts=0)
+    watch = Noting()
+    prepare(recipe_for(photos), tmp_path, watch)
+    assert watch.notes[0] == f"damaged in {whole.targets.folder}: {path.name}; what was in it is embedded again"
+    assert (calls["views"], calls["prompts"]) == (0, 3)
+    assert path.read_bytes() == before
+    assert [found.name for found in whole.targets.folder.glob("prompts-*")] == [path.name]
+
+
+@pytest.mark.parametrize("line", [0, 2])
+@pytest.mark.parametrize("damage", ["no JSON", "no block"])
+def test_a_damaged_journal_line_is_named_and_its_block_alone_is_seen_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: dict[str, int], line: int, damage: str
+) -> None:
+    monkeypatch.setattr(storing, "BLOCK_IMAGES", 8)
+    recipe = recipe_for(photos)
+    whole = see(recipe, tmp_path)
+    before = [features(whole, view, whole.learned) for view in range(3)]
+    journal = whole.targets.folder / "journal.jsonl"
+    lines = journal.read_bytes().split(b"\n")
+    lines[line] = lines[line].replace(b'{"row"', b'["row"' if damage == "no JSON" else b'{"rov"')
+    journal.write_bytes(b"\n".join(lines))
+    lost = f"damaged in {whole.targets.folder}: journal.jsonl, line {line + 1}; what was in it is embedded again"
+    calls["views"] = 0
+    watch = Noting()
+    mended = prepare(recipe, tmp_path, watch)
+    assert watch.notes[0] == lost
+    assert 0 < calls["views"] <= 8 * 4  # at most eight images, two to a batch
+    for view in range(3):
+        assert torch.equal(features(mended, view, mended.learned), before[view])
+    again = Noting()
+    prepare(recipe, tmp_path, again)
+    assert again.notes == [note for note in watch.notes if note != lost and "loading" not in note]
+    assert len(journal.read_bytes().split(b"\n")) == len(lines) + 1  # other processes count the lines
+
+
+def test_a_changed_row_number_does_not_make_a_giant_of_a_store(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storing, "BLOCK_IMAGES", 8)
+    whole = see(recipe_for(photos), tmp_path)
+    journal, view = whole.targets.folder / "journal.jsonl", whole.targets.folder / "view-000.f16"
+    journal.write_text(journal.read_text().replace('{"row": 8,', '{"row": 900000000008,'))
+    before = view.stat().st_size
+    see(recipe_for(photos), tmp_path)
+    assert view.stat().st_size <= 2 * before
+
+
+def test_a_damaged_card_is_named_and_comes_back_with_what_the_teacher_has_seen(
+    photos: Path, tmp_path: Path, calls: dict[str, int]
+) -> None:
+    whole = see(recipe_for(photos), tmp_path)
+    card = whole.targets.folder / "card.json"
+    before = card.read_bytes()
+    card.write_bytes(re.sub(rb'"logit_scale": \d', b'"logit_scale": 7', before))  # the form stays right
+    with pytest.raises(PrgkitError, match=r"card\.json is damaged: its content is not what was written") as caught:
+        see(recipe_for(photos), tmp_path)
+    assert caught.value.fix == "delete it, and the same command writes it again; what the teacher has seen is kept"
+    card.unlink()
+    calls["views"] = 0
+    see(recipe_for(photos), tmp_path)
+    assert (calls["views"], card.read_bytes()) == (0, before)
+
+
 def test_a_full_disk_is_told_before_the_work(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(DiskFullError, match=r"the target store needs 1\d\.\d KiB, and 1000 B are free"):
         see(recipe_for(photos), tmp_path / "targets")
+
+
+@pytest.mark.parametrize("torn", ["a block", "a journal line"])
+def test_a_disk_that_fills_up_at_a_block_loses_that_block_alone(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: dict[str, int], torn: str
+) -> None:
+    monkeypatch.setattr(storing, "BLOCK_IMAGES", 8)
+    recipe = recipe_for(photos)
+    whole = see(recipe, tmp_path / "whole").targets.folder
+    all_views = calls["views"]
+    flushes = 0
+
+    def full(_file: int) -> None:
+        nonlocal flushes
+        flushes += 1
+        # The card; a view and a line of the held-out images; then three views and a line a block: in the second of these.
+        if flushes == (9 if torn == "a block" else 11):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        patch.setattr("prgkit.pictures.Adder.add", lambda *_: None)  # pictures would be flushed, too
+        with pytest.raises(DiskFullError, match=r"no disk space left for (view-001\.f16|journal\.jsonl)") as caught:
+            see(recipe, tmp_path / "cut")
+    assert caught.value.fix == "free some space and run the same command again: finished work is kept"
+    calls["views"] = 0
+    see(recipe, tmp_path / "cut")
+    assert 0 < calls["views"] < all_views
+    cut = tmp_path / "cut" / whole.name
+    assert {path.name: path.read_bytes() for path in cut.glob("*.*")} == {
+        path.name: path.read_bytes() for path in whole.glob("*.*")
+    }
 
 
 def test_the_journal_is_readable_json(photos: Path, tmp_path: Path) -> None:

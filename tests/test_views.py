@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from prgkit.images import Catalogue, Preprocessing, catalogue, open_images
+from prgkit.pictures import Pictures
 from prgkit.recipe import Views
 from prgkit.views import Batch, Rendered, View, default_workers, load_batches, render, seeded_view
 
@@ -84,7 +85,8 @@ def test_boxes_stay_inside(width: int, height: int) -> None:
         assert 0 <= view.left < view.right <= 1 + 1e-12
         assert 0 <= view.top < view.bottom <= 1 + 1e-12
         if image is not None and width * height < 100_000:
-            assert np.unique(render(image, view, 8, "bicubic").reshape(-1, 3), axis=0).tolist() == [[10, 200, 30]]
+            pixels = render(np.asarray(image), view, 8, "bicubic")
+            assert np.unique(pixels.reshape(-1, 3), axis=0).tolist() == [[10, 200, 30]]
 
 
 def test_area_shares_are_uniform_in_crop_scale() -> None:
@@ -108,30 +110,80 @@ def test_flips_are_half_or_none() -> None:
 
 def test_rendering_by_hand() -> None:
     pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
-    cut = render(Image.fromarray(pixels), View(0.25, 0.5, 0.75, 1.0, flip=False), 4, "bilinear")
+    cut = render(pixels, View(0.25, 0.5, 0.75, 1.0, flip=False), 4, "bilinear")
     np.testing.assert_array_equal(cut, pixels[4:8, 2:6])
-    mirrored = render(Image.fromarray(pixels), View(0.25, 0.5, 0.75, 1.0, flip=True), 4, "bilinear")
+    mirrored = render(pixels, View(0.25, 0.5, 0.75, 1.0, flip=True), 4, "bilinear")
     np.testing.assert_array_equal(mirrored, pixels[4:8, 2:6][:, ::-1])
 
 
 def test_teacher_and_student_see_the_same_crop() -> None:
-    image = photo(300, 220)
+    image = np.asarray(photo(300, 220))
     for number in range(1, 9):
-        view = seeded_view("0f" * 16, number, *image.size, PAGE)
+        view = seeded_view("0f" * 16, number, 300, 220, PAGE)
         large, small = render(image, view, 128, "bicubic"), render(image, view, 32, "bilinear")
         downscaled = large.reshape(32, 4, 32, 4, 3).mean((1, 3))
         assert np.abs(downscaled - small).mean() < 1
-        other = render(image, seeded_view("0f" * 16, number + 1, *image.size, PAGE), 32, "bilinear")
+        other = render(image, seeded_view("0f" * 16, number + 1, 300, 220, PAGE), 32, "bilinear")
         assert np.abs(downscaled - other).mean() > 5
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_crop_is_resized_as_pillow_does(interpolation: str) -> None:
+    image = photo(97, 61, seed=3)
+    view = View(0.1, 0.2, 0.8, 0.9, flip=False)
+    resample = Image.Resampling[interpolation.upper()]
+    for size in (16, 160):
+        expected = np.asarray(image.crop((10, 12, 78, 55)).resize((size, size), resample)).astype(int)
+        for flip in (False, True):
+            cut = render(np.asarray(image), replace(view, flip=flip), size, interpolation).astype(int)
+            assert np.abs((cut[:, ::-1] if flip else cut) - expected).max() <= 1
+
+
 def test_view_0_is_the_prepared_image(photos: Catalogue) -> None:
-    pixels, position, numbers = Rendered(photos, PREPROCESSING, PAGE)[(3, [0, 2])]
-    assert (pixels.shape, position, numbers.tolist()) == ((2, 24, 24, 3), 3, [0, 2])
+    batch = rendered(Rendered(photos, PREPROCESSING, PAGE), (3, [0, 2]))
+    assert (batch.pixels.shape, batch.positions.tolist(), batch.views.tolist()) == ((1, 2, 24, 24, 3), [3], [[0, 2]])
     image = photos.read(3)
-    np.testing.assert_array_equal(pixels[0], PREPROCESSING.prepare(image))
+    np.testing.assert_array_equal(batch.pixels[0, 0], PREPROCESSING.prepare(image))
     view = seeded_view(photos.keys[3], 2, *image.size, PAGE)
-    np.testing.assert_array_equal(pixels[1], render(image, view, 24, "bilinear"))
+    np.testing.assert_array_equal(batch.pixels[0, 1], render(np.asarray(image), view, 24, "bilinear"))
+
+
+def rendered(dataset: Rendered, *items: tuple[int, Sequence[int]]) -> Batch:
+    batch = dataset.__getitems__(items)
+    assert isinstance(batch, Batch)
+    return batch
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_large_picture_is_cut_from_a_reduced_one_and_view_0_from_the_whole(tmp_path: Path, suffix: str) -> None:
+    """A JPEG of 24 megapixels is not decoded whole for a crop of 224 pixels."""
+    (tmp_path / "in").mkdir()
+    photo(1300, 2100).save(tmp_path / "in" / f"large.{suffix}")
+    found = catalogue(open_images(str(tmp_path / "in")), workers=1)
+    assert found.read(0).size == (1300, 2100)
+    enough = found.read_enough(0)
+    assert enough.shape == (1050, 650, 3)
+    batch = rendered(Rendered(found, PREPROCESSING, PAGE), (0, [0, 1]))
+    np.testing.assert_array_equal(batch.pixels[0, 0], PREPROCESSING.prepare(found.read(0)))
+    view = seeded_view(found.keys[0], 1, 650, 1050, PAGE)
+    np.testing.assert_array_equal(batch.pixels[0, 1], render(enough, view, 24, "bilinear"))
+    whole = render(np.asarray(found.read(0)), view, 24, "bilinear").astype(int)
+    assert np.abs(whole - batch.pixels[0, 1].numpy()).mean() < 1
+
+
+def test_kept_pictures_change_no_pixel(photos: Catalogue, tmp_path: Path) -> None:
+    photo(1100, 1060).save(tmp_path / "large.jpg")
+    for name in ("small", "large"):
+        source = photos.images if name == "small" else open_images(str(tmp_path))
+        kept = catalogue(source, workers=2, pictures=Pictures(tmp_path / f"pictures-{name}"))
+        again = catalogue(source, workers=2, pictures=Pictures(tmp_path / f"pictures-{name}"), known=())
+        bare = catalogue(source, workers=2)
+        items = [(position, [0, 1, 3]) for position in range(len(bare))]
+        expected = rendered(Rendered(bare, PREPROCESSING, PAGE), *items).pixels
+        for found in (kept, again):
+            assert found.pictures is not None
+            assert len(found.pictures) == len(bare)
+            assert torch.equal(rendered(Rendered(found, PREPROCESSING, PAGE), *items).pixels, expected)
 
 
 PLAN: list[list[tuple[int, Sequence[int]]]] = [
@@ -159,10 +211,10 @@ def test_workers_change_nothing(photos: Catalogue) -> None:
 class Slow(Rendered):
     """The first image takes its time."""
 
-    def __getitem__(self, item: tuple[int, Sequence[int]]) -> Any:
-        if item[0] == 7:
+    def render_into(self, into: Any, position: int, numbers: Sequence[int]) -> None:
+        if position == 7:
             time.sleep(0.5)
-        return super().__getitem__(item)
+        super().render_into(into, position, numbers)
 
 
 def test_a_slow_worker_does_not_reorder(photos: Catalogue) -> None:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from prgkit.errors import PrgkitError
     from prgkit.terminal import Terminal
 
-ON_A_RUN = ("distill", "export", "bench", "predict")
+ON_A_RUN = ("audit", "distill", "export", "bench", "predict")
+OF_ALL_PROCESSES = ("audit", "distill", "targets")  # each says below what all but the first have to do in it
 
 
 class Chain(click.Group):
@@ -83,6 +85,23 @@ def check_chain(steps: Sequence[click.Context]) -> None:
             from prgkit.export.tensorrt import choose_backend, choose_targets
 
             choose_targets(choose_backend(step.params["backend"]).name, step.params["sm"])
+        if step.info_name == "bench":
+            check_bench(step)
+
+
+def check_bench(step: click.Context) -> None:
+    """Refuse options of `bench` that mean nothing without another one."""
+    given = step.params
+    if given["tolerance"] is not None and given["baseline"] is None:
+        raise click.UsageError("--tolerance is for --baseline, and there is none.", step)
+    if given["merge"] and len(given["reports"]) < 2:
+        raise click.UsageError("--merge compares two reports or more: bench --merge a.json b.json.", step)
+    if given["merge"] and given["baseline"]:
+        raise click.UsageError("--merge measures nothing that could be held against --baseline.", step)
+    if given["reports"] and not given["merge"]:
+        raise click.UsageError(
+            f"Got unexpected extra argument ({given['reports'][0]}); --merge compares reports.", step
+        )
 
 
 def builds_engines(given: Mapping[str, Any]) -> bool:
@@ -105,12 +124,14 @@ def run_chain(steps: Sequence[click.Context]) -> None:
                 name = str(step.info_name)
                 if session.rehearses:
                     terminal.note(f"then {name}")
-                elif leads or name in ("distill", "targets"):  # each says below what the others have to do in it
+                elif leads or name in OF_ALL_PROCESSES:
                     step.obj = session
                     with step:
                         results[name] = step.command.invoke(step)
     if as_json and leads:
         click.echo(json.dumps(results, indent=2, ensure_ascii=False))
+    if session.failure is not None:
+        raise session.failure
 
 
 @dataclass
@@ -120,5 +141,6 @@ class Session:
     terminal: Terminal
     leads: bool = True  # False in all but the first of the processes that torchrun starts
     folder: Path | None = None  # the run, or the bundle, that the chain is about
-    asked: dict[str, Any] | None = None  # the recipe options of `targets`, for a `distill` that names none
+    asked: dict[str, Any] | None = None  # the recipe options so far, for a command that names no recipe
+    failure: PrgkitError | None = None  # the work was done, its results are told, and the line still fails: a gate
     rehearses: bool = False  # --dry-run was given: what follows would have nothing to work on

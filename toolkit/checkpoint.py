@@ -1,23 +1,20 @@
-"""The state of a training run as one safetensors file that appears whole or not at all; nothing is pickled."""
+"""The state of a training run as one file that appears whole or not at all, and comes back bit for bit."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prgkit.errors import RunError
-from prgkit.files import guarding_space, writing
 from prgkit.run import Run
 from prgkit.student import Student
+from prgkit.tensors import load_tensors, save_tensors
 
 
 @dataclass
@@ -102,9 +99,7 @@ class TrainingState:
         if not run.state.exists():
             return
         try:
-            with safe_open(run.state, framework="pt") as file:
-                facts = json.loads(file.metadata()["facts"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tensors, facts = load_tensors(run.state)
             self.student.load_state_dict(_part("student", tensors))
             self.average.student.load_state_dict(_part("average", tensors))
             self.objective.load_state_dict(_part("objective", tensors))
@@ -136,14 +131,6 @@ def expected_bytes(student: Student) -> int:
     A checkpoint holds the student, its average and the optimizer's two moments.
     """
     return (1 + 2 * 4) * 4 * sum(parameter.numel() for parameter in student.parameters())
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors and JSON facts as one safetensors file, atomically."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    size_bytes = sum(tensor.nbytes for tensor in contiguous.values())
-    with writing(path) as temporary, guarding_space(path, size_bytes):
-        save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,82 +15,19 @@ import click
 from prgkit import __version__
 from prgkit.chain import Chain, Session, builds_engines
 from prgkit.errors import BackendError, DiskFullError, PrgkitError
-from prgkit.files import is_disk_full
+from prgkit.files import is_disk_full, readable_bytes
+from prgkit.options import (
+    bench_options,
+    choose_recipe,
+    export_options,
+    json_option,
+    recipe_options,
+    refuse_in_a_bundle,
+    run_option,
+)
 
 if TYPE_CHECKING:
     from prgkit.recipe import Recipe
-
-FOLDER = click.Path(path_type=Path, file_okay=False)
-
-
-def run_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --run to a command that works on a run or a bundle."""
-    help_text = "The run, or the bundle, to work on.  [default: the one this chain made, stood in, or the newest]"
-    return click.option("--run", "folder", type=FOLDER, metavar="FOLDER", help=help_text)(command)
-
-
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --json: one document on stdout in place of text."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of text.")(command)
-
-
-def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what distill and targets share: which recipe, and what is different this time."""
-    options: list[Callable[..., Any]] = [
-        click.argument("recipe", required=False),
-        click.option("--images", metavar="SOURCE", help="Unlabelled images: a folder, a .zip or tar shards."),
-        click.option("--classes", metavar="FILE", help="One class name a line, or the name of a known list."),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe."),
-        click.option("--run", "folder", type=FOLDER, metavar="FOLDER", help="The run's folder.  [default: runs/NAME]"),
-        click.option(
-            "--targets",
-            "targets_root",
-            type=FOLDER,
-            metavar="FOLDER",
-            default="targets",
-            show_default=True,
-            help="Where the teacher's targets are kept, for all runs.",
-        ),
-        click.option("--dry-run", is_flag=True, help="Say what would run, how much disk and how long; train nothing."),
-        json_option,
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def batch_sizes(ctx: click.Context, option: click.Parameter, text: str) -> list[int]:
-    """Read ``1,8,32``."""
-    try:
-        batches = [int(part) for part in text.split(",")]
-    except ValueError:
-        batches = [0]
-    if min(batches) < 1:
-        raise click.BadParameter(f"write batch sizes as 1,8,32, not {text!r}.", ctx, option)
-    return batches
-
-
-def batch_profile(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[int, int, int] | None:
-    """Read ``1,1,32``: the least, the usual and the largest batch of an engine."""
-    if text is None:
-        return None
-    try:
-        least, usual, most = map(int, text.split(","))
-    except ValueError:
-        least, usual, most = 0, 0, 0
-    if not 1 <= least <= usual <= most:
-        raise click.BadParameter(f"write the least, the usual and the largest as 1,1,32, not {text!r}.", ctx, option)
-    return least, usual, most
-
-
-def gpu_generations(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[str, ...] | None:
-    """Read ``86,89``, or ``8.6,8.9``, as ("SM86", "SM89")."""
-    if text is None:
-        return None
-    numbers = [part.strip().upper().removeprefix("SM").replace(".", "") for part in text.split(",")]
-    if not all(number.isdecimal() and len(number) in (2, 3) for number in numbers):
-        raise click.BadParameter(f"write compute capabilities as 86,89, not {text!r}.", ctx, option)
-    return tuple(f"SM{number}" for number in dict.fromkeys(numbers))
 
 
 @click.group(cls=Chain, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -136,30 +73,7 @@ def distill(session: Session, /, **given: Any) -> dict[str, Any]:
 
 
 @cli.command(short_help="Turn the student into ONNX and TensorRT.")
-@click.option("--fp16", is_flag=True, help="Also in 16-bit floats.")
-@click.option("--trt", is_flag=True, help="Also as TensorRT engines.")
-@click.option(
-    "--backend",
-    type=click.Choice(["tensorrt", "tensorrt_rtx"]),
-    metavar="NAME",
-    help="Build the engines with this one of tensorrt and tensorrt_rtx; implies --trt.  "
-    "[default: tensorrt where it can run, else tensorrt_rtx]",
-)
-@click.option(
-    "--batch",
-    metavar="MIN,OPT,MAX",
-    callback=batch_profile,
-    help="Batch sizes of the engines, e.g. 1,1,32; three equal ones make a static engine; implies --trt.  "
-    "[default: the recipe's]",
-)
-@click.option(
-    "--sm",
-    metavar="LIST",
-    callback=gpu_generations,
-    help="GPU generations that tensorrt_rtx builds for, e.g. 86,89; implies --trt.  [default: all from 80 on]",
-)
-@run_option
-@json_option
+@export_options
 @click.pass_obj
 def export(session: Session, /, folder: Path | None, as_json: bool, **given: Any) -> dict[str, Any]:
     """Turn the student into ONNX, preprocessing inside, and with --trt into a TensorRT engine.
@@ -167,14 +81,15 @@ def export(session: Session, /, folder: Path | None, as_json: bool, **given: Any
     In a bundle, on the device, --trt builds the engines from the bundle's ONNX files; that needs no torch.
     """
     place, trt = session.folder or folder, builds_engines(given)
-    fp16, engines = given["fp16"], {key: given[key] for key in ("backend", "batch", "sm")}
+    kinds = {key: given[key] for key in ("fp16", "int8", "backend", "batch", "sm")}
     bundle = place or Path()
     if (bundle / "manifest.json").is_file():
-        if not trt:
-            raise click.UsageError("A bundle is exported already; export --trt builds its engines.")
+        refuse_in_a_bundle(given, builds=trt)
+        from prgkit.export.bundle import open_bundle
         from prgkit.export.engines import build_engines
 
-        manifest = build_engines(bundle, fp16=fp16, **engines, note=session.terminal.note)
+        note = session.terminal.note
+        manifest = build_engines(bundle, **kinds, note=note) if trt else open_bundle(bundle).manifest
         session.folder = bundle
     else:
         from prgkit.run import find_run, standing_where_it_started
@@ -183,13 +98,32 @@ def export(session: Session, /, folder: Path | None, as_json: bool, **given: Any
         with needing("distill"):
             from prgkit.export.run import export_run
 
-        manifest = export_run(run, fp16=fp16, trt=trt, **engines, watch=session.terminal)
+        asked = {key: given[key] for key in ("float_input", "evaluation_images")}
+        manifest = export_run(run, trt=trt, **kinds, **asked, watch=session.terminal)
         bundle, session.folder = run.bundle, run.folder
+    packed = pack_bundle(session, bundle, manifest, asked=given["packs"])
     for artifact in manifest["artifacts"]:
         size_mib = artifact["bytes"] / 2**20
         session.terminal.say(f"  {artifact['file']:<34} {size_mib:7.1f} MiB  {checked(artifact)}".rstrip())
-    session.terminal.say((str(bundle), "bold"), " is ready to travel")
-    return {"bundle": str(bundle), **manifest}
+    if packed:
+        session.terminal.say((packed["zip"], "bold"), f" ({readable_bytes(packed['zip_bytes'])}) is ready to travel")
+    else:
+        session.terminal.say((str(bundle), "bold"), " is ready to travel")
+    return {"bundle": str(bundle), **packed, **manifest}
+
+
+def pack_bundle(session: Session, bundle: Path, manifest: dict[str, Any], *, asked: bool) -> dict[str, Any]:
+    """Pack a bundle and say what was left out; where it was not asked for, say of an older archive that it is one."""
+    from prgkit.export.packing import archive_of, is_packed_bundle, left_out, pack
+
+    if not asked:
+        if is_packed_bundle(archive := archive_of(bundle, manifest)):
+            session.terminal.note(f"{archive.name} is still the bundle before this one; --zip packs it again")
+        return {}
+    archive = pack(bundle)
+    if others := left_out(bundle):
+        session.terminal.note(f"{archive.name}: without {', '.join(others)}, which this machine made or you put there")
+    return {"zip": str(archive), "zip_bytes": archive.stat().st_size}
 
 
 def checked(artifact: dict[str, Any]) -> str:
@@ -204,41 +138,38 @@ def checked(artifact: dict[str, Any]) -> str:
 
 
 @cli.command(short_help="Measure every artifact on this machine.")
-@click.option("--seconds", type=click.FloatRange(min=0.1), default=10, show_default=True, help="For each artifact.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]")
-@click.option(
-    "--batches",
-    default="1,8,32",
-    show_default=True,
-    metavar="LIST",
-    callback=batch_sizes,
-    help="Batch sizes for throughput.",
-)
-@run_option
-@json_option
+@bench_options
 @click.pass_obj
-def bench(
-    session: Session, seconds: float, threads: int | None, batches: list[int], folder: Path | None, as_json: bool
-) -> dict[str, Any]:
-    """Measure every artifact on this machine: latency, throughput, accuracy, fidelity, memory; and write a report."""
-    from prgkit.evaluate import machine
+def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any) -> dict[str, Any]:
+    """Measure every artifact on this machine: latency, throughput, accuracy, fidelity, memory; and write a report.
+
+    With --merge nothing is measured: the REPORTs of several devices or benches become one comparison.
+    """
+    if given["merge"]:
+        return compare(session, given["reports"], given["out"] or Path("comparison"))
+    from prgkit.evaluate import baseline, machine
     from prgkit.evaluate.bench import bench as measure
     from prgkit.evaluate.report import table
+    from prgkit.evaluate.tables import baseline_table
     from prgkit.run import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
-    out = (run.folder if run else bundle) / "bench" / machine.slug(machine.describe())
+    out = given["out"] or (run.folder if run else bundle) / "bench" / machine.slug(machine.describe())
+    share = 0.05 if given["tolerance"] is None else given["tolerance"]
+    gate = baseline.open_gate(given["baseline"], share, out=out) if given["baseline"] else None
     report = measure(
         bundle,
         run_folder=run.folder if run else None,
         out=out,
-        threads=threads,
-        seconds=seconds,
-        batches=batches,
+        **{key: given[key] for key in ("threads", "seconds", "batches", "sweep_threads", "fps")},
         command="prgkit " + shlex.join(sys.argv[1:]),
+        gate=gate,
         note=session.terminal.note,
     )
     session.terminal.show(table(report))
+    if gate is not None:
+        session.terminal.show(baseline_table(report["baseline"]))
+        session.failure = baseline.regressions(report["baseline"], path=out / "report.html")
     session.terminal.say("report: ", (str(out / "report.html"), "bold"))
     return report
 
@@ -254,11 +185,13 @@ def predict(
     session: Session, images: tuple[Path, ...], top_k: int, min_confidence: float, folder: Path | None, as_json: bool
 ) -> list[dict[str, Any]]:
     """Name what is in each IMAGE, with probabilities; --min-confidence abstains where the best one is too low."""
+    from prgkit.evaluate import machine
     from prgkit.evaluate.predict import predict as answer
     from prgkit.run import find_bundle
 
-    bundle, _ = find_bundle(session.folder or folder)
-    answers: list[dict[str, Any]] = answer(bundle, images, top_k=top_k, min_confidence=min_confidence)
+    bundle, run = find_bundle(session.folder or folder)
+    measured = (run.folder if run else bundle) / "bench" / machine.slug_here()
+    answers: list[dict[str, Any]] = answer(bundle, images, top_k=top_k, min_confidence=min_confidence, bench=measured)
     for image in answers:
         scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in image["top"])
         said = "abstains" if image["abstained"] else image["class"]
@@ -268,14 +201,17 @@ def predict(
 
 @cli.command(short_help="Let the teacher see the images, and no more.")
 @recipe_options
+@click.option("--list", "listed", is_flag=True, help="List the stores: what they hold, their size and age, their runs.")
+@click.option("--prune", is_flag=True, help="Free the stores that no run under runs/ uses; --dry-run only names them.")
 @click.pass_obj
-def targets(session: Session, /, **given: Any) -> dict[str, Any]:
+def targets(session: Session, /, *, listed: bool, prune: bool, **given: Any) -> dict[str, Any]:
     """Let the teacher see every image of RECIPE, once, and store what it saw; distill then starts at once."""
+    if listed or prune:
+        return keep_house(session, given["targets_root"], prune=prune, rehearse=given["dry_run"])
     with needing("distill"):
         recipe, folder = choose_recipe(session, given)
         if given["dry_run"]:
             return rehearse(session, recipe, folder, given["targets_root"])
-        session.asked = given
         if not session.leads:  # the store has one writer
             return {}
         from prgkit.lesson import prepare
@@ -286,13 +222,44 @@ def targets(session: Session, /, **given: Any) -> dict[str, Any]:
     return {"targets": str(store), "images": len(lesson.catalogue), "bytes": size}
 
 
+@cli.command(short_help="Tick some of the teacher's answers yourself.")
+@recipe_options
+@click.option(
+    "-n",
+    "--count",
+    type=click.IntRange(1, 1000),
+    metavar="N",
+    help="How many images to tick.  [default: 100, or as many as are on the sheet already]",
+)
+@click.pass_obj
+def audit(session: Session, /, count: int | None, **given: Any) -> dict[str, Any]:
+    """Look at accuracy without labels: tick on a sheet whether the teacher is right on 100 images.
+
+    RECIPE is as for distill; without one it is about the newest run, which may be training meanwhile. bench turns the
+    ticks into the accuracy of teacher and student.
+    """
+    with needing("distill"):
+        recipe, folder = choose_recipe(session, given)
+        if given["dry_run"]:
+            return rehearse(session, recipe, folder, given["targets_root"])
+        session.folder = folder
+        if not session.leads:  # the sheet has one writer
+            return {}
+        from prgkit.audit import audit as work
+        from prgkit.evaluate.wording import audit_so_far
+    found = work(recipe, folder, given["targets_root"], count=count, watch=session.terminal)
+    session.terminal.say((found["sheet"], "bold"), f": {audit_so_far(found)}")
+    return found
+
+
 @cli.command(short_help="List the recipes.")
 @click.option("--show", metavar="NAME", help="Print one, to copy.")
 @json_option
 @click.pass_obj
 def recipes(session: Session, show: str | None, as_json: bool) -> dict[str, Any]:
     """List the recipes that are shipped, or print one to copy."""
-    from prgkit.recipe import find_recipe, read_page, shipped_recipes, summary_line
+    from prgkit.page import read_page
+    from prgkit.recipe import find_recipe, shipped_recipes, summary_line
 
     if show:
         page = read_page(find_recipe(show))
@@ -324,6 +291,7 @@ def doctor(session: Session, as_json: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line; a user's mistake is told without a traceback (exit 1), a wrong call with usage (exit 2)."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a system that shuts down is told like Ctrl-C
     try:
         cli.main(prog_name="prgkit", standalone_mode=False)
     except click.ClickException as error:
@@ -332,7 +300,7 @@ def main() -> None:
     except click.Abort as abort:
         if isinstance(abort.__cause__, EOFError):  # nothing here asks a question, so this is a bug
             raise abort.__cause__ from None
-        click.echo("Stopped.", err=True)
+        click.echo("Stopped. What was finished is kept; the same command goes on from there.", err=True)
         sys.exit(130)
     except PrgkitError as error:
         sys.exit(told(error))
@@ -341,6 +309,8 @@ def main() -> None:
             raise
         place = getattr(error, "filename", None)
         sys.exit(told(DiskFullError("no disk space left", where=place, fix="free some and run the same command again")))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def told(error: PrgkitError) -> int:
@@ -350,27 +320,19 @@ def told(error: PrgkitError) -> int:
     return error.exit_code
 
 
-def choose_recipe(session: Session, given: dict[str, Any]) -> tuple[Recipe, Path]:
-    """Return the recipe that was meant and the folder of its run."""
-    from prgkit.recipe import load_recipe
-    from prgkit.run import RUNS, find_run, run_name, standing_where_it_started
+def keep_house(session: Session, root: Path, *, prune: bool, rehearse: bool) -> dict[str, Any]:
+    """List the stores, or free those that nothing uses."""
+    from prgkit import stores
 
-    named = ("recipe", "images", "classes")
-    if session.asked and not any(given[key] for key in named):
-        given = {**given, **{key: session.asked[key] for key in named}}
-        given["overrides"] = (*session.asked["overrides"], *given["overrides"])
-    name, images, classes = (given[key] for key in named)
-    if not (name or images or classes):
-        run = click.get_current_context().with_resource(standing_where_it_started(find_run(given["folder"])))
-        return load_recipe(str(run.recipe_file), overrides=given["overrides"]), run.folder
-    if not name and not (images and classes):
-        raise click.UsageError("Name a RECIPE, or give both --images and --classes.", click.get_current_context())
-    # JSON is YAML, and keeps a path with a colon or a hash in one piece.
-    sources = [
-        f"data.{key}={json.dumps(given[key], ensure_ascii=False)}" for key in ("images", "classes") if given[key]
-    ]
-    recipe = load_recipe(name or "custom", overrides=[*sources, *given["overrides"]])
-    return recipe, given["folder"] or RUNS / run_name(name or images)
+    rows = stores.prune(root, rehearse=rehearse) if prune else stores.list_stores(root)
+    if rows:
+        session.terminal.listing(stores.told(rows))
+    if prune:
+        freed = readable_bytes(sum(row["bytes"] for row in rows))
+        session.terminal.say(f"{freed} would be freed" if rehearse else f"{freed} freed")
+    elif not rows:
+        session.terminal.say(f"there is no target store in {root}")
+    return {"freed" if prune else "stores": rows}
 
 
 def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path) -> dict[str, Any]:
@@ -383,6 +345,17 @@ def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path)
     expected = estimate(recipe, folder, targets_root, session.terminal)
     session.terminal.listing({"run": str(folder), **expected["told"]})
     return {"run": str(folder), **expected}
+
+
+def compare(session: Session, reports: tuple[Path, ...], out: Path) -> dict[str, Any]:
+    """Lay the reports of several benches side by side."""
+    from prgkit.evaluate.merge import merge
+    from prgkit.evaluate.tables import comparison_table
+
+    found = merge(reports, out=out, command="prgkit " + shlex.join(sys.argv[1:]))
+    session.terminal.show(comparison_table(found))
+    session.terminal.say("comparison: ", (str(out / "comparison.html"), "bold"))
+    return found
 
 
 @contextlib.contextmanager

@@ -18,16 +18,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
+from numpy.typing import NDArray
 
-from prgkit.checkpoint import Average, Progress, TrainingState, expected_bytes, save_tensors
+from prgkit.checkpoint import Average, Progress, TrainingState, expected_bytes
 from prgkit.devices import first_goes_on, from_first, join_processes, probe_precision, seed_everything
 from prgkit.errors import BackendError, RunError
 from prgkit.files import require_space
+from prgkit.keep import systematic_sample
 from prgkit.lesson import Lesson, prepare
+from prgkit.locks import locked
 from prgkit.objectives import Objectives
 from prgkit.recipe import Recipe, Training, Views
-from prgkit.run import Interrupted, Run, locked, start_run, stopping
+from prgkit.run import Interrupted, Run, start_run, stopping
 from prgkit.student import Student, build_student
+from prgkit.tensors import save_tensors
 from prgkit.views import Rendered, load_batches
 from prgkit.watch import Unwatched, Watch
 
@@ -56,13 +60,15 @@ def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelera
         watch.note(f"{run.folder} is finished already")
         return
     with locked(run.folder, "run") if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            run.clear_leftovers()
         build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)  # a mistake in it is told now
         lesson = from_first(accelerator, lambda: prepare(recipe, targets_root, watch, run))
         seed_everything(recipe.training.seed)
         student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=lesson.targets.width)
         if accelerator.is_main_process:
             require_space(run.folder, expected_bytes(student), "the run")
-            run.update_card(teacher=lesson.targets.facts(), student=student.facts(recipe.student))
+            run.update_card(student=student.facts(recipe.student))
         train(recipe, run, lesson, student, accelerator, watch)
 
 
@@ -79,13 +85,13 @@ def check_trackers(page: Training) -> None:
 def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerator: Accelerator, watch: Watch) -> None:
     """Train the student on the stored targets; every step is a function of (seed, epoch, step, process)."""
     page, device = recipe.training, accelerator.device
-    batch_size = min(page.batch_size, len(lesson.learned))
+    batch_size = min(page.batch_size, lesson.images_an_epoch)
     if batch_size < accelerator.num_processes:
         raise RunError(
             f"a batch of {batch_size} images cannot be shared by {accelerator.num_processes} processes",
             fix="give more images, raise training.batch_size, or start fewer processes",
         )
-    steps = len(lesson.learned) // batch_size  # in an epoch; the last, smaller batch is left out
+    steps = lesson.images_an_epoch // batch_size  # in an epoch; the last, smaller batch is left out
     total = steps * page.epochs
     warmup = round(min(page.warmup_epochs * steps, 0.2 * total))  # a run of one epoch is more than its warm-up
     autocast = partial(
@@ -93,7 +99,7 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
     )
 
     student.to(device)
-    lesson = replace(lesson, prompts=lesson.prompts.to(device))
+    lesson = replace(lesson, answers=lesson.answers.to(device))
     objective = Objectives(recipe.objective, len(recipe.classes), lesson.targets.width).to(device)
     student.projector.requires_grad_(objective.uses_features)  # several processes wait for every gradient
     optimizer = build_optimizer(student, page)
@@ -163,17 +169,25 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
 def batches(
     lesson: Lesson, page: Training, views: int, batch_size: int, steps: range, accelerator: Accelerator
 ) -> Iterator[list[tuple[int, list[int]]]]:
-    """Yield this process's part of each batch: an image at most once an epoch, and each time its next view."""
+    """Yield this process's part of each batch: an image at most once an epoch, and each epoch its next view."""
     offsets = {int(position): int(lesson.catalogue.keys[position][:8], 16) for position in lesson.learned}
-    in_epoch = len(lesson.learned) // batch_size
+    in_epoch = lesson.images_an_epoch // batch_size
     order = np.empty(0, dtype=np.int64)
     for step in steps:
         epoch, place = divmod(step, in_epoch)
         if place == 0 or not len(order):
-            order = np.random.default_rng((page.seed, epoch)).permutation(lesson.learned)
+            learned = learned_in(lesson, page, epoch, in_epoch * batch_size)
+            order = np.random.default_rng((page.seed, epoch)).permutation(learned)
         chosen = order[place * batch_size : (place + 1) * batch_size]
         mine = chosen[accelerator.process_index :: accelerator.num_processes]
         yield [(int(position), [1 + (offsets[int(position)] + epoch) % views]) for position in mine]
+
+
+def learned_in(lesson: Lesson, page: Training, epoch: int, count: int) -> NDArray[np.int64]:
+    """Return the positions of an epoch: every learned image, or ``count`` of them drawn by their shares."""
+    if lesson.shares is None:
+        return lesson.learned
+    return lesson.learned[systematic_sample(lesson.shares, count, epoch=epoch, epochs=page.epochs, seed=page.seed)]
 
 
 def schedule(step: int, total: int, warmup: int) -> float:

@@ -13,8 +13,9 @@ from prgkit.checkpoint import expected_bytes
 from prgkit.devices import best_device, probe_precision
 from prgkit.distill import check_trackers
 from prgkit.files import free_bytes, readable_bytes, require_space
-from prgkit.images import Images, UnreadableImage, open_images
+from prgkit.images import ENOUGH, Images, UnreadableImage, open_images
 from prgkit.labels import class_indices
+from prgkit.pictures import PICTURES, room_bytes
 from prgkit.recipe import Recipe
 from prgkit.run import require_own_folder
 from prgkit.student import build_student
@@ -23,9 +24,10 @@ from prgkit.teacher import Teacher, load_teacher
 from prgkit.terminal import duration
 from prgkit.watch import Watch
 
-PROBE_SECONDS = 3.0
+PROBE_SECONDS = 5.0
 CPU_PROBE_BATCH = 8  # a CPU is as fast with few images as with many, and a large teacher takes seconds for each
 SAMPLE_IMAGES = 256
+SAMPLE_PICTURES = 8  # of those, decoded
 
 
 def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> dict[str, Any]:
@@ -43,8 +45,11 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
     stored = existing_targets(recipe, targets_root)
     images = open_images(recipe.data.images)
     images_missing = count_missing(images, stored)
+    pictures_bytes = len(images) * mean_picture_bytes(images)
     judged = open_evaluation(recipe) if recipe.data.evaluation else None
     judged_missing = count_missing(judged, stored) if judged else 0
+    if judged:
+        mean_picture_bytes(judged)  # one of them at least can be read
 
     watch.note(f"probing {recipe.teacher.model} and {recipe.student.model} for some seconds")
     teacher = load_teacher(recipe.teacher, device)
@@ -61,6 +66,7 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
         "evaluation_missing": judged_missing,
         "views": views,
         "targets_bytes": views_missing * teacher.width * 2,
+        "pictures_bytes": min(pictures_bytes, room_bytes(targets_root / PICTURES)),
         "run_bytes": expected_bytes(student),
         "teacher_s": round(views_missing / views_per_s(teacher), 1),
         "student_s": round(recipe.training.epochs * len(images) / student_images_per_s, 1),
@@ -85,26 +91,36 @@ def open_evaluation(recipe: Recipe) -> Images:
 
 
 def count_missing(images: Images, stored: Targets | None) -> int:
-    """Return how many images the teacher has not seen yet, judged by a sample of which one at least is readable."""
-    sample = np.unique(np.linspace(0, len(images) - 1, SAMPLE_IMAGES).astype(int)).tolist()
-    require_one_readable(images, sample)
+    """Return how many images the teacher has not seen yet, judged by a sample."""
     if stored is None:
         return len(images)
-    rows = stored.rows([images.key(index) for index in sample], views=1)
+    rows = stored.rows([images.key(index) for index in sample_of(images)], views=1)
     return round(float((rows < 0).mean()) * len(images))
 
 
-def require_one_readable(images: Images, sample: list[int]) -> None:
-    """Raise the first image's own error where none of the sample can be read."""
+def mean_picture_bytes(images: Images) -> int:
+    """Return what a decoded picture takes on average, judged by a few; or raise the first one's error if none can."""
+    sizes: list[int] = []
     first: UnreadableImage | None = None
-    for index in sample:
+    for index in sample_of(images):
         try:
-            images.read(index)
-            return
+            picture = images.read(index, enough=ENOUGH)
         except UnreadableImage as error:
             first = first or error
-    if first:
+            continue
+        sizes.append(3 * picture.width * picture.height)
+        if len(sizes) == SAMPLE_PICTURES:
+            break
+    if first and not sizes:
         raise first
+    return sum(sizes) // len(sizes)
+
+
+def sample_of(images: Images) -> list[int]:
+    """Return evenly spaced images, in an order in which the first few are spread as well."""
+    numbers: list[int] = np.unique(np.linspace(0, len(images) - 1, SAMPLE_IMAGES).astype(int)).tolist()
+    stride = max(1, len(numbers) // SAMPLE_PICTURES)
+    return [number for start in range(stride) for number in numbers[start::stride]]
 
 
 def views_per_s(teacher: Teacher) -> float:
@@ -129,6 +145,7 @@ def told(recipe: Recipe, figures: dict[str, Any], device: torch.device, free: in
             f"{figures['evaluation_images']:,} in {recipe.data.evaluation}, "
             f"{figures['evaluation_missing']:,} new to the teacher"
         )
+    most = "at most" if recipe.data.keep.asks else "about"  # how many images are kept is known from their features
     templates = "1 template" if len(recipe.templates) == 1 else f"{len(recipe.templates)} templates"
     return {
         "images": f"{figures['images']:,} in {recipe.data.images}, {figures['images_missing']:,} new to the teacher",
@@ -136,7 +153,8 @@ def told(recipe: Recipe, figures: dict[str, Any], device: torch.device, free: in
         "classes": f"{len(recipe.classes)}, {templates}",
         "teacher": f"{recipe.teacher.model}, {figures['views']} views an image, about {duration(figures['teacher_s'])}",
         "student": f"{recipe.student.model} at {recipe.student.image_size} px, {recipe.training.epochs} epochs, "
-        f"about {duration(figures['student_s'])} on {device}",
+        f"{most} {duration(figures['student_s'])} on {device}",
         "disk": f"{readable_bytes(figures['targets_bytes'])} of targets, "
+        f"up to {readable_bytes(figures['pictures_bytes'])} of decoded pictures, "
         f"{readable_bytes(figures['run_bytes'])} for the run; {readable_bytes(free)} are free",
     }

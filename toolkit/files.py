@@ -14,8 +14,29 @@ from typing import Any
 
 from prgkit.errors import DiskFullError, PrgkitError
 
+LARGEST_TEXT_BYTES = 2 << 20  # of a recipe or a list of classes: ImageNet-21k's names are a quarter of this
+REMAKE = "delete it and run the command again that made it"
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # the only way to read it is to set it
+
+
+def read_text(path: Path, *, most_bytes: int = LARGEST_TEXT_BYTES) -> str:
+    """Read a text file that people write: UTF-8, with or without a byte order mark.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no text, or not one that a person wrote: a device, a pipe, or larger than ``most_bytes``.
+    """
+    if not path.is_file():  # reading /dev/zero never ends, and opening a pipe waits forever
+        raise (
+            ValueError("it is not a regular file") if path.exists() else FileNotFoundError(errno.ENOENT, "No such file")
+        )
+    if (size := path.stat().st_size) > most_bytes:
+        raise ValueError(f"it is {readable_bytes(size)}, and the limit is {readable_bytes(most_bytes)}")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8 text") from error
 
 
 @contextmanager
@@ -57,7 +78,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, fix: str = REMAKE) -> Any:
     """Read a JSON file.
 
     Raises:
@@ -68,9 +89,28 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise PrgkitError(f"there is no {path.name}", where=path.parent) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PrgkitError(
-            f"{path.name} is damaged: {error}", where=path, fix="delete it and run the command again that made it"
-        ) from error
+        raise PrgkitError(f"{path.name} is damaged: {error}", where=path, fix=fix) from error
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object with a digest of itself in it: a byte that flips on the disk is found when it is read."""
+    content = {key: part for key, part in value.items() if key != "digest"}
+    write_json(path, {**content, "digest": fingerprint(content)})
+
+
+def read_sealed(path: Path, *, fix: str = REMAKE) -> dict[str, Any]:
+    """Read what `write_sealed` wrote, without its digest; a file from before there were digests is taken as it is.
+
+    Raises:
+        PrgkitError: the file is missing or damaged; ``fix`` says what to do then.
+    """
+    value = read_json(path, fix=fix)
+    if not isinstance(value, dict):
+        raise PrgkitError(f"{path.name} is damaged: it holds no object", where=path, fix=fix)
+    stated = value.pop("digest", None)
+    if stated is not None and stated != fingerprint(value):
+        raise PrgkitError(f"{path.name} is damaged: its content is not what was written", where=path, fix=fix)
+    return value
 
 
 def sha256(path: Path) -> str:
@@ -85,7 +125,7 @@ def sha256(path: Path) -> str:
 def fingerprint(value: Any) -> str:
     """Return 16 hex digits that change when the JSON-able ``value`` does, whatever the order of its keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def require_space(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.datasets import open_demo, open_hub, open_torchvision
-from prgkit.decoding import UnreadableImage, decode, known_formats, to_rgb, upright_rgb
+from prgkit.decoding import UnreadableImage, decode, known_formats, reduced, to_rgb, upright_rgb
 from prgkit.errors import ImagesError
 from prgkit.labels import class_indices, read_label_table
+from prgkit.pictures import Adder, Pictures
 from prgkit.sources import Source, open_path, read_span, require
 
 __all__ = [
@@ -39,6 +41,7 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 IMAGES_PER_TASK = 32  # small pictures decode faster than a task is handed over
+ENOUGH = 512  # pixels of the shorter side that crops are cut from; it can be up to twice as many
 
 
 def open_images(spec: str, *, labels: Path | None = None) -> Images:
@@ -76,18 +79,19 @@ class Images:
         """Return the image's class name or number, or None; only evaluation asks."""
         return self._labels.get(index) if self._labels is not None else self._source.label(index)
 
-    def read(self, index: int) -> Image.Image:
-        """Return the image as upright RGB, or raise UnreadableImage."""
-        return decoded(self._source.fetch(index), self.name(index))
+    def read(self, index: int, *, enough: int | None = None) -> Image.Image:
+        """Return the image as upright RGB, reduced where ``enough`` [pixels] allows it, or raise UnreadableImage."""
+        return decoded(self._source.fetch(index), self.name(index), enough)
 
     def key(self, index: int) -> str:
         """Return 32 hex digits that depend on the image's content alone."""
         return content_key(self._source.fetch(index))
 
-    def read_with_key(self, index: int) -> tuple[str, Image.Image]:
-        """Return key and image, fetching once."""
+    def read_with_key(self, index: int, wanted: Callable[[str], bool]) -> tuple[str, Image.Image | None]:
+        """Return key and reduced image, fetching once; an image whose key is not ``wanted`` is not decoded."""
         fetched = self._source.fetch(index)
-        return content_key(fetched), decoded(fetched, self.name(index))
+        key = content_key(fetched)
+        return key, decoded(fetched, self.name(index), ENOUGH) if wanted(key) else None
 
 
 @dataclass(frozen=True)
@@ -107,19 +111,43 @@ class Catalogue:
     keys: tuple[str, ...]
     unreadable: tuple[Unreadable, ...]
     duplicates: int
+    pictures: Pictures | None = None  # some of them, decoded already
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def read(self, position: int) -> Image.Image:
-        """Return the image at a position in the catalogue."""
+        """Return the image at a position in the catalogue, whole."""
+        stored = self._stored(position)
+        if stored is not None and min(stored.shape[:2]) < ENOUGH:  # a reduced one would be larger
+            return Image.fromarray(stored)
         return self.images.read(int(self.indices[position]))
 
+    def read_enough(self, position: int) -> NDArray[np.uint8]:
+        """Return the pixels [height, width, 3] to cut crops from: reduced, the shorter side no less than `ENOUGH`."""
+        stored = self._stored(position)
+        return np.asarray(self.images.read(int(self.indices[position]), enough=ENOUGH)) if stored is None else stored
 
-def catalogue(images: Images, *, workers: int, progress: Callable[[int], None] | None = None) -> Catalogue:
-    """Read and decode every image once; list what cannot be read and drop exact copies.
+    def _stored(self, position: int) -> NDArray[np.uint8] | None:
+        return self.pictures.get(self.keys[position]) if self.pictures is not None else None
 
-    ``progress`` is called with how many more are done.
+
+def catalogue(
+    images: Images,
+    *,
+    workers: int,
+    progress: Callable[[int], None] | None = None,
+    known: Container[str] = (),
+    pictures: Pictures | None = None,
+) -> Catalogue:
+    """Read every image once; list what cannot be decoded and drop exact copies.
+
+    Args:
+        images: what to read.
+        workers: how many threads decode.
+        progress: called with how many more are done.
+        known: keys of images that were decoded before, and need not be decoded again to know that they can be.
+        pictures: keeps what is decoded.
 
     Raises:
         ImagesError: no image can be read.
@@ -128,18 +156,24 @@ def catalogue(images: Images, *, workers: int, progress: Callable[[int], None] |
     keys: dict[str, int] = {}
     unreadable: list[Unreadable] = []
     pool = ThreadPoolExecutor(max(1, workers))
-    try:
-        starts = range(0, len(images), IMAGES_PER_TASK)
-        for start, outcomes in zip(starts, pool.map(lambda start: examine(images, start), starts), strict=True):
-            for index, outcome in enumerate(outcomes, start):
-                if isinstance(outcome, Unreadable):
-                    unreadable.append(outcome)
-                else:
-                    keys.setdefault(outcome, index)
-            if progress:
-                progress(len(outcomes))
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
+    with pictures.adding() if pictures is not None else nullcontext() as adder:
+
+        def wanted(key: str) -> bool:
+            return key not in known or (adder is not None and adder.wants(key))
+
+        try:
+            starts = range(0, len(images), IMAGES_PER_TASK)
+            examined = pool.map(lambda start: examine(images, start, wanted, adder), starts)
+            for start, outcomes in zip(starts, examined, strict=True):
+                for index, outcome in enumerate(outcomes, start):
+                    if isinstance(outcome, Unreadable):
+                        unreadable.append(outcome)
+                    else:
+                        keys.setdefault(outcome, index)
+                if progress:
+                    progress(len(outcomes))
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
     if not keys:
         raise none_readable(images, unreadable)
     ordered = sorted(keys)
@@ -149,17 +183,22 @@ def catalogue(images: Images, *, workers: int, progress: Callable[[int], None] |
         keys=tuple(ordered),
         unreadable=tuple(unreadable),
         duplicates=len(images) - len(unreadable) - len(keys),
+        pictures=pictures,
     )
 
 
-def examine(images: Images, start: int) -> list[str | Unreadable]:
-    """Decode one task's images and keep nothing but their keys, so that memory holds one picture a worker."""
+def examine(images: Images, start: int, wanted: Callable[[str], bool], adder: Adder | None) -> list[str | Unreadable]:
+    """Decode one task's images and return nothing but their keys, so that memory holds one picture a worker."""
     outcomes: list[str | Unreadable] = []
     for index in range(start, min(start + IMAGES_PER_TASK, len(images))):
         try:
-            outcomes.append(images.read_with_key(index)[0])
+            key, picture = images.read_with_key(index, wanted)
         except UnreadableImage as error:
             outcomes.append(Unreadable(error.name, error.reason))
+            continue
+        if adder is not None and picture is not None:
+            adder.add(key, np.asarray(picture))
+        outcomes.append(key)
     return outcomes
 
 
@@ -257,9 +296,9 @@ class Preprocessing:
             raise ImagesError(what, fix="export the run again: prgkit export") from error
 
 
-def decoded(fetched: bytes | Image.Image, name: str) -> Image.Image:
+def decoded(fetched: bytes | Image.Image, name: str, enough: int | None = None) -> Image.Image:
     """Turn what a source hands out into RGB."""
-    return decode(fetched, name) if isinstance(fetched, bytes) else upright_rgb(fetched)
+    return decode(fetched, name, enough=enough) if isinstance(fetched, bytes) else reduced(upright_rgb(fetched), enough)
 
 
 def content_key(fetched: bytes | Image.Image) -> str:

@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import ImagesError, nearest
+from prgkit.files import read_text
 from prgkit.prompts import canonical
 from prgkit.sources import Source
 
 FILE_HEADERS = frozenset({"file", "filename", "file_name", "image", "path", "name"})
 LABEL_HEADERS = frozenset({"label", "class", "category", "class_name"})
+LARGEST_TABLE_BYTES = 256 << 20  # some ten million rows
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -54,15 +56,23 @@ def read_label_table(path: Path, source: Source) -> dict[int, str]:
 def read_rows(path: Path) -> list[tuple[int, str, str]]:
     """Return line number, file and label of every row that has both."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        text = read_text(path, most_bytes=LARGEST_TABLE_BYTES)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         what = f"the labels in {path.name} cannot be read: {reason}"
         raise ImagesError(what, where=path, fix="give a CSV file of file,label rows") from error
     lines = text.splitlines()
     delimiter = max(",;\t", key=(lines[0] if lines else "").count)
     reader = csv.reader(lines, delimiter=delimiter)
-    rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)]
+    try:
+        rows = [
+            (reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)
+        ]
+    except csv.Error as error:
+        fix = "give a CSV file of file,label rows"
+        raise ImagesError(
+            f"{path.name} is no CSV file: {error}", where=f"{path}, line {reader.line_num}", fix=fix
+        ) from error
     narrow = next((line for line, row in rows if len(row) < 2), None)
     if narrow is not None:
         fix = "write two columns: file,label"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from prgkit import quality
+from prgkit.answers import Answers, no_correction
 from prgkit.devices import best_device
 from prgkit.errors import ImagesError
-from prgkit.files import fingerprint, write_json
+from prgkit.files import fingerprint
 from prgkit.images import Catalogue, catalogue, match_labels, open_images
+from prgkit.keep import images_an_epoch
 from prgkit.objectives import TeacherSide
-from prgkit.objectives.prg import prompt_logits, weighted_logits
+from prgkit.pictures import PICTURES, Pictures
 from prgkit.recipe import Recipe
 from prgkit.run import Run
-from prgkit.targets import Targets, embed, open_targets
+from prgkit.targets import Targets, embed, existing_targets, open_targets
 from prgkit.teacher import Teacher, check_teacher, load_teacher
+from prgkit.trust import put_right, tell_learned, tell_quality
 from prgkit.views import default_workers
 from prgkit.watch import Watch
 
@@ -37,18 +38,27 @@ class Lesson:
     rows: NDArray[np.int64]  # [images], in the target store
     held_out: NDArray[np.int64]  # positions that select the checkpoint
     learned: NDArray[np.int64]  # positions that the student learns from
-    prompts: Tensor  # T [M, C, D]
-    prompt_weighting: str
+    shares: NDArray[np.float32] | None  # of the epochs that each learned image [learned] is in; None: of all
+    answers: Answers  # on the device that asks
+
+    @property
+    def images_an_epoch(self) -> int:
+        """How many images there are to learn from in an epoch."""
+        return len(self.learned) if self.shares is None else images_an_epoch(self.shares)
 
     def fingerprint(self) -> str:
-        """Return what changes when other images are learned from, or when they are seen by another teacher."""
-        return fingerprint([self.targets.folder.name, [self.catalogue.keys[position] for position in self.learned]])
+        """Return what changes when other images are learned from, or when the teacher says something else of them."""
+        made_from: list[Any] = [self.targets.folder.name, [self.catalogue.keys[position] for position in self.learned]]
+        if self.shares is not None:
+            made_from.append(self.shares.tolist())
+        if not self.answers.correction.is_none:
+            made_from.append([self.answers.correction.log_prior.tolist(), self.answers.correction.temperature])
+        return fingerprint(made_from)
 
     def answer(self, positions: NDArray[np.int64], views: NDArray[np.int64], device: torch.device) -> TeacherSide:
         """Return the teacher's side (I, W, y) of these views."""
         features = self.targets.features(self.rows[positions], views).to(device)  # I [B, D]
-        per_prompt = prompt_logits(features, self.prompts.to(device), self.targets.logit_scale)  # W_m [B, M, C]
-        logits = weighted_logits(per_prompt, self.prompt_weighting)  # W [B, C]
+        logits = self.answers.logits(features)  # W [B, C]
         return TeacherSide(features, logits, logits.argmax(dim=1))
 
 
@@ -61,78 +71,64 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
         return load_teacher(recipe.teacher, best_device())
 
     check_teacher(recipe.teacher)
-    images = read_catalogue(recipe.data.images, recipe, watch)
-    targets = open_targets(recipe, targets_root, teacher)
+    stored, pictures = existing_targets(recipe, targets_root), Pictures(targets_root / PICTURES)
+    images = read_catalogue(recipe.data.images, recipe, watch, known=stored or (), pictures=pictures)
+    targets = stored or open_targets(recipe, targets_root, teacher)
     for place in targets.damaged:
-        watch.note(f"damaged block in {targets.folder}: {place}; its images are embedded again")
-    evaluation = read_evaluation(recipe, images, watch) if recipe.data.evaluation else None
+        watch.note(f"damaged in {targets.folder}: {place}; what was in it is embedded again")
+    for place in pictures.damaged:
+        watch.note(f"damaged in {pictures.folder}: {place}; what was in it is decoded again")
+    evaluation = read_evaluation(recipe, images, targets, watch) if recipe.data.evaluation else None
     if run is not None:
-        run.update_card(images=facts_of(images), evaluation=facts_of(evaluation) if evaluation else None)
+        judged = facts_of(evaluation) if evaluation else None
+        run.update_card(images=facts_of(images), evaluation=judged, teacher=targets.facts())
     held_out = hold_out(images.keys, recipe.data.held_out)
     views = np.full(len(images), 1 + recipe.views.count)
     views[held_out] = 1  # the evaluation view alone
     embed(targets, images, views=views, recipe=recipe, teacher=teacher, watch=watch)
     if evaluation is not None:
         embed(targets, evaluation, views=np.ones(len(evaluation), int), recipe=recipe, teacher=teacher, watch=watch)
+    prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
     lesson = Lesson(
         catalogue=images,
         targets=targets,
         rows=targets.rows(images.keys, views=1),
         held_out=held_out,
         learned=np.setdiff1d(np.arange(len(images)), held_out),
-        prompts=targets.prompts(recipe.classes, recipe.templates, teacher),
-        prompt_weighting=recipe.prompt_weighting,
+        shares=None,
+        answers=Answers(prompts, targets.logit_scale, recipe.prompt_weighting, no_correction(len(recipe.classes))),
     )
+    if recipe.targets.corrects or recipe.data.keep.asks:
+        lesson = put_right(lesson, recipe, watch, run)
     if run is None or not run.quality_file.exists():
         tell_quality(lesson, recipe, watch, run)
+    tell_learned(lesson, recipe.data.keep, watch, run)
     return lesson
 
 
-def tell_quality(lesson: Lesson, recipe: Recipe, watch: Watch, run: Run | None) -> None:
-    """Say how far the pseudo-labels can be trusted, and keep it in the run."""
-    # The catalogue is ordered by content, so evenly spaced positions are a random sample.
-    count = min(len(lesson.catalogue), quality.MOST_IMAGES)
-    positions = np.unique(np.linspace(0, len(lesson.catalogue) - 1, count).astype(int))
-    features, logits, template_labels = [], [], []
-    for part in np.array_split(lesson.rows[positions], max(1, len(positions) // 256)):
-        features.append(lesson.targets.features(part, np.zeros(len(part), dtype=int)))
-        per_prompt = prompt_logits(features[-1], lesson.prompts, lesson.targets.logit_scale)  # [part, M, C]
-        logits.append(weighted_logits(per_prompt, lesson.prompt_weighting))
-        template_labels.append(per_prompt.argmax(dim=2).T)  # [M, part]
-    found = quality.assess(
-        torch.cat(features).numpy(),
-        torch.cat(logits).numpy(),
-        torch.cat(template_labels, dim=1).numpy(),
-        logit_scale=lesson.targets.logit_scale,
-        classes=recipe.classes,
-        templates=recipe.templates,
-        names=[lesson.catalogue.images.name(int(index)) for index in lesson.catalogue.indices[positions]],
-    )
-    watch.note("the teacher's answers:")
-    for name, line in quality.summary(found):
-        watch.note(f"  {name:<12}{line}")
-    if run is not None:
-        write_json(run.quality_file, found)
+def read_catalogue(
+    spec: str, recipe: Recipe, watch: Watch, *, known: Container[str] = (), pictures: Pictures | None = None
+) -> Catalogue:
+    """Read every image of ``spec`` once: which are readable, which are the same, and the content key of each.
 
-
-def read_catalogue(spec: str, recipe: Recipe, watch: Watch) -> Catalogue:
-    """Read every image of ``spec`` once: which are readable, which are the same, and the content key of each."""
+    An image that is ``known``, since the teacher has seen it, is not decoded; what is decoded is kept in ``pictures``.
+    """
     labels = recipe.data.evaluation_labels if spec == recipe.data.evaluation else None
     images = open_images(spec, labels=Path(labels) if labels else None)
     watch.start("images", len(images), "img")
-    found = catalogue(images, workers=default_workers(), progress=watch.advance)
+    found = catalogue(images, workers=default_workers(), progress=watch.advance, known=known, pictures=pictures)
     if found.unreadable:
         first = found.unreadable[0]
         watch.note(f"{len(found.unreadable)} of {len(images)} images are unreadable, e.g. {first.name}: {first.reason}")
     return found
 
 
-def read_evaluation(recipe: Recipe, learned: Catalogue, watch: Watch) -> Catalogue:
+def read_evaluation(recipe: Recipe, learned: Catalogue, targets: Targets, watch: Watch) -> Catalogue:
     """Read the labelled images, and say now rather than after training if their labels fit no class.
 
     Nothing of a label goes any further: the teacher will see these images, and the student only when it is measured.
     """
-    evaluation = read_catalogue(recipe.data.evaluation or "", recipe, watch)
+    evaluation = read_catalogue(recipe.data.evaluation or "", recipe, watch, known=targets)
     match_labels(evaluation, recipe.classes)
     if shared := len(set(evaluation.keys) & set(learned.keys)):
         watch.note(f"{shared} evaluation images are also among those to learn from: accuracy on them flatters")

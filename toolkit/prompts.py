@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prgkit.errors import RecipeError, nearest
+from prgkit.files import read_text
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 CIFAR100 = """
@@ -39,6 +40,8 @@ CIFAR = tuple(
 )
 
 NAMED_CLASSES = ("cifar10", "cifar100", "digits", "imagenet1k")
+LIST_SUFFIXES = (".txt", ".names", ".list", ".csv")
+NAMES_FIX = f"give a text file with one name a line, or one of {', '.join(NAMED_CLASSES)}"
 NAMED_TEMPLATES = ("cifar", "digits", "imagenet", "photo", "plain")
 
 
@@ -150,23 +153,39 @@ def find_file(value: str, folder: Path | None) -> Path:
     """Return the class file: relative to ``folder`` first, then to where the command runs."""
     given = Path(os.path.expandvars(os.path.expanduser(value)))
     candidates = [folder / given, given] if folder else [given]
-    for path in candidates:
-        if path.is_file():
-            return path
+    try:
+        found = next((path for path in candidates if path.exists()), None)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise RecipeError(f"there is no class list {value[:80]!r}: {error.strerror}", fix=NAMES_FIX) from error
+    if found is not None:
+        return require_list(found)
     parent = candidates[0].parent
     siblings = [path.name for path in parent.iterdir() if path.is_file()] if parent.is_dir() else []
     raise RecipeError(
         f"there is no class list {value!r}{nearest(given.name, [*NAMED_CLASSES, *siblings])}",
         where=parent.absolute(),
-        fix=f"give a text file with one name a line, or one of {', '.join(NAMED_CLASSES)}",
+        fix=NAMES_FIX,
     )
+
+
+def require_list(path: Path) -> Path:
+    """Return a file that is a list of names by its own name.
+
+    A recipe may point anywhere, ``../photos`` and ``../names.txt`` too: it is its user's. But of all that it points at,
+    this file alone is copied, line for line, into every run and from there into every bundle that is given away. So a
+    page by a stranger that says ``/etc/passwd`` or ``~/.ssh/id_rsa`` here is refused before anything is read or shown.
+    """
+    if path.suffix.lower() not in LIST_SUFFIXES:
+        what = f"{path.name} is not a class list by its name: its lines would travel in every bundle"
+        raise RecipeError(what, where=path, fix=f"give a text file that ends in {', '.join(LIST_SUFFIXES)}")
+    return path
 
 
 def read_lines(path: Path) -> list[str]:
     """Read a UTF-8 text file, with or without a byte order mark."""
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        return read_text(path).splitlines()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         what = f"{path.name} cannot be read: {reason}"
         raise RecipeError(what, where=path, fix="save it as a UTF-8 text file") from error

@@ -24,7 +24,7 @@ def assess(
     logits: Floats,
     template_labels: NDArray[np.int64],
     *,
-    logit_scale: float,
+    cosines: Floats,
     classes: Sequence[str],
     templates: Sequence[str],
     names: Sequence[str],
@@ -33,9 +33,9 @@ def assess(
 
     Args:
         features: the teacher's unit features I [n, D] of the evaluation view.
-        logits: its prompt-weighted logits W [n, C].
+        logits: its answers W [n, C], as the student will learn them.
         template_labels: the class that each template alone would name [M, n].
-        logit_scale: s of METHOD, which turns logits back into cosines.
+        cosines: of each image [n] with the class nearest to it, before any correction.
         classes: C names.
         templates: M templates.
         names: n names of images, for the ones worth a look.
@@ -52,7 +52,7 @@ def assess(
         "balance": balance(labels, classes),
         "confused": confused(order[margin < CLOSE_CALL], classes),
         "near_duplicates": near_duplicates(features.astype(np.float32), labels, names),
-        "outliers": outliers(logits.max(axis=1) / logit_scale, names),
+        "outliers": outliers(cosines, names),
         "templates": [
             {"template": template, "agreement": round(100 * float((chosen == labels).mean()), 2)}
             for template, chosen in zip(templates, template_labels, strict=True)
@@ -65,7 +65,8 @@ def summary(quality: dict[str, Any]) -> list[tuple[str, str]]:
     spread, pairs = quality["balance"], quality["confused"]
     alike, far = quality["near_duplicates"], quality["outliers"]
     close = 100 * quality["close_calls"] / quality["images"]
-    lines = [
+    lines = [("correction", corrected(quality["correction"]))] if quality.get("correction") else []
+    lines += [
         ("confidence", f"{quality['confidence']['mean']:.2f} on average, {close:.0f} % of the images are close calls"),
         (
             "balance",
@@ -91,16 +92,45 @@ def summary(quality: dict[str, Any]) -> list[tuple[str, str]]:
 def balance(labels: NDArray[np.int64], classes: Sequence[str]) -> dict[str, Any]:
     """Return images per pseudo-class against an even share; CLIP's are uneven even where the images are not."""
     counts = np.bincount(labels, minlength=len(classes))
-    shares = counts[counts > 0] / counts.sum()
     return {
         "counts": counts.tolist(),
         "uniform": len(labels) / len(classes),
         "largest": {"class": classes[int(counts.argmax())], "count": int(counts.max())},
         "smallest": {"class": classes[int(counts.argmin())], "count": int(counts.min())},
         "unmatched": [name for name, count in zip(classes, counts, strict=True) if count == 0],
-        # exp(entropy): as many evenly filled classes would be as varied
-        "effective_classes": round(float(np.exp(-(shares * np.log(shares)).sum())), 2),
+        "effective_classes": effective_classes(counts),
     }
+
+
+def effective_classes(counts: NDArray[np.int64]) -> float:
+    """Return exp(entropy) of images per class [C]: as many evenly filled classes would be as varied."""
+    shares = counts[counts > 0] / counts.sum()
+    return round(float(np.exp(-(shares * np.log(shares)).sum())), 2)
+
+
+def changes(before: Floats, after: Floats) -> dict[str, Any]:
+    """Return what a correction did to the pseudo-labels: logits W [n, C] before and after it."""
+    labels = [logits.argmax(axis=1) for logits in (before, after)]
+    varied = [effective_classes(np.bincount(one, minlength=before.shape[1])) for one in labels]
+    return {
+        "changed": int((labels[0] != labels[1]).sum()),
+        "images": len(before),
+        "effective_classes": {"before": varied[0], "after": varied[1]},
+    }
+
+
+def corrected(correction: dict[str, Any]) -> str:
+    """Say what was done to the teacher's answers."""
+    told = []
+    if correction["debias"]:
+        varied = correction["effective_classes"]
+        told.append(
+            f"debias {correction['debias']} changed {correction['changed']:,} of {correction['images']:,} "
+            f"pseudo-labels, as varied as {varied['after']:.1f} even classes, before {varied['before']:.1f}"
+        )
+    if correction["entropy"] is not None:
+        told.append(f"temperature {correction['temperature']:.3g}")
+    return "; ".join(told)
 
 
 def confused(close_calls: NDArray[np.int64], classes: Sequence[str]) -> list[tuple[str, str, int]]:

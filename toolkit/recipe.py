@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -22,8 +22,9 @@ from pydantic import (
 )
 
 from prgkit.errors import RecipeError, nearest
-from prgkit.files import fingerprint, write_text
+from prgkit.files import fingerprint
 from prgkit.mistakes import explain
+from prgkit.page import parse, read_page, write_page
 from prgkit.prompts import load_classes, load_templates
 
 
@@ -41,6 +42,18 @@ def _shape(value: Any) -> str:
 Words = Annotated[Annotated[str, Tag("one word")] | Annotated[tuple[str, ...], Tag("a list")], Discriminator(_shape)]
 
 
+class Keep(Page):
+    """Which images are learned from, by the teacher's confidence: the largest probability in its answer."""
+
+    min_confidence: float = Field(0.0, ge=0, lt=1)  # images below it are not learned from
+    weighted: bool = False  # an image is in that share of the epochs that its confidence is
+
+    @property
+    def asks(self) -> bool:
+        """Whether any confidence has to be known."""
+        return self.weighted or self.min_confidence > 0
+
+
 class Data(Page):
     """Where the images come from, and what may be in them."""
 
@@ -50,6 +63,7 @@ class Data(Page):
     classes: Words  # a named list, a file with one name a line, or the names
     prompts: Words = "photo"  # a named template set, or templates with one {} each
     held_out: float = Field(0.05, gt=0, lt=0.5)  # share of the unlabelled images that selects the checkpoint
+    keep: Keep = Keep()
 
 
 class TeacherPage(Page):
@@ -75,6 +89,18 @@ class Views(Page):
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError("must be [low, high] with 0 < low <= high <= 1")
         return scale
+
+
+class TargetsPage(Page):
+    """How the teacher's answers are put right before anyone learns from them; without a label, without the teacher."""
+
+    debias: float = Field(0.0, ge=0, le=1)  # how much of the teacher's own prior is taken off; 0: none
+    entropy: float | None = Field(None, gt=0, lt=1)  # the mean that a temperature gives them, as a share of ln C
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the answers differ from what the teacher says by itself."""
+        return self.debias > 0 or self.entropy is not None
 
 
 class StudentPage(Page):
@@ -150,6 +176,7 @@ class Export(Page):
     opset: int = Field(20, ge=19)
     batch: tuple[int, int, int] = (1, 1, 32)  # [min, opt, max] of a TensorRT profile; opt is the deployed batch
     evaluation_images: int = Field(2000, ge=1)
+    fidelity: float = Field(98.0, ge=90, lt=100)  # percent of those on which INT8 must surely give FP32's answer
 
     @field_validator("batch")
     @classmethod
@@ -173,6 +200,7 @@ class Recipe(Page):
     data: Data
     teacher: TeacherPage
     views: Views = Views()
+    targets: TargetsPage = TargetsPage()
     student: StudentPage
     objective: tuple[AnyObjective, ...]
     training: Training = Training()
@@ -250,7 +278,7 @@ def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
 
 def find_recipe(name: str) -> Path:
     """Return the page of a recipe's name, or of a path to a YAML file."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     shipped = shipped_recipes()
     if name in shipped:
         return shipped[name]
@@ -267,15 +295,6 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def read_page(path: Path) -> str:
-    """Read a recipe's text."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"the recipe cannot be read: {reason}", where=path, fix="save it as UTF-8 text") from error
-
-
 def shipped_recipes() -> dict[str, Path]:
     """Return the pages that come with the package, by name."""
     folder = Path(str(resources.files("prgkit.recipes")))
@@ -290,51 +309,7 @@ def summary_line(path: Path) -> str:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as YAML that `load_recipe` reads back as the same recipe."""
-    page = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    write_text(path, page)
-
-
-class _Refused(yaml.MarkedYAMLError):
-    """Valid YAML that a recipe has no use for."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without its traps: no aliases (they can explode), no key twice (the first would be lost)."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise _Refused(problem="an alias (*name) stands for a value; write the value out", problem_mark=mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise _Refused(problem="a key is a single word; write key: value", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise _Refused(problem=f"the key {key.value!r} stands twice; keep one", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def parse(text: str, *, where: object) -> dict[str, Any]:
-    """Read YAML into a mapping, or say on which line it is broken."""
-    try:
-        raw = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be read"
-        what = problem if isinstance(error, _Refused) else f"the recipe is no valid YAML: {problem}"
-        raise RecipeError(what, where=f"{where}{line}") from error
-    except RecursionError as error:
-        raise RecipeError("the recipe is nested too deeply", where=where) from error
-    if not isinstance(raw, dict):
-        raise RecipeError(
-            "the recipe is no mapping of sections", where=where, fix="prgkit recipes --show custom prints one to copy"
-        )
-    return raw
+    write_page(recipe.model_dump(mode="json"), path)
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
@@ -367,10 +342,12 @@ def validate(raw: Mapping[str, Any], *, where: object) -> Recipe:
     """
     try:
         return Recipe.model_validate_json(json.dumps(raw, default=str))
-    except ValidationError as error:
+    except (ValueError, RecursionError) as error:
+        if not isinstance(error, ValidationError):
+            raise RecipeError(f"the recipe cannot be read: {error}", where=where) from error
         fields = {name: field.annotation for name, field in Recipe.model_fields.items()}
         sections = {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Page)}
-        sections[""] = Recipe
+        sections.update({"": Recipe, "data.keep": Keep})
         listed = isinstance(raw.get("objective"), list)
         mistakes = [explain(mistake, sections, OBJECTIVES, listed=listed) for mistake in error.errors()]
         count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"

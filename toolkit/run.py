@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -15,15 +16,13 @@ from typing import Any
 
 from prgkit import __version__
 from prgkit.errors import PrgkitError, RunError
-from prgkit.files import guarding_space, read_json, sha256, write_json, write_text
-from prgkit.recipe import NOT_LEARNED_FROM, Recipe, parse, save_recipe, validate
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: two processes on one folder are then not noticed
-    fcntl = None  # type: ignore[assignment]
+from prgkit.files import guarding_space, read_json, read_sealed, sha256, write_sealed, write_text
+from prgkit.page import parse
+from prgkit.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
 
 RUNS = Path("runs")
+LONGEST_NAME_BYTES = 200  # most file systems take 255
+TICKS = Path("audit") / "ticks.csv"  # in a run, and in the bundle that travels
 
 
 class Run:
@@ -36,7 +35,12 @@ class Run:
         self.weights = folder / "student.safetensors"
         self.state = folder / "state" / "checkpoint.safetensors"
         self.quality_file = folder / "quality.json"
+        self.answers_file = folder / "answers.json"  # how the teacher's answers were put right
+        self.confidence_file = folder / "confidence.npy"  # of the teacher in them, where images are chosen by it
         self.metrics_file = folder / "metrics.jsonl"
+        self.ticks_file = folder / TICKS
+        self.sample_file = self.ticks_file.with_name("sample.json")  # which images are on the sheet, and why those
+        self.sheet_file = self.ticks_file.with_name("sheet.html")
         self.bundle = folder / "bundle"
         self.bench = folder / "bench"
 
@@ -55,23 +59,40 @@ class Run:
     @property
     def card(self) -> dict[str, Any]:
         """What the run is made from and how far it is."""
-        card: dict[str, Any] = read_json(self.card_file)
-        return card
+        return read_sealed(self.card_file, fix=self.lost_card())
 
     def update_card(self, **facts: Any) -> None:
         """Add facts to the card; the file is replaced whole."""
-        write_json(self.card_file, {**(self.card if self.card_file.exists() else {}), **facts})
+        write_sealed(self.card_file, {**(self.card if self.card_file.exists() else {}), **facts})
+
+    def lost_card(self) -> str:
+        """Say what brings a damaged card back: the run's own command finds its recipe and its checkpoint."""
+        recipe, folder = shlex.quote(str(self.recipe_file)), shlex.quote(str(self.folder))
+        return f"delete it, then: prgkit distill {recipe} --run {folder}"
+
+    def clear_leftovers(self) -> None:
+        """Remove what a kill left half-written of the files that only the holder of the run's lock writes."""
+        for file in (self.state, self.weights, self.metrics_file, self.quality_file):
+            for leftover in file.parent.glob(f".{file.name}.*.part"):
+                leftover.unlink()
 
     @property
     def finished(self) -> bool:
         """Whether the student is trained."""
         return self.card_file.exists() and bool(self.card.get("finished"))
 
+    def quality(self) -> dict[str, Any] | None:
+        """Return what was known of the pseudo-labels before training, where that was written down."""
+        if not self.quality_file.exists():
+            return None
+        return read_sealed(self.quality_file, fix="delete it: the report does without")
+
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics, one record an epoch; a torn last line is left out."""
         if not self.metrics_file.exists():
             return []
-        return list(complete_lines(self.metrics_file))
+        lost = "delete that line: one epoch's figures are lost, and nothing else is"
+        return list(complete_lines(self.metrics_file, fix=lost))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append one epoch's record and flush it to the disk."""
@@ -125,7 +146,7 @@ def require_own_folder(folder: Path, recipe: Recipe) -> None:
                 where=folder,
                 fix=f"start a new run with --run {folder}-2, or delete {folder}",
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not is_leftover(path) for path in folder.iterdir()):
         raise RunError(
             "the folder is not empty and holds no run", where=folder, fix="give --run a new or an empty folder"
         )
@@ -140,6 +161,8 @@ def find_run(given: Path | None) -> Run:
     if given is not None:
         if (given / "recipe.yaml").is_file():
             return Run(given)
+        if given.is_file():
+            raise packed_or_no_folder(given)
         raise RunError(
             "this is no run folder: it has no recipe.yaml" if given.exists() else "there is no such run folder",
             where=given,
@@ -153,6 +176,14 @@ def find_run(given: Path | None) -> Run:
             "there is no run here", where=Path.cwd(), fix="prgkit distill demo makes one, or name one with --run FOLDER"
         )
     return Run(runs[-1].parent)
+
+
+def packed_or_no_folder(file: Path) -> RunError:
+    """Build the error for a file where a folder is meant: most likely a bundle that is still packed."""
+    if not zipfile.is_zipfile(file):
+        return RunError("this is a file, not a run or a bundle", where=file, fix="give the folder that holds it")
+    unpack = f"python -m zipfile -e {shlex.quote(str(file))} ."
+    return RunError("this bundle is still packed", where=file, fix=f"unpack it here, and give its folder: {unpack}")
 
 
 def find_bundle(given: Path | None) -> tuple[Path, Run | None]:
@@ -209,9 +240,12 @@ def run_name(source: str) -> str:
     A path gives its last part, ``torchvision:CIFAR100/train`` all of its own.
     """
     scheme, colon, rest = source.partition(":")
-    words = rest if colon and scheme in ("torchvision", "hf", "demo") else Path(source).expanduser().resolve().name
+    spelled = colon and scheme in ("torchvision", "hf", "demo")
+    # What follows decides where a run is written, and may be a stranger's recipe: one part of a path, no more.
+    words = rest if spelled else os.path.basename(os.path.abspath(os.path.expanduser(source.replace("\0", ""))))
     stem = re.sub(r"\.(yaml|yml|zip|tar)$", "", words)
-    return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "run"
+    name = re.sub(r"[^\w.-]+", "-", stem).encode()[:LONGEST_NAME_BYTES].decode(errors="ignore")
+    return name.strip("-.") or "run"
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
@@ -235,35 +269,35 @@ def drop_torn_line(path: Path) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def complete_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield a JSON-lines file's records; stop at a last line that was torn by a kill."""
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            if number == len(lines) - 1:
-                return
-            raise RunError(f"line {number} of {path.name} is damaged", where=path) from error
-
-
-@contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Hold ``folder`` for this process alone.
+def complete_lines(path: Path, *, fix: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield a JSON-lines file's records; stop at a last line that was torn by a kill.
 
     Raises:
-        RunError: another process holds it.
+        RunError: a line before the last is damaged; ``fix`` says what to do about it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunError(
-                    f"another process is working on this {what}", where=folder, fix="wait for it, or stop it first"
-                ) from error
-        yield
+    lines = numbered_lines(path)
+    for number, record in lines:
+        if record is not None:
+            yield record
+        elif number < len(lines):
+            raise RunError(f"line {number} of {path.name} is damaged", where=path, fix=fix)
+
+
+def numbered_lines(path: Path) -> list[tuple[int, dict[str, Any] | None]]:
+    """Return a JSON-lines file's whole lines, numbered from 1; None stands for one that is damaged."""
+    found: list[tuple[int, dict[str, Any] | None]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        found.append((number, record if isinstance(record, dict) else None))
+    return found
+
+
+def is_leftover(path: Path) -> bool:
+    """Tell whether a file is what a kill left behind: a half-written one, or a lock."""
+    return path.name == ".lock" or (path.name.startswith(".") and path.name.endswith(".part"))
 
 
 class Interrupted(PrgkitError):  # noqa: N818 - nothing went wrong

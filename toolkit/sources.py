@@ -21,6 +21,8 @@ from PIL import Image
 from prgkit.decoding import UnreadableImage, image_suffixes
 from prgkit.errors import ImagesError, nearest
 
+# What Python's readers of archives raise on damaged bytes, besides errors of their own.
+DAMAGES = (OSError, EOFError, ValueError, IndexError, KeyError, OverflowError, RuntimeError, struct.error, zlib.error)
 LARGEST_FILE_BYTES = 1 << 30  # no photograph; a zip member can claim any size
 KINDS = "a folder, a .zip, tar shards such as shards-{000..004}.tar, torchvision:NAME/split or hf:owner/name/split"
 
@@ -47,11 +49,15 @@ def open_path(spec: str) -> Source:
         ImagesError: there is nothing there, it is damaged, or it holds no images.
     """
     path = Path(os.path.expandvars(os.path.expanduser(spec)))
+    try:
+        path.is_dir(), path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise ImagesError(f"{spec[:80]} cannot be opened: {error.strerror}", fix=f"give {KINDS}") from error
     if path.is_dir():
         return FolderSource(spec, path)
     if path.suffix.lower() == ".tar":
-        shards = [path] if path.exists() else [Path(shard) for shard in expand_braces(str(path))]
-        return TarSource(spec, [require(shard, spec) for shard in shards])
+        shards = [str(path)] if path.exists() else expand_braces(str(path))
+        return TarSource(spec, [require(Path(shard), spec) for shard in shards])  # ends at the first that is missing
     require(path, spec)
     if path.suffix.lower() == ".zip":
         return ZipSource(spec, path)
@@ -142,7 +148,7 @@ class ZipSource:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.infolist() if not member.is_dir()]
-        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, *DAMAGES) as error:
             raise ImagesError(f"{spec} is damaged: {error}", where=path, fix="copy or download it again") from error
         self.path = path
         pictures = sorted((m for m in members if is_image(posix(m.filename))), key=lambda m: m.filename)
@@ -205,6 +211,8 @@ def read_span(path: Path, name: str, *, offset: int = 0, size: int | None = None
             data = file.read(wanted)
     except OSError as error:
         raise UnreadableImage(name, (error.strerror or str(error)).lower()) from error
+    except (OverflowError, ValueError) as error:  # an archive that speaks of a place beyond any disk
+        raise UnreadableImage(name, "damaged inside the archive") from error
     if len(data) < wanted:
         raise UnreadableImage(name, "truncated: the file ends before the image does")
     return data
@@ -216,7 +224,7 @@ def list_tar(path: Path) -> list[tuple[str, int, int]]:
         with tarfile.open(path, "r:") as tar:
             files = [member for member in tar if member.isreg() and not member.issparse()]
             return [(posix(member.name), member.offset_data, member.size) for member in files]
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, *DAMAGES) as error:
         fix = "copy or download it again; a compressed tar has to be decompressed first"
         raise ImagesError(f"{path.name} is not a whole tar file: {error}", where=path, fix=fix) from error
 

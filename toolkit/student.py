@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from prgkit.images import Preprocessing
 from prgkit.objectives.sides import StudentSide
 from prgkit.recipe import StudentPage
 from prgkit.run import Run
+from prgkit.tensors import load_facts, load_tensors
 
 
 class Normalised(nn.Module):
@@ -127,25 +127,24 @@ def load_student(run: Run) -> Student:
         raise StudentError("the run has no student yet", where=run.folder, fix=f"{again} goes on with it")
     recipe, card = run.recipe, run.card
     try:
-        weights = load_file(run.weights)
+        weights, _ = load_tensors(run.weights)
         # The weights come from the file, so a pretrained start is not fetched again.
         page = recipe.student.model_copy(update={"initial": "random", "crop": card["student"]["preprocessing"]["crop"]})
         student = build_student(page, classes=len(recipe.classes), teacher_width=card["teacher"]["width"])
         student.load_state_dict(weights)
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"
         raise StudentError(
             f"the student's weights are damaged: {str(error).splitlines()[0]}",
             where=run.weights,
-            fix=f"delete {run.folder} and distill again; the targets are kept",
+            fix=f"delete it, and {again} brings a student back from the run's checkpoint",
         ) from error
     return student.eval()
 
 
 def student_facts(path: Path) -> dict[str, Any]:
     """Return what is written in a weights file's header: the epoch it comes from, and its agreement."""
-    with safe_open(path, framework="pt") as file:
-        facts: dict[str, Any] = json.loads((file.metadata() or {}).get("facts", "{}"))
-    return facts
+    return load_facts(path)
 
 
 def reparameterised(model: nn.Module) -> nn.Module:

@@ -7,13 +7,15 @@ teacher pass. It belongs to a teacher and a way of drawing views, not to a datas
         card.json        what the store is made from
         journal.jsonl    one line a block: its first row, its images' keys, how many views they have, a digest a view
         view-000.f16     [rows, D] float16, one file a view; view 0 is the evaluation view
-        prompts-*.npy    [M, C, D] float32, one file for each set of classes and templates
+        prompts-*.npy    [M, C, D] float32, one file for each set of classes and templates; its name ends in its digest
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,17 +26,29 @@ import torch
 from numpy.typing import NDArray
 
 from prgkit.errors import TargetsError
-from prgkit.files import fingerprint, guarding_space, read_json, require_space, write_bytes, write_json
+from prgkit.files import (
+    fingerprint,
+    guarding_space,
+    read_sealed,
+    require_space,
+    write_bytes,
+    write_sealed,
+    write_text,
+)
 from prgkit.images import Catalogue, Preprocessing
+from prgkit.locks import locked
 from prgkit.prompts import fill
 from prgkit.recipe import Recipe
-from prgkit.run import append_line, complete_lines, locked
+from prgkit.run import append_line, numbered_lines
 from prgkit.teacher import Teacher, teacher_identity
 from prgkit.views import Rendered, load_batches
 from prgkit.watch import Watch
 
 TARGETS = Path("targets")
 BLOCK_IMAGES = 256  # what a kill can lose at most
+LOST_CARD = "delete it, and the same command writes it again; what the teacher has seen is kept"
+NOTHING: dict[str, Any] = {"row": 0, "keys": [], "digests": []}
+UNKNOWN = ""  # stands for the images of a journal line that cannot be read
 
 
 class Targets:
@@ -42,7 +56,7 @@ class Targets:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.card: dict[str, Any] = read_json(folder / "card.json")
+        self.card = read_sealed(folder / "card.json", fix=LOST_CARD)
         self.width: int = self.card["width"]
         self.logit_scale: float = self.card["logit_scale"]
         self.preprocessing = Preprocessing.from_dict(self.card["preprocessing"])
@@ -55,19 +69,36 @@ class Targets:
 
     def refresh(self) -> None:
         """Take in what has been journalled since, also by another process."""
-        blocks = list(complete_lines(self._journal)) if self._journal.exists() else []
-        for block in blocks[self._journalled :]:
-            self._take_in(block)
-        self._journalled = len(blocks)
+        lines = self._lines()
+        for number, block in lines[self._journalled :]:
+            if block is None:
+                self._broken.append((f"{self._journal.name}, line {number}", [UNKNOWN]))
+            else:
+                self._take_in(block)
+        self._journalled = len(lines)
+
+    def mend(self) -> None:
+        """Put an empty block in the place of each journal line that cannot be read: what it told of is lost, and named.
+
+        The number of lines stays, since other processes count them. To be called by the holder of the store's lock.
+        """
+        lines = self._lines()
+        if any(block is None for _, block in lines):
+            write_text(self._journal, "".join(json.dumps(block or NOTHING) + "\n" for _, block in lines))
+        self._broken = [(place, keys) for place, keys in self._broken if UNKNOWN not in keys]
 
     @property
     def damaged(self) -> list[str]:
         """Where the store is damaged; of no account once the images in question have been embedded again."""
-        return [place for place, keys in self._broken if any(key not in self._rows for key in keys)]
+        blocks = [place for place, keys in self._broken if any(key not in self._rows for key in keys)]
+        return blocks + [path.name for path in sorted(self.folder.glob("prompts-*.npy")) if not _is_whole(path)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the memory maps behind: another process maps the files itself."""
         return {**self.__dict__, "_maps": {}}
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
 
     def stored_views(self, key: str) -> int:
         """Return how many views of an image are stored."""
@@ -107,14 +138,17 @@ class Targets:
     def prompts(self, classes: Sequence[str], templates: Sequence[str], teacher: Callable[[], Teacher]) -> torch.Tensor:
         """Return T [M, C, D] float32; a set of classes and templates is embedded once, by ``teacher()``."""
         texts = fill(templates, classes)
-        path = self.folder / f"prompts-{fingerprint(texts)}.npy"
-        if not path.exists():
-            embedded = teacher().embed_prompts(texts).cpu().numpy()
-            buffer = io.BytesIO()
-            np.save(buffer, embedded, allow_pickle=False)
-            write_bytes(path, buffer.getvalue())
-        loaded: NDArray[np.float32] = np.load(path)
-        return torch.from_numpy(loaded)
+        stem = f"prompts-{fingerprint(texts)}"
+        for path in self.folder.glob(f"{stem}.*.npy"):
+            if _is_whole(path):
+                loaded: NDArray[np.float32] = np.load(path)
+                return torch.from_numpy(loaded)
+            path.unlink(missing_ok=True)
+        embedded = teacher().embed_prompts(texts).cpu().numpy()
+        buffer = io.BytesIO()
+        np.save(buffer, embedded, allow_pickle=False)
+        write_bytes(self.folder / f"{stem}.{_digest(buffer.getvalue())}.npy", buffer.getvalue())
+        return torch.from_numpy(embedded)
 
     def facts(self) -> dict[str, Any]:
         """Return what a run's card says of its teacher."""
@@ -130,6 +164,13 @@ class Targets:
     @property
     def _journal(self) -> Path:
         return self.folder / "journal.jsonl"
+
+    def _lines(self) -> list[tuple[int, dict[str, Any] | None]]:
+        """Return the journal's lines with their numbers; None is one that is damaged."""
+        if not self._journal.exists():
+            return []
+        found = numbered_lines(self._journal)
+        return [(number, block if block and _is_block(block) else None) for number, block in found]
 
     def _view_file(self, view: int) -> Path:
         return self.folder / f"view-{view:03d}.f16"
@@ -148,14 +189,15 @@ class Targets:
         size = len(keys) * self.width * 2
         for view, digest in enumerate(digests):
             path = self._view_file(view)
-            content = b""
+            content, rows = b"", 0
             if path.exists():
+                rows = path.stat().st_size // (self.width * 2)
                 with open(path, "rb") as file:
                     file.seek(row * self.width * 2)
                     content = file.read(size)
             if _digest(content) != digest:
                 self._broken.append((f"{path.name}, rows {row} to {row + len(keys) - 1}", keys))
-                self._end = max(self._end, row + len(keys))
+                self._end = max(self._end, min(row + len(keys), rows))  # the row itself may be what is damaged
                 return
         self._note(row, keys, len(digests))
 
@@ -170,21 +212,35 @@ def open_targets(recipe: Recipe, root: Path, teacher: Callable[[], Teacher]) -> 
     Raises:
         TargetsError: the store was made by something else.
     """
+    if (stored := existing_targets(recipe, root)) is not None:
+        return stored
+    made_from = origin_of(recipe)
+    folder = root / fingerprint(made_from)
+    seeing = teacher()
+    write_sealed(
+        folder / "card.json",
+        {
+            **made_from,
+            "teacher_model": recipe.teacher.model,
+            "teacher_weights": recipe.teacher.weights,
+            "width": seeing.width,
+            "logit_scale": seeing.logit_scale,
+            "preprocessing": seeing.preprocessing.to_dict(),
+        },
+    )
+    return Targets(folder)
+
+
+def existing_targets(recipe: Recipe, root: Path) -> Targets | None:
+    """Open the store of the recipe's teacher and views where there is one.
+
+    Raises:
+        TargetsError: the store was made by something else.
+    """
     made_from = origin_of(recipe)
     folder = root / fingerprint(made_from)
     if not (folder / "card.json").exists():
-        seeing = teacher()
-        write_json(
-            folder / "card.json",
-            {
-                **made_from,
-                "teacher_model": recipe.teacher.model,
-                "teacher_weights": recipe.teacher.weights,
-                "width": seeing.width,
-                "logit_scale": seeing.logit_scale,
-                "preprocessing": seeing.preprocessing.to_dict(),
-            },
-        )
+        return None
     targets = Targets(folder)
     if any(targets.card.get(key) != value for key, value in made_from.items()):
         raise TargetsError(
@@ -193,16 +249,10 @@ def open_targets(recipe: Recipe, root: Path, teacher: Callable[[], Teacher]) -> 
     return targets
 
 
-def existing_targets(recipe: Recipe, root: Path) -> Targets | None:
-    """Open the store of the recipe's teacher and views where there is one."""
-    folder = root / fingerprint(origin_of(recipe))
-    return Targets(folder) if (folder / "card.json").exists() else None
-
-
 def origin_of(recipe: Recipe) -> dict[str, Any]:
     """Return what decides a store's features, and so its name."""
     return {
-        "schema": "prgkit.targets/1",
+        "schema": "prgkit.targets/2",
         "teacher": teacher_identity(recipe.teacher),
         "views": recipe.views.model_dump(mode="json", exclude={"count"}),
     }
@@ -221,7 +271,6 @@ def embed(
 
     Raises:
         DiskFullError: before the work, or at a block; what is journalled stays.
-        RunError: another process is working on the store.
     """
 
     def missing_now() -> NDArray[np.int64]:
@@ -232,8 +281,11 @@ def embed(
     if not len(missing):
         return
     require_space(targets.folder, int(views[missing].sum()) * targets.width * 2, "the target store")
-    with locked(targets.folder, "target store"):
+    # Two processes that want the same store mostly want the same images seen: the second goes on with what the first
+    # one stored, so waiting loses nothing, and being refused would only be tried again.
+    with locked(targets.folder, "target store", wait=watch.note):
         targets.refresh()  # another process may have appended before the lock was ours
+        targets.mend()
         missing = missing_now()
         watch.start("teacher", len(missing), "img")
         for count in np.unique(views[missing]):
@@ -249,29 +301,53 @@ def _embed_views(
     recipe: Recipe,
     watch: Watch,
 ) -> None:
-    """Embed and store the first ``views`` views of ``positions``; each image is decoded once for all of them."""
-    rendered = Rendered(catalogue, teacher.preprocessing, recipe.views)
-    step = max(1, teacher.batch_size // views)
+    """Embed and store the first ``views`` views of ``positions``; each image is decoded once for all of them.
+
+    Batches are full, whatever the number of views. A block ends where a batch does, so that a pass that was killed
+    fills its batches as one that was not.
+    """
+    rendered, size = Rendered(catalogue, teacher.preprocessing, recipe.views), teacher.batch_size
+    even = size // math.gcd(size, views)  # images whose views fill batches to the last place
+    step = max(number for number in range(1, max(1, size // views) + 1) if even % number == 0)
     chunks = [positions[start : start + step] for start in range(0, len(positions), step)]
     plan = [[(int(position), range(views)) for position in chunk] for chunk in chunks]
     keys: list[str] = []
-    features: list[NDArray[np.float16]] = []
+    seen: list[torch.Tensor] = []
+    waiting = torch.empty(0, *teacher.shape, dtype=torch.uint8)  # [views, S, S, 3]
     for number, batch in enumerate(load_batches(rendered, plan, workers=recipe.training.workers), start=1):
-        seen = torch.cat(
-            [_embed_full(teacher, part) for part in torch.split(batch.pixels.flatten(0, 1), teacher.batch_size)]
-        )
-        features.append(seen.view(-1, views, targets.width).transpose(0, 1).half().numpy())  # [views, images, D]
+        last = number == len(plan)
         keys += [catalogue.keys[position] for position in batch.positions]
+        waiting = torch.cat([waiting, batch.pixels.flatten(0, 1)])
+        while len(waiting) >= size or (last and len(waiting)):
+            seen.append(_embed_full(teacher, waiting[:size]).half())
+            waiting = waiting[size:]
         watch.advance(len(batch.positions))
-        if len(keys) >= BLOCK_IMAGES or number == len(plan):
-            targets.append(keys, np.concatenate(features, axis=1))
-            keys, features = [], []
+        if last or (len(keys) >= BLOCK_IMAGES and not len(waiting)):
+            block = torch.cat(seen).view(-1, views, targets.width).transpose(0, 1)  # [views, images, D]
+            targets.append(keys, block.numpy())
+            keys, seen = [], []
 
 
 def _embed_full(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
     """Embed a batch padded to the fixed size: features vary slightly with the size of the batch they are part of."""
     padding = pixels[-1:].expand(teacher.batch_size - len(pixels), -1, -1, -1)
     return teacher.embed_images(torch.cat([pixels, padding]))[: len(pixels)].cpu()
+
+
+def _is_block(block: dict[str, Any]) -> bool:
+    """Tell whether a journal line is one that `Targets.append` wrote, as far as its form can tell."""
+    row, keys, digests = (block.get(key) for key in ("row", "keys", "digests"))
+    if not isinstance(row, int) or row < 0 or not isinstance(keys, list) or not isinstance(digests, list):
+        return False
+    return all(isinstance(word, str) for word in (*keys, *digests))
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether a file's content is what its name says."""
+    try:
+        return path.name.split(".")[-2] == _digest(path.read_bytes())
+    except FileNotFoundError:  # another process has just removed it, as it was damaged
+        return False
 
 
 def _digest(content: bytes) -> str:

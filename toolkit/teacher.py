@@ -33,7 +33,7 @@ class Teacher:
         # Both families are scored alike: SigLIP's logit bias is one constant, and drops out of argmax and softmax.
         self.logit_scale = float(model.logit_scale.exp())
         self.preprocessing = _preprocessing(open_clip.get_model_preprocess_cfg(model))
-        self.width = int(self.embed_images(torch.zeros(1, *self._shape, dtype=torch.uint8)).shape[1])
+        self.width = int(self.embed_images(torch.zeros(1, *self.shape, dtype=torch.uint8)).shape[1])
 
     @torch.inference_mode()
     def embed_images(self, pixels: Tensor) -> Tensor:
@@ -58,7 +58,8 @@ class Teacher:
         return torch.stack(embedded)
 
     @property
-    def _shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, int, int]:
+        """Return the pixels of one image as it is shown to the teacher: (S, S, 3)."""
         return (self.preprocessing.image_size, self.preprocessing.image_size, 3)
 
     def _autocast(self) -> torch.autocast:

@@ -1,0 +1,55 @@
+"""What would change if images were prepared with OpenCV in place of Pillow, where OpenCV is at hand."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prgkit.export.bundle import Bundle
+from prgkit.export.lossless import read_png
+from prgkit.export.runners import Runner
+from prgkit.images import Preprocessing
+
+FLAGS = {"nearest": "INTER_NEAREST", "bilinear": "INTER_LINEAR", "bicubic": "INTER_CUBIC"}
+
+
+def opencv_notes(bundle: Bundle, runner: Runner) -> list[str]:
+    """Say by how much OpenCV's preparation of the golden images differs, and how many answers that changes.
+
+    A program in C++ has OpenCV and not Pillow, so its author must know. Without cv2 there is nothing to say.
+    """
+    try:
+        cv2: Any = importlib.import_module("cv2")
+    except ImportError:
+        return []
+    golden = bundle.folder / "golden"
+    names = [path.name[:2] for path in sorted(golden.glob("*.input.png"))]
+    ours = np.stack([read_png(golden / f"{name}.input.png") for name in names])  # [n, S, S, 3], by Pillow
+    theirs = np.stack([prepare(cv2, read_png(golden / f"{name}.png"), bundle.preprocessing) for name in names])
+    difference = np.abs(ours.astype(int) - theirs.astype(int))
+    if not difference.any():
+        return [f"OpenCV {cv2.__version__} prepares the {len(names)} golden images as Pillow does, to the bit."]
+    changed = int((runner.run(ours).argmax(axis=1) != runner.run(theirs).argmax(axis=1)).sum())
+    return [
+        f"Prepared with OpenCV {cv2.__version__} ({FLAGS[bundle.preprocessing.interpolation]}) in place of Pillow, the "
+        f"{len(names)} golden images differ by up to {difference.max()} of 255 ({difference.mean():.1f} in the mean), "
+        f"and {changed} of {len(names)} answers change."
+    ]
+
+
+def prepare(cv2: Any, picture: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Resize and crop a picture [height, width, 3] to [S, S, 3] as `Preprocessing.prepare` does, with cv2.resize."""
+    size, flag = preprocessing.image_size, getattr(cv2, FLAGS[preprocessing.interpolation])
+    if preprocessing.squash:
+        return np.asarray(cv2.resize(picture, (size, size), interpolation=flag), dtype=np.uint8)
+    height, width = picture.shape[:2]
+    short = math.floor(size / preprocessing.crop)
+    new_width, new_height = (int(short * side / min(width, height)) for side in (width, height))
+    if (new_width, new_height) != (width, height):
+        picture = cv2.resize(picture, (new_width, new_height), interpolation=flag)
+    left, top = (round((side - size) / 2) for side in (new_width, new_height))
+    return np.asarray(picture[top : top + size, left : left + size], dtype=np.uint8)

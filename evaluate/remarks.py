@@ -1,0 +1,34 @@
+"""What a reader must know about single rows of a bench: what never ran, what failed, what was not steady."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prgkit.evaluate import latency, wording
+from prgkit.evaluate.latency import Measured
+from prgkit.evaluate.wording import Row
+
+
+def row_notes(rows: Sequence[Row], measured: Sequence[Measured]) -> list[str]:
+    """Return what a reader must know about single rows; what was never executed comes first, once for each reason."""
+    notes = []
+    absent = [row for row in rows if row["status"] == "not executed"]
+    for reason in dict.fromkeys(row["reason"] for row in absent):
+        names = ", ".join(wording.row_name(row) for row in absent if row["reason"] == reason)
+        notes.append(f"Never executed here: {names}; {reason}.")
+    for row in rows:
+        name, found = wording.row_name(row), row["latency"]
+        if row["status"] == "failed":
+            notes.append(f"{name} failed: {row['reason']}.")
+        if found and not found["steady"]:
+            notes.append(f"{name} did not become steady while warming up: two windows' medians stayed over 2 % apart.")
+        if found and max(found["round_p50_ms"]) > 1.1 * min(found["round_p50_ms"]):
+            low, high = (wording.ms(bound(found["round_p50_ms"])) for bound in (min, max))
+            notes.append(f"{name} was unstable: the median of a round moved between {low} and {high} ms.")
+        if row["backend"] == "torch":
+            notes.append(f"{name} is PyTorch in eager mode, the student as it was trained: its branches are not fused.")
+    for one in measured:
+        notes += [
+            f"{latency.label(one.spec)} has no figure at batch {batch}: {why}." for batch, why in one.unmeasured.items()
+        ]
+    return notes

@@ -1,0 +1,65 @@
+"""From where a latency is counted: from pixels (io), from a decoded picture (pipeline), from its file (end-to-end)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prgkit.errors import PrgkitError
+from prgkit.evaluate import latency, wording
+from prgkit.evaluate.latency import Measured, Pictures
+from prgkit.evaluate.wording import Report, Row
+from prgkit.export.bundle import Bundle
+from prgkit.images import load_image
+
+HEADER = ["p50 ms", "io", "pipeline", "end-to-end"]
+
+
+def golden_pictures(bundle: Bundle) -> Pictures | None:
+    """Return the bundle's golden pictures as the PNG files that they are; None where there are none to read."""
+    paths = sorted(path for path in (bundle.folder / "golden").glob("[0-9]*.png") if path.suffixes == [".png"])
+    try:
+        files = [path.read_bytes() for path in paths]
+        for file in files:
+            load_image(file)
+    except (OSError, PrgkitError):  # golden images that are damaged have a note already
+        return None
+    return Pictures(files, bundle.preprocessing.to_dict()) if files else None
+
+
+def described(pictures: Pictures | None) -> dict[str, Any] | None:
+    """Return how many pictures the scopes ran on, and of what sizes in pixels."""
+    if pictures is None:
+        return None
+    sizes = sorted({load_image(file).size for file in pictures.files})
+    return {"pictures": len(pictures.files), "smallest": list(sizes[0]), "largest": list(sizes[-1])}
+
+
+def scope_block(one: Measured) -> dict[str, Any]:
+    """Return the latencies of a row by scope, as far as they were measured."""
+    return {
+        scope: latency.summary(rounds, steady=True, scope=scope) for scope, rounds in one.scopes_ns.items() if rounds
+    }
+
+
+def scope_lines(report: Report) -> list[list[str]]:
+    """Return each measured row's medians by scope: from pixels, from a decoded picture, from its file."""
+    rows: list[Row] = [row for row in wording.measured(report) if row.get("scopes")]
+    return [
+        [
+            wording.row_name(row),
+            *(wording.ms((row["scopes"].get(scope) or {}).get("p50_ms")) for scope in latency.SCOPES),
+        ]
+        for row in rows
+    ]
+
+
+def scope_about(report: Report) -> str:
+    """Return what the scopes are, and which pictures they ran on."""
+    found = report["scopes"]
+    smallest, largest = ("×".join(map(str, found[name])) for name in ("smallest", "largest"))
+    size = f"{smallest} px" if smallest == largest else f"{smallest} to {largest} px"
+    return (
+        "Median latency at batch 1 by where it is counted from: io, from prepared pixels; pipeline, from a decoded "
+        "picture, so with resizing and cropping; end-to-end, from the PNG file in memory, so with decoding as well. In "
+        f"turns, in one process, with Pillow, on the bundle's {found['pictures']} golden pictures ({size})."
+    )

@@ -1,0 +1,70 @@
+"""What a report is about: the run, its evaluation images, teacher and student, and how it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from prgkit.evaluate import accuracy
+from prgkit.export.bundle import Bundle, Evaluation
+from prgkit.files import fingerprint
+from prgkit.run import Run
+
+Row = dict[str, Any]
+NOT_TRAINING = {"learning_rate", "seconds", "images_per_s", "step"}
+
+
+def subject(bundle: Bundle, evaluation: Evaluation, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the report's parts on the run, the evaluation set, the teacher and the student."""
+    manifest, labels = bundle.manifest, evaluation.labels
+    teacher = accuracy.scores(evaluation.teacher_logits, labels=labels)
+    uniform = accuracy.scores(evaluation.teacher_uniform_logits, labels=labels)
+    # The student's figures are its FP32 file's as measured here; where that could not run, as exported.
+    reference = next((row for row in rows if row["artifact"] == "onnx-fp32" and row["status"] == "measured"), None)
+    student = reference or accuracy.scores(evaluation.logits, teacher=evaluation.teacher_logits, labels=labels)
+    name = " ".join(str(manifest["teacher"][key]) for key in ("model", "weights") if manifest["teacher"].get(key))
+    if name.startswith("local-dir:"):
+        name = PurePath(name).name  # where it lay is nobody's business
+    return {
+        "run": {
+            "name": manifest["run"]["name"],
+            "student": manifest["student"]["model"],
+            "teacher": name,
+            "objective": manifest["run"]["objective"],
+            "classes": len(bundle.classes),
+            "epochs": manifest["run"]["epochs"],
+        },
+        "evaluation": identity(evaluation, bundle),
+        "teacher": {"top1": teacher["top1"], "top5": teacher["top5"], "top1_uniform_prompts": uniform["top1"]},
+        "student": {"top1": student["top1"], "top5": student["top5"], "agreement": student["agreement_teacher"]},
+        "ratio": student["top1"] / teacher["top1"] if teacher["top1"] else None,
+    }
+
+
+def identity(evaluation: Evaluation, bundle: Bundle) -> dict[str, Any]:
+    """Return which images the quality is measured on; the digest is the same where pictures and labels are."""
+    labels = None if evaluation.labels is None else evaluation.labels.tolist()
+    return {
+        "images": len(evaluation.pixels),
+        "labelled": labels is not None,
+        "source": bundle.manifest["evaluation"]["source"],
+        # Bundles of earlier versions do not say which pictures they hold.
+        "digest": None if evaluation.keys is None else fingerprint([evaluation.keys, labels]),
+    }
+
+
+def training(bundle: Bundle, run_folder: Path | None) -> list[dict[str, Any]]:
+    """Return each epoch's loss, its terms and the agreement: the run's, or on a device what the bundle took along."""
+    records = Run(run_folder).metrics() if run_folder is not None else bundle.manifest["run"].get("training", [])
+    return [
+        {key: value for key, value in record.items() if key not in NOT_TRAINING and isinstance(value, (int, float))}
+        for record in records
+    ]
+
+
+def trust(bundle: Bundle, run_folder: Path | None) -> dict[str, Any] | None:
+    """Return what was known of the pseudo-labels before training: the run's, or what the bundle took along."""
+    own = Run(run_folder).quality() if run_folder is not None else None
+    brought: dict[str, Any] | None = bundle.manifest["run"].get("quality")
+    return own or brought

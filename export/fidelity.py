@@ -1,0 +1,141 @@
+"""INT8 earns its place at export: what each block costs, and which stay in float until the floor is held."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prgkit.export.floor import Facts, fidelity
+from prgkit.export.parity import compare, run_batches
+from prgkit.export.quantize import Block, Layout, write_int8
+from prgkit.export.ranges import TAILS, Spread
+from prgkit.export.runners import OnnxRunner
+
+SCAN_IMAGES = 96
+
+Pixels = NDArray[np.uint8]  # [images, S, S, 3]
+Logits = NDArray[np.float32]  # [images, classes]
+
+
+def choose_tail(source: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], pixels: Pixels) -> float:
+    """Return which of `TAILS` clips best: with every block quantised, the KL from FP32 on these images is the least."""
+    some = spread_over(pixels)
+    nodes = {node for block in blocks for node in block.nodes}
+    logits = logits_of(source, some)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clipped.onnx"
+
+        def cost(tail: float) -> float:
+            write_int8(source, path, nodes=nodes, spreads=spreads, tail=tail, layout="onnxruntime")
+            return compare(logits, logits_of(path, some), precision="int8").kl
+
+        return min(TAILS, key=cost)
+
+
+def scan_blocks(
+    source: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], tail: float, pixels: Pixels
+) -> list[Facts]:
+    """Quantise each block by itself and return what that does to FP32's logits, the most sensitive block first.
+
+    ``kl`` is the mean KL(FP32 || quantised) of the softmax in nats, ``agreement`` the share of equal answers in
+    percent, on `SCAN_IMAGES` of the images, spread over all of them.
+    """
+    some = spread_over(pixels)
+    logits = logits_of(source, some)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "block.onnx"
+        for block in blocks:
+            write_int8(source, path, nodes=block.nodes, spreads=spreads, tail=tail, layout="onnxruntime")
+            parity = compare(logits, logits_of(path, some), precision="int8")
+            rows.append({"block": block.name, "kl": parity.kl, "agreement": parity.top1_agreement})
+    return sorted(rows, key=lambda row: float(row["kl"]), reverse=True)
+
+
+def hold_floor(
+    source: Path,
+    path: Path,
+    *,
+    blocks: Sequence[Block],
+    scan: Sequence[Facts],
+    spreads: Mapping[str, Spread],
+    tail: float,
+    layout: Layout,
+    pixels: Pixels,
+    logits: Logits,
+    floor: float,
+    note: Callable[[str], None],
+) -> Facts:
+    """Write ``path`` with as many blocks in INT8 as keep the fidelity floor, and return what was found.
+
+    The fidelity is the share of images [n, S, S, 3] with the answer of the FP32 ``logits`` [n, classes]; what must
+    reach ``floor``, in percent, is the lower bound of its 95 % interval. Where it does not, the blocks that the
+    ``scan`` found most sensitive go back to float; how many is found by bisection. Where even a single quantised block
+    misses the floor, ``kept`` is false and there is no file.
+    """
+    ranked = [row["block"] for row in scan]  # the most sensitive first
+    tried: dict[int, Facts] = {}
+
+    def write(count: int) -> None:
+        floating = set(ranked[:count])
+        nodes = {node for block in blocks if block.name not in floating for node in block.nodes}
+        write_int8(source, path, nodes=nodes, spreads=spreads, tail=tail, layout=layout)
+
+    def holds(count: int) -> bool:
+        write(count)
+        note(f"{path.name}: fidelity with {len(ranked) - count} of {len(ranked)} blocks in INT8")
+        same = int((logits_of(path, pixels).argmax(axis=1) == logits.argmax(axis=1)).sum())
+        tried[count] = {"float_blocks": count, **fidelity(same, len(pixels))}
+        return bool(tried[count]["interval"][0] >= floor)
+
+    fewest = find_fewest(len(ranked), holds)
+    best = len(ranked) - 1 if fewest is None else fewest
+    if fewest is None:
+        path.unlink()
+    else:
+        write(fewest)
+    return {
+        "kept": fewest is not None,
+        "layout": layout,
+        "tail": tail,
+        "floor": floor,
+        **{key: tried[best][key] for key in ("images", "agreement", "interval")},
+        "blocks": len(ranked),
+        "float_blocks": ranked[:best],
+        "scan": list(scan),
+        "tried": [tried[count] for count in sorted(tried)],
+    }
+
+
+def find_fewest(blocks: int, holds: Callable[[int], bool]) -> int | None:
+    """Return the least count of blocks in float, below ``blocks``, with which the floor holds; None where none does."""
+    if holds(0):
+        return 0
+    low, high, found = 1, blocks - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        if holds(middle):
+            found, high = middle, middle - 1
+        else:
+            low = middle + 1
+    return found
+
+
+def spread_over(pixels: Pixels) -> Pixels:
+    """Return up to `SCAN_IMAGES` images, spread over all of them."""
+    places = np.unique(np.linspace(0, len(pixels) - 1, min(SCAN_IMAGES, len(pixels))).astype(int))
+    some: Pixels = pixels[places]
+    return some
+
+
+def logits_of(path: Path, pixels: Pixels) -> Logits:
+    """Return what an ONNX file says of images."""
+    runner = OnnxRunner(path, spin=False)
+    try:
+        return run_batches(runner, pixels)
+    finally:
+        runner.close()

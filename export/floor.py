@@ -1,0 +1,43 @@
+"""The fidelity floor of INT8 in figures and in words: how surely a file gives FP32's answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prgkit.evaluate.accuracy import wilson
+
+WANTED_IMAGES = 2000  # with fewer, the lower bound lies far below the share itself
+
+Facts = dict[str, Any]
+
+
+def too_few(images: int, floor: float) -> Facts | None:
+    """Return why so few images cannot show that any file holds the floor, or None where they can."""
+    found = fidelity(images, images)
+    if found["interval"][0] >= floor:
+        return None
+    return {"kept": False, "floor": floor, "images": images, "agreement": None, "interval": None, "tried": []}
+
+
+def fidelity(same: int, images: int) -> Facts:
+    """Return how often a file gives FP32's answer, in percent, with the 95 % interval of that share."""
+    return {"images": images, "agreement": 100 * same / images, "interval": list(wilson(same, images))}
+
+
+def told(found: Facts) -> str:
+    """Say in a sentence what was found, with its figures."""
+    floor, images = f"the floor is {found['floor']:g} %", f"{found['images']:,} held-out images"
+    if found["agreement"] is None:
+        most = wilson(found["images"], found["images"])[0]
+        return (
+            f"INT8 is not kept: {images} cannot show its fidelity; with every answer the same its lower 95 % bound "
+            f"would be {most:.2f} %, and {floor}"
+        )
+    share = f"the same answer as FP32 on {found['agreement']:.2f} % of {images}, lower 95 % bound "
+    share += f"{found['interval'][0]:.2f} %; {floor}"
+    wide = "" if found["images"] >= WANTED_IMAGES else f"; {WANTED_IMAGES:,} images would make the bound narrower"
+    count = found["blocks"] - len(found["float_blocks"])
+    if not found["kept"]:
+        return f"INT8 is not kept: with only {count} of {found['blocks']} blocks in it, {share}{wide}"
+    apart = f", {', '.join(found['float_blocks'])} in float" if found["float_blocks"] else ""
+    return f"{count} of {found['blocks']} blocks in INT8{apart}: {share}{wide}"

@@ -1,0 +1,104 @@
+"""Runs the command line in forks of a process that has imported it, and kills them where it is told to.
+
+One line of JSON on stdin is one command: {"cwd", "line", "trap"}; one line on stdout is its process id. A trap names a
+function, which of its calls is meant, and what becomes of it: the process gets SIGKILL "before" it, "after" it, or
+"within" it, when half of what it writes is on the disk; or it is asked to "stop", by SIGTERM, and goes on. The package itself knows nothing of this.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tear(path: Path) -> None:
+    """Cut a file in half and end."""
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+        os.fsync(file.fileno())
+    die()
+
+
+def tear_line(path: Path, record: dict[str, Any]) -> None:
+    """Append half a line and end."""
+    line = json.dumps(record)
+    with open(path, "a") as file:
+        file.write(line[: len(line) // 2])
+        file.flush()
+        os.fsync(file.fileno())
+    die()
+
+
+def set_trap(place: str, call: int, when: str) -> None:
+    """Put the trap around ``module:name`` or ``module:Class.name``."""
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for one in owners:
+        owner = getattr(owner, one)
+    original, calls = getattr(owner, name), 0
+
+    def trapped(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls != call:
+            return original(*arguments, **named)
+        if when == "before":
+            die()
+        if when == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(*arguments, **named)
+        if when == "within" and name == "append_line":
+            tear_line(*arguments)
+        result = original(*arguments, **named)
+        if when == "within":  # a function whose second argument is the file that it writes
+            tear(Path(arguments[1]))
+        die()
+        return result
+
+    setattr(owner, name, trapped)
+
+
+def main() -> None:
+    import prgkit.cli
+    import prgkit.distill
+    import prgkit.evaluate.bench
+    import prgkit.export.run
+
+    print("ready", flush=True)
+    for text in sys.stdin:
+        order = json.loads(text)
+        if (process := os.fork()) == 0:
+            os.setsid()
+            os.chdir(order["cwd"])
+            for number, name in ((0, os.devnull), (1, order["out"]), (2, order["out"])):
+                os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), number)
+            if order["trap"]:
+                set_trap(*order["trap"])
+            sys.argv = ["prgkit", *order["line"]]
+            code = 0
+            try:
+                prgkit.cli.main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                code = 70
+            sys.stdout.flush()
+            os._exit(code)
+        print(process, flush=True)
+        _, status = os.waitpid(process, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Files with a digest of themselves: whichever bit flips, what is read is what was written, or it is said not to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prgkit.errors import PrgkitError
+from prgkit.files import read_sealed, write_sealed
+
+
+def flips(path: Path, read: Any, *errors: type[Exception]) -> tuple[int, int]:
+    """Flip bits of a file one at a time; return how many were found out, and how many changed what was read."""
+    whole, expected = path.read_bytes(), read(path)
+    found = unseen = 0
+    for place in range(len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 1 << (place % 8)
+        path.write_bytes(content)
+        try:
+            unseen += read(path) != expected
+        except (PrgkitError, *errors):
+            found += 1
+    path.write_bytes(whole)
+    return found, unseen
+
+
+def test_any_flipped_bit_of_a_sealed_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    write_sealed(path, {"teacher": "é", "width": 512, "scale": 100.0, "nested": {"b": [1, None, True]}, "a": "x"})
+    found, unseen = flips(path, read_sealed)
+    # A flip in the word "digest" itself makes a file without one, of an unknown key: six letters, at most.
+    assert unseen <= len("digest")
+    assert found > 0.8 * path.stat().st_size  # the rest fell on blanks between values
+
+
+def test_a_file_from_before_there_were_digests_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "card.json").write_text('{"width": 8}')
+    assert read_sealed(tmp_path / "card.json") == {"width": 8}
+    write_sealed(tmp_path / "card.json", {"width": 9, "digest": "of something else"})
+    assert read_sealed(tmp_path / "card.json") == {"width": 9}
+
+
+def test_any_flipped_bit_of_a_file_of_tensors_is_found(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors import SafetensorError
+
+    from prgkit.tensors import load_tensors, save_tensors
+
+    path = tmp_path / "state.safetensors"
+    tensors = {"a": torch.arange(60.0).view(3, 20), "b": torch.tensor(7), "c": torch.ones(9, dtype=torch.bool)}
+    save_tensors(path, tensors, {"step": 3, "best": 0.1 + 0.2})
+
+    def read(path: Path) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
+        found, facts = load_tensors(path)
+        return [(name, one.dtype, one.tolist()) for name, one in sorted(found.items())], facts
+
+    found, unseen = flips(path, read, SafetensorError, ValueError)
+    assert unseen <= len("digest")
+    assert found > 0.9 * path.stat().st_size

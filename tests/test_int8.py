@@ -1,0 +1,392 @@
+"""INT8: the graph that is written, the fidelity floor that decides what stays in it, and what becomes of a miss."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+
+from onnx import numpy_helper  # noqa: E402
+
+from prgkit.errors import ExportError  # noqa: E402
+from prgkit.evaluate.choice import choose, int8_notes, write_choice  # noqa: E402
+from prgkit.evaluate.predict import predict  # noqa: E402
+from prgkit.evaluate.wording import lead_row  # noqa: E402
+from prgkit.export import int8  # noqa: E402
+from prgkit.export.bundle import open_bundle  # noqa: E402
+from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, scan_blocks  # noqa: E402
+from prgkit.export.floor import told, too_few  # noqa: E402
+from prgkit.export.pipeline import ExportOptions, HeldOut, export_student  # noqa: E402
+from prgkit.export.quantize import block_name, find_blocks, tensors_of, write_int8  # noqa: E402
+from prgkit.export.ranges import Spread, measure_spreads  # noqa: E402
+from prgkit.export.tensorrt import available_backends, build_engine  # noqa: E402
+from prgkit.files import read_sealed, write_sealed  # noqa: E402
+
+needs_rtx = pytest.mark.skipif(
+    not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
+)
+
+
+@pytest.fixture(scope="session")
+def quantised(exported, tmp_path_factory):
+    """Both layouts of a real student, every block in INT8, calibrated on 64 images."""
+    folder = tmp_path_factory.mktemp("int8")
+    blocks = find_blocks(exported.fp32)
+    spreads = measure_spreads(exported.fp32, tensors_of(exported.fp32, blocks), exported.pixels[:64])
+    nodes = {node for block in blocks for node in block.nodes}
+    files = {"onnxruntime": folder / "model.int8.onnx", "tensorrt": folder / "model.int8.tensorrt.onnx"}
+    write_int8(exported.fp32, files["onnxruntime"], nodes=nodes, spreads=spreads, tail=1e-4, layout="onnxruntime")
+    write_int8(exported.fp16, files["tensorrt"], nodes=nodes, spreads=spreads, tail=1e-4, layout="tensorrt")
+    return SimpleNamespace(exported=exported, blocks=blocks, spreads=spreads, nodes=nodes, files=files)
+
+
+def opened(path):
+    model = onnx.load(str(path))
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    makers = {output: node for node in model.graph.node for output in node.output}
+    return model, constants, makers
+
+
+@pytest.mark.parametrize("layout", ["onnxruntime", "tensorrt"])
+def test_weights_are_symmetric_with_a_scale_for_each_channel(quantised, layout):
+    model, constants, makers = opened(quantised.files[layout])
+    convolutions = [node for node in model.graph.node if node.name in quantised.nodes and node.op_type == "Conv"]
+    assert len(convolutions) == len(quantised.nodes) > 30
+    before = opened(quantised.exported.fp32)
+    originals = {node.name: before[1][node.input[1]] for node in before[0].graph.node if node.op_type == "Conv"}
+    kind = np.float32 if layout == "onnxruntime" else np.float16
+    for node in convolutions:
+        dequantise = makers[node.input[1]]
+        values, scales, zeros = (constants[name] for name in dequantise.input)
+        assert (values.dtype, scales.dtype) == (np.int8, kind)
+        assert len(scales) == len(values) == len(originals[node.name])
+        assert not zeros.any()
+        assert dequantise.attribute[0].i == 0, "the scales run along the output channels"
+        error = np.abs(values * scales[:, None, None, None].astype(np.float64) - originals[node.name])
+        half_a_step = 0.51 if layout == "onnxruntime" else 0.6  # the FP16 file has rounded weights and scales
+        assert (error <= half_a_step * scales[:, None, None, None].astype(np.float64) + 1e-7).all()
+
+
+def test_activations_are_uint8_for_onnx_runtime_and_int8_around_zero_for_tensorrt(quantised):
+    for layout, kind in (("onnxruntime", np.uint8), ("tensorrt", np.int8)):
+        model, constants, makers = opened(quantised.files[layout])
+        pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+        zeros = [constants[node.input[2]] for node in pairs]
+        assert pairs
+        assert {zero.dtype for zero in zeros} == {np.dtype(kind)}
+        if layout == "tensorrt":
+            assert not any(zero.any() for zero in zeros)
+            continue
+        assert any(zero.any() for zero in zeros), "a range that is not symmetric has a zero-point"
+        for node in model.graph.node:  # a convolution runs in 8 bits only from end to end
+            if node.name in quantised.nodes:
+                biases = [makers[name].input[0] for name in node.input[2:]]
+                assert all(constants[name].dtype == np.int32 for name in biases)
+                takers = [taker.op_type for taker in model.graph.node if node.output[0] in taker.input]
+                assert takers == ["QuantizeLinear"]
+
+
+@pytest.mark.parametrize("layout", ["onnxruntime", "tensorrt"])
+def test_preprocessing_input_output_and_metadata_stay(quantised, layout):
+    source = onnx.load(str(quantised.exported.fp32 if layout == "onnxruntime" else quantised.exported.fp16))
+    model, _, makers = opened(quantised.files[layout])
+    assert [list(model.graph.input), list(model.graph.output)] == [list(source.graph.input), list(source.graph.output)]
+    assert list(model.metadata_props) == list(source.metadata_props)
+    assert (model.ir_version, model.opset_import[0].version) == (10, 20)
+    nodes = [node for node in model.graph.node if node.op_type != "DequantizeLinear"]
+    assert [node.op_type for node in nodes[:4]] == ["Cast", "Transpose", "Mul", "Add"]
+    assert not any(
+        makers[name].op_type == "DequantizeLinear" for node in nodes[:4] for name in node.input if name in makers
+    )
+    head = next(node for node in model.graph.node if node.op_type == "Gemm")
+    assert "dequantised" not in "".join(head.input), "the head stays in float"
+
+
+@pytest.mark.parametrize("layout", ["onnxruntime", "tensorrt"])
+def test_it_runs_and_mostly_says_the_same(quantised, layout):
+    exported = quantised.exported
+    reference, logits = (logits_of(path, exported.pixels[64:]) for path in (exported.fp32, quantised.files[layout]))
+    least = 0.8 if exported.fp32.parent.name.startswith("repvit") else 0.6  # random weights: answers are close calls
+    assert (reference.argmax(axis=1) == logits.argmax(axis=1)).mean() > least
+    source = exported.fp32 if layout == "onnxruntime" else exported.fp16
+    assert quantised.files[layout].stat().st_size < (0.45 if layout == "onnxruntime" else 0.7) * source.stat().st_size
+
+
+def test_blocks_follow_the_modules(quantised):
+    names = [block.name for block in quantised.blocks]
+    expected = ("stages.0.blocks.0", "stages.0.blocks.1", "stages.3.blocks.1")
+    if names[-1] == "conv_head":
+        expected = ("blocks.0.0", "blocks.1.0", "conv_head")
+    assert (names[0], names[1], names[-1]) == expected
+    assert len(names) > 15
+    assert block_name("network.stages.1.downsample.ffn.conv1.weight") == "stages.1.downsample"
+    assert block_name("network.blocks.4.2.conv_pw.weight") == "blocks.4.2"
+    assert block_name("network.head.weight") == "head"
+
+
+def test_a_spread_keeps_its_counts_while_its_limits_grow():
+    spread = Spread()
+    spread.add(np.linspace(0, 0.01, 1000, dtype=np.float32))
+    spread.add(np.array([3.0, -1.0], dtype=np.float32))
+    assert spread.counts.sum() == 1002
+    assert (spread.low, spread.high, spread.limit) == (-1.0, 3.0, 4.0)
+    assert spread.range(1e-6, symmetric=False) == pytest.approx((-1.0, 3.0), abs=8 / 4096)
+    assert spread.range(1e-6, symmetric=True) == pytest.approx((-3.0, 3.0), abs=8 / 4096)
+
+
+def test_a_range_leaves_the_tail_out_and_holds_zero():
+    spread = Spread()
+    spread.add(np.linspace(1, 2, 10_000, dtype=np.float32))
+    spread.add(np.array([500.0], dtype=np.float32))
+    low, high = spread.range(1e-3, symmetric=False)
+    assert low == 0.0
+    assert high == pytest.approx(2, abs=0.3), "one value in ten thousand lies beyond"
+    assert spread.range(1e-5, symmetric=False)[1] == pytest.approx(500, abs=0.3)
+
+
+@pytest.mark.parametrize(("blocks", "needed"), [(24, 0), (24, 1), (24, 7), (24, 23), (2, 1)])
+def test_the_fewest_blocks_in_float_are_found_by_bisection(blocks, needed):
+    asked = []
+
+    def holds(count):
+        asked.append(count)
+        return count >= needed
+
+    assert find_fewest(blocks, holds) == needed
+    assert len(asked) <= 6
+
+
+def test_where_even_one_block_misses_the_floor_none_is_found():
+    asked = []
+    assert find_fewest(24, lambda count: bool(asked.append(count))) is None
+    assert max(asked) == 23, "the last that was tried quantises one block"
+
+
+def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
+    """One block's range is made absurdly wide: INT8 rounds all that passes through it to nothing."""
+    exported, blocks = repvit, find_blocks(repvit.fp32)[:6]
+    spoilt = next(block for block in blocks if block.name == "stages.1.downsample")
+    spreads = measure_spreads(exported.fp32, tensors_of(exported.fp32, blocks), exported.pixels[:32])
+    middle = spoilt.nodes[len(spoilt.nodes) // 2]  # nothing leads around it
+    taken = next(node.input[0] for node in onnx.load(str(exported.fp32)).graph.node if node.name == middle)
+    spreads[taken] = Spread()
+    spreads[taken].add(np.array([-1e6, 1e6], dtype=np.float32))
+    pixels = exported.pixels[64:]
+    logits = logits_of(exported.fp32, pixels)
+    scan = scan_blocks(exported.fp32, blocks, spreads, 1e-4, pixels)
+    assert scan[0]["block"] == spoilt.name
+    found = hold_floor(
+        exported.fp32,
+        tmp_path / "model.int8.onnx",
+        blocks=blocks,
+        scan=scan,
+        spreads=spreads,
+        tail=1e-4,
+        layout="onnxruntime",
+        pixels=pixels,
+        logits=logits,
+        floor=60,
+        note=lambda text: None,
+    )
+    assert found["kept"]
+    assert found["float_blocks"][0] == spoilt.name
+    assert found["interval"][0] >= 60
+    assert found["tried"][0]["float_blocks"] == 0
+    assert found["tried"][0]["interval"][0] < 60
+    kept = onnx.load(str(tmp_path / "model.int8.onnx"))
+    for node in kept.graph.node:
+        if node.name in spoilt.nodes:
+            assert not node.input[1].endswith("_dequantised"), "its weights are float again"
+    assert told(found).startswith(f"{found['blocks'] - len(found['float_blocks'])} of {found['blocks']} blocks in INT8")
+
+
+def test_where_the_floor_cannot_be_held_no_file_remains(quantised, tmp_path):
+    exported = quantised.exported
+    pixels = exported.pixels[64:128]
+    nobody = -logits_of(exported.fp32, pixels)  # the answers of another network
+    found = hold_floor(
+        exported.fp32,
+        tmp_path / "model.int8.onnx",
+        blocks=quantised.blocks[:2],
+        scan=[{"block": block.name, "kl": 1.0, "agreement": 0.0} for block in quantised.blocks[:2]],
+        spreads=quantised.spreads,
+        tail=1e-4,
+        layout="onnxruntime",
+        pixels=pixels,
+        logits=nobody,
+        floor=98,
+        note=lambda text: None,
+    )
+    assert not found["kept"]
+    assert not list(tmp_path.iterdir())
+    assert told(found) == (
+        "INT8 is not kept: with only 1 of 2 blocks in it, the same answer as FP32 on 0.00 % of 64 held-out images, "
+        "lower 95 % bound 0.00 %; the floor is 98 %; 2,000 images would make the bound narrower"
+    )
+
+
+def test_too_few_images_can_show_nothing_and_that_is_said():
+    assert too_few(189, 98) is None  # 189 / (189 + 1.96^2) = 98.01 %
+    found = too_few(188, 98)
+    assert not found["kept"]
+    assert told(found) == (
+        "INT8 is not kept: 188 held-out images cannot show its fidelity; with every answer the same its lower 95 % "
+        "bound would be 98.00 %, and the floor is 98 %"
+    )
+
+
+@needs_rtx
+def test_tensorrts_layout_builds_as_int8_around_fp16(quantised, tmp_path):
+    build = {"batch": (1, 1, 32), "backend": "tensorrt_rtx", "sm": ["SM86"]}
+    card = build_engine(quantised.files["tensorrt"], tmp_path, precision="int8", **build)
+    assert card.file == "model.int8.tensorrt_rtx.engine"
+    assert card.precision == "int8"
+    assert set(card.layer_dtypes["CONVOLUTION"]) == {"HALF"}
+    assert card.layer_dtypes["QUANTIZE"] == {"INT8": card.layer_dtypes["DEQUANTIZE"]["HALF"] - len(quantised.nodes)}
+
+
+@needs_rtx
+def test_an_int8_engine_comes_from_an_int8_file_and_no_other(quantised, tmp_path):
+    build = {"batch": (1, 1, 1), "backend": "tensorrt_rtx"}
+    with pytest.raises(ExportError, match=r"int8 was asked for, and model\.fp16\.onnx holds no Q/DQ nodes"):
+        build_engine(quantised.exported.fp16, tmp_path, precision="int8", **build)
+    with pytest.raises(ExportError, match=r"fp16 was asked for, and model\.int8\.tensorrt\.onnx holds INT8 Q/DQ nodes"):
+        build_engine(quantised.files["tensorrt"], tmp_path, precision="fp16", **build)
+
+
+@pytest.fixture(scope="module")
+def bundle(repvit, tmp_path_factory):
+    """A bundle with INT8 held to a floor that random weights can reach."""
+    folder = tmp_path_factory.mktemp("run") / "bundle"
+    notes = []
+    with pytest.MonkeyPatch.context() as patch:  # a scan of a few blocks tells the same, sooner
+        patch.setattr(int8, "find_blocks", lambda path: find_blocks(path)[:5])
+        manifest = export(repvit, folder, notes, count=192, int8=True, fidelity=60.0)
+    return SimpleNamespace(folder=folder, manifest=manifest, notes=notes)
+
+
+def export(repvit, folder, notes, *, count, **options):
+    generator = np.random.default_rng(4)
+    teacher = generator.normal(size=(count, 20)).astype(np.float32)
+    facts = {"run": {"name": "test"}, "recipe": {}, "teacher": {"model": "tiny"}, "student": {"model": "repvit_m0_9"}}
+    return export_student(
+        repvit.student,
+        folder,
+        pixels=repvit.pixels[:32],
+        golden=[Image.fromarray(pixels) for pixels in repvit.pixels[:2]],
+        held_out=HeldOut(iter(repvit.pixels[64:][:count]), teacher, teacher, None, "made up"),
+        classes=[f"thing {number}" for number in range(20)],
+        preprocessing=repvit.preprocessing,
+        facts=facts,
+        options=ExportOptions(**options),
+        calibration=lambda: repvit.pixels[:64],
+        note=notes.append,
+    )
+
+
+def test_a_bundle_carries_int8_with_its_parity_and_what_was_found(bundle):
+    opened = open_bundle(bundle.folder)
+    entry = opened.artifacts[1]
+    assert (entry["name"], entry["file"], entry["precision"]) == ("onnx-int8", "model.int8.onnx", "int8")
+    assert entry["parity"]["images"] == 32
+    found = entry["quantization"]
+    assert (found["kept"], found["floor"], found["images"], found["calibration_images"]) == (True, 60.0, 192, 64)
+    assert found["interval"][0] >= 60
+    assert len(found["scan"]) == found["blocks"] == 5
+    assert "not_kept" not in opened.manifest
+    assert any(note.startswith("model.int8.onnx: ") and "blocks in INT8" in note for note in bundle.notes)
+
+
+def test_int8_that_is_finished_is_not_made_again(bundle, repvit, tmp_path):
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    notes = []
+    manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=60.0)
+    assert manifest["artifacts"][1] == bundle.manifest["artifacts"][1]
+    assert "model.int8.onnx: finished before, and made from the same; it is kept" in notes
+    assert not any("scanning" in note for note in notes)
+
+
+def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tmp_path):
+    shutil.copytree(bundle.folder, tmp_path / "bundle")  # its FP32 file need not be made again
+    notes = []
+    manifest = export(repvit, tmp_path / "bundle", notes, count=40, int8=True)
+    assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32"]
+    assert not list((tmp_path / "bundle").glob("*int8*"))
+    assert [(one["name"], one["kept"], one["images"]) for one in manifest["not_kept"]] == [("onnx-int8", False, 40)]
+    said = (
+        "INT8 is not kept: 40 held-out images cannot show its fidelity; with every answer the same its lower 95 % bound "
+        "would be 91.24 %, and the floor is 98 %"
+    )
+    assert f"model.int8.onnx: {said}" in notes
+    assert int8_notes(open_bundle(tmp_path / "bundle"), None) == [f"onnx-int8: {said}."]
+
+
+def rows(*, int8_ms, agreement):
+    made = []
+    for precision, times in (("fp32", [10.0] * 10), ("fp16", [12.0] * 10), ("int8", int8_ms)):
+        latency = {"p50_ms": float(np.median(times)), "round_p50_ms": times}
+        same = agreement if precision == "int8" else 100.0
+        made.append({"artifact": f"onnx-{precision}", "precision": precision, "backend": "onnxruntime"})
+        made[-1] |= {"device": "cpu", "status": "measured", "latency": latency, "agreement_fp32": same}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("int8_ms", "agreement", "kept", "said"),
+    [
+        (
+            [5.0] * 10,
+            90.0,
+            True,
+            "onnx-int8 is kept on this machine: the same answer as FP32 on 90.00 % of 2,000 images",
+        ),
+        ([5.0] * 10, 61.0, False, "lower 95 % bound 58.84 %, floor 60 %; 0.50 times the latency of onnx-fp32"),
+        ([10.0, 9.0] * 5, 90.0, True, "0.95 times the latency of onnx-fp32 (0.92–0.98)"),
+        ([10.0] * 9 + [9.0], 90.0, False, "0.99 times the latency of onnx-fp32 (0.97–1.00)"),
+        ([20.0] * 10, 90.0, False, "onnx-int8 is not kept on this machine: "),
+    ],
+)
+def test_int8_is_kept_only_where_it_is_faithful_and_faster(bundle, int8_ms, agreement, kept, said):
+    opened = open_bundle(bundle.folder)
+    found = choose(opened, rows(int8_ms=int8_ms, agreement=agreement), images=2000)
+    assert found["kept"] is kept
+    assert said in int8_notes(opened, found)[0]
+
+
+def test_predict_obeys_the_choice_of_this_machine(bundle, tmp_path):
+    opened = open_bundle(bundle.folder)
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "a.png")
+
+    def artifact():
+        answers = predict(bundle.folder, [tmp_path / "a.png"], top_k=1, min_confidence=0, bench=tmp_path / "bench")
+        return answers[0]["artifact"]
+
+    assert artifact() == "onnx-fp32", "without a choice"
+    write_choice(tmp_path / "bench", opened, choose(opened, rows(int8_ms=[5.0] * 10, agreement=99.0), images=2000))
+    assert artifact() == "onnx-int8"
+    write_choice(tmp_path / "bench", opened, choose(opened, rows(int8_ms=[50.0] * 10, agreement=99.0), images=2000))
+    assert artifact() == "onnx-fp32"
+    choice = read_sealed(tmp_path / "bench" / "choice.json")
+    assert (choice["artifact"], choice["int8"]["faithful"], choice["int8"]["faster"]) == ("onnx-fp32", True, False)
+    write_sealed(tmp_path / "bench" / "choice.json", {**choice, "sha256": "0" * 64})
+    assert artifact() == "onnx-fp32", "a choice of other files counts no more"
+    write_choice(tmp_path / "bench", opened, None)
+    assert not (tmp_path / "bench" / "choice.json").exists()
+
+
+def test_the_headline_is_never_of_int8_that_was_not_kept():
+    row = {"status": "measured", "top1": None, "agreement_teacher": 90.0}
+    fast, slow = (
+        {**row, "artifact": name, "backend": "onnxruntime", "latency": {"p50_ms": ms}}
+        for name, ms in (("onnx-int8", 1.0), ("onnx-fp32", 2.0))
+    )
+    report = {"rows": [slow, fast], "int8": {"artifact": "onnx-int8", "kept": True}}
+    assert lead_row(report) is fast
+    report["int8"]["kept"] = False
+    assert lead_row(report) is slow

@@ -1,0 +1,72 @@
+"""Stores listed with who uses them, and freed where nobody does."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from prgkit.files import write_json, write_sealed
+from prgkit.locks import locked
+from prgkit.stores import list_stores, prune, told
+
+
+def make_store(folder: Path, images: int, *, views: int, teacher: str) -> None:
+    write_sealed(folder / "card.json", {"teacher_model": teacher, "teacher_weights": "openai"})
+    block = {"row": 0, "keys": [f"{number:032x}" for number in range(images)], "digests": ["0"] * views}
+    (folder / "journal.jsonl").write_text(json.dumps(block) + "\n")
+    (folder / "view-000.f16").write_bytes(bytes(1000 * images))
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_store(tmp_path / "targets" / "aaaa", 7, views=6, teacher="ViT-L-14")
+    make_store(tmp_path / "targets" / "bbbb", 3, views=2, teacher="RN50")
+    (tmp_path / "targets" / "pictures").mkdir()
+    block = {"offset": 0, "keys": ["0" * 32], "heights": [2], "widths": [2], "digest": "0"}
+    (tmp_path / "targets" / "pictures" / "journal.jsonl").write_text(json.dumps(block) + "\n")
+    for name, origin in (("first", "../.."), ("second", "../..")):
+        write_sealed(Path("runs", name, "card.json"), {"origin": origin, "teacher": {"targets": "targets/aaaa"}})
+    write_sealed(Path("runs/started/card.json"), {"origin": "../.."})
+    for path in (tmp_path / "targets" / "bbbb").iterdir():
+        os.utime(path, (0, time.time() - 3 * 86_400))
+    os.utime(tmp_path / "targets" / "bbbb", (0, time.time() - 3 * 86_400))
+    return Path("targets")
+
+
+def test_stores_are_listed_with_their_runs(root: Path) -> None:
+    rows = list_stores(root)
+    assert [(Path(row["store"]).name, row["images"], row["views"]) for row in rows] == [
+        ("aaaa", 7, 6), ("bbbb", 3, 2), ("pictures", 1, None),
+    ]  # fmt: skip
+    lines = told(rows)
+    assert (
+        lines["aaaa"] == "ViT-L-14 openai: 7 images, 6 views, 7.2 KiB, written today; used by runs/first, runs/second"
+    )
+    assert lines["bbbb"].endswith("last written 3 days ago; used by no run")
+    assert lines["pictures"] == "1 image, 106 B, written today; decoded pictures, which only save time"
+
+
+def test_what_no_run_uses_is_freed(root: Path) -> None:
+    assert [Path(row["store"]).name for row in prune(root, rehearse=True)] == ["bbbb"]
+    assert (root / "bbbb").exists()
+    with locked(root / "bbbb", "target store"):
+        assert prune(root, rehearse=False) == []
+    assert [Path(row["store"]).name for row in prune(root, rehearse=False)] == ["bbbb"]
+    assert sorted(path.name for path in root.iterdir()) == ["aaaa", "pictures"]
+    for name in ("first", "second"):
+        write_json(Path("runs", name, "card.json"), {})
+    assert [Path(row["store"]).name for row in prune(root, rehearse=False)] == ["aaaa", "pictures"]
+    assert list_stores(root) == []
+    assert list(root.iterdir()) == []
+
+
+def test_a_damaged_run_keeps_what_it_may_be_using(root: Path) -> None:
+    Path("runs/first/card.json").write_text("{")
+    with pytest.raises(Exception, match=r"card\.json is damaged"):
+        prune(root, rehearse=False)
+    assert (root / "bbbb").exists()
