@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from prgkit.evaluate import baseline, paced, scopes, sweep, wording
 from prgkit.evaluate.gallery import Picture
 from prgkit.evaluate.page import page
-from prgkit.evaluate.tables import plain_table
 from prgkit.evaluate.wording import NONE, Report, Row
 from prgkit.files import write_json, write_text
 
@@ -25,51 +21,6 @@ def write_report(folder: Path, report: Report, *, samples: dict[str, Any], pictu
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "report.html", page(report, samples=samples, pictures=pictures))
     write_json(folder / "report.json", report)
-
-
-def table(report: Report) -> Table:
-    """Return the rows as a table for the terminal."""
-    labelled = report["evaluation"]["labelled"]
-    result = plain_table(wording.headline(report), [])
-    result.add_column("artifact", no_wrap=True)
-    for name in [
-        "p50 ms",
-        "p99 ms",
-        "img/s",
-        *(["top-1 %"] if labelled else []),
-        "teacher %",
-        "fp32 %",
-        "MiB",
-    ]:
-        result.add_column(name, justify="right")
-    for row in report["rows"]:
-        if row["status"] != "measured":
-            # Text, not a string: a reason may hold brackets that rich would read as markup.
-            result.add_row(
-                Text(wording.row_name(row), style="dim"),
-                Text("failed" if row["status"] == "failed" else "not run", style="yellow"),
-            )
-            continue
-        best = wording.best_throughput(row)
-        result.add_row(
-            Text(wording.row_name(row)),
-            wording.ms(row["latency"]["p50_ms"]),
-            wording.ms(row["latency"]["p99_ms"]),
-            wording.rate(best["images_per_s"] if best else None),
-            *([share(row["top1"])] if labelled else []),
-            share(row["agreement_teacher"]),
-            share(row["agreement_fp32"]),
-            wording.mib(row["size_mib"]),
-        )
-    said = [*sweep.sweep_said(report), *paced.paced_said(report), *wording.audit_summary(report), *report["notes"]]
-    result.caption = Text("\n".join(said)) if said else None
-    result.caption_justify = "left"
-    return result
-
-
-def share(value: float | None) -> str:
-    """Return a percentage for a column that names the unit."""
-    return wording.percent(value).removesuffix(" %")
 
 
 def markdown(report: Report) -> str:

@@ -1,4 +1,4 @@
-"""What a bench says in the terminal besides its rows: how it stands to its baseline, and how devices compare."""
+"""The tables of the terminal: a report's rows, how they stand to a baseline, and how devices compare."""
 
 from __future__ import annotations
 
@@ -8,7 +8,51 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from prgkit.evaluate import baseline, comparison
+from prgkit.evaluate import baseline, comparison, paced, sweep, wording
+from prgkit.evaluate.wording import Report
+
+
+def report_table(report: Report) -> Table:
+    """Return the rows as a table for the terminal."""
+    labelled = report["evaluation"]["labelled"]
+    said = [*sweep.sweep_said(report), *paced.paced_said(report), *wording.audit_summary(report), *report["notes"]]
+    result = plain_table(wording.headline(report), said)
+    result.add_column("artifact", no_wrap=True)
+    for name in [
+        "p50 ms",
+        "p99 ms",
+        "img/s",
+        *(["top-1 %"] if labelled else []),
+        "teacher %",
+        "fp32 %",
+        "MiB",
+    ]:
+        result.add_column(name, justify="right")
+    for row in report["rows"]:
+        if row["status"] != "measured":
+            # Text, not a string: a reason may hold brackets that rich would read as markup.
+            result.add_row(
+                Text(wording.row_name(row), style="dim"),
+                Text("failed" if row["status"] == "failed" else "not run", style="yellow"),
+            )
+            continue
+        best = wording.best_throughput(row)
+        result.add_row(
+            Text(wording.row_name(row)),
+            wording.ms(row["latency"]["p50_ms"]),
+            wording.ms(row["latency"]["p99_ms"]),
+            wording.rate(best["images_per_s"] if best else None),
+            *([share(row["top1"])] if labelled else []),
+            share(row["agreement_teacher"]),
+            share(row["agreement_fp32"]),
+            wording.mib(row["size_mib"]),
+        )
+    return result
+
+
+def share(value: float | None) -> str:
+    """Return a percentage for a column that names the unit."""
+    return wording.percent(value).removesuffix(" %")
 
 
 def baseline_table(found: baseline.Found) -> Table:

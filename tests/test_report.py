@@ -16,7 +16,8 @@ from rich.console import Console
 from prgkit.evaluate import plots, svg, wording
 from prgkit.evaluate.gallery import Picture
 from prgkit.evaluate.page import page
-from prgkit.evaluate.report import markdown, table, write_report
+from prgkit.evaluate.report import markdown, write_report
+from prgkit.evaluate.tables import report_table
 
 VOID = {"meta", "img", "br", "link"}
 EVIL = '<script>alert("x")</script>'
@@ -260,7 +261,7 @@ def test_an_audit_is_told_in_a_line_a_table_and_a_section_and_bounds_stay_bounds
 
 def terminal(report: dict[str, Any], width: int = 400) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(report))
+    console.print(report_table(report))
     return console.export_text()
 
 

@@ -149,8 +149,7 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
         return compare(session, given["reports"], given["out"] or Path("comparison"))
     from prgkit.evaluate import baseline, machine
     from prgkit.evaluate.bench import bench as measure
-    from prgkit.evaluate.report import table
-    from prgkit.evaluate.tables import baseline_table
+    from prgkit.evaluate.tables import baseline_table, report_table
     from prgkit.run import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
@@ -166,7 +165,7 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
         gate=gate,
         note=session.terminal.note,
     )
-    session.terminal.show(table(report))
+    session.terminal.show(report_table(report))
     if gate is not None:
         session.terminal.show(baseline_table(report["baseline"]))
         session.failure = baseline.regressions(report["baseline"], path=out / "report.html")
