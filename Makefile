@@ -19,7 +19,7 @@ test: .venv/dev.stamp .venv-base/base.stamp
 	$(VENV)/python -m pytest
 
 soak: .venv/dev.stamp .venv-base/base.stamp
-	$(VENV)/python -m pytest -m soak
+	$(VENV)/python -m pytest -m soak -o faulthandler_timeout=3600
 
 clean:
 	rm -rf .venv .venv-base runs targets

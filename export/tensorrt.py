@@ -7,11 +7,13 @@ import importlib
 import json
 import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from prgkit.errors import BackendError, ExportError, nearest
 from prgkit.export.card import SCHEMA, EngineCard, write_card
@@ -94,6 +96,31 @@ def choose_targets(backend: str, asked: Sequence[str] | None) -> tuple[str, ...]
     return tuple(asked or (name for name in known if name != "SM75"))
 
 
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def leaving_nothing(work: Callable[P, R]) -> Callable[P, R]:
+    """Let what ``work`` holds die with it, also where it fails.
+
+    A traceback keeps the objects of its frames until the garbage collector finds it. That can be while TensorRT tells
+    its logger something during a later build: destroying a builder there waits for a lock of TensorRT's, for ever.
+    """
+
+    @wraps(work)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return work(*args, **kwargs)
+        except BaseException as error:
+            one: BaseException | None = error
+            while one is not None:
+                traceback.clear_frames(one.__traceback__)
+                one = one.__cause__ or one.__context__
+            raise
+
+    return wrapped
+
+
+@leaving_nothing
 def build_engine(
     onnx_path: Path,
     folder: Path,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import shutil
+import sys
+import traceback
 from types import SimpleNamespace
 
 import pytest
@@ -142,6 +144,20 @@ def test_a_build_that_fails_gives_tensorrts_reason(repvit, tmp_path):
             sm=["SM75"],
         )
     assert not list(tmp_path.iterdir())
+
+
+@needs_rtx
+@pytest.mark.parametrize("share", [1, 0.5], ids=["build", "parse"])
+def test_a_failure_leaves_no_tensorrt_object_to_the_garbage_collector(repvit, tmp_path, share):
+    """Destroyed by a collection inside a later build's log, a builder waits for a lock of that build, for ever."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(repvit.fp32.read_bytes()[: int(share * repvit.fp32.stat().st_size)])
+    with pytest.raises(ExportError) as caught:
+        build_engine(path, tmp_path, precision="fp32", batch=(1, 1, 1), backend="tensorrt_rtx", sm=["SM75"])
+    trt = sys.modules["tensorrt_rtx"]
+    kept = [value for frame, _ in traceback.walk_tb(caught.value.__traceback__) for value in frame.f_locals.values()]
+    kinds = (trt.Builder, trt.INetworkDefinition, trt.OnnxParser, trt.IBuilderConfig, trt.ILogger)
+    assert not [value for value in kept if isinstance(value, kinds)]
 
 
 @needs_rtx
