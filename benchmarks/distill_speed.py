@@ -38,10 +38,11 @@ from prgkit.distill import build_optimizer
 from prgkit.evaluate import machine
 from prgkit.images import Catalogue, Preprocessing, catalogue, open_images
 from prgkit.lesson import Lesson
-from prgkit.objectives import Objectives, TeacherSide
+from prgkit.objectives import Objectives, Space, TeacherSide
 from prgkit.objectives.sides import StudentSide
+from prgkit.parameters import CE, PRG
 from prgkit.pictures import Pictures
-from prgkit.recipe import CE, PRG, Recipe, StudentPage, TeacherPage, Training, Views, validate
+from prgkit.recipe import Recipe, StudentPage, TeacherPage, Training, Views, validate
 from prgkit.student import build_student
 from prgkit.targets import Targets, embed, open_targets
 from prgkit.teacher import Teacher
@@ -194,7 +195,7 @@ def loop(
     """Train as `prgkit.distill.train` does, one step at a time."""
     training = Training()
     student = build_student(bench.page, classes=CLASSES, teacher_width=width).to(bench.device)
-    objective = Objectives((page,), CLASSES, width).to(bench.device)
+    objective = Objectives((page,), space(CLASSES, width)).to(bench.device)
     student.projector.requires_grad_(objective.uses_features)
     optimizer, average = build_optimizer(student, training), Average(student)
     for batch, seen in cycle(batches):
@@ -260,11 +261,16 @@ def rendered_batches(bench: Bench, lesson: Lesson, teacher: Teacher) -> list[tup
     return made
 
 
+def space(classes: int, width: int) -> Space:
+    """Return what an objective is made for here."""
+    return Space(classes, width, epochs=1, steps_per_epoch=1, class_means=lambda: torch.zeros(classes, width))
+
+
 def objective_share(bench: Bench) -> dict[str, Any]:
     """Return PRG's share of a step at C = 1000, B = 1024: forward, backward and the proxies' update."""
     classes, batch, width = 1000, 1024, 768
     student = build_student(bench.page, classes=classes, teacher_width=width).to(bench.device)
-    objective = Objectives((PRG(name="prg"),), classes, width).to(bench.device)
+    objective = Objectives((PRG(name="prg"),), space(classes, width)).to(bench.device)
     features = torch.nn.functional.normalize(torch.randn(batch, width), dim=1).to(bench.device)
     prompts = torch.nn.functional.normalize(torch.randn(TEMPLATES, classes, width), dim=2).to(bench.device)
     answers = Answers(prompts, 100.0, "max", no_correction(classes))

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from prgkit.checkpoint import Average, Progress, TrainingState, expected_bytes
 from prgkit.distill import build_optimizer
 from prgkit.errors import DiskFullError, RunError
-from prgkit.objectives import Objectives, TeacherSide
-from prgkit.recipe import CE, PRG, StudentPage, Training
+from prgkit.objectives import Objectives, Space, TeacherSide
+from prgkit.parameters import CE, PRG
+from prgkit.recipe import StudentPage, Training
 from prgkit.run import Run
 from prgkit.student import Student, build_student
 from prgkit.tensors import save_tensors
@@ -32,7 +33,7 @@ def fresh(seed: int) -> Student:
 def state_of(seed: int, *, optimizer: str = "adamw", objective: str = "prg") -> TrainingState:
     student = fresh(seed)
     page = PRG(name="prg") if objective == "prg" else CE(name="ce")
-    objectives = Objectives([page], CLASSES, WIDTH)
+    objectives = Objectives([page], Space(CLASSES, WIDTH, 1, 1, lambda: torch.zeros(CLASSES, WIDTH)))
     student.projector.requires_grad_(objectives.uses_features)
     training = Training(optimizer=optimizer, learning_rate=0.01)
     return TrainingState(student, Average(student), build_optimizer(student, training), objectives, Progress())

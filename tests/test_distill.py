@@ -343,7 +343,13 @@ def test_a_run_of_another_recipe_is_refused(photos: Path, finished: Run, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "objective", [{"name": "ce"}, {"name": "kd"}, [{"name": "ce"}, {"name": "prg", "weight": 0.5}]]
+    "objective",
+    [
+        {"name": "ce"},
+        {"name": "kd"},
+        [{"name": "nd"}, {"name": "dkd"}],
+        [{"name": "ce"}, {"name": "prg", "weight": 0.5}],
+    ],
 )
 def test_every_objective_trains(photos: Path, tmp_path: Path, finished: Run, objective: Any) -> None:
     raw = {**raw_recipe(photos, epochs=1), "objective": objective}

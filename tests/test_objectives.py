@@ -1,4 +1,4 @@
-"""PRG, CE and KD against numbers worked out by hand or by numpy."""
+"""PRG and its peers against numbers worked out by hand or by numpy."""
 
 import math
 import socket
@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prgkit.objectives import CE, KD, PRG, Objectives, StudentSide, TeacherSide
+from prgkit import parameters
+from prgkit.objectives import CE, DIST, DKD, KD, ND, PARTS, PLD, PRG, RKD, Objectives, Space, StudentSide, TeacherSide
+from prgkit.objectives.dkd import decoupled
 from prgkit.objectives.prg import correlate, nodes, pearson, prompt_logits, weighted_logits
-from prgkit.recipe import CE as CEPage
-from prgkit.recipe import KD as KDPage
-from prgkit.recipe import PRG as PRGPage
+from prgkit.objectives.rkd import angles, distances
 
 BATCH, CLASSES, WIDTH = 12, 4, 6
+SPACE = Space(CLASSES, WIDTH, epochs=10, steps_per_epoch=3, class_means=lambda: torch.ones(CLASSES, WIDTH))
+CEPage, KDPage, PRGPage = parameters.CE, parameters.KD, parameters.PRG
 
 
 def sides(seed: int = 0, classes: int = CLASSES) -> tuple[StudentSide, TeacherSide]:
@@ -29,7 +31,7 @@ def sides(seed: int = 0, classes: int = CLASSES) -> tuple[StudentSide, TeacherSi
 
 
 def prg(**changes: object) -> PRG:
-    return PRG(PRGPage(name="prg", **changes), CLASSES, WIDTH)  # type: ignore[arg-type]
+    return PRG(PRGPage(name="prg", **changes), SPACE)  # type: ignore[arg-type]
 
 
 def test_prompt_logits_are_scaled_cosines() -> None:
@@ -164,14 +166,14 @@ def test_no_gradient_reaches_the_teacher_or_a_proxy() -> None:
 def test_hard_supervision_is_cross_entropy_with_the_pseudo_label() -> None:
     student, teacher = sides()
     terms = prg(supervision="hard", node_weight=0.0, edge_weight=0.0)(student, teacher)
-    assert terms["supervision"].item() == CE()(student, teacher)["ce"].item()
+    assert terms["supervision"].item() == CE(CEPage(name="ce"), SPACE)(student, teacher)["ce"].item()
     assert terms["node"] == terms["edge"] == 0
 
 
 def test_kd_by_hand() -> None:
     student = StudentSide(torch.zeros(1, 1), torch.tensor([[0.0, 0.0]]))
     teacher = TeacherSide(torch.zeros(1, 1), torch.tensor([[2 * math.log(3), 0.0]]), torch.tensor([0]))
-    terms = KD(KDPage(name="kd", alpha=0.75, temperature=2.0))(student, teacher)
+    terms = KD(KDPage(name="kd", alpha=0.75, temperature=2.0), SPACE)(student, teacher)
     assert terms["ce"].item() == pytest.approx(0.25 * math.log(2))
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)  # the softened teacher says 3 to 1
     assert terms["kl"].item() == pytest.approx(0.75 * 4 * divergence, rel=1e-6)
@@ -179,7 +181,7 @@ def test_kd_by_hand() -> None:
 
 def test_a_weighted_list_adds_up_and_runs_in_float32() -> None:
     student, teacher = sides()
-    both = Objectives([CEPage(name="ce", weight=2.0), KDPage(name="kd")], CLASSES, WIDTH)
+    both = Objectives([CEPage(name="ce", weight=2.0), KDPage(name="kd")], SPACE)
     terms = both(StudentSide(student.features.bfloat16(), student.logits.bfloat16()), teacher)
     assert set(terms) == {"ce.ce", "kd.ce", "kd.kl"}
     assert all(term.dtype == torch.float32 for term in terms.values())
@@ -219,3 +221,106 @@ def test_two_processes_hold_the_proxies_of_one(tmp_path) -> None:  # type: ignor
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, buffer in alone.state_dict().items():
             torch.testing.assert_close(together[name], buffer)
+
+
+@pytest.mark.parametrize("name", parameters.OBJECTIVES)
+def test_every_objective_of_a_recipe_teaches_the_student_and_nothing_else(name: str) -> None:
+    student, teacher = sides()
+    objective = Objectives([parameters.OBJECTIVES[name](name=name)], SPACE)  # type: ignore[call-arg,list-item]
+    terms = objective(student, teacher)
+    torch.stack(list(terms.values())).sum().backward()
+    gradient = student.logits.grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0
+    assert (student.features.grad is not None) == objective.uses_features
+    assert sorted(PARTS) == sorted(parameters.OBJECTIVES)
+
+
+def test_dkd_by_hand() -> None:
+    teacher, student = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.25, 0.5]]).log()
+    target, others = decoupled(student, teacher, torch.tensor([0]), 1.0)
+    torch.testing.assert_close(target, torch.tensor([0.5 * math.log(2) + 0.5 * math.log(2 / 3)]))
+    torch.testing.assert_close(others, torch.tensor([0.5 * math.log(1.5) + 0.5 * math.log(0.75)]))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_dkd_whose_other_classes_count_by_their_share_is_kd(temperature: float) -> None:
+    student, teacher = sides()
+    target, others = decoupled(student.logits, teacher.logits, teacher.labels, temperature)
+    softened = teacher.logits / temperature
+    share = softened.softmax(dim=1)[torch.arange(BATCH), teacher.labels]
+    kl = F.kl_div((student.logits / temperature).log_softmax(1), softened.softmax(1), reduction="none").sum(dim=1)
+    torch.testing.assert_close(target + (1 - share) * others, temperature**2 * kl)
+
+
+def test_dkd_grows_to_its_full_weight_within_a_fifth_of_the_run() -> None:
+    student, teacher = sides()
+    dkd = DKD(parameters.DKD(name="dkd", warmup_epochs=20.0), SPACE)  # 10 epochs of 3 steps: 6 steps of warm-up
+    told = [dkd(student, teacher)["tckd"].item() for _ in range(8)]
+    np.testing.assert_allclose(np.array(told) / told[-1], [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1, 1], rtol=1e-6)
+
+
+def test_dist_asks_for_correlation_alone() -> None:
+    student, teacher = sides()
+    dist = DIST(parameters.DIST(name="dist", temperature=1.0), SPACE)
+    equal = dist(StudentSide(student.features, teacher.logits), teacher)
+    torch.testing.assert_close(torch.stack([equal["inter"], equal["intra"]]), torch.zeros(2), atol=1e-6, rtol=0)
+    halved = (0.5 * teacher.logits.softmax(dim=1) + 0.5 / CLASSES).log()  # other probabilities, correlated with them
+    again = dist(StudentSide(student.features, halved), teacher)
+    torch.testing.assert_close(torch.stack([again["inter"], again["intra"]]), torch.zeros(2), atol=1e-6, rtol=0)
+
+
+def test_dist_by_numpy() -> None:
+    student, teacher = sides()
+    terms = DIST(parameters.DIST(name="dist", inter_weight=2.0, intra_weight=3.0, temperature=2.0), SPACE)(
+        student, teacher
+    )
+    answer, wanted = ((logits.detach() / 2).softmax(dim=1).numpy() for logits in (student.logits, teacher.logits))
+    rows = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(answer, wanted, strict=True)])
+    columns = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(answer.T, wanted.T, strict=True)])
+    assert terms["inter"].item() == pytest.approx(2 * 4 * rows, rel=1e-5)
+    assert terms["intra"].item() == pytest.approx(3 * 4 * columns, rel=1e-5)
+
+
+def test_rkd_by_hand() -> None:
+    features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])  # on a line: 5, 10 and 5 apart, 20/3 in the mean
+    torch.testing.assert_close(distances(features)[0], torch.tensor([0.0, 0.75, 1.5]))
+    torch.testing.assert_close(angles(features)[1, 0], torch.tensor([1.0, 0.0, -1.0]))  # seen from the middle one
+    corner = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]])
+    torch.testing.assert_close(angles(corner)[1, 0, 2], torch.tensor(0.0))
+
+
+def test_rkd_does_not_change_when_features_are_turned_and_scaled() -> None:
+    student, teacher = sides()
+    turn, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH))
+    rkd = RKD(parameters.RKD(name="rkd"), SPACE)
+    before = rkd(student, teacher)
+    after = rkd(StudentSide(7 * student.features @ turn + 3, student.logits), teacher)
+    for term in ("distance", "angle"):
+        torch.testing.assert_close(before[term], after[term], rtol=1e-4, atol=1e-5)
+    same = rkd(StudentSide(2 * teacher.features, student.logits), teacher)
+    torch.testing.assert_close(same["distance"] + same["angle"], torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def test_nd_by_hand() -> None:
+    space = Space(2, 2, 1, 1, lambda: torch.tensor([[3.0, 4.0], [2.0, 0.0]]))  # of unit length: (0.6, 0.8) and (1, 0)
+    teacher = TeacherSide(torch.tensor([[0.0, 1.0]] * 3), torch.zeros(3, 2), torch.tensor([0, 0, 1]))
+    features = torch.tensor([[6.0, 8.0], [0.3, 0.4], [0.0, 9.0]])  # long and along; half as long; at a right angle
+    terms = ND(parameters.ND(name="nd"), space)(StudentSide(features, torch.zeros(3, 2)), teacher)
+    assert terms["nd"].item() == pytest.approx((0 + 0.5 + 1) / 3)
+    assert terms["kl"].item() == pytest.approx(0, abs=1e-7)
+    assert terms["ce"].item() == pytest.approx(math.log(2))
+
+
+def test_pld_by_hand_and_at_its_optimum() -> None:
+    teacher = TeacherSide(torch.zeros(1, 2), torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([1]))
+    pld = PLD(parameters.PLD(name="pld", temperature=1.0), SPACE)
+
+    def loss(logits: list[float]) -> float:
+        return float(pld(StudentSide(torch.zeros(1, 2), torch.tensor([logits])), teacher)["pld"])
+
+    total = math.exp(2) + math.exp(1) + 1
+    assert loss([0.0, 0.0, 0.0]) == pytest.approx((math.exp(2) * math.log(3) + math.exp(1) * math.log(2)) / total)
+    assert loss([-100.0, 100.0, 0.0]) == pytest.approx(0, abs=1e-6)  # the teacher's order, without a doubt
+    assert loss([0.0, 100.0, -100.0]) == pytest.approx(100 * math.exp(1) / total, rel=1e-5)  # the last two swapped

@@ -127,7 +127,7 @@ epochs: 100
         "    teacher.precision: 'fp61' is none of fp32, bf16; did you mean 'fp32'?\n"
         "    student.image_size: YAML reads 224 as text; write 224, without quotes\n"
         "    objective.block: 'softmx' is none of softmax, zscore, l2, raw; did you mean 'softmax'?\n"
-        "    objective.alpha: unknown key; it is a parameter of kd\n"
+        "    objective.alpha: unknown key; it is a parameter of kd and dkd\n"
         "    training.learning_rate: YAML reads 1e-3 as text; write 0.001, with a dot and no quotes\n"
         "    training.ema: must be less than 1, not 2\n"
         "    training.epoch: unknown key; did you mean 'epochs'?\n"
@@ -144,10 +144,10 @@ epochs: 100
         ("student: {model: a, seed: 1}", "student.seed: unknown key; it belongs in views.seed or training.seed"),
         ("training: {node_weight: 1}", "training.node_weight: unknown key; it belongs in objective.node_weight"),
         ("zzz: 1", "zzz: unknown key; known: data, teacher, views, targets, student, objective, training, export"),
-        ("objective: {}", "objective.name: missing; known: prg, kd, ce"),
+        ("objective: {}", "objective.name: missing; known: prg, kd, ce, dkd, dist, rkd, nd, pld"),
         (
             "objective: {name: pgr}",
-            "objective.name: unknown objective 'pgr', known are prg, kd, ce; did you mean 'prg'?",
+            "objective.name: unknown objective 'pgr', known are prg, kd, ce, dkd, dist, rkd, nd, pld; did you mean 'prg'?",
         ),
         ("objective: ce", "objective: write a mapping such as {name: prg}, not 'ce'"),
         ("objective: []", "objective: name at least one"),

@@ -102,6 +102,17 @@ def test_a_stored_feature_is_what_the_teacher_says_of_that_view(photos: Path, tm
     assert not torch.equal(features(lesson, 1, positions), features(lesson, 2, positions))
 
 
+def test_class_means_are_those_of_the_learned_images_by_the_teachers_own_answers(photos: Path, tmp_path: Path) -> None:
+    lesson = see(recipe_for(photos), tmp_path / "targets")
+    seen = features(lesson, 0, lesson.learned)
+    labels = lesson.answers.logits(seen).argmax(dim=1)
+    means = lesson.class_means()
+    for label in range(len(means)):
+        mine = seen[labels == label]
+        expected = mine.mean(dim=0) if len(mine) else torch.zeros_like(means[label])
+        torch.testing.assert_close(means[label], expected)
+
+
 def test_the_teacher_sees_each_view_once(photos: Path, tmp_path: Path, calls: dict[str, int]) -> None:
     root = tmp_path / "targets"
     lesson = see(recipe_for(photos), root)

@@ -27,7 +27,7 @@ from prgkit.files import require_space
 from prgkit.keep import systematic_sample
 from prgkit.lesson import Lesson, prepare
 from prgkit.locks import locked
-from prgkit.objectives import Objectives
+from prgkit.objectives import Objectives, Space
 from prgkit.recipe import Recipe, Training, Views
 from prgkit.run import Interrupted, Run, start_run, stopping
 from prgkit.student import Student, build_student
@@ -100,7 +100,8 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
 
     student.to(device)
     lesson = replace(lesson, answers=lesson.answers.to(device))
-    objective = Objectives(recipe.objective, len(recipe.classes), lesson.targets.width).to(device)
+    space = Space(len(recipe.classes), lesson.targets.width, page.epochs, steps, lesson.class_means)
+    objective = Objectives(recipe.objective, space).to(device)
     student.projector.requires_grad_(objective.uses_features)  # several processes wait for every gradient
     optimizer = build_optimizer(student, page)
     average = Average(student)  # the weight EMA is what is judged and kept

@@ -61,6 +61,19 @@ class Lesson:
         logits = self.answers.logits(features)  # W [B, C]
         return TeacherSide(features, logits, logits.argmax(dim=1))
 
+    def class_means(self) -> torch.Tensor:
+        """Return the mean of the teacher's features of each class, by its own answers: [C, D], zero for no image."""
+        prompts = self.answers.prompts  # [M, C, D]
+        sums = torch.zeros(prompts.shape[1:], dtype=torch.float64)
+        counts = torch.zeros(len(sums), dtype=torch.float64)
+        for start in range(0, len(self.learned), 4096):
+            some = self.learned[start : start + 4096]
+            seen = self.answer(some, np.zeros(len(some), dtype=np.int64), prompts.device)
+            labels = seen.labels.cpu()
+            sums.index_add_(0, labels, seen.features.double().cpu())
+            counts += torch.bincount(labels, minlength=len(counts))
+        return (sums / counts.clamp(min=1)[:, None]).float()
+
 
 def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = None) -> Lesson:
     """Read the images, split off the held-out ones, and have the teacher see what it has not seen yet."""

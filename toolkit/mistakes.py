@@ -51,7 +51,7 @@ def right_key(location: Location, sections: Models, objectives: Models) -> str:
     if section and section[0] == "objective":
         owners = [name for name, model in objectives.items() if wrong in model.model_fields]
         if owners:
-            return f"; it is a parameter of {' and '.join(owners)}"
+            return f"; it is a parameter of {' and '.join(filter(None, [', '.join(owners[:-1]), owners[-1]]))}"
         known = list(objectives[str(section[-1])].model_fields)
     else:
         known = list(sections[".".join(map(str, section))].model_fields)

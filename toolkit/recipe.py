@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -25,13 +23,8 @@ from prgkit.errors import RecipeError, nearest
 from prgkit.files import fingerprint
 from prgkit.mistakes import explain
 from prgkit.page import parse, read_page, write_page
+from prgkit.parameters import OBJECTIVES, AnyObjective, Page
 from prgkit.prompts import load_classes, load_templates
-
-
-class Page(BaseModel):
-    """The common ground of every section: immutable, and no key that is not known."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _shape(value: Any) -> str:
@@ -111,44 +104,6 @@ class StudentPage(Page):
     initial: str = "random"  # random, pretrained, or a .safetensors file of the same timm model
     # The share that the centre crop keeps; None: 1, or timm's own where the start is pretrained.
     crop: float | None = Field(None, gt=0, le=1)
-
-
-class ObjectivePage(Page):
-    """What every objective has: its share in a weighted list, and how the prompts are combined (METHOD: W)."""
-
-    weight: float = Field(1.0, gt=0)
-    prompt_weighting: Literal["max", "mean", "softmax"] = "max"
-
-
-class CE(ObjectivePage):
-    """Cross-entropy with the teacher's pseudo-labels."""
-
-    name: Literal["ce"]
-
-
-class KD(ObjectivePage):
-    """Knowledge distillation: softened teacher probabilities beside the pseudo-labels (Hinton et al., 2015)."""
-
-    name: Literal["kd"]
-    alpha: float = Field(0.9, ge=0, le=1)
-    temperature: float = Field(4.0, gt=0)
-
-
-class PRG(ObjectivePage):
-    """Proxy relational graph: nodes, class proxies and the edges between them (arXiv 2408.12248, reconstructed)."""
-
-    name: Literal["prg"]
-    supervision: Literal["soft", "hard"] = "soft"
-    node_weight: float = Field(3.0, ge=0)
-    edge_weight: float = Field(1.0, ge=0)
-    block: Literal["softmax", "zscore", "l2", "raw"] = "softmax"
-    node_loss: Literal["pearson", "mse"] = "pearson"
-    edge_loss: Literal["mse", "pearson"] = "mse"
-    proxy_momentum: float = Field(0.9, ge=0, lt=1)
-
-
-AnyObjective = Annotated[PRG | KD | CE, Field(discriminator="name")]
-OBJECTIVES: dict[str, type[ObjectivePage]] = {"prg": PRG, "kd": KD, "ce": CE}
 
 
 class Training(Page):

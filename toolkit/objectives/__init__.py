@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from prgkit import recipe
+from prgkit import parameters
 from prgkit.objectives.ce import CE
+from prgkit.objectives.dist import DIST
+from prgkit.objectives.dkd import DKD
 from prgkit.objectives.kd import KD
+from prgkit.objectives.nd import ND
+from prgkit.objectives.pld import PLD
 from prgkit.objectives.prg import PRG
-from prgkit.objectives.sides import StudentSide, TeacherSide
+from prgkit.objectives.rkd import RKD
+from prgkit.objectives.sides import Space, StudentSide, TeacherSide
 
-__all__ = ["CE", "KD", "PRG", "Objectives", "StudentSide", "TeacherSide"]
+__all__ = ["CE", "DIST", "DKD", "KD", "ND", "PLD", "PRG", "RKD", "Objectives", "Space", "StudentSide", "TeacherSide"]
+
+# An objective is made of its page and the space. It says whether it `uses_features`, and gives its terms weighted.
+PARTS: dict[str, Any] = {"prg": PRG, "kd": KD, "ce": CE, "dkd": DKD, "dist": DIST, "rkd": RKD, "nd": ND, "pld": PLD}
 
 
 class Objectives(nn.Module):
     """A recipe's objectives, each with its weight; always in float32, whatever the student was run in."""
 
-    def __init__(self, pages: Sequence[recipe.AnyObjective], classes: int, width: int) -> None:
+    def __init__(self, pages: Sequence[parameters.AnyObjective], space: Space) -> None:
         super().__init__()
         self.weights = [page.weight for page in pages]
-        parts = [_build(page, classes, width) for page in pages]
+        parts = [PARTS[page.name](page, space) for page in pages]
         self.parts = nn.ModuleList(parts)
         self.uses_features = any(part.uses_features for part in parts)  # else the projector learns nothing
         self.prefixes = [f"{page.name}." if len(pages) > 1 else "" for page in pages]
@@ -33,9 +42,3 @@ class Objectives(nn.Module):
         for weight, part, prefix in zip(self.weights, self.parts, self.prefixes, strict=True):
             terms.update({f"{prefix}{name}": weight * term for name, term in part(student, teacher).items()})
         return terms
-
-
-def _build(page: recipe.AnyObjective, classes: int, width: int) -> CE | KD | PRG:
-    if isinstance(page, recipe.PRG):
-        return PRG(page, classes, width)
-    return KD(page) if isinstance(page, recipe.KD) else CE()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prgkit.objectives.sides import StudentSide, TeacherSide
+from prgkit import parameters
+from prgkit.objectives.sides import Space, StudentSide, TeacherSide
 
 
 class CE(nn.Module):
     """loss = CE(L, y)."""
 
     uses_features = False
+
+    def __init__(self, page: parameters.CE, space: Space) -> None:
+        super().__init__()
 
     def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
         """Return the loss term ``ce``, a scalar."""

@@ -13,8 +13,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prgkit import recipe
-from prgkit.objectives.sides import StudentSide, TeacherSide, soft_cross_entropy
+from prgkit import parameters
+from prgkit.objectives.sides import Space, StudentSide, TeacherSide, soft_cross_entropy
 
 
 class PRG(nn.Module):
@@ -25,13 +25,14 @@ class PRG(nn.Module):
     student_proxies: Tensor
     seen: Tensor
 
-    def __init__(self, page: recipe.PRG, classes: int, width: int) -> None:
+    def __init__(self, page: parameters.PRG, space: Space) -> None:
         super().__init__()
         self.page = page
         # No gradient reaches a proxy; as buffers they are saved with the checkpoint.
-        self.register_buffer("teacher_proxies", torch.zeros(classes, width + classes))  # P^t [C, D+C]
-        self.register_buffer("student_proxies", torch.zeros(classes, width + classes))  # P^s [C, D+C]
-        self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
+        shape = (space.classes, space.width + space.classes)
+        self.register_buffer("teacher_proxies", torch.zeros(shape))  # P^t [C, D+C]
+        self.register_buffer("student_proxies", torch.zeros(shape))  # P^s [C, D+C]
+        self.register_buffer("seen", torch.zeros(space.classes, dtype=torch.bool))
 
     def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
         """Return the loss terms ``supervision``, ``node`` and ``edge``, each a scalar."""

@@ -1,11 +1,22 @@
-"""What an objective is given: the student's side and the teacher's side of one batch."""
+"""What an objective is given: the space it works in, then the student's and the teacher's side of each batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Space(NamedTuple):
+    """What an objective is made for: C classes, features of width D, a number of epochs and the steps of each."""
+
+    classes: int
+    width: int
+    epochs: int
+    steps_per_epoch: int
+    class_means: Callable[[], Tensor]  # [C, D], of the teacher's features by pseudo-label; zero where there is none
 
 
 class StudentSide(NamedTuple):

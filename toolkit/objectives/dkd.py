@@ -1,0 +1,55 @@
+"""DKD, decoupled knowledge distillation (Zhao et al., CVPR 2022): KL of the label's share, and of the other classes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prgkit import parameters
+from prgkit.objectives.sides import Space, StudentSide, TeacherSide
+
+
+class DKD(nn.Module):
+    """loss = CE(L, y) + min(epoch / warmup_epochs, 1) * (alpha * TCKD + beta * NCKD)."""
+
+    uses_features = False
+    steps: Tensor
+
+    def __init__(self, page: parameters.DKD, space: Space) -> None:
+        super().__init__()
+        self.page = page
+        # The 20 epochs of the paper are a twelfth of its 240: a short run is more than its warm-up.
+        self.warmup_steps = min(page.warmup_epochs, 0.2 * space.epochs) * space.steps_per_epoch
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # taken so far; saved with the checkpoint
+
+    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+        """Return the loss terms ``ce``, ``tckd`` and ``nckd``, each a scalar."""
+        self.steps += 1
+        grown = (self.steps / self.warmup_steps).clamp(max=1) if self.warmup_steps else 1.0
+        target, others = decoupled(student.logits, teacher.logits, teacher.labels, self.page.temperature)
+        return {
+            "ce": F.cross_entropy(student.logits, teacher.labels),
+            "tckd": grown * self.page.alpha * target.mean(),
+            "nckd": grown * self.page.beta * others.mean(),
+        }
+
+
+def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return T^2 * KL between the binary shares of the label and of all else, and between the other classes: [B], [B].
+
+    With p the teacher's softened share of the label, the first plus (1 - p) times the second is KD's T^2 * KL.
+    """
+    label = F.one_hot(labels, teacher.shape[1]).bool()  # [B, C]
+    target, others = [], []
+    for logits in (teacher / temperature, student / temperature):
+        shares = logits.log_softmax(dim=1)
+        rest = logits[~label].view(len(logits), -1)  # [B, C-1]
+        target.append(torch.stack([shares[label], shares.masked_fill(label, -torch.inf).logsumexp(dim=1)], dim=1))
+        others.append(rest.log_softmax(dim=1))
+    return temperature**2 * divergence(*target), temperature**2 * divergence(*others)
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return KL(teacher || student) of each row of log-probabilities [B, N]: [B]."""
+    return (teacher.exp() * (teacher - student)).sum(dim=1)

@@ -1,0 +1,36 @@
+"""ND, norm and direction (Wang et al., 2023): features as long as the teacher's, towards the mean of their class."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prgkit import parameters
+from prgkit.objectives.sides import Space, StudentSide, TeacherSide, soft_cross_entropy
+
+
+class ND(nn.Module):
+    """loss = CE(L, y) + kl_weight * T^2 * KL + nd_weight * mean of 1 - <f_i, e_y> / max(|f_i|, |t_i|).
+
+    e_c is the mean of the teacher's features of class c over all images that are learned from, of unit length.
+    """
+
+    uses_features = True
+    class_means: Tensor
+
+    def __init__(self, page: parameters.ND, space: Space) -> None:
+        super().__init__()
+        self.page = page
+        self.register_buffer("class_means", F.normalize(space.class_means(), dim=1))  # e [C, D]
+
+    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+        """Return the loss terms ``ce``, ``kl`` and ``nd``, each a scalar."""
+        page = self.page
+        along = (student.features * self.class_means[teacher.labels]).sum(dim=1)  # <f, e_y> [B]
+        longer = student.features.norm(dim=1).maximum(teacher.features.norm(dim=1))  # [B]
+        softened = soft_cross_entropy(student.logits, teacher.logits, page.temperature)
+        return {
+            "ce": F.cross_entropy(student.logits, teacher.labels),
+            "kl": page.kl_weight * page.temperature**2 * softened,
+            "nd": page.nd_weight * (1 - along / longer).mean(),
+        }

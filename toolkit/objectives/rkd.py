@@ -1,0 +1,42 @@
+"""RKD (Park et al., CVPR 2019): the distances and angles between the batch's features, as the teacher has them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prgkit import parameters
+from prgkit.objectives.sides import Space, StudentSide, TeacherSide
+
+
+class RKD(nn.Module):
+    """loss = CE(L, y) + distance_weight * distance + angle_weight * angle, both smooth-L1 between F and I."""
+
+    uses_features = True
+
+    def __init__(self, page: parameters.RKD, space: Space) -> None:
+        super().__init__()
+        self.page = page
+
+    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+        """Return the loss terms ``ce``, ``distance`` and ``angle``, each a scalar; memory grows with B^2 * D."""
+        return {
+            "ce": F.cross_entropy(student.logits, teacher.labels),
+            "distance": self.page.distance_weight
+            * F.smooth_l1_loss(distances(student.features), distances(teacher.features)),
+            "angle": self.page.angle_weight * F.smooth_l1_loss(angles(student.features), angles(teacher.features)),
+        }
+
+
+def distances(features: Tensor) -> Tensor:
+    """Return the Euclidean distances between rows [B, D], in units of their mean over all pairs: [B, B]."""
+    found = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    pairs = max(1, len(features) * (len(features) - 1))
+    return found / (found.sum() / pairs).clamp(min=1e-12)
+
+
+def angles(features: Tensor) -> Tensor:
+    """Return the cosine at j of the angle from i over j to k, for rows [B, D]: [B of j, B of i, B of k]."""
+    towards = F.normalize(features[None] - features[:, None], dim=2)  # [j, i, D]
+    return towards @ towards.transpose(1, 2)
