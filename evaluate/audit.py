@@ -44,7 +44,7 @@ def audit(
     travelling = [tick for tick in seen if tick.key in places]
     positions = [places[tick.key] for tick in travelling]
     scored = [
-        {"artifact": row["artifact"], "device": row["device"], **student_share(travelling, answers, classes)}
+        {**{key: row[key] for key in ("artifact", "backend", "device")}, **student_share(travelling, answers, classes)}
         for row, logits in rows
         if logits is not None and row["status"] == "measured" and travelling
         for answers in [logits[positions].argmax(axis=1)]

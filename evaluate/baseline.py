@@ -23,7 +23,8 @@ from prgkit.evaluate.reading import read_report
 from prgkit.evaluate.wording import Report, Row
 
 UNSTABLE = 1.1  # so far apart, a bench calls its rounds unstable
-VERSIONS = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx")  # of what runs the artifacts
+# Of what runs the artifacts.
+VERSIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino", "tensorrt", "tensorrt_rtx")
 
 
 Found = dict[str, Any]  # the report's section "baseline"
@@ -126,7 +127,7 @@ def against(report: Report, gate: Gate) -> Found:
         if before["status"] != "measured":
             continue  # there is nothing to be worse than
         now = new.get(place)
-        who = {"artifact": before["artifact"], "device": before["device"], "threads": before["threads"]}
+        who = {name: before[name] for name in ("artifact", "backend", "device", "threads")}
         if now is None or now["status"] != "measured":
             why = "not in this bench" if now is None else wording.why_missing(now)
             lines.append({**who, "what": "missing", "verdict": "worse", "reason": why})
@@ -159,7 +160,7 @@ def gated(report: Report) -> list[Row]:
 
 def key(row: Row) -> tuple[Any, ...]:
     """Return what makes two rows the same artifact in the same place."""
-    return row["artifact"], row["device"], row["threads"]
+    return *wording.row_key(row), row["threads"]
 
 
 def latency_line(before: Row, now: Row, tolerance: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -18,25 +17,25 @@ from prgkit.evaluate import accuracy, latency, machine
 from prgkit.evaluate.audit import audit, find_ticks
 from prgkit.evaluate.baseline import Gate, against, require_comparable
 from prgkit.evaluate.choice import choose, int8_notes, write_choice
+from prgkit.evaluate.classes import per_class
 from prgkit.evaluate.latency import Measured
 from prgkit.evaluate.opencv import opencv_notes
 from prgkit.evaluate.paced import paced
 from prgkit.evaluate.pictures import choose_pictures
+from prgkit.evaluate.plan import Row, plan
 from prgkit.evaluate.reading import SCHEMA
 from prgkit.evaluate.remarks import row_notes
 from prgkit.evaluate.report import write_report
 from prgkit.evaluate.scopes import described, golden_pictures, scope_block
 from prgkit.evaluate.sittings import conditions, sitting
-from prgkit.evaluate.subject import identity, subject, training, trust
+from prgkit.evaluate.soak import check_minutes, soak_lead
+from prgkit.evaluate.subject import identity, made_by, subject, training, trust
 from prgkit.evaluate.sweep import thread_sweep
-from prgkit.evaluate.worker import Spec
-from prgkit.export.bundle import NCHW, QDQ, Bundle, Evaluation, check_golden, open_bundle, read_evaluation
-from prgkit.export.card import load_card
-from prgkit.export.runners import OnnxRunner, why_not_here
+from prgkit.export.bundle import Bundle, Evaluation, check_golden, open_bundle, read_evaluation
+from prgkit.export.runners import OnnxRunner
 from prgkit.files import sha256
 from prgkit.run import Run
 
-Row = dict[str, Any]
 DEFAULT_BATCHES = (1, 8, 32)
 TIMED_IMAGES = 128
 PREDICT_BATCH = 32
@@ -55,6 +54,7 @@ def bench(
     gate: Gate | None = None,
     sweep_threads: Sequence[int] = (),
     fps: float | None = None,
+    soak_minutes: float | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle's artifacts on this machine, write the report into ``out`` and return it.
 
@@ -70,13 +70,16 @@ def bench(
         gate: the older report that the new one is held against, and by how much it may be worse.
         sweep_threads: numbers of CPU threads whose latencies are compared, after everything else.
         fps: the rate at which frames come, for response times and late frames; None for no frames.
+        soak_minutes: how long the artifact that the headline speaks of runs without a rest, at the end; None leaves
+            it out.
 
     Raises:
         BenchError: an option makes no sense, no artifact could be measured, or the baseline cannot be compared with.
         ExportError: the bundle, or something in it, is missing or damaged.
         ImagesError: something in the ticks cannot stand there.
     """
-    check_options(threads=threads, seconds=seconds, batches=batches)
+    check_options(threads=threads, seconds=seconds, batches=batches, fps=fps)
+    check_minutes(soak_minutes)
     bundle = open_bundle(bundle_folder)
     evaluation = read_evaluation(bundle_folder)
     ticks = find_ticks(bundle, run_folder)  # a mistake in them is told before anything is measured
@@ -84,7 +87,7 @@ def bench(
     threads = threads or machine.usable_cores()
     if gate is not None:  # hours of measuring would not make them comparable
         require_comparable(gate, facts, identity(evaluation, bundle), threads=threads)
-    rows, specs = plan(bundle, run_folder, facts, threads=threads)
+    rows, specs = plan(bundle, run_folder, facts, threads=threads, seconds=seconds)
     notes, pictures = golden_notes(bundle), golden_pictures(bundle)
     opened = [spec for spec in specs if spec is not None]
     timed = evenly(evaluation.pixels, TIMED_IMAGES)
@@ -95,7 +98,7 @@ def bench(
         options=[threads, seconds, sorted(set(batches))],
     )
     with sitting(out, made_from, note) as kept:
-        watch = machine.Watch()
+        watch = machine.Watch("cuda" if facts["gpus"] else "cpu")
         session = latency.measure(
             opened,
             timed,
@@ -110,10 +113,9 @@ def bench(
             note=note,
             between_rounds=lambda round_: watch.sample(),
         )
-        apart: dict[str, Any] = {"seconds": seconds, "note": note, "between_rounds": lambda round_: watch.sample()}
-        by_threads, sweep_samples = thread_sweep(opened, timed, sweep_threads, **apart)
-        at_rate, frames = paced(opened, timed, fps, **apart)
-        facts |= watch.facts()
+        apart: dict[str, Any] = {"note": note, "kept": kept, "between_rounds": lambda round_: watch.sample()}
+        by_threads, sweep_samples = thread_sweep(opened, timed, sweep_threads, seconds=seconds, **apart)
+        at_rate, frames = paced(opened, timed, fps, seconds=seconds, **apart)
         measured = iter(session.measured)
         for row, spec in zip(rows, specs, strict=True):
             if spec is not None:
@@ -129,17 +131,21 @@ def bench(
         ran = [row for row, spec in zip(rows, specs, strict=True) if spec is not None]
         audited, audit_notes = audit(ticks, evaluation, bundle.classes, zip(ran, logits, strict=True))
         int8 = choose(bundle, rows, images=len(evaluation.pixels))
+        soaked, windows = soak_lead(rows, specs, int8, timed, soak_minutes, fps=fps, note=note, kept=kept)
+        facts |= watch.facts()
         report = {
             "schema": SCHEMA,
             "prgkit": prgkit.__version__,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": command or spelled_out(bundle_folder, threads, seconds, batches, sweep_threads, fps),
+            "command": command
+            or spelled_out(bundle_folder, threads, seconds, batches, sweep_threads, fps, soak_minutes),
             "machine": facts,
             **subject(bundle, evaluation, rows),
             "rows": rows,
             "scopes": described(pictures),
             "threads": by_threads,
             "paced": at_rate,
+            "soak": soaked,
             "int8": int8,
             "audit": audited,
             "training": training(bundle, run_folder),
@@ -153,6 +159,8 @@ def bench(
                 *row_notes(rows, session.measured),
             ],
         }
+        report["made_by"] = made_by(bundle, report["command"])
+        report["per_class"] = per_class(evaluation, zip(ran, logits, strict=True), report, bundle.classes)
         if gate is not None:
             report["baseline"] = against(report, gate)
         write_choice(out, bundle, int8)
@@ -160,7 +168,7 @@ def bench(
         write_report(
             out,
             report,
-            samples={**samples(session), "threads": sweep_samples, "paced": frames},
+            samples={**samples(session), "threads": sweep_samples, "paced": frames, "soak": windows},
             pictures=choose_pictures(evaluation, student_logits(session, evaluation), bundle.classes),
         )
     return report
@@ -175,7 +183,7 @@ def files_under_test(bundle: Bundle, run_folder: Path | None) -> list[str]:
     return [*digests, *(sha256(path) for path in paths)]
 
 
-def check_options(*, threads: int | None, seconds: float, batches: Sequence[int]) -> None:
+def check_options(*, threads: int | None, seconds: float, batches: Sequence[int], fps: float | None) -> None:
     """Refuse what cannot be measured, before anything is opened."""
     if threads is not None and threads < 1:
         raise BenchError(
@@ -187,84 +195,16 @@ def check_options(*, threads: int | None, seconds: float, batches: Sequence[int]
         raise BenchError(
             f"a batch of {bad[0]} images cannot be run", fix="give --batches whole numbers from 1, such as 1,8,32"
         )
-
-
-def plan(
-    bundle: Bundle, run_folder: Path | None, facts: dict[str, Any], *, threads: int
-) -> tuple[list[Row], list[Spec | None]]:
-    """Return a row for everything that could run, with what a worker opens, or None and the reason in the row."""
-    rows: list[Row] = []
-    specs: list[Spec | None] = []
-
-    def add(row: Row, spec: Spec | None) -> None:
-        rows.append(row)
-        specs.append(spec)
-
-    for artifact in bundle.artifacts:
-        if artifact["format"] in (NCHW, QDQ):  # networks of other files once more, for runtimes that are not measured
-            continue
-        path = bundle.folder / artifact["file"]
-        if artifact["format"] == "engine":
-            reason = why_not_here(load_card(path))
-            spec = None if reason else {"kind": "engine", "path": str(path)}
-            row = blank(artifact["name"], artifact, device="cuda", threads=None)
-            if reason:
-                row["reason"] = reason
-            add(row, spec and named(spec, row))
-            continue
-        for provider, device in providers(facts):
-            row = blank(artifact["name"], artifact, device=device, threads=threads if device == "cpu" else None)
-            add(row, named({"kind": "onnx", "path": str(path), "provider": provider}, row))
-    if run_folder is not None and Run(run_folder).weights.exists() and importlib.util.find_spec("torch"):
-        weights = Run(run_folder).weights
-        kept = {"file": weights.name, "backend": "torch", "precision": "fp32", "bytes": weights.stat().st_size}
-        row = blank("torch", kept, device="cpu", threads=threads)
-        add(row, named({"kind": "torch", "path": str(run_folder)}, row))
-    return rows, specs
-
-
-def providers(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the ONNX Runtime providers that can run here, with the device of each."""
-    import onnxruntime
-
-    here = [("CPUExecutionProvider", "cpu")]
-    if facts["gpus"] and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        here.append(("CUDAExecutionProvider", "cuda"))
-    return here
-
-
-def blank(name: str, artifact: dict[str, Any], *, device: str, threads: int | None) -> Row:
-    """Return a row with every key of the schema and no figure yet."""
-    return {
-        "artifact": name,
-        "file": artifact["file"],
-        "backend": artifact["backend"],
-        "device": device,
-        "precision": artifact["precision"],
-        "threads": threads,
-        "status": "not executed",
-        "reason": None,
-        "size_mib": round(artifact["bytes"] / (1 << 20), 3),
-        "load_ms": None,
-        "peak_memory_mib": None,
-        "latency": None,
-        "throughput": [],
-        "scopes": {},
-        **dict.fromkeys(("top1", "top1_interval", "top5", "calibration_error")),
-        **dict.fromkeys(("agreement_teacher", "agreement_teacher_interval", "agreement_fp32", "kl_teacher")),
-    }
-
-
-def named(spec: Spec, row: Row) -> Spec:
-    """Return a specification that also says whose it is."""
-    return {**spec, **{key: row[key] for key in ("artifact", "backend", "device", "threads")}}
+    if fps is not None and not 0 < fps < math.inf:
+        raise BenchError(f"no camera gives {fps:g} frames a second", fix="give --fps a number above 0, such as 30")
 
 
 def fill(row: Row, one: Measured, evaluation: Evaluation) -> None:
     """Put what was measured into its row; a failure keeps what came before it."""
-    row["load_ms"], row["peak_memory_mib"] = one.load_ms, one.peak_memory_mib
+    row["load_ms"], row["peak_memory_mib"], row["switches"] = one.load_ms, one.peak_memory_mib, one.switches
     if one.rounds_ns:
         row["latency"] = latency.summary(one.rounds_ns, steady=one.warm_up is not None and one.warm_up.steady)
+    row["energy"] = latency.energy(one)
     row["scopes"] = scope_block(one)
     row["throughput"] = [
         {"batch": batch, "images_per_s": latency.images_per_s(batch, samples_ns)}
@@ -303,8 +243,7 @@ def samples(session: latency.Session) -> dict[str, Any]:
     """Return every raw sample, with the order in which the artifacts took their turns."""
     rows = [
         {
-            "artifact": one.spec["artifact"],
-            "device": one.spec["device"],
+            **{key: one.spec[key] for key in ("artifact", "backend", "device")},
             "warm_up": one.warm_up._asdict() if one.warm_up else None,
             "rounds": one.rounds_ns,
             "scopes": one.scopes_ns,
@@ -333,6 +272,7 @@ def spelled_out(
     batches: Sequence[int],
     sweep_threads: Sequence[int],
     fps: float | None,
+    soak_minutes: float | None,
 ) -> str:
     """Return a command that measures the same."""
     options = ["--threads", str(threads), "--seconds", f"{seconds:g}", "--batches", ",".join(map(str, batches))]
@@ -340,4 +280,6 @@ def spelled_out(
         options += ["--sweep-threads", ",".join(map(str, sweep_threads))]
     if fps is not None:
         options += ["--fps", f"{fps:g}"]
+    if soak_minutes is not None:
+        options += ["--soak", f"{soak_minutes:g}"]
     return shlex.join(["prgkit", "bench", "--run", str(bundle_folder), *options])

@@ -8,7 +8,7 @@ from typing import Any
 
 from prgkit.evaluate import plots, svg, wording
 from prgkit.evaluate.bars import Bar, latency_bars
-from prgkit.evaluate.parts import cell, document, grid, heading, section
+from prgkit.evaluate.parts import cell, document, grid, heading, section, words
 from prgkit.evaluate.report import cell as text_cell
 from prgkit.evaluate.report import grid as text_grid
 from prgkit.evaluate.wording import NONE, Row
@@ -90,18 +90,27 @@ def comparison_page(found: Comparison) -> str:
     """Return the comparison as one self-contained page; everything that came from outside is escaped."""
     title = headline(found)
     made = f"prgkit bench --merge · {found['created'][:16].replace('T', ' ')}"
-    notes = "".join(f"<li>{escape(note)}</li>" for note in found["notes"])
+    notes = "".join(f"<li>{words(note)}</li>" for note in found["notes"])
     parts = [
-        f'<header><p class="eyebrow">{escape(made)}</p><h1>{escape(title)}</h1></header>',
+        f'<header><p class="eyebrow">{escape(made)}</p><h1>{words(title)}</h1></header>',
         "<main>",
-        table(found),
         f'<section><h2>Before you compare</h2><ul class="notes">{notes}</ul></section>' if notes else "",
+        table(found),
         charts(found),
         sources(found),
         "</main>",
         f"<footer><p>{escape(HOW)}</p></footer>",
     ]
     return document(title, parts)
+
+
+TITLES = {
+    "p50 ms": ("Latency p50", "ms"),
+    "images/s": ("Best rate", "img/s"),
+    "top-1": ("Top-1", ""),
+    "= teacher": ("Same as teacher", ""),
+    "MiB": ("Size", "MiB"),
+}
 
 
 def table(found: Comparison) -> str:
@@ -111,20 +120,25 @@ def table(found: Comparison) -> str:
     for row in found["rows"]:
         name, artifact, *figures = line(found, row)
         dot = f'<span class="dot" style="background: {svg.colour(row["report"])}"></span>'
+        title = f'<th scope="row">{dot}{escape(artifact)}<small>{escape(name)}</small></th>'
+        if row["status"] != "measured":
+            chip = f'<span class="chip{" bad" if row["status"] == "failed" else ""}">{escape(figures[0])}</span>'
+            why = f'<td class="reason" colspan="{len(columns) - 1}">{chip} {escape(row["reason"] or "")}</td>'
+            lines.append(f"<tr>{title}{why}{cell('Size MiB', figures[-1], '')}</tr>")
+            continue
         intervals = {
-            "p50 ms": wording.interval_ms(row["latency"]["p50_interval_ms"]) if row["latency"] else "",
+            "p50 ms": wording.interval_ms(row["latency"]["p50_interval_ms"]),
             "images/s": f"batch {row['best']['batch']}" if row["best"] else "",
             "top-1": wording.interval(row["top1_interval"]),
             "= teacher": wording.interval(row["agreement_teacher_interval"]),
         }
         data = "".join(
-            cell(column, value, intervals.get(column, "") if row["status"] == "measured" else "")
+            cell(" ".join(TITLES[column]).strip(), value, intervals.get(column, ""))
             for column, value in zip(columns, figures, strict=True)
         )
-        lines.append(f'<tr><th scope="row">{dot}{escape(artifact)}<small>{escape(name)}</small></th>{data}</tr>')
-    return section(
-        "Every artifact on every device", "", grid("".join(map(heading, ["Artifact", *columns])), lines, kind="stacked")
-    )
+        lines.append(f"<tr>{title}{data}</tr>")
+    head = heading("Artifact") + "".join(heading(*TITLES[column]) for column in columns)
+    return section("Every artifact on every device", "", grid(head, lines, kind="stacked"))
 
 
 def charts(found: Comparison) -> str:
@@ -149,7 +163,7 @@ def charts(found: Comparison) -> str:
     ]
     if points:
         title = "Accuracy against latency" if labelled else "Fidelity against latency"
-        drawn.append(section(title, "", legend(found) + plots.accuracy_latency(points, score_name=name)))
+        drawn.append(section(title, plots.FRONT, legend(found) + plots.accuracy_latency(points, score_name=name)))
     return f'<div class="pair">{"".join(drawn)}</div>'
 
 
@@ -192,7 +206,7 @@ def source(one: dict[str, Any], *, colour: int) -> str:
         ("Report", one["file"]),
     ]
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs if value)
-    notes = "".join(f"<li>{escape(note)}</li>" for note in one["notes"])
+    notes = "".join(f"<li>{words(note)}</li>" for note in one["notes"])
     dot = f'<span class="dot" style="background: {svg.colour(colour)}"></span>'
     said = f'<ul class="notes">{notes}</ul>' if notes else ""
     return f'<section><h2>{dot}{escape(one["name"])}</h2><dl class="facts">{facts}</dl>{said}</section>'

@@ -34,8 +34,8 @@ def gallery(pictures: Sequence[Picture]) -> list[tuple[str, str, str]]:
     groups = [
         ("A sample", "Drawn by chance from the evaluation images.", [one for one in pictures if one.group == "sample"]),
         (
-            "Where they differ",
-            "Chosen, not typical: teacher and student disagree here, and the student is most sure of itself.",
+            "Where teacher and student disagree",
+            "Chosen, not typical: of the images with two answers, those on which the student is most sure of itself.",
             [one for one in pictures if one.group == "differs"],
         ),
     ]
@@ -52,7 +52,7 @@ def picture(one: Picture) -> str:
     small = ' class="small"' if max(one.pixels.shape[:2]) <= PIXELATED_SIDE else ""
     alt = f"evaluation image; teacher: {one.teacher}; student: {one.student}"
     return (
-        f'<li><img{small} loading="lazy" alt="{escape(alt)}" src="{data_uri(one.pixels)}"><div class="words">'
+        f'<li><img{small} alt="{escape(alt)}" src="{data_uri(one.pixels)}"><div class="words">'
         f'<span class="chip {kind}">{verdict}</span>{answers(one)}</div></li>'
     )
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from prgkit.evaluate import wording
+from prgkit.evaluate.sensors import Meter, power_source
 from prgkit.evaluate.sittings import Sittings
 from prgkit.evaluate.worker import Pixels, Spec, WarmUp, Worker, WorkerFailedError
 
@@ -20,7 +22,8 @@ P99_SAMPLES = 1000  # below this, the 99th percentile is one or two outliers
 SETTLE_S = 0.1
 # How the seconds of an artifact are spent; predicting the evaluation images comes on top.
 WARM_UP_SHARE, LATENCY_SHARE, THROUGHPUT_SHARE = 0.2, 0.55, 0.25
-SCOPES = ("io", "pipeline", "end_to_end")  # from pixels; from a decoded picture; from its file
+# A GPU's own time, where it has a clock; from pixels; from a decoded picture; from its file.
+SCOPES = ("compute", "io", "pipeline", "end_to_end")
 SCOPE_SHARE, SCOPE_ROUNDS = 0.2, 5  # of an artifact's seconds, on top of them
 # A model of seconds a run would overstay by whole rounds: past this many times its share it has no further turns.
 OVERSTAY = 1.5
@@ -41,10 +44,12 @@ class Measured:
     failed: str | None = None
     load_ms: float | None = None
     peak_memory_mib: float | None = None
+    switches: dict[str, str] = field(default_factory=dict)  # how it launches and waits, where there is a choice
     warm_up: WarmUp | None = None
     rounds_ns: list[list[int]] = field(default_factory=list)  # [rounds][runs], batch 1
     sweep_ns: dict[int, list[int]] = field(default_factory=dict)  # batch -> [runs]
     unmeasured: dict[int, str] = field(default_factory=dict)  # batch -> why there are no runs
+    powers_w: list[float] = field(default_factory=list)  # [rounds], where the device shows what it draws
     latency_s: float = 0.0  # spent on its rounds
     throughput_s: float = 0.0  # spent on its sweep
     scopes_ns: dict[str, list[list[int]]] = field(default_factory=dict)  # scope -> [rounds][runs], batch 1
@@ -122,6 +127,8 @@ def take_over(session: Session, kept: Sittings) -> None:
         for index, samples, seconds in record["samples"]:
             session.measured[index].rounds_ns.append(samples)
             session.measured[index].latency_s += seconds
+        for index, watts in record["power"]:
+            session.measured[index].powers_w.append(watts)
     for record in kept.of("sweep"):
         one = session.measured[record["artifact"]]
         one.sweep_ns[record["batch"]] = record["samples"]
@@ -142,6 +149,7 @@ def warm_up(session: Session, workers: dict[int, Worker], *, seconds: float, not
         with recording_failure(one):
             one.warm_up = worker.warm_up(batch=1, window_s=cap_s / 8, cap_s=cap_s)
             one.peak_memory_mib = worker.peak_memory_mib()
+            one.switches = worker.switches()
 
 
 def latency_rounds(
@@ -163,16 +171,19 @@ def latency_rounds(
             [index for index, _ in alive(session, workers) if has_time(session.measured[index], seconds)], round_
         )
         session.order.append(turns)
-        measured = []
+        measured, power = [], []
         for index in turns:
             one = session.measured[index]
-            start = time.perf_counter()
+            start, meter = time.perf_counter(), Meter(one.spec["device"])
             with recording_failure(one):
                 samples = workers[index].measure(batch=1, seconds=slice_s, settle_s=SETTLE_S if len(turns) > 1 else 0.0)
                 one.rounds_ns.append(samples)
                 measured.append((index, samples, time.perf_counter() - start))
+                if (watts := meter.facts()["power_w"]) is not None:
+                    one.powers_w.append(watts)
+                    power.append((index, watts))
             one.latency_s += time.perf_counter() - start
-        kept.add("round", turns=turns, samples=measured)
+        kept.add("round", turns=turns, samples=measured, power=power)
 
 
 def has_time(one: Measured, seconds: float) -> bool:
@@ -212,10 +223,12 @@ def throughput_sweep(
                     one.unmeasured[batch] = error.what
                 else:
                     one.failed = f"batch {batch}: {error.what}"
-            spent_s = time.perf_counter() - start
+            if batch not in one.sweep_ns:
+                one.throughput_s += time.perf_counter() - start
+                continue
+            spent_s = sum(one.sweep_ns[batch]) / 1e9  # what compiles for a new size has as much time for the next
             one.throughput_s += spent_s
-            if batch in one.sweep_ns:
-                kept.add("sweep", artifact=index, batch=batch, samples=one.sweep_ns[batch], seconds=spent_s)
+            kept.add("sweep", artifact=index, batch=batch, samples=one.sweep_ns[batch], seconds=spent_s)
 
 
 def scope_rounds(
@@ -229,16 +242,17 @@ def scope_rounds(
 ) -> None:
     """Let the artifacts take turns from pixels, from a decoded picture and from its file; this time comes on top."""
     note("scopes: io, pipeline, end-to-end")
+    able: dict[int, Sequence[str]] = {}
     for index, worker in alive(session, workers):
         with recording_failure(session.measured[index]):
-            worker.take_pictures(pictures.files, pictures.preprocessing)
+            able[index] = worker.take_pictures(pictures.files, pictures.preprocessing)
     slice_s = SCOPE_SHARE * seconds / (SCOPE_ROUNDS * len(SCOPES))
     for round_ in range(len(kept.of("scopes")), SCOPE_ROUNDS):
         measured = []
         for index in rotate([index for index, _ in alive(session, workers)], round_):
             one = session.measured[index]
             with recording_failure(one):
-                for scope in SCOPES:
+                for scope in able[index]:
                     settle_s = min(SETTLE_S, slice_s)
                     samples = workers[index].measure_scope(scope, seconds=slice_s, settle_s=settle_s)
                     one.scopes_ns.setdefault(scope, []).append(samples)
@@ -319,11 +333,24 @@ def median_interval(rounds: Sequence[Sequence[int]], *, resamples: int = 1000, s
     return float(low), float(high)
 
 
+def energy(one: Measured) -> dict[str, Any] | None:
+    """Return what an artifact drew in its rounds at batch 1, its processor or board included; None where none shows."""
+    if not one.powers_w:
+        return None
+    runs_ns = [run for round_ in one.rounds_ns for run in round_]
+    power_w = float(np.mean(one.powers_w))
+    return {
+        "power_w": power_w,
+        "energy_mj": power_w * float(np.mean(runs_ns)) / 1e6,  # of an image: watts times its mean milliseconds
+        "power_of": power_source(one.spec["device"]),
+    }
+
+
 def images_per_s(batch: int, samples_ns: Sequence[int]) -> float:
     """Return the images that went through per second over the whole run, slow runs included."""
     return batch * len(samples_ns) / (sum(samples_ns) / 1e9)
 
 
 def label(spec: Spec) -> str:
-    """Return how people read an artifact's name: with its device where that is not the CPU."""
-    return str(spec["artifact"]) if spec["device"] == "cpu" else f"{spec['artifact']} on {spec['device']}"
+    """Return how people read an artifact's name: as in the report."""
+    return wording.row_name(spec)

@@ -11,7 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "tensorrt_rtx", "numpy")
+from prgkit.evaluate import sensors
+from prgkit.evaluate.sensors import read
+
+RUNTIMES = (
+    *("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino"),
+    *("torch", "tensorrt", "tensorrt_rtx", "numpy"),
+)
 CPUFREQ = Path("/sys/devices/system/cpu/cpufreq")
 
 
@@ -27,6 +33,7 @@ def describe() -> dict[str, Any]:
         "clock_range_mhz": clock_range_mhz(),
         "clocks_locked": clocks_locked(),
         "temperature_c": temperature_c(),
+        "power_mode": power_mode(),
         "memory_gib": memory_gib(),
         "os": operating_system(),
         "kernel": platform.release(),
@@ -39,15 +46,17 @@ def describe() -> dict[str, Any]:
 
 
 class Watch:
-    """Samples the clocks and the temperature while something is measured, and what the hypervisor took meanwhile."""
+    """Samples clocks, temperature and throttling while something is measured, and what the hypervisor took of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.meter = sensors.Meter(device)
         self.clocks_mhz: list[float] = []
         self.temperatures_c: list[float] = []
         self.before = cpu_times()
 
     def sample(self) -> None:
         """Look once; called between rounds, never while a run is timed."""
+        self.meter.look()
         clock, warmth = clock_mhz(), temperature_c()
         if clock is not None:
             self.clocks_mhz.append(clock)
@@ -64,7 +73,15 @@ class Watch:
             "clocks_mhz": [round(value) for value in self.clocks_mhz],
             "temperatures_c": self.temperatures_c,
             "stolen_percent": stolen,
+            "throttling": self.meter.facts()["throttling"],
         }
+
+
+def look(device: str) -> dict[str, float | None]:
+    """Return the clock and the temperature, now, of what works on ``device``: the GPU, or the processor."""
+    clock, warmth = (sensors.gpu_clock_mhz(), sensors.gpu_temperature_c()) if device == "cuda" else (clock_mhz(), None)
+    warmth = temperature_c() if warmth is None else warmth
+    return {"clock_mhz": None if clock is None else round(clock, 1), "temperature_c": warmth}
 
 
 def remarks(facts: dict[str, Any]) -> list[str]:
@@ -73,6 +90,9 @@ def remarks(facts: dict[str, Any]) -> list[str]:
     busy, cores = facts.get("busy_cores"), facts.get("usable_cores") or 1
     if busy is not None and busy > 0.15 * cores:
         found.append(f"Machine busy before the measurement: {busy:.1f} of {cores} cores.")
+    for gpu in facts.get("gpus") or []:
+        if (gpu.get("busy_percent") or 0) > 15:
+            found.append(f"{gpu['name']} busy before the measurement: {gpu['busy_percent']:.0f} % of the time.")
     if (facts.get("stolen_percent") or 0) >= 1:
         found.append(
             f"The hypervisor took {facts['stolen_percent']:.1f} % of the processor time during the measurement."
@@ -80,13 +100,26 @@ def remarks(facts: dict[str, Any]) -> list[str]:
     if facts.get("clocks_locked") is False:
         low, high = facts["clock_range_mhz"]
         rule = f", governor {facts['governor']}" if facts.get("governor") else ""
-        found.append(f"Clocks unlocked ({low:.0f} to {high:.0f} MHz{rule}): latency moves with temperature and load.")
+        found.append(
+            f"Clocks unlocked ({low:.0f} to {high:.0f} MHz{rule}): latency moves with temperature and load; root can "
+            f"hold them: {how_to_lock(facts)}."
+        )
     elif facts.get("clocks_locked") is None:
         found.append("Clocks cannot be read or locked here" + (" (virtual machine)." if facts.get("virtual") else "."))
     clocks = facts.get("clocks_mhz") or []
     if clocks and max(clocks) > 1.1 * min(clocks):
         found.append(f"The clock moved between {min(clocks)} and {max(clocks)} MHz during the measurement.")
+    if facts.get("throttling"):
+        found.append(f"The device held itself back during the measurement: {', '.join(facts['throttling'])}.")
     return found
+
+
+def how_to_lock(facts: dict[str, Any]) -> str:
+    """Return the commands that hold the clocks where they are."""
+    if facts.get("power_mode"):
+        return "jetson_clocks"
+    more = ", nvidia-smi --lock-gpu-clocks=MHZ" if facts.get("gpus") else ""
+    return f"cpupower frequency-set --governor performance{more}"
 
 
 def slug(facts: dict[str, Any]) -> str:
@@ -156,6 +189,12 @@ def clocks_locked() -> bool | None:
     return None if bounds is None else bounds[0] == bounds[1]
 
 
+def power_mode() -> str | None:
+    """Return a Jetson's power mode: ``15W``, ``MAXN``, ..."""
+    match = re.search(r"NV Power Mode:\s*(\S+)", output("nvpmodel", "-q") or "")
+    return match.group(1) if match else None
+
+
 def clock_mhz() -> float | None:
     """Return the mean clock over the cores now."""
     values = [int(text) / 1000 for path in CPUFREQ.glob("policy*/scaling_cur_freq") if (text := read(path))]
@@ -211,10 +250,18 @@ def versions() -> dict[str, str]:
 
 def gpus() -> list[dict[str, Any]]:
     """Return the NVIDIA GPUs that nvidia-smi names, with the driver's version."""
-    fields = ("name", "driver_version", "memory.total", "clocks.sm", "power.limit", "temperature.gpu")
+    fields = (
+        "name",
+        "driver_version",
+        "memory.total",
+        "clocks.sm",
+        "power.limit",
+        "temperature.gpu",
+        "utilization.gpu",
+    )
     text = output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     rows = [[value.strip() for value in line.split(",")] for line in (text or "").splitlines()]
-    keys = ("name", "driver", "memory_mib", "clock_mhz", "power_limit_w", "temperature_c")
+    keys = ("name", "driver", "memory_mib", "clock_mhz", "power_limit_w", "temperature_c", "busy_percent")
     return [
         {key: number_or_text(value) for key, value in zip(keys, row, strict=True)}
         for row in rows
@@ -227,14 +274,6 @@ def number_or_text(value: str) -> float | str | None:
     if value.startswith("["):
         return None
     return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) and value.count(".") < 2 else value
-
-
-def read(path: str | Path) -> str | None:
-    """Return a file's text, stripped, or None where it cannot be read."""
-    try:
-        return Path(path).read_text(errors="replace").strip()
-    except OSError:
-        return None
 
 
 def output(*command: str) -> str | None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from prgkit.evaluate import wording
 from prgkit.evaluate.latency import P99_SAMPLES, recording_failure, rotate
+from prgkit.evaluate.sittings import Sittings
 from prgkit.evaluate.wording import NONE, Report
 from prgkit.evaluate.worker import Pixels, Spec, Worker
 
@@ -40,6 +41,7 @@ def paced(
     *,
     seconds: float,
     note: Callable[[str], None],
+    kept: Sittings | None = None,
     between_rounds: Callable[[int], None] = lambda round_: None,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """Give every artifact frames at ``fps`` for ``seconds``, in turns; return the report's section and all samples.
@@ -50,12 +52,15 @@ def paced(
         fps: frames a second; None measures nothing.
         seconds: the time of each artifact, in `ROUNDS` turns.
         note: told what is being done.
+        kept: what an earlier sitting measured at this rate, gone on with and added to, turn by turn.
         between_rounds: called before each round with its number.
     """
     if fps is None:
         return None, []
     note(f"paced: {fps:g} frames a second")
     found = [Frames(spec) for spec in specs]
+    own = (kept or Sittings()).part(f"{fps:g} frames/s")
+    done = take_over(found, own)
     with ExitStack() as stack:
         workers: dict[int, Worker] = {}
         for index, one in enumerate(found):
@@ -65,17 +70,28 @@ def paced(
         for round_ in range(ROUNDS):
             between_rounds(round_)
             for index in rotate([index for index, one in enumerate(found) if one.failed is None], round_):
+                if (round_, index) in done:
+                    continue
                 with recording_failure(found[index]):
                     responses, runs = workers[index].paced(fps=fps, seconds=seconds / ROUNDS)
                     found[index].responses_ns.append(responses)
                     found[index].runs_ns.append(runs)
+                    own.add("turn", round=round_, artifact=index, responses=responses, runs=runs)
     samples = [{**named(one), "responses": one.responses_ns, "runs": one.runs_ns} for one in found]
     return {"fps": fps, "deadline_ms": 1000 / fps, "rows": [summary(one, fps=fps) for one in found]}, samples
 
 
+def take_over(found: Sequence[Frames], kept: Sittings) -> set[tuple[int, int]]:
+    """Put what an earlier sitting measured into its place; return the turns that it took, as (round, artifact)."""
+    for record in kept.of("turn"):
+        found[record["artifact"]].responses_ns.append(record["responses"])
+        found[record["artifact"]].runs_ns.append(record["runs"])
+    return {(record["round"], record["artifact"]) for record in kept.of("turn")}
+
+
 def named(one: Frames) -> dict[str, Any]:
     """Return whose frames they are."""
-    return {"artifact": one.spec["artifact"], "device": one.spec["device"]}
+    return {key: one.spec[key] for key in ("artifact", "backend", "device")}
 
 
 def summary(one: Frames, *, fps: float) -> dict[str, Any]:

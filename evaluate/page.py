@@ -8,8 +8,10 @@ from typing import Any
 
 from prgkit import quality
 from prgkit.evaluate import baseline, paced, plots, scopes, svg, sweep, wording
+from prgkit.evaluate.classes import classes_section
 from prgkit.evaluate.gallery import Picture, gallery
-from prgkit.evaluate.parts import cell, document, grid, heading, section
+from prgkit.evaluate.parts import cell, document, grid, heading, section, words
+from prgkit.evaluate.soak_told import soak_section
 from prgkit.evaluate.wording import NONE, Report, Row
 
 MOST_PICTURES = 48
@@ -25,8 +27,10 @@ def page(report: Report, *, samples: Mapping[str, Any], pictures: Sequence[Pictu
         against(report),
         artifacts(report),
         charts(report, samples),
-        f'<div class="pair">{comparison(report)}{throughput(report)}</div>',
+        beside(comparison(report), throughput(report)),
         circumstantial(report),
+        soak_section(report, samples),
+        classes_section(report),
         audit(report),
         trust(report),
         training(report),
@@ -47,16 +51,15 @@ def head(report: Report, title: str) -> str:
         latency = row["latency"]
         figures = (
             f" The latency is the median of {latency['samples']:,} runs of <b>{escape(wording.row_name(row))}</b> "
-            f"at batch 1, 95 % interval {wording.interval_ms(latency['p50_interval_ms'])} ms."
+            f"at batch 1, 95 % interval {wording.interval_ms(latency['p50_interval_ms'])} ms"
+            f"{'; <b>it was unstable</b>, see the notes.' if wording.unstable(latency) else '.'}"
         )
     lead = (
         f"Distilled from <b>{escape(run['teacher'])}</b> without labels (objective {escape(str(run['objective']))}, "
-        f"{run['classes']} classes, {run['epochs']} epochs) and measured on "
+        f"{run['classes']} classes, {wording.counted(run['epochs'], 'epoch')}) and measured on "
         f"{escape(wording.evaluated_on(report))}.{figures}"
     )
-    return (
-        f'<header><p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(title)}</h1><p class="lead">{lead}</p></header>'
-    )
+    return f'<header><p class="eyebrow">{escape(eyebrow)}</p><h1>{words(title)}</h1><p class="lead">{lead}</p></header>'
 
 
 def tiles(report: Report) -> str:
@@ -89,7 +92,7 @@ def tile(name: str, value: str, more: str) -> str:
     return (
         f'<div class="tile"><div class="name">{escape(name)}</div>'
         f'<div class="value">{escape(number)} <small>{escape(unit)}</small></div>'
-        f'<div class="more">{escape(more)}</div></div>'
+        f'<div class="more">{words(more)}</div></div>'
     )
 
 
@@ -128,7 +131,9 @@ def artifact_line(row: Row, columns: Sequence[tuple[str, str]], *, rank: int | N
     facts = [row["backend"], row["device"], wording.threads_of(row), row["precision"]]
     under = " · ".join(str(fact) for fact in facts if fact)
     dot = f'<span class="dot"{ink}></span>'
-    name = f'<th scope="row">{dot}{escape(str(row["artifact"]))}<small>{escape(under)}</small></th>'
+    noisy = rank is not None and wording.unstable(row["latency"])
+    said = ' <span class="chip warn">unstable</span>' if noisy else ""
+    name = f'<th scope="row">{dot}{escape(wording.row_name(row))}{said}<small>{escape(under)}</small></th>'
     if rank is None:
         failed = row["status"] == "failed"
         chip = f'<span class="chip{" bad" if failed else ""}">{"failed" if failed else "never executed here"}</span>'
@@ -180,19 +185,21 @@ def charts(report: Report, samples: Mapping[str, Any]) -> str:
         picture = plots.accuracy_latency(
             points, score_name=name, reference=("teacher", teacher) if teacher is not None else None
         )
-        drawn.append(section("Accuracy against latency" if labelled else "Fidelity against latency", "", picture))
+        drawn.append(
+            section("Accuracy against latency" if labelled else "Fidelity against latency", plots.FRONT, picture)
+        )
     series = latencies_ms(rows, samples)
     if series:
-        drawn.append(section("Every run", "", plots.latency_distribution(series)))
+        drawn.append(section("Latency of every run", "", plots.latency_distribution(series)))
     return f'<div class="pair">{"".join(drawn)}</div>'
 
 
 def latencies_ms(rows: Sequence[Row], samples: Mapping[str, Any]) -> dict[str, list[float]]:
     """Return each measured row's samples in ms, in the order of the rows, so that the colours match."""
-    kept = {(one["artifact"], one["device"]): one["rounds"] for one in samples.get("rows", [])}
+    kept = {wording.row_key(one): one["rounds"] for one in samples.get("rows", [])}
     series = {}
     for row in rows:
-        values = [value / 1e6 for round_ in kept.get((row["artifact"], row["device"]), []) for value in round_]
+        values = [value / 1e6 for round_ in kept.get(wording.row_key(row), []) for value in round_]
         if values:
             series[wording.row_name(row)] = values
     return series
@@ -209,33 +216,45 @@ def throughput(report: Report) -> str:
         best = max(rates.values(), default=None)
         figures = [wording.rate(rates.get(size)) for size in sizes]
         data = "".join(
-            f"<td>{f'<b>{figure}</b>' if rates.get(size) == best else figure}</td>"
+            f'<td data-name="batch {size}">{f"<b>{figure}</b>" if rates.get(size) == best else figure}</td>'
             for size, figure in zip(sizes, figures, strict=True)
         )
         dot = f'<span class="dot" style="background: {svg.colour(rank)}"></span>'
         lines.append(f'<tr><th scope="row">{dot}{escape(wording.row_name(row))}</th>{data}</tr>')
     header = heading("Artifact") + "".join(heading(f"batch {size}") for size in sizes)
-    return section("Throughput", "Images per second, in runs of their own.", grid(header, lines))
+    kind = "stacked wrapped" if len(sizes) > 3 else "wrapped"
+    return section("Throughput", "Images per second, in runs of their own.", grid(header, lines, kind=kind))
 
 
 def circumstantial(report: Report) -> str:
     """Return the latencies under other circumstances, two beside each other."""
     found = [part for part in (by_scope(report), threads(report), at_a_rate(report)) if part]
-    if len(found) == 1:
-        return found[0]
-    return "".join([f'<div class="pair">{"".join(found[:2])}</div>' if found else "", *found[2:]])
+    return "".join([beside(*found[:2]), *found[2:]])
+
+
+def beside(*sections: str) -> str:
+    """Return two sections beside each other on a wide screen; one that is empty leaves its place to the other."""
+    found = [one for one in sections if one]
+    return f'<div class="pair">{"".join(found)}</div>' if len(found) > 1 else "".join(found)
 
 
 def by_scope(report: Report) -> str:
     """Return the table of the scopes, where they were measured."""
     lines = scopes.scope_lines(report)
-    return section("From where on", scopes.scope_about(report), milliseconds(scopes.HEADER[1:], lines)) if lines else ""
+    if not lines:
+        return ""
+    table = figures_table("Artifact", scopes.scope_header(report)[1:], lines, unit="ms")
+    return section("What preprocessing and decoding add", scopes.scope_about(report), table)
 
 
 def threads(report: Report) -> str:
     """Return the table of the thread sweep, if there was one."""
     lines = sweep.sweep_lines(report)
-    return section("Threads", sweep.SWEEP_HOW, milliseconds(sweep.sweep_header(report)[1:], lines)) if lines else ""
+    if not lines:
+        return ""
+    return section(
+        "Threads", sweep.SWEEP_HOW, figures_table("Artifact", sweep.sweep_header(report)[1:], lines, unit="ms")
+    )
 
 
 def at_a_rate(report: Report) -> str:
@@ -243,50 +262,38 @@ def at_a_rate(report: Report) -> str:
     lines = paced.paced_lines(report)
     if not lines:
         return ""
-    rows = [
-        f'<tr><th scope="row">{escape(artifact)}</th>'
-        + "".join(cell(name, figure, "") for name, figure in zip(paced.HEADER[1:], figures, strict=True))
-        + "</tr>"
-        for artifact, *figures in lines
-    ]
-    header = heading("Artifact") + "".join(map(heading, paced.HEADER[1:]))
-    return section("At a camera's rate", paced.paced_about(report), grid(header, rows, kind="stacked"))
-
-
-def milliseconds(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a table of latencies: an artifact a row, a circumstance a column."""
-    rows = [
-        f'<tr><th scope="row">{escape(artifact)}</th>'
-        + "".join(cell(name, figure, "") for name, figure in zip(names, figures, strict=True))
-        + "</tr>"
-        for artifact, *figures in lines
-    ]
-    return grid(heading("Artifact") + "".join(heading(name, "ms") for name in names), rows, kind="stacked")
+    return section("At a camera's rate", paced.paced_about(report), figures_table("Artifact", paced.HEADER[1:], lines))
 
 
 def comparison(report: Report) -> str:
-    """Return the teacher beside the student."""
-    lines = [
-        f'<tr><th scope="row">{escape(who)}</th>'
-        f"{cell('Top-1', top1, '')}{cell('Top-5', top5, '')}{cell('Same answer', same, '')}</tr>"
-        for who, top1, top5, same in wording.teacher_and_student(report)
-    ]
+    """Return the teacher beside the student; without labels the artifacts' table has said it all."""
+    if not report["evaluation"]["labelled"]:
+        return ""
     about = f"On {wording.evaluated_on(report)}. The student learned from the teacher's answers alone."
-    header = "".join(map(heading, ("Model", "Top-1", "Top-5", "Same answer")))
-    return section("Teacher and student", about, grid(header, lines, kind="stacked wrapped"))
+    table = figures_table("Model", ("Top-1", "Top-5", "Same answer"), wording.teacher_and_student(report))
+    return section("Teacher and student", about, table)
 
 
 def audit(report: Report) -> str:
     """Return how right teacher and student are on the images that somebody ticked, where somebody did."""
-    lines = [
-        f'<tr><th scope="row">{escape(who)}</th>{cell("Right", right, "")}{cell("95 %", bounds, "")}'
-        f"{cell('Images', images, '')}</tr>"
-        for who, right, bounds, images in wording.audit_lines(report)
-    ]
+    lines = wording.audit_lines(report)
     if not lines:
         return ""
-    header = "".join(map(heading, ("Model", "Right", "95 % interval", "Images")))
-    return section("Audit", wording.audit_about(report), grid(header, lines, kind="stacked wrapped"))
+    table = figures_table("Model", ("Right", "95 % interval", "Images"), lines)
+    return section("Audit", wording.audit_about(report), table)
+
+
+def figures_table(first: str, names: Sequence[str], lines: Sequence[Sequence[str]], *, unit: str = "") -> str:
+    """Return a table of figures with a name a row; on a narrow screen a row of many or long figures is a block."""
+    rows = [
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(cell(column, figure, "") for column, figure in zip(names, figures, strict=True))
+        + "</tr>"
+        for name, *figures in lines
+    ]
+    wide = len(names) > 3 or max(len("".join(figures)) for _, *figures in lines) > 26
+    header = heading(first) + "".join(heading(name, unit) for name in names)
+    return grid(header, rows, kind="stacked wrapped" if wide else "wrapped")
 
 
 def against(report: Report) -> str:
@@ -335,13 +342,14 @@ def training(report: Report) -> str:
 
 
 def circumstances(report: Report) -> str:
-    """Return the machine, the notes and the command."""
+    """Return the machine, the notes and every command."""
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in wording.machine_facts(report))
-    notes = "".join(f"<li>{escape(note)}</li>" for note in report["notes"])
-    said = f'<h2>Notes</h2><ul class="notes">{notes}</ul><h3>Command</h3>' if notes else "<h2>Command</h2>"
+    notes = "".join(f"<li>{words(note)}</li>" for note in report["notes"])
+    said = f'<h2>Notes</h2><ul class="notes">{notes}</ul><h3>Commands</h3>' if notes else "<h2>Commands</h2>"
     # Each word whole: a line may end between two options, not within one.
-    command = " ".join(f"<span>{escape(word)}</span>" for word in report["command"].split(" "))
+    lines = [" ".join(f"<span>{escape(word)}</span>" for word in line.split(" ")) for line in wording.commands(report)]
+    commands = "\n".join(lines)
     return (
         f'<div class="pair"><section><h2>Machine</h2><dl class="facts">{facts}</dl></section>'
-        f"<section>{said}<pre>{command}</pre></section></div>"
+        f"<section>{said}<pre>{commands}</pre></section></div>"
     )

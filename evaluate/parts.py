@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -19,8 +20,13 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 def section(title: str, about: str, body: str) -> str:
     """Return a part of the page: its title, a sentence on what is shown, and what is shown."""
-    words = f'<p class="about">{escape(about)}</p>' if about else ""
-    return f"<section><h2>{escape(title)}</h2>{words}{body}</section>"
+    said = f'<p class="about">{words(about)}</p>' if about else ""
+    return f"<section><h2>{escape(title)}</h2>{said}{body}</section>"
+
+
+def words(text: str) -> str:
+    """Return text for the page, in which no line break parts a figure from its unit."""
+    return re.sub(r"(?<=\d) (?=(%|ms|MiB|MHz|°C)(?!\w))", "\u00a0", escape(text))
 
 
 def grid(header: str, lines: Sequence[str], *, kind: str = "") -> str:

@@ -14,6 +14,7 @@ from prgkit.evaluate import svg
 from prgkit.evaluate.svg import FONT, WIDTH, Axis
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+FRONT = "Up and to the left is better. In bold: the Pareto front, the best to be had at each latency."
 # What an epoch's record holds besides the terms of the loss.
 NOT_A_TERM = {"epoch", "step", "seconds", "learning_rate", "images_per_s", "loss", "agreement"}
 
@@ -38,7 +39,8 @@ def accuracy_latency(points: Sequence[Point], *, score_name: str, reference: tup
         score_name: what the vertical axis shows, with its unit.
         reference: a name and a score to draw a level line at, such as the teacher's.
     """
-    left, right, top, bottom = 48.0, WIDTH - 14.0, 34.0, 292.0
+    left, right, top = 48.0, WIDTH - 14.0, 34.0
+    bottom = 292.0 + 16 * max(0, len(points) - 5)  # many labels need room
     x = latency_axis(
         [value for point in points for value in (point.latency_ms, *point.latency_interval_ms)],
         left,
@@ -69,12 +71,23 @@ def accuracy_latency(points: Sequence[Point], *, score_name: str, reference: tup
             corners += [(x.at(point.latency_ms), corners[-1][1]), (x.at(point.latency_ms), y.at(point.score))]
         parts.append(svg.polyline(corners, stroke="currentColor", width=1.2, extra='opacity="0.4"'))
     taken += [(x.at(p.latency_ms) - 7, y.at(p.score) - 7, x.at(p.latency_ms) + 7, y.at(p.score) + 7) for p in points]
+    whiskers: list[Box] = []
     for point in points:
         parts += draw_point(point, x, y)
         low, high = (x.at(value) for value in point.latency_interval_ms)
-        taken.append((low, y.at(point.score) - 4, high, y.at(point.score) + 4))
-    for point in points:
-        across, up, anchor = place_label(point, x, y, taken, (left, top - 8, right, bottom))
+        taken.append((low - 4, y.at(point.score) - 4, high + 4, y.at(point.score) + 4))
+        if point.score_interval:
+            bottom_end, top_end = (y.at(value) for value in point.score_interval)
+            whiskers.append((x.at(point.latency_ms) - 2, top_end, x.at(point.latency_ms) + 2, bottom_end))
+    for point in sorted(points, key=lambda point: point not in front):
+        place = place_label(point, x, y, taken, whiskers, (left, top - 8, right, bottom))
+        if place is None:  # its colour is in the table, its name in its dot's title
+            continue
+        across, up, anchor = place
+        start, middle = (x.at(point.latency_ms), y.at(point.score)), up - FONT * 0.35
+        if abs(middle - start[1]) > FONT:
+            edge = across - 3 if anchor == "start" else across + 3
+            parts.append(svg.line(*start, edge, middle, extra='opacity="0.45"'))
         parts.append(svg.text(across, up, point.label, anchor=anchor, bold=point in front))
     names = ", ".join(f"{point.label}: {point.score:.1f} at {milliseconds(point.latency_ms)} ms" for point in points)
     return svg.drawing(bottom + 46, parts, title=f"{score_name} against latency", description=names)
@@ -102,22 +115,27 @@ def draw_point(point: Point, x: Axis, y: Axis) -> list[str]:
     return [*parts, svg.circle(across, up, radius=5.5, fill=ink, title=said)]
 
 
-def place_label(point: Point, x: Axis, y: Axis, taken: list[Box], frame: Box) -> tuple[float, float, str]:
-    """Return where a point's label covers nothing, and note the place as taken."""
-    across, up, width = x.at(point.latency_ms), y.at(point.score), svg.text_width(point.label)
+def place_label(
+    point: Point, x: Axis, y: Axis, taken: list[Box], whiskers: Sequence[Box], frame: Box
+) -> tuple[float, float, str] | None:
+    """Return where a point's label covers nothing, or at most a whisker, and note it as taken; None if nowhere."""
+    across, up = x.at(point.latency_ms), y.at(point.score)
+    width = 1.12 * svg.text_width(point.label)  # in bold
     offers = []
-    for distance in (0.0, 18.0, 36.0, 54.0):
+    for distance in range(0, 145, 18):
         for sign in (-1, 1):
             offers.append((across + 11, up + FONT * 0.35 + sign * distance, "start"))
             offers.append((across - 11, up + FONT * 0.35 + sign * distance, "end"))
-    for offer in offers:
-        start = offer[0] if offer[2] == "start" else offer[0] - width
-        box = (start, offer[1] - FONT, start + width, offer[1] + 3)
-        inside = box[0] >= frame[0] and box[2] <= frame[2] and box[1] >= frame[1] and box[3] <= frame[3]
-        if inside and not any(overlap(box, other) for other in taken):
-            taken.append(box)
-            return offer
-    return offers[0] if across + 11 + width <= frame[2] else offers[1]
+    near = [offer for offer in offers if abs(offer[1] - up) < 3 * FONT]
+    for some, avoided in ((near, [*taken, *whiskers]), (offers, taken)):
+        for offer in some:
+            start = offer[0] if offer[2] == "start" else offer[0] - width
+            box = (start, offer[1] - FONT, start + width, offer[1] + 3)
+            inside = box[0] >= frame[0] and box[2] <= frame[2] and box[1] >= frame[1] and box[3] <= frame[3]
+            if inside and not any(overlap(box, other) for other in avoided):
+                taken.append(box)
+                return offer
+    return None
 
 
 def overlap(a: Box, b: Box) -> bool:
@@ -127,7 +145,7 @@ def overlap(a: Box, b: Box) -> bool:
 
 def latency_distribution(series: Mapping[str, Sequence[float]]) -> str:
     """Draw every run's latency in ms: one histogram an artifact on a shared logarithmic axis, its tail whole."""
-    left, right, top, lane = 6.0, WIDTH - 8.0, 10.0, min(120.0, max(78.0, 272.0 / len(series)))
+    left, right, top, lane = 6.0, WIDTH - 8.0, 10.0, min(120.0, max(64.0, 272.0 / len(series)))
     bottom = top + lane * len(series)
     x = latency_axis(
         [value for samples in series.values() for value in (min(samples), max(samples))], left, right, margin=0.03
@@ -152,7 +170,7 @@ def draw_lane(name: str, samples: Any, x: Axis, edges: Any, *, floor: float, lan
         if height
     )
     parts = [
-        f'<path d="{bars}" fill="{ink}" opacity="0.75"/>',
+        f'<path d="{bars}" fill="{ink}"/>',
         svg.line(x.start_px, floor, x.end_px, floor, extra='opacity="0.3"'),
     ]
     p50, p90, p99 = (float(value) for value in np.percentile(samples, [50, 90, 99]))
@@ -178,24 +196,24 @@ def draw_lane(name: str, samples: Any, x: Axis, edges: Any, *, floor: float, lan
             x.at(marks[-1][1]), floor - 3.5, radius=3.5, fill=ink, title=f"slowest run {milliseconds(marks[-1][1])} ms"
         )
     )
-    said = " · ".join(f"{mark} {milliseconds(value)}" for mark, value in marks)
-    if svg.text_width(name + said) > WIDTH - 30:  # a long name leaves room for the median and the slowest
-        said = " · ".join(f"{mark} {milliseconds(value)}" for mark, value in (marks[0], marks[-1]))
+    told = [f"{mark} {milliseconds(value)}" for mark, value in marks]
+    while len(told) > 2 and svg.text_width(name + " · ".join(told)) > WIDTH - 30:
+        del told[1]  # a long name leaves room for the median and the slowest, perhaps for p99
     return [
         *parts,
         svg.text(x.start_px, floor - lane + 22, name, bold=True),
-        svg.text(x.end_px, floor - lane + 22, said, anchor="end", muted=True),
+        svg.text(x.end_px, floor - lane + 22, " · ".join(told), anchor="end", muted=True),
     ]
 
 
 def histogram(counts: Sequence[int], *, name: str, title: str) -> str:
     """Draw counts in equal bins of [0, 1] as bars."""
-    left, right, top, floor = 44.0, WIDTH - 12.0, 12.0, 150.0
+    left, right, top, floor = 50.0, WIDTH - 12.0, 12.0, 150.0
     x, y = Axis(0, 1, left, right), Axis(0, max([*counts, 1]), floor, top)
     width = (right - left) / len(counts)
     bars = [
         f'<rect x="{left + place * width + 0.5:.1f}" y="{y.at(count):.1f}" width="{width - 1:.1f}" '
-        f'height="{floor - y.at(count):.1f}" fill="{svg.colour(0)}" opacity="0.75"/>'
+        f'height="{floor - y.at(count):.1f}" fill="{svg.colour(0)}" opacity="0.8"/>'
         for place, count in enumerate(counts)
         if count
     ]
@@ -205,14 +223,14 @@ def histogram(counts: Sequence[int], *, name: str, title: str) -> str:
 
 def class_sizes(counts: Sequence[int], *, uniform: float) -> str:
     """Draw images per class from the fullest to the emptiest, against an even share."""
-    left, right, top, floor = 44.0, WIDTH - 12.0, 12.0, 150.0
+    left, right, top, floor = 50.0, WIDTH - 12.0, 12.0, 150.0
     ordered = sorted(counts, reverse=True)
     x = Axis(0, len(ordered), left, right)
     y = Axis(0, max([*ordered, uniform, 1]), floor, top)
     edge = " ".join(
         f"L{x.at(place):.1f} {y.at(n):.1f}L{x.at(place + 1):.1f} {y.at(n):.1f}" for place, n in enumerate(ordered)
     )
-    area = f'<path d="M{left:.1f} {floor:.1f}{edge}L{right:.1f} {floor:.1f}Z" fill="{svg.colour(0)}" opacity="0.75"/>'
+    area = f'<path d="M{left:.1f} {floor:.1f}{edge}L{right:.1f} {floor:.1f}Z" fill="{svg.colour(0)}" opacity="0.8"/>'
     even = svg.line(left, y.at(uniform), right, y.at(uniform), extra='stroke-dasharray="4 3" opacity="0.8"')
     said = svg.text(right, y.at(uniform) - 6, f"even: {uniform:,.0f}", anchor="end", muted=True)
     name = "classes, the fullest first"
@@ -254,7 +272,7 @@ def panel(name: str, title: str, lines: Mapping[str, list[tuple[float, float]]])
     """Draw lines over the epochs, each named at its end."""
     lines = {label: points for label, points in lines.items() if points}
     named = len(lines) > 1
-    right = WIDTH - 14.0 - (max(svg.text_width(label) for label in lines) + 6 if named else 0)
+    right = WIDTH - 14.0 - (max(svg.text_width(label) for label in lines) + 12 if named else 0)
     left, top, bottom = 48.0, 30.0, 236.0
     values = [value for points in lines.values() for _, value in points]
     epochs = [epoch for points in lines.values() for epoch, _ in points]
@@ -278,7 +296,8 @@ def panel(name: str, title: str, lines: Mapping[str, list[tuple[float, float]]])
             )
         )
         if named:
-            parts.append(f'<g style="color: {ink}">{svg.text(right + 8, end + FONT * 0.35, label)}</g>')
+            parts.append(svg.circle(right + 12, end, radius=3.5, fill=ink))
+            parts.append(svg.text(right + 20, end + FONT * 0.35, label))
     last = ", ".join(f"{label}: {points[0][1]:.3g} to {points[-1][1]:.3g}" for label, points in lines.items())
     return svg.drawing(bottom + 46, parts, title=title, description=last)
 

@@ -22,11 +22,19 @@ def row_notes(rows: Sequence[Row], measured: Sequence[Measured]) -> list[str]:
             notes.append(f"{name} failed: {row['reason']}.")
         if found and not found["steady"]:
             notes.append(f"{name} did not become steady while warming up: two windows' medians stayed over 2 % apart.")
-        if found and max(found["round_p50_ms"]) > 1.1 * min(found["round_p50_ms"]):
+        if found and wording.unstable(found):
             low, high = (wording.ms(bound(found["round_p50_ms"])) for bound in (min, max))
             notes.append(f"{name} was unstable: the median of a round moved between {low} and {high} ms.")
-        if row["backend"] == "torch":
+        if drawn := row.get("energy"):
+            notes.append(
+                f"{name} took {drawn['energy_mj']:.3g} mJ an image, at {drawn['power_w']:.3g} W ({drawn['power_of']})."
+            )
+        if switches := row.get("switches"):
+            notes.append(f"{name} ran with: CUDA graph {switches['cuda_graph']}; wait for the GPU: {switches['wait']}.")
+        if row["artifact"] == "torch":
             notes.append(f"{name} is PyTorch in eager mode, the student as it was trained: its branches are not fused.")
+        if row["artifact"] == "torch-compiled" and row["status"] == "measured":
+            notes.append(f"{name} is the same through torch.compile (inductor); its load time is that of compiling.")
     for one in measured:
         notes += [
             f"{latency.label(one.spec)} has no figure at batch {batch}: {why}." for batch, why in one.unmeasured.items()

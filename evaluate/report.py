@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prgkit.evaluate import baseline, paced, scopes, sweep, wording
+from prgkit.evaluate import baseline, classes, paced, scopes, soak_told, sweep, wording
 from prgkit.evaluate.gallery import Picture
 from prgkit.evaluate.page import page
 from prgkit.evaluate.wording import NONE, Report, Row
@@ -26,6 +26,7 @@ def write_report(folder: Path, report: Report, *, samples: dict[str, Any], pictu
 def markdown(report: Report) -> str:
     """Return the report as Markdown."""
     machine = [f"- {name}: {cell(value)}" for name, value in wording.machine_facts(report)]
+    labelled = report["evaluation"]["labelled"]
     comparison = [(who, top1, top5, same) for who, top1, top5, same in wording.teacher_and_student(report)]
     parts = [
         f"# {cell(wording.headline(report))}",
@@ -36,14 +37,16 @@ def markdown(report: Report) -> str:
         *by_scope(report),
         *threads(report),
         *at_a_rate(report),
-        grid(["", "top-1", "top-5", "agrees with the teacher"], comparison),
+        *soaked(report),
+        *([grid(["", "top-1", "top-5", "agrees with the teacher"], comparison)] if labelled else []),
+        *by_class(report),
         *audit(report),
         *against(report),
         *(["## Notes", "\n".join(f"- {cell(note)}" for note in report["notes"])] if report["notes"] else []),
         "## Machine",
         "\n".join(machine),
-        "## Command",
-        f"```\n{report['command']}\n```",
+        "## Commands",
+        "\n".join(["```", *wording.commands(report), "```"]),
         wording.HOW,
     ]
     return "\n\n".join(parts) + "\n"
@@ -101,7 +104,7 @@ def throughput(report: Report) -> list[str]:
 def by_scope(report: Report) -> list[str]:
     """Return the table of the scopes, where they were measured."""
     lines = scopes.scope_lines(report)
-    return [grid(scopes.HEADER, lines), scopes.scope_about(report)] if lines else []
+    return [grid(scopes.scope_header(report), lines), scopes.scope_about(report)] if lines else []
 
 
 def at_a_rate(report: Report) -> list[str]:
@@ -110,10 +113,37 @@ def at_a_rate(report: Report) -> list[str]:
     return [grid(paced.HEADER, lines), paced.paced_about(report)] if lines else []
 
 
+def soaked(report: Report) -> list[str]:
+    """Return the first and the last minute of the soak, if there was one."""
+    if not report.get("soak"):
+        return []
+    lines = soak_told.soak_lines(report)
+    return [*([grid(soak_told.HEADER, lines)] if lines else []), cell(soak_told.soak_about(report))]
+
+
 def threads(report: Report) -> list[str]:
     """Return the table of the thread sweep, if there was one."""
     lines = sweep.sweep_lines(report)
     return [grid(sweep.sweep_header(report), lines), sweep.SWEEP_HOW] if lines else []
+
+
+def by_class(report: Report) -> list[str]:
+    """Return the classes that the student is worst and best at, and its most frequent mistakes."""
+    found = report.get("per_class")
+    if not found or not classes.worst_first(found):
+        return []
+    worst, best = classes.shown(found)
+    between = [["…", *[""] * (len(classes.class_header(found)) - 1)]] if best else []
+    lines = (
+        [classes.class_line(found, one) for one in worst] + between + [classes.class_line(found, one) for one in best]
+    )
+    pairs = classes.pair_lines(found)
+    return [
+        "## Class by class",
+        cell(classes.class_about(found)),
+        grid(classes.class_header(found), lines),
+        *([grid(classes.pair_header(found), pairs, names=2)] if pairs else []),
+    ]
 
 
 def audit(report: Report) -> list[str]:

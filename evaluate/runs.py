@@ -1,4 +1,4 @@
-"""The two loops in which runs are timed: one after another, and at the rate of a camera."""
+"""The loops in which runs are timed: one after another, by a GPU's own clock, and at the rate of a camera."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ def timed_runs(
         turn += 1
         if stop >= end and len(samples) >= at_least:
             return turn, samples
+
+
+def clocked_runs(clocked: Callable[[Any], int], rotation: Sequence[Any], seconds: float) -> list[int]:
+    """Run until ``seconds`` have passed; return the ns that each run says it took."""
+    samples: list[int] = []
+    end = time.perf_counter() + seconds
+    while not samples or time.perf_counter() < end:
+        samples.append(clocked(rotation[len(samples) % len(rotation)]))
+    return samples
 
 
 def paced_runs(

@@ -1,4 +1,7 @@
-"""From where a latency is counted: from pixels (io), from a decoded picture (pipeline), from its file (end-to-end)."""
+"""From where a latency is counted: from pixels (io), from a decoded picture (pipeline), from its file (end-to-end).
+
+A GPU has one more: compute, its own time for the network, without the copies to it and back.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from prgkit.evaluate.wording import Report, Row
 from prgkit.export.bundle import Bundle
 from prgkit.images import load_image
 
-HEADER = ["p50 ms", "io", "pipeline", "end-to-end"]
+NAMES = {"compute": "compute", "io": "io", "pipeline": "pipeline", "end_to_end": "end-to-end"}
 
 
 def golden_pictures(bundle: Bundle) -> Pictures | None:
@@ -41,13 +44,24 @@ def scope_block(one: Measured) -> dict[str, Any]:
     }
 
 
+def shown(report: Report) -> list[str]:
+    """Return the scopes of a table: what only GPUs have is left out where none was measured."""
+    gpus = any("compute" in row.get("scopes", {}) for row in wording.measured(report))
+    return [scope for scope in latency.SCOPES if gpus or scope != "compute"]
+
+
+def scope_header(report: Report) -> list[str]:
+    """Return the columns of the scopes' table."""
+    return ["p50 ms", *(NAMES[scope] for scope in shown(report))]
+
+
 def scope_lines(report: Report) -> list[list[str]]:
     """Return each measured row's medians by scope: from pixels, from a decoded picture, from its file."""
     rows: list[Row] = [row for row in wording.measured(report) if row.get("scopes")]
     return [
         [
             wording.row_name(row),
-            *(wording.ms((row["scopes"].get(scope) or {}).get("p50_ms")) for scope in latency.SCOPES),
+            *(wording.ms((row["scopes"].get(scope) or {}).get("p50_ms")) for scope in shown(report)),
         ]
         for row in rows
     ]
@@ -58,8 +72,10 @@ def scope_about(report: Report) -> str:
     found = report["scopes"]
     smallest, largest = ("×".join(map(str, found[name])) for name in ("smallest", "largest"))
     size = f"{smallest} px" if smallest == largest else f"{smallest} to {largest} px"
+    compute = "compute, the GPU's own time by CUDA events; " if "compute" in shown(report) else ""
     return (
-        "Median latency at batch 1 by where it is counted from: io, from prepared pixels; pipeline, from a decoded "
-        "picture, so with resizing and cropping; end-to-end, from the PNG file in memory, so with decoding as well. In "
-        f"turns, in one process, with Pillow, on the bundle's {found['pictures']} golden pictures ({size})."
+        f"Median latency at batch 1 by where it is counted from: {compute}io, from prepared pixels; pipeline, from "
+        "a decoded picture, so with resizing and cropping; end-to-end, from the PNG file in memory, so with "
+        f"decoding as well. In turns, in one process, with Pillow, on the bundle's "
+        f"{found['pictures']} golden pictures ({size})."
     )

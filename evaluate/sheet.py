@@ -129,7 +129,12 @@ main { padding-top: 20px; padding-bottom: 60px; }
 .card[data-right="y"] .yes { border-color: var(--good); background: var(--good-soft); color: var(--good); }
 .card[data-right="n"] .no { border-color: var(--bad); background: var(--bad-soft); color: var(--bad); }
 .card.current { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
-@media (max-width: 760px) { .bar > div { padding: 8px 16px; } .bar .keys { display: none; } }
+@media (max-width: 760px) {
+  .bar > div { padding: 8px 16px; } .bar .keys { display: none; }
+  progress { flex: 1; min-width: 40px; }
+  .sheet { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; }
+  .ask button { padding-inline: 4px; }
+}
 @media print { .bar, .ask { display: none !important; } }
 """
 

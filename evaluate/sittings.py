@@ -8,6 +8,7 @@ measured in two sittings. What came before under other conditions is never used:
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import time
@@ -27,7 +28,17 @@ from prgkit.run import append_line, numbered_lines
 
 SITTING_S = 600.0
 # What describes the machine and does not change while a bench is under way.
-LASTING = ("cpu", "cores", "usable_cores", "governor", "clock_range_mhz", "memory_gib", "kernel", "versions")
+LASTING = (
+    "cpu",
+    "cores",
+    "usable_cores",
+    "governor",
+    "clock_range_mhz",
+    "memory_gib",
+    "kernel",
+    "versions",
+    "power_mode",
+)
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 Record = dict[str, Any]
@@ -40,6 +51,7 @@ class Sittings:
         self.folder = folder
         self.notes: list[str] = []
         self.records: list[Record] = []
+        self.prefix = ""
         if folder is None:
             return
         now, made_from = time.time(), fingerprint(conditions)
@@ -56,14 +68,20 @@ class Sittings:
             self.remove()
         self.append({"conditions": made_from})
 
+    def part(self, name: str) -> Sittings:
+        """Return the same journal for a part of the bench, whose kinds of records are its own."""
+        part = copy.copy(self)  # the records are shared
+        part.prefix = f"{self.prefix}{name}: "
+        return part
+
     def of(self, kind: str) -> list[Record]:
         """Return the records of one kind, in the order in which they were measured."""
-        return [record for record in self.records if record.get("kind") == kind]
+        return [record for record in self.records if record.get("kind") == self.prefix + kind]
 
     def add(self, kind: str, **facts: Any) -> None:
         """Keep what has just been measured."""
         if self.folder is not None:
-            self.append({"kind": kind, **facts})
+            self.append({"kind": self.prefix + kind, **facts})
 
     def add_array(self, kind: str, array: NDArray[Any], **facts: Any) -> None:
         """Keep an array in a file of its own, and after it the record that names it."""
@@ -73,7 +91,7 @@ class Sittings:
         np.save(buffer, array, allow_pickle=False)
         path = self.folder / f"{kind}-{len(self.records)}.npy"
         write_bytes(path, buffer.getvalue())
-        self.append({"kind": kind, "file": path.name, "sha256": sha256(path), **facts})
+        self.append({"kind": self.prefix + kind, "file": path.name, "sha256": sha256(path), **facts})
 
     def array(self, record: Record) -> NDArray[Any] | None:
         """Return a record's array, or None where its file is not what was written."""

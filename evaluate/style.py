@@ -9,7 +9,7 @@ CSS = """
   --series-1: #2563eb; --series-2: #d97706; --series-3: #059669; --series-4: #9333ea;
   --series-5: #dc2626; --series-6: #0891b2; --series-7: #a16207; --series-8: #64748b;
 }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root {
     --page: #101216; --card: #181b21; --ink: #e8eaee; --muted: #9aa2b1; --rule: #2a2f38; --soft: #20242c;
     --accent: #7aa7ff; --good: #6fd8a1; --good-soft: #12331f; --warn: #f2c46d; --warn-soft: #3a2c0c;
@@ -28,16 +28,16 @@ body {
 main, header, footer { max-width: 1120px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 48px; padding-bottom: 8px; }
 .eyebrow { margin: 0 0 12px; color: var(--muted); font-size: 13px; }
-h1 { margin: 0; max-width: 28em; font-size: clamp(25px, 3.4vw, 36px); line-height: 1.18; letter-spacing: -0.02em;
+h1 { margin: 0; max-width: 34em; font-size: clamp(24px, 3vw, 32px); line-height: 1.18; letter-spacing: -0.02em;
   font-weight: 700; text-wrap: balance; }
 .lead { margin: 16px 0 0; max-width: 50em; color: var(--muted); font-size: 16px; }
 .lead b { color: var(--ink); font-weight: 600; }
 h2 { margin: 0 0 4px; font-size: 18px; line-height: 1.3; letter-spacing: -0.01em; }
-h3 { margin: 24px 0 12px; font-size: 15px; }
+h3 { margin: 24px 0 12px; font-size: 15px; } h3:first-child { margin-top: 0; }
 section { margin: 20px 0; padding: 24px; background: var(--card); border: 1px solid var(--rule);
   border-radius: 12px; }
 .about { margin: 0 0 16px; max-width: 56em; color: var(--muted); font-size: 14px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; margin: 28px 0 20px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 12px; margin: 28px 0 20px; }
 .tile { padding: 16px 18px; background: var(--card); border: 1px solid var(--rule); border-radius: 12px; }
 .tile .name { color: var(--muted); font-size: 13px; }
 .tile .value { margin: 2px 0; font-size: 27px; line-height: 1.2; font-weight: 650; letter-spacing: -0.02em;
@@ -48,7 +48,8 @@ table { width: calc(100% + 24px); margin: 0 -12px; border-collapse: collapse; fo
 th, td { padding: 10px 0 10px 14px; text-align: right; vertical-align: baseline;
   border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th:first-child, td:first-child { padding-left: 12px; text-align: left; }
-table.wrapped th:first-child { white-space: normal; }
+table.wrapped th:first-child, td.name { white-space: normal; }
+th.name, td.name { text-align: left; overflow-wrap: anywhere; }
 th:last-child, td:last-child { padding-right: 12px; }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--muted); font-size: 12.5px; font-weight: 500; line-height: 1.3; vertical-align: bottom;
@@ -61,7 +62,7 @@ tr.lead-row > :first-child { box-shadow: inset 3px 0 0 var(--accent); }
 .dot { display: inline-block; width: 9px; height: 9px; margin-right: 8px; border-radius: 50%;
   background: var(--rule); }
 .chip { display: inline-block; padding: 1px 8px; border-radius: 99px; font-size: 12px; line-height: 1.5;
-  font-weight: 600; background: var(--soft); color: var(--muted); }
+  white-space: nowrap; font-weight: 600; background: var(--soft); color: var(--muted); }
 .chip.good { background: var(--good-soft); color: var(--good); }
 .chip.warn { background: var(--warn-soft); color: var(--warn); }
 .chip.bad { background: var(--bad-soft); color: var(--bad); }
@@ -84,6 +85,9 @@ svg { display: block; overflow: visible; }
 .facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 6px 20px; margin: 12px 0 0; }
 .facts dt { color: var(--muted); }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
+details { margin-top: 16px; }
+summary { width: max-content; color: var(--accent); font-size: 14px; cursor: pointer; }
+details table { margin-top: 8px; max-width: 640px; }
 ul.notes { margin: 12px 0 0; padding-left: 18px; }
 ul.notes li { margin: 4px 0; overflow-wrap: anywhere; }
 pre { margin: 12px 0 0; padding: 12px 14px; background: var(--soft); border-radius: 8px;
@@ -91,8 +95,27 @@ pre { margin: 12px 0 0; padding: 12px 14px; background: var(--soft); border-radi
     overflow-wrap: anywhere; }
 pre span { display: inline-block; }
 footer { padding-top: 4px; padding-bottom: 48px; color: var(--muted); font-size: 13px; }
-@media (max-width: 900px) { .pair, .plots { grid-template-columns: minmax(0, 1fr); } }
-@media (max-width: 760px) {
+@media screen and (max-width: 940px) {
+  .pair, .plots { grid-template-columns: minmax(0, 1fr); }
+  table.stacked thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  table.stacked, table.stacked tbody { display: block; }
+  table.stacked { width: 100%; margin: 0; }
+  table.stacked tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(138px, 1fr)); gap: 6px 20px;
+    padding: 14px 0; border-bottom: 1px solid var(--rule); }
+  table.stacked tr:first-child { padding-top: 4px; }
+  table.stacked tr:last-child { border-bottom: 0; padding-bottom: 0; }
+  table.stacked th { white-space: normal; }
+  table.stacked th, table.stacked td { display: flex; justify-content: space-between; align-items: baseline;
+    gap: 8px; padding: 0; border: 0; background: none; }
+  table.stacked .lead-row > :first-child { box-shadow: none; }
+  table.stacked th, table.stacked td.reason { grid-column: 1 / -1; display: block; }
+  table.stacked td::before { content: attr(data-name); color: var(--muted); font-size: 13px; text-align: left;
+    white-space: normal; }
+  table.stacked td.reason::before { content: none; }
+  table.stacked td small { display: none; }
+  table.stacked th small { display: inline; margin-left: 8px; }
+}
+@media screen and (max-width: 760px) {
   main, header, footer { padding-left: 16px; padding-right: 16px; }
   header { padding-top: 28px; }
   section { padding: 18px 16px; }
@@ -103,24 +126,21 @@ footer { padding-top: 4px; padding-bottom: 48px; color: var(--muted); font-size:
   .facts { grid-template-columns: minmax(0, 1fr); gap: 0; } .facts dd { margin-bottom: 8px; }
   table { width: 100%; margin: 0; } th:first-child, td:first-child { padding-left: 0; }
     th:last-child, td:last-child { padding-right: 0; }
-  table.stacked thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  table.stacked, table.stacked tbody { display: block; }
-  table.stacked tr { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 6px 20px; padding: 14px 0;
-    border-bottom: 1px solid var(--rule); }
-  table.stacked tr:first-child { padding-top: 4px; }
-  table.stacked tr:last-child { border-bottom: 0; padding-bottom: 0; }
-  table.stacked th, table.stacked td { display: flex; justify-content: space-between; align-items: baseline;
-    gap: 8px; padding: 0; border: 0; background: none; }
-  tr.lead-row > :first-child { box-shadow: none; }
-  table.stacked th, table.stacked td.reason { grid-column: 1 / -1; display: block; }
-  table.stacked td::before { content: attr(data-name); color: var(--muted); font-size: 13px; text-align: left;
-    white-space: normal; }
-  table.stacked td.reason::before { content: none; }
-  table.stacked td small { display: none; }
-  table.stacked th small { display: inline; margin-left: 8px; }
 }
+@media screen and (max-width: 360px) { th, td { padding-left: 7px; } section { padding: 16px 12px; } }
+@page { margin: 12mm; }
 @media print {
   :root { --page: #ffffff; }
+  body { font-size: 12.5px; }
+  main, header, footer { max-width: none; padding: 0; }
+  section { padding: 16px 18px; }
   section, .tile, .sheet li, tr { break-inside: avoid; }
+  .dot, .chip, .lead-row > * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  .tiles { grid-template-columns: repeat(auto-fit, minmax(110px, 1fr)); }
+  .tile { padding: 10px 12px; } .tile .value { font-size: 21px; }
+  .pair, .plots { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; }
+  th, td { padding: 6px 0 6px 8px; }
+  td small, th small, thead th { font-size: 10.5px; }
+  .sheet { grid-template-columns: repeat(5, minmax(0, 1fr)); }
 }
 """

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from prgkit.evaluate import accuracy
-from prgkit.export.bundle import Bundle, Evaluation
+from prgkit.export.bundle import NCHW, Bundle, Evaluation
 from prgkit.files import fingerprint
 from prgkit.run import Run
 
@@ -52,6 +53,19 @@ def identity(evaluation: Evaluation, bundle: Bundle) -> dict[str, Any]:
         # Bundles of earlier versions do not say which pictures they hold.
         "digest": None if evaluation.keys is None else fingerprint([evaluation.keys, labels]),
     }
+
+
+def made_by(bundle: Bundle, typed: str) -> list[str]:
+    """Return the commands that make the bundle again from the run's recipe, as far as what was typed does not."""
+    run = shlex.quote(f"runs/{bundle.manifest['run']['name']}")
+    made = {artifact["format"] for artifact in bundle.artifacts} | {one["precision"] for one in bundle.artifacts}
+    options = {"fp16": "--fp16", "int8": "--int8", NCHW: "--float-input", "engine": "--trt"}
+    asked = [option for kind, option in options.items() if kind in made]
+    steps = {
+        "distill": f"prgkit distill {run}/recipe.yaml --run {run}",
+        "export": " ".join(["prgkit export", *asked, "--run", run]),
+    }
+    return [step for command, step in steps.items() if command not in typed.split()]
 
 
 def training(bundle: Bundle, run_folder: Path | None) -> list[dict[str, Any]]:

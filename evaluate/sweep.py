@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from prgkit.evaluate import latency, wording
+from prgkit.evaluate.sittings import Sittings
 from prgkit.evaluate.wording import Report
 from prgkit.evaluate.worker import Pixels, Spec
 
@@ -17,6 +18,7 @@ def thread_sweep(
     *,
     seconds: float,
     note: Callable[[str], None],
+    kept: Sittings | None = None,
     between_rounds: Callable[[int], None] = lambda round_: None,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """Measure every artifact on the CPU at each number of threads; return the report's section and all samples.
@@ -30,17 +32,22 @@ def thread_sweep(
         counts: the numbers of threads; none measures nothing.
         seconds: the time for warming up and measuring one artifact at one number of threads.
         note: told what is being done.
+        kept: what an earlier sitting measured with these numbers of threads, gone on with and added to.
         between_rounds: called before each round with its number.
     """
-    swept = [spec for spec in specs if spec["device"] == "cpu" and spec["kind"] == "onnx"]
+    swept = [spec for spec in specs if spec["device"] == "cpu" and spec["kind"] != "torch"]
     if not counts or not swept:
         return None, []
     note(f"threads: {', '.join(map(str, counts))}")
     each = [{**spec, "threads": count} for spec in swept for count in counts]
-    session = latency.measure(each, images, seconds=seconds, batches=(), note=quiet, between_rounds=between_rounds)
-    rows: dict[str, dict[str, Any]] = {}
+    own = (kept or Sittings()).part(f"threads {','.join(map(str, counts))}")
+    session = latency.measure(
+        each, images, seconds=seconds, batches=(), kept=own, note=quiet, between_rounds=between_rounds
+    )
+    rows: dict[Any, dict[str, Any]] = {}
     for one in session.measured:
-        row = rows.setdefault(one.spec["artifact"], {"artifact": one.spec["artifact"], "latency": {}, "failed": {}})
+        whose = {key: one.spec[key] for key in ("artifact", "backend", "device")}
+        row = rows.setdefault(wording.row_key(whose), {**whose, "latency": {}, "failed": {}})
         count = str(one.spec["threads"])  # JSON's keys are strings
         if one.failed is None:
             row["latency"][count] = latency.summary(
@@ -49,7 +56,7 @@ def thread_sweep(
         else:
             row["failed"][count] = one.failed
     samples = [
-        {"artifact": one.spec["artifact"], "threads": one.spec["threads"], "rounds": one.rounds_ns}
+        {**{key: one.spec[key] for key in ("artifact", "backend", "threads")}, "rounds": one.rounds_ns}
         for one in session.measured
     ]
     return {"counts": list(counts), "rows": list(rows.values())}, samples
@@ -72,7 +79,7 @@ def sweep_lines(report: Report) -> list[list[str]]:
     lines = []
     for row in found["rows"]:
         base = row["latency"].get(str(min(found["counts"])))
-        cells = [row["artifact"]]
+        cells = [wording.row_name(row)]
         for count in map(str, found["counts"]):
             one = row["latency"].get(count)
             if one is None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from prgkit.evaluate import baseline, comparison, paced, sweep, wording
+from prgkit.evaluate import baseline, comparison, paced, soak_told, standings, sweep, wording
 from prgkit.evaluate.wording import Report
 
 
 def report_table(report: Report) -> Table:
     """Return the rows as a table for the terminal."""
     labelled = report["evaluation"]["labelled"]
-    said = [*sweep.sweep_said(report), *paced.paced_said(report), *wording.audit_summary(report), *report["notes"]]
+    said = [*sweep.sweep_said(report), *paced.paced_said(report), *soak_told.soak_said(report)]
+    said += [*wording.audit_summary(report), *report["notes"]]
     result = plain_table(wording.headline(report), said)
     result.add_column("artifact", no_wrap=True)
     for name in [
@@ -79,6 +81,18 @@ def comparison_table(found: comparison.Comparison) -> Table:
         style = "" if row["status"] == "measured" else "dim"
         result.add_row(Text(device if row["report"] != before else ""), *(Text(cell, style=style) for cell in cells))
         before = row["report"]
+    return result
+
+
+def standings_table(found: dict[str, Any]) -> Table:
+    """Return a comparison of objectives and students; a student is named where its lines begin."""
+    result = plain_table(standings.headline(found), [standings.about(found)])
+    for index, name in enumerate(standings.HEADER):
+        result.add_column(name, justify="left" if index < 2 else "right")
+    before = None
+    for student, *cells in standings.lines(found):
+        result.add_row(Text(student if student != before else ""), *map(Text, cells))
+        before = student
     return result
 
 

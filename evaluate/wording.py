@@ -10,6 +10,12 @@ from prgkit.evaluate.plots import milliseconds
 Report = dict[str, Any]
 Row = dict[str, Any]
 NONE = "–"
+# What runs a file that ONNX Runtime runs as well: names tell them apart. An engine's or PyTorch's says so itself.
+RUNTIMES = {
+    "openvino": "OpenVINO",
+    "onnxruntime-openvino": "OpenVINO EP",
+    "onnxruntime-tensorrt": "TensorRT EP",
+}
 FAMILIES = {
     "repvit": "RepViT",
     "efficientnet": "EfficientNet",
@@ -47,7 +53,13 @@ def kept(report: Report, row: Row) -> str:
 
 
 def place(report: Report, row: Row) -> str:
-    """Return what a row ran on: ``2 threads of AMD EPYC``, or the GPU's name."""
+    """Return what a row ran on: ``2 threads of AMD EPYC``, or the GPU's name; and what ran it, as row_name does."""
+    runtime = RUNTIMES.get(row["backend"])
+    return processor(report, row) + (f", with {runtime}" if runtime else "")
+
+
+def processor(report: Report, row: Row) -> str:
+    """Return the processor that a row ran on, with the threads that it took of a CPU."""
     machine = report["machine"]
     if row["device"] != "cpu" and machine.get("gpus"):
         return str(machine["gpus"][0]["name"])
@@ -55,21 +67,37 @@ def place(report: Report, row: Row) -> str:
     return f"{threads} of {machine['cpu']}" if threads else str(machine["cpu"])
 
 
+def unstable(latency: dict[str, Any]) -> bool:
+    """Return whether the medians of a bench's rounds lie so far apart that its figures are of that hour alone."""
+    rounds = latency.get("round_p50_ms") or [latency["p50_ms"]]
+    return bool(max(rounds) > 1.1 * min(rounds))
+
+
 def threads_of(row: Row) -> str:
     """Return a row's number of CPU threads in words, or nothing where there is none."""
-    count = row["threads"]
-    return f"{count} thread{'' if count == 1 else 's'}" if count else ""
+    return counted(row["threads"], "thread") if row["threads"] else ""
+
+
+def counted(count: int, what: str) -> str:
+    """Return a number of things."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def lead_row(report: Report) -> Row | None:
     """Return the row to speak of: the fastest whose quality is within a point of the best, PyTorch only if alone."""
-    refused = {found["artifact"] for found in [report.get("int8")] if found and not found["kept"]}
-    rows = [row for row in measured(report) if row["artifact"] not in refused]
+    rows = [row for row in measured(report) if not refused(report.get("int8"), row)]
     rows = [row for row in rows if row["backend"] != "torch"] or rows
     if not rows:
         return None
     best = max(quality(row) for row in rows)
     return min((row for row in rows if quality(row) >= best - 1), key=lambda row: float(row["latency"]["p50_ms"]))
+
+
+def refused(int8: dict[str, Any] | None, row: Row) -> bool:
+    """Return whether a row is of the INT8 file that was not kept; one that is only not faster may be so elsewhere."""
+    if int8 is None or int8["kept"] or row["artifact"] != int8["artifact"]:
+        return False
+    return row["backend"] == "onnxruntime" or not int8["faithful"]
 
 
 def quality(row: Row) -> float:
@@ -84,8 +112,15 @@ def measured(report: Report) -> list[Row]:
 
 
 def row_name(row: Row) -> str:
-    """Return a row's name: the artifact, with its device where that is not the CPU."""
-    return str(row["artifact"]) if row["device"] == "cpu" else f"{row['artifact']} ({row['device']})"
+    """Return a row's name: the artifact, with its runtime and device where these are not ONNX Runtime and the CPU."""
+    more = [RUNTIMES.get(row.get("backend", ""), ""), "" if row["device"] == "cpu" else row["device"]]
+    told = ", ".join(filter(None, more))
+    return f"{row['artifact']} ({told})" if told else str(row["artifact"])
+
+
+def row_key(row: Row) -> tuple[Any, ...]:
+    """Return what no two rows of a report share: the artifact, what runs it, and where."""
+    return row["artifact"], row.get("backend"), row["device"]
 
 
 def why_missing(row: Row) -> str:
@@ -238,6 +273,7 @@ def machine_facts(report: Report) -> list[tuple[str, str]]:
         ("System", f"{facts['os']}, {facts['architecture']}{', virtual machine' if facts.get('virtual') else ''}"),
         ("Clocks", rule + (f"; {min(clocks)}–{max(clocks)} MHz seen" if clocks else "")),
         ("Governor", facts.get("governor") or ""),
+        ("Power mode", facts.get("power_mode") or ""),
         ("Temperature", f"{min(warmth)}–{max(warmth)} °C" if warmth else ""),
         ("Busy before", f"{facts['busy_cores']} cores" if facts.get("busy_cores") is not None else ""),
         ("Load average before", " ".join(map(str, load)) if load else ""),
@@ -245,6 +281,11 @@ def machine_facts(report: Report) -> list[tuple[str, str]]:
         ("Runtimes", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
     ]
     return [(name, value) for name, value in pairs if value]
+
+
+def commands(report: Report) -> list[str]:
+    """Return every command that led to the report, the one that was typed last."""
+    return [*report.get("made_by", []), report["command"]]
 
 
 HOW = (

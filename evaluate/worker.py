@@ -20,14 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BenchError, PrgkitError
-from prgkit.evaluate.runs import paced_runs, timed_runs
+from prgkit.evaluate.runs import clocked_runs, paced_runs, timed_runs
 
 if TYPE_CHECKING:
     from prgkit.export.runners import Runner
 
 Pixels = NDArray[np.uint8]  # [batch, height, width, 3]
 Spec = dict[str, Any]
-"""What a worker opens, picklable: artifact, kind (onnx, engine or torch), backend, path, provider, device, threads."""
+"""What a worker opens, picklable: artifact, kind (onnx, openvino, engine or torch), backend, path, device, threads.
+
+Of ONNX Runtime, provider and half as well; of PyTorch, compiled.
+"""
 
 # Rotating inputs must not crowd the device's memory: at most this many arrays, and this many bytes, per batch size.
 ROTATED_ARRAYS = 64
@@ -82,12 +85,16 @@ class Worker:
         samples: list[int] = self.ask("measure", batch, seconds, at_least, settle_s)
         return samples
 
-    def take_pictures(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> None:
-        """Give the worker encoded pictures, and how one becomes an input, for scopes that begin before pixels."""
-        self.ask("take_pictures", files, preprocessing)
+    def take_pictures(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> Sequence[str]:
+        """Give the worker encoded pictures, and how one becomes an input; return the scopes that it can measure."""
+        scopes: Sequence[str] = self.ask("take_pictures", files, preprocessing)
+        return scopes
 
     def measure_scope(self, scope: str, *, seconds: float, settle_s: float) -> list[int]:
-        """Return the ns of every run from pixels (io), a decoded picture (pipeline) or its file (end_to_end)."""
+        """Return the ns of every run from pixels (io), a decoded picture (pipeline) or its file (end_to_end).
+
+        The scope compute is what a GPU itself takes, by its own clock.
+        """
         samples: list[int] = self.ask("measure_scope", scope, seconds, settle_s)
         return samples
 
@@ -100,6 +107,11 @@ class Worker:
         """Return how far the process grew, runtime library included, since before it opened the artifact."""
         peak: float = self.ask("memory")
         return peak
+
+    def switches(self) -> dict[str, str]:
+        """Return how the runner launches and waits, where it can do so in several ways; known after its first runs."""
+        found: dict[str, str] = self.ask("switches")
+        return found
 
     def ask(self, command: str, *arguments: Any) -> Any:
         """Send one command and wait for its answer."""
@@ -177,7 +189,7 @@ class Resident:
         self.rotation(1)  # before the baseline: the harness's own memory is not the artifact's
         reset_peak()
         self.baseline_mib = resident_mib()
-        importlib.import_module(self.spec["backend"])
+        importlib.import_module(self.spec["backend"].split("-")[0])  # onnxruntime-openvino is a provider of the former
         start = time.perf_counter_ns()
         self.runner: Runner = open_spec(self.spec)
         return (time.perf_counter_ns() - start) / 1e6
@@ -219,16 +231,20 @@ class Resident:
             gc.enable()
         return samples
 
-    def take_pictures(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> None:
-        """Keep the pictures, encoded and decoded, and what prepares them."""
+    def take_pictures(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> list[str]:
+        """Keep the pictures, encoded and decoded, and what prepares them; return the scopes that can be measured."""
         from prgkit.images import Preprocessing, load_image
 
         self.prepare = Preprocessing.from_dict(preprocessing).prepare
         self.load = load_image
         self.files, self.pictures = list(files), [load_image(file) for file in files]
+        return [*(["compute"] if hasattr(self.runner, "compute_ns") else []), "io", "pipeline", "end_to_end"]
 
     def measure_scope(self, scope: str, seconds: float, settle_s: float) -> list[int]:
         """Return the ns of each timed run, one picture a run: as pixels, prepared, or decoded and prepared."""
+        if scope == "compute":
+            runner: Any = self.runner  # not every one has such a clock
+            return clocked_runs(runner.compute_ns, self.rotation(1), seconds)
         run = self.runner.run
         starts: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
             "io": (run, self.rotation(1)),
@@ -246,6 +262,10 @@ class Resident:
         """Return by how many MiB the peak lies above the baseline."""
         return max(0.0, peak_mib() - self.baseline_mib)
 
+    def switches(self) -> dict[str, str]:
+        """Return how the runner launches and waits, where it can do so in several ways."""
+        return dict(getattr(self.runner, "switches", {}))
+
     def rotation(self, batch: int) -> list[Pixels]:
         """Return the arrays [batch, height, width, 3] that runs take in turn, made once."""
         if batch not in self.rotations:
@@ -259,6 +279,7 @@ class Resident:
 def open_spec(spec: Spec) -> Runner:
     """Open what a specification names: the one place that knows how each kind of artifact becomes a runner."""
     from prgkit.export import runners
+    from prgkit.export.engine_runner import TensorRTRunner
 
     if spec["kind"] == "torch":
         import torch
@@ -267,10 +288,17 @@ def open_spec(spec: Spec) -> Runner:
         from prgkit.student import load_student
 
         torch.set_num_threads(spec["threads"])
-        return runners.TorchRunner(load_student(Run(Path(spec["path"]))).deployed(), spec["device"])
+        student = load_student(Run(Path(spec["path"])))
+        module = student.deployed()
+        if spec.get("compiled"):
+            module = runners.compiled(module, student.preprocessing.image_size)
+        return runners.TorchRunner(module, spec["device"])
     if spec["kind"] == "engine":
-        return runners.TensorRTRunner(Path(spec["path"]))
-    return runners.OnnxRunner(Path(spec["path"]), provider=spec["provider"], threads=spec["threads"])
+        return TensorRTRunner(Path(spec["path"]))
+    if spec["kind"] == "openvino":
+        return runners.OpenVinoRunner(Path(spec["path"]), spec["threads"])
+    half = spec.get("half", False)
+    return runners.OnnxRunner(Path(spec["path"]), provider=spec["provider"], threads=spec["threads"], half=half)
 
 
 def redirect_output(log: str) -> None:

@@ -37,6 +37,12 @@ class EngineCard:
     build_s: float
     executed: bool
     note: str | None
+    # Cards from before these were written have none of them.
+    driver: str | None = None  # the newest CUDA that the driver of the building machine runs, as "13.0"
+    platform: str | None = None  # that an engine is bound to, as "Linux x86_64"
+    hardware_compatibility: str | None = None  # of tensorrt alone: that GPU model (NONE) or more; None elsewhere
+    timing_cache: str | None = None  # of tensorrt alone: "used", or "new" where there was none for this GPU
+    int8_convolutions: tuple[int, int] | None = None  # how many run in INT8, of how many in the file
 
 
 def write_card(engine_path: Path, card: EngineCard) -> None:
@@ -65,17 +71,25 @@ def load_card(engine_path: Path) -> EngineCard:
         if facts["schema"] != SCHEMA:
             raise ExportError(f"{path.name} has schema {facts['schema']!r}, not {SCHEMA!r}", where=path, fix=fix)
         sequences = {key: tuple(facts[key]) for key in ("batch", "compute_capabilities")}
+        if counts := facts.get("int8_convolutions"):
+            sequences["int8_convolutions"] = tuple(counts)
         card = EngineCard(**{**facts, **sequences})
     except (KeyError, TypeError) as error:
         raise ExportError(f"{path.name} is not an engine card: {error}", where=path, fix=fix) from error
     except PrgkitError as error:
         raise ExportError(error.what, where=path, fix=fix) from error
-    size = engine_path.stat().st_size
+    fix, size = f"build it again: {rebuild(card)}", engine_path.stat().st_size
     if size != card.bytes:
         raise ExportError(f"{engine_path.name} is truncated: {size} of {card.bytes} bytes", where=engine_path, fix=fix)
     if sha256(engine_path) != card.sha256:
         raise ExportError(f"{engine_path.name} is not the engine its card describes", where=engine_path, fix=fix)
     return card
+
+
+def rebuild(card: EngineCard) -> str:
+    """Return the command that builds an engine like this one again, in its bundle and on the machine at hand."""
+    kind = {"fp16": " --fp16", "int8": " --int8"}.get(card.precision, "")
+    return f"{REBUILD}{kind} --backend {card.backend} --batch {','.join(map(str, card.batch))}"
 
 
 def card_path(engine_path: Path) -> Path:

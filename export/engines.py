@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from prgkit.errors import ExportError, ParityError
 from prgkit.export.bundle import QDQ, describe_artifact, open_bundle, read_evaluation, write_manifest
 from prgkit.export.card import card_path, write_card
+from prgkit.export.engine_runner import TensorRTRunner, why_not_here
 from prgkit.export.finished import Artifact, is_whole
 from prgkit.export.parity import require_agreement, run_batches
-from prgkit.export.runners import TensorRTRunner, open_runner, why_not_here
+from prgkit.export.runners import open_runner
 from prgkit.export.tensorrt import Backend, build_engine, choose_backend, choose_targets, find_gpu
 from prgkit.files import fingerprint
 from prgkit.recipe import validate
@@ -38,7 +39,8 @@ def build_engines(
 ) -> dict[str, Any]:
     """Build the engines of a bundle that exists, needing neither torch nor onnx, and return its new manifest.
 
-    ``batch`` is [min, opt, max], by default that of the bundle's recipe; ``sm`` are GPU generations, as "SM86".
+    ``batch`` is [min, opt, max], by default that of the bundle's recipe; ``sm`` are GPU generations, as
+    "SM86" or "SM80+".
 
     Raises:
         BackendError: no TensorRT is usable here.
@@ -121,6 +123,7 @@ def make_engine(
         "backend": [backend.name, backend.version],
         "batch": list(batch),
         "targets": choose_targets(backend.name, sm),
+        "asked": list(sm or ()),  # tensorrt builds for a GPU model, or for its generation where that is asked for
         "gpu": [gpu.name, gpu.capability] if gpu else None,  # one that can run it compares it, too
         "compared": [reference, hashlib.sha256(pixels.tobytes()).hexdigest()],
     }
@@ -177,11 +180,12 @@ def built_and_compared(
         finally:
             runner.close()
     never = None if reason is None else f"never executed here: {reason}"
+    partly = "" if card.int8_convolutions is None else " in {} of {} convolutions".format(*card.int8_convolutions)
     card = replace(card, executed=reason is None, note=never)
     write_card(path, card)
     targets = ", ".join(card.compute_capabilities)
     note(
-        f"{card.file}: {backend} {card.backend_version}, {precision}, batch {list(batch)}, for {targets}, "
+        f"{card.file}: {backend} {card.backend_version}, {precision}{partly}, batch {list(batch)}, for {targets}, "
         f"built in {card.build_s:.1f} s; {never or f'it agrees with {reference}'}"
     )
     return describe_artifact(

@@ -21,11 +21,16 @@ Pixels = NDArray[np.uint8]  # [images, S, S, 3]
 Logits = NDArray[np.float32]  # [images, classes]
 
 
-def choose_tail(source: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], pixels: Pixels) -> float:
-    """Return which of `TAILS` clips best: with every block quantised, the KL from FP32 on these images is the least."""
+def choose_tail(
+    source: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], pixels: Pixels, *, student: Path
+) -> float:
+    """Return which of `TAILS` clips best: with every block quantised, the KL from FP32 on these images is the least.
+
+    FP32 is the ``student``'s file, whose answers count; ``source`` may be another network that gives them.
+    """
     some = spread_over(pixels)
     nodes = {node for block in blocks for node in block.nodes}
-    logits = logits_of(source, some)
+    logits = logits_of(student, some)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clipped.onnx"
 
@@ -37,15 +42,21 @@ def choose_tail(source: Path, blocks: Sequence[Block], spreads: Mapping[str, Spr
 
 
 def scan_blocks(
-    source: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], tail: float, pixels: Pixels
+    source: Path,
+    blocks: Sequence[Block],
+    spreads: Mapping[str, Spread],
+    tail: float,
+    pixels: Pixels,
+    *,
+    student: Path,
 ) -> list[Facts]:
-    """Quantise each block by itself and return what that does to FP32's logits, the most sensitive block first.
+    """Quantise each block by itself and return what that does to the student's logits, the most sensitive block first.
 
     ``kl`` is the mean KL(FP32 || quantised) of the softmax in nats, ``agreement`` the share of equal answers in
     percent, on `SCAN_IMAGES` of the images, spread over all of them.
     """
     some = spread_over(pixels)
-    logits = logits_of(source, some)
+    logits = logits_of(student, some)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "block.onnx"
@@ -68,6 +79,7 @@ def hold_floor(
     pixels: Pixels,
     logits: Logits,
     floor: float,
+    left: Sequence[str] = (),
     note: Callable[[str], None],
 ) -> Facts:
     """Write ``path`` with as many blocks in INT8 as keep the fidelity floor, and return what was found.
@@ -75,9 +87,10 @@ def hold_floor(
     The fidelity is the share of images [n, S, S, 3] with the answer of the FP32 ``logits`` [n, classes]; what must
     reach ``floor``, in percent, is the lower bound of its 95 % interval. Where it does not, the blocks that the
     ``scan`` found most sensitive go back to float; how many is found by bisection. Where even a single quantised block
-    misses the floor, ``kept`` is false and there is no file.
+    misses the floor, ``kept`` is false and there is no file. Blocks ``left`` in float are counted with the others.
     """
     ranked = [row["block"] for row in scan]  # the most sensitive first
+    total = len(left) + len(ranked)
     tried: dict[int, Facts] = {}
 
     def write(count: int) -> None:
@@ -87,9 +100,9 @@ def hold_floor(
 
     def holds(count: int) -> bool:
         write(count)
-        note(f"{path.name}: fidelity with {len(ranked) - count} of {len(ranked)} blocks in INT8")
+        note(f"{path.name}: fidelity with {len(ranked) - count} of {total} blocks in INT8")
         same = int((logits_of(path, pixels).argmax(axis=1) == logits.argmax(axis=1)).sum())
-        tried[count] = {"float_blocks": count, **fidelity(same, len(pixels))}
+        tried[count] = {"float_blocks": len(left) + count, **fidelity(same, len(pixels))}
         return bool(tried[count]["interval"][0] >= floor)
 
     fewest = find_fewest(len(ranked), holds)
@@ -104,8 +117,8 @@ def hold_floor(
         "tail": tail,
         "floor": floor,
         **{key: tried[best][key] for key in ("images", "agreement", "interval")},
-        "blocks": len(ranked),
-        "float_blocks": ranked[:best],
+        "blocks": total,
+        "float_blocks": [*left, *ranked[:best]],
         "scan": list(scan),
         "tried": [tried[count] for count in sorted(tried)],
     }

@@ -1,9 +1,13 @@
-"""The INT8 part of an export: calibrate and scan once, then a file for each layout that holds the fidelity floor."""
+"""The INT8 part of an export: calibrate and scan once, then a file for each layout that holds the fidelity floor.
+
+Where not every block can be in INT8 so, the network is recovered by a fine-tune (see recover.py) with as many blocks in
+INT8 as are within its reach, calibrated and scanned again, and the better of the two files is kept.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import tempfile
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,14 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prgkit.errors import ExportError, PrgkitError
 from prgkit.export.bundle import QDQ, describe_artifact
 from prgkit.export.fidelity import Logits, Pixels, choose_tail, hold_floor, logits_of, scan_blocks
 from prgkit.export.finished import Artifact, Finished
-from prgkit.export.floor import Facts, told, too_few
+from prgkit.export.floor import Facts, blocks_in_int8, outcome, told, too_few, within_reach
+from prgkit.export.onnx import write_fp16
 from prgkit.export.parity import compare
 from prgkit.export.quantize import Block, Layout, find_blocks, tensors_of
 from prgkit.export.ranges import Spread, measure_spreads
+from prgkit.export.recover import Learned
+from prgkit.files import writing
 
+CALIBRATION_IMAGES = 256
 FILES: Mapping[Layout, str] = {"onnxruntime": "model.int8.onnx", "tensorrt": "model.int8.tensorrt.onnx"}
 NAMES: Mapping[Layout, str] = {"onnxruntime": "onnx-int8", "tensorrt": "onnx-int8-tensorrt"}
 FOR_TENSORRT = "TensorRT's layout; its fidelity is that of this file in ONNX Runtime"
@@ -40,17 +49,16 @@ def quantise(
     Returns the entries of what is kept, and what was found of those that are not. ``half`` writes the FP16 file, over
     which TensorRT's layout is made: over FP32 its engine could be larger than one without INT8.
     """
-    entry, found = quantiser.make("onnxruntime", lambda: quantiser.fp32, folder, made_from, finished)
+    entry, found = quantiser.make("onnxruntime", lambda: quantiser.network.fp32, folder, made_from, finished)
     results = [(entry, found)]
     if engine is not None:
-        with tempfile.TemporaryDirectory() as work:
 
-            def fp16() -> Path:
-                if not (path := folder / "model.fp16.onnx").exists():
-                    half(path := Path(work) / path.name)
-                return path
+        def fp16() -> Path:
+            if not (path := folder / "model.fp16.onnx").exists():
+                half(path := quantiser.work / path.name)
+            return path
 
-            entry, found = quantiser.make("tensorrt", fp16, folder, made_from, finished)
+        entry, found = quantiser.make("tensorrt", fp16, folder, made_from, finished)
         results.append((entry, found))
     kept = [entry for entry, _ in results if entry is not None]
     if engine is not None:
@@ -59,15 +67,56 @@ def quantise(
 
 
 @dataclass(frozen=True)
-class Quantiser:
-    """What INT8 files are made from and judged on; calibration and scan happen once, when first needed."""
+class Network:
+    """An FP32 file and all that must be known to quantise it; calibration and scan happen once, when first needed."""
 
     fp32: Path
-    calibration: Pixels  # [n, S, S, 3], none of them among those that it is judged on
+    student: Path  # the FP32 file whose answers are to be given
+    calibration: Pixels  # [n, S, S, 3]
+    note: Callable[[str], None]
+    left: tuple[str, ...] = ()  # blocks that stay in float in any case
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """What can be quantised."""
+        return [block for block in find_blocks(self.fp32) if block.name not in self.left]
+
+    @property
+    def nodes(self) -> set[str]:
+        """The convolutions of all blocks."""
+        return {node for block in self.blocks for node in block.nodes}
+
+    @cached_property
+    def spreads(self) -> dict[str, Spread]:
+        """How the values of every tensor spread on the calibration images."""
+        self.note(f"INT8: calibrating on {len(self.calibration)} images")
+        return measure_spreads(self.fp32, tensors_of(self.fp32, self.blocks), self.calibration)
+
+    @cached_property
+    def tail(self) -> float:
+        """How much of each tensor is clipped."""
+        return choose_tail(self.fp32, self.blocks, self.spreads, self.calibration, student=self.student)
+
+    @cached_property
+    def scan(self) -> list[Facts]:
+        """What each block costs, the most sensitive first."""
+        self.note(f"INT8: scanning {len(self.blocks)} blocks")
+        return scan_blocks(self.fp32, self.blocks, self.spreads, self.tail, self.calibration, student=self.student)
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """What INT8 files are made from and judged on."""
+
+    network: Network  # calibrated on images none of which are among those that it is judged on
     pixels: Pixels  # [n, S, S, 3], held out
     logits: Logits  # [n, classes], of the FP32 file
     floor: float  # percent
     compared: tuple[Pixels, Callable[[], Logits]]  # images and PyTorch's logits, for the parity of the manifest
+    # Writes the FP32 file of a network that bears INT8 better, but for some blocks that are left in float.
+    recover: Callable[[Network, tuple[str, ...], Path], Facts]
+    learned_from: str  # the fingerprint of the images for that
+    work: Path  # a folder for files that do not stay
     note: Callable[[str], None]
 
     def make(
@@ -75,24 +124,18 @@ class Quantiser:
     ) -> tuple[Artifact | None, Facts]:
         """Return the entry of a layout's file, or None where it is not kept; and what was found of it."""
         name, path = NAMES[layout], folder / FILES[layout]
-        made_from = {**made_from, "int8": [layout, self.floor, *map(digest, (self.calibration, self.pixels))]}
+        seen = [digest(self.network.calibration), digest(self.pixels), self.learned_from]
+        made_from = {**made_from, "int8": [layout, self.floor, *seen]}
         if entry := finished.take(name, made_from):
             self.note(f"{entry['file']}: finished before, and made from the same; it is kept")
             return entry, entry["quantization"]
-        found = too_few(len(self.pixels), self.floor) or hold_floor(
-            source(),
-            path,
-            blocks=self.blocks,
-            scan=self.scan,
-            spreads=self.spreads,
-            tail=self.tail,
-            layout=layout,
-            pixels=self.pixels,
-            logits=self.logits,
-            floor=self.floor,
-            note=self.note,
-        )
-        found = {"name": name, "layout": layout, "calibration_images": len(self.calibration), **found}
+        found = too_few(len(self.pixels), self.floor)
+        if found is None:
+            found = self.hold(self.network, source(), path, layout)
+            if blocks_in_int8(found) < found["blocks"]:
+                found = self.better(found, path, layout)
+        calibrated = len(self.network.calibration)
+        found = {"name": name, "layout": layout, "calibration_images": calibrated, **found}
         self.note(f"{path.name}: {told(found)}")
         if not found["kept"]:
             return None, found
@@ -110,27 +153,62 @@ class Quantiser:
         )
         return finished.add({**entry, "quantization": found}, made_from), found
 
-    @cached_property
-    def blocks(self) -> list[Block]:
-        """What can be quantised."""
-        return find_blocks(self.fp32)
+    def hold(self, network: Network, source: Path, path: Path, layout: Layout) -> Facts:
+        """Write ``path`` with as many of a network's blocks in INT8 as hold the floor; see `hold_floor`."""
+        return hold_floor(
+            source,
+            path,
+            blocks=network.blocks,
+            scan=network.scan,
+            spreads=network.spreads,
+            tail=network.tail,
+            layout=layout,
+            pixels=self.pixels,
+            logits=self.logits,
+            floor=self.floor,
+            left=network.left,
+            note=self.note,
+        )
 
-    @cached_property
-    def spreads(self) -> dict[str, Spread]:
-        """How the values of every tensor spread on the calibration images."""
-        self.note(f"INT8: calibrating on {len(self.calibration)} images")
-        return measure_spreads(self.fp32, tensors_of(self.fp32, self.blocks), self.calibration)
+    def better(self, before: Facts, path: Path, layout: Layout) -> Facts:
+        """Hold the floor with the recovered network as well, and keep its file where more of it is in INT8."""
+        if (count := within_reach(before)) is None:
+            return before
+        left = tuple(row["block"] for row in self.network.scan[:count])
+        if (recovered := self.recovered(left)) is None:
+            return before
+        network, done = recovered
+        source = network.fp32
+        if layout == "tensorrt":
+            write_fp16(network.fp32, source := self.work / "recovered.fp16.onnx")
+        after = self.hold(network, source, again := self.work / path.name, layout)
+        kept = blocks_in_int8(after) > blocks_in_int8(before)
+        if kept:
+            with writing(path) as temporary:
+                shutil.copyfile(again, temporary)
+        record = {"kept": kept, **done, "before": outcome(before, count), "after": outcome(after, count)}
+        return {**(after if kept else before), "recovery": record}
 
-    @cached_property
-    def tail(self) -> float:
-        """How much of each tensor is clipped."""
-        return choose_tail(self.fp32, self.blocks, self.spreads, self.calibration)
+    def recovered(self, left: tuple[str, ...]) -> tuple[Network, Facts] | None:
+        """Return the network after its fine-tune, and what was done; None where that is not possible, and said."""
+        path = self.work / "recovered.onnx"
+        try:
+            done = self.recover(self.network, left, path)
+        except (PrgkitError, OSError) as error:
+            self.note(f"INT8: no recovery: {error}")
+            return None
+        return Network(path, self.network.student, self.network.calibration, self.note, left), done
 
-    @cached_property
-    def scan(self) -> list[Facts]:
-        """What each block costs, the most sensitive first."""
-        self.note(f"INT8: scanning {len(self.blocks)} blocks")
-        return scan_blocks(self.fp32, self.blocks, self.spreads, self.tail, self.calibration)
+
+def calibration_of(learned: Learned) -> Pixels:
+    """Return up to `CALIBRATION_IMAGES` images [n, S, S, 3] for the ranges of activations.
+
+    Raises:
+        ExportError: there is none.
+    """
+    if not learned.images:
+        raise ExportError("there is no image to calibrate INT8 on that is not held out", fix="export without --int8")
+    return learned.read(np.arange(min(CALIBRATION_IMAGES, learned.images)))
 
 
 def digest(pixels: NDArray[np.uint8]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
@@ -32,11 +33,12 @@ from prgkit.export.bundle import (
 from prgkit.export.contents import digests
 from prgkit.export.engines import make_engine
 from prgkit.export.finished import JOURNAL, Artifact, Finished, clear_unfinished
-from prgkit.export.int8 import Quantiser, quantise
+from prgkit.export.int8 import Network, Quantiser, calibration_of, quantise
 from prgkit.export.nchw import NAME as NCHW_NAME
 from prgkit.export.nchw import nchw_artifact
 from prgkit.export.onnx import Deployable, deployable, export_onnx, rehearse_fp16, write_fp16
 from prgkit.export.parity import require_agreement, run_batches
+from prgkit.export.recover import Learned, recover
 from prgkit.export.runners import OnnxRunner, TorchRunner
 from prgkit.export.tensorrt import check_batch, choose_backend
 from prgkit.files import readable_bytes, require_space
@@ -85,14 +87,14 @@ def export_student(
     preprocessing: Preprocessing,
     facts: dict[str, Any],
     options: ExportOptions,
-    calibration: Callable[[], NDArray[np.uint8]] | None = None,
+    learned: Callable[[], Learned] | None = None,
     note: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write the bundle of ``student`` (uint8 NHWC pixels to logits, unfused) and return its manifest.
 
     ``pixels`` [256 or more, S, S, 3] are real images on which every artifact must agree with PyTorch; ``facts`` are the
-    manifest's ``run``, ``recipe``, ``teacher`` and ``student``; ``calibration`` gives the images [n, S, S, 3] for the
-    ranges of INT8, none of which is held out. A bundle that exists is replaced by a whole one; what
+    manifest's ``run``, ``recipe``, ``teacher`` and ``student``; ``learned`` gives the images that INT8 is fitted
+    to, none of which is held out. A bundle that exists is replaced by a whole one; what
     is the same in it, or was finished by an export that was killed, is not made again.
 
     Raises:
@@ -138,6 +140,19 @@ def export_student(
             new, pixels=pixels, reference_logits=reference_logits(), preprocessing=preprocessing, note=note
         )
 
+    def recovered(network: Network, left: tuple[str, ...], path: Path) -> dict[str, Any]:
+        assert learned is not None
+        return recover(
+            module(),
+            network.fp32,
+            path,
+            nodes=replace(network, left=left).nodes,
+            spreads=network.spreads,
+            tail=network.tail,
+            learned=learned(),
+            note=note,
+        )
+
     def engine(source: Artifact) -> Artifact:
         assert backend is not None
         return make_engine(
@@ -179,24 +194,27 @@ def export_student(
         )
         runner.close()
         not_kept: list[dict[str, Any]] = []
-        if options.int8 and calibration:
-            quantiser = Quantiser(
-                fp32=new / "model.onnx",
-                calibration=calibration(),
-                pixels=read_evaluation(new).pixels,
-                logits=fp32_logits,
-                floor=options.fidelity,
-                compared=(pixels, reference_logits),
-                note=note,
-            )
-            made, not_kept = quantise(
-                quantiser,
-                new,
-                half=write_half,
-                made_from=made_from,
-                finished=finished,
-                engine=engine if backend else None,
-            )
+        if options.int8 and learned:
+            with tempfile.TemporaryDirectory() as work:
+                quantiser = Quantiser(
+                    network=Network(new / "model.onnx", new / "model.onnx", calibration_of(learned()), note),
+                    pixels=read_evaluation(new).pixels,
+                    logits=fp32_logits,
+                    floor=options.fidelity,
+                    compared=(pixels, reference_logits),
+                    recover=recovered,
+                    learned_from=learned().origin,
+                    work=Path(work),
+                    note=note,
+                )
+                made, not_kept = quantise(
+                    quantiser,
+                    new,
+                    half=write_half,
+                    made_from=made_from,
+                    finished=finished,
+                    engine=engine if backend else None,
+                )
             artifacts += made
         evaluation = {
             "images": len(held_out.teacher_logits),

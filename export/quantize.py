@@ -28,6 +28,7 @@ from prgkit.export.ranges import Spread
 Layout = Literal["onnxruntime", "tensorrt"]
 POOLS = ("ReduceMean", "GlobalAveragePool")
 DENSE_CHANNELS = 32  # into a kernel larger than 1 x 1
+LEAST_WORK = 24  # products per value that a 1 x 1 kernel takes or gives: below it, rounding costs what INT8 gains
 SEGMENTS = 16  # of a graph whose weights have no names to group them by
 LEAST_SCALE = {np.dtype(np.float32): 1e-12, np.dtype(np.float16): 2.0**-14}  # below it float16 loses precision
 MOST_BIAS = 2.0**30  # a bias is int32 in steps of input scale x weight scale
@@ -82,7 +83,10 @@ def find_blocks(path: Path) -> list[Block]:
 def is_dense(node: onnx.NodeProto, shape: tuple[int, ...] | None) -> bool:
     """Tell whether a convolution with weights of ``shape`` [out, in, height, width] mixes enough channels to gain."""
     groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-    return shape is not None and len(shape) == 4 and groups == 1 and (shape[2:] == (1, 1) or shape[1] >= DENSE_CHANNELS)
+    if shape is None or len(shape) != 4 or groups != 1:
+        return False
+    out, into = shape[:2]
+    return out * into >= LEAST_WORK * (out + into) if shape[2:] == (1, 1) else into >= DENSE_CHANNELS
 
 
 def block_name(weight: str) -> str:
@@ -151,10 +155,17 @@ class Writer:
         """Quantise what a node gives, for all who take it: only then can it run in 8 bits from end to end."""
         name = node.output[0]
         self.quantise(name)
-        for consumer in self.consumers.get(name, []):
+        given, consumers = f"{name}_dequantised", self.consumers.get(name, [])
+        if len(consumers) > 1 and any(consumer.op_type == "Sigmoid" for consumer in consumers):
+            # x * sigmoid(x): ONNX Runtime would dequantise once for each of the two, and then not fuse them into one
+            # pass, which costs more than INT8 gains. It leaves a sum of one term alone.
+            once = helper.make_node("Sum", [given], [f"{name}_once"], f"{name}_once")
+            self.after[name].append(once)
+            given = once.output[0]
+        for consumer in consumers:
             for place, taken in enumerate(consumer.input):
                 if taken == name:
-                    consumer.input[place] = f"{name}_dequantised"
+                    consumer.input[place] = given
 
     def quantise(self, name: str) -> None:
         """Add the pair of nodes that rounds a tensor, once."""

@@ -50,7 +50,8 @@ $ python -c "import sys; from PIL import Image; sys.stdout.buffer.write(Image.op
     golden/00.input.png | ./name
 ```
 
-OpenVINO reads the file as it is, too: `openvino.Core().compile_model("model.onnx", "CPU")`.
+OpenVINO reads the file as it is, too; told nothing, it computes in bfloat16 where the processor can:
+`openvino.Core().compile_model("model.onnx", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})`.
 
 ## TensorRT
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from prgkit.answers import answers_of, no_correction
 from prgkit.devices import best_device
-from prgkit.errors import ExportError
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
-from prgkit.files import sha256
+from prgkit.export.recover import Learned
+from prgkit.files import fingerprint, sha256
 from prgkit.images import Catalogue, Preprocessing, match_labels
 from prgkit.lesson import hold_out, read_catalogue
 from prgkit.locks import locked
@@ -31,7 +31,6 @@ from prgkit.ticks import audited_keys, bring_ticks
 from prgkit.watch import Watch
 
 PARITY_IMAGES = 256
-CALIBRATION_IMAGES = 256
 GOLDEN_IMAGES = 16
 GOLDEN_CANDIDATES = 64
 GOLDEN_SIDE = 1024  # of the shorter side: sixteen photographs of 24 megapixels would be most of a bundle
@@ -135,7 +134,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
             },
         },
         options=options,
-        calibration=lambda: calibration_pixels(images, positions, student.preprocessing, recipe, seen, watch),
+        learned=cache(lambda: learned_images(images, positions, student.preprocessing, recipe, seen, watch)),
         note=watch.note,
     )
     bring_ticks(run.ticks_file, run.bundle / TICKS, recipe.classes)
@@ -171,27 +170,28 @@ def parity_pictures(
             yield learned.read(position)
 
 
-def calibration_pixels(
+def learned_images(
     images: Catalogue,
     positions: NDArray[np.int64],
     preprocessing: Preprocessing,
     recipe: Recipe,
     seen: Container[str],
     watch: Watch,
-) -> NDArray[np.uint8]:
-    """Return up to `CALIBRATION_IMAGES` images [n, S, S, 3] that the student learned from, for the ranges of INT8.
+) -> Learned:
+    """Return the images that the student learned from, for INT8's ranges and its recovery.
 
-    None of them travels: INT8 is judged on images that its ranges were not fitted to.
+    None of them travels, and none selected the student: INT8 is judged on images that it was not fitted to.
     """
-    learned, apart = images, {images.keys[position] for position in positions.tolist()}
+    catalogue, apart = images, {images.keys[position] for position in positions.tolist()}
     if recipe.data.evaluation:
-        learned = read_catalogue(recipe.data.images, recipe, watch, known=seen)
-    held = set(hold_out(learned.keys, recipe.data.held_out).tolist())
-    chosen = (place for place, key in enumerate(learned.keys) if place not in held and key not in apart)
-    pictures = [preprocessing.prepare(learned.read(place)) for place in islice(chosen, CALIBRATION_IMAGES)]
-    if not pictures:
-        raise ExportError("there is no image to calibrate INT8 on that is not held out", fix="export without --int8")
-    return np.stack(pictures)
+        catalogue = read_catalogue(recipe.data.images, recipe, watch, known=seen)
+    held = set(hold_out(catalogue.keys, recipe.data.held_out).tolist())
+    chosen = [place for place, key in enumerate(catalogue.keys) if place not in held and key not in apart]
+    return Learned(
+        images=len(chosen),
+        read=lambda places: np.stack([preprocessing.prepare(catalogue.read(chosen[place])) for place in places]),
+        origin=fingerprint([catalogue.keys[place] for place in chosen]),
+    )
 
 
 def golden_pictures(images: Catalogue, positions: NDArray[np.int64]) -> list[Image.Image]:

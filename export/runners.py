@@ -1,20 +1,46 @@
-"""One way to run a student on pixels, whatever runs it: PyTorch, ONNX Runtime or TensorRT."""
+"""One way to run a student on pixels, whatever runs it: PyTorch, ONNX Runtime, OpenVINO or TensorRT."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib
+import os
+import shutil
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.errors import BackendError
-from prgkit.export.card import EngineCard, load_card
-from prgkit.export.tensorrt import find_gpu, quiet_logger
+from prgkit.errors import BackendError, one_line
+from prgkit.export.engine_runner import TensorRTRunner
 
-INSTALL_CUDA = "pip install cuda-python (on a Jetson with JetPack 6: pip install 'cuda-python<13')"
+EXPORT_AGAIN = "export it again: prgkit export"
+GPU_BUILD = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+SHAPES = 4  # OpenVINO's compiled networks that are kept, each with the weights: one for each batch size
+
+
+class Provider(NamedTuple):
+    """An execution provider of ONNX Runtime: what a report calls it, what it runs on, and how to get it."""
+
+    backend: str
+    device: str
+    install: str
+
+
+PROVIDERS = {
+    "CPUExecutionProvider": Provider("onnxruntime", "cpu", "pip install --force-reinstall onnxruntime"),
+    "CUDAExecutionProvider": Provider("onnxruntime", "cuda", GPU_BUILD),
+    "TensorrtExecutionProvider": Provider("onnxruntime-tensorrt", "cuda", f"{GPU_BUILD}, and TensorRT's libraries"),
+    "OpenVINOExecutionProvider": Provider(
+        "onnxruntime-openvino", "cpu", "pip uninstall -y onnxruntime && pip install onnxruntime-openvino"
+    ),
+}
+
+
+def available_providers() -> list[str]:
+    """Return the execution providers that this ONNX Runtime was built with; whether they start is another matter."""
+    providers: list[str] = importlib.import_module("onnxruntime").get_available_providers()
+    return providers
 
 
 class Runner(Protocol):
@@ -56,10 +82,30 @@ class TorchRunner:
         self._module = None
 
 
+def compiled(module: Any, image_size: int) -> Any:
+    """Compile a module of uint8 pixels [batch, S, S, 3] with inductor, for one picture and for any other number.
+
+    It is done anew each time: a cache of an earlier compilation would make the load time a matter of luck.
+    """
+    torch = importlib.import_module("torch")
+    inductor: Any = importlib.import_module("torch._inductor.config")
+    inductor.compile_threads, inductor.force_disable_caches = 1, True  # processes of its own would outlive a worker's
+    fast = torch.compile(module.eval())
+    with torch.inference_mode():
+        for batch in (1, 2):  # the second size makes the batch a variable; then no run waits for a compiler
+            fast(torch.zeros((batch, image_size, image_size, 3), dtype=torch.uint8))
+    return fast
+
+
+def why_no_compiling() -> str | None:
+    """Return what torch.compile lacks to make code for the CPU, or None where it lacks nothing."""
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    return None if any(name and shutil.which(name) for name in names) else "needs a C++ compiler: apt install g++"
+
+
 class OnnxRunner:
     """Runs an ONNX file with ONNX Runtime."""
 
-    backend = "onnxruntime"
     max_batch: int | None = None
 
     def __init__(
@@ -70,27 +116,29 @@ class OnnxRunner:
         *,
         name: str | None = None,
         spin: bool = True,
+        half: bool = False,
     ) -> None:
         """Open ``path``.
 
         Args:
             path: the ONNX file.
             provider: an ONNX Runtime execution provider; it runs there or not at all.
-            threads: threads inside one operator; None leaves the choice to ONNX Runtime.
+            threads: threads inside one operator; None leaves the choice to the runtime.
             name: what reports call it; the file's name by default.
             spin: let threads wait busily inside a run, which is faster; they always stop when the run ends.
+            half: the file is FP16, which TensorRT has to be told.
 
         Raises:
             BackendError: the provider is not there, or the file is damaged.
         """
         ort = importlib.import_module("onnxruntime")
-        if provider not in ort.get_available_providers():
+        if provider not in PROVIDERS or provider not in ort.get_available_providers():
             raise BackendError(
                 f"ONNX Runtime has no {provider} here; it has {', '.join(ort.get_available_providers())}",
-                fix="for CUDA: pip uninstall onnxruntime && pip install onnxruntime-gpu",
+                fix=PROVIDERS[provider].install if provider in PROVIDERS else f"it can be {', '.join(PROVIDERS)}",
             )
         if not path.exists():
-            raise BackendError(f"there is no {path.name}", where=path.parent, fix="export it again: prgkit export")
+            raise BackendError(f"there is no {path.name}", where=path.parent, fix=EXPORT_AGAIN)
         options = ort.SessionOptions()
         options.log_severity_level = 4  # its errors are raised as well: printing them would say everything twice
         options.inter_op_num_threads = 1
@@ -99,25 +147,23 @@ class OnnxRunner:
         options.add_session_config_entry(
             "session.force_spinning_stop", "1"
         )  # an idle session takes no core from others
-        # Its convolutions round to TF32's 10 bits unless told otherwise, and would still be called FP32.
-        settings = {"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {}
+        if provider in ("TensorrtExecutionProvider", "OpenVINOExecutionProvider"):  # what they refuse, no other runs
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        asked = [(provider, provider_settings(provider, threads, half=half))]
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
+            # Left to itself, it goes on with another provider where this one fails, at a run as well.
+            self._session = ort.InferenceSession(str(path), options, providers=asked, enable_fallback=0)
         except Exception as error:  # its exception types share no base but Exception
             raise BackendError(
-                f"ONNX Runtime cannot open {path.name}: {one_line(error)}",
-                where=path,
-                fix="export it again: prgkit export",
+                f"ONNX Runtime cannot open {path.name}: {one_line(error)}", where=path, fix=EXPORT_AGAIN
             ) from error
-        if self._session.get_providers()[0] != provider:  # it falls back to the CPU with a warning
+        if self._session.get_providers()[0] != provider:  # where its libraries are missing, there is a warning only
             raise BackendError(
                 f"ONNX Runtime fell back from {provider} to {self._session.get_providers()[0]}",
-                fix="check CUDA and cuDNN: prgkit doctor",
+                fix="check the libraries that it needs, such as CUDA and cuDNN: prgkit doctor",
             )
         self.name = name or path.name
-        self.device = (
-            "cpu" if provider == "CPUExecutionProvider" else provider.removesuffix("ExecutionProvider").lower()
-        )
+        self.backend, self.device, _ = PROVIDERS[provider]
         self._input = self._session.get_inputs()[0].name
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -132,105 +178,102 @@ class OnnxRunner:
         self._session = None
 
 
-class TensorRTRunner:
-    """Runs a TensorRT engine through cuda-python: pinned host buffers, one stream, synchronised before it returns.
+def provider_settings(provider: str, threads: int | None, *, half: bool) -> dict[str, str]:
+    """Return what keeps a provider to the precision of its file, and to ``threads``."""
+    if provider == "CUDAExecutionProvider":
+        # Its convolutions round to TF32's 10 bits unless told otherwise, and would still be called FP32.
+        return {"use_tf32": "0"}
+    if provider == "TensorrtExecutionProvider":
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the same there, where no setting says so
+        return {"trt_fp16_enable": "1" if half else "0"}
+    if provider == "OpenVINOExecutionProvider":
+        return {"device_type": "CPU", "precision": "FP32"} | ({"num_of_threads": str(threads)} if threads else {})
+    return {}
 
-    Written from the documented Python API of TensorRT 10, 11 and RTX 1.x. No machine this was developed on has a GPU
-    that could execute it, so it was never executed there: the first run on a device is checked by the golden images.
+
+class OpenVinoRunner:
+    """Runs an ONNX file with OpenVINO on the CPU: what the file does not hold in INT8, in FP32.
+
+    Left to itself, OpenVINO computes FP32 in bfloat16 where the processor can. A network of a fixed batch size is
+    faster than one of any, so each batch size has its own, compiled when it first comes.
     """
 
-    def __init__(self, path: Path, *, name: str | None = None) -> None:
-        """Open an engine of ours.
+    backend, device = "openvino", "cpu"
+    max_batch: int | None = None
+
+    def __init__(self, path: Path, threads: int | None = None, *, name: str | None = None) -> None:
+        """Open ``path``, ready for one picture.
+
+        Args:
+            path: the ONNX file, in FP32, or in INT8 of either layout.
+            threads: threads of one run; None leaves the choice to OpenVINO.
+            name: what reports call it; the file's name by default.
 
         Raises:
-            ExportError: the engine has no card, or is not the one its card describes.
-            BackendError: no GPU, no cuda-python, or another GPU or TensorRT than the engine was built for.
+            BackendError: OpenVINO is not installed, the file is damaged, or it would not run as asked.
         """
-        card = load_card(path)
-        require_match(card, path)
-        trt = importlib.import_module(card.backend)
-        self._cudart = import_cudart()
-        self.name, self.backend, self.device = name or path.name, card.backend, "cuda"
-        self.min_batch: int = card.batch[0]
-        self.max_batch: int | None = card.batch[2]
-        self._input, self._output = card.input["name"], card.output["name"]
-        self._pixel_shape = tuple(card.input["shape"][1:])  # (S, S, 3)
-        self._classes = int(card.output["shape"][1])
-        self._logger = quiet_logger(trt)
-        self._runtime = trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
+        try:
+            openvino = importlib.import_module("openvino")
+        except ImportError as error:
+            raise BackendError("OpenVINO is not installed", fix="pip install 'prgkit[openvino]'") from error
+        if not path.exists():
+            raise BackendError(f"there is no {path.name}", where=path.parent, fix=EXPORT_AGAIN)
+        self.name, self._threads = name or path.name, threads
+        self._requests: dict[int, Any] = {}  # batch size -> an inference request
+        self._core = openvino.Core()
+        try:
+            self._model = self._core.read_model(str(path))
+            self._request(1)
+        except RuntimeError as error:
             raise BackendError(
-                f"{card.backend} cannot load {path.name}: {self._logger.reason()}",
-                where=path,
-                fix="prgkit export --trt",
-            )
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise BackendError(f"{path.name} does not fit on this GPU: {self._logger.reason()}", where=path)
-        self._pinned: list[int] = []
-        self._device_buffers: list[int] = []
-        self._stream = self._cuda("cudaStreamCreate")
-        most = card.batch[2]
-        self._pixels = self._pinned_array((most, *self._pixel_shape), ctypes.c_uint8)
-        self._logits = self._pinned_array((most, self._classes), ctypes.c_float)
-        self._bind(self._input, self._pixels.nbytes)
-        self._bind(self._output, self._logits.nbytes)
+                f"OpenVINO cannot open {path.name}: {last_line(error)}", where=path, fix=EXPORT_AGAIN
+            ) from error
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Map pixels [batch, S, S, 3] to logits [batch, classes]; more than ``max_batch`` run in several executions."""
-        step = len(self._pixels)
-        return np.concatenate([self._execute(pixels[start : start + step]) for start in range(0, len(pixels), step)])
+        """Map pixels [batch, S, S, 3] to logits [batch, classes]."""
+        try:
+            return cast(NDArray[np.float32], self._request(len(pixels)).infer({0: pixels}, share_inputs=True)[0])
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO cannot run {self.name}: {last_line(error)}") from error
 
     def close(self) -> None:
-        """Free the stream, the buffers and the engine."""
-        if self._context is None:
-            return
-        self._cuda("cudaStreamSynchronize", self._stream)
-        self._pixels = self._logits = np.empty(0)  # views of the memory that is freed next
-        for pointer in self._pinned:
-            self._cuda("cudaFreeHost", pointer)
-        for pointer in self._device_buffers:
-            self._cuda("cudaFree", pointer)
-        self._cuda("cudaStreamDestroy", self._stream)
-        self._context = self._engine = self._runtime = None
+        """Release the networks and their threads."""
+        self._requests, self._model, self._core = {}, None, None
 
-    def _execute(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        count = len(pixels)
-        rows = max(count, self.min_batch)  # a static engine takes its own batch only: what is left over is ignored
-        self._pixels[:count] = pixels
-        shape = (rows, *self._pixel_shape)
-        if not self._context.set_input_shape(self._input, shape):
-            raise BackendError(f"{self.name} refuses input of shape {shape}: {self._logger.reason()}")
-        kinds = self._cudart.cudaMemcpyKind
-        bytes_in, bytes_out = self._pixels[:rows].nbytes, self._logits[:rows].nbytes
-        pinned_in, pinned_out = self._pinned
-        device_in, device_out = self._device_buffers
-        self._cuda("cudaMemcpyAsync", device_in, pinned_in, bytes_in, kinds.cudaMemcpyHostToDevice, self._stream)
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise BackendError(f"{self.name} failed to execute: {self._logger.reason()}")
-        self._cuda("cudaMemcpyAsync", pinned_out, device_out, bytes_out, kinds.cudaMemcpyDeviceToHost, self._stream)
-        self._cuda("cudaStreamSynchronize", self._stream)
-        return np.array(self._logits[:count], dtype=np.float32)  # a copy: the buffer is used again
+    def _request(self, batch: int) -> Any:
+        """Return the inference request for a batch size, compiled where it is new; the oldest makes room."""
+        if batch not in self._requests:
+            pixels = self._model.inputs[0]
+            self._model.reshape({pixels: [batch, *list(pixels.partial_shape)[1:]]})
+            network = self._core.compile_model(self._model, "CPU", self._settings())
+            self._require_as_asked(network)
+            if len(self._requests) == SHAPES:
+                self._requests.pop(next(iter(self._requests)))
+            self._requests[batch] = network.create_infer_request()
+        return self._requests[batch]
 
-    def _pinned_array(self, shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
-        size = int(np.prod(shape))
-        pointer = int(self._cuda("cudaMallocHost", size * ctypes.sizeof(kind)))
-        self._pinned.append(pointer)
-        return np.ctypeslib.as_array((kind * size).from_address(pointer)).reshape(shape)
+    def _settings(self) -> dict[str, Any]:
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        if self._threads is None:
+            return settings
+        # By itself it takes one thread of a core, and so fewer than asked for.
+        return settings | {"INFERENCE_NUM_THREADS": self._threads, "ENABLE_HYPER_THREADING": True}
 
-    def _bind(self, tensor: str, size_bytes: int) -> None:
-        pointer = int(self._cuda("cudaMalloc", size_bytes))
-        self._device_buffers.append(pointer)
-        if not self._context.set_tensor_address(tensor, pointer):
-            raise BackendError(f"{self.name} has no tensor {tensor}: {self._logger.reason()}")
+    def _require_as_asked(self, network: Any) -> None:
+        precision = network.get_property("INFERENCE_PRECISION_HINT").to_string()
+        if precision != "f32":
+            raise BackendError(f"OpenVINO would compute {self.name} in {precision}, not in FP32")
+        threads = network.get_property("INFERENCE_NUM_THREADS")
+        if self._threads not in (None, threads):
+            raise BackendError(
+                f"OpenVINO takes {threads} threads at most here, not {self._threads}", fix=f"--threads {threads}"
+            )
 
-    def _cuda(self, function: str, *arguments: Any) -> Any:
-        """Call the CUDA runtime and return its one result; its status is an error or nothing."""
-        status, *results = getattr(self._cudart, function)(*arguments)
-        if int(status) != 0:
-            raise BackendError(f"CUDA: {function} failed with {status.name}", where=self.name)
-        return results[0] if results else None
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error that begins with places in OpenVINO's source: what is wrong stands there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def open_runner(
@@ -248,59 +291,3 @@ def open_runner(
     if artifact["format"] == "engine":
         return TensorRTRunner(path, name=artifact["name"])
     raise BackendError(f"artifact {artifact['name']} has unknown format {artifact['format']!r}", where=folder)
-
-
-def why_no_engine_runs(backend: str) -> str | None:
-    """Return what this machine lacks to run any engine of a backend, or None where it lacks nothing."""
-    if find_gpu() is None:
-        return "it needs an NVIDIA GPU and its driver"
-    try:
-        importlib.import_module(backend)
-        import_cudart()
-    except BackendError as error:
-        return f"{error.what}: {error.fix}"
-    except Exception as error:  # a placeholder wheel, a missing library: each raises its own kind
-        return f"{backend} cannot be imported ({one_line(error)})"
-    return None
-
-
-def why_not_here(card: EngineCard) -> str | None:
-    """Return why an engine cannot run on this machine, or None where it can."""
-    gpu = find_gpu()
-    if gpu is None:
-        return why_no_engine_runs(card.backend)
-    if gpu.capability not in card.compute_capabilities:
-        return f"it was built for {', '.join(card.compute_capabilities)}, and this GPU ({gpu.name}) is {gpu.capability}"
-    if card.backend == "tensorrt" and card.gpu != gpu.name:
-        return f"it was built on {card.gpu}, and this GPU is {gpu.name}"
-    if reason := why_no_engine_runs(card.backend):
-        return reason
-    version = str(importlib.import_module(card.backend).__version__)
-    if version != card.backend_version:
-        return f"it was built by {card.backend} {card.backend_version}, and {version} is installed"
-    return None
-
-
-def require_match(card: EngineCard, path: Path) -> None:
-    """Refuse an engine that is not for this GPU and this TensorRT."""
-    if reason := why_not_here(card):
-        raise BackendError(
-            f"{path.name} cannot run here: {reason}",
-            where=path,
-            fix="run it on a machine with an NVIDIA GPU and cuda-python"
-            if find_gpu() is None
-            else "prgkit export --trt",
-        )
-
-
-def import_cudart() -> Any:
-    """Import the CUDA runtime's Python bindings."""
-    try:
-        return importlib.import_module("cuda.bindings.runtime")
-    except ImportError as error:
-        raise BackendError("cuda-python is not installed", fix=INSTALL_CUDA) from error
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import json
+import platform
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -17,11 +16,12 @@ from typing import Any, ParamSpec, TypeVar
 
 from prgkit.errors import BackendError, ExportError, nearest
 from prgkit.export.card import SCHEMA, EngineCard, write_card
+from prgkit.export.precision import inspect, layer_dtypes, leave_small_in_fp16, refuse_tf32, require_precision
+from prgkit.export.timing import attach_cache, cache_path, keep_cache
 from prgkit.files import sha256, write_bytes
 
 BACKENDS = ("tensorrt", "tensorrt_rtx")  # in the order of preference
-DTYPE_OF = {"fp32": "FLOAT", "fp16": "HALF", "int8": "HALF"}  # INT8 is Q/DQ nodes around FP16 layers
-HEAVY_LAYERS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")  # what the precision is about
+AMPERE_PLUS = "SM80+"  # compute capability 8.0 and all above
 INSTALL = {
     "tensorrt": "pip install 'prgkit[trt]' (its libraries come from NVIDIA's own index, pypi.nvidia.com, which must be "
     "reachable; on a Jetson use JetPack's: python3 -m venv --system-site-packages)",
@@ -35,6 +35,7 @@ class Gpu:
 
     name: str
     capability: str  # "SM89"
+    driver: str | None = None  # the newest CUDA that its driver runs, as "13.0"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,10 @@ def choose_backend(name: str | None = None) -> Backend:
 
 
 def choose_targets(backend: str, asked: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the GPU generations an engine is for, as "SM89": those asked for, or all that the backend builds for.
+    """Return the GPU generations an engine is for, as "SM89", or "SM80+" for that one and all that follow.
+
+    They are those asked for, or all that tensorrt_rtx builds for. tensorrt builds for the GPU at hand, for its
+    generation where that is asked for by name, or for "SM80+".
 
     Raises:
         BackendError: the backend does not build for one of them.
@@ -82,12 +86,15 @@ def choose_targets(backend: str, asked: Sequence[str] | None) -> tuple[str, ...]
     if backend == "tensorrt":
         gpu = find_gpu()
         here = (gpu.capability,) if gpu else ()
-        if asked and tuple(asked) != here:
+        if asked and tuple(asked) not in (here, (AMPERE_PLUS,)):
             raise BackendError(
                 f"tensorrt builds for the GPU at hand ({', '.join(here)}), not for {', '.join(asked)}",
-                fix="build on the device itself without --sm, or for other GPUs with --backend tensorrt_rtx",
+                fix="build on the device itself without --sm, for every GPU from 80 on with --sm 80+, "
+                "or for other GPUs with --backend tensorrt_rtx",
             )
-        return here
+        return tuple(asked or here)
+    if asked and tuple(asked) == (AMPERE_PLUS,):
+        asked = None
     names = importlib.import_module(backend).ComputeCapability.__members__
     known = sorted((name for name in names if name not in ("NONE", "CURRENT")), key=lambda name: int(name[2:]))
     if unknown := [name for name in asked or () if name not in known]:
@@ -96,7 +103,8 @@ def choose_targets(backend: str, asked: Sequence[str] | None) -> tuple[str, ...]
     return tuple(asked or (name for name in known if name != "SM75"))
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def leaving_nothing(work: Callable[P, R]) -> Callable[P, R]:
@@ -152,19 +160,28 @@ def build_engine(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     tf32 = refuse_tf32(trt, config)
     targets = choose_targets(chosen.name, sm)
-    set_targets(trt, config, chosen.name, targets)
+    compatibility = set_targets(trt, config, chosen.name, targets, asked=bool(sm))
     set_batch(builder, config, network, batch)
+    int8, alive = None, None
+    if precision == "int8" and chosen.name == "tensorrt_rtx":
+        int8, alive = leave_small_in_fp16(trt, network)
+    gpu, timings = find_gpu(), None
+    if chosen.name == "tensorrt" and gpu:  # TensorRT for RTX times nothing
+        timings = cache_path(str(chosen.version), gpu.name)
+    known = timings and attach_cache(config, timings)
     serialized = builder.build_serialized_network(network, config)
+    del alive
     if serialized is None:
         raise ExportError(f"{chosen.name} could not build an engine: {logger.reason()}", where=onnx_path)
     plan = bytes(serialized)
     build_s = time.perf_counter() - started
     del parser
-    inspected = inspect(trt, logger, plan, precision, onnx_path)
+    if timings:
+        keep_cache(config, timings)
+    inspected = inspect(trt, logger, plan, precision, onnx_path) if gpu else None
     stem = onnx_path.name.split(".")[0]
     path = folder / f"{stem}.{precision}.{chosen.name}.engine"
     write_bytes(path, plan)
-    gpu = find_gpu()
     card = EngineCard(
         schema=SCHEMA,
         file=path.name,
@@ -186,9 +203,19 @@ def build_engine(
         build_s=round(build_s, 3),
         executed=False,
         note="built and never executed here",
+        driver=gpu.driver if gpu else None,
+        platform=this_platform(),
+        hardware_compatibility=compatibility,
+        timing_cache=("used" if known else "new") if timings else None,
+        int8_convolutions=int8,
     )
     write_card(path, card)
     return card
+
+
+def this_platform() -> str:
+    """Return the operating system and processor that an engine is bound to, as "Linux x86_64"."""
+    return f"{platform.system()} {platform.machine()}"
 
 
 def find_gpu() -> Gpu | None:
@@ -208,7 +235,10 @@ def find_gpu() -> Gpu | None:
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         version.append(str(value.value))
-    return Gpu(name.value.decode(errors="replace"), "SM" + "".join(version))
+    newest = ctypes.c_int()  # CUDA 13.1 is 13010
+    known = driver.cuDriverGetVersion(ctypes.byref(newest)) == 0
+    cuda = f"{newest.value // 1000}.{newest.value % 1000 // 10}" if known else None
+    return Gpu(name.value.decode(errors="replace"), "SM" + "".join(version), cuda)
 
 
 def probe_backend(name: str) -> Backend:
@@ -277,55 +307,25 @@ def parse(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> tuple[Any, An
     return network, parser
 
 
-def layer_dtypes(network: Any) -> dict[str, dict[str, int]]:
-    """Count the output types of a parsed network's layers, by layer type."""
-    counts: dict[str, Counter[str]] = {}
-    for number in range(network.num_layers):
-        layer = network.get_layer(number)
-        counts.setdefault(layer.type.name, Counter())[layer.get_output(0).dtype.name] += 1
-    return {kind: dict(sorted(counts[kind].items())) for kind in sorted(counts)}
+def set_targets(trt: Any, config: Any, backend: str, targets: Sequence[str], *, asked: bool) -> str | None:
+    """Tell a builder the GPU generations that an engine is for; returns tensorrt's level of hardware compatibility.
 
+    Without one, an engine of tensorrt is for the GPU model that it was built on.
 
-def require_precision(types: dict[str, dict[str, int]], precision: str, onnx_path: Path) -> None:
-    """Refuse a file whose convolutions and matrix products are not in the precision that was asked for."""
-    if precision not in DTYPE_OF:
-        raise ExportError(f"unknown precision {precision!r}", fix=f"one of: {', '.join(DTYPE_OF)}")
-    if (precision == "int8") != bool(types.get("QUANTIZE", {}).get("INT8")):
-        which = "no" if precision == "int8" else "INT8"
-        raise ExportError(
-            f"{precision} was asked for, and {onnx_path.name} holds {which} Q/DQ nodes",
-            where=onnx_path,
-            fix="an engine has the precision of its ONNX file: export --int8 --trt writes model.int8.tensorrt.onnx",
-        )
-    found: Counter[str] = Counter()
-    for kind in HEAVY_LAYERS:
-        found.update(types.get(kind, {}))
-    if set(found) != {DTYPE_OF[precision]}:
-        held = ", ".join(f"{count} {dtype}" for dtype, count in sorted(found.items())) or "none at all"
-        raise ExportError(
-            f"{precision} was asked for, and {onnx_path.name} holds convolutions and products as {held}, "
-            f"not {DTYPE_OF[precision]}",
-            where=onnx_path,
-            fix="an engine has the precision of its ONNX file: export --fp16 writes model.fp16.onnx",
-        )
-
-
-def refuse_tf32(trt: Any, config: Any) -> bool:
-    """Clear the flag, on by default, that rounds FP32 products to 10 bits; returns what it is now."""
-    flag = getattr(trt.BuilderFlag, "TF32", None)
-    if flag is None:
-        return False
-    config.clear_flag(flag)
-    return bool(config.get_flag(flag))
-
-
-def set_targets(trt: Any, config: Any, backend: str, targets: Sequence[str]) -> None:
-    """Tell a builder the GPU generations that an engine is for."""
-    if backend == "tensorrt":  # it knows no other than the one at hand
-        return
+    Raises:
+        BackendError: this TensorRT has no such level.
+    """
+    if backend == "tensorrt":
+        level = "NONE" if not asked else "AMPERE_PLUS" if targets[0] == AMPERE_PLUS else "SAME_COMPUTE_CAPABILITY"
+        levels = trt.HardwareCompatibilityLevel.__members__
+        if level not in levels:
+            raise BackendError(f"tensorrt {trt.__version__} cannot build for {targets[0]}", fix="build without --sm")
+        config.hardware_compatibility_level = levels[level]
+        return level
     config.num_compute_capabilities = len(targets)
     for position, name in enumerate(targets):
         config.set_compute_capability(trt.ComputeCapability.__members__[name], position)
+    return None
 
 
 def set_batch(builder: Any, config: Any, network: Any, batch: tuple[int, int, int]) -> None:
@@ -338,32 +338,6 @@ def set_batch(builder: Any, config: Any, network: Any, batch: tuple[int, int, in
     profile = builder.create_optimization_profile()
     profile.set_shape(pixels.name, *((size, *rest) for size in batch))
     config.add_optimization_profile(profile)
-
-
-def inspect(trt: Any, logger: Any, plan: bytes, precision: str, onnx_path: Path) -> dict[str, int] | None:
-    """Count the tensor types inside the built engine, where a GPU can open it; FP16 that vanished is an error.
-
-    One fused node shows nothing but its ends, so only an engine of several layers is judged.
-    """
-    if find_gpu() is None:
-        return None
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
-    if engine is None:  # built for other GPUs than the one here
-        return None
-    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    layers = [layer for layer in json.loads(text).get("Layers", []) if isinstance(layer, dict)]
-    types: Counter[str] = Counter()
-    for layer in layers:
-        for tensor in (*layer.get("Inputs", []), *layer.get("Outputs", [])):
-            types[str(tensor.get("DataType") or tensor.get("Format/Datatype"))] += 1  # 11, 10
-    is_half = any("half" in kind.lower() or "fp16" in kind.lower() for kind in types)
-    if len(layers) > 1 and is_half != (precision != "fp32"):
-        raise ExportError(
-            f"{precision} was asked for, and the built engine holds {dict(types)}",
-            where=onnx_path,
-            fix="report this build",
-        )
-    return dict(types)
 
 
 def tensor_facts(tensor: Any) -> dict[str, Any]:

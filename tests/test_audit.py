@@ -108,7 +108,7 @@ def logits(answers: list[int]) -> Any:
     return np.eye(3, dtype=np.float32)[answers[::-1]]
 
 
-ROW = {"artifact": "onnx-fp32", "device": "cpu", "status": "measured"}
+ROW = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu", "status": "measured"}
 
 
 def test_a_student_is_right_where_it_says_the_truth_and_bounded_where_nobody_knows_it() -> None:

@@ -77,6 +77,20 @@ def test_the_same_again_is_no_regression() -> None:
     assert about(found) == "Against base.json (run cifar100, 2026-01-02), tolerance 5 %: no regression."
 
 
+def test_one_file_on_two_runtimes_is_two_rows() -> None:
+    def both(report: Report) -> Report:
+        report["rows"].insert(1, row("onnx-fp32", 1.0, backend="openvino"))
+        return report
+
+    report = both(old())
+    report["rows"][1] = row("onnx-fp32", 1.5, backend="openvino")
+    found = against(report, Gate(Path("base.json"), both(old()), 0.05))
+    assert worse(found) == ["onnx-fp32 (OpenVINO): p50 1.00 ms → 1.50 ms, +50.0 % (95 %: 0.980–1.02, now 1.47–1.53)"]
+    found = against(old(), Gate(Path("base.json"), both(old()), 0.05))
+    assert worse(found) == ["onnx-fp32 (OpenVINO): not in this bench"]
+    assert judged(both)["new"] == ["onnx-fp32 (OpenVINO)"]
+
+
 def test_a_latency_beyond_the_tolerance_with_intervals_apart_is_a_regression() -> None:
     found = judged(slower(1.1))
     assert worse(found) == ["onnx-fp32: p50 2.00 ms → 2.20 ms, +10.0 % (95 %: 1.96–2.04, now 2.16–2.24)"]

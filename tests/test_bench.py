@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.errors import BenchError, ExportError
+from prgkit.evaluate import plan
 from prgkit.evaluate.bench import bench
 from prgkit.evaluate.pictures import choose_pictures
 from prgkit.evaluate.subject import identity, training, trust
@@ -86,6 +87,15 @@ def card(engine: Path) -> EngineCard:
         executed=False,
         note=None,
     )
+
+
+@pytest.fixture(autouse=True)
+def _onnx_runtime_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure with the runtime that is everywhere; what else may be installed is told apart in test_plan.py."""
+    monkeypatch.setattr(plan, "runtimes", lambda facts: RUNTIMES[:1])
+
+
+RUNTIMES = plan.runtimes({"gpus": []})
 
 
 def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> Path:
@@ -177,6 +187,12 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
     assert report["teacher"] == {"top1": 100.0, "top5": None, "top1_uniform_prompts": 0.0}
     assert report["student"] == {"top1": 75.0, "top5": None, "agreement": 75.0}
     assert report["ratio"] == 0.75
+    shares = [(one["images"], round(one["student"], 1), one["teacher"]) for one in report["per_class"]["classes"]]
+    assert shares == [(13, 76.9, 100), (14, 71.4, 100), (13, 76.9, 100)]  # ten of each are right
+    assert report["made_by"] == [
+        "prgkit distill runs/colours/recipe.yaml --run runs/colours",
+        "prgkit export --fp16 --trt --run runs/colours",
+    ]
     onnx_row, engine_row = report["rows"]
     assert (onnx_row["status"], onnx_row["top1"], onnx_row["agreement_fp32"]) == ("measured", 75.0, 100.0)
     assert (onnx_row["threads"], onnx_row["backend"], onnx_row["device"]) == (1, "onnxruntime", "cpu")
@@ -207,7 +223,9 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
 
 def test_scopes_threads_and_frames_stand_beside_the_rows(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = measure(make_bundle(tmp_path / "bundle"), out, batches=(), sweep_threads=(1, 2), fps=200)
+    report = measure(
+        make_bundle(tmp_path / "bundle"), out, batches=(), sweep_threads=(1, 2), fps=200, soak_minutes=0.01
+    )
     row, never_run = report["rows"]
     assert report["scopes"] == {"pictures": 2, "smallest": [SIDE, SIDE], "largest": [SIDE, SIDE]}
     assert never_run["scopes"] == {}
@@ -226,12 +244,19 @@ def test_scopes_threads_and_frames_stand_beside_the_rows(tmp_path: Path) -> None
     assert (report["paced"]["fps"], report["paced"]["deadline_ms"]) == (200, 5)
     assert (frames["artifact"], frames["failed"]) == ("onnx-fp32", None)
     assert sum(map(len, raw["paced"][0]["responses"])) == frames["frames"] > 5
+    soak, windows = report["soak"], raw["soak"]["windows"]
+    assert (soak["artifact"], soak["minutes"], soak["fps"], soak["failed"]) == ("onnx-fp32", 0.01, 200, None)
+    assert (len(windows), sum(window["runs"] for window in windows)) == (soak["windows"], soak["runs"])
+    assert windows[-1]["start_s"] + windows[-1]["seconds"] >= 0.5  # its last frame was answered before the end
+    assert report["command"].endswith(" --fps 200 --soak 0.01")
     text = (out / "report.md").read_text()
+    assert "| last 0.2 s |" in text
     assert "| frames | p50 ms | p99 ms | slowest ms | run p50 ms | late |\n" in text
     assert "| p50 ms | io | pipeline | end-to-end |\n" in text
     assert "| p50 ms | 1 thread | 2 threads |\n" in text
     page = (out / "report.html").read_text()
     assert "<h2>Threads</h2>" in page
+    assert "<h2>Soak</h2>" in page
     assert "golden pictures (16×16 px)" in page
 
 
@@ -325,7 +350,8 @@ def test_a_model_that_is_not_the_exported_one_is_noted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("threads", 0), ("seconds", 0), ("seconds", float("nan")), ("batches", (1, 0))]
+    ("option", "value"),
+    [("threads", 0), ("seconds", 0), ("seconds", float("nan")), ("batches", (1, 0)), ("fps", float("nan"))],
 )
 def test_options_that_make_no_sense_are_refused_before_anything_is_opened(
     tmp_path: Path, option: str, value: Any

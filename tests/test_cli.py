@@ -25,6 +25,7 @@ from prgkit import cli
 from prgkit.chain import split_at_commands
 from prgkit.cli import main
 from prgkit.errors import PrgkitError
+from prgkit.parameters import OBJECTIVES
 from prgkit.recipe import shipped_recipes
 
 HELP = """\
@@ -47,6 +48,7 @@ Commands:
   predict  Name what is in an image.
   targets  Let the teacher see the images, and no more.
   audit    Tick some of the teacher's answers yourself.
+  compare  Set objectives and students against each other.
   recipes  List the recipes.
   doctor   Say what can run on this machine.
 """
@@ -233,6 +235,10 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: Call, calls: li
         ("distill demo bench --seconds 0", "0.0 is not in the range x>=0.1."),
         ("distill demo bench --tolerance 3%", "--tolerance is for --baseline, and there is none."),
         ("bench --baseline . --tolerance 5", "write a tolerance as 5% or 0.05, not '5'."),
+        ("bench --soak nan", "write minutes above 0 and up to 1440, a day, as 30; not 'nan'."),
+        ("bench --soak 0", "write minutes above 0 and up to 1440, a day, as 30; not '0'."),
+        ("bench --soak -1", "write minutes above 0 and up to 1440, a day, as 30; not '-1'."),
+        ("bench --soak 2h", "write minutes above 0 and up to 1440, a day, as 30; not '2h'."),
         ("bench --sweep-threads 1,x", "write numbers of threads as 1,2,4, not '1,x'."),
         ("bench more", "Got unexpected extra argument (more); --merge compares reports."),
         ("bench --merge a.json", "--merge compares two reports or more: bench --merge a.json b.json."),
@@ -283,6 +289,9 @@ def test_recipes(prgkit: Call) -> None:
     page = shipped_recipes()["custom"].read_text()
     assert prgkit("recipes", "--show", "custom").out == page
     assert prgkit("recipes", "--show", "custom", "--json").json == {"recipes": {"custom": page}}
+    objectives = prgkit("recipes", "--objectives").out
+    assert [line.split()[0] for line in objectives.splitlines() if line[2] != " "] == list(OBJECTIVES)
+    assert "  ce    Cross-entropy with the teacher's pseudo-labels.\n" in objectives
     assert prgkit("recipes", "--show", "custum").err.startswith(
         "Error: unknown recipe 'custum'; did you mean 'custom'?\n"
     )
@@ -301,7 +310,7 @@ def test_doctor_is_aligned_and_tells_extras_with_their_brackets(prgkit: Call, mo
     assert any(re.fullmatch(r"  no   torch \(distill, export\) +pip install 'prgkit\[distill\]'", row) for row in rows)
     assert any(line.startswith("  yes  onnxruntime CPU") for line in rows)
     assert lines[-1].startswith("clash: onnxruntime is installed over onnxruntime-gpu")
-    assert "  torch            not installed" in lines
+    assert "  torch                 not installed" in lines
     document = prgkit("doctor", "--json").json["doctor"]
     assert set(document) == {"versions", "machine", "backends", "clashes"}
     assert all(set(row) == {"name", "runs", "detail"} for row in document["backends"])
@@ -318,14 +327,14 @@ def test_doctor_tells_building_engines_from_running_them(prgkit: Call, monkeypat
         rows = prgkit("doctor", "--json").json["doctor"]["backends"]
         return {row["name"]: row["detail"] for row in rows if "engines" in row["name"]}
 
-    monkeypatch.setattr("prgkit.export.runners.find_gpu", lambda: None)
+    monkeypatch.setattr("prgkit.export.engine_runner.find_gpu", lambda: None)
     assert engines() == {
         "tensorrt: build engines": "not installed; pip",
         "tensorrt: run engines": "not installed; pip",
         "tensorrt_rtx: build engines": "",
         "tensorrt_rtx: run engines": "it needs an NVIDIA GPU and its driver",
     }
-    monkeypatch.setattr("prgkit.export.runners.find_gpu", lambda: Gpu("some GPU", "SM89"))
+    monkeypatch.setattr("prgkit.export.engine_runner.find_gpu", lambda: Gpu("some GPU", "SM89"))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     assert engines()["tensorrt_rtx: run engines"].startswith("cuda-python is not installed: pip install cuda-python")
@@ -573,7 +582,7 @@ def test_bench_is_given_the_run_or_the_bundle_alone(
         return {"rows": []}
 
     monkeypatch.setattr("prgkit.evaluate.bench.bench", measure)
-    monkeypatch.setattr("prgkit.evaluate.report.table", lambda report: "the table")
+    monkeypatch.setattr("prgkit.evaluate.tables.report_table", lambda report: "the table")
     said = prgkit("bench", "--threads", "1", "--batches", "4,2", "--seconds", "1")
     assert said.out.startswith("the table\nreport: runs/tiny/bench/")
     shutil.copytree("runs/tiny/bundle", "device")
@@ -587,8 +596,21 @@ def test_bench_is_given_the_run_or_the_bundle_alone(
     assert seen[0]["command"] == "prgkit bench --threads 1 --batches 4,2 --seconds 1"
 
 
-def test_a_bench_that_is_worse_than_its_baseline_tells_all_and_exits_1(prgkit: Call, standing: Path) -> None:
-    measured = ("bench", "--threads", "1", "--seconds", "0.3", "--batches", "1")
+def test_a_bench_that_is_worse_than_its_baseline_tells_all_and_exits_1(
+    prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prgkit.evaluate import latency
+
+    really, found = latency.measure, list[latency.Session]()
+
+    def measure(*arguments: Any, **named: Any) -> latency.Session:
+        if not found:
+            found.append(really(*arguments, **named))
+        return found[0]  # every bench finds what the first one measured
+
+    monkeypatch.setattr(latency, "measure", measure)
+    shutil.copytree("runs/tiny/bundle", "device")  # without PyTorch's row, which no baseline judges
+    measured = ("bench", "--run", "device", "--threads", "1", "--seconds", "0.3", "--batches", "1")
     first = prgkit(*measured, "--out", "first")
     assert (first.code, first.out.splitlines()[-1]) == (0, "report: first/report.html")
     before = json.loads((standing / "first/report.json").read_text())
@@ -617,7 +639,7 @@ def test_a_bench_that_is_worse_than_its_baseline_tells_all_and_exits_1(prgkit: C
         "Error: the new report would overwrite its baseline, and the next bench would be held against that\n"
         "  where: new/report.json\n"
     )
-    said = prgkit("bench", "--threads", "2", "--baseline", "base.json", "--out", "new")
+    said = prgkit("bench", "--run", "device", "--threads", "2", "--baseline", "base.json", "--out", "new")
     assert said.err.startswith(
         "Error: the baseline was measured with --threads 1, and this would be with --threads 2\n"
     )
@@ -841,7 +863,7 @@ def tiny(place: Path, *changes: tuple[str, str]) -> None:
         (('"demo:digits"', "ViT-B-32"), "teacher.weights is missing for ViT-B-32"),
         (('"demo:digits"', "local-dir:nowhere"), "there is no such folder\n  where: nowhere\n"),
         (("{name: ce}", "{name: cee}"), "the recipe has a mistake:\n    objective.name: unknown objective 'cee', known are "
-                                        "prg, kd, ce; did you mean 'ce'?"),
+                                        "prg, kd, ce, dkd, dist, rkd, nd, pld; did you mean 'ce'?"),
         (("[one, two, three]", "[one, two, One]"), "class names repeat: 'One' (entry 1 and entry 3)"),
         (("[one, two, three]", "[one]"), "there is only one class, 'one'"),
         (('"a {}"', "a"), "the template 'a' has not exactly one {}"),

@@ -304,6 +304,7 @@ def test_the_forks_do_what_the_command_does(place: Place) -> None:
 
 EXPORT = "export --run run --fp16"
 BENCH = "bench --run run --seconds 2 --batches 1,4 --threads 1"
+LONGER = f"{BENCH} --sweep-threads 1,2 --fps 50 --soak 0.05"
 LATER: dict[str, tuple[str, Trap]] = {
     "export: no artifact finished": (EXPORT, ("prgkit.export.pipeline:onnx_artifact", 1, "before")),
     "export: fp32 finished, fp16 not": (EXPORT, ("prgkit.export.pipeline:write_fp16", 1, "after")),
@@ -312,6 +313,11 @@ LATER: dict[str, tuple[str, Trap]] = {
     "bench: warming up": (BENCH, ("prgkit.evaluate.worker:Worker.warm_up", 2, "after")),
     "bench: in the third round": (BENCH, ("prgkit.evaluate.worker:Worker.measure", 8, "after")),
     "bench: swept, nothing predicted": (BENCH, ("prgkit.evaluate.worker:Worker.predict", 1, "before")),
+    "bench: in the second scope": (BENCH, ("prgkit.evaluate.worker:Worker.measure_scope", 2, "after")),
+    # Three artifacts take ten rounds and two batch sizes (36 calls), the sweep's four go on from there.
+    "bench: in the thread sweep": (LONGER, ("prgkit.evaluate.worker:Worker.measure", 50, "after")),
+    "bench: in the paced part": (LONGER, ("prgkit.evaluate.worker:Worker.paced", 5, "after")),
+    "bench: in the soak": (LONGER, ("prgkit.evaluate.soak:told_of", 5, "after")),
     "bench: the report is half written": (BENCH, ("prgkit.evaluate.report:markdown", 1, "before")),
 }
 
@@ -322,7 +328,7 @@ def test_kills_of_export_and_bench(place: Place, capsys: pytest.CaptureFixture[s
     for name, (line, trap) in LATER.items():
         folder = place.folder / re.sub(r"\W+", "-", name)
         shutil.copytree(place.folder / "whole", folder, symlinks=True)
-        if line == BENCH:
+        if line in (BENCH, LONGER):
             end = place.launcher.run(EXPORT, folder)
             assert end.code == 0, end.said
         end = place.launcher.run(line, folder, trap)
@@ -337,8 +343,9 @@ def test_kills_of_export_and_bench(place: Place, capsys: pytest.CaptureFixture[s
         assert "Traceback" not in end.said
         if "fp32 finished" in name:
             assert "model.onnx: finished before, and made from the same; it is kept" in end.said
-        if "round" in name or "swept" in name or "report" in name:
+        if line in (BENCH, LONGER) and "warming" not in name:
             assert "Measured in 2 sittings" in end.said
+        assert ("A soak was stopped after " in end.said) == ("soak" in name)
         rows.append((name, stage(end.said), ", ".join(kept) or "nothing", "yes"))
         if line == EXPORT:
             manifest = json.loads((folder / "run/bundle/manifest.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import time
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from prgkit.evaluate import latency
 from prgkit.evaluate.runs import timed_runs
-from prgkit.evaluate.worker import Worker, WorkerFailedError, reason
+from prgkit.evaluate.worker import Resident, Worker, WorkerFailedError, reason
+from prgkit.images import Preprocessing
 
 onnx = pytest.importorskip("onnx", reason="the models under test are made with the onnx package")
 
@@ -224,3 +227,29 @@ def test_reasons_fit_on_a_line() -> None:
     assert reason(ValueError("first\nsecond")) == "ValueError: first"
     assert reason(MemoryError()) == "MemoryError"
     assert len(reason(ValueError("x" * 1000))) == 240
+
+
+def test_energy_is_power_times_the_time_of_an_image() -> None:
+    one = latency.Measured({"device": "cpu"}, rounds_ns=[[2_000_000, 3_000_000], [1_000_000]], powers_w=[9.0, 11.0])
+    found = latency.energy(one)
+    assert found is not None
+    assert (found["power_w"], found["energy_mj"]) == (10.0, pytest.approx(20.0))  # 10 W for 2 ms
+    assert latency.energy(latency.Measured({"device": "cpu"}, rounds_ns=[[1]])) is None
+
+
+def test_a_runner_with_a_clock_of_its_own_has_a_scope_more() -> None:
+    class Gpu:
+        def run(self, pixels: Any) -> Any:
+            return np.zeros((len(pixels), 3), dtype=np.float32)
+
+        def compute_ns(self, pixels: Any) -> int:
+            return 1000 * len(pixels)
+
+    resident = Resident({})
+    resident.images, resident.runner = images(), Gpu()  # type: ignore[assignment]
+    picture = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(picture, "PNG")
+    square = Preprocessing(8, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3).to_dict()
+    assert resident.take_pictures([picture.getvalue()], square) == ["compute", "io", "pipeline", "end_to_end"]
+    assert set(resident.measure_scope("compute", 0.001, 0.1)) == {1000}
+    assert resident.measure_scope("end_to_end", 0.0, 0.0)[0] > 1000

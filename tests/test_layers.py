@@ -17,10 +17,10 @@ OWNERS = {
     "timm": {"prgkit.student"},
     "click": {"prgkit.cli", "prgkit.chain", "prgkit.options"},
     "yaml": {"prgkit.page"},
-    "rich": {"prgkit.terminal", "prgkit.evaluate.report", "prgkit.evaluate.tables"},
+    "rich": {"prgkit.terminal", "prgkit.evaluate.tables"},
     "accelerate": {"prgkit.devices", "prgkit.distill"},
-    "tensorrt": {"prgkit.export.tensorrt", "prgkit.export.runners"},
-    "tensorrt_rtx": {"prgkit.export.tensorrt", "prgkit.export.runners"},
+    "tensorrt": {"prgkit.export.tensorrt", "prgkit.export.engine_runner"},
+    "tensorrt_rtx": {"prgkit.export.tensorrt", "prgkit.export.engine_runner"},
     "onnxruntime": {"prgkit.export.runners", "prgkit.export.ranges", "prgkit.evaluate.bench", "prgkit.doctor"},
     "onnx": {
         "prgkit.export.onnx",
@@ -28,6 +28,7 @@ OWNERS = {
         "prgkit.export.nchw",
         "prgkit.export.quantize",
         "prgkit.export.ranges",
+        "prgkit.export.recover",
     },
     "datasets": {"prgkit.datasets"},
     "torchvision": {"prgkit.datasets"},
@@ -38,9 +39,10 @@ OWNERS = {
 NEEDS_TORCH = {
     "prgkit.views", "prgkit.answers", "prgkit.audit", "prgkit.lesson", "prgkit.teacher", "prgkit.targets", "prgkit.student", "prgkit.distill",
     "prgkit.devices", "prgkit.checkpoint", "prgkit.tensors", "prgkit.estimate", "prgkit.objectives", "prgkit.objectives.prg", "prgkit.objectives.kd",
-    "prgkit.objectives.ce", "prgkit.objectives.sides", "prgkit.export.onnx", "prgkit.export.run",
+    "prgkit.objectives.ce", "prgkit.objectives.dkd", "prgkit.objectives.dist", "prgkit.objectives.rkd",
+    "prgkit.objectives.nd", "prgkit.objectives.pld", "prgkit.evaluate.compare", "prgkit.objectives.sides", "prgkit.export.onnx", "prgkit.export.run",
     "prgkit.export.pipeline", "prgkit.export.graph", "prgkit.export.nchw", "prgkit.export.quantize", "prgkit.export.ranges",
-    "prgkit.export.fidelity", "prgkit.export.int8", "prgkit.demo.train_teacher", "prgkit.trust",
+    "prgkit.export.fidelity", "prgkit.export.int8", "prgkit.export.recover", "prgkit.demo.train_teacher", "prgkit.trust",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from prgkit.evaluate.paced import HEADER, Frames, paced, paced_about, paced_line
 from prgkit.evaluate.runs import paced_runs
 
 MS = 1_000_000
-SPEC = {"artifact": "onnx-fp32", "device": "cpu"}
+SPEC = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
 
 
 class Clock:
@@ -55,7 +55,7 @@ def test_late_frames_are_counted_and_p99_needs_a_thousand() -> None:
     )
     found = summary(one, fps=100)
     assert found == {
-        "artifact": "onnx-fp32", "device": "cpu", "failed": None, "frames": 4, "p50_ms": 13.5, "p99_ms": None,
+        **SPEC, "failed": None, "frames": 4, "p50_ms": 13.5, "p99_ms": None,
         "max_ms": 23.0, "run_p50_ms": 7.0, "late": 2,
     }  # fmt: skip
     many = Frames(SPEC, responses_ns=[[MS] * 1000], runs_ns=[[MS] * 1000])

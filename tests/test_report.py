@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from prgkit.evaluate import plots, svg, wording
+from prgkit.evaluate import accuracy, classes, plots, svg, wording
 from prgkit.evaluate.gallery import Picture
-from prgkit.evaluate.page import page
+from prgkit.evaluate.page import latencies_ms, page
 from prgkit.evaluate.report import markdown, write_report
+from prgkit.evaluate.style import CSS
 from prgkit.evaluate.tables import report_table
 
 VOID = {"meta", "img", "br", "link"}
@@ -145,7 +146,7 @@ def samples_of(report: dict[str, Any]) -> dict[str, Any]:
             (10, 260)
         )
         rounds = (one["latency"]["p50_ms"] * 1e6 * spread).astype(int).tolist()
-        rows.append({"artifact": one["artifact"], "device": one["device"], "rounds": rounds})
+        rows.append({**{key: one[key] for key in ("artifact", "backend", "device")}, "rounds": rounds})
     return {"schema": "prgkit.samples/1", "unit": "ns", "order": [[0, 1, 2]], "rows": rows}
 
 
@@ -221,7 +222,7 @@ def test_what_came_from_outside_is_escaped_everywhere() -> None:
     report["rows"][0].update(artifact=EVIL, backend=EVIL, precision=EVIL)
     report["rows"][3].update(reason=EVIL, artifact=EVIL + "2")
     report["machine"].update(cpu=EVIL, os=EVIL, versions={EVIL: EVIL})
-    report.update(command=EVIL, notes=[EVIL], created=EVIL, prgkit=EVIL)
+    report.update(command=EVIL, made_by=[EVIL], notes=[EVIL], created=EVIL, prgkit=EVIL)
     report["training"] = [{**epoch, EVIL: 1.0 + epoch["epoch"]} for epoch in report["training"]]
     evil = [Picture(np.zeros((8, 8, 3), np.uint8), "differs", EVIL, 50.0, EVIL + '"', 50.0, EVIL)]
     html = page(report, samples=samples_of(report), pictures=evil)
@@ -288,6 +289,28 @@ def test_the_row_to_speak_of_is_the_fastest_that_loses_less_than_a_point() -> No
     report = made_up()
     report["rows"] = [row("slow", 4.0, 60.0), row("fast-but-wrong", 1.0, 40.0), row("fast", 2.0, 59.4)]
     assert wording.lead_row(report) is report["rows"][2]
+
+
+def test_one_file_on_two_runtimes_is_told_apart_everywhere() -> None:
+    report = made_up()
+    report["rows"] = [row("onnx-fp32", 2.0, 60.0), row("onnx-fp32", 1.0, 60.0, backend="openvino")]
+    taken = samples_of(report)
+    names = ["onnx-fp32", "onnx-fp32 (OpenVINO)"]
+    series = latencies_ms(report["rows"], taken)
+    assert list(series) == names
+    assert np.median(series[names[0]]) > 1.5 > np.median(series[names[1]])
+    assert wording.headline(report).endswith(" at 1.00 ms an image on 2 threads of AMD EPYC, with OpenVINO")
+    for text in (markdown(report), page(report, samples=taken, pictures=[])):
+        assert all(text.count(name) >= 2 for name in names)
+
+
+def test_what_was_unstable_says_so_where_its_figures_stand() -> None:
+    report = made_up()
+    assert "unstable" not in page(report, samples={}, pictures=[])
+    report["rows"][0]["latency"]["round_p50_ms"] = [1.9, 2.1, 2.0]  # 2.1 is more than 1.1 times 1.9
+    html = page(report, samples={}, pictures=[])
+    assert "<b>it was unstable</b>, see the notes" in html
+    assert html.count(">unstable</span>") == 1
 
 
 def test_model_names() -> None:
@@ -380,6 +403,21 @@ def test_labels_of_equal_points_do_not_cover_each_other() -> None:
     assert not any(plots.overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+def test_of_many_points_no_labels_overlap_and_the_front_keeps_its_own() -> None:
+    made = [(0.5 + i / 50, 60.0 + (i == 3)) for i in range(30)]
+    points = [plots.Point(f"artifact-{i} (cuda)", ms, (ms, ms), score, None, i) for i, (ms, score) in enumerate(made)]
+    root = ElementTree.fromstring(plots.accuracy_latency(points, score_name="Top-1, %"))
+    labels = [node for node in root.iter() if node.tag.endswith("text") and (node.text or "").startswith("artifact-")]
+    boxes = []
+    for node in labels:
+        x, y, width = float(node.attrib["x"]), float(node.attrib["y"]), svg.text_width(node.text or "")
+        left = x if node.attrib["text-anchor"] == "start" else x - width
+        boxes.append((left, y - svg.FONT, left + width, y + 3))
+    assert not any(plots.overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+    bold = {node.text for node in labels if "font-weight" in node.attrib}
+    assert bold == {point.label for point in plots.pareto(points)} == {"artifact-0 (cuda)", "artifact-3 (cuda)"}
+
+
 def test_the_distribution_shows_the_slowest_run() -> None:
     drawing = plots.latency_distribution({"a": [1.0] * 2000 + [250.0], "b": [2.0, 2.1]})
     assert "slowest 250" in drawing
@@ -405,3 +443,117 @@ def test_a_corrected_teacher_is_said_to_be_corrected() -> None:
     report["quality"] = {"correction": {"debias": 0.5, "entropy": None, "temperature": 1.0}}
     corrected = [line[0] for line in wording.teacher_and_student(report)[:2]]
     assert corrected == [f"{plain[0]}, corrected", f"{plain[1]}, uncorrected"]
+
+
+# Seven images of three classes; nobody ever saw a "hen", and the teacher errs with the student once of three times.
+LABELS, STUDENT, TEACHER = (
+    np.array(one) for one in ([0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 1, 0, 1], [0, 1, 0, 0, 1, 1, 0])
+)
+NAMES = ("cat", "dog", "hen")
+
+
+def test_shares_by_class_are_of_the_labels_images() -> None:
+    found = classes.by_class(STUDENT, TEACHER, LABELS, NAMES)
+    assert found["measure"] == "recall"
+    cat, dog, hen = found["classes"]
+    assert (cat["images"], cat["student"], cat["teacher"]) == (4, 50.0, 75.0)
+    assert (dog["images"], dog["student"], dog["teacher"]) == (3, pytest.approx(66.667, abs=1e-3), dog["student"])
+    assert dog["student_interval"] == list(accuracy.wilson(2, 3))
+    assert hen == {
+        "class": "hen", "images": 0, "student": None, "student_interval": None, "teacher": None, "teacher_interval": None
+    }  # fmt: skip
+    assert found["pairs"] == [
+        {"class": "cat", "answer": "dog", "images": 2, "teacher_too": 1},
+        {"class": "dog", "answer": "cat", "images": 1, "teacher_too": 0},
+    ]
+
+
+def test_without_labels_shares_by_class_are_of_the_teachers_answers() -> None:
+    found = classes.by_class(STUDENT, TEACHER, None, NAMES)
+    assert found["measure"] == "agreement"
+    assert [(one["images"], one["student"], one["teacher"]) for one in found["classes"]] == [
+        *((4, 50.0, None), (3, pytest.approx(66.667, abs=1e-3), None), (0, None, None)),
+    ]
+    assert [(one["class"], one["answer"], one["images"]) for one in found["pairs"]] == [
+        *(("cat", "dog", 2), ("dog", "cat", 1)),
+    ]
+
+
+def many(count: int, *, labelled: bool = True) -> dict[str, Any]:
+    """Return the section of so many hostile classes with ten images each, the first the worst."""
+    generator = np.random.default_rng(0)
+    truth = np.repeat(np.arange(count), 10)
+    student, teacher = (
+        np.where(generator.random(len(truth)) < 0.8, truth, generator.integers(0, count, len(truth))) for _ in range(2)
+    )
+    student[:10] = count - 1
+    names = [f"{EVIL}|{index}" for index in range(count)]
+    return {"artifact": EVIL, **classes.by_class(student, teacher, truth if labelled else None, names)}
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_few_classes_are_shown_whole_and_of_many_the_worst_and_the_best(labelled: bool) -> None:
+    report = made_up(labelled=labelled)
+    for count, shown in ((10, 10), (100, 16)):
+        report["per_class"] = many(count, labelled=labelled)
+        html = page(report, samples=samples_of(report), pictures=[])
+        assert "script" not in read(html).tags
+        (drawing,) = re.findall(r"<svg[^>]*><title>Share by class.*?</svg>", html, re.DOTALL)
+        assert drawing.count("<circle") == 1 + shown  # one in the key
+        assert (f"… {count - shown} more …" in drawing) == (count > shown)
+        (table,) = re.findall(r"<details>.*?</details>", html, re.DOTALL)
+        assert table.count("<tr>") == 1 + count
+        text = markdown(report)
+        assert "<script" not in re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+        lines = text[text.index("## Class by class") : text.index("## Notes")].splitlines()
+        assert len(re.findall(r"\| \d+ \| \d+\.\d % \|", "\n".join(lines))) == shown
+        tables = [[len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")]]
+        assert set(tables[0]) == ({7, 5} if labelled else {5, 4})
+    assert classes.worst_first(report["per_class"])[0]["student"] == 0
+
+
+def test_a_report_of_an_earlier_version_has_no_classes() -> None:
+    report = made_up()
+    assert "Class by class" not in page(report, samples={}, pictures=[]) + markdown(report)
+    nothing = classes.by_class(*(np.zeros(0, int),) * 3, NAMES)  # no class has an image
+    report["per_class"] = {"artifact": "onnx-fp32", **nothing}
+    assert "Class by class" not in page(report, samples={}, pictures=[]) + markdown(report)
+
+
+def test_the_classes_are_those_of_the_artifact_that_the_headline_speaks_of() -> None:
+    report = made_up()
+    logits = np.eye(3)[STUDENT]
+    given = [(one, logits if one is report["rows"][0] else None) for one in report["rows"]]
+    evaluation: Any = type("Evaluation", (), {"teacher_logits": np.eye(3)[TEACHER], "labels": LABELS})
+    found = classes.per_class(evaluation, given, report, NAMES)
+    assert found is not None
+    assert (found["artifact"], found["classes"][0]["student"]) == ("onnx-fp32", 50.0)
+    assert classes.per_class(evaluation, given[1:], report, NAMES) is None
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    darker, lighter = sorted((luminance(a), luminance(b)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_every_colour_is_defined_for_light_and_dark_and_can_be_read_there() -> None:
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+        for block in re.findall(r":root \{(.*?)\n *\}", CSS, re.DOTALL)[:2]
+    )
+    used = set(re.findall(r"var\(--([\w-]+)", CSS)) | {f"series-{index + 1}" for index in range(len(svg.COLOURS))}
+    for scheme in (light, dark):
+        assert used <= scheme.keys()
+        for name in ("ink", "muted", "accent", "good", "warn", "bad"):  # WCAG AA: text
+            for behind in ("page", "card"):
+                assert contrast(scheme[name], scheme[behind]) >= 4.5, (name, behind)
+        for name in ("good", "warn", "bad"):
+            assert contrast(scheme[name], scheme[f"{name}-soft"]) >= 4.5, name
+        for index in range(len(svg.COLOURS)):  # WCAG AA: what must be seen to understand a drawing
+            assert contrast(scheme[f"series-{index + 1}"], scheme["card"]) >= 3, index

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from prgkit.errors import BackendError, ExportError
+from prgkit.evaluate.worker import open_spec, reason
 from prgkit.export import runners
-from prgkit.export.card import EngineCard
-from prgkit.export.runners import OnnxRunner, TensorRTRunner, TorchRunner, open_runner, require_match, why_not_here
-from prgkit.export.tensorrt import Gpu, available_backends, build_engine
-
-CARD = EngineCard(
-    schema="prgkit.engine/1",
-    file="model.fp16.tensorrt_rtx.engine",
-    bytes=1,
-    sha256="",
-    onnx="model.fp16.onnx",
-    onnx_sha256="",
-    backend="tensorrt_rtx",
-    backend_version="1.7.1.116",
-    precision="fp16",
-    tf32=False,
-    batch=(1, 1, 32),
-    compute_capabilities=("SM86", "SM89"),
-    gpu=None,
-    input={"name": "pixels", "dtype": "UINT8", "shape": [-1, 64, 64, 3]},
-    output={"name": "logits", "dtype": "FLOAT", "shape": [-1, 20]},
-    layer_dtypes={},
-    inspected_dtypes=None,
-    build_s=0.5,
-    executed=False,
-    note=None,
+from prgkit.export.runners import (
+    PROVIDERS,
+    OnnxRunner,
+    OpenVinoRunner,
+    TorchRunner,
+    compiled,
+    open_runner,
+    why_no_compiling,
 )
 
 
@@ -78,8 +63,9 @@ def test_cuda_is_told_not_to_round_fp32_to_tf32(monkeypatch, tmp_path):
     opened = []
 
     class Session:
-        def __init__(self, path, options, *, providers):
+        def __init__(self, path, options, *, providers, enable_fallback):
             opened.append(providers)
+            assert not enable_fallback
 
         def get_providers(self):
             return ["CUDAExecutionProvider"]
@@ -109,6 +95,123 @@ def test_pixels_of_another_size_are_a_short_error(repvit):
         OnnxRunner(repvit.fp32, threads=1).run(np.zeros((1, 32, 32, 3), np.uint8))
 
 
+@pytest.mark.parametrize(
+    ("provider", "device", "settings"),
+    [
+        ("TensorrtExecutionProvider", "cuda", {"trt_fp16_enable": "1"}),
+        ("OpenVINOExecutionProvider", "cpu", {"device_type": "CPU", "precision": "FP32", "num_of_threads": "2"}),
+    ],
+)
+def test_no_provider_hands_over_to_another(monkeypatch, tmp_path, provider, device, settings):
+    """The session is a stand-in for a provider whose libraries are missing: ONNX Runtime then takes the CPU."""
+    import onnxruntime
+
+    opened = []
+
+    class Session:
+        def __init__(self, path, options, *, providers, enable_fallback):
+            opened.append((providers, enable_fallback))
+            self.whole = options.get_session_config_entry("session.disable_cpu_ep_fallback")
+
+        def get_providers(self):
+            assert self.whole == "1", "a part of the network could run on the CPU"
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [provider, "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(BackendError, match=f"ONNX Runtime fell back from {provider} to CPUExecutionProvider"):
+        OnnxRunner(tmp_path / "model.onnx", provider, threads=2, half=True)
+    assert opened == [([(provider, settings)], 0)]
+    assert PROVIDERS[provider].device == device
+    assert (os.environ.pop("NVIDIA_TF32_OVERRIDE", None) == "0") == (device == "cuda")
+
+
+@pytest.fixture
+def openvino():
+    return pytest.importorskip("openvino", reason="pip install 'prgkit[openvino]'")
+
+
+def test_openvino_gives_onnx_runtimes_answer(openvino, exported, monkeypatch):
+    monkeypatch.setattr(runners, "SHAPES", 2)
+    runner = open_spec({"kind": "openvino", "path": str(exported.fp32), "threads": 1})
+    assert (runner.name, runner.backend, runner.device) == ("model.onnx", "openvino", "cpu")
+    reference = OnnxRunner(exported.fp32, threads=1)
+    for batch in (1, 3, 2, 3, 1):
+        logits = runner.run(exported.pixels[:batch])
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, reference.run(exported.pixels[:batch]), atol=1e-3)
+        assert len(runner._requests) <= 2, "every batch size holds the weights once more"
+    runner.close()
+
+
+def test_openvino_computes_fp32_in_fp32(openvino, repvit, monkeypatch):
+    """Left to itself, it takes bfloat16 where the processor can: what it does is read from the network it made."""
+    runner = OpenVinoRunner(repvit.fp32, threads=1)
+    network = runner._requests[1].get_compiled_model()
+    kinds = {str(layer.rt_info["runtimePrecision"].value) for layer in network.get_runtime_model().get_ordered_ops()}
+    assert "f32" in kinds
+    assert not kinds & {"bf16", "f16"}
+    monkeypatch.setattr(
+        OpenVinoRunner, "_settings", lambda self: {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": 1}
+    )
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(BackendError, match=r"OpenVINO would compute model\.onnx in bf16, not in FP32"):
+            OpenVinoRunner(repvit.fp32, threads=1)
+
+
+def test_openvino_refuses_threads_that_it_would_not_take(openvino, repvit):
+    with pytest.raises(BackendError, match=r"OpenVINO takes \d+ threads at most here, not 4096"):
+        OpenVinoRunner(repvit.fp32, threads=4096)
+
+
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_openvinos_errors_are_short(openvino, repvit, tmp_path, keep):
+    path = tmp_path / "model.onnx"
+    data = repvit.fp32.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(BackendError) as caught:
+        OpenVinoRunner(path)
+    assert caught.value.what.startswith("OpenVINO cannot open model.onnx: ")
+    assert len(str(caught.value).splitlines()) == 3
+    with pytest.raises(BackendError, match=r"OpenVINO cannot run model\.onnx: [^\n]*32[^\n]*\Z"):
+        OpenVinoRunner(repvit.fp32, threads=1).run(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+def test_without_openvino_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(BackendError) as caught:
+        OpenVinoRunner(tmp_path / "model.onnx")
+    assert caught.value.fix == "pip install 'prgkit[openvino]'"
+
+
+def test_a_network_that_does_not_compile_is_a_line(monkeypatch, repvit):
+    """A compiler is not waited for: what is tested is what becomes of its failure, and which sizes are compiled."""
+    import torch
+
+    sizes = []
+
+    def compile_(module):
+        def run(pixels):
+            sizes.append(tuple(pixels.shape))
+            if len(sizes) == 3:
+                raise RuntimeError("CppCompileError: C++ compile error\n\nCommand:\ng++ ...")
+            return module(pixels)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    fast = compiled(repvit.student, 64)
+    assert sizes == [(1, 64, 64, 3), (2, 64, 64, 3)]
+    with pytest.raises(RuntimeError) as caught:
+        fast(torch.zeros((1, 64, 64, 3), dtype=torch.uint8))
+    assert reason(caught.value) == "RuntimeError: CppCompileError: C++ compile error"
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert why_no_compiling() == "needs a C++ compiler: apt install g++"
+
+
 def test_the_manifest_chooses_the_runner(repvit):
     entry = {"name": "onnx-fp32", "file": "model.onnx", "format": "onnx"}
     runner = open_runner(repvit.fp32.parent, entry, threads=1)
@@ -118,54 +221,6 @@ def test_the_manifest_chooses_the_runner(repvit):
 
 
 def test_an_engine_that_is_not_there_is_named(tmp_path):
-    entry = {"name": "tensorrt_rtx-fp16", "file": CARD.file, "format": "engine"}
+    entry = {"name": "tensorrt_rtx-fp16", "file": "model.fp16.tensorrt_rtx.engine", "format": "engine"}
     with pytest.raises(ExportError, match=r"there is no engine model\.fp16\.tensorrt_rtx\.engine"):
         open_runner(tmp_path, entry)
-
-
-@pytest.mark.skipif(runners.find_gpu() is not None, reason="there is a GPU")
-@pytest.mark.skipif(not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed")
-def test_a_real_engine_without_a_gpu_says_what_it_needs(repvit, tmp_path):
-    card = build_engine(repvit.fp16, tmp_path, precision="fp16", batch=(1, 1, 8), backend="tensorrt_rtx")
-    with pytest.raises(BackendError) as caught:
-        TensorRTRunner(tmp_path / card.file)
-    assert caught.value.what == f"{card.file} cannot run here: it needs an NVIDIA GPU and its driver"
-    assert caught.value.fix == "run it on a machine with an NVIDIA GPU and cuda-python"
-
-
-@pytest.mark.parametrize(
-    ("card", "reason"),
-    [
-        (replace(CARD, compute_capabilities=("SM80",)), r"built for SM80, and this GPU \(RTX 4090\) is SM89"),
-        (replace(CARD, backend="tensorrt", gpu="RTX 4080"), "built on RTX 4080, and this GPU is RTX 4090"),
-        (replace(CARD, backend_version="1.6"), "built by tensorrt_rtx 1.6, and 1.7.1.116 is installed"),
-    ],
-)
-def test_a_card_that_does_not_match_the_machine_is_refused(monkeypatch, tmp_path, card, reason):
-    """The machine is a stand-in: what is tested is the comparison, which no engine is needed for."""
-    on_a_gpu(monkeypatch)
-    with pytest.raises(BackendError, match=reason):
-        require_match(card, tmp_path / card.file)
-
-
-def test_a_card_that_matches_is_accepted(monkeypatch):
-    on_a_gpu(monkeypatch)
-    assert why_not_here(CARD) is None
-
-
-def test_without_cuda_python_the_error_names_it(monkeypatch):
-    on_a_gpu(monkeypatch, missing="cuda.bindings.runtime")
-    assert why_not_here(CARD).startswith("cuda-python is not installed: pip install cuda-python")
-
-
-def on_a_gpu(monkeypatch, *, missing=None):
-    class Module:
-        __version__ = "1.7.1.116"
-
-    def import_module(name):
-        if name == missing:
-            raise ImportError(name)
-        return Module
-
-    monkeypatch.setattr(runners, "find_gpu", lambda: Gpu("RTX 4090", "SM89"))
-    monkeypatch.setattr(runners.importlib, "import_module", import_module)

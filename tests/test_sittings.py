@@ -11,11 +11,15 @@ import pytest
 
 from prgkit.errors import BenchError, RunError
 from prgkit.evaluate import latency, sittings
+from prgkit.evaluate import paced as paced_module
+from prgkit.evaluate.latency import Pictures
+from prgkit.evaluate.paced import paced
 from prgkit.evaluate.sittings import Sittings, conditions, read_records, sitting
+from prgkit.evaluate.sweep import thread_sweep
 from prgkit.evaluate.worker import WarmUp
 from prgkit.locks import locked
 
-SPECS: list[dict[str, Any]] = [{"artifact": name, "device": "cpu"} for name in ("a", "b")]
+SPECS: list[dict[str, Any]] = [{"artifact": name, "backend": "onnxruntime", "device": "cpu"} for name in ("a", "b")]
 PIXELS = np.zeros((4, 2, 2, 3), dtype=np.uint8)
 
 
@@ -53,8 +57,20 @@ class Told:
             def peak_memory_mib(self) -> float:
                 return 1.0
 
+            def switches(self) -> dict[str, str]:
+                return {}
+
             def measure(self, **_: Any) -> list[int]:
                 return [told.answer()]
+
+            def take_pictures(self, *_: Any) -> list[str]:
+                return ["io", "pipeline", "end_to_end"]
+
+            def measure_scope(self, scope: str, **_: Any) -> list[int]:
+                return [told.answer()]
+
+            def paced(self, **_: Any) -> tuple[list[int], list[int]]:
+                return [told.answer()], [1]
 
             def predict(self, pixels: Any) -> Any:
                 told.predicted += 1
@@ -99,6 +115,62 @@ def test_what_was_finished_is_kept_and_the_rest_is_measured(
     assert [note.startswith(expected + f"{kept_rounds} rounds") for note in said] == ([True] if killed_at > 1 else [])
     assert said == notes
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def all_of_it(
+    told: Told, kept: Sittings, monkeypatch: pytest.MonkeyPatch, *, fps: float = 30
+) -> tuple[latency.Session, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measure rounds (6 answers), scopes (5 rounds of 6), a thread sweep (10 rounds of 4) and frames (5 rounds of 2)."""
+    monkeypatch.setattr(latency, "Worker", told.worker)
+    monkeypatch.setattr(paced_module, "Worker", told.worker)
+    session = latency.measure(
+        SPECS, PIXELS, seconds=60, batches=[], rounds=3, pictures=Pictures([b"picture"], {}), kept=kept
+    )
+    specs = [{**spec, "kind": "onnx"} for spec in SPECS]
+    how: dict[str, Any] = {"seconds": 60, "note": lambda text: None, "kept": kept}
+    _, by_threads = thread_sweep(specs, PIXELS, [1, 2], **how)
+    _, frames = paced(specs, PIXELS, fps, **how)
+    return session, by_threads, frames
+
+
+# Of 86 answers: in the scopes, between two of their rounds, in the thread sweep's rounds, and within the frames, whose
+# turns are kept one by one.
+@pytest.mark.parametrize(("killed_at", "lost"), [(9, 3), (12, 0), (37, 1), (39, 3), (75, 3), (76, 0), (79, 0), (85, 0)])
+def test_scopes_threads_and_frames_go_on_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, lost: int
+) -> None:
+    told = Told(killed_at)
+    with pytest.raises(KeyboardInterrupt), sitting(tmp_path, {}, lambda text: None) as kept:
+        all_of_it(told, kept, monkeypatch)
+    again = Told()
+    again.answers = 1000
+    with sitting(tmp_path, {}, lambda text: None) as kept:
+        session, by_threads, frames = all_of_it(again, kept, monkeypatch)
+    assert again.answers - 1000 == 86 - (killed_at - lost)
+    for one in session.measured:
+        assert [len(samples) for samples in one.rounds_ns] == [1] * 3
+        assert list(one.scopes_ns) == ["io", "pipeline", "end_to_end"]
+        assert [len(rounds) for rounds in one.scopes_ns.values()] == [5, 5, 5]
+    assert [(one["artifact"], one["threads"], len(one["rounds"])) for one in by_threads] == [
+        ("a", 1, 10), ("a", 2, 10), ("b", 1, 10), ("b", 2, 10)
+    ]  # fmt: skip
+    assert [len(one["responses"]) for one in frames] == [5, 5]
+    # No sample was taken over by another part, and none is there twice.
+    numbers = [
+        value for one in session.measured for rounds in (one.rounds_ns, *one.scopes_ns.values()) for [value] in rounds
+    ]
+    numbers += [value for one in by_threads for [value] in one["rounds"]]
+    numbers += [value for one in frames for [value] in one["responses"]]
+    assert len(set(numbers)) == len(numbers) == 86
+
+
+def test_frames_of_another_rate_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt), sitting(tmp_path, {}, lambda text: None) as kept:
+        all_of_it(Told(82), kept, monkeypatch, fps=30)
+    again = Told()
+    with sitting(tmp_path, {}, lambda text: None) as kept:
+        all_of_it(again, kept, monkeypatch, fps=15)
+    assert again.answers == 10
 
 
 @pytest.mark.parametrize("change", ["conditions", "time"])

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from prgkit.evaluate.latency import Measured
-from prgkit.evaluate.scopes import described, golden_pictures, scope_about, scope_block, scope_lines
+from prgkit.evaluate.scopes import described, golden_pictures, scope_about, scope_block, scope_header, scope_lines
 from prgkit.evaluate.sweep import sweep_header, sweep_lines, sweep_said, thread_sweep
 from prgkit.export.bundle import write_golden
 from prgkit.images import Preprocessing
@@ -20,7 +20,10 @@ SQUARE = Preprocessing(16, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 def swept(**medians: dict[int, float]) -> dict[str, Any]:
     rows = [
-        {"artifact": name, "latency": {str(count): {"p50_ms": p50_ms} for count, p50_ms in found.items()}, "failed": {}}
+        {
+            **{"artifact": name, "backend": "onnxruntime", "device": "cpu", "failed": {}},
+            "latency": {str(count): {"p50_ms": p50_ms} for count, p50_ms in found.items()},
+        }
         for name, found in medians.items()
     ]
     return {"threads": {"counts": [1, 2, 4], "rows": rows}}
@@ -54,7 +57,9 @@ def test_scopes_run_on_the_golden_pictures_as_files(tmp_path: Path) -> None:
     assert pictures is not None
     assert pictures.files == [(tmp_path / "golden" / name).read_bytes() for name in ("00.png", "01.png")]
     assert described(pictures) == {"pictures": 2, "smallest": [20, 20], "largest": [40, 30]}
-    assert "on the bundle's 2 golden pictures (20×20 to 40×30 px)" in scope_about({"scopes": described(pictures)})
+    assert "on the bundle's 2 golden pictures (20×20 to 40×30 px)" in scope_about(
+        {"rows": [], "scopes": described(pictures)}
+    )
     (tmp_path / "golden" / "01.png").write_bytes(b"no picture")
     assert golden_pictures(bundle) is None
 
@@ -70,4 +75,11 @@ def test_a_row_tells_its_scopes_as_far_as_they_were_measured() -> None:
         3,
     )
     row = {"artifact": "onnx-fp32", "device": "cpu", "status": "measured", "latency": {"p50_ms": 1.0}, "scopes": block}
-    assert scope_lines({"rows": [row, {**row, "scopes": {}}]}) == [["onnx-fp32", "1.00", "2.00", "–"]]
+    report = {"rows": [row, {**row, "scopes": {}}]}
+    assert scope_header(report) == ["p50 ms", "io", "pipeline", "end-to-end"]
+    assert scope_lines(report) == [["onnx-fp32", "1.00", "2.00", "–"]]
+    engine = {**row, "artifact": "trt-fp16", "device": "cuda", "scopes": {**block, "compute": {"p50_ms": 0.25}}}
+    report["rows"].append(engine)  # where one row has a GPU's own time, all say whether they have
+    assert scope_header(report) == ["p50 ms", "compute", "io", "pipeline", "end-to-end"]
+    assert scope_lines(report)[0] == ["onnx-fp32", "–", "1.00", "2.00", "–"]
+    assert scope_lines(report)[1][1:] == ["0.250", "1.00", "2.00", "–"]

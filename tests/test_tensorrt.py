@@ -9,13 +9,17 @@ import sys
 import traceback
 from types import SimpleNamespace
 
+import click
+import numpy as np
 import pytest
 
 from prgkit.errors import BackendError, ExportError
-from prgkit.export import tensorrt
+from prgkit.export import tensorrt, timing
 from prgkit.export.card import card_path, load_card
+from prgkit.export.precision import LEAST_INT8_WEIGHTS, constant, layers_of, leave_small_in_fp16
 from prgkit.export.tensorrt import Gpu, available_backends, build_engine, choose_backend, choose_targets, find_gpu
-from prgkit.files import sha256
+from prgkit.files import read_sealed, sha256, write_sealed
+from prgkit.options import gpu_generations
 
 needs_rtx = pytest.mark.skipif(
     not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
@@ -66,6 +70,16 @@ def test_a_card_comes_back_as_it_was_written(engines):
     folder, cards, _ = engines
     for card in cards.values():
         assert load_card(folder / card.file) == card
+
+
+@needs_rtx
+def test_a_card_from_before_a_fact_was_kept_is_read(engines, tmp_path):
+    path = copied(engines, tmp_path)
+    card = read_sealed(card_path(path))
+    added = ("driver", "platform", "hardware_compatibility", "timing_cache", "int8_convolutions")
+    assert set(added) <= set(card)
+    write_sealed(card_path(path), {key: value for key, value in card.items() if key not in added})
+    assert load_card(path).platform is None
 
 
 @needs_rtx
@@ -174,6 +188,112 @@ def test_gpu_generations_are_refused_before_anything_is_built(monkeypatch):
     assert "--backend tensorrt_rtx" in caught.value.fix
 
 
+@needs_rtx
+def test_80_plus_is_every_generation_from_ampere_on():
+    context = click.Context(click.Command("export"))
+    read = [gpu_generations(context, click.Option(["--sm"]), text) for text in ("80+", "8.0+", "sm86, 8.9", None)]
+    assert read == [("SM80+",), ("SM80+",), ("SM86", "SM89"), None]
+    assert choose_targets("tensorrt_rtx", ["SM80+"]) == choose_targets("tensorrt_rtx", None)
+    with pytest.raises(BackendError, match=r"tensorrt_rtx cannot build for SM80\+"):
+        choose_targets("tensorrt_rtx", ["SM86", "SM80+"])
+
+
+@needs_rtx
+def test_an_int8_engine_is_smaller_than_the_fp16_one(repvit, tmp_path):
+    """RepViT-M0.9 at 224 px; with every convolution in INT8 its engine was 1.4 times as large as FP16's."""
+    onnx = pytest.importorskip("onnx")
+    from prgkit.export.quantize import find_blocks, tensors_of, write_int8
+    from prgkit.export.ranges import measure_spreads
+
+    blocks = find_blocks(repvit.fp32)
+    spreads = measure_spreads(repvit.fp32, tensors_of(repvit.fp32, blocks), repvit.pixels[:4])
+    half, quantised = tmp_path / "model.fp16.onnx", tmp_path / "model.int8.tensorrt.onnx"
+    enlarge(repvit.fp16, half, onnx)
+    write_int8(
+        half, quantised, nodes={n for block in blocks for n in block.nodes}, spreads=spreads, tail=0, layout="tensorrt"
+    )
+    build = {"backend": "tensorrt_rtx", "batch": (1, 1, 32)}
+    fp16 = build_engine(half, tmp_path, precision="fp16", **build)
+    int8 = build_engine(quantised, tmp_path, precision="int8", **build)
+    assert int8.bytes < fp16.bytes
+    assert (fp16.int8_convolutions, int8.int8_convolutions) == (None, (6, 55))
+    assert load_card(tmp_path / int8.file) == int8
+
+
+@needs_rtx
+def test_a_small_convolution_of_an_int8_network_is_fp16_throughout(repvit, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    from prgkit.export.quantize import find_blocks, tensors_of, write_int8
+    from prgkit.export.ranges import measure_spreads
+
+    blocks = find_blocks(repvit.fp32)
+    spreads = measure_spreads(repvit.fp32, tensors_of(repvit.fp32, blocks), repvit.pixels[:4])
+    path = tmp_path / "model.onnx"
+    nodes = {node for block in blocks for node in block.nodes}
+    write_int8(repvit.fp16, path, nodes=nodes, spreads=spreads, tail=0, layout="tensorrt")
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    trt = pytest.importorskip("tensorrt_rtx")
+    logger = tensorrt.quiet_logger(trt)
+    builder = trt.Builder(logger)
+    network, parser = tensorrt.parse(trt, builder, logger, path)
+    counts, alive = leave_small_in_fp16(trt, network)
+    layers = layers_of(network)
+    made_by = {layer.get_output(0).name: layer for layer in layers}
+    seen = []
+    for layer in layers:
+        if layer.type.name == "CONVOLUTION" and layer.name in nodes:
+            kinds = [made_by[layer.get_input(place).name].type.name for place in (0, 1)]
+            seen.append("DEQUANTIZE" in kinds)
+            assert layer.get_input(0).dtype == layer.get_input(1).dtype == trt.float16
+            if seen[-1]:
+                assert kinds == ["DEQUANTIZE", "DEQUANTIZE"]
+                assert np.prod(tuple(layer.get_input(1).shape)) >= LEAST_INT8_WEIGHTS
+                continue
+            held = constant(trt, made_by[layer.get_input(1).name])
+            steps, scales = (stored[f"{layer.name}_weight_{part}"] for part in ("quantised", "scale"))
+            np.testing.assert_allclose(held, steps * scales[:, None, None, None].astype(np.float32), rtol=1e-3)
+    assert (sum(seen), len(seen)) == counts == (6, 55)
+    del parser, alive
+
+
+@needs_rtx
+@pytest.mark.filterwarnings("ignore:Use del obj:DeprecationWarning")  # of tensorrt_rtx, about the stand-in's Builder
+def test_tensorrt_keeps_its_timings_and_may_build_for_more_than_one_gpu_model(repvit, tmp_path, monkeypatch):
+    """tensorrt_rtx builds here under the name of tensorrt; the settings that it does not have are only recorded."""
+    told = as_tensorrt(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build = {"precision": "fp16", "batch": (1, 1, 1), "backend": "tensorrt"}
+    card = build_engine(repvit.fp16, tmp_path, **build)
+    assert (card.timing_cache, card.hardware_compatibility) == ("new", "NONE")
+    assert (card.gpu, card.compute_capabilities, card.driver) == ("some GPU", ("SM89",), "13.0")
+    assert card.platform == tensorrt.this_platform()
+    (kept,) = (tmp_path / "cache" / "prgkit").iterdir()
+    assert (kept.name, kept.read_bytes()) == ("tensorrt-11.4-some-GPU.timing", b"timings")
+    card = build_engine(repvit.fp16, tmp_path, sm=["SM89"], **build)
+    assert (card.timing_cache, card.hardware_compatibility) == ("used", "SAME_COMPUTE_CAPABILITY")
+    kept.write_bytes(b"of another GPU")
+    card = build_engine(repvit.fp16, tmp_path, sm=["SM80+"], **build)
+    assert (card.timing_cache, card.hardware_compatibility) == ("new", "AMPERE_PLUS")
+    assert card.compute_capabilities == ("SM80+",)
+    assert told.caches == [b"", b"timings", b"of another GPU", b""]
+    assert told.levels == ["NONE", "SAME_COMPUTE_CAPABILITY", "AMPERE_PLUS"]
+    assert kept.read_bytes() == b"timings"
+
+
+def test_a_level_of_compatibility_that_tensorrt_does_not_have_is_an_error():
+    old = SimpleNamespace(__version__="10.0", HardwareCompatibilityLevel=SimpleNamespace(__members__={"NONE": 0}))
+    with pytest.raises(BackendError, match=r"tensorrt 10\.0 cannot build for SM89"):
+        tensorrt.set_targets(old, SimpleNamespace(), "tensorrt", ["SM89"], asked=True)
+
+
+def test_timings_that_cannot_be_written_cost_no_engine(tmp_path):
+    (tmp_path / "file").touch()
+    config = SimpleNamespace(get_timing_cache=lambda: SimpleNamespace(serialize=lambda: b"timings"))
+    timing.keep_cache(config, tmp_path / "file" / "cache")
+    timing.keep_cache(config, tmp_path / "cache")
+    assert (tmp_path / "cache").read_bytes() == b"timings"
+
+
 @pytest.mark.parametrize("batch", [(0, 1, 1), (2, 1, 4), (1, 4, 2)])
 def test_an_impossible_batch_profile_is_refused(tmp_path, batch):
     with pytest.raises(ExportError, match="a batch profile is"):
@@ -188,7 +308,7 @@ def test_a_truncated_engine_is_refused_with_the_command_that_rebuilds_it(engines
     with pytest.raises(ExportError) as caught:
         load_card(path)
     assert caught.value.what == f"{path.name} is truncated: {size // 2} of {size} bytes"
-    assert caught.value.fix == "build it again: prgkit export --trt"
+    assert caught.value.fix == "build it again: prgkit export --trt --fp16 --backend tensorrt_rtx --batch 1,1,32"
 
 
 @needs_rtx
@@ -265,6 +385,87 @@ def test_no_driver_means_no_gpu(monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     assert find_gpu() is None
+
+
+def enlarge(source, path, onnx):
+    """Write a file for 224 px, with random weights where a network without training has none but zeros.
+
+    A builder stores equal constants once, so zeros would take no space.
+    """
+    model, generator = onnx.load(str(source)), np.random.default_rng(0)
+    for place in (1, 2):
+        model.graph.input[0].type.tensor_type.shape.dim[place].dim_value = 224
+    del model.graph.value_info[:]
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.size > 1000 and not values.any():
+            filled = generator.normal(0, 0.01, values.shape).astype(values.dtype)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(filled, tensor.name))
+    onnx.save(model, str(path))
+
+
+def as_tensorrt(monkeypatch):
+    """Put tensorrt_rtx in the place of tensorrt, with a GPU; returns what is asked of what only tensorrt has."""
+    rtx = sys.modules["tensorrt_rtx"]
+    told = SimpleNamespace(caches=[], levels=[])
+
+    class Config:
+        def __init__(self, real):
+            self.__dict__["real"] = real
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def __setattr__(self, name, value):
+            if name == "hardware_compatibility_level":
+                told.levels.append(value.name)
+            else:
+                setattr(self.real, name, value)
+
+        def create_timing_cache(self, content):
+            told.caches.append(content)
+            return SimpleNamespace(content=content)
+
+        def set_timing_cache(self, cache, *, ignore_mismatch):
+            assert ignore_mismatch is False
+            return cache.content != b"of another GPU"
+
+        def get_timing_cache(self):
+            return SimpleNamespace(serialize=lambda: b"timings")
+
+    class Builder(rtx.Builder):
+        def create_builder_config(self):
+            config = super().create_builder_config()
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(rtx.ComputeCapability.SM89, 0)
+            return Config(config)
+
+        def build_serialized_network(self, network, config):
+            return super().build_serialized_network(network, config.real)
+
+    module = SimpleNamespace(**{**vars(rtx), "Builder": Builder, "__version__": "11.4"})
+    real = tensorrt.importlib.import_module
+    monkeypatch.setattr(tensorrt.importlib, "import_module", lambda name: module if name == "tensorrt" else real(name))
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("some GPU", "SM89", "13.0"))
+    return told
+
+
+def test_a_gpu_is_asked_for_its_name_generation_and_driver(monkeypatch):
+    """The driver is a stand-in."""
+
+    def put(value):
+        return lambda place, *_: setattr(place._obj, "value", value)
+
+    driver = SimpleNamespace(
+        cuInit=lambda flags: 0,
+        cuDeviceGetCount=put(1),
+        cuDeviceGet=put(0),
+        cuDeviceGetName=lambda name, size, device: setattr(name, "value", b"some GPU"),
+        cuDeviceGetAttribute=lambda place, attribute, device: setattr(place._obj, "value", {75: 12, 76: 0}[attribute]),
+        cuDriverGetVersion=lambda place: setattr(place._obj, "value", 13010) or 0,
+    )
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: driver)
+    assert find_gpu() == Gpu("some GPU", "SM120", "13.1")
 
 
 def without(monkeypatch, *names):

@@ -16,9 +16,11 @@ from prgkit import __version__
 from prgkit.chain import Chain, Session, builds_engines
 from prgkit.errors import BackendError, DiskFullError, PrgkitError
 from prgkit.files import is_disk_full, readable_bytes
+from prgkit.modes import keep_house, merge_reports, pack_bundle, rehearse
 from prgkit.options import (
     bench_options,
     choose_recipe,
+    compare_options,
     export_options,
     json_option,
     recipe_options,
@@ -27,7 +29,7 @@ from prgkit.options import (
 )
 
 if TYPE_CHECKING:
-    from prgkit.recipe import Recipe
+    pass
 
 
 @click.group(cls=Chain, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -112,20 +114,6 @@ def export(session: Session, /, folder: Path | None, as_json: bool, **given: Any
     return {"bundle": str(bundle), **packed, **manifest}
 
 
-def pack_bundle(session: Session, bundle: Path, manifest: dict[str, Any], *, asked: bool) -> dict[str, Any]:
-    """Pack a bundle and say what was left out; where it was not asked for, say of an older archive that it is one."""
-    from prgkit.export.packing import archive_of, is_packed_bundle, left_out, pack
-
-    if not asked:
-        if is_packed_bundle(archive := archive_of(bundle, manifest)):
-            session.terminal.note(f"{archive.name} is still the bundle before this one; --zip packs it again")
-        return {}
-    archive = pack(bundle)
-    if others := left_out(bundle):
-        session.terminal.note(f"{archive.name}: without {', '.join(others)}, which this machine made or you put there")
-    return {"zip": str(archive), "zip_bytes": archive.stat().st_size}
-
-
 def checked(artifact: dict[str, Any]) -> str:
     """Say how an artifact was checked."""
     parity = artifact["parity"]
@@ -146,7 +134,7 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
     With --merge nothing is measured: the REPORTs of several devices or benches become one comparison.
     """
     if given["merge"]:
-        return compare(session, given["reports"], given["out"] or Path("comparison"))
+        return merge_reports(session, given["reports"], given["out"] or Path("comparison"))
     from prgkit.evaluate import baseline, machine
     from prgkit.evaluate.bench import bench as measure
     from prgkit.evaluate.tables import baseline_table, report_table
@@ -160,7 +148,7 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
         bundle,
         run_folder=run.folder if run else None,
         out=out,
-        **{key: given[key] for key in ("threads", "seconds", "batches", "sweep_threads", "fps")},
+        **{key: given[key] for key in ("threads", "seconds", "batches", "sweep_threads", "fps", "soak_minutes")},
         command="prgkit " + shlex.join(sys.argv[1:]),
         gate=gate,
         note=session.terminal.note,
@@ -251,20 +239,45 @@ def audit(session: Session, /, count: int | None, **given: Any) -> dict[str, Any
     return found
 
 
+@cli.command(short_help="Set objectives and students against each other.")
+@compare_options
+@click.pass_obj
+def compare(session: Session, /, out: Path | None, as_json: bool, **given: Any) -> dict[str, Any]:
+    """Train every objective with every student and seed on the same targets of RECIPE, and set them side by side.
+
+    Each is a run in its own folder under --out; a comparison that was stopped goes on with what is missing.
+    """
+    with needing("distill"):
+        recipe, folder = choose_recipe(session, {**given, "folder": None})
+        from prgkit.evaluate.compare import cells_of
+        from prgkit.evaluate.compare import compare as work
+        from prgkit.evaluate.tables import standings_table
+    cells = cells_of(recipe, **{key: given[key] for key in ("objectives", "students", "seeds", "ladder", "sweeps")})
+    out = out or folder.with_name(f"{folder.name}-compared")
+    command = "prgkit " + shlex.join(sys.argv[1:])
+    found = work(cells, out, given["targets_root"], session.terminal, command=command)
+    session.terminal.show(standings_table(found))
+    session.terminal.say("comparison: ", (str(out / "compare.html"), "bold"))
+    return found
+
+
 @cli.command(short_help="List the recipes.")
 @click.option("--show", metavar="NAME", help="Print one, to copy.")
+@click.option("--objectives", is_flag=True, help="List what a recipe's objective can be instead.")
 @json_option
 @click.pass_obj
-def recipes(session: Session, show: str | None, as_json: bool) -> dict[str, Any]:
+def recipes(session: Session, show: str | None, objectives: bool, as_json: bool) -> dict[str, Any]:
     """List the recipes that are shipped, or print one to copy."""
     from prgkit.page import read_page
+    from prgkit.parameters import objective_lines
     from prgkit.recipe import find_recipe, shipped_recipes, summary_line
 
     if show:
         page = read_page(find_recipe(show))
         session.terminal.verbatim(page)
         return {show: page}
-    lines = {name: summary_line(path) for name, path in shipped_recipes().items()}
+    named = {name: summary_line(path) for name, path in shipped_recipes().items()}
+    lines = objective_lines() if objectives else named
     session.terminal.listing(lines)
     return lines
 
@@ -317,44 +330,6 @@ def told(error: PrgkitError) -> int:
     text = str(error)
     click.echo(f"Error: {text}" if error.exit_code == 1 else text[0].upper() + text[1:], err=True)
     return error.exit_code
-
-
-def keep_house(session: Session, root: Path, *, prune: bool, rehearse: bool) -> dict[str, Any]:
-    """List the stores, or free those that nothing uses."""
-    from prgkit import stores
-
-    rows = stores.prune(root, rehearse=rehearse) if prune else stores.list_stores(root)
-    if rows:
-        session.terminal.listing(stores.told(rows))
-    if prune:
-        freed = readable_bytes(sum(row["bytes"] for row in rows))
-        session.terminal.say(f"{freed} would be freed" if rehearse else f"{freed} freed")
-    elif not rows:
-        session.terminal.say(f"there is no target store in {root}")
-    return {"freed" if prune else "stores": rows}
-
-
-def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path) -> dict[str, Any]:
-    """Print what a distillation would take."""
-    session.rehearses = True
-    if not session.leads:
-        return {}
-    from prgkit.estimate import estimate
-
-    expected = estimate(recipe, folder, targets_root, session.terminal)
-    session.terminal.listing({"run": str(folder), **expected["told"]})
-    return {"run": str(folder), **expected}
-
-
-def compare(session: Session, reports: tuple[Path, ...], out: Path) -> dict[str, Any]:
-    """Lay the reports of several benches side by side."""
-    from prgkit.evaluate.merge import merge
-    from prgkit.evaluate.tables import comparison_table
-
-    found = merge(reports, out=out, command="prgkit " + shlex.join(sys.argv[1:]))
-    session.terminal.show(comparison_table(found))
-    session.terminal.say("comparison: ", (str(out / "comparison.html"), "bold"))
-    return found
 
 
 @contextlib.contextmanager

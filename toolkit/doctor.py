@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import subprocess
 import sys
@@ -9,11 +10,24 @@ from importlib import metadata
 from typing import Any
 
 from prgkit.evaluate import machine
-from prgkit.export.runners import why_no_engine_runs
+from prgkit.export.engine_runner import why_no_engine_runs
+from prgkit.export.runners import PROVIDERS, available_providers, why_no_compiling
 from prgkit.export.tensorrt import available_backends, find_gpu
 
 PACKAGES = (
-    *("prgkit", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "torchvision", "timm", "open_clip_torch"),
+    *(
+        "prgkit",
+        "numpy",
+        "pillow",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "onnxruntime-openvino",
+        "openvino",
+        "torch",
+        "torchvision",
+        "timm",
+        "open_clip_torch",
+    ),
     *("accelerate", "safetensors", "onnx", "onnxscript", "tensorrt", "tensorrt_rtx", "cuda-python", "cuda-bindings"),
 )
 
@@ -31,7 +45,12 @@ def examine() -> dict[str, Any]:
             "gpu": gpus,
             "system": f"{facts['os']}, {facts['architecture']}",
         },
-        "backends": [*onnxruntime_backends(), *torch_backends(versions), *tensorrt_backends()],
+        "backends": [
+            *onnxruntime_backends(),
+            openvino_backend(versions),
+            *torch_backends(versions),
+            *tensorrt_backends(),
+        ],
         "clashes": clashes(versions),
     }
 
@@ -45,20 +64,29 @@ def version_of(package: str) -> str | None:
 
 
 def onnxruntime_backends() -> list[dict[str, Any]]:
-    """Return ONNX Runtime's execution providers: the CPU's always, the GPU's where they are built in and a GPU is."""
+    """Return ONNX Runtime's execution providers: each runs where it is built in, the GPU's where there is one."""
     try:
-        import onnxruntime
-
-        built_in = onnxruntime.get_available_providers()
+        built_in = available_providers()
     except Exception as error:  # a missing library or a half-removed package: each raises its own kind
         return [backend("onnxruntime", f"{error}; pip install --force-reinstall onnxruntime")]
     no_gpu = None if find_gpu() else "needs an NVIDIA GPU and its driver"
-    not_built = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
-    return [
-        backend("onnxruntime CPU", None),
-        backend("onnxruntime CUDA", no_gpu or (None if "CUDAExecutionProvider" in built_in else not_built)),
-        backend("onnxruntime TensorRT", no_gpu or (None if "TensorrtExecutionProvider" in built_in else not_built)),
-    ]
+    rows = []
+    for name, provider in PROVIDERS.items():
+        needs = (no_gpu if provider.device == "cuda" else None) or (None if name in built_in else provider.install)
+        short = name.removesuffix("ExecutionProvider").replace("Tensorrt", "TensorRT")
+        rows.append(backend(f"onnxruntime {short}", needs))
+    return rows
+
+
+def openvino_backend(versions: dict[str, str | None]) -> dict[str, Any]:
+    """Return whether OpenVINO itself runs here."""
+    if versions["openvino"] is None:
+        return backend("openvino CPU", "pip install 'prgkit[openvino]'")
+    try:
+        devices = importlib.import_module("openvino").Core().available_devices
+    except Exception as error:  # a missing library or a half-removed package: each raises its own kind
+        return backend("openvino CPU", f"{error}; pip install --force-reinstall openvino")
+    return backend("openvino CPU", None if "CPU" in devices else "it has no code for this processor")
 
 
 def torch_backends(versions: dict[str, str | None]) -> list[dict[str, Any]]:
@@ -73,6 +101,7 @@ def torch_backends(versions: dict[str, str | None]) -> list[dict[str, Any]]:
     cuda = asked.stdout.strip() == "True"
     return [
         backend("torch CPU (distill, export)", None),
+        backend("torch compiled, CPU (bench)", why_no_compiling()),
         backend("torch CUDA", None if cuda else "needs an NVIDIA GPU and a driver that this torch build supports"),
     ]
 
@@ -96,10 +125,11 @@ def backend(name: str, problem: str | None) -> dict[str, Any]:
 def clashes(versions: dict[str, str | None]) -> list[str]:
     """Return the known ways in which installed packages stand in each other's way."""
     found = []
-    if versions["onnxruntime"] and versions["onnxruntime-gpu"]:
+    builds = {"onnxruntime-gpu": "the GPU", "onnxruntime-openvino": "OpenVINO"}
+    for name in (name for name in builds if versions["onnxruntime"] and versions[name]):
         found.append(
-            "onnxruntime is installed over onnxruntime-gpu: one overwrites the other's files, and the GPU is lost in "
-            "silence. pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+            f"onnxruntime is installed over {name}: one overwrites the other's files, and {builds[name]} is lost in "
+            f"silence. pip uninstall -y onnxruntime {name} && pip install {name}"
         )
     if versions["torch"] and versions["torchvision"] is None:
         found.append("torch is installed without torchvision, which timm and open_clip import. pip install torchvision")

@@ -30,13 +30,21 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what distill and targets share: which recipe, and what is different this time."""
+    """Add what distill and targets share: which recipe, what is different this time, and where its run is."""
+    return which_recipe(
+        command,
+        click.option("--run", "folder", type=FOLDER, metavar="FOLDER", help="The run's folder.  [default: runs/NAME]"),
+        click.option("--dry-run", is_flag=True, help="Say what would run, how much disk and how long; train nothing."),
+    )
+
+
+def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Callable[..., Any]:
+    """Add which recipe, what is different this time and where targets are kept; then ``others`` and --json."""
     options: list[Callable[..., Any]] = [
         click.argument("recipe", required=False),
         click.option("--images", metavar="SOURCE", help="Unlabelled images: a folder, a .zip or tar shards."),
         click.option("--classes", metavar="FILE", help="One class name a line, or the name of a known list."),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe."),
-        click.option("--run", "folder", type=FOLDER, metavar="FOLDER", help="The run's folder.  [default: runs/NAME]"),
         click.option(
             "--targets",
             "targets_root",
@@ -46,12 +54,45 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Where the teacher's targets are kept, for all runs.",
         ),
-        click.option("--dry-run", is_flag=True, help="Say what would run, how much disk and how long; train nothing."),
+        *others,
         json_option,
     ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what compare takes: the rows and columns of the comparison, and where it goes."""
+    return which_recipe(
+        command,
+        click.option(
+            "--objectives",
+            metavar="LIST",
+            default="ce,kd,prg",
+            show_default=True,
+            callback=names,
+            help="What to learn by; prgkit recipes --objectives says what there is.",
+        ),
+        click.option(
+            "--students", metavar="LIST", default="", callback=names, help="timm models.  [default: the recipe's]"
+        ),
+        click.option("--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help="How many of each."),
+        click.option(
+            "--ladder", is_flag=True, help="In place of --objectives: ce, kd, and PRG's nodes, its edges, and both."
+        ),
+        click.option(
+            "--sweep",
+            "sweeps",
+            multiple=True,
+            metavar="KEY=V1,V2,...",
+            callback=swept_values,
+            help="Try these values of an objective's parameter; two sweeps make a heat map of all combinations.",
+        ),
+        click.option(
+            "--out", type=FOLDER, metavar="FOLDER", help="Where runs and result go.  [default: runs/NAME-compared]"
+        ),
+    )
 
 
 def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,7 +119,8 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--sm",
             metavar="LIST",
             callback=gpu_generations,
-            help="GPU generations that tensorrt_rtx builds for, e.g. 86,89; implies --trt.  [default: all from 80 on]",
+            help="GPU generations that the engines are for, e.g. 86,89; 80+ is all from Ampere on; implies --trt.  "
+            "[default: 80+; of tensorrt: this GPU]",
         ),
         click.option(
             "--float-input",
@@ -140,6 +182,13 @@ def bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.FloatRange(0.1, 10_000),
             metavar="N",
             help="Also give frames at this rate, as a camera does: response times, and how many frames are late.",
+        ),
+        click.option(
+            "--soak",
+            "soak_minutes",
+            metavar="MINUTES",
+            callback=minutes,
+            help="Also run the best artifact so long without a rest: does this device slow down when it is warm?",
         ),
         click.option(
             "--baseline",
@@ -217,6 +266,17 @@ def thread_counts(ctx: click.Context, option: click.Parameter, text: str | None)
     return counts
 
 
+def minutes(ctx: click.Context, option: click.Parameter, text: str | None) -> float | None:
+    """Read ``30`` or ``0.5``: minutes above none, and up to a day."""
+    try:
+        count = float(text) if text is not None else None
+    except ValueError:
+        count = 0.0
+    if count is not None and not 0 < count <= 24 * 60:
+        raise click.BadParameter(f"write minutes above 0 and up to 1440, a day, as 30; not {text!r}.", ctx, option)
+    return count
+
+
 def tolerance(ctx: click.Context, option: click.Parameter, text: str | None) -> float | None:
     """Read ``5%`` or ``0.05``; a bare ``5`` could be either, and is refused."""
     if text is None:
@@ -245,10 +305,35 @@ def batch_profile(ctx: click.Context, option: click.Parameter, text: str | None)
 
 
 def gpu_generations(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[str, ...] | None:
-    """Read ``86,89``, or ``8.6,8.9``, as ("SM86", "SM89")."""
+    """Read ``86,89``, or ``8.6,8.9``, as ("SM86", "SM89"), and ``80+`` as ("SM80+",)."""
     if text is None:
         return None
+    if text.strip().upper().removeprefix("SM").replace(".", "") == "80+":
+        return ("SM80+",)
     numbers = [part.strip().upper().removeprefix("SM").replace(".", "") for part in text.split(",")]
     if not all(number.isdecimal() and len(number) in (2, 3) for number in numbers):
         raise click.BadParameter(f"write compute capabilities as 86,89, not {text!r}.", ctx, option)
     return tuple(f"SM{number}" for number in dict.fromkeys(numbers))
+
+
+def names(ctx: click.Context, option: click.Parameter, text: str) -> list[str]:
+    """Read ``ce,kd,prg``, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def swept_values(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> list[tuple[str, list[Any]]]:
+    """Read ``edge_weight=0,1,3`` as a parameter and its values, which are read as YAML."""
+    from prgkit.errors import RecipeError
+    from prgkit.page import parse
+
+    sweeps = []
+    for text in texts:
+        key, _, values = text.partition("=")
+        try:
+            found = parse(f"values: [{values}]", where="--sweep")["values"]
+        except RecipeError:
+            found = []
+        if not key.strip() or not found:
+            raise click.BadParameter(f"write a sweep as edge_weight=0,1,3, not {text!r}.", ctx, option)
+        sweeps.append((key.strip(), found))
+    return sweeps

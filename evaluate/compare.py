@@ -1,0 +1,254 @@
+"""`prgkit compare`: objectives x students x seeds on the same targets and split, each trained, judged, written down.
+
+A cell is a run like any other, with a file that says what came out of it; a comparison that was stopped goes on where
+it was. Labels are read when all of a cell's choices have been made: they judge a student and select nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prgkit.devices import best_device
+from prgkit.distill import distill
+from prgkit.errors import PrgkitError, RecipeError, nearest
+from prgkit.evaluate.accuracy import scores, top1
+from prgkit.evaluate.standings import standings, write_standings
+from prgkit.export.run import teacher_logits
+from prgkit.files import fingerprint, read_json, write_json
+from prgkit.images import Catalogue, match_labels
+from prgkit.lesson import hold_out, read_catalogue
+from prgkit.parameters import OBJECTIVES
+from prgkit.recipe import Recipe, Views, validate
+from prgkit.run import Run
+from prgkit.student import load_student
+from prgkit.views import Rendered, load_batches
+from prgkit.watch import Watch
+
+CELL = "prgkit.cell/1"
+# METHOD's minimum ladder: each rung adds one thing to the one before, or takes one of the two parts of PRG away.
+LADDER: Mapping[str, Mapping[str, Any]] = {
+    "ce": {"name": "ce"},
+    "kd": {"name": "kd"},
+    "prg, nodes only": {"name": "prg", "edge_weight": 0.0},
+    "prg, edges only": {"name": "prg", "node_weight": 0.0},
+    "prg": {"name": "prg"},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student, one objective and one seed."""
+
+    row: str
+    recipe: Recipe
+
+    @property
+    def folder_name(self) -> str:
+        """Its folder's name: what can differ between cells, and the recipe's fingerprint."""
+        return f"{self.recipe.student.model}-{self.recipe.objective_name}-{self.recipe.fingerprint()[:12]}"
+
+
+def cells_of(
+    recipe: Recipe,
+    *,
+    objectives: Sequence[str],
+    students: Sequence[str],
+    seeds: int,
+    ladder: bool = False,
+    sweeps: Sequence[tuple[str, Sequence[Any]]] = (),
+) -> list[Cell]:
+    """Return every cell of a comparison, rows together and seeds last.
+
+    Args:
+        recipe: what all cells share.
+        objectives: names; the recipe's own parameters of one are kept, else its defaults hold.
+        students: timm models; none for the recipe's.
+        seeds: how many, counted from the recipe's own.
+        ladder: `LADDER` in place of ``objectives``.
+        sweeps: parameters of objectives and the values they take, in every combination; an objective without the
+            parameter stands there once.
+
+    Raises:
+        RecipeError: an objective or a parameter is not known, or a value cannot stand there.
+    """
+    for name in objectives:
+        if name not in OBJECTIVES:
+            raise RecipeError(
+                f"unknown objective {name!r}{nearest(name, OBJECTIVES)}", fix=f"known: {', '.join(OBJECTIVES)}"
+            )
+    rows = LADDER if ladder else {name: {"name": name} for name in objectives}
+    pages = {row: {**own_parameters(recipe, page["name"]), **page} for row, page in rows.items()}
+    for key, _ in sweeps:
+        fields = {name for page in pages.values() for name in OBJECTIVES[page["name"]].model_fields}
+        if key not in fields - {"name"}:
+            raise RecipeError(
+                f"no objective of this comparison has a parameter {key!r}{nearest(key, fields)}",
+                fix=f"choose one of {', '.join(sorted(fields - {'name'}))}",
+            )
+    raw = recipe.model_dump(mode="json")
+    cells = []
+    for student, (row, page), seed in product(
+        students or [recipe.student.model], swept(pages, sweeps).items(), range(seeds)
+    ):
+        changed = {
+            **raw,
+            "student": {**raw["student"], "model": student},
+            "objective": page,
+            "training": {**raw["training"], "seed": recipe.training.seed + seed},
+        }
+        cells.append(Cell(row, validate(changed, where=f"the comparison's {row}").resolved()))
+    return cells
+
+
+def own_parameters(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Return the recipe's own page of an objective; of another, what every objective has."""
+    pages = [page.model_dump(mode="json") for page in recipe.objective if page.name == name]
+    return {**pages[0], "weight": 1.0} if pages else {"prompt_weighting": recipe.prompt_weighting}
+
+
+def swept(
+    pages: Mapping[str, Mapping[str, Any]], sweeps: Sequence[tuple[str, Sequence[Any]]]
+) -> dict[str, dict[str, Any]]:
+    """Return each row with every combination of the swept parameters it has."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row, page in pages.items():
+        mine = [(key, values) for key, values in sweeps if key in OBJECTIVES[page["name"]].model_fields]
+        for values in product(*(values for _, values in mine)):
+            chosen = dict(zip((key for key, _ in mine), values, strict=True))
+            name = ", ".join([row, *(f"{key} {value}" for key, value in chosen.items())])
+            rows[name] = {**page, **chosen}
+    return rows
+
+
+def compare(cells: Sequence[Cell], out: Path, targets_root: Path, watch: Watch, *, command: str) -> dict[str, Any]:
+    """Train and judge every cell that is not finished, write the comparison into ``out`` and return it.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the same command goes on.
+        PrgkitError: for anything the user can mend; the cells that are finished stay.
+    """
+    exam: Exam | None = None
+    done: list[dict[str, Any]] = []
+    for number, cell in enumerate(cells, 1):
+        folder = out / "cells" / cell.folder_name
+        result = finished(folder / "cell.json", cell)
+        if result is None:
+            recipe = cell.recipe
+            watch.note(
+                f"cell {number} of {len(cells)}: {recipe.student.model}, {cell.row}, seed {recipe.training.seed}"
+            )
+            run = distill(recipe, folder, targets_root, watch if exam is None else ProgressOnly(watch))
+            exam = exam or Exam.of(recipe, watch)
+            result = {"row": cell.row, **judge(run, recipe, exam, watch)}
+            write_json(folder / "cell.json", result)
+        done.append({**result, "row": cell.row})
+    found = {**standings(done), "command": command}
+    write_standings(out, found)
+    return found
+
+
+@dataclass(frozen=True)
+class ProgressOnly:
+    """Whoever watches, but not told again what the first cell has told of the images and the teacher's answers."""
+
+    watch: Watch
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        """Tell of a stage."""
+        self.watch.start(stage, total, unit)
+
+    def advance(self, count: int, facts: str = "") -> None:
+        """Tell of progress."""
+        self.watch.advance(count, facts)
+
+    def note(self, text: str) -> None:
+        """Tell no one."""
+
+
+def finished(path: Path, cell: Cell) -> dict[str, Any] | None:
+    """Return what a cell came to, or None where it is not finished or was another."""
+    try:
+        result: dict[str, Any] = read_json(path)
+    except (PrgkitError, OSError):
+        return None
+    made_from = {"schema": CELL, "fingerprint": cell.recipe.fingerprint(), "source": cell.recipe.data.evaluation}
+    same = {key: result.get(key) for key in ("schema", "fingerprint")} | {
+        "source": result.get("asked_for")
+    } == made_from
+    return result if same else None
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What students are judged on: the labelled images, or where there are none those held out from training."""
+
+    images: Catalogue
+    positions: NDArray[np.int64]
+    labels: NDArray[np.int64] | None  # [n]
+
+    @classmethod
+    def of(cls, recipe: Recipe, watch: Watch) -> Exam:
+        """Read them, all of them: no device has to carry them here."""
+        images = read_catalogue(recipe.data.evaluation or recipe.data.images, recipe, watch)
+        if not recipe.data.evaluation:
+            return cls(images, hold_out(images.keys, recipe.data.held_out), None)
+        return cls(images, np.arange(len(images)), match_labels(images, recipe.classes))
+
+
+def judge(run: Run, recipe: Recipe, exam: Exam, watch: Watch) -> dict[str, Any]:
+    """Return what a finished cell came to, as its file tells it: shares in percent, and every answer."""
+    weighted, uniform = teacher_logits(run, recipe, exam.images, exam.positions, watch)
+    logits, card, labels = student_logits(run, exam, workers=recipe.training.workers), run.card, exam.labels
+    return {
+        "schema": CELL,
+        "fingerprint": recipe.fingerprint(),
+        "asked_for": recipe.data.evaluation,
+        "student": recipe.student.model,
+        "image_size": recipe.student.image_size,
+        "objective": [page.model_dump(mode="json") for page in recipe.objective],
+        "seed": recipe.training.seed,
+        "epochs": recipe.training.epochs,
+        "images": card["images"]["used"],
+        "images_per_s": card["images_per_s"],
+        "selected": card["best"],  # by agreement with the teacher on the held-out images, no label among them
+        "evaluation": {
+            "source": exam.images.images.spec,
+            "images": len(exam.positions),
+            "digest": fingerprint([exam.images.keys, None if labels is None else labels.tolist()]),
+        },
+        "teacher": {
+            "model": recipe.teacher.model,
+            "top1": None if labels is None else top1(weighted, labels),
+            "top1_uniform": None if labels is None else top1(uniform, labels),
+        },
+        **{
+            key: value
+            for key, value in scores(logits, teacher=weighted, labels=labels).items()
+            if key not in ("agreement_fp32",)
+        },
+        "answers": logits.argmax(axis=1).tolist(),
+        "labels": None if labels is None else labels.tolist(),
+    }
+
+
+@torch.inference_mode()
+def student_logits(run: Run, exam: Exam, *, workers: int | None) -> NDArray[np.float32]:
+    """Return the selected student's logits [n, C] of the evaluation view, in float32."""
+    student, device = load_student(run).to(best_device()).eval(), best_device()
+    plan = [
+        [(int(place), [0]) for place in part] for part in np.array_split(exam.positions, -(-len(exam.positions) // 256))
+    ]
+    rendered = Rendered(exam.images, student.preprocessing, Views())
+    found = [
+        student(batch.pixels[:, 0].to(device)).logits.float().cpu()
+        for batch in load_batches(rendered, plan, workers=workers)
+    ]
+    return torch.cat(found).numpy()
