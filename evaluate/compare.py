@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from prgkit.devices import best_device
 from prgkit.distill import distill
-from prgkit.errors import PrgkitError, RecipeError, nearest
+from prgkit.errors import PrgkitError, RecipeError, RunError, nearest
 from prgkit.evaluate.accuracy import scores, top1
 from prgkit.evaluate.standings import standings, write_standings
 from prgkit.export.run import teacher_logits
@@ -29,6 +29,7 @@ from prgkit.parameters import OBJECTIVES
 from prgkit.recipe import Recipe, Views, validate
 from prgkit.run import Run
 from prgkit.student import load_student
+from prgkit.targets import existing_targets
 from prgkit.views import Rendered, load_batches
 from prgkit.watch import Watch
 
@@ -86,7 +87,13 @@ def cells_of(
             )
     rows = LADDER if ladder else {name: {"name": name} for name in objectives}
     pages = {row: {**own_parameters(recipe, page["name"]), **page} for row, page in rows.items()}
-    for key, _ in sweeps:
+    if not pages:
+        raise RecipeError("there is no objective to compare", fix=f"name some of {', '.join(OBJECTIVES)}")
+    for place, (key, _) in enumerate(sweeps):
+        if key in (before for before, _ in sweeps[:place]):
+            raise RecipeError(f"{key} is swept twice", fix=f"give all its values at once: --sweep {key}=0,1,3")
+        if ladder and any(key in page for page in LADDER.values()):
+            raise RecipeError(f"the ladder itself sets {key}", fix="sweep it with --objectives prg")
         fields = {name for page in pages.values() for name in OBJECTIVES[page["name"]].model_fields}
         if key not in fields - {"name"}:
             raise RecipeError(
@@ -131,28 +138,58 @@ def swept(
 def compare(cells: Sequence[Cell], out: Path, targets_root: Path, watch: Watch, *, command: str) -> dict[str, Any]:
     """Train and judge every cell that is not finished, write the comparison into ``out`` and return it.
 
+    A cell whose training comes apart is left out and named under ``failed``.
+
     Raises:
         Interrupted: SIGINT or SIGTERM came; the same command goes on.
         PrgkitError: for anything the user can mend; the cells that are finished stay.
     """
-    exam: Exam | None = None
+    exam = Exam.of(cells[0].recipe, targets_root, watch)
+    told: Watch = watch
     done: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     for number, cell in enumerate(cells, 1):
-        folder = out / "cells" / cell.folder_name
-        result = finished(folder / "cell.json", cell)
+        recipe, folder = cell.recipe, out / "cells" / cell.folder_name
+        name = f"{recipe.student.model}, {cell.row}, seed {recipe.training.seed}"
+        result = finished(folder / "cell.json", cell, exam)
         if result is None:
-            recipe = cell.recipe
-            watch.note(
-                f"cell {number} of {len(cells)}: {recipe.student.model}, {cell.row}, seed {recipe.training.seed}"
-            )
-            run = distill(recipe, folder, targets_root, watch if exam is None else ProgressOnly(watch))
-            exam = exam or Exam.of(recipe, watch)
-            result = {"row": cell.row, **judge(run, recipe, exam, watch)}
+            watch.note(f"cell {number} of {len(cells)}: {name}")
+            try:
+                run = distill(recipe, folder, targets_root, told)
+            except RunError as error:
+                watch.note(f"left out: {error}")
+                failed.append({"cell": name, "reason": str(error)})
+                continue
+            told = ProgressOnly(watch)
+            result = judge(run, recipe, exam, watch)
             write_json(folder / "cell.json", result)
-        done.append({**result, "row": cell.row})
-    found = {**standings(done), "command": command}
+        done.append({"row": cell.row, **result})
+    if not done:
+        raise RunError(f"no cell could be trained; the first: {failed[0]['reason']}", where=out)
+    found = {**standings(done), "failed": failed, "command": command}
     write_standings(out, found)
     return found
+
+
+def finished(path: Path, cell: Cell, exam: Exam) -> dict[str, Any] | None:
+    """Return what a cell came to, or None where it is not finished, or was judged on other images or labels.
+
+    Raises:
+        RunError: it learned from other images than there are now, so that it cannot stand beside new cells.
+    """
+    if not path.exists():
+        return None
+    try:
+        result: dict[str, Any] = read_json(path)
+    except PrgkitError:
+        return None
+    if result.get("schema") != CELL or result.get("fingerprint") != cell.recipe.fingerprint():
+        return None
+    if result["learned_from"] != exam.learned_from:
+        raise RunError(
+            "the images have changed since this cell was trained", where=path.parent, fix="compare in another --out"
+        )
+    return result if result["evaluation"]["digest"] == exam.digest else None
 
 
 @dataclass(frozen=True)
@@ -173,19 +210,6 @@ class ProgressOnly:
         """Tell no one."""
 
 
-def finished(path: Path, cell: Cell) -> dict[str, Any] | None:
-    """Return what a cell came to, or None where it is not finished or was another."""
-    try:
-        result: dict[str, Any] = read_json(path)
-    except (PrgkitError, OSError):
-        return None
-    made_from = {"schema": CELL, "fingerprint": cell.recipe.fingerprint(), "source": cell.recipe.data.evaluation}
-    same = {key: result.get(key) for key in ("schema", "fingerprint")} | {
-        "source": result.get("asked_for")
-    } == made_from
-    return result if same else None
-
-
 @dataclass(frozen=True)
 class Exam:
     """What students are judged on: the labelled images, or where there are none those held out from training."""
@@ -193,14 +217,23 @@ class Exam:
     images: Catalogue
     positions: NDArray[np.int64]
     labels: NDArray[np.int64] | None  # [n]
+    learned_from: str  # the fingerprint of the images that are learned from
 
     @classmethod
-    def of(cls, recipe: Recipe, watch: Watch) -> Exam:
-        """Read them, all of them: no device has to carry them here."""
-        images = read_catalogue(recipe.data.evaluation or recipe.data.images, recipe, watch)
+    def of(cls, recipe: Recipe, targets_root: Path, watch: Watch) -> Exam:
+        """Read all of them: no device has to carry them here."""
+        seen = existing_targets(recipe, targets_root) or ()
+        learned = read_catalogue(recipe.data.images, recipe, watch, known=seen)
+        origin = fingerprint(learned.keys)
         if not recipe.data.evaluation:
-            return cls(images, hold_out(images.keys, recipe.data.held_out), None)
-        return cls(images, np.arange(len(images)), match_labels(images, recipe.classes))
+            return cls(learned, hold_out(learned.keys, recipe.data.held_out), None, origin)
+        images = read_catalogue(recipe.data.evaluation, recipe, watch, known=seen)
+        return cls(images, np.arange(len(images)), match_labels(images, recipe.classes), origin)
+
+    @property
+    def digest(self) -> str:
+        """What changes when other images are judged, or other labels judge them."""
+        return fingerprint([self.images.keys, None if self.labels is None else self.labels.tolist()])
 
 
 def judge(run: Run, recipe: Recipe, exam: Exam, watch: Watch) -> dict[str, Any]:
@@ -210,7 +243,7 @@ def judge(run: Run, recipe: Recipe, exam: Exam, watch: Watch) -> dict[str, Any]:
     return {
         "schema": CELL,
         "fingerprint": recipe.fingerprint(),
-        "asked_for": recipe.data.evaluation,
+        "learned_from": exam.learned_from,
         "student": recipe.student.model,
         "image_size": recipe.student.image_size,
         "objective": [page.model_dump(mode="json") for page in recipe.objective],
@@ -222,7 +255,7 @@ def judge(run: Run, recipe: Recipe, exam: Exam, watch: Watch) -> dict[str, Any]:
         "evaluation": {
             "source": exam.images.images.spec,
             "images": len(exam.positions),
-            "digest": fingerprint([exam.images.keys, None if labels is None else labels.tolist()]),
+            "digest": exam.digest,
         },
         "teacher": {
             "model": recipe.teacher.model,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.evaluate import wording
-from prgkit.evaluate.sensors import Meter, power_source
+from prgkit.evaluate.sensors import Meter, midway, power_source
 from prgkit.evaluate.sittings import Sittings
 from prgkit.evaluate.worker import Pixels, Spec, WarmUp, Worker, WorkerFailedError
 
@@ -176,7 +176,9 @@ def latency_rounds(
             one = session.measured[index]
             start, meter = time.perf_counter(), Meter(one.spec["device"])
             with recording_failure(one):
-                samples = workers[index].measure(batch=1, seconds=slice_s, settle_s=SETTLE_S if len(turns) > 1 else 0.0)
+                settle_s = SETTLE_S if len(turns) > 1 else 0.0
+                with midway(meter.look, after_s=settle_s + slice_s / 2):
+                    samples = workers[index].measure(batch=1, seconds=slice_s, settle_s=settle_s)
                 one.rounds_ns.append(samples)
                 measured.append((index, samples, time.perf_counter() - start))
                 if (watts := meter.facts()["power_w"]) is not None:

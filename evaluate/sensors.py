@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,8 @@ class Meter:
 
     def facts(self) -> dict[str, Any]:
         """Return the mean power in W, or None, and the reasons for which it was throttled."""
-        self.look()
+        if not self.spots_w:  # else it was looked at under load, and what it draws now is that of a device at rest
+            self.look()
         after, seconds = energy_j(gpu=self.gpu), time.perf_counter() - self.began
         power = sum(self.spots_w) / len(self.spots_w) if self.spots_w else None
         # A counter that starts again, every hour or so of full load, says nothing about this stretch.
@@ -56,6 +60,19 @@ class Meter:
             power = (after - self.joules) / seconds
         hot = {"processor too hot"} if processor_throttles() > self.throttles else set()
         return {"power_w": None if power is None else round(power, 3), "throttling": sorted(self.reasons | hot)}
+
+
+@contextmanager
+def midway(look: Callable[[], None], *, after_s: float) -> Iterator[None]:
+    """Call ``look`` once, from another thread, in the midst of the block: after it, the device is at rest again."""
+    timer = threading.Timer(after_s, look)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def power_source(device: str) -> str | None:

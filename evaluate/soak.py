@@ -13,10 +13,8 @@ median latencies, with a 95 % bootstrap interval over windows, and becomes a wor
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +23,7 @@ import numpy as np
 from prgkit.errors import BenchError
 from prgkit.evaluate import machine, wording
 from prgkit.evaluate.latency import P99_SAMPLES, label, recording_failure
-from prgkit.evaluate.sensors import Meter, power_source
+from prgkit.evaluate.sensors import Meter, midway, power_source
 from prgkit.evaluate.sittings import Sittings
 from prgkit.evaluate.worker import Pixels, Spec, Worker
 from prgkit.terminal import duration
@@ -160,8 +158,13 @@ def run_windows(
     """Run window after window until ``total_s`` have passed; between two, the worker waits for some milliseconds."""
     device, told_s, began = one.spec["device"], 0.0, time.perf_counter()
     while (start_s := time.perf_counter() - began) < total_s:
-        meter = Meter(device)
-        with looking(meter, device, after_s=window_s / 2) as seen:
+        meter, seen = Meter(device), dict[str, float | None](clock_mhz=None, temperature_c=None)
+
+        def look(meter: Meter = meter, seen: dict[str, float | None] = seen) -> None:
+            meter.look()
+            seen.update(machine.look(device))
+
+        with midway(look, after_s=window_s / 2):
             late = None
             if fps is None:
                 runs = worker.measure(batch=1, seconds=window_s)
@@ -197,25 +200,6 @@ def told_of(runs_ns: Sequence[int]) -> dict[str, Any]:
 def middle_s(window: Window) -> float:
     """Return the middle of a window, in seconds since the soak began."""
     return float(window["start_s"] + window["seconds"] / 2)
-
-
-@contextmanager
-def looking(meter: Meter, device: str, *, after_s: float) -> Iterator[dict[str, float | None]]:
-    """Look at the device once, in the midst of the block: after it, the clock is that of a device at rest."""
-    seen: dict[str, float | None] = {"clock_mhz": None, "temperature_c": None}
-
-    def look() -> None:
-        meter.look()
-        seen.update(machine.look(device))
-
-    timer = threading.Timer(after_s, look)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield seen
-    finally:
-        timer.cancel()
-        timer.join()
 
 
 def begun(journal: Sittings) -> list[list[Window]]:

@@ -22,8 +22,12 @@ from prgkit.evaluate.report import grid as text_grid
 from prgkit.files import write_json, write_text
 
 SCHEMA = "prgkit.comparison/1"
-# Student's t at 97.5 % for 1 to 10 degrees of freedom; beyond, the normal's 1.96 is within 0.25 of it.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+# Student's t at 97.5 % for 1 to 30 degrees of freedom; beyond, 2.042 is on the safe side.
+T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
 HEADER = ("student", "objective", "top-1 %", "student / teacher", "agreement %", "held-out agreement %", "difference")
 
 
@@ -98,7 +102,7 @@ def difference(mine: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any
     by_seed = [one[what] - other[what] for one, other in pairs]
     mean, count = float(np.mean(by_seed)), len(by_seed)
     if count > 1:
-        half = (T[count - 2] if count - 2 < len(T) else 1.96) * float(np.std(by_seed, ddof=1)) / math.sqrt(count)
+        half = T[min(count, len(T) + 1) - 2] * float(np.std(by_seed, ddof=1)) / math.sqrt(count)
         return {"of": what, "mean": mean, "interval": [mean - half, mean + half], "over": "seeds"}
     if what == "agreement_teacher":
         return {"of": what, "mean": mean, "interval": None, "over": None}
@@ -172,7 +176,8 @@ def about(found: dict[str, Any]) -> str:
     }
     paired = "; ".join(how[one] for one in ("seeds", "images") if one in over)
     difference = f"The difference is to {found['reference']}, in points{f', {paired}' if paired else ''}. "
-    chosen = "Checkpoints are chosen by agreement with the teacher on held-out images, never by a label."
+    failed = "".join(f"Left out: {one['cell']} ({one['reason'].splitlines()[0]}). " for one in found.get("failed", []))
+    chosen = failed + "Checkpoints are chosen by agreement with the teacher on held-out images, never by a label."
     return what + (difference if over or len(found["rows"]) > 1 else "") + chosen
 
 

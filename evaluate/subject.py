@@ -9,7 +9,9 @@ from typing import Any
 
 from prgkit.evaluate import accuracy
 from prgkit.export.bundle import NCHW, Bundle, Evaluation
+from prgkit.export.card import load_card
 from prgkit.files import fingerprint
+from prgkit.recipe import Export
 from prgkit.run import Run
 
 Row = dict[str, Any]
@@ -61,6 +63,13 @@ def made_by(bundle: Bundle, typed: str) -> list[str]:
     made = {artifact["format"] for artifact in bundle.artifacts} | {one["precision"] for one in bundle.artifacts}
     options = {"fp16": "--fp16", "int8": "--int8", NCHW: "--float-input", "engine": "--trt"}
     asked = [option for kind, option in options.items() if kind in made]
+    if engines := [one["file"] for one in bundle.artifacts if one["format"] == "engine"]:
+        card = load_card(bundle.folder / engines[0])
+        asked += ["--backend", card.backend, "--batch", ",".join(map(str, card.batch))]
+    usual = Export().evaluation_images
+    travelling = bundle.manifest.get("recipe", {}).get("export", {}).get("evaluation_images", usual)
+    if travelling != usual:
+        asked += ["--evaluation-images", str(travelling)]
     steps = {
         "distill": f"prgkit distill {run}/recipe.yaml --run {run}",
         "export": " ".join(["prgkit export", *asked, "--run", run]),

@@ -54,7 +54,8 @@ class TensorRTRunner:
         self._classes = int(card.output["shape"][1])
         self._pinned: list[int] = []
         self._device_buffers: list[int] = []
-        self._graphs: dict[int, Any] = {}  # batch size -> graph
+        self._graph: Any = None  # of the batch size that the context has
+        self._rows = 0  # that batch size
         self._stream: Any = None
         self._runtime: Any = None
         self._engine: Any = None
@@ -83,7 +84,6 @@ class TensorRTRunner:
     def compute_ns(self, pixels: NDArray[np.uint8]) -> int:
         """Return the GPU's own time for one execution, by CUDA events: without the copies, and without a graph."""
         self.run(pixels)  # brings the pixels to the device
-        self._set_rows(max(len(pixels), self.min_batch))  # a graph that was launched left the context as it was
         events = [self._cuda("cudaEventCreate") for _ in range(2)]
         try:
             self._cuda("cudaEventRecord", events[0], self._stream)
@@ -102,8 +102,7 @@ class TensorRTRunner:
         if self._stream is not None:
             self._cuda("cudaStreamSynchronize", self._stream)
         self._pixels = self._logits = np.empty(0)  # views of the memory that is freed next
-        while self._graphs:
-            self._cuda("cudaGraphExecDestroy", self._graphs.popitem()[1])
+        self._forget_graph()
         while self._pinned:
             self._cuda("cudaFreeHost", self._pinned.pop())
         while self._device_buffers:
@@ -138,11 +137,11 @@ class TensorRTRunner:
         count = len(pixels)
         rows = max(count, self.min_batch)  # a static engine takes its own batch only: what is left over is ignored
         self._pixels[:count] = pixels
-        if rows in self._graphs:
-            self._cuda("cudaGraphLaunch", self._graphs[rows], self._stream)
+        self._set_rows(rows)
+        if self._graph is not None:
+            self._cuda("cudaGraphLaunch", self._graph, self._stream)
             self._cuda("cudaStreamSynchronize", self._stream)
             return np.array(self._logits[:count], dtype=np.float32)  # a copy: the buffer is used again
-        self._set_rows(rows)
         self._enqueue(rows)
         self._cuda("cudaStreamSynchronize", self._stream)
         logits = np.array(self._logits[:count], dtype=np.float32)
@@ -151,9 +150,20 @@ class TensorRTRunner:
         return logits
 
     def _set_rows(self, rows: int) -> None:
+        """Give the context its batch size; a graph that was recorded with another one is no longer its own."""
+        if rows == self._rows:
+            return
+        self._rows = 0  # until the context has taken it
+        self._forget_graph()
         shape = (rows, *self._pixel_shape)
         if not self._context.set_input_shape(self._input, shape):
             raise BackendError(f"{self.name} refuses input of shape {shape}: {self._logger.reason()}")
+        self._rows = rows
+
+    def _forget_graph(self) -> None:
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            self._cuda("cudaGraphExecDestroy", graph)
 
     def _enqueue(self, rows: int) -> None:
         """Queue one execution of ``rows`` images on the stream, with the copies to the device and back."""
@@ -178,7 +188,7 @@ class TensorRTRunner:
                 raise
             graph = self._cuda("cudaStreamEndCapture", self._stream)
             try:
-                self._graphs[rows] = self._cuda("cudaGraphInstantiate", graph, 0)
+                self._graph = self._cuda("cudaGraphInstantiate", graph, 0)
             finally:
                 self._cuda("cudaGraphDestroy", graph)
             self.switches["cuda_graph"] = "on"

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from prgkit.errors import DiskFullError
 from prgkit.files import write_bytes
 
 
@@ -38,7 +39,7 @@ def keep_cache(config: Any, path: Path) -> None:
         return
     try:
         write_bytes(path, bytes(cache.serialize()))
-    except OSError:
+    except (OSError, DiskFullError):
         return
 
 

@@ -191,7 +191,7 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
     assert shares == [(13, 76.9, 100), (14, 71.4, 100), (13, 76.9, 100)]  # ten of each are right
     assert report["made_by"] == [
         "prgkit distill runs/colours/recipe.yaml --run runs/colours",
-        "prgkit export --fp16 --trt --run runs/colours",
+        "prgkit export --fp16 --trt --backend tensorrt_rtx --batch 1,1,1 --run runs/colours",
     ]
     onnx_row, engine_row = report["rows"]
     assert (onnx_row["status"], onnx_row["top1"], onnx_row["agreement_fp32"]) == ("measured", 75.0, 100.0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.errors import RecipeError
+from prgkit.errors import RecipeError, RunError
 from prgkit.evaluate import compare as comparing
 from prgkit.evaluate.compare import LADDER, cells_of, compare
 from prgkit.evaluate.standings import difference, html, markdown, spread, standings
@@ -114,6 +114,9 @@ def test_a_sweep_is_every_combination_and_leaves_others_as_they_are(pictures: Pa
         ({"objectives": ["kdd"]}, "unknown objective 'kdd'; did you mean 'kd'?"),
         ({"sweeps": [("blok", ["raw"])]}, "has a parameter 'blok'; did you mean 'block'?"),
         ({"sweeps": [("block", ["rau"])]}, "objective.block"),
+        ({"objectives": []}, "there is no objective to compare"),
+        ({"sweeps": [("block", ["raw"]), ("block", ["l2"])]}, "block is swept twice"),
+        ({"ladder": True, "sweeps": [("node_weight", [1])]}, "the ladder itself sets node_weight"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_any_training(pictures: Path, given: Any, said: str) -> None:
@@ -187,12 +190,45 @@ def test_a_comparison_is_made_once_and_goes_on_where_it_was(
     assert "<script" not in page
     assert "paired by image" in page
 
+    moved = next((pictures / "right").rglob("*.png"))
+    place = pictures / "right" / CLASSES[(CLASSES.index(moved.parent.name) + 1) % 10] / moved.name
+    place.parent.mkdir(exist_ok=True)
+    moved.rename(place)  # a label is put right: the finished cells are judged again, and none is trained
+    again = compare(cells, tmp_path / "out", tmp_path / "targets", Unwatched(), command="prgkit compare")
+    assert again["evaluation"]["digest"] != found["evaluation"]["digest"]
+    assert all(row["difference"] is None or row["difference"]["over"] == "images" for row in again["rows"])
+    place.rename(moved)
+
     planted = cells_of(recipe_for(pictures, "planted"), objectives=["ce"], students=[], seeds=1)
     other = compare(planted, tmp_path / "planted", tmp_path / "targets", Unwatched(), command="prgkit compare")
     runs = [Run(tmp_path / name / "cells" / cells[0].folder_name) for name in ("out", "planted")]
     assert sha256(runs[0].weights) == sha256(runs[1].weights)
     assert runs[0].card["best"] == runs[1].card["best"]
     assert other["teacher"]["top1"] < found["teacher"]["top1"]  # the labels were read, when all was chosen
+
+
+def test_a_cell_that_comes_apart_is_left_out_and_one_of_other_images_is_refused(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = cells_of(recipe_for(pictures, None), objectives=["ce", "kd"], students=[], seeds=1)
+    real = comparing.distill
+
+    def breaking(recipe: Recipe, *rest: Any) -> Run:
+        if recipe.objective_name == "ce":
+            raise RunError("the loss is not finite")
+        return real(recipe, *rest)
+
+    monkeypatch.setattr(comparing, "distill", breaking)
+    found = compare(cells, tmp_path / "out", tmp_path / "targets", Unwatched(), command="prgkit compare")
+    assert [row["row"] for row in found["rows"]] == ["kd"]
+    assert found["failed"] == [{"cell": "test_efficientnet, ce, seed 5", "reason": "the loss is not finite"}]
+    assert "Left out: test_efficientnet, ce, seed 5 (the loss is not finite)." in markdown(found)
+    assert (found["labelled"], found["rows"][0]["top1"]) == (False, None)
+    extra = pictures / "unlabelled" / "more.png"
+    load_digits("train")[0][99].save(extra)
+    with pytest.raises(RunError, match="the images have changed since this cell was trained"):
+        compare(cells, tmp_path / "out", tmp_path / "targets", Unwatched(), command="prgkit compare")
+    extra.unlink()
 
 
 def test_two_sweeps_are_drawn_as_a_heat_map() -> None:

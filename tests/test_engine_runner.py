@@ -63,6 +63,7 @@ RECORDED = [
     "cudaGraphDestroy",
 ]
 LAUNCHED = ["cudaGraphLaunch", "cudaStreamSynchronize"]
+FORGOTTEN = ["cudaGraphExecDestroy"]
 
 
 class Status(enum.IntEnum):
@@ -227,14 +228,16 @@ def is_freed(cudart):
     return not cudart.memory and not cudart.graphs and not cudart.stream
 
 
-def test_each_batch_size_is_recorded_after_its_first_execution_and_launched_from_then_on(gpu):
+def test_a_graph_is_recorded_after_the_first_execution_of_a_batch_size_and_holds_until_another_comes(gpu):
+    """Another shape changes the context's inner state, and a graph of the one before would compute with that."""
     runner = gpu.open()
     assert runner.switches == {"wait": "spin", "cuda_graph": "off"}
     assert check(runner, 3) == PLAIN + RECORDED
     assert check(runner, 3, seed=1) == LAUNCHED
-    assert check(runner, 1, seed=2) == PLAIN + RECORDED
-    assert check(runner, 3, seed=3) == check(runner, 1, seed=4) == LAUNCHED
-    assert check(runner, 7, seed=5) == PLAIN + RECORDED + LAUNCHED, "4 images, which are new, and 3"
+    assert check(runner, 1, seed=2) == FORGOTTEN + PLAIN + RECORDED
+    assert check(runner, 1, seed=3) == LAUNCHED
+    assert check(runner, 3, seed=4) == FORGOTTEN + PLAIN + RECORDED
+    assert check(runner, 7, seed=5) == (FORGOTTEN + PLAIN + RECORDED) * 2, "4 images, then 3"
     assert runner.switches == {"wait": "spin", "cuda_graph": "on"}
     runner.close()
     assert is_freed(gpu.cudart)

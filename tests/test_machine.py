@@ -164,7 +164,8 @@ def test_a_jetson_shows_the_power_of_its_board(bare: Path) -> None:
     put(rails, curr1_input="3000")
     meter.look()
     put(rails, curr1_input="2000")
-    assert meter.facts()["power_w"] == 12.5  # 15 W at one look, 10 W at the other
+    assert meter.facts()["power_w"] == 15  # the look under load; at rest again it draws 10 W
+    assert sensors.Meter("cuda").facts()["power_w"] == 10  # where there was none, what it draws at the end
     assert sensors.power_source("cuda") == "whole board, by INA3221"
     (rails / "in1_label").unlink()
     assert sensors.board_power_w() == pytest.approx(6.0)  # without the rail that feeds the others, their sum

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
@@ -14,7 +15,7 @@ import click
 
 from prgkit import __version__
 from prgkit.chain import Chain, Session, builds_engines
-from prgkit.errors import BackendError, DiskFullError, PrgkitError
+from prgkit.errors import BackendError, DiskFullError, PrgkitError, RunError
 from prgkit.files import is_disk_full, readable_bytes
 from prgkit.modes import keep_house, merge_reports, pack_bundle, rehearse
 from prgkit.options import (
@@ -247,6 +248,8 @@ def compare(session: Session, /, out: Path | None, as_json: bool, **given: Any) 
 
     Each is a run in its own folder under --out; a comparison that was stopped goes on with what is missing.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise click.UsageError("compare trains one run after another in one process; start it without torchrun.")
     with needing("distill"):
         recipe, folder = choose_recipe(session, {**given, "folder": None})
         from prgkit.evaluate.compare import cells_of
@@ -258,6 +261,8 @@ def compare(session: Session, /, out: Path | None, as_json: bool, **given: Any) 
     found = work(cells, out, given["targets_root"], session.terminal, command=command)
     session.terminal.show(standings_table(found))
     session.terminal.say("comparison: ", (str(out / "compare.html"), "bold"))
+    if failed := found["failed"]:
+        session.failure = RunError(f"{len(failed)} of {len(cells)} cells came apart; the others stand", where=out)
     return found
 
 

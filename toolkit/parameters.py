@@ -41,7 +41,8 @@ class DKD(ObjectivePage):
     alpha: float = Field(1.0, ge=0)
     beta: float = Field(8.0, ge=0)
     temperature: float = Field(4.0, gt=0)
-    warmup_epochs: float = Field(20.0, ge=0)  # over which the distillation grows to its full weight
+    # Over which the distillation grows to its full weight; None: the paper's 20, at most a fifth of the run.
+    warmup_epochs: float | None = Field(None, ge=0)
 
 
 class DIST(ObjectivePage):

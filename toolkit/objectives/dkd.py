@@ -19,8 +19,9 @@ class DKD(nn.Module):
     def __init__(self, page: parameters.DKD, space: Space) -> None:
         super().__init__()
         self.page = page
-        # The 20 epochs of the paper are a twelfth of its 240: a short run is more than its warm-up.
-        self.warmup_steps = min(page.warmup_epochs, 0.2 * space.epochs) * space.steps_per_epoch
+        # The paper's 20 epochs are a twelfth of its 240: a short run is more than its warm-up.
+        epochs = min(20.0, 0.2 * space.epochs) if page.warmup_epochs is None else page.warmup_epochs
+        self.warmup_steps = epochs * space.steps_per_epoch
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # taken so far; saved with the checkpoint
 
     def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
