@@ -44,7 +44,7 @@ from prgkit.parameters import CE, PRG
 from prgkit.pictures import Pictures
 from prgkit.recipe import Recipe, StudentPage, TeacherPage, Training, Views, validate
 from prgkit.student import build_student
-from prgkit.targets import Targets, embed, open_targets
+from prgkit.targets import embed, open_store
 from prgkit.teacher import Teacher
 from prgkit.views import Batch, Rendered, load_batches
 from prgkit.watch import Unwatched
@@ -166,13 +166,14 @@ def training_loops(bench: Bench, teacher: Teacher) -> tuple[dict[str, Iterator[N
     def stored(batch: Batch, _seen: Tensor) -> TeacherSide:
         return lesson.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), bench.device)
 
-    def online(_batch: Batch, seen: Tensor) -> TeacherSide:
+    def online(batch: Batch, seen: Tensor) -> TeacherSide:
         features = teacher.embed_images(seen)
         logits = lesson.answers.logits(features)
-        return TeacherSide(features, logits, logits.argmax(dim=1))
+        return TeacherSide(features, logits, logits.argmax(dim=1), batch.positions)
 
     def hard_labels(batch: Batch, _seen: Tensor) -> TeacherSide:
-        return TeacherSide(torch.empty(0), torch.empty(0), batch.positions.to(bench.device) % CLASSES)
+        labels = batch.positions.to(bench.device) % CLASSES
+        return TeacherSide(torch.empty(0), torch.empty(0), labels, batch.positions)
 
     train = partial(loop, bench, batches=batches, width=teacher.width, bf16=precision["chosen"] == "bf16")
     loops = {
@@ -217,7 +218,7 @@ def stored_lesson(bench: Bench, teacher: Teacher) -> Lesson:
     """Fill a store with made-up features of every photo, where they lie as real ones would."""
     folder = Path(tempfile.mkdtemp(dir=bench.scratch))
     recipe = recipe_for(bench)
-    targets = open_targets(recipe, folder, lambda: teacher)
+    targets = open_store(recipe.teacher[0], recipe.views, folder, lambda _page: teacher)
     images = catalogue(open_images(str(bench.photos)), workers=2, pictures=Pictures(bench.scratch / "pictures"))
     generator = np.random.default_rng(0)
     features = generator.standard_normal((2, len(images), teacher.width)).astype(np.float16)
@@ -263,7 +264,17 @@ def rendered_batches(bench: Bench, lesson: Lesson, teacher: Teacher) -> list[tup
 
 def space(classes: int, width: int) -> Space:
     """Return what an objective is made for here."""
-    return Space(classes, width, epochs=1, steps_per_epoch=1, class_means=lambda: torch.zeros(classes, width))
+    return Space(
+        classes=classes,
+        width=width,
+        epochs=1,
+        steps_per_epoch=1,
+        images=1,
+        class_means=lambda: torch.zeros(classes, width),
+        class_vectors=torch.zeros(classes, width),
+        logit_scale=100.0,
+        stages=lambda: (),
+    )
 
 
 def objective_share(bench: Bench) -> dict[str, Any]:
@@ -288,7 +299,7 @@ def objective_share(bench: Bench) -> dict[str, Any]:
             torch.randn(batch, width, requires_grad=True), torch.randn(batch, classes, requires_grad=True)
         )
         logits = answers.logits(features)
-        terms = objective(said, TeacherSide(features, logits, logits.argmax(dim=1)))
+        terms = objective(said, TeacherSide(features, logits, logits.argmax(dim=1), torch.arange(batch)))
         torch.stack(list(terms.values())).sum().backward()
         waited(bench)
 
@@ -398,9 +409,10 @@ def teacher_pass(bench: Bench) -> dict[str, Any]:
 
     def ours() -> None:
         part = replace(whole, indices=whole.indices[:count], keys=whole.keys[:count])
-        targets: Targets = open_targets(recipe, bench.scratch / f"pass-{next(numbers)}", lambda: teacher)
+        store = bench.scratch / f"pass-{next(numbers)}"
+        targets = open_store(recipe.teacher[0], recipe.views, store, lambda _page: teacher)
         views = np.ones(count, dtype=int)
-        embed(targets, part, views=views, recipe=recipe, teacher=lambda: teacher, watch=Unwatched())
+        embed(targets, part, views=views, recipe=recipe, teacher=lambda _page: teacher, watch=Unwatched())
 
     def open_clips() -> None:
         chosen = torch.utils.data.Subset(files, whole.indices[:count].tolist())

@@ -20,9 +20,13 @@ Answers = NDArray[np.int64]  # [images], class indices
 def find_ticks(bundle: Bundle, run_folder: Path | None) -> list[Tick]:
     """Return the ticks of the run, or else those that lie in the bundle; none where nobody has ticked anything.
 
+    None are of a bundle that got other classes: they say what the teacher made of the old ones.
+
     Raises:
         ImagesError: there is a file of ticks and it cannot be read; names line and value.
     """
+    if bundle.manifest.get("open_vocabulary", {}).get("relabelled"):
+        return []
     places = [Run(run_folder).ticks_file] if run_folder is not None else []
     for path in (*places, bundle.folder / TICKS):
         if path.exists() and ticked(ticks := read_ticks(path, bundle.classes)):

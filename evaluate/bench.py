@@ -29,7 +29,7 @@ from prgkit.evaluate.report import write_report
 from prgkit.evaluate.scopes import described, golden_pictures, scope_block
 from prgkit.evaluate.sittings import conditions, sitting
 from prgkit.evaluate.soak import check_minutes, soak_lead
-from prgkit.evaluate.subject import identity, made_by, subject, training, trust
+from prgkit.evaluate.subject import identity, made_by, subject, training, trust, vocabulary_notes
 from prgkit.evaluate.sweep import thread_sweep
 from prgkit.export.bundle import Bundle, Evaluation, check_golden, open_bundle, read_evaluation
 from prgkit.export.runners import OnnxRunner
@@ -152,6 +152,7 @@ def bench(
             "quality": trust(bundle, run_folder),
             "notes": [
                 *notes,
+                *vocabulary_notes(bundle),
                 *kept.notes,
                 *int8_notes(bundle, int8),
                 *audit_notes,

@@ -13,24 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from prgkit.devices import best_device
 from prgkit.distill import distill
 from prgkit.errors import PrgkitError, RecipeError, RunError, nearest
 from prgkit.evaluate.accuracy import scores, top1
+from prgkit.evaluate.novel import Novel, halves, judge_novel, require_two_halves
 from prgkit.evaluate.standings import standings, write_standings
 from prgkit.export.run import teacher_logits
 from prgkit.files import fingerprint, read_json, write_json
 from prgkit.images import Catalogue, match_labels
+from prgkit.joint import existing_targets
 from prgkit.lesson import hold_out, read_catalogue
 from prgkit.parameters import OBJECTIVES
-from prgkit.recipe import Recipe, Views, validate
+from prgkit.recipe import Recipe, validate
 from prgkit.run import Run
-from prgkit.student import load_student
-from prgkit.targets import existing_targets
-from prgkit.views import Rendered, load_batches
+from prgkit.student import load_student, student_logits
+from prgkit.views import evaluation_views
 from prgkit.watch import Watch
 
 CELL = "prgkit.cell/1"
@@ -65,6 +65,7 @@ def cells_of(
     seeds: int,
     ladder: bool = False,
     sweeps: Sequence[tuple[str, Sequence[Any]]] = (),
+    base_to_novel: bool = False,
 ) -> list[Cell]:
     """Return every cell of a comparison, rows together and seeds last.
 
@@ -76,6 +77,7 @@ def cells_of(
         ladder: `LADDER` in place of ``objectives``.
         sweeps: parameters of objectives and the values they take, in every combination; an objective without the
             parameter stands there once.
+        base_to_novel: teach the first half of the classes alone, and no labelled images beside them.
 
     Raises:
         RecipeError: an objective or a parameter is not known, or a value cannot stand there.
@@ -101,6 +103,9 @@ def cells_of(
                 fix=f"choose one of {', '.join(sorted(fields - {'name'}))}",
             )
     raw = recipe.model_dump(mode="json")
+    if base_to_novel:
+        require_two_halves(recipe)
+        raw["data"] |= {"classes": halves(recipe.classes)[0], "evaluation": None, "evaluation_labels": None}
     cells = []
     for student, (row, page), seed in product(
         students or [recipe.student.model], swept(pages, sweeps).items(), range(seeds)
@@ -135,16 +140,19 @@ def swept(
     return rows
 
 
-def compare(cells: Sequence[Cell], out: Path, targets_root: Path, watch: Watch, *, command: str) -> dict[str, Any]:
+def compare(
+    cells: Sequence[Cell], out: Path, targets_root: Path, watch: Watch, *, command: str, whole: Recipe | None = None
+) -> dict[str, Any]:
     """Train and judge every cell that is not finished, write the comparison into ``out`` and return it.
 
-    A cell whose training comes apart is left out and named under ``failed``.
+    ``whole`` is the recipe with all classes where the cells were taught the base ones. A cell whose training comes
+    apart is left out and named under ``failed``.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the same command goes on.
         PrgkitError: for anything the user can mend; the cells that are finished stay.
     """
-    exam = Exam.of(cells[0].recipe, targets_root, watch)
+    exam = Exam.of(whole or cells[0].recipe, targets_root, watch, base_to_novel=whole is not None)
     told: Watch = watch
     done: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
@@ -218,9 +226,10 @@ class Exam:
     positions: NDArray[np.int64]
     labels: NDArray[np.int64] | None  # [n]
     learned_from: str  # the fingerprint of the images that are learned from
+    novel: Novel | None = None  # what is asked besides, of names that no one was taught
 
     @classmethod
-    def of(cls, recipe: Recipe, targets_root: Path, watch: Watch) -> Exam:
+    def of(cls, recipe: Recipe, targets_root: Path, watch: Watch, *, base_to_novel: bool = False) -> Exam:
         """Read all of them: no device has to carry them here."""
         seen = existing_targets(recipe, targets_root) or ()
         learned = read_catalogue(recipe.data.images, recipe, watch, known=seen)
@@ -228,18 +237,31 @@ class Exam:
         if not recipe.data.evaluation:
             return cls(learned, hold_out(learned.keys, recipe.data.held_out), None, origin)
         images = read_catalogue(recipe.data.evaluation, recipe, watch, known=seen)
-        return cls(images, np.arange(len(images)), match_labels(images, recipe.classes), origin)
+        labels, places = match_labels(images, recipe.classes), np.arange(len(images))
+        if not base_to_novel:
+            return cls(images, places, labels, origin)
+        base, names = halves(recipe.classes)
+        taught = labels < len(base)
+        novel = Novel(names, places[~taught], labels[~taught] - len(base))
+        return cls(images, places[taught], labels[taught], origin, novel)
 
     @property
     def digest(self) -> str:
         """What changes when other images are judged, or other labels judge them."""
-        return fingerprint([self.images.keys, None if self.labels is None else self.labels.tolist()])
+        judged: list[Any] = [self.images.keys, None if self.labels is None else self.labels.tolist()]
+        if self.novel is not None:
+            judged += [self.positions.tolist(), self.novel.names]
+        return fingerprint(judged)
 
 
 def judge(run: Run, recipe: Recipe, exam: Exam, watch: Watch) -> dict[str, Any]:
     """Return what a finished cell came to, as its file tells it: shares in percent, and every answer."""
     weighted, uniform = teacher_logits(run, recipe, exam.images, exam.positions, watch)
-    logits, card, labels = student_logits(run, exam, workers=recipe.training.workers), run.card, exam.labels
+    student, card, labels = load_student(run).to(best_device()), run.card, exam.labels
+    workers = recipe.training.workers
+    shown = evaluation_views(exam.images, student.preprocessing, exam.positions, workers=workers)
+    logits = student_logits(student, shown)
+    novel = judge_novel(run, recipe, exam.images, exam.novel, watch) if exam.novel else None
     return {
         "schema": CELL,
         "fingerprint": recipe.fingerprint(),
@@ -258,7 +280,7 @@ def judge(run: Run, recipe: Recipe, exam: Exam, watch: Watch) -> dict[str, Any]:
             "digest": exam.digest,
         },
         "teacher": {
-            "model": recipe.teacher.model,
+            "model": recipe.teacher_name,
             "top1": None if labels is None else top1(weighted, labels),
             "top1_uniform": None if labels is None else top1(uniform, labels),
         },
@@ -267,21 +289,7 @@ def judge(run: Run, recipe: Recipe, exam: Exam, watch: Watch) -> dict[str, Any]:
             for key, value in scores(logits, teacher=weighted, labels=labels).items()
             if key not in ("agreement_fp32",)
         },
+        "novel": novel,
         "answers": logits.argmax(axis=1).tolist(),
         "labels": None if labels is None else labels.tolist(),
     }
-
-
-@torch.inference_mode()
-def student_logits(run: Run, exam: Exam, *, workers: int | None) -> NDArray[np.float32]:
-    """Return the selected student's logits [n, C] of the evaluation view, in float32."""
-    student, device = load_student(run).to(best_device()).eval(), best_device()
-    plan = [
-        [(int(place), [0]) for place in part] for part in np.array_split(exam.positions, -(-len(exam.positions) // 256))
-    ]
-    rendered = Rendered(exam.images, student.preprocessing, Views())
-    found = [
-        student(batch.pixels[:, 0].to(device)).logits.float().cpu()
-        for batch in load_batches(rendered, plan, workers=workers)
-    ]
-    return torch.cat(found).numpy()

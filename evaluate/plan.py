@@ -9,6 +9,7 @@ from typing import Any
 from prgkit.evaluate.worker import Spec
 from prgkit.export.bundle import NCHW, QDQ, Bundle
 from prgkit.export.card import load_card
+from prgkit.export.contents import VECTORS
 from prgkit.export.engine_runner import why_not_here
 from prgkit.export.runners import PROVIDERS, available_providers, why_no_compiling
 from prgkit.run import Run
@@ -52,7 +53,9 @@ def plan(
     if run_folder is not None and Run(run_folder).weights.exists() and importlib.util.find_spec("torch"):
         weights = Run(run_folder).weights
         kept = {"file": weights.name, "backend": "torch", "precision": "fp32", "bytes": weights.stat().st_size}
-        opened = {"kind": "torch", "path": str(run_folder)}
+        opened: Spec = {"kind": "torch", "path": str(run_folder)}
+        if scoring := bundle.manifest.get("open_vocabulary"):
+            opened |= {"class_vectors": str(bundle.folder / VECTORS), "logit_scale": scoring["logit_scale"]}
         add(blank("torch", kept, device="cpu", threads=threads), opened)
         if seconds >= COMPILED_FROM_S:
             row = blank("torch-compiled", kept, device="cpu", threads=threads)

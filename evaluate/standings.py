@@ -28,7 +28,14 @@ T = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-HEADER = ("student", "objective", "top-1 %", "student / teacher", "agreement %", "held-out agreement %", "difference")
+COLUMNS = {  # of a row's facts, as the terminal and Markdown call them, and as the page does
+    "top1": ("top-1 %", "top-1"),
+    "ratio": ("student / teacher", "of its teacher"),
+    "agreement": ("agreement %", "agreement"),
+    "held_out_agreement": ("held-out agreement %", "held-out agreement"),
+    "novel": ("novel top-1 %", "top-1 of novel classes"),
+    "harmonic": ("harmonic mean %", "harmonic mean"),
+}
 
 
 def standings(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -45,6 +52,7 @@ def standings(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "schema": SCHEMA,
         "reference": reference,
         "labelled": cells[0]["labels"] is not None,
+        "novel": cells[0].get("novel"),
         **{key: shared(cells, key) for key in ("images", "epochs", "image_size", "evaluation", "teacher")},
         "seeds": sorted({one["seed"] for one in cells}),
         "rows": [
@@ -74,6 +82,8 @@ def summary(
         "agreement": spread([one["agreement_teacher"] for one in mine]),
         "held_out_agreement": spread([one["selected"]["agreement"] for one in mine]),
         "images_per_s": spread([one["images_per_s"] for one in mine]),
+        "novel": spread([one["novel"]["top1"] if one.get("novel") else None for one in mine]),
+        "harmonic": spread([harmonic(one) for one in mine]),
         "difference": difference(mine, reference) if reference else None,
     }
 
@@ -82,6 +92,12 @@ def ratio(one: dict[str, Any]) -> float | None:
     """Return what the student keeps of its teacher's accuracy, in percent; None where there is none to keep."""
     top1, teacher = one["top1"], one["teacher"]["top1"]
     return 100 * top1 / teacher if top1 is not None and teacher else None
+
+
+def harmonic(one: dict[str, Any]) -> float | None:
+    """Return the harmonic mean of top-1 on base and novel classes, in percent; None where none were novel."""
+    base, novel = one["top1"], (one.get("novel") or {}).get("top1")
+    return 2 * base * novel / (base + novel) if base and novel else None
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
@@ -138,13 +154,23 @@ def told(value: Any) -> str:
     return ", ".join(f"{one:,}" for one in value) if isinstance(value, list) else f"{value:,}"
 
 
+def columns(found: dict[str, Any]) -> list[str]:
+    """Return which facts of a row are shown: those of novel classes where any were asked for."""
+    return [key for key in COLUMNS if found["novel"] or key not in ("novel", "harmonic")]
+
+
+def header(found: dict[str, Any]) -> list[str]:
+    """Return the head of the table in the terminal and in Markdown."""
+    return ["student", "objective", *(COLUMNS[key][0] for key in columns(found)), "difference"]
+
+
 def lines(found: dict[str, Any]) -> list[list[str]]:
     """Return the cells of each row."""
     return [
         [
             row["student"],
             row["row"],
-            *(spelled(row[key]) for key in ("top1", "ratio", "agreement", "held_out_agreement")),
+            *(spelled(row[key]) for key in columns(found)),
             spelled_difference(row["difference"]),
         ]
         for row in found["rows"]
@@ -177,6 +203,12 @@ def about(found: dict[str, Any]) -> str:
     paired = "; ".join(how[one] for one in ("seeds", "images") if one in over)
     difference = f"The difference is to {found['reference']}, in points{f', {paired}' if paired else ''}. "
     failed = "".join(f"Left out: {one['cell']} ({one['reason'].splitlines()[0]}). " for one in found.get("failed", []))
+    if novel := found["novel"]:
+        failed += (
+            "Students were taught the base classes; the novel ones they know by class vectors alone: "
+            f"{novel['classes']} classes, {novel['images']:,} images, of which the teacher is right on "
+            f"{novel['teacher_top1']:.1f} %. "
+        )
     chosen = failed + "Checkpoints are chosen by agreement with the teacher on held-out images, never by a label."
     return what + (difference if over or len(found["rows"]) > 1 else "") + chosen
 
@@ -186,7 +218,7 @@ def markdown(found: dict[str, Any]) -> str:
     parts = [
         "# Comparison",
         plain(headline(found)),
-        text_grid(HEADER, lines(found), names=2),
+        text_grid(header(found), lines(found), names=2),
         plain(about(found)),
         f"`{found.get('command', 'prgkit compare')}`",
     ]
@@ -195,8 +227,9 @@ def markdown(found: dict[str, Any]) -> str:
 
 def html(found: dict[str, Any]) -> str:
     """Return the comparison as a page of its own."""
-    units = ("", "", "%", "%", "%", "%", "points")
-    names = ("student", "objective", "top-1", "of its teacher", "agreement", "held-out agreement", "difference")
+    shown = columns(found)
+    units = ("", "", *("%" for _ in shown), "points")
+    names = ("student", "objective", *(COLUMNS[key][1] for key in shown), "difference")
     head = "".join(heading(name, unit) for name, unit in zip(names, units, strict=True))
     body = [
         "<tr>" + "".join(cell(name, value, "") for name, value in zip(names, line, strict=True)) + "</tr>"

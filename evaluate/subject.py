@@ -66,6 +66,8 @@ def made_by(bundle: Bundle, typed: str) -> list[str]:
     if engines := [one["file"] for one in bundle.artifacts if one["format"] == "engine"]:
         card = load_card(bundle.folder / engines[0])
         asked += ["--backend", card.backend, "--batch", ",".join(map(str, card.batch))]
+    if scoring := bundle.manifest.get("open_vocabulary"):
+        asked += ["--open-vocabulary", scoring["class_vectors"]]
     usual = Export().evaluation_images
     travelling = bundle.manifest.get("recipe", {}).get("export", {}).get("evaluation_images", usual)
     if travelling != usual:
@@ -74,7 +76,23 @@ def made_by(bundle: Bundle, typed: str) -> list[str]:
         "distill": f"prgkit distill {run}/recipe.yaml --run {run}",
         "export": " ".join(["prgkit export", *asked, "--run", run]),
     }
+    if scoring and scoring["relabelled"]:
+        steps["relabel"] = f"prgkit relabel --classes FILE --run {run}"
     return [step for command, step in steps.items() if command not in typed.split()]
+
+
+def vocabulary_notes(bundle: Bundle) -> list[str]:
+    """Say that the classes are not the network's, and what is left of a report that was about other ones."""
+    scoring = bundle.manifest.get("open_vocabulary")
+    if scoring is None:
+        return []
+    notes = ["Open vocabulary: images are scored by the teacher's class vectors; prgkit relabel changes the classes."]
+    if scoring["relabelled"]:
+        notes.append(
+            f"The classes were changed at {scoring['relabelled']}: what is said of the training and its targets is of "
+            "those that the student learned with, and ticks of those are left out."
+        )
+    return notes
 
 
 def training(bundle: Bundle, run_folder: Path | None) -> list[dict[str, Any]]:

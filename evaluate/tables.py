@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from prgkit.evaluate import baseline, comparison, paced, soak_told, standings, sweep, wording
+from prgkit.evaluate import baseline, comparison, paced, ranking, soak_told, standings, sweep, wording
 from prgkit.evaluate.wording import Report
 
 
@@ -87,12 +87,22 @@ def comparison_table(found: comparison.Comparison) -> Table:
 def standings_table(found: dict[str, Any]) -> Table:
     """Return a comparison of objectives and students; a student is named where its lines begin."""
     result = plain_table(standings.headline(found), [standings.about(found)])
-    for index, name in enumerate(standings.HEADER):
+    for index, name in enumerate(standings.header(found)):
         result.add_column(name, justify="left" if index < 2 else "right")
     before = None
     for student, *cells in standings.lines(found):
         result.add_row(Text(student if student != before else ""), *map(Text, cells))
         before = student
+    return result
+
+
+def ranking_table(found: dict[str, Any]) -> Table:
+    """Return untrained students in the order of their score."""
+    result = plain_table(ranking.headline(found), ranking.about(found))
+    for index, name in enumerate(ranking.header(found)):
+        result.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for line in ranking.lines(found):
+        result.add_row(*map(Text, line))
     return result
 
 

@@ -29,7 +29,8 @@ Pixels = NDArray[np.uint8]  # [batch, height, width, 3]
 Spec = dict[str, Any]
 """What a worker opens, picklable: artifact, kind (onnx, openvino, engine or torch), backend, path, device, threads.
 
-Of ONNX Runtime, provider and half as well; of PyTorch, compiled.
+Of ONNX Runtime, provider and half as well; of PyTorch, compiled, and class_vectors with logit_scale where there is no
+class head.
 """
 
 # Rotating inputs must not crowd the device's memory: at most this many arrays, and this many bytes, per batch size.
@@ -284,11 +285,14 @@ def open_spec(spec: Spec) -> Runner:
     if spec["kind"] == "torch":
         import torch
 
+        from prgkit.export.lossless import read_array
         from prgkit.run import Run
         from prgkit.student import load_student
 
         torch.set_num_threads(spec["threads"])
         student = load_student(Run(Path(spec["path"])))
+        if vectors := spec.get("class_vectors"):
+            student.score_by(torch.from_numpy(read_array(Path(vectors))), spec["logit_scale"])
         module = student.deployed()
         if spec.get("compiled"):
             module = runners.compiled(module, student.preprocessing.image_size)

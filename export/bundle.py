@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.errors import ExportError, ParityError, PrgkitError
-from prgkit.export.contents import require_unchanged
+from prgkit.export.contents import VECTORS, require_unchanged
 from prgkit.export.lossless import Pixels, as_pixels, member, png, read_array, read_png, write_array
 from prgkit.export.readme import readme
 from prgkit.export.runners import Runner
@@ -86,6 +86,7 @@ def open_bundle(folder: Path, *, verify: Sequence[str] = ("onnx", "engine", NCHW
         require_artifact(artifact, path)
         if artifact["format"] in verify:
             verify_artifact(folder, artifact)
+    require_unchanged(folder, VECTORS)
     return Bundle(
         folder=folder,
         manifest=manifest,

@@ -8,16 +8,21 @@ from prgkit.errors import ExportError, PrgkitError
 from prgkit.files import read_json, sha256
 
 PARTS = ("evaluation", "golden")
+MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
+VECTORS = f"{MATRIX}.npy"  # [C, D] float32
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file in the bundle's `PARTS`, by its path in the bundle."""
+    """Return the SHA-256 of every file in the bundle's `PARTS`, and of its class vectors, by its path in the bundle."""
     paths = sorted(path for part in PARTS for path in (folder / part).iterdir())
+    paths += [folder / VECTORS] if (folder / VECTORS).exists() else []
     return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
 
 
 def require_unchanged(folder: Path, part: str) -> None:
-    """Compare one part of a bundle with what its manifest says was exported; one of an earlier version says nothing.
+    """Compare one part of a bundle, a folder or a file, with what its manifest says was exported.
+
+    A manifest of an earlier version says nothing.
 
     Raises:
         ExportError: a file is missing or is not what was exported.
@@ -28,7 +33,7 @@ def require_unchanged(folder: Path, part: str) -> None:
     except (PrgkitError, AttributeError):  # `open_bundle` says so
         return
     for name, digest in stated.items():
-        if not name.startswith(f"{part}/") or ".." in name.split("/"):
+        if (name != part and not name.startswith(f"{part}/")) or ".." in name.split("/"):
             continue
         path = folder / name
         if not path.is_file():

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 import prgkit
 from prgkit.errors import ExportError
+from prgkit.export.contents import MATRIX
 from prgkit.export.graph import normalised_input, rename, save
+from prgkit.export.open_vocabulary import FEATURES, append_scoring, half_scoring, scoring_nodes
 from prgkit.export.parity import FP32_RELATIVE_TOLERANCE
+from prgkit.heads import OpenVocabulary, pooled
 from prgkit.student import reparameterised
 
 FP16_MAX = 65504.0  # the largest finite float16
@@ -47,6 +50,18 @@ class Deployable(nn.Module):
         """Map pixels [batch, S, S, 3] uint8 to logits [batch, classes] float32."""
         images = pixels.to(torch.float32).permute(0, 3, 1, 2).contiguous()  # [batch, 3, S, S]
         return cast(Tensor, self.network(images * self.scale + self.offset))
+
+
+class Embedding(nn.Module):
+    """An open-vocabulary network without the scoring of its features; its layers keep their names."""
+
+    def __init__(self, network: OpenVocabulary) -> None:
+        super().__init__()
+        self.model, self.projector = network.model, network.projector
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features [B, D] for normalised images [B, 3, S, S]."""
+        return cast(Tensor, self.projector(pooled(self.model, images)))
 
 
 @torch.no_grad()
@@ -88,7 +103,13 @@ def export_onnx(
     opset: int,
 ) -> None:
     """Write ``module`` as one FP32 ONNX file: input ``pixels`` [batch, S, S, 3] uint8, output ``logits`` float32."""
-    model = trace(module, image_size=image_size, opset=opset)
+    if isinstance(network := module.network, OpenVocabulary):
+        embedding = copy.deepcopy(module)
+        embedding.network = Embedding(network)
+        model = trace(embedding, image_size=image_size, opset=opset, output=FEATURES)
+        append_scoring(model, network.scorer.vectors.cpu().numpy(), float(network.scorer.scale))
+    else:
+        model = trace(module, image_size=image_size, opset=opset)
     strip_traces(model)
     describe(model, classes=classes, preprocessing=preprocessing)
     save(model, path)
@@ -106,21 +127,24 @@ def write_fp16(fp32_path: Path, path: Path) -> None:
     model = onnx.load(str(fp32_path))
     graph = model.graph
     edge, before = normalised_input(graph)  # everything up to `edge` stays float32
-    kept = {name for node in before for name in node.input}
+    after = scoring_nodes(graph)
+    end = FEATURES if after else "logits"
+    kept = {name for node in (*before, *after) for name in node.input} - {MATRIX}
     for initializer in graph.initializer:
         if initializer.data_type == TensorProto.FLOAT and initializer.name not in kept:
             initializer.CopyFrom(half_tensor(initializer))
-    outside = {node.output[0] for node in before}
+    outside = {node.output[0] for node in (*before, *after)}
     inside = [node for node in graph.node if node.output[0] not in outside]
     for node in inside:
         halve_attributes(node)
         rename(node.input, edge, "network_input")
-        rename(node.output, "logits", "network_output")
-        rename(node.input, "logits", "network_output")
+        rename(node.output, end, "network_output")
+        rename(node.input, end, "network_output")
     enter = helper.make_node("Cast", [edge], ["network_input"], "to_float16", to=TensorProto.FLOAT16)
-    leave = helper.make_node("Cast", ["network_output"], ["logits"], "to_float32", to=TensorProto.FLOAT)
+    leave = helper.make_node("Cast", ["network_output"], [end], "to_float32", to=TensorProto.FLOAT)
+    scoring = half_scoring(after)
     del graph.node[:]
-    graph.node.extend([*before, enter, *inside, leave])
+    graph.node.extend([*before, enter, *inside, leave, *scoring])
     save(model, path)
 
 
@@ -148,7 +172,7 @@ def rehearse_fp16(module: nn.Module, pixels: Tensor) -> Tensor:
     return torch.cat([half_value(rounded(batch), "the logits") for batch in torch.split(pixels, 32)])
 
 
-def trace(module: Deployable, *, image_size: int, opset: int) -> onnx.ModelProto:
+def trace(module: Deployable, *, image_size: int, opset: int, output: str = "logits") -> onnx.ModelProto:
     """Run the dynamo exporter, quietly; two example images keep the batch dimension symbolic."""
     example = torch.zeros((2, image_size, image_size, 3), dtype=torch.uint8)
     try:
@@ -160,7 +184,7 @@ def trace(module: Deployable, *, image_size: int, opset: int) -> onnx.ModelProto
                 dynamo=True,
                 opset_version=opset,
                 input_names=["pixels"],
-                output_names=["logits"],
+                output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 external_data=False,
                 optimize=True,

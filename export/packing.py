@@ -9,7 +9,7 @@ from typing import Any
 
 from prgkit.errors import ExportError
 from prgkit.export.bundle import Bundle, open_bundle
-from prgkit.export.contents import PARTS, require_unchanged
+from prgkit.export.contents import PARTS, VECTORS, require_unchanged
 from prgkit.export.finished import files_of
 from prgkit.export.lossless import member
 from prgkit.files import require_space, writing
@@ -66,6 +66,7 @@ def packed_files(bundle: Bundle) -> list[Path]:
     folder, stated = bundle.folder, bundle.manifest.get("files")
     models = [path for artifact in bundle.artifacts for path in files_of(folder, artifact)]
     images = [path for part in PARTS for path in (folder / part).iterdir()]
+    images += [folder / VECTORS] if (folder / VECTORS).exists() else []
     known = [path for path in images if stated is None or path.relative_to(folder).as_posix() in stated]
     return [folder / "manifest.json", folder / "README.md", *models, *known]
 

@@ -30,18 +30,21 @@ from prgkit.export.bundle import (
     write_golden,
     write_manifest,
 )
-from prgkit.export.contents import digests
+from prgkit.export.contents import VECTORS, digests
 from prgkit.export.engines import make_engine
 from prgkit.export.finished import JOURNAL, Artifact, Finished, clear_unfinished
 from prgkit.export.int8 import Network, Quantiser, calibration_of, quantise
+from prgkit.export.lossless import write_array
 from prgkit.export.nchw import NAME as NCHW_NAME
 from prgkit.export.nchw import nchw_artifact
 from prgkit.export.onnx import Deployable, deployable, export_onnx, rehearse_fp16, write_fp16
+from prgkit.export.open_vocabulary import FeatureRunner, answers_told, keep_features, taking_class_vectors
 from prgkit.export.parity import require_agreement, run_batches
 from prgkit.export.recover import Learned, recover
 from prgkit.export.runners import OnnxRunner, TorchRunner
 from prgkit.export.tensorrt import check_batch, choose_backend
 from prgkit.files import readable_bytes, require_space
+from prgkit.heads import OpenVocabulary
 from prgkit.images import Preprocessing
 from prgkit.run import TICKS
 
@@ -62,6 +65,7 @@ class ExportOptions:
     batch: tuple[int, int, int] = (1, 1, 32)  # of the engines: min, opt, max
     backend: str | None = None  # None: tensorrt where a GPU is, else tensorrt_rtx
     sm: tuple[str, ...] | None = None  # GPU generations, as "SM86"; None: all that tensorrt_rtx builds for
+    class_vectors: str | None = None  # of an open vocabulary: an "initializer" of its ONNX files (None), or an "input"
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class HeldOut:
     labels: NDArray[np.int64] | None  # [n]
     source: str
     keys: tuple[str, ...] | None = None  # n content keys
+    teacher_features: NDArray[np.float32] | None = None  # [n, D], where the vocabulary is open
 
 
 def export_student(
@@ -180,9 +185,16 @@ def export_student(
         if options.float_input:
             artifacts.append(finished.get(NCHW_NAME, made_from, nchw))
 
-        runner = OnnxRunner(new / "model.onnx", spin=False)
+        scorer = student.model.scorer if isinstance(student.model, OpenVocabulary) else None
+        runner: OnnxRunner | FeatureRunner
+        if scorer is None:
+            runner = OnnxRunner(new / "model.onnx", spin=False)
+        else:
+            write_array(new / VECTORS, scorer.vectors.cpu().numpy())
+            runner = FeatureRunner(new / "model.onnx", scorer.vectors.cpu().numpy(), float(scorer.scale))
         inputs = np.stack([preprocessing.prepare(picture) for picture in golden])  # [16, S, S, 3]
         write_golden(new, golden, inputs, runner.run(inputs))
+        keep_features(new / "golden", runner)
         fp32_logits = write_evaluation(
             new,
             held_out.prepared,
@@ -192,6 +204,7 @@ def export_student(
             student=runner.run,
             keys=held_out.keys,
         )
+        keep_features(new / "evaluation", runner, held_out.teacher_features)
         runner.close()
         not_kept: list[dict[str, Any]] = []
         if options.int8 and learned:
@@ -216,6 +229,13 @@ def export_student(
                     engine=engine if backend else None,
                 )
             artifacts += made
+        if scorer is not None:
+            if options.class_vectors == "input":
+                artifacts = [taking_class_vectors(new, entry, pixels, preprocessing) for entry in artifacts]
+            note(answers_told(fp32_logits, held_out.teacher_logits))
+            scoring = {"class_vectors": options.class_vectors or "initializer", "width": scorer.vectors.shape[1]}
+            scoring |= {"logit_scale": float(scorer.scale), "relabelled": None}
+            facts = {**facts, "open_vocabulary": {**facts.get("open_vocabulary", {}), **scoring}}
         evaluation = {
             "images": len(held_out.teacher_logits),
             "labelled": held_out.labels is not None,
@@ -289,15 +309,14 @@ def origin_of(
 
 
 @contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """Give a folder beside ``folder`` that takes its place when all went well.
+def building(folder: Path, name: str = "new") -> Iterator[Path]:
+    """Give a folder beside ``folder``, known by ``name``, that takes its place when all went well.
 
     When not, or after a kill, only artifacts that were finished stay in it, for the next export. Measurements made on
     the old bundle (its ``bench`` folder) and what was ticked in it move into the new one: they are the user's.
     """
-    new, old = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "old"))
-    if old.exists() and not folder.exists():
-        old.rename(folder)  # the last export was killed between the two renames below
+    new, old = (folder.with_name(f".{folder.name}.{what}") for what in (name, "old"))
+    put_back(folder)
     shutil.rmtree(old, ignore_errors=True)
     clear_unfinished(new)
     if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
@@ -308,7 +327,7 @@ def building(folder: Path) -> Iterator[Path]:
     try:
         yield new
         for kept in ("bench", TICKS.parent.name):
-            if (folder / kept).exists():
+            if (folder / kept).exists() and not (new / kept).exists():
                 shutil.copytree(folder / kept, new / kept)
         if folder.exists():
             folder.rename(old)
@@ -317,6 +336,13 @@ def building(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         clear_unfinished(new)
+
+
+def put_back(folder: Path) -> None:
+    """Give a folder its name again where `building` was killed between its two renames."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
 
 
 @contextmanager

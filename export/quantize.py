@@ -91,7 +91,7 @@ def is_dense(node: onnx.NodeProto, shape: tuple[int, ...] | None) -> bool:
 
 def block_name(weight: str) -> str:
     """Return the block of a weight's name: ``network.stages.0.blocks.1.conv.weight`` is of ``stages.0.blocks.1``."""
-    parts = weight.removeprefix("network.").split(".")[:-1]
+    parts = weight.removeprefix("network.").removeprefix("model.").split(".")[:-1]  # an open vocabulary's is model
     numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
     depth = numbers[1] + 1 if len(numbers) > 1 else numbers[0] + 2 if numbers else 1
     return ".".join(parts[:depth])

@@ -7,6 +7,9 @@ from pathlib import PurePath
 from typing import Any
 
 BATCH = (1, 1, 32)  # of the engine that trtexec builds, where the recipe says nothing
+TWO_INPUTS = """In other languages give both inputs, too: `pixels`, and `class_vectors` [classes, D] float32. Engines
+hold their class vectors: `prgkit export --open-vocabulary --trt`, where the student was trained, makes such a bundle.
+"""
 
 
 def readme(manifest: dict[str, Any]) -> str:
@@ -19,7 +22,12 @@ def readme(manifest: dict[str, Any]) -> str:
         f"| {entry['file']} | {entry['precision']} | {entry['backend']} | {whether_executed(entry)} |"
         for entry in manifest["artifacts"]
     )
+    scoring = manifest.get("open_vocabulary")
+    takes_vectors = bool(scoring and scoring["class_vectors"] == "input")
     floats = [entry for entry in manifest["artifacts"] if entry.get("input", {}).get("layout") == "NCHW"]
+    others = [TWO_INPUTS if takes_vectors else cpp_sections(size, manifest), *map(float_section, floats)]
+    if scoring:
+        others.append(vocabulary_section(scoring, takes_vectors=takes_vectors))
     return f"""# {manifest["student"]["model"]}, {classes} classes, {size} px
 
 Made by prgkit from the teacher {teacher}. Input `pixels` [batch, {size}, {size}, 3] uint8 RGB, output `logits`
@@ -32,12 +40,22 @@ Made by prgkit from the teacher {teacher}. Input `pixels` [batch, {size}, {size}
 ## Python, with onnxruntime alone
 
 ```python
-{python_lines(manifest["preprocessing"])}
+{python_lines(manifest["preprocessing"], takes_vectors=takes_vectors)}
 ```
 
 Resize with Pillow, as here: OpenCV's resize is another one. Where OpenCV is installed, `prgkit bench` says by how much.
 
-## C++, with onnxruntime
+{"".join(others)}
+## What else is here
+
+`golden/` holds source pictures, prepared inputs and expected logits; `evaluation/` held-out images with the teacher's
+and the student's logits. `prgkit bench` in this folder checks the first and measures on the second.
+"""
+
+
+def cpp_sections(size: int, manifest: dict[str, Any]) -> str:
+    """Return how the student runs in C++ and as an engine."""
+    return f"""## C++, with onnxruntime
 
 ```cpp
 {onnxruntime_lines(size)}
@@ -66,20 +84,18 @@ do not add `--fp16`. TensorRT 11 is always strongly typed; leave `--stronglyType
 engine: read them from `manifest.json`.
 
 ```cpp
-{tensorrt_lines(size, classes)}
+{tensorrt_lines(size, len(manifest["classes"]))}
 ```
 
 Both C++ programs are written from the documented interfaces; prgkit's tests run the Python lines only.
-{"".join(float_section(entry) for entry in floats)}
-## What else is here
-
-`golden/` holds source pictures, prepared inputs and expected logits; `evaluation/` held-out images with the teacher's
-and the student's logits. `prgkit bench` in this folder checks the first and measures on the second.
 """
 
 
-def python_lines(facts: dict[str, Any]) -> str:
+def python_lines(facts: dict[str, Any], *, takes_vectors: bool = False) -> str:
     """Return ten lines that name what is in an image file; they need numpy, Pillow and onnxruntime."""
+    given = '"pixels": np.asarray(image)[None]'
+    if takes_vectors:
+        given += ', "class_vectors": np.load("class_vectors.npy")'
     return f"""import json, sys
 import numpy as np, onnxruntime
 from PIL import Image, ImageOps
@@ -87,7 +103,7 @@ session = onnxruntime.InferenceSession("model.onnx")
 classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
 image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
 {resizing(facts)}
-print(classes[session.run(None, {{"pixels": np.asarray(image)[None]}})[0][0].argmax()])"""
+print(classes[session.run(None, {{{given}}})[0][0].argmax()])"""
 
 
 def resizing(facts: dict[str, Any]) -> str:
@@ -181,6 +197,25 @@ int main() {{
   if (cudaStreamSynchronize(stream) != cudaSuccess) return 1;
   std::printf("class %td, counted from 0\\n", std::max_element(logits.begin(), logits.end()) - logits.begin());
 }}"""
+
+
+def vocabulary_section(scoring: dict[str, Any], *, takes_vectors: bool) -> str:
+    """Return how the classes are changed where the network has no class head."""
+    place = "the second input" if takes_vectors else "the initializer"
+    return f"""
+## Other classes
+
+This student has no class head. It ends in features in its teacher's space, and a logit is {scoring["logit_scale"]:.6g}
+times the cosine between them and the class's vector. These are {place} `class_vectors` [classes, {scoring["width"]}] of
+every ONNX file here, and `class_vectors.npy`. Where the teacher is at hand,
+
+```console
+$ prgkit relabel --classes new.txt --run FOLDER
+```
+
+(FOLDER is this one, from outside it) gives it the classes of a text file with one name a line, in seconds, without an
+image and without training. Engines are then built again: `prgkit export --trt`.
+"""
 
 
 def float_section(entry: dict[str, Any]) -> str:

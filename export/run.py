@@ -6,26 +6,28 @@ from collections.abc import Container, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from prgkit.answers import answers_of, no_correction
+from prgkit.answers import Answers, answers_of, no_correction
 from prgkit.devices import best_device
+from prgkit.errors import ExportError
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
 from prgkit.export.recover import Learned
 from prgkit.files import fingerprint, sha256
 from prgkit.images import Catalogue, Preprocessing, match_labels
+from prgkit.joint import existing_targets, open_targets
 from prgkit.lesson import hold_out, read_catalogue
 from prgkit.locks import locked
-from prgkit.recipe import Recipe
+from prgkit.parameters import OBJECTIVES
+from prgkit.recipe import Recipe, TeacherPage
 from prgkit.run import TICKS, Run
 from prgkit.student import load_student, student_facts
-from prgkit.targets import Targets, embed, existing_targets, open_targets
+from prgkit.targets import embed
 from prgkit.teacher import Teacher, load_teacher
 from prgkit.ticks import audited_keys, bring_ticks
 from prgkit.watch import Watch
@@ -47,12 +49,14 @@ def export_run(
     int8: bool = False,
     float_input: bool = False,
     evaluation_images: int | None = None,
+    open_vocabulary: str | None = None,
     watch: Watch,
 ) -> dict[str, Any]:
     """Export a run's best student into ``<run>/bundle`` and return the manifest.
 
     ``backend``, ``batch`` (by default the recipe's) and ``sm`` are for the engines. ``evaluation_images`` takes the
-    place of the recipe's, also in the recipe that the manifest holds.
+    place of the recipe's, also in the recipe that the manifest holds. ``open_vocabulary`` puts class vectors in the
+    place of the class head, as an ``initializer`` of the ONNX files or an ``input``; None: as the student was trained.
 
     Raises:
         PrgkitError: the run has no student or is being worked on, an artifact disagrees with PyTorch, or a backend is
@@ -74,7 +78,9 @@ def export_run(
             batch=batch or page.batch,
             backend=backend,
             sm=sm,
+            class_vectors=open_vocabulary,
         )
+        check_vocabulary(recipe, options)
         manifest = export_best(run, recipe, options, watch)
     there = manifest["evaluation"]["images"]
     if evaluation_images is not None and there < evaluation_images:
@@ -89,11 +95,15 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
     learned = student_facts(run.weights)
     if not run.finished:
         watch.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
-    seen = existing_targets(recipe, Path(card["teacher"]["targets"]).parent) or ()
+    seen = existing_targets(recipe, run.target_stores[0].parent) or ()
     images = read_catalogue(recipe.data.evaluation or recipe.data.images, recipe, watch, known=seen)
     positions = evaluation_positions(images, recipe, first=audited_keys(run))
     labels = match_labels(images, recipe.classes)[positions] if recipe.data.evaluation else None
-    weighted, uniform = teacher_logits(run, recipe, images, positions, watch)
+    taught = ask_teacher(run, recipe, images, positions, watch)
+    if options.class_vectors and student.scorer is None:
+        student.score_by(taught.answers.class_vectors(), taught.answers.logit_scale)
+    facts = card["student"] if student.scorer is None else student.facts(recipe.student)
+    vocabulary = {"teacher": card["teacher"]["fingerprint"], "templates": list(recipe.templates)}
     prepare = student.preprocessing.prepare
     checked = [prepare(picture) for picture in parity_pictures(images, positions, recipe, seen, watch)]
     if len(checked) < PARITY_IMAGES:
@@ -106,11 +116,12 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
         golden=golden_pictures(images, positions),
         held_out=HeldOut(
             prepared=(prepare(images.read(int(position))) for position in positions),
-            teacher_logits=weighted,
-            teacher_uniform_logits=uniform,
+            teacher_logits=taught.weighted,
+            teacher_uniform_logits=taught.uniform,
             labels=labels,
             source=images.images.spec,
             keys=tuple(images.keys[position] for position in positions),
+            teacher_features=taught.features if student.scorer else None,
         ),
         classes=recipe.classes,
         preprocessing=student.preprocessing,
@@ -129,9 +140,10 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
             "recipe": recipe.model_dump(mode="json"),
             "teacher": {key: card["teacher"][key] for key in ("model", "weights", "fingerprint")},
             "student": {
-                **{key: card["student"][key] for key in ("model", "initial", "parameters")},
+                **{key: facts[key] for key in ("model", "initial", "parameters")},
                 "image_size": recipe.student.image_size,
             },
+            **({"open_vocabulary": vocabulary} if student.scorer else {}),
         },
         options=options,
         learned=cache(lambda: learned_images(images, positions, student.preprocessing, recipe, seen, watch)),
@@ -214,26 +226,62 @@ def golden_pictures(images: Catalogue, positions: NDArray[np.int64]) -> list[Ima
 def teacher_logits(
     run: Run, recipe: Recipe, images: Catalogue, positions: NDArray[np.int64], watch: Watch
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return W [n, C] of the evaluation view twice.
+    """Return W [n, C] of the evaluation view twice: as the student learned it, and as the teacher says it by itself."""
+    taught = ask_teacher(run, recipe, images, positions, watch)
+    return taught.weighted, taught.uniform
 
-    First as the student learned it, with the recipe's prompt weighting and the run's correction; then as the teacher
-    says it by itself, its prompts weighted equally.
-    """
+
+class Taught(NamedTuple):
+    """What the teacher says of n images, and what it says it with."""
+
+    weighted: NDArray[np.float32]  # W [n, C] as the student learned it, corrected where the run corrects
+    uniform: NDArray[np.float32]  # W [n, C] as the teacher says it by itself, its prompts weighted equally
+    features: NDArray[np.float32]  # I [n, D]
+    answers: Answers
+
+
+def ask_teacher(run: Run, recipe: Recipe, images: Catalogue, positions: NDArray[np.int64], watch: Watch) -> Taught:
+    """Return what the teacher says of the evaluation view of some images."""
 
     @cache
-    def teacher() -> Teacher:  # asked only where the run's targets are gone
-        watch.note(f"loading the teacher {recipe.teacher.model}")
-        return load_teacher(recipe.teacher, best_device())
+    def teacher(page: TeacherPage) -> Teacher:  # asked only where the run's targets are gone
+        watch.note(f"loading the teacher {page.model}")
+        return load_teacher(page, best_device())
 
-    targets: Targets = open_targets(recipe, Path(run.card["teacher"]["targets"]).parent, teacher)
-    embed(targets, images, views=np.ones(len(images), dtype=int), recipe=recipe, teacher=teacher, watch=watch)
+    targets = open_targets(recipe, run.target_stores[0].parent, teacher)
+    for store in targets.stores:
+        embed(store, images, views=np.ones(len(images), dtype=int), recipe=recipe, teacher=teacher, watch=watch)
     prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
     answers = answers_of(run, recipe, prompts, targets.logit_scale)
-    by_itself = replace(answers, prompt_weighting="mean", correction=no_correction(len(recipe.classes)))
     rows = targets.rows([images.keys[position] for position in positions], views=1)
-    weighted, uniform = [], []
-    for part in np.array_split(rows, max(1, len(rows) // 256)):
-        features = targets.features(part, np.zeros(len(part), dtype=int))
-        weighted.append(answers.logits(features))
-        uniform.append(by_itself.logits(features))
+    features = targets.features(rows, np.zeros(len(rows), dtype=int))
+    return Taught(*said(answers, features), features.numpy(), answers)
+
+
+def said(answers: Answers, features: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the teacher's answer W [n, C] to features I [n, D] twice: as it is given, and as said by itself."""
+    classes = answers.prompts.shape[1]
+    by_itself = replace(answers, prompt_weighting="mean", correction=no_correction(classes))
+    parts = torch.split(features, 256)
+    weighted, uniform = ([one.logits(part) for part in parts] for one in (answers, by_itself))
     return torch.cat(weighted).numpy(), torch.cat(uniform).numpy()
+
+
+def check_vocabulary(recipe: Recipe, options: ExportOptions) -> None:
+    """Refuse class vectors where the student's features are not the teacher's, or as an input of engines.
+
+    Raises:
+        ExportError: says what to do instead.
+    """
+    if options.class_vectors and not any(page.aligns_features for page in recipe.objective):
+        able = [name for name, page in OBJECTIVES.items() if page(name=name).aligns_features]  # type: ignore[call-arg]
+        raise ExportError(
+            f"{recipe.objective_name} does not draw the student's features to the teacher's, so class vectors cannot "
+            "score them",
+            fix=f"distil with one of {', '.join(able)}, or export without --open-vocabulary",
+        )
+    if options.class_vectors == "input" and options.trt:
+        raise ExportError(
+            "engines hold their class vectors; they cannot take them as an input",
+            fix="export --open-vocabulary --trt; after prgkit relabel, export --trt in the bundle builds them again",
+        )

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.errors import BackendError, one_line
+from prgkit.errors import BackendError, ExportError, one_line
+from prgkit.export.contents import MATRIX, VECTORS
 from prgkit.export.engine_runner import TensorRTRunner
+from prgkit.export.lossless import read_array
 
 EXPORT_AGAIN = "export it again: prgkit export"
 GPU_BUILD = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
@@ -164,18 +166,33 @@ class OnnxRunner:
             )
         self.name = name or path.name
         self.backend, self.device, _ = PROVIDERS[provider]
-        self._input = self._session.get_inputs()[0].name
+        self._input, *others = (given.name for given in self._session.get_inputs())
+        self._others = {name: class_vectors(path) for name in others if name == MATRIX}
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Map pixels [batch, S, S, 3] to logits [batch, classes]."""
         try:
-            return cast(NDArray[np.float32], self._session.run(None, {self._input: pixels})[0])
+            return cast(NDArray[np.float32], self._session.run(None, {self._input: pixels, **self._others})[0])
         except Exception as error:
             raise BackendError(f"ONNX Runtime cannot run {self.name}: {one_line(error)}") from error
 
     def close(self) -> None:
         """Release the session and its threads."""
         self._session = None
+
+
+def class_vectors(path: Path) -> NDArray[np.float32]:
+    """Return the class vectors [C, D] that lie beside an ONNX file which takes them as an input.
+
+    Raises:
+        BackendError: they do not.
+    """
+    try:
+        return read_array(path.with_name(VECTORS)).astype(np.float32, copy=False)
+    except ExportError as error:
+        raise BackendError(
+            f"{path.name} takes its class vectors as an input: {error.what}", where=path.parent, fix=EXPORT_AGAIN
+        ) from error
 
 
 def provider_settings(provider: str, threads: int | None, *, half: bool) -> dict[str, str]:
@@ -223,6 +240,7 @@ class OpenVinoRunner:
         self._core = openvino.Core()
         try:
             self._model = self._core.read_model(str(path))
+            self._others = {place: class_vectors(path) for place in range(1, len(self._model.inputs))}
             self._request(1)
         except RuntimeError as error:
             raise BackendError(
@@ -232,7 +250,8 @@ class OpenVinoRunner:
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Map pixels [batch, S, S, 3] to logits [batch, classes]."""
         try:
-            return cast(NDArray[np.float32], self._request(len(pixels)).infer({0: pixels}, share_inputs=True)[0])
+            request, given = self._request(len(pixels)), {0: pixels, **self._others}
+            return cast(NDArray[np.float32], request.infer(given, share_inputs=True)[0])
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot run {self.name}: {last_line(error)}") from error
 
@@ -244,7 +263,8 @@ class OpenVinoRunner:
         """Return the inference request for a batch size, compiled where it is new; the oldest makes room."""
         if batch not in self._requests:
             pixels = self._model.inputs[0]
-            self._model.reshape({pixels: [batch, *list(pixels.partial_shape)[1:]]})
+            shapes = {self._model.inputs[place]: list(matrix.shape) for place, matrix in self._others.items()}
+            self._model.reshape({pixels: [batch, *list(pixels.partial_shape)[1:]], **shapes})
             network = self._core.compile_model(self._model, "CPU", self._settings())
             self._require_as_asked(network)
             if len(self._requests) == SHAPES:

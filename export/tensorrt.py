@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from prgkit.errors import BackendError, ExportError, nearest
 from prgkit.export.card import SCHEMA, EngineCard, write_card
+from prgkit.export.contents import MATRIX
 from prgkit.export.precision import inspect, layer_dtypes, leave_small_in_fp16, refuse_tf32, require_precision
 from prgkit.export.timing import attach_cache, cache_path, keep_cache
 from prgkit.files import sha256, write_bytes
@@ -300,6 +301,12 @@ def parse(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> tuple[Any, An
         said = [parser.get_error(number).desc() for number in range(parser.num_errors)]
         reason = "; ".join(dict.fromkeys(said)) or logger.reason()
         raise ExportError(f"TensorRT's parser refused {onnx_path.name}: {reason}", where=onnx_path, fix=fix)
+    if MATRIX in [network.get_input(number).name for number in range(network.num_inputs)]:
+        raise ExportError(
+            f"{onnx_path.name} takes its class vectors as an input, and an engine holds them",
+            where=onnx_path,
+            fix="export it where the student was trained: prgkit export --open-vocabulary --trt",
+        )
     if (network.num_inputs, network.num_outputs) != (1, 1):
         raise ExportError(
             f"{onnx_path.name} is not an export of ours: one input and one output expected", where=onnx_path, fix=fix

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from prgkit.checkpoint import Average, Progress, TrainingState, expected_bytes
 from prgkit.distill import build_optimizer
 from prgkit.errors import DiskFullError, RunError
 from prgkit.objectives import Objectives, Space, TeacherSide
-from prgkit.parameters import CE, PRG
+from prgkit.parameters import OBJECTIVES
 from prgkit.recipe import StudentPage, Training
 from prgkit.run import Run
 from prgkit.student import Student, build_student
@@ -32,11 +33,23 @@ def fresh(seed: int) -> Student:
 
 def state_of(seed: int, *, optimizer: str = "adamw", objective: str = "prg") -> TrainingState:
     student = fresh(seed)
-    page = PRG(name="prg") if objective == "prg" else CE(name="ce")
-    objectives = Objectives([page], Space(CLASSES, WIDTH, 1, 1, lambda: torch.zeros(CLASSES, WIDTH)))
+    space = Space(
+        classes=CLASSES,
+        width=WIDTH,
+        epochs=1,
+        steps_per_epoch=1,
+        images=6,
+        class_means=lambda: torch.zeros(CLASSES, WIDTH),
+        class_vectors=torch.eye(CLASSES, WIDTH),
+        logit_scale=1.0,
+        stages=student.stage_widths,
+    )
+    objectives = Objectives([OBJECTIVES[objective](name=objective)], space)  # type: ignore[call-arg,list-item]
     student.projector.requires_grad_(objectives.uses_features)
-    training = Training(optimizer=optimizer, learning_rate=0.01)
-    return TrainingState(student, Average(student), build_optimizer(student, training), objectives, Progress())
+    student.shows_stages = objectives.uses_stages
+    learning = nn.ModuleList([student, objectives])
+    optimizer_of = build_optimizer(learning, Training(optimizer=optimizer, learning_rate=0.01))  # type: ignore[arg-type]
+    return TrainingState(student, Average(student), optimizer_of, objectives, Progress())
 
 
 def train(state: TrainingState, steps: int, *, seed: int) -> None:
@@ -45,7 +58,7 @@ def train(state: TrainingState, steps: int, *, seed: int) -> None:
         pixels = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8, generator=generator)
         logits = torch.randn(6, CLASSES, generator=generator)
         features = torch.nn.functional.normalize(torch.randn(6, WIDTH, generator=generator), dim=1)
-        terms = state.objective(state.student(pixels), TeacherSide(features, logits, logits.argmax(1)))
+        terms = state.objective(state.student(pixels), TeacherSide(features, logits, logits.argmax(1), torch.arange(6)))
         loss = torch.stack(list(terms.values())).sum()
         state.optimizer.zero_grad()
         loss.backward()
@@ -76,7 +89,7 @@ def assert_equal(one: TrainingState, other: TrainingState) -> None:
     assert asdict(one.progress) == asdict(other.progress)
 
 
-@pytest.mark.parametrize("objective", ["prg", "ce"])
+@pytest.mark.parametrize("objective", ["prg", "ce", "crd", "ofa"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_checkpoint_comes_back_and_goes_on_bit_for_bit(tmp_path: Path, optimizer: str, objective: str) -> None:
     run, options = Run(tmp_path), {"optimizer": optimizer, "objective": objective}

@@ -42,17 +42,21 @@ Options:
   -h, --help  Show this message and exit.
 
 Commands:
-  distill  Teach a student from unlabelled images.
-  export   Turn the student into ONNX and TensorRT.
-  bench    Measure every artifact on this machine.
-  predict  Name what is in an image.
-  targets  Let the teacher see the images, and no more.
-  audit    Tick some of the teacher's answers yourself.
-  compare  Set objectives and students against each other.
-  recipes  List the recipes.
-  doctor   Say what can run on this machine.
+  distill        Teach a student from unlabelled images.
+  export         Turn the student into ONNX and TensorRT.
+  relabel        Give an open-vocabulary bundle other classes.
+  bench          Measure every artifact on this machine.
+  predict        Name what is in an image.
+  targets        Let the teacher see the images, and no more.
+  adapt-teacher  Fit the teacher to your images by a few labels.
+  audit          Tick some of the teacher's answers yourself.
+  compare        Set objectives and students against each other.
+  recipes        List the recipes.
+  doctor         Say what can run on this machine.
 """
-COMMANDS = ("distill", "export", "bench", "predict", "targets", "audit", "recipes", "doctor")
+COMMANDS = (
+    *("distill", "export", "relabel", "bench", "predict", "targets", "adapt-teacher", "audit", "recipes", "doctor"),
+)
 
 # A recipe that trains in a second: the demo's teacher, timm's smallest student, 24 pictures.
 TINY = """\
@@ -208,9 +212,14 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: Call, calls: li
     assert prgkit("distill --set a=1 cifar100 --run here export").code == 0
     assert (calls[0][1]["recipe"], calls[0][1]["folder"]) == ("cifar100", Path("here"))
     calls.clear()
+    assert prgkit("export --open-vocabulary relabel --classes names.txt bench").code == 0
+    assert [name for name, _ in calls] == ["export", "relabel", "bench"]
+    assert prgkit("export --open-vocabulary input --zip").code == 0
+    assert [given["open_vocabulary"] for name, given in calls if name == "export"] == ["initializer", "input"]
+    calls.clear()
     assert prgkit("export --sm 8.6,89 --batch 1,8,32").code == 0
     assert calls[0][1] == {"fp16": False, "int8": False, "trt": False, "backend": None, "batch": (1, 8, 32), "sm": ("SM86", "SM89"),
-                           "float_input": False, "evaluation_images": None, "packs": False,
+                           "open_vocabulary": None, "float_input": False, "evaluation_images": None, "packs": False,
                            "folder": None, "as_json": False}  # fmt: skip
     calls.clear()
     assert prgkit("distill --images d --classes c export --trt").code == 0
@@ -285,7 +294,7 @@ def test_json_is_one_document_keyed_by_command(prgkit: Call, calls: list[Any]) -
 def test_recipes(prgkit: Call) -> None:
     listed = prgkit("recipes").out
     assert [line.split()[0] for line in listed.splitlines() if line[2] != " "] == list(shipped_recipes())
-    assert "cifar100    Distil CLIP ViT-L/14 into RepViT-M1.1 on CIFAR-100.\n" in listed
+    assert "cifar100      Distil CLIP ViT-L/14 into RepViT-M1.1 on CIFAR-100.\n" in listed
     page = shipped_recipes()["custom"].read_text()
     assert prgkit("recipes", "--show", "custom").out == page
     assert prgkit("recipes", "--show", "custom", "--json").json == {"recipes": {"custom": page}}
@@ -510,7 +519,7 @@ def test_a_run_and_its_bundle_can_be_stood_in(prgkit: Call, standing: Path, monk
         assert (said.code, said.err.splitlines()[-1]) == (
             *(2, f"Error: {option} {does} where the student was trained; in a bundle it is for --trt."),
         )
-    for option in ("--float-input", "--evaluation-images 5"):
+    for option in ("--open-vocabulary", "--float-input", "--evaluation-images 5"):
         said = prgkit(f"export --zip {option}")
         assert (said.code, said.err.splitlines()[-1]) == (
             *(2, f"Error: {option.split()[0]} is for where the student was trained; this is a bundle."),
@@ -863,7 +872,7 @@ def tiny(place: Path, *changes: tuple[str, str]) -> None:
         (('"demo:digits"', "ViT-B-32"), "teacher.weights is missing for ViT-B-32"),
         (('"demo:digits"', "local-dir:nowhere"), "there is no such folder\n  where: nowhere\n"),
         (("{name: ce}", "{name: cee}"), "the recipe has a mistake:\n    objective.name: unknown objective 'cee', known are "
-                                        "prg, kd, ce, dkd, dist, rkd, nd, pld; did you mean 'ce'?"),
+                                        "prg, kd, ce, dkd, dist, rkd, crd, nd, pld, ofa, promptkd, clipkd, dho; did you mean 'ce'?"),
         (("[one, two, three]", "[one, two, One]"), "class names repeat: 'One' (entry 1 and entry 3)"),
         (("[one, two, three]", "[one]"), "there is only one class, 'one'"),
         (('"a {}"', "a"), "the template 'a' has not exactly one {}"),
@@ -1012,6 +1021,34 @@ def test_only_the_first_of_several_processes_prints(
     monkeypatch.setenv("RANK", "1")
     assert prgkit("distill demo export bench --json").out == ""
     assert [name for name, _ in calls] == ["distill"]
+
+
+def test_a_distillation_after_adapt_teacher_uses_its_context(
+    prgkit: Call, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def distil(recipe: Any, *_: Any) -> None:
+        asked.append(recipe)
+        raise SystemExit
+
+    for grey, name in enumerate(("one", "two", "three")):
+        (place / "labelled" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 80 * grey).save(place / "labelled" / name / "1.png")
+    (place / "tiny.yaml").write_text(TINY)
+    monkeypatch.setattr("prgkit.adapt.EPOCHS", 1)
+    monkeypatch.setattr("prgkit.distill.distill", distil)
+    line = "adapt-teacher tiny.yaml --shots 1 --set data.labelled=labelled --out 'here/a #1.safetensors'"
+    said = prgkit(line)
+    assert said.out.startswith("here/a #1.safetensors: the teacher names ")
+    assert said.out.endswith("to use it: --set teacher.context='here/a #1.safetensors'\n")
+    assert prgkit(line, "--json").json["adapt-teacher"]["learned"]["images"] == 3
+    prgkit(line, "distill")
+    (place / "here" / "a #1.safetensors").unlink()
+    monkeypatch.setenv("RANK", "1")
+    prgkit(line, "distill")
+    assert [recipe.teacher[0].context for recipe in asked] == ["here/a #1.safetensors"] * 2
+    assert not (place / "here" / "a #1.safetensors").exists()  # it has one writer
 
 
 def test_only_the_first_of_several_processes_asks_the_teacher(

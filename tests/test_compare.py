@@ -231,6 +231,41 @@ def test_a_cell_that_comes_apart_is_left_out_and_one_of_other_images_is_refused(
     extra.unlink()
 
 
+def test_novel_classes_are_asked_for_by_name_and_taught_to_no_one(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = recipe_for(pictures)
+    cells = cells_of(whole, objectives=["kd", "prg"], students=[], seeds=1, base_to_novel=True)
+    assert {cell.recipe.classes for cell in cells} == {CLASSES[:5]}
+    assert {cell.recipe.data.evaluation for cell in cells} == {None}
+    found = compare(cells, tmp_path / "out", tmp_path / "targets", Unwatched(), command="prgkit", whole=whole)
+    kd, prg = found["rows"]
+    assert found["evaluation"]["images"] + found["novel"]["images"] == 40
+    assert (kd["novel"], kd["harmonic"]) == (None, None)  # it has no features in the teacher's space
+    base, novel = prg["top1"]["mean"], prg["novel"]["mean"]
+    assert prg["harmonic"]["mean"] == pytest.approx(2 * base * novel / (base + novel) if novel else 0)
+    assert "5 classes" in markdown(found)
+    assert "| student | objective | top-1 % |" in markdown(found)
+    assert "novel top-1 %" in markdown(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data": {"classes": list(CLASSES[:3])}}, "four classes or more"),
+        ({"data": {"evaluation": None}}, "labelled images to judge by"),
+        ({"targets": {"debias": 1.0}}, "the prior of the base classes"),
+    ],
+)
+def test_what_has_no_two_halves_is_refused(pictures: Path, change: dict[str, Any], said: str) -> None:
+    raw = recipe_for(pictures).model_dump(mode="json")
+    for section, values in change.items():
+        raw[section] |= values
+    recipe = validate(raw, where="test").resolved()
+    with pytest.raises(RecipeError, match=said):
+        cells_of(recipe, objectives=["prg"], students=[], seeds=1, base_to_novel=True)
+
+
 def test_two_sweeps_are_drawn_as_a_heat_map() -> None:
     pages = [{"name": "prg", "node_weight": n, "edge_weight": e, "block": "raw"} for n in (0, 3) for e in (0, 1)]
     cells = [

@@ -410,6 +410,13 @@ def test_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(catalogue(images, workers=2)) == 2
     assert images.key(0) != images.key(1)
     assert len(open_images("torchvision:CIFAR10/test")) == 1
+    both = open_images("torchvision:CIFAR10/test+train")
+    assert [(both.name(i), both.label(i)) for i in range(3)] == [
+        ("CIFAR10/test[0]", "dog"),
+        ("CIFAR10/train[0]", "dog"),
+        ("CIFAR10/train[1]", "cat"),
+    ]
+    assert both.key(2) == images.key(1)
 
 
 def test_torchvision_mistakes(
@@ -422,12 +429,17 @@ def test_torchvision_mistakes(
     )
     assert error_text("torchvision:CIFAR100/trian").startswith("CIFAR100 has no split 'trian'; did you mean 'train'?")
     assert error_text("torchvision:CIFAR100").startswith("torchvision:CIFAR100 names no split")
+    assert error_text("torchvision:EuroSAT/train") == (
+        "torchvision's EuroSAT has no splits\n  fix: write torchvision:EuroSAT, all of it"
+    )
+    assert error_text("torchvision:ImageFolder").startswith("torchvision's ImageFolder has no splits\n  fix: give its")
 
     def refuse(root: Path, train: bool, download: bool) -> None:
         print("Downloading")
         raise OSError("<urlopen error [Errno -2] Name or service not known>")
 
     monkeypatch.setattr(datasets, "CIFAR100", refuse)
+    assert error_text("torchvision:CIFAR100/vla+train").startswith("CIFAR100 has no split 'vla'")
     assert error_text("torchvision:CIFAR100/train") == (
         "torchvision:CIFAR100/train could not be opened: <urlopen error [Errno -2] Name or service not known>\n"
         f"  where: {tmp_path}\n"

@@ -9,13 +9,32 @@ import torch
 import torch.nn.functional as F
 
 from prgkit import parameters
-from prgkit.objectives import CE, DIST, DKD, KD, ND, PARTS, PLD, PRG, RKD, Objectives, Space, StudentSide, TeacherSide
-from prgkit.objectives.dkd import decoupled
-from prgkit.objectives.prg import correlate, nodes, pearson, prompt_logits, weighted_logits
-from prgkit.objectives.rkd import angles, distances
+from prgkit.objectives import PARTS, Objectives, Space, StudentSide, TeacherSide
+from prgkit.objectives.ce import CE
+from prgkit.objectives.crd import CRD
+from prgkit.objectives.dho import DHO
+from prgkit.objectives.dist import DIST
+from prgkit.objectives.dkd import DKD, decoupled
+from prgkit.objectives.kd import KD
+from prgkit.objectives.nd import ND
+from prgkit.objectives.ofa import OFA, enhanced
+from prgkit.objectives.pld import PLD
+from prgkit.objectives.prg import PRG, correlate, nodes, pearson, prompt_logits, weighted_logits
+from prgkit.objectives.rkd import RKD, angles, distances
 
 BATCH, CLASSES, WIDTH = 12, 4, 6
-SPACE = Space(CLASSES, WIDTH, epochs=10, steps_per_epoch=3, class_means=lambda: torch.ones(CLASSES, WIDTH))
+SPACE = Space(
+    classes=CLASSES,
+    width=WIDTH,
+    epochs=10,
+    steps_per_epoch=3,
+    images=BATCH,
+    class_means=lambda: torch.ones(CLASSES, WIDTH),
+    class_vectors=F.normalize(torch.eye(CLASSES, WIDTH) + 0.5, dim=1),
+    logit_scale=10.0,
+    stages=lambda: (3, 5),
+)
+ONE = torch.tensor([0])  # a batch of the first image
 CEPage, KDPage, PRGPage = parameters.CE, parameters.KD, parameters.PRG
 
 
@@ -24,10 +43,11 @@ def sides(seed: int = 0, classes: int = CLASSES) -> tuple[StudentSide, TeacherSi
     student = StudentSide(
         torch.randn(BATCH, WIDTH, generator=generator, requires_grad=True),
         torch.randn(BATCH, classes, generator=generator, requires_grad=True),
+        tuple(torch.randn(BATCH, width, side, side, generator=generator) for width, side in ((3, 4), (5, 2))),
     )
     features = F.normalize(torch.randn(BATCH, WIDTH, generator=generator), dim=1)
     logits = 5 * torch.randn(BATCH, classes, generator=generator)
-    return student, TeacherSide(features, logits, logits.argmax(dim=1))
+    return student, TeacherSide(features, logits, logits.argmax(dim=1), torch.arange(BATCH))
 
 
 def prg(**changes: object) -> PRG:
@@ -115,7 +135,7 @@ def test_the_loss_is_the_formula() -> None:
             [features / np.linalg.norm(features, axis=1, keepdims=True), exponents / exponents.sum(1, keepdims=True)]
         )
 
-    ours, theirs = block(*(t.detach().numpy() for t in student)), block(*(t.numpy() for t in teacher[:2]))
+    ours, theirs = block(*(t.detach().numpy() for t in student[:2])), block(*(t.numpy() for t in teacher[:2]))
     labels = teacher.labels.numpy()
     present = [c for c in range(CLASSES) if (labels == c).any()]
     rows = range(BATCH)
@@ -153,7 +173,7 @@ def test_no_gradient_reaches_the_teacher_or_a_proxy() -> None:
     student, teacher = sides()
     features, logits = teacher.features.requires_grad_(), teacher.logits.requires_grad_()
     objective = prg()
-    teacher = TeacherSide(features.detach(), logits.detach(), teacher.labels)
+    teacher = TeacherSide(features.detach(), logits.detach(), teacher.labels, teacher.images)
     sum(objective(student, teacher).values()).backward()
     assert student.features.grad is not None
     assert student.features.grad.abs().sum() > 0
@@ -172,7 +192,7 @@ def test_hard_supervision_is_cross_entropy_with_the_pseudo_label() -> None:
 
 def test_kd_by_hand() -> None:
     student = StudentSide(torch.zeros(1, 1), torch.tensor([[0.0, 0.0]]))
-    teacher = TeacherSide(torch.zeros(1, 1), torch.tensor([[2 * math.log(3), 0.0]]), torch.tensor([0]))
+    teacher = TeacherSide(torch.zeros(1, 1), torch.tensor([[2 * math.log(3), 0.0]]), ONE, ONE)
     terms = KD(KDPage(name="kd", alpha=0.75, temperature=2.0), SPACE)(student, teacher)
     assert terms["ce"].item() == pytest.approx(0.25 * math.log(2))
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)  # the softened teacher says 3 to 1
@@ -191,22 +211,29 @@ def test_a_weighted_list_adds_up_and_runs_in_float32() -> None:
 
 def _rank(rank: int, port: int, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, out: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    objective = prg()
+    objectives = prg(), crd_of(images=12)
     for batch in range(2):
-        mine = slice(batch * 6 + rank * 3, batch * 6 + rank * 3 + 3)
-        objective.update_proxies(student[mine], teacher[mine], labels[mine])
-    torch.save(objective.state_dict(), f"{out}/{rank}.pt")
+        remember(*objectives, student, teacher, labels, slice(batch * 6 + rank * 3, batch * 6 + rank * 3 + 3))
+    torch.save([one.state_dict() for one in objectives], f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_hold_the_proxies_of_one(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def remember(
+    prg: PRG, crd: CRD, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, mine: slice
+) -> None:
+    """Give both objectives what they keep of a batch: proxies of nodes, and banks of two features of each image."""
+    prg.update_proxies(student[mine], teacher[mine], labels[mine])
+    side = TeacherSide(teacher[mine], teacher[mine], labels[mine], torch.arange(12)[mine])
+    crd.remember(student[mine, :2], teacher[mine, :2], side)
+
+
+def test_two_processes_hold_the_proxies_and_banks_of_one(tmp_path) -> None:  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(1)
     student, teacher = torch.randn(2, 12, WIDTH + CLASSES, generator=generator)
     labels = torch.tensor([0, 1, 1, 2, 0, 0, 1, 1, 2, 2, 0, 2])
-    alone = prg()
+    alone = prg(), crd_of(images=12)
     for batch in range(2):
-        both = slice(batch * 6, batch * 6 + 6)
-        alone.update_proxies(student[both], teacher[both], labels[both])
+        remember(*alone, student, teacher, labels, slice(batch * 6, batch * 6 + 6))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -219,14 +246,21 @@ def test_two_processes_hold_the_proxies_of_one(tmp_path) -> None:  # type: ignor
         assert process.exitcode == 0
     for rank in range(2):
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for name, buffer in alone.state_dict().items():
-            torch.testing.assert_close(together[name], buffer)
+        for mine, theirs in zip(alone, together, strict=True):
+            for name, buffer in mine.state_dict().items():
+                torch.testing.assert_close(theirs[name], buffer)
 
 
 @pytest.mark.parametrize("name", parameters.OBJECTIVES)
 def test_every_objective_of_a_recipe_teaches_the_student_and_nothing_else(name: str) -> None:
     student, teacher = sides()
-    objective = Objectives([parameters.OBJECTIVES[name](name=name)], SPACE)  # type: ignore[call-arg,list-item]
+    page = parameters.OBJECTIVES[name](name=name)  # type: ignore[call-arg]
+    if page.learns_labels:
+        student = student._replace(heads=(0.5 * student.logits, 2 * student.logits))
+    if page.scores_by_text:
+        student = student._replace(logits=F.normalize(student.features, dim=1) @ SPACE.class_vectors.T)
+        student.logits.retain_grad()
+    objective = Objectives([page], SPACE)  # type: ignore[list-item]
     terms = objective(student, teacher)
     torch.stack(list(terms.values())).sum().backward()
     gradient = student.logits.grad
@@ -305,8 +339,10 @@ def test_rkd_does_not_change_when_features_are_turned_and_scaled() -> None:
 
 
 def test_nd_by_hand() -> None:
-    space = Space(2, 2, 1, 1, lambda: torch.tensor([[3.0, 4.0], [2.0, 0.0]]))  # of unit length: (0.6, 0.8) and (1, 0)
-    teacher = TeacherSide(torch.tensor([[0.0, 1.0]] * 3), torch.zeros(3, 2), torch.tensor([0, 0, 1]))
+    means = torch.tensor([[3.0, 4.0], [2.0, 0.0]])  # of unit length: (0.6, 0.8) and (1, 0)
+    space = SPACE._replace(classes=2, width=2, class_means=lambda: means)
+    labels = torch.tensor([0, 0, 1])
+    teacher = TeacherSide(torch.tensor([[0.0, 1.0]] * 3), torch.zeros(3, 2), labels, torch.arange(3))
     features = torch.tensor([[6.0, 8.0], [0.3, 0.4], [0.0, 9.0]])  # long and along; half as long; at a right angle
     terms = ND(parameters.ND(name="nd"), space)(StudentSide(features, torch.zeros(3, 2)), teacher)
     assert terms["nd"].item() == pytest.approx((0 + 0.5 + 1) / 3)
@@ -315,7 +351,7 @@ def test_nd_by_hand() -> None:
 
 
 def test_pld_by_hand_and_at_its_optimum() -> None:
-    teacher = TeacherSide(torch.zeros(1, 2), torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([1]))
+    teacher = TeacherSide(torch.zeros(1, 2), torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([1]), ONE)
     pld = PLD(parameters.PLD(name="pld", temperature=1.0), SPACE)
 
     def loss(logits: list[float]) -> float:
@@ -325,3 +361,99 @@ def test_pld_by_hand_and_at_its_optimum() -> None:
     assert loss([0.0, 0.0, 0.0]) == pytest.approx((math.exp(2) * math.log(3) + math.exp(1) * math.log(2)) / total)
     assert loss([-100.0, 100.0, 0.0]) == pytest.approx(0, abs=1e-6)  # the teacher's order, without a doubt
     assert loss([0.0, 100.0, -100.0]) == pytest.approx(100 * math.exp(1) / total, rel=1e-5)  # the last two swapped
+
+
+def test_ofa_by_hand() -> None:
+    wanted = torch.tensor([[0.5, 0.25, 0.25]])
+    teacher = TeacherSide(torch.zeros(1, WIDTH), wanted.log(), ONE, ONE)
+    flat, sure = torch.zeros(1, 3), torch.tensor([[0.8, 0.1, 0.1]]).log()
+    page = parameters.OFA(name="ofa", gamma=2.0)  # weights: 1.5^2 - 1 of the label, 0.25^2 of the others
+    assert enhanced(flat, teacher, page).item() == pytest.approx((1.25 + 2 * 0.0625) * math.log(3))
+    assert enhanced(sure, teacher, page).item() == pytest.approx(-1.25 * math.log(0.8) - 2 * 0.0625 * math.log(0.1))
+    plain = enhanced(sure, teacher, parameters.OFA(name="ofa"))  # gamma 1: cross-entropy with p_t itself
+    torch.testing.assert_close(plain, F.cross_entropy(sure, wanted))
+
+
+def test_ofa_teaches_an_exit_after_each_stage_and_resizes_its_maps() -> None:
+    student, teacher = sides()
+    ofa = OFA(parameters.OFA(name="ofa"), SPACE)
+    terms = ofa(student, teacher)
+    exits = [way(maps) for way, maps in zip(ofa.exits, student.stages, strict=True)]
+    assert [tuple(one.shape) for one in exits] == [(BATCH, CLASSES)] * 2
+    assert len(ofa.exits[0]) == 4 + 3  # one halving, then pooling, flattening and the classes
+    assert len(ofa.exits[1]) == 3
+    terms["exits"].backward()
+    assert all(parameter.grad is not None for parameter in ofa.parameters())
+
+
+def test_dho_by_hand() -> None:
+    quarter, half = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    student = StudentSide(torch.zeros(3, 2), half, heads=(quarter.expand(3, 2), half.expand(3, 2)))
+    truth, numbers = torch.tensor([0, -1, 1]), torch.arange(3)
+    teacher = TeacherSide(torch.zeros(3, 2), half.expand(3, 2), torch.tensor([0, 0, 0]), numbers, truth)
+    dho = DHO(parameters.DHO(name="dho"), SPACE)
+    terms = dho(student, teacher)
+    assert terms["ce"].item() == pytest.approx(-0.25 * (math.log(0.25) + math.log(0.75)))  # half the mean of two
+    assert terms["kl"].item() == pytest.approx(0, abs=1e-7)
+    sure = teacher._replace(logits=2 * quarter.expand(3, 2), truth=None)  # T = 2 takes the 2 away
+    terms = dho(student, sure)
+    assert terms["ce"].item() == 0
+    kl = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    assert terms["kl"].item() == pytest.approx(0.5 * 4 * kl, rel=1e-5)
+
+
+def crd_of(images: int, **page: object) -> CRD:
+    """Return CRD whose heads leave features as they are, in a space of two dimensions; its banks are always the same."""
+    torch.manual_seed(3)
+    crd = CRD(parameters.CRD(name="crd", width=2, temperature=1.0, **page), SPACE._replace(width=2, images=images))  # type: ignore[arg-type]
+    for head in (crd.student_head, crd.teacher_head):
+        head.weight.data, head.bias.data = torch.eye(2), torch.zeros(2)
+    return crd
+
+
+def test_crd_by_hand() -> None:
+    crd = crd_of(images=3, crd_weight=1.0)
+    crd.student_bank[:] = crd.teacher_bank[:] = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    student = StudentSide(torch.tensor([[5.0, 0.0]]), torch.zeros(1, 2))  # of unit length: (1, 0)
+    teacher = TeacherSide(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), ONE, ONE)
+    terms = crd(student, teacher)
+
+    def nce(own: float, others: list[float]) -> float:
+        density = np.mean(np.exp([own, *others]))  # Z: over all three images, which are all drawn
+        noise = len(others) / 3  # K / N; the drawn ones but for the image itself
+        odds = np.exp([own, *others]) / (3 * density) / noise
+        return float(-np.log(odds[0] / (1 + odds[0])) - np.log(1 / (1 + odds[1:])).sum())
+
+    assert terms["crd"].item() == pytest.approx(nce(1.0, [0.0, -1.0]) + nce(0.0, [1.0, 0.0]), rel=1e-5)
+    half = math.sqrt(0.5)
+    torch.testing.assert_close(crd.student_bank[0], torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(crd.teacher_bank[0], torch.tensor([half, half]))  # between (1, 0) and (0, 1)
+    torch.testing.assert_close(crd.teacher_bank[1:], torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+
+
+def test_crd_holds_no_image_against_another_with_its_pseudo_label() -> None:
+    student = StudentSide(torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2))
+    teacher = TeacherSide(torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2), ONE, ONE)
+    told = []
+    for label in (0, 1):  # of the second image, as last seen; the first image's is 0
+        crd = crd_of(images=2)
+        crd.student_bank[:] = crd.teacher_bank[:] = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+        crd.labels[1] = label
+        crd.partition[:] = 1.0
+        told.append(crd(student, teacher)["crd"].item())
+    assert told[0] < told[1]
+
+
+@pytest.mark.parametrize(("name", "weight"), [("promptkd", 10.0), ("clipkd", 1.0)])
+def test_class_vectors_are_shared(name: str, weight: float) -> None:
+    vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    space = SPACE._replace(classes=2, width=2, class_vectors=vectors, logit_scale=2.0)
+    part = PARTS[name](parameters.OBJECTIVES[name](name=name), space)  # type: ignore[call-arg]
+    teacher = TeacherSide(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), ONE, ONE)  # 2 * <I, V> is 0 and 1.6
+    shares = np.array([1, math.exp(1.6)]) / (1 + math.exp(1.6))
+    terms = part(StudentSide(torch.tensor([[3.0, 0.0]]), torch.zeros(1, 2)), teacher)
+    assert terms["kl"].item() == pytest.approx(weight * (shares * np.log(2 * shares)).sum(), rel=1e-5)
+    alike = part(StudentSide(torch.tensor([[0.0, 3.0]]), torch.tensor([[0.0, 1.6]])), teacher)
+    assert sum(term.item() for term in alike.values()) == pytest.approx(0, abs=1e-6)
+    if name == "clipkd":
+        assert terms["features"].item() == pytest.approx(2000 * (1 + 1) / 2)  # (1, 0) against (0, 1)

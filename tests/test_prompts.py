@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prgkit.errors import RecipeError
-from prgkit.prompts import NAMED_CLASSES, NAMED_TEMPLATES, canonical, fill, load_classes, load_templates
+from prgkit.prompts import LISTS, NAMED_CLASSES, NAMED_TEMPLATES, canonical, fill, load_classes, load_templates
 
 REAL = Path(os.environ.get("PRGKIT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data") / "cifar100"
 
@@ -28,10 +28,20 @@ def templates_error(value: str | list[object]) -> str:
 @pytest.mark.parametrize(
     ("name", "count", "first", "last"),
     [
+        ("caltech101", 101, "off-center face", "yin and yang symbol"),
         ("cifar10", 10, "airplane", "truck"),
         ("cifar100", 100, "apple", "worm"),
         ("digits", 10, "zero", "nine"),
+        ("dtd", 47, "banded", "zigzagged"),
+        ("eurosat", 10, "annual crop land", "lake or sea"),
+        ("fgvcaircraft", 100, "707-320", "Yak-42"),
+        ("flowers102", 102, "pink primrose", "blackberry lily"),
+        ("food101", 101, "apple pie", "waffles"),
         ("imagenet1k", 1000, "tench", "toilet paper"),
+        ("oxfordpets", 37, "Abyssinian", "yorkshire terrier"),
+        ("stanfordcars", 196, "AM General Hummer SUV 2000", "smart fortwo Convertible 2012"),
+        ("sun397", 397, "abbey", "youth hostel"),
+        ("ucf101", 101, "apply eye makeup", "yo yo"),
     ],
 )
 def test_named_classes(name: str, count: int, first: str, last: str) -> None:
@@ -41,6 +51,10 @@ def test_named_classes(name: str, count: int, first: str, last: str) -> None:
     assert (len(names), names[0], names[-1]) == (count, first, last)
     assert len({canonical(one) for one in names}) == count
     assert name in NAMED_CLASSES
+
+
+def test_every_shipped_list_is_named() -> None:
+    assert sorted(path.stem for path in LISTS.iterdir()) == sorted({*NAMED_CLASSES} - {"digits", "imagenet1k"})
 
 
 def test_cifar_names_equal_torchvision_and_the_data() -> None:
@@ -107,7 +121,8 @@ def test_missing_class_list(tmp_path: Path) -> None:
     assert classes_error("cifar-100", tmp_path) == (
         "there is no class list 'cifar-100'; did you mean 'cifar100'?\n"
         f"  where: {tmp_path}\n"
-        "  fix: give a text file with one name a line, or one of cifar10, cifar100, digits, imagenet1k"
+        "  fix: give a text file with one name a line, or one of caltech101, cifar10, cifar100, digits, dtd, eurosat, "
+        "fgvcaircraft, flowers102, food101, imagenet1k, oxfordpets, stanfordcars, sun397, ucf101"
     )
     assert classes_error("name.txt", tmp_path).startswith(
         "there is no class list 'name.txt'; did you mean 'names.txt'?"
@@ -119,7 +134,13 @@ def test_class_file_that_is_no_text(tmp_path: Path) -> None:
     assert classes_error("names.txt", tmp_path).startswith("names.txt cannot be read: it is not UTF-8 text\n")
 
 
-@pytest.mark.parametrize(("name", "count"), [("plain", 1), ("photo", 7), ("cifar", 18), ("imagenet", 80)])
+TEMPLATE_COUNTS = {
+    **{"actions": 48, "aircraft": 2, "cars": 8, "cifar": 18, "flowers": 1, "food": 1, "imagenet": 80, "objects": 34},
+    **{"pets": 1, "photo": 7, "plain": 1, "satellite": 3, "scenes": 2, "textures": 8, "digits": 7},
+}
+
+
+@pytest.mark.parametrize(("name", "count"), TEMPLATE_COUNTS.items())
 def test_named_templates(name: str, count: int) -> None:
     if name == "imagenet":
         pytest.importorskip("open_clip")
@@ -127,7 +148,7 @@ def test_named_templates(name: str, count: int) -> None:
     assert len(set(templates)) == len(templates) == count
     assert all(template.count("{}") == 1 for template in templates)
     assert load_templates(templates) == templates
-    assert name in NAMED_TEMPLATES
+    assert {*TEMPLATE_COUNTS} == {*NAMED_TEMPLATES}
 
 
 def test_digit_names_and_templates_are_the_demos() -> None:
@@ -142,6 +163,18 @@ def test_cifar_templates_are_openais() -> None:
     assert templates[:3] == ("a photo of a {}.", "a blurry photo of a {}.", "a black and white photo of a {}.")
     assert templates[7:10] == ("a photo of a small {}.", "a photo of a big {}.", "a photo of the {}.")
     assert templates[-1] == "a photo of the big {}."
+
+
+def test_templates_that_are_combined_are_openais() -> None:
+    assert load_templates("satellite") == (
+        *("a centered satellite photo of {}.", "a centered satellite photo of a {}."),
+        "a centered satellite photo of the {}.",
+    )
+    assert load_templates("textures")[3:5] == ("a photo of a {} object.", "a photo of the {} texture.")
+    assert {"a photo of a {}.", "the plushie {}.", "a {} in a video game.", "graffiti of the {}."} <= {
+        *load_templates("objects")
+    }
+    assert {"a photo of a person {}.", "a example of the person performing {}."} <= {*load_templates("actions")}
 
 
 def test_photo_templates_are_open_clips_short_list() -> None:
@@ -160,7 +193,8 @@ def test_template_mistakes() -> None:
     assert templates_error([]).startswith("there are no prompt templates")
     assert templates_error("phtoo") == (
         "there is no template set 'phtoo'; did you mean 'photo'?\n"
-        "  fix: use one of cifar, digits, imagenet, photo, plain, or write templates such as 'a photo of a {}.'"
+        "  fix: use one of actions, aircraft, cars, cifar, digits, flowers, food, imagenet, objects, pets, photo, plain, "
+        "satellite, scenes, textures, or write templates such as 'a photo of a {}.'"
     )
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from prgkit.errors import RecipeError
 from prgkit.images import ImagesError, open_images
+from prgkit.prompts import load_classes
 from prgkit.recipe import (
     NOT_LEARNED_FROM,
     Recipe,
@@ -66,7 +67,7 @@ def loaded(name: str) -> Recipe:
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_a_shipped_recipe_loads_and_comes_back_from_a_run_the_same(name: str, tmp_path: Path) -> None:
     recipe = loaded(name)
-    assert len(recipe.classes) == {"cifar100": 100, "custom": 2, "demo": 10, "imagenet1k": 1000}[name]
+    assert recipe.classes == load_classes({"custom": ["cat", "dog"], "demo": "digits"}.get(name, name))
     assert all(template.count("{}") == 1 for template in recipe.templates)
     save_recipe(recipe, tmp_path / "recipe.yaml")
     again = load_recipe(str(tmp_path / "recipe.yaml"))
@@ -144,10 +145,10 @@ epochs: 100
         ("student: {model: a, seed: 1}", "student.seed: unknown key; it belongs in views.seed or training.seed"),
         ("training: {node_weight: 1}", "training.node_weight: unknown key; it belongs in objective.node_weight"),
         ("zzz: 1", "zzz: unknown key; known: data, teacher, views, targets, student, objective, training, export"),
-        ("objective: {}", "objective.name: missing; known: prg, kd, ce, dkd, dist, rkd, nd, pld"),
+        ("objective: {}", "objective.name: missing; known: prg, kd, ce, dkd, dist, rkd, crd, nd, pld, ofa, promptkd, clipkd, dho"),
         (
             "objective: {name: pgr}",
-            "objective.name: unknown objective 'pgr', known are prg, kd, ce, dkd, dist, rkd, nd, pld; did you mean 'prg'?",
+            "objective.name: unknown objective 'pgr', known are prg, kd, ce, dkd, dist, rkd, crd, nd, pld, ofa, promptkd, clipkd, dho; did you mean 'prg'?",
         ),
         ("objective: ce", "objective: write a mapping such as {name: prg}, not 'ce'"),
         ("objective: []", "objective: name at least one"),
@@ -230,9 +231,9 @@ def test_unknown_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(PAGE)
     Path("photos").mkdir()
-    choose = "\n  fix: choose one of cifar100, custom, demo, imagenet1k, or give the path of a .yaml file"
+    choose = f"\n  fix: choose one of {', '.join(shipped_recipes())}, or give the path of a .yaml file"
     for name, told in {
-        "cifar10O": f"unknown recipe 'cifar10O'; did you mean 'cifar100'?{choose}",
+        "cifar10O": f"unknown recipe 'cifar10O'; did you mean 'cifar10'?{choose}",
         "mine": f"unknown recipe 'mine'; did you mean 'mine.yaml'?{choose}",
         "min.yaml": f"there is no recipe file min.yaml; did you mean 'mine.yaml'?{choose}",
         "photos": "photos is a folder, not a recipe\n  fix: --images photos --classes FILE needs no recipe",
@@ -265,7 +266,7 @@ def test_set_reads_values_as_yaml(mine: str) -> None:
     )
     assert recipe.training.epochs == 5
     assert recipe.classes == ("ripe tomato", "leaf")
-    assert recipe.teacher.weights is None
+    assert recipe.teacher[0].weights is None
     assert recipe.views.crop_scale == (0.4, 1.0)  # the whole section was set after it
     assert recipe.views.count == 2
     assert recipe.student.initial == "a=b.safetensors"
@@ -369,6 +370,9 @@ def test_everything_else_changes_it(mine: str) -> None:
     other = {
         "data.classes": ["cat", "cow"],
         "data.prompts": ["a {}"],
+        "data.labelled": "shots/",
+        "data.labelled_labels": "shots.csv",
+        "teacher.context": "adapted/mine.safetensors",
         "teacher.precision": "bf16",
         "teacher.weights": "b",
         "views.crop_scale": [0.3, 1.0],
@@ -385,6 +389,7 @@ def test_everything_else_changes_it(mine: str) -> None:
         "training.optimizer": "sgd",
         "training.precision": "bf16",
         "training.gradient_clip": None,
+        "training.mixup": 0.2,
     }
     for key, value in leaves(recipe.model_dump(mode="json", exclude=NOT_LEARNED_FROM)).items():
         if key not in other:

@@ -93,7 +93,7 @@ def features(lesson: teaching.Lesson, view: int, positions: np.ndarray) -> torch
 def test_a_stored_feature_is_what_the_teacher_says_of_that_view(photos: Path, tmp_path: Path) -> None:
     recipe = recipe_for(photos)
     lesson = see(recipe, tmp_path / "targets")
-    teacher = load_teacher(recipe.teacher, torch.device("cpu"))
+    teacher = load_teacher(recipe.teacher[0], torch.device("cpu"))
     rendered = Rendered(lesson.catalogue, teacher.preprocessing, recipe.views)
     positions = lesson.learned[:8]
     for view in range(3):
@@ -186,13 +186,13 @@ def test_a_flipped_byte_is_named_and_its_block_alone_is_seen_again(
     content = bytearray(path.read_bytes())
     content[-100] ^= 1  # in the last row
     path.write_bytes(content)
-    damaged = Targets(whole.targets.folder).damaged
+    damaged = Targets(whole.targets.folder, recipe.teacher[0]).damaged
     assert len(damaged) == 1
     assert damaged[0].startswith("view-001.f16, rows ")
     calls["views"] = 0
     mended = see(recipe, tmp_path)
     assert 0 < calls["views"] <= 8 * 4  # at most eight images, two to a batch
-    assert Targets(whole.targets.folder).damaged == []
+    assert Targets(whole.targets.folder, recipe.teacher[0]).damaged == []
     assert torch.equal(features(mended, 1, mended.learned), before)
 
 
@@ -235,13 +235,13 @@ def test_a_second_process_sees_what_the_first_has_stored(photos: Path, tmp_path:
     first = see(recipe, tmp_path)
     for number, image in enumerate(load_digits("test")[0][:4]):
         image.save(photos / f"new-{number}.png")
-    second = Targets(first.targets.folder)
+    second = Targets(first.targets.folder, recipe.teacher[0])
     see(recipe, tmp_path)  # the first process stores the new images while the second is about to
     seen = calls["views"]
     images = catalogue(open_images(str(photos)), workers=1)
     views = np.full(len(images), 3)
     views[teaching.hold_out(images.keys, 0.1)] = 1
-    embed(second, images, views=views, recipe=recipe, teacher=lambda: pytest.fail("asked again"), watch=Unwatched())
+    embed(second, images, views=views, recipe=recipe, teacher=lambda _: pytest.fail("asked again"), watch=Unwatched())
     assert calls["views"] == seen
 
 

@@ -40,6 +40,12 @@ SIGLIP = {
     "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "resize_mode": "squash"},
 }
 PAGES = {"clip": CLIP, "siglip": SIGLIP}
+LAST = {**TEXT, "pool_type": "last", "no_causal_mask": True, "proj_bias": True}  # as SigLIP's own text tower pools
+READERS = {
+    **PAGES,
+    "last": {**SIGLIP, "model_cfg": {**SIGLIP["model_cfg"], "text_cfg": LAST}},  # type: ignore[dict-item]
+    "eos": {**CLIP, "model_cfg": {**CLIP["model_cfg"], "text_cfg": {**TEXT, "pool_type": "eos", "eos_id": 49407}}},  # type: ignore[dict-item]
+}
 
 
 def pictures(count: int, *, size: int = SIZE, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -52,9 +58,9 @@ def pictures(count: int, *, size: int = SIZE, seed: int = 0) -> np.ndarray[Any, 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny CLIP and a tiny SigLIP with random weights, in open_clip's own format."""
+    """Tiny CLIPs and SigLIPs with random weights, in open_clip's own format."""
     made = {}
-    for name, page in PAGES.items():
+    for name, page in READERS.items():
         folder = made[name] = tmp_path_factory.mktemp(name)
         (folder / "open_clip_config.json").write_text(json.dumps(page))
         torch.manual_seed(1)
@@ -130,6 +136,56 @@ def test_more_prompts_than_a_chunk_keep_their_order(teacher: Teacher) -> None:
     names = [f"thing {number}" for number in range(300)]
     embedded = teacher.embed_prompts([names])[0]
     torch.testing.assert_close(embedded[[3, 299]], teacher.embed_prompts([["thing 3", "thing 299"]])[0])
+
+
+NAMES = ["cat", "red panda", "kuehneromyces mutabilis", *(f"thing {number}" for number in range(130))]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_context_of_the_words_own_embeddings_reads_like_the_words(folders: dict[str, Path], name: str) -> None:
+    teacher, words = load_teacher(local(folders[name]), CPU), "a photo of a"
+    texts = [f"{words} {thing}." for thing in NAMES]
+    sentences = teacher.sentences(texts, words)
+    vectors = teacher.embed_words(sentences)
+    assert vectors.shape == (4, TEXT["width"])
+    with torch.no_grad():
+        expected = teacher.model.encode_text(teacher.tokenizer(texts), normalize=True)
+    torch.testing.assert_close(teacher.embed_with_context([texts], words, vectors)[0], expected, atol=1e-5, rtol=0)
+    moved = teacher.embed_with_context([texts], words, vectors.flip(1))[0]
+    assert not torch.allclose(moved, expected, atol=1e-3)
+    # The names come after the context, whatever words it stands for.
+    other = [f"one two three four {thing}." for thing in NAMES]
+    torch.testing.assert_close(
+        teacher.embed_with_context([other], "one two three four", vectors.flip(1))[0], moved, atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(teacher.embed_prompts([texts])[0], expected, atol=1e-5, rtol=0)  # nothing is left behind
+
+
+def test_a_contexts_gradient_is_the_same_in_chunks(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, gradients = load_teacher(local(folders["clip"]), CPU), []
+    sentences = teacher.sentences([f"a photo of a {thing}." for thing in NAMES[:9]], "a photo of a")
+    for chunk in (128, 4):
+        monkeypatch.setattr("prgkit.teacher.TEXTS_AT_ONCE", chunk)
+        vectors = teacher.embed_words(sentences).clone().requires_grad_()
+        (teacher.embed_sentences(sentences, vectors)[:, 0] * torch.arange(9)).sum().backward()
+        gradients.append(vectors.grad)
+    assert gradients[0] is not None
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_a_name_that_leaves_the_context_no_room_is_named(teacher: Teacher) -> None:
+    fits = "a photo of a " + "very " * 9 + "cat"  # with both ends 16 tokens
+    teacher.sentences([fits, "a photo of a cat"], "a photo of a")
+    with pytest.raises(TeacherError, match=r"'a photo of a very .* cat\.' is longer than the 16 tokens"):
+        teacher.sentences(["a photo of a cat", f"{fits}."], "a photo of a")
+
+
+def test_a_text_tower_of_another_kind_takes_no_context(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences = teacher.sentences(["a cat"], "a")
+    monkeypatch.setattr(teacher, "model", torch.nn.Module())
+    with pytest.raises(TeacherError, match="takes no learned context"):
+        teacher.embed_words(sentences)
 
 
 def test_the_logit_bias_stays_out(folders: dict[str, Path]) -> None:

@@ -70,6 +70,10 @@ class Answers:
     prompt_weighting: str
     correction: Correction
 
+    def class_vectors(self) -> Tensor:
+        """Return each class's name as the teacher reads it: the mean over templates, of unit length [C, D]."""
+        return torch.nn.functional.normalize(self.prompts.mean(dim=0), dim=1)
+
     def logits(self, features: Tensor) -> Tensor:
         """Return the corrected answer W [n, C] to unit features I [n, D]."""
         return self.correction.apply(self.uncorrected(features))

@@ -186,11 +186,9 @@ def draw_sheet(run: Run, recipe: Recipe, lesson: Lesson, said: Said, ticks: list
         next_answers = [(recipe.classes[index], percent(share)) for index, share in others]
         cards.append(Card(tick, lesson.catalogue.read(position), next_answers))
         watch.advance(1)
-    model = recipe.teacher.model
-    teacher = Path(model).name if model.startswith("local-dir:") else model
     about = (
         f"{len(ticks):,} of {len(lesson.catalogue):,} images, the same share of every class that the teacher named and "
-        f"of every confidence. Each shows the answer of {teacher}, and its next ones."
+        f"of every confidence. Each shows the answer of {recipe.teacher_name}, and its next ones."
     )
     return sheet(
         cards,

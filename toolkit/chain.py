@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from prgkit.errors import PrgkitError
     from prgkit.terminal import Terminal
 
-ON_A_RUN = ("audit", "distill", "export", "bench", "predict")
-OF_ALL_PROCESSES = ("audit", "distill", "targets")  # each says below what all but the first have to do in it
+ON_A_RUN = ("audit", "distill", "export", "relabel", "bench", "predict")
+OF_ALL_PROCESSES = ("adapt-teacher", "audit", "distill", "targets")  # each says what all but the first have to do in it
 
 
 class Chain(click.Group):

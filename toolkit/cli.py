@@ -9,16 +9,17 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from prgkit import __version__
 from prgkit.chain import Chain, Session, builds_engines
 from prgkit.errors import BackendError, DiskFullError, PrgkitError, RunError
-from prgkit.files import is_disk_full, readable_bytes
-from prgkit.modes import keep_house, merge_reports, pack_bundle, rehearse
+from prgkit.files import is_disk_full
+from prgkit.modes import adapt_teacher, keep_house, merge_reports, rehearse, relabel_bundle, tell_bundle
 from prgkit.options import (
+    adapt_options,
     bench_options,
     choose_recipe,
     compare_options,
@@ -28,9 +29,6 @@ from prgkit.options import (
     refuse_in_a_bundle,
     run_option,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.group(cls=Chain, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -101,29 +99,24 @@ def export(session: Session, /, folder: Path | None, as_json: bool, **given: Any
         with needing("distill"):
             from prgkit.export.run import export_run
 
-        asked = {key: given[key] for key in ("float_input", "evaluation_images")}
+        asked = {key: given[key] for key in ("float_input", "evaluation_images", "open_vocabulary")}
         manifest = export_run(run, trt=trt, **kinds, **asked, watch=session.terminal)
         bundle, session.folder = run.bundle, run.folder
-    packed = pack_bundle(session, bundle, manifest, asked=given["packs"])
-    for artifact in manifest["artifacts"]:
-        size_mib = artifact["bytes"] / 2**20
-        session.terminal.say(f"  {artifact['file']:<34} {size_mib:7.1f} MiB  {checked(artifact)}".rstrip())
-    if packed:
-        session.terminal.say((packed["zip"], "bold"), f" ({readable_bytes(packed['zip_bytes'])}) is ready to travel")
-    else:
-        session.terminal.say((str(bundle), "bold"), " is ready to travel")
-    return {"bundle": str(bundle), **packed, **manifest}
+    return tell_bundle(session, bundle, manifest, packs=given["packs"])
 
 
-def checked(artifact: dict[str, Any]) -> str:
-    """Say how an artifact was checked."""
-    parity = artifact["parity"]
-    if not parity:
-        return artifact["note"] or ""
-    return (
-        f"max difference {parity['max_abs_difference']:.1e}, same answer on {parity['top1_agreement']:.4g} % "
-        f"of {parity['images']} images"
-    )
+@cli.command(short_help="Give an open-vocabulary bundle other classes.")
+@click.option("--classes", required=True, metavar="FILE", help="One name a line, or the name of a known list.")
+@run_option
+@json_option
+@click.pass_obj
+def relabel(session: Session, classes: str, folder: Path | None, as_json: bool) -> dict[str, Any]:
+    """Give a bundle of export --open-vocabulary other classes: the teacher reads their names, in seconds.
+
+    No image is read and nothing is trained. Engines have to be built again.
+    """
+    with needing("distill"):
+        return relabel_bundle(session, folder, classes)
 
 
 @cli.command(short_help="Measure every artifact on this machine.")
@@ -204,10 +197,24 @@ def targets(session: Session, /, *, listed: bool, prune: bool, **given: Any) -> 
             return {}
         from prgkit.lesson import prepare
     lesson = prepare(recipe, given["targets_root"], session.terminal)
-    store = lesson.targets.folder
-    size = sum(path.stat().st_size for path in store.iterdir())
-    session.terminal.say((str(store), "bold"), f": {len(lesson.catalogue):,} images, {size / 2**20:,.1f} MiB")
-    return {"targets": str(store), "images": len(lesson.catalogue), "bytes": size}
+    folders = [store.folder for store in lesson.targets.stores]
+    sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
+    for store, size in zip(folders, sizes, strict=True):
+        session.terminal.say((str(store), "bold"), f": {len(lesson.catalogue):,} images, {size / 2**20:,.1f} MiB")
+    return {"targets": lesson.targets.facts()["targets"], "images": len(lesson.catalogue), "bytes": sum(sizes)}
+
+
+@cli.command("adapt-teacher", short_help="Fit the teacher to your images by a few labels.")
+@adapt_options
+@click.pass_obj
+def adapt(session: Session, /, out: Path | None, **given: Any) -> dict[str, Any]:
+    """Learn a context in front of the class names from a few labelled images of each class, RECIPE's data.labelled.
+
+    The teacher's weights stay as they are. What follows on the line uses the context.
+    """
+    with needing("distill"):
+        recipe, folder = choose_recipe(session, {**given, "folder": None})
+        return adapt_teacher(session, recipe, out or Path("adapted") / f"{folder.name}.safetensors", given)
 
 
 @cli.command(short_help="Tick some of the teacher's answers yourself.")
@@ -247,6 +254,7 @@ def compare(session: Session, /, out: Path | None, as_json: bool, **given: Any) 
     """Train every objective with every student and seed on the same targets of RECIPE, and set them side by side.
 
     Each is a run in its own folder under --out; a comparison that was stopped goes on with what is missing.
+    With --rank-students nothing is trained.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise click.UsageError("compare trains one run after another in one process; start it without torchrun.")
@@ -254,11 +262,23 @@ def compare(session: Session, /, out: Path | None, as_json: bool, **given: Any) 
         recipe, folder = choose_recipe(session, {**given, "folder": None})
         from prgkit.evaluate.compare import cells_of
         from prgkit.evaluate.compare import compare as work
-        from prgkit.evaluate.tables import standings_table
-    cells = cells_of(recipe, **{key: given[key] for key in ("objectives", "students", "seeds", "ladder", "sweeps")})
+        from prgkit.evaluate.ranking import candidates
+        from prgkit.evaluate.tables import ranking_table, standings_table
+    if given["rank_students"] and not given["students"]:
+        given["students"] = candidates(recipe.student.model)
+    asked = ("objectives", "students", "seeds", "ladder", "sweeps", "base_to_novel")
+    cells = cells_of(recipe, **{key: given[key] for key in asked})
     out = out or folder.with_name(f"{folder.name}-compared")
     command = "prgkit " + shlex.join(sys.argv[1:])
-    found = work(cells, out, given["targets_root"], session.terminal, command=command)
+    whole = recipe if given["base_to_novel"] else None
+    if given["rank_students"]:
+        from prgkit.evaluate.similarity import rank_students
+
+        ranking = rank_students(cells, out, given["targets_root"], session.terminal, command=command, whole=whole)
+        session.terminal.show(ranking_table(ranking))
+        session.terminal.say("ranking: ", (str(out / "rank.json"), "bold"))
+        return ranking
+    found = work(cells, out, given["targets_root"], session.terminal, command=command, whole=whole)
     session.terminal.show(standings_table(found))
     session.terminal.say("comparison: ", (str(out / "compare.html"), "bold"))
     if failed := found["failed"]:

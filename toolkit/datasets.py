@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,24 @@ from PIL import Image
 
 from prgkit.decoding import UnreadableImage
 from prgkit.errors import ImagesError, nearest
-from prgkit.sources import read_span
+from prgkit.prompts import load_classes
+from prgkit.sources import Source, read_span
 
 LOCAL_COPY = "check the network, or put the images into a folder and give its path instead"
+# torchvision's datasets whose class names are folders ("SeaLake"), none, or differ from what is usually written.
+READABLE = {"Caltech101": "caltech101", "EuroSAT": "eurosat", "Flowers102": "flowers102"}
 
 
-def open_torchvision(rest: str) -> TorchvisionSource:
+def open_torchvision(rest: str) -> Source:
     """Open ``NAME/split`` of torchvision.datasets, downloading it where the class can.
+
+    ``NAME/train+val`` joins two splits; ``NAME`` alone is all of a dataset that has none.
 
     Raises:
         ImagesError: torchvision is missing, has no such dataset or split, or the download failed.
     """
-    name, _, split = rest.partition("/")
+    name, _, splits = rest.partition("/")
     spec = f"torchvision:{rest}"
-    if not split:
-        raise ImagesError(f"{spec} names no split", fix=f"write torchvision:{name}/train or torchvision:{name}/test")
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -39,40 +42,55 @@ def open_torchvision(rest: str) -> TorchvisionSource:
             f"torchvision has no dataset {name!r}{nearest(name, datasets.__all__)}",
             fix="see https://docs.pytorch.org/vision/stable/datasets.html",
         )
-    make = getattr(datasets, name)
+    parts = [open_split(getattr(datasets, name), name, split) for split in splits.split("+")]
+    return parts[0] if len(parts) == 1 else JoinedSource(parts)
+
+
+def open_split(make: Any, name: str, split: str) -> TorchvisionSource:
+    """Open one split of the dataset that ``make`` builds."""
     accepted = inspect.signature(make).parameters
     root = Path(os.environ.get("PRGKIT_DATA_ROOT", "~/.cache/prgkit/data")).expanduser()
-    options: dict[str, Any] = {"root": root}
-    if "train" in accepted:
-        if split not in ("train", "test"):
-            hint = nearest(split, ("train", "test"))
-            raise ImagesError(f"{name} has no split {split!r}{hint}", fix="use train or test")
-        options["train"] = split == "train"
-    elif "split" in accepted:
-        options["split"] = split
-    else:
-        raise ImagesError(f"torchvision's {name} has no splits", fix="give its folder of images instead")
+    options: dict[str, Any] = {"root": root, **split_options(name, split, accepted)}
     if "download" in accepted:
-        options["download"] = True
+        options["download"] = name != "StanfordCars"  # its address is gone: torchvision only refuses
+    title = f"{name}/{split}" if split else name
     try:
         root.mkdir(parents=True, exist_ok=True)
         with redirect_stdout(sys.stderr):  # stdout belongs to the result
             dataset = make(**options)
     except Exception as error:  # whatever the network, the disk or torchvision has to say
-        what = f"{spec} could not be opened: {first_line(error)}"
-        raise ImagesError(what, where=root, fix=LOCAL_COPY) from error
-    return TorchvisionSource(rest, dataset)
+        what = f"torchvision:{title} could not be opened: {first_line(error)}"
+        fix = f"pip install {error.name}" if isinstance(error, ImportError) else LOCAL_COPY
+        raise ImagesError(what, where=root, fix=fix) from error
+    return TorchvisionSource(title, dataset, class_names_of(name, dataset))
+
+
+def split_options(name: str, split: str, accepted: Container[str]) -> dict[str, Any]:
+    """Return the arguments that choose a split, of those that a dataset's class accepts."""
+    if "train" not in accepted and "split" not in accepted:
+        if "download" not in accepted:  # a reader of folders, no dataset
+            raise ImagesError(f"torchvision's {name} has no splits", fix="give its folder of images instead")
+        if split:
+            raise ImagesError(f"torchvision's {name} has no splits", fix=f"write torchvision:{name}, all of it")
+        return {}
+    if not split:
+        fix = f"write torchvision:{name}/train or torchvision:{name}/test"
+        raise ImagesError(f"torchvision:{name} names no split", fix=fix)
+    if "train" not in accepted:
+        return {"split": split}
+    if split not in ("train", "test"):
+        raise ImagesError(f"{name} has no split {split!r}{nearest(split, ('train', 'test'))}", fix="use train or test")
+    return {"train": split == "train"}
 
 
 class TorchvisionSource:
     """A torchvision dataset; its labels are the class names it knows."""
 
-    def __init__(self, title: str, dataset: Any) -> None:
+    def __init__(self, title: str, dataset: Any, class_names: Sequence[str] | None) -> None:
         self.title = title
         self.dataset = dataset
-        self.class_names = plain_class_names(getattr(dataset, "classes", None))
-        stored = (getattr(dataset, attribute, None) for attribute in ("targets", "labels", "_labels"))
-        self.targets = next((labels for labels in stored if labels is not None and len(labels) == len(dataset)), None)
+        self.class_names = class_names
+        self.targets = stored_labels(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -89,6 +107,46 @@ class TorchvisionSource:
     def fetch(self, index: int) -> Image.Image:
         """Return the picture."""
         return picture_of(lambda: self.dataset[index][0], self.name(index))
+
+
+class JoinedSource:
+    """Several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        self.places = [(part, index) for part in parts for index in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, index: int) -> str:
+        """Return the name that the image has in its own source."""
+        part, place = self.places[index]
+        return part.name(place)
+
+    def label(self, index: int) -> str | int | None:
+        """Return what its own source says the image shows."""
+        part, place = self.places[index]
+        return part.label(place)
+
+    def fetch(self, index: int) -> bytes | Image.Image:
+        """Return the image as its own source has it."""
+        part, place = self.places[index]
+        return part.fetch(place)
+
+
+def class_names_of(name: str, dataset: Any) -> Sequence[str] | None:
+    """Return the names of a torchvision dataset's classes in label order: ours where it has none that can be read."""
+    theirs = plain_class_names(getattr(dataset, "classes", None))
+    ours = load_classes(READABLE[name]) if name in READABLE else ()
+    return ours if ours and len(theirs or ours) == len(ours) else theirs
+
+
+def stored_labels(dataset: Any) -> Sequence[Any] | None:
+    """Return the labels [images] where a dataset keeps them apart from the pictures, under one of several names."""
+    stored = [getattr(dataset, attribute, None) for attribute in ("targets", "labels", "_labels", "y")]
+    pairs = getattr(dataset, "_samples", None) or ()
+    stored.append([pair[1] for pair in pairs if isinstance(pair, tuple) and len(pair) == 2])
+    return next((labels for labels in stored if labels is not None and len(labels) == len(dataset)), None)
 
 
 def open_hub(rest: str) -> HubSource:

@@ -19,20 +19,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from prgkit.checkpoint import Average, Progress, TrainingState, expected_bytes
 from prgkit.devices import first_goes_on, from_first, join_processes, probe_precision, seed_everything
 from prgkit.errors import BackendError, RunError
 from prgkit.files import require_space
 from prgkit.keep import systematic_sample
+from prgkit.labelled import beside, choose_vote
 from prgkit.lesson import Lesson, prepare
 from prgkit.locks import locked
-from prgkit.objectives import Objectives, Space
-from prgkit.recipe import Recipe, Training, Views
+from prgkit.mixup import mixed
+from prgkit.objectives import Objectives, Space, TeacherSide
+from prgkit.recipe import Recipe, Training
 from prgkit.run import Interrupted, Run, start_run, stopping
 from prgkit.student import Student, build_student
 from prgkit.tensors import save_tensors
-from prgkit.views import Rendered, load_batches
+from prgkit.views import Rendered, evaluation_views, load_batches
 from prgkit.watch import Unwatched, Watch
 
 
@@ -66,6 +69,10 @@ def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelera
         lesson = from_first(accelerator, lambda: prepare(recipe, targets_root, watch, run))
         seed_everything(recipe.training.seed)
         student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=lesson.targets.width)
+        if recipe.scores_by_text:
+            student.score_by(lesson.class_vectors(), lesson.targets.logit_scale)
+        if recipe.learns_labels:
+            student.grow_second_head()
         if accelerator.is_main_process:
             require_space(run.folder, expected_bytes(student), "the run")
             run.update_card(student=student.facts(recipe.student))
@@ -100,10 +107,22 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
 
     student.to(device)
     lesson = replace(lesson, answers=lesson.answers.to(device))
-    space = Space(len(recipe.classes), lesson.targets.width, page.epochs, steps, lesson.class_means)
+    space = Space(
+        classes=len(recipe.classes),
+        width=lesson.targets.width,
+        epochs=page.epochs,
+        steps_per_epoch=steps,
+        images=len(lesson.catalogue) + (len(lesson.labelled.labels) if lesson.labelled else 0),
+        class_means=lesson.class_means,
+        class_vectors=lesson.class_vectors(),
+        logit_scale=lesson.targets.logit_scale,
+        stages=student.stage_widths,
+    )
     objective = Objectives(recipe.objective, space).to(device)
     student.projector.requires_grad_(objective.uses_features)  # several processes wait for every gradient
-    optimizer = build_optimizer(student, page)
+    student.shows_stages = objective.uses_stages
+    learning = nn.ModuleList([student, objective])  # some objectives learn beside the student, and stay here
+    optimizer = build_optimizer(learning, page)
     average = Average(student)  # the weight EMA is what is judged and kept
     progress = Progress(made_from=lesson.fingerprint())
     state = TrainingState(student, average, optimizer, objective, progress)
@@ -115,6 +134,7 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
 
     plan = batches(lesson, page, recipe.views.count, batch_size, range(progress.step, total), accelerator)
     loaded = load_batches(Rendered(lesson.catalogue, student.preprocessing, recipe.views), plan, workers=page.workers)
+    labelled = labelled_batches(lesson, student, recipe, range(progress.step, total), accelerator)
     watch.start("student", total * batch_size, "img")
     watch.advance(progress.step * batch_size)
     clock = Clock(progress.seconds)
@@ -122,18 +142,25 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
     with stopping() as signals:
         for step in range(progress.step, total):
             batch = next(loaded)
+            pixels = batch.pixels[:, 0].to(device, non_blocking=True)
             teacher = lesson.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), device)
+            if page.mixup is not None:
+                pixels, teacher = mixed(pixels, teacher, page.mixup, seed=(page.seed, step, accelerator.process_index))
+            if labelled is not None:
+                pixels, teacher = beside(pixels, teacher, *next(labelled))
             model.train()
             with autocast():
-                answer = model(batch.pixels[:, 0].to(device, non_blocking=True))
+                answer = model(pixels)
             terms = objective(answer, teacher)
             loss = torch.stack(list(terms.values())).sum()
             for group in optimizer.param_groups:
                 group["lr"] = page.learning_rate * schedule(step, total, warmup)
             stepper.zero_grad()
             accelerator.backward(loss)
+            for parameter in objective.parameters():  # the student's are averaged over the processes already
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
             if page.gradient_clip is not None:
-                accelerator.clip_grad_norm_(model.parameters(), page.gradient_clip)
+                accelerator.clip_grad_norm_(learning.parameters(), page.gradient_clip)
             stepper.step()
             average.update(student, decay=min(page.ema, (1 + step) / (10 + step)))
 
@@ -184,6 +211,16 @@ def batches(
         yield [(int(position), [1 + (offsets[int(position)] + epoch) % views]) for position in mine]
 
 
+def labelled_batches(
+    lesson: Lesson, student: Student, recipe: Recipe, steps: range, accelerator: Accelerator
+) -> Iterator[tuple[Tensor, TeacherSide]] | None:
+    """Return the labelled images of each step, where an objective of the recipe reads any."""
+    if lesson.labelled is None:
+        return None
+    share = (accelerator.process_index, accelerator.num_processes)
+    return lesson.labelled.shown(student.preprocessing, recipe.training, recipe.views, steps, *share)
+
+
 def learned_in(lesson: Lesson, page: Training, epoch: int, count: int) -> NDArray[np.int64]:
     """Return the positions of an epoch: every learned image, or ``count`` of them drawn by their shares."""
     if lesson.shares is None:
@@ -198,10 +235,10 @@ def schedule(step: int, total: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def build_optimizer(student: Student, page: Training) -> torch.optim.Optimizer:
+def build_optimizer(learning: nn.Module, page: Training) -> torch.optim.Optimizer:
     """Build the optimizer; biases and norms, which are vectors, do not decay."""
-    matrices = [parameter for parameter in student.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in student.parameters() if parameter.ndim <= 1]
+    matrices = [parameter for parameter in learning.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in learning.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": page.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if page.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=page.learning_rate)
@@ -233,6 +270,8 @@ def finish_epoch(run: Run, lesson: Lesson, state: TrainingState, accelerator: Ac
 def judge(run: Run, lesson: Lesson, state: TrainingState, accelerator: Accelerator, page: Training) -> float:
     """Judge the averaged student without labels and keep it if it is the best so far; of equals, the later one."""
     progress, average = state.progress, state.average.student
+    if lesson.labelled is not None:
+        choose_vote(average, lesson.labelled, page)
     agreement = agreement_with_teacher(average, lesson, page, accelerator)
     if accelerator.is_main_process and (agreement >= progress.best_agreement or not run.weights.exists()):
         progress.best_epoch, progress.best_agreement = progress.epoch, agreement
@@ -244,9 +283,8 @@ def judge(run: Run, lesson: Lesson, state: TrainingState, accelerator: Accelerat
 def agreement_with_teacher(student: Student, lesson: Lesson, page: Training, accelerator: Accelerator) -> float:
     """Return the percentage of held-out images on which student and teacher name the same class."""
     mine = lesson.held_out[accelerator.process_index :: accelerator.num_processes]
-    plan = [[(int(position), [0]) for position in mine[start : start + 256]] for start in range(0, len(mine), 256)]
     counts = torch.zeros(2, device=accelerator.device)  # agreeing, all
-    for batch in load_batches(Rendered(lesson.catalogue, student.preprocessing, Views()), plan, workers=page.workers):
+    for batch in evaluation_views(lesson.catalogue, student.preprocessing, mine, workers=page.workers):
         teacher = lesson.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), accelerator.device)
         logits = student(batch.pixels[:, 0].to(accelerator.device)).logits
         counts[0] += (logits.argmax(1) == teacher.labels).sum()

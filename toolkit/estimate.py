@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from prgkit.files import free_bytes, readable_bytes, require_space
 from prgkit.images import ENOUGH, Images, UnreadableImage, open_images
 from prgkit.labels import class_indices
 from prgkit.pictures import PICTURES, room_bytes
-from prgkit.recipe import Recipe
+from prgkit.recipe import Recipe, TeacherPage
 from prgkit.run import require_own_folder
 from prgkit.student import build_student
-from prgkit.targets import Targets, existing_targets
+from prgkit.targets import Targets, existing_store
 from prgkit.teacher import Teacher, load_teacher
 from prgkit.terminal import duration
 from prgkit.watch import Watch
@@ -42,33 +43,35 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
     check_trackers(recipe.training)
     require_own_folder(folder, recipe)
     device = best_device()
-    stored = existing_targets(recipe, targets_root)
+    stored = [existing_store(page, recipe.views, targets_root) for page in recipe.teacher]
     images = open_images(recipe.data.images)
     images_missing = count_missing(images, stored)
     pictures_bytes = len(images) * mean_picture_bytes(images)
     judged = open_evaluation(recipe) if recipe.data.evaluation else None
-    judged_missing = count_missing(judged, stored) if judged else 0
+    judged_missing = count_missing(judged, stored) if judged else [0] * len(stored)
     if judged:
         mean_picture_bytes(judged)  # one of them at least can be read
 
-    watch.note(f"probing {recipe.teacher.model} and {recipe.student.model} for some seconds")
-    teacher = load_teacher(recipe.teacher, device)
-    student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=teacher.width)
+    watch.note(f"probing {recipe.teacher_name} and {recipe.student.model} for some seconds")
+    views = 1 + recipe.views.count
+    missing = [views * new + new_judged for new, new_judged in zip(images_missing, judged_missing, strict=True)]
+    passes = [teacher_pass(page, count, device) for page, count in zip(recipe.teacher, missing, strict=True)]
+    width = sum(one["width"] for one in passes)
+    student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=width)
     probe = probe_precision(student, device, recipe.training.batch_size)
     precision = probe["chosen"] if recipe.training.precision == "auto" else recipe.training.precision
     student_images_per_s = 1000 * probe["batch_size"] / probe["step_ms"][precision]
-    views = 1 + recipe.views.count
-    views_missing = images_missing * views + judged_missing
     figures = {
         "images": len(images),
-        "images_missing": images_missing,
+        "images_missing": max(images_missing),
         "evaluation_images": len(judged) if judged else 0,
-        "evaluation_missing": judged_missing,
+        "evaluation_missing": max(judged_missing),
         "views": views,
-        "targets_bytes": views_missing * teacher.width * 2,
+        "teachers": passes,
+        "targets_bytes": sum(one["targets_bytes"] for one in passes),
         "pictures_bytes": min(pictures_bytes, room_bytes(targets_root / PICTURES)),
         "run_bytes": expected_bytes(student),
-        "teacher_s": round(views_missing / views_per_s(teacher), 1),
+        "teacher_s": round(sum(one["teacher_s"] for one in passes), 1),
         "student_s": round(recipe.training.epochs * len(images) / student_images_per_s, 1),
     }
     require_space(targets_root, figures["targets_bytes"], "the target store")
@@ -90,12 +93,23 @@ def open_evaluation(recipe: Recipe) -> Images:
     return images
 
 
-def count_missing(images: Images, stored: Targets | None) -> int:
-    """Return how many images the teacher has not seen yet, judged by a sample."""
-    if stored is None:
-        return len(images)
-    rows = stored.rows([images.key(index) for index in sample_of(images)], views=1)
-    return round(float((rows < 0).mean()) * len(images))
+def count_missing(images: Images, stored: Sequence[Targets | None]) -> list[int]:
+    """Return how many images each teacher has not seen yet, judged by a sample."""
+    keys = [images.key(index) for index in sample_of(images)] if any(stored) else []
+    unseen = [1.0 if store is None else float((store.rows(keys, views=1) < 0).mean()) for store in stored]
+    return [round(share * len(images)) for share in unseen]
+
+
+def teacher_pass(page: TeacherPage, views: int, device: torch.device) -> dict[str, Any]:
+    """Return what it takes to have a teacher see so many views, in seconds and bytes, timed for a moment."""
+    teacher = load_teacher(page, device)
+    return {
+        "teacher": page.name,
+        "width": teacher.width,
+        "views_missing": views,
+        "targets_bytes": views * teacher.width * 2,
+        "teacher_s": round(views / views_per_s(teacher), 1),
+    }
 
 
 def mean_picture_bytes(images: Images) -> int:
@@ -139,22 +153,33 @@ def views_per_s(teacher: Teacher) -> float:
 
 def told(recipe: Recipe, figures: dict[str, Any], device: torch.device, free: int) -> dict[str, str]:
     """Put the figures into words."""
-    judged = "none"
+    judged, the_teacher = "none", "the teacher" if len(recipe.teacher) == 1 else "a teacher"
     if recipe.data.evaluation:
         judged = (
             f"{figures['evaluation_images']:,} in {recipe.data.evaluation}, "
-            f"{figures['evaluation_missing']:,} new to the teacher"
+            f"{figures['evaluation_missing']:,} new to {the_teacher}"
         )
     most = "at most" if recipe.data.keep.asks else "about"  # how many images are kept is known from their features
     templates = "1 template" if len(recipe.templates) == 1 else f"{len(recipe.templates)} templates"
     return {
-        "images": f"{figures['images']:,} in {recipe.data.images}, {figures['images_missing']:,} new to the teacher",
+        "images": f"{figures['images']:,} in {recipe.data.images}, {figures['images_missing']:,} new to {the_teacher}",
         "evaluation": judged,
         "classes": f"{len(recipe.classes)}, {templates}",
-        "teacher": f"{recipe.teacher.model}, {figures['views']} views an image, about {duration(figures['teacher_s'])}",
+        "teacher": f"{recipe.teacher_name}, {figures['views']} views an image, "
+        f"about {duration(figures['teacher_s'])}{each_teacher(figures['teachers'])}",
         "student": f"{recipe.student.model} at {recipe.student.image_size} px, {recipe.training.epochs} epochs, "
         f"{most} {duration(figures['student_s'])} on {device}",
         "disk": f"{readable_bytes(figures['targets_bytes'])} of targets, "
         f"up to {readable_bytes(figures['pictures_bytes'])} of decoded pictures, "
         f"{readable_bytes(figures['run_bytes'])} for the run; {readable_bytes(free)} are free",
     }
+
+
+def each_teacher(passes: Sequence[dict[str, Any]]) -> str:
+    """Say what each of several teachers takes; nothing of a single one."""
+    if len(passes) == 1:
+        return ""
+    each = [
+        f"{one['teacher']} {duration(one['teacher_s'])} and {readable_bytes(one['targets_bytes'])}" for one in passes
+    ]
+    return f" ({', '.join(each)})"

@@ -144,7 +144,8 @@ def lookup(labels: Iterable[str | int], class_names: Sequence[str]) -> dict[str 
     loose = {canonical(name): index for index, name in enumerate(class_names)}
     found: dict[str | int, int] = {}
     for text in texts:
-        index = exact.get(text, loose.get(canonical(text)))
+        spellings = (canonical(text), canonical(text.replace("/", " ")))  # SUN397 writes "apse/indoor"
+        index = exact.get(text, next((loose[one] for one in spellings if one in loose), None))
         if index is not None:
             found[text] = index
     if not found and all(text.isdecimal() for text in texts):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,19 @@ import torch
 from numpy.typing import NDArray
 
 from prgkit.answers import Answers, no_correction
+from prgkit.context import load_context
 from prgkit.devices import best_device
 from prgkit.errors import ImagesError
 from prgkit.files import fingerprint
 from prgkit.images import Catalogue, catalogue, match_labels, open_images
+from prgkit.joint import AnyTargets, existing_targets, open_targets
 from prgkit.keep import images_an_epoch
+from prgkit.labelled import VALIDATION, Labelled
 from prgkit.objectives import TeacherSide
 from prgkit.pictures import PICTURES, Pictures
-from prgkit.recipe import Recipe
+from prgkit.recipe import Recipe, TeacherPage
 from prgkit.run import Run
-from prgkit.targets import Targets, embed, existing_targets, open_targets
+from prgkit.targets import embed
 from prgkit.teacher import Teacher, check_teacher, load_teacher
 from prgkit.trust import put_right, tell_learned, tell_quality
 from prgkit.views import default_workers
@@ -34,12 +37,13 @@ class Lesson:
     """What there is to learn from: the images, and the teacher's answers to them."""
 
     catalogue: Catalogue
-    targets: Targets
-    rows: NDArray[np.int64]  # [images], in the target store
+    targets: AnyTargets
+    rows: NDArray[np.int64]  # [images], in the target store; [images, K] in those of K teachers
     held_out: NDArray[np.int64]  # positions that select the checkpoint
     learned: NDArray[np.int64]  # positions that the student learns from
     shares: NDArray[np.float32] | None  # of the epochs that each learned image [learned] is in; None: of all
     answers: Answers  # on the device that asks
+    labelled: Labelled | None = None  # the few images whose labels are learned from, where an objective reads any
 
     @property
     def images_an_epoch(self) -> int:
@@ -48,9 +52,11 @@ class Lesson:
 
     def fingerprint(self) -> str:
         """Return what changes when other images are learned from, or when the teacher says something else of them."""
-        made_from: list[Any] = [self.targets.folder.name, [self.catalogue.keys[position] for position in self.learned]]
+        made_from: list[Any] = [self.targets.name, [self.catalogue.keys[position] for position in self.learned]]
         if self.shares is not None:
             made_from.append(self.shares.tolist())
+        if self.labelled is not None:
+            made_from += [self.labelled.lesson.catalogue.keys, self.labelled.labels.tolist()]
         if not self.answers.correction.is_none:
             made_from.append([self.answers.correction.log_prior.tolist(), self.answers.correction.temperature])
         return fingerprint(made_from)
@@ -59,7 +65,11 @@ class Lesson:
         """Return the teacher's side (I, W, y) of these views."""
         features = self.targets.features(self.rows[positions], views).to(device)  # I [B, D]
         logits = self.answers.logits(features)  # W [B, C]
-        return TeacherSide(features, logits, logits.argmax(dim=1))
+        return TeacherSide(features, logits, logits.argmax(dim=1), torch.from_numpy(positions).to(device))
+
+    def class_vectors(self) -> torch.Tensor:
+        """Return each class's name as the teacher reads it: the mean over templates, of unit length [C, D]."""
+        return self.answers.class_vectors()
 
     def class_means(self) -> torch.Tensor:
         """Return the mean of the teacher's features of each class, by its own answers: [C, D], zero for no image."""
@@ -79,16 +89,19 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
     """Read the images, split off the held-out ones, and have the teacher see what it has not seen yet."""
 
     @cache
-    def teacher() -> Teacher:  # loaded once, and only if something is missing
-        watch.note(f"loading the teacher {recipe.teacher.model}")
-        return load_teacher(recipe.teacher, best_device())
+    def teacher(page: TeacherPage) -> Teacher:  # loaded once, and only if something is missing
+        watch.note(f"loading the teacher {page.model}")
+        return load_teacher(page, best_device())
 
-    check_teacher(recipe.teacher)
+    for page in recipe.teacher:
+        check_teacher(page)
+        load_context(page)
     stored, pictures = existing_targets(recipe, targets_root), Pictures(targets_root / PICTURES)
     images = read_catalogue(recipe.data.images, recipe, watch, known=stored or (), pictures=pictures)
     targets = stored or open_targets(recipe, targets_root, teacher)
-    for place in targets.damaged:
-        watch.note(f"damaged in {targets.folder}: {place}; what was in it is embedded again")
+    for store in targets.stores:
+        for place in store.damaged:
+            watch.note(f"damaged in {store.folder}: {place}; what was in it is embedded again")
     for place in pictures.damaged:
         watch.note(f"damaged in {pictures.folder}: {place}; what was in it is decoded again")
     evaluation = read_evaluation(recipe, images, targets, watch) if recipe.data.evaluation else None
@@ -98,9 +111,10 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
     held_out = hold_out(images.keys, recipe.data.held_out)
     views = np.full(len(images), 1 + recipe.views.count)
     views[held_out] = 1  # the evaluation view alone
-    embed(targets, images, views=views, recipe=recipe, teacher=teacher, watch=watch)
-    if evaluation is not None:
-        embed(targets, evaluation, views=np.ones(len(evaluation), int), recipe=recipe, teacher=teacher, watch=watch)
+    for store in targets.stores:
+        embed(store, images, views=views, recipe=recipe, teacher=teacher, watch=watch)
+        if evaluation is not None:
+            embed(store, evaluation, views=np.ones(len(evaluation), int), recipe=recipe, teacher=teacher, watch=watch)
     prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
     lesson = Lesson(
         catalogue=images,
@@ -116,6 +130,11 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
     if run is None or not run.quality_file.exists():
         tell_quality(lesson, recipe, watch, run)
     tell_learned(lesson, recipe.data.keep, watch, run)
+    if recipe.learns_labels:
+        labelled = read_labelled(lesson, recipe, teacher, watch)
+        lesson = replace(lesson, labelled=labelled)
+        if evaluation is not None and set(evaluation.keys) & set(labelled.lesson.catalogue.keys):
+            watch.note("some evaluation images are among the labelled ones to learn from: accuracy on them flatters")
     return lesson
 
 
@@ -126,7 +145,8 @@ def read_catalogue(
 
     An image that is ``known``, since the teacher has seen it, is not decoded; what is decoded is kept in ``pictures``.
     """
-    labels = recipe.data.evaluation_labels if spec == recipe.data.evaluation else None
+    data = recipe.data
+    labels = {data.labelled: data.labelled_labels, data.evaluation: data.evaluation_labels}.get(spec)
     images = open_images(spec, labels=Path(labels) if labels else None)
     watch.start("images", len(images), "img")
     found = catalogue(images, workers=default_workers(), progress=watch.advance, known=known, pictures=pictures)
@@ -136,7 +156,7 @@ def read_catalogue(
     return found
 
 
-def read_evaluation(recipe: Recipe, learned: Catalogue, targets: Targets, watch: Watch) -> Catalogue:
+def read_evaluation(recipe: Recipe, learned: Catalogue, targets: AnyTargets, watch: Watch) -> Catalogue:
     """Read the labelled images, and say now rather than after training if their labels fit no class.
 
     Nothing of a label goes any further: the teacher will see these images, and the student only when it is measured.
@@ -146,6 +166,25 @@ def read_evaluation(recipe: Recipe, learned: Catalogue, targets: Targets, watch:
     if shared := len(set(evaluation.keys) & set(learned.keys)):
         watch.note(f"{shared} evaluation images are also among those to learn from: accuracy on them flatters")
     return evaluation
+
+
+def read_labelled(lesson: Lesson, recipe: Recipe, teacher: Callable[[TeacherPage], Teacher], watch: Watch) -> Labelled:
+    """Read the few images whose labels are learned from, and have the teacher see them like the others."""
+    images = read_catalogue(recipe.data.labelled or "", recipe, watch, known=lesson.targets)
+    labels, validation = match_labels(images, recipe.classes), hold_out(images.keys, VALIDATION)
+    views = np.full(len(images), 1 + recipe.views.count)
+    views[validation] = 1
+    for store in lesson.targets.stores:
+        embed(store, images, views=views, recipe=recipe, teacher=teacher, watch=watch)
+    own = replace(
+        lesson,
+        catalogue=images,
+        rows=lesson.targets.rows(images.keys, views=1),
+        held_out=validation,
+        learned=np.setdiff1d(np.arange(len(images)), validation),
+        shares=None,
+    )
+    return Labelled(own, labels, first=len(lesson.catalogue))
 
 
 def facts_of(images: Catalogue) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -12,10 +12,11 @@ from prgkit.errors import nearest
 
 Location = Sequence[int | str]
 Models = Mapping[str, type[BaseModel]]
+ONE_OR_MANY = ("teacher", "objective")  # sections that are one mapping, or a list of them
 
 
-def explain(mistake: Mapping[str, Any], sections: Models, objectives: Models, *, listed: bool) -> str:
-    """Say one of pydantic's errors; ``listed`` tells whether the page's objective is a list."""
+def explain(mistake: Mapping[str, Any], sections: Models, objectives: Models, *, listed: Container[str]) -> str:
+    """Say one of pydantic's errors; ``listed`` are those of ONE_OR_MANY that are a list in the page."""
     location, kind, value = mistake["loc"], mistake["type"], mistake["input"]
     path = spell(location, listed=listed)
     if kind == "extra_forbidden":
@@ -34,13 +35,13 @@ def explain(mistake: Mapping[str, Any], sections: Models, objectives: Models, *,
     return f"{path}: {misread(kind, value) or described(mistake)}" if path else described(mistake)
 
 
-def spell(location: Location, *, listed: bool) -> str:
+def spell(location: Location, *, listed: Container[str]) -> str:
     """Return a place in the page as its writer sees it: ``training.epochs``, ``data.classes[2]``."""
     path = ""
     for before, part in zip(("", *location), location, strict=False):
         if isinstance(part, int):
-            path += f"[{part}]" if listed or before != "objective" else ""
-        elif not isinstance(before, int) and " " not in part:  # else it is the tag of a union's member
+            path += f"[{part}]" if before in listed or before not in ONE_OR_MANY else ""
+        elif " " not in part and not (isinstance(before, int) and location[0] == "objective"):  # else a union's tag
             path += f".{part}" if path else part
     return path
 
@@ -54,7 +55,7 @@ def right_key(location: Location, sections: Models, objectives: Models) -> str:
             return f"; it is a parameter of {' and '.join(filter(None, [', '.join(owners[:-1]), owners[-1]]))}"
         known = list(objectives[str(section[-1])].model_fields)
     else:
-        known = list(sections[".".join(map(str, section))].model_fields)
+        known = list(sections[".".join(part for part in section if isinstance(part, str))].model_fields)
     elsewhere = [f"{name}.{wrong}" for name, model in sections.items() if name and wrong in model.model_fields]
     if any(wrong in model.model_fields for model in objectives.values()):
         elsewhere.append(f"objective.{wrong}")

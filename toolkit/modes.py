@@ -1,7 +1,8 @@
-"""What an option makes of a command: --zip, --merge, --list and --prune, --dry-run."""
+"""What an option makes of a command: --zip, --merge, --list and --prune, --dry-run; and a command of few options."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -26,6 +27,47 @@ def pack_bundle(session: Session, bundle: Path, manifest: dict[str, Any], *, ask
     if others := left_out(bundle):
         session.terminal.note(f"{archive.name}: without {', '.join(others)}, which this machine made or you put there")
     return {"zip": str(archive), "zip_bytes": archive.stat().st_size}
+
+
+def tell_bundle(session: Session, bundle: Path, manifest: dict[str, Any], *, packs: bool) -> dict[str, Any]:
+    """Pack a bundle if that was asked for, and say what is in it."""
+    packed = pack_bundle(session, bundle, manifest, asked=packs)
+    for artifact in manifest["artifacts"]:
+        size_mib = artifact["bytes"] / 2**20
+        session.terminal.say(f"  {artifact['file']:<34} {size_mib:7.1f} MiB  {checked(artifact)}".rstrip())
+    if packed:
+        session.terminal.say((packed["zip"], "bold"), f" ({readable_bytes(packed['zip_bytes'])}) is ready to travel")
+    else:
+        session.terminal.say((str(bundle), "bold"), " is ready to travel")
+    return {"bundle": str(bundle), **packed, **manifest}
+
+
+def checked(artifact: dict[str, Any]) -> str:
+    """Say how an artifact was checked."""
+    parity = artifact["parity"]
+    if not parity:
+        return artifact["note"] or ""
+    return (
+        f"max difference {parity['max_abs_difference']:.1e}, same answer on {parity['top1_agreement']:.4g} % "
+        f"of {parity['images']} images"
+    )
+
+
+def relabel_bundle(session: Session, place: Path | None, classes: str) -> dict[str, Any]:
+    """Give a bundle other classes, and say what is in it then."""
+    from prgkit.export.relabel import relabel, settled_bundle
+    from prgkit.prompts import load_classes
+    from prgkit.run import standing_where_it_started
+
+    names = load_classes(classes)
+    bundle, run = settled_bundle(session.folder or place)
+    session.folder = run.folder if run else bundle
+    if run is None:
+        manifest = relabel(bundle.resolve(), names, run=None, watch=session.terminal)
+    else:
+        with standing_where_it_started(run) as there:
+            manifest = relabel(there.bundle, names, run=there, watch=session.terminal)
+    return tell_bundle(session, bundle, manifest, packs=False)
 
 
 def merge_reports(session: Session, reports: tuple[Path, ...], out: Path) -> dict[str, Any]:
@@ -64,3 +106,17 @@ def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path)
     expected = estimate(recipe, folder, targets_root, session.terminal)
     session.terminal.listing({"run": str(folder), **expected["told"]})
     return {"run": str(folder), **expected}
+
+
+def adapt_teacher(session: Session, recipe: Recipe, path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Learn a context for the teacher, and let what follows in the chain use it."""
+    use = f"teacher.context={json.dumps(str(path), ensure_ascii=False)}"
+    session.asked = {**(session.asked or {}), "overrides": (*given["overrides"], use)}
+    if not session.leads:  # the context has one writer
+        return {}
+    from prgkit.adapt import adapt, told
+
+    found = adapt(recipe, path, given["targets_root"], shots=given["shots"], watch=session.terminal)
+    session.terminal.say((str(path), "bold"), f": {told(found)}")
+    session.terminal.say("to use it: ", (f"--set teacher.context={shlex.quote(str(path))}", "bold"))
+    return found

@@ -62,6 +62,22 @@ def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Ca
     return command
 
 
+def adapt_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what adapt-teacher takes: how many labels, and where the context goes."""
+    return which_recipe(
+        command,
+        click.option(
+            "--shots", type=click.IntRange(min=1), default=16, show_default=True, help="Labelled images of each class."
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="Where the context goes.  [default: adapted/NAME.safetensors]",
+        ),
+    )
+
+
 def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what compare takes: the rows and columns of the comparison, and where it goes."""
     return which_recipe(
@@ -75,7 +91,11 @@ def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="What to learn by; prgkit recipes --objectives says what there is.",
         ),
         click.option(
-            "--students", metavar="LIST", default="", callback=names, help="timm models.  [default: the recipe's]"
+            "--students",
+            metavar="LIST",
+            default="",
+            callback=names,
+            help="timm models.  [default: the recipe's; for --rank-students also RepViTs and EfficientNets]",
         ),
         click.option("--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help="How many of each."),
         click.option(
@@ -88,6 +108,16 @@ def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="KEY=V1,V2,...",
             callback=swept_values,
             help="Try these values of an objective's parameter; two sweeps make a heat map of all combinations.",
+        ),
+        click.option(
+            "--base-to-novel",
+            is_flag=True,
+            help="Teach the first half of the classes alone, then ask for the second half by its names.",
+        ),
+        click.option(
+            "--rank-students",
+            is_flag=True,
+            help="Train nothing: score students by how like the teacher they see images before training (DisWOT).",
         ),
         click.option(
             "--out", type=FOLDER, metavar="FOLDER", help="Where runs and result go.  [default: runs/NAME-compared]"
@@ -123,6 +153,14 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "[default: 80+; of tensorrt: this GPU]",
         ),
         click.option(
+            "--open-vocabulary",
+            is_flag=False,
+            flag_value="initializer",
+            type=click.Choice(["initializer", "input"]),
+            help="Score images by the teacher's class vectors in place of a class head, so that relabel can change the "
+            "classes; in the ONNX file they are an initializer (without a word), or an input.",
+        ),
+        click.option(
             "--float-input",
             is_flag=True,
             help="Also an ONNX file that takes normalised floats, NCHW, for runtimes that prepare images themselves.",
@@ -144,7 +182,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_in_a_bundle(given: dict[str, Any], *, builds: bool) -> None:
     """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
-    if asked := [key for key in ("float_input", "evaluation_images") if given[key]]:
+    if asked := [key for key in ("float_input", "evaluation_images", "open_vocabulary") if given[key]]:
         option = "--" + asked[0].replace("_", "-")
         raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")
     if given["fp16"] and not builds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,8 +16,17 @@ class Page(BaseModel):
 class ObjectivePage(Page):
     """What every objective has: its share in a weighted list, and how the prompts are combined (METHOD: W)."""
 
+    # Whether the student has no class head of its own: it scores its features by the teacher's class vectors.
+    scores_by_text: ClassVar[bool] = False
+    # Whether it reads the labels of data.labelled, with a second head for the teacher's answers.
+    learns_labels: ClassVar[bool] = False
     weight: float = Field(1.0, gt=0)
     prompt_weighting: Literal["max", "mean", "softmax"] = "max"
+
+    @property
+    def aligns_features(self) -> bool:
+        """Whether it draws the student's features to the teacher's own, so that class vectors can score them."""
+        return self.scores_by_text
 
 
 class CE(ObjectivePage):
@@ -62,6 +71,17 @@ class RKD(ObjectivePage):
     angle_weight: float = Field(50.0, ge=0)
 
 
+class CRD(ObjectivePage):
+    """Contrastive distillation: an image's teacher features among those of other images (Tian et al., 2020)."""
+
+    name: Literal["crd"]
+    crd_weight: float = Field(0.8, ge=0)
+    width: int = Field(128, ge=1)  # of the space in which features are compared
+    negatives: int = Field(16384, ge=1)  # all other images where there are fewer
+    temperature: float = Field(0.07, gt=0)
+    bank_momentum: float = Field(0.5, ge=0, lt=1)
+
+
 class ND(ObjectivePage):
     """Norm and direction: features turned towards the teacher's class means, and grown (Wang et al., 2023)."""
 
@@ -70,12 +90,54 @@ class ND(ObjectivePage):
     nd_weight: float = Field(1.0, ge=0)
     temperature: float = Field(4.0, gt=0)
 
+    @property
+    def aligns_features(self) -> bool:
+        """Whether features are turned towards the teacher's class means."""
+        return self.nd_weight > 0
+
 
 class PLD(ObjectivePage):
     """Plackett-Luce distillation: the teacher's whole ranking of the classes (arXiv 2506.12542)."""
 
     name: Literal["pld"]
     temperature: float = Field(4.0, gt=0)
+
+
+class OFA(ObjectivePage):
+    """One for all: the label's share enhanced, on the logits and on an exit after each stage (Hao et al., 2023)."""
+
+    name: Literal["ofa"]
+    gamma: float = Field(1.0, ge=1)
+    exit_weight: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+
+
+class PromptKD(ObjectivePage):
+    """Both sides score images by the teacher's class vectors; the student has no class head (Li et al., 2024)."""
+
+    scores_by_text = True
+    name: Literal["promptkd"]
+    kl_weight: float = Field(10.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+
+
+class CLIPKD(ObjectivePage):
+    """The teacher's features as they are, and its scores by class vectors (Yang et al., 2024)."""
+
+    scores_by_text = True
+    name: Literal["clipkd"]
+    feature_weight: float = Field(2000.0, ge=0)
+    kl_weight: float = Field(1.0, ge=0)
+
+
+class DHO(ObjectivePage):
+    """Dual-head optimisation: one head for a few labels, one for the teacher, and their vote (arXiv 2505.07675)."""
+
+    learns_labels = True
+    name: Literal["dho"]
+    ce_weight: float = Field(0.5, ge=0)
+    kl_weight: float = Field(0.5, ge=0)
+    temperature: float = Field(2.0, gt=0)
 
 
 class PRG(ObjectivePage):
@@ -90,8 +152,16 @@ class PRG(ObjectivePage):
     edge_loss: Literal["mse", "pearson"] = "mse"
     proxy_momentum: float = Field(0.9, ge=0, lt=1)
 
+    @property
+    def aligns_features(self) -> bool:
+        """Whether nodes are drawn together; edges alone hold relations, which rotated features have as well."""
+        return self.node_weight > 0
 
-AnyObjective = Annotated[PRG | KD | CE | DKD | DIST | RKD | ND | PLD, Field(discriminator="name")]
+
+AnyObjective = Annotated[
+    PRG | KD | CE | DKD | DIST | RKD | CRD | ND | PLD | OFA | PromptKD | CLIPKD | DHO,
+    Field(discriminator="name"),
+]
 OBJECTIVES: dict[str, type[ObjectivePage]] = {
     "prg": PRG,
     "kd": KD,
@@ -99,8 +169,13 @@ OBJECTIVES: dict[str, type[ObjectivePage]] = {
     "dkd": DKD,
     "dist": DIST,
     "rkd": RKD,
+    "crd": CRD,
     "nd": ND,
     "pld": PLD,
+    "ofa": OFA,
+    "promptkd": PromptKD,
+    "clipkd": CLIPKD,
+    "dho": DHO,
 }
 
 

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from importlib import resources
 from pathlib import Path
 
 from prgkit.errors import RecipeError, nearest
 from prgkit.files import read_text
 
-CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
-CIFAR100 = """
-    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
-    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
-    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
-    man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
-    pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
-    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
-    tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
-"""  # in label order; an underscore stands for the space inside a name
+LISTS = Path(str(resources.files("prgkit.recipes"))) / "classes"  # one name a line, in label order
+LISTED = (
+    "caltech101",
+    "cifar10",
+    "cifar100",
+    "dtd",
+    "eurosat",
+    "fgvcaircraft",
+    "flowers102",
+    "food101",
+    "oxfordpets",
+    "stanfordcars",
+    "sun397",
+    "ucf101",
+)
 
 PLAIN = ("a photo of a {}.",)
+LEARNED = ("{context} {}.",)  # how a learned context is told; no teacher reads these words
 # The seven that OpenAI's forward search over its 80 ImageNet templates kept (CLIP, "Prompt Engineering for ImageNet").
 PHOTO = (
     "itap of a {}.",
@@ -31,18 +38,68 @@ PHOTO = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-# OpenAI's 18 for CIFAR-10 and CIFAR-100 (CLIP, data/prompts.md): nine looks and sizes, each with "a" and with "the".
+# OpenAI's for each dataset (CLIP, data/prompts.md), written out as what they combine.
+# CIFAR-10 and CIFAR-100: nine looks and sizes, each with "a" and with "the".
 LOOKS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
 CIFAR = tuple(
     f"a {look}photo of {article} {size}{{}}."
     for article in ("a", "the")
     for look, size in (*((look, "") for look in LOOKS), ("", "small "), ("", "big "))
 )
+# Caltech-101: photographed, made of something or drawn, each with "a" and with "the".
+DEPICTIONS = ("photo", "painting", "sculpture", "sketch", "tattoo", "rendition", "drawing", "doodle")
+MAKES = ("plastic", "toy", "embroidered", "cartoon", "plushie", "origami")
+OBJECTS = tuple(
+    template
+    for article in ("a", "the")
+    for template in (
+        *(f"a {depiction} of {article} {{}}." for depiction in DEPICTIONS),
+        *(f"{article} {make} {{}}." for make in MAKES),
+        f"{article} {{}} in a video game.",
+        f"art of {article} {{}}.",
+        f"graffiti of {article} {{}}.",
+    )
+)
+# UCF101.
+ACTIONS = tuple(
+    f"a {medium} of {article} person {verb}{{}}."
+    for verb in ("", "using ", "doing ", "during ", "performing ", "practicing ")
+    for article in ("a", "the")
+    for medium in ("photo", "video", "example", "demonstration")
+)
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "actions": ACTIONS,
+    "aircraft": ("a photo of a {}, a type of aircraft.", "a photo of the {}, a type of aircraft."),
+    "cars": (
+        "a photo of a {}.",
+        "a photo of the {}.",
+        "a photo of my {}.",
+        "i love my {}!",
+        "a photo of my dirty {}.",
+        "a photo of my clean {}.",
+        "a photo of my new {}.",
+        "a photo of my old {}.",
+    ),
+    "cifar": CIFAR,
+    "flowers": ("a photo of a {}, a type of flower.",),
+    "food": ("a photo of {}, a type of food.",),
+    "objects": OBJECTS,
+    "pets": ("a photo of a {}, a type of pet.",),
+    "photo": PHOTO,
+    "plain": PLAIN,
+    "satellite": tuple(f"a centered satellite photo of {article}{{}}." for article in ("", "a ", "the ")),
+    "scenes": ("a photo of a {}.", "a photo of the {}."),
+    "textures": tuple(
+        f"a photo of {article} {{}} {noun}."
+        for article in ("a", "the")
+        for noun in ("texture", "pattern", "thing", "object")
+    ),
+}
 
-NAMED_CLASSES = ("cifar10", "cifar100", "digits", "imagenet1k")
+NAMED_CLASSES = tuple(sorted((*LISTED, "digits", "imagenet1k")))
 LIST_SUFFIXES = (".txt", ".names", ".list", ".csv")
 NAMES_FIX = f"give a text file with one name a line, or one of {', '.join(NAMED_CLASSES)}"
-NAMED_TEMPLATES = ("cifar", "digits", "imagenet", "photo", "plain")
+NAMED_TEMPLATES = tuple(sorted((*TEMPLATES, "digits", "imagenet")))
 
 
 def load_classes(value: str | Sequence[str], *, folder: Path | None = None) -> tuple[str, ...]:
@@ -56,10 +113,7 @@ def load_classes(value: str | Sequence[str], *, folder: Path | None = None) -> t
         return checked_classes(entries, where="the class names")
     if value in NAMED_CLASSES:
         return named_classes(value)
-    path = find_file(value, folder)
-    lines = enumerate(read_lines(path), 1)
-    names = [(f"line {number}", line.strip()) for number, line in lines]
-    return checked_classes([(at, name) for at, name in names if name and not name.startswith("#")], where=path)
+    return listed_classes(find_file(value, folder))
 
 
 def load_templates(value: str | Sequence[str]) -> tuple[str, ...]:
@@ -108,8 +162,13 @@ def named_classes(name: str) -> tuple[str, ...]:
         from prgkit.demo.digits import CLASSES
 
         return CLASSES
-    words = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
-    return tuple(word.replace("_", " ") for word in words.split())
+    return listed_classes(LISTS / f"{name}.txt")
+
+
+def listed_classes(path: Path) -> tuple[str, ...]:
+    """Return the names in a file, one a line; a line that begins with # is a comment."""
+    names = [(f"line {number}", line.strip()) for number, line in enumerate(read_lines(path), 1)]
+    return checked_classes([(at, name) for at, name in names if name and not name.startswith("#")], where=path)
 
 
 def named_templates(name: str) -> tuple[str, ...]:
@@ -119,10 +178,10 @@ def named_templates(name: str) -> tuple[str, ...]:
 
         return tuple(imagenet_templates())
     if name == "digits":
-        from prgkit.demo.digits import TEMPLATES
+        from prgkit.demo import digits
 
-        return TEMPLATES
-    return {"cifar": CIFAR, "photo": PHOTO, "plain": PLAIN}[name]
+        return digits.TEMPLATES
+    return TEMPLATES[name]
 
 
 def checked_classes(names: Iterable[tuple[str, object]], *, where: object) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,7 @@ def summary(quality: dict[str, Any]) -> list[tuple[str, str]]:
     alike, far = quality["near_duplicates"], quality["outliers"]
     close = 100 * quality["close_calls"] / quality["images"]
     lines = [("correction", corrected(quality["correction"]))] if quality.get("correction") else []
+    lines += differing(quality["teachers"]) if quality.get("teachers") else []
     lines += [
         ("confidence", f"{quality['confidence']['mean']:.2f} on average, {close:.0f} % of the images are close calls"),
         (
@@ -133,6 +135,46 @@ def corrected(correction: dict[str, Any]) -> str:
     return "; ".join(told)
 
 
+def disagreement(
+    alone: NDArray[np.int64], together: NDArray[np.int64], *, teachers: Sequence[str], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Return how far K teachers differ: the classes that each names by itself [K, n], and that their average does [n].
+
+    A class is contested on an image that some teacher gives to it and another does not.
+    """
+    differ = (alone != alone[0]).any(axis=0)  # [n]
+    named, contested = np.zeros((2, len(classes)), dtype=np.int64)
+    for place, mine in enumerate(alone):
+        fresh = (alone[:place] != mine).all(axis=0)  # an image counts once for a class
+        named += np.bincount(mine[fresh], minlength=len(classes))
+        contested += np.bincount(mine[fresh & differ], minlength=len(classes))
+    most = [int(label) for label in np.argsort(-contested, kind="stable")[:LISTED] if contested[label]]
+    return {
+        "differ": share(differ),
+        "pairs": [
+            {"teachers": [teachers[a], teachers[b]], "differ": share(alone[a] != alone[b])}
+            for a, b in combinations(range(len(alone)), 2)
+        ],
+        "average": [
+            {"teacher": name, "agreement": share(mine == together)} for name, mine in zip(teachers, alone, strict=True)
+        ],
+        "classes": [
+            {"class": classes[label], "contested": int(contested[label]), "named": int(named[label])} for label in most
+        ],
+    }
+
+
+def differing(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say how far several teachers differ."""
+    agreeing = ", ".join(f"{one['teacher']} on {one['agreement']:.1f} %" for one in found["average"])
+    differ = f"they name different classes on {found['differ']:.1f} % of the images"
+    lines = [("teachers", f"{differ}; with their average agree {agreeing}")]
+    if found["classes"]:
+        told = [f"{one['class']} ({one['contested']:,} of {one['named']:,})" for one in found["classes"][:3]]
+        lines.append(("contested", f"{', '.join(told)} of the images that a teacher gives to that class"))
+    return lines
+
+
 def confused(close_calls: NDArray[np.int64], classes: Sequence[str]) -> list[tuple[str, str, int]]:
     """Return the pairs of classes [(a, b, images)] between which the teacher hesitates most."""
     pairs = Counter(tuple(sorted(pair)) for pair in close_calls.tolist())
@@ -190,6 +232,11 @@ def softmax(logits: Floats) -> Floats:
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
     shares: Floats = exponents / exponents.sum(axis=1, keepdims=True)
     return shares
+
+
+def share(chosen: NDArray[np.bool_]) -> float:
+    """Return how many of them are true, in percent, for JSON."""
+    return round(100 * float(chosen.mean()), 2)
 
 
 def mean(values: Floats) -> float:

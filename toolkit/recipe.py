@@ -20,11 +20,11 @@ from pydantic import (
 )
 
 from prgkit.errors import RecipeError, nearest
-from prgkit.files import fingerprint
-from prgkit.mistakes import explain
+from prgkit.files import fingerprint, sha256
+from prgkit.mistakes import ONE_OR_MANY, explain
 from prgkit.page import parse, read_page, write_page
 from prgkit.parameters import OBJECTIVES, AnyObjective, Page
-from prgkit.prompts import load_classes, load_templates
+from prgkit.prompts import LEARNED, load_classes, load_templates
 
 
 def _shape(value: Any) -> str:
@@ -53,6 +53,8 @@ class Data(Page):
     images: str  # a folder, a .zip, shards-{000..041}.tar, torchvision:NAME/split, hf:owner/name/split
     evaluation: str | None = None  # labelled images; their labels are read by evaluation alone
     evaluation_labels: str | None = None  # a CSV of file,label where folders or .cls members do not say it
+    labelled: str | None = None  # a few labelled images; only objectives and commands that say so read them
+    labelled_labels: str | None = None  # their CSV, as evaluation_labels is
     classes: Words  # a named list, a file with one name a line, or the names
     prompts: Words = "photo"  # a named template set, or templates with one {} each
     held_out: float = Field(0.05, gt=0, lt=0.5)  # share of the unlabelled images that selects the checkpoint
@@ -64,8 +66,15 @@ class TeacherPage(Page):
 
     model: str
     weights: str | None = None
+    context: str | None = None  # a file of prgkit adapt-teacher: what it learned is read in place of data.prompts
     precision: Literal["fp32", "bf16"] = "fp32"
     batch_size: int = Field(64, ge=1)  # fixed, since a feature varies a little with the batch it is computed in
+
+    @property
+    def name(self) -> str:
+        """The model and its weights in a few words; of a folder its own name, as where it lies is nobody's business."""
+        model = Path(self.model).name if self.model.startswith("local-dir:") else self.model
+        return " ".join(filter(None, (model, self.weights)))
 
 
 class Views(Page):
@@ -116,6 +125,7 @@ class Training(Page):
     weight_decay: float = Field(0.05, ge=0)
     warmup_epochs: float = Field(1.0, ge=0)
     gradient_clip: float | None = Field(5.0, gt=0)
+    mixup: float | None = Field(None, gt=0)  # of Beta(mixup, mixup), by which two images are mixed, and their targets
     ema: float = Field(0.9998, ge=0, lt=1)  # warms up: min(ema, (1 + t) / (10 + t))
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto times both for a few steps and writes down which won
     compile: bool = False
@@ -153,7 +163,7 @@ class Recipe(Page):
     """Everything a run depends on."""
 
     data: Data
-    teacher: TeacherPage
+    teacher: tuple[TeacherPage, ...]  # the logits of several are averaged
     views: Views = Views()
     targets: TargetsPage = TargetsPage()
     student: StudentPage
@@ -161,15 +171,26 @@ class Recipe(Page):
     training: Training = Training()
     export: Export = Export()
 
-    @field_validator("objective", mode="before")
+    @field_validator(*ONE_OR_MANY, mode="before")
     @classmethod
-    def _one_or_many(cls, objective: Any) -> Any:
-        return tuple(objective) if isinstance(objective, list) else (objective,)
+    def _one_or_many(cls, section: Any) -> Any:
+        return tuple(section) if isinstance(section, list) else (section,)
 
-    @field_serializer("objective")
-    def _one_as_mapping(self, objective: tuple[AnyObjective, ...]) -> Any:
-        pages = [page.model_dump(mode="json") for page in objective]
+    @field_serializer(*ONE_OR_MANY)
+    def _one_as_mapping(self, section: tuple[Page, ...]) -> Any:
+        pages = [page.model_dump(mode="json") for page in section]
         return pages[0] if len(pages) == 1 else pages
+
+    @model_validator(mode="after")
+    def _different_teachers(self) -> Recipe:
+        if not self.teacher:
+            raise ValueError("teacher: name at least one")
+        names = [(page.model, page.weights) for page in self.teacher]
+        if len(set(names)) < len(names):
+            raise ValueError("teacher: each teacher of a list may stand there once")
+        if len({page.context is None for page in self.teacher}) > 1:
+            raise ValueError("teacher: give every teacher of a list a context, or none")
+        return self
 
     @model_validator(mode="after")
     def _one_prompt_weighting(self) -> Recipe:
@@ -180,6 +201,12 @@ class Recipe(Page):
             raise ValueError("objective: each objective of a list may stand there once")
         if len({objective.prompt_weighting for objective in self.objective}) > 1:
             raise ValueError("objective: every objective of a list must name the same prompt_weighting")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_to_learn_from(self) -> Recipe:
+        if self.learns_labels and self.data.labelled is None:
+            raise ValueError("data.labelled: name a few labelled images, since an objective learns from their labels")
         return self
 
     @property
@@ -194,8 +221,23 @@ class Recipe(Page):
 
     @property
     def templates(self) -> tuple[str, ...]:
-        """The prompt templates; after `resolved` these are the recipe's own words."""
-        return tuple(self.data.prompts)
+        """The prompt templates; after `resolved` these are the recipe's own words, or one for a learned context."""
+        return LEARNED if self.teacher[0].context else tuple(self.data.prompts)
+
+    @property
+    def scores_by_text(self) -> bool:
+        """Whether the student has no class head of its own: the teacher's class vectors are shared."""
+        return any(objective.scores_by_text for objective in self.objective)
+
+    @property
+    def teacher_name(self) -> str:
+        """The teacher in a few words: ``ViT-L-14 openai``, or ``ViT-L-14 openai + RN50 openai`` for a list."""
+        return " + ".join(page.name for page in self.teacher)
+
+    @property
+    def learns_labels(self) -> bool:
+        """Whether the student has a second head, since one of the two learns from `data.labelled`."""
+        return any(objective.learns_labels for objective in self.objective)
 
     @property
     def objective_name(self) -> str:
@@ -213,8 +255,13 @@ class Recipe(Page):
         return self.model_copy(update={"data": data})
 
     def fingerprint(self) -> str:
-        """Return what decides the trained weights: everything but NOT_LEARNED_FROM."""
-        return fingerprint(self.model_dump(mode="json", exclude=NOT_LEARNED_FROM))
+        """Return what decides the trained weights: everything but NOT_LEARNED_FROM, and what learned contexts hold.
+
+        What is not set leaves no trace, so that a run outlives new keys.
+        """
+        page = self.model_dump(mode="json", exclude=NOT_LEARNED_FROM, exclude_none=True)
+        contexts = [Path(teacher.context).expanduser() for teacher in self.teacher if teacher.context]
+        return fingerprint([page, *(sha256(path) for path in contexts if path.is_file())] if contexts else page)
 
 
 def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -301,9 +348,10 @@ def validate(raw: Mapping[str, Any], *, where: object) -> Recipe:
         if not isinstance(error, ValidationError):
             raise RecipeError(f"the recipe cannot be read: {error}", where=where) from error
         fields = {name: field.annotation for name, field in Recipe.model_fields.items()}
+        fields["teacher"] = TeacherPage
         sections = {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Page)}
         sections.update({"": Recipe, "data.keep": Keep})
-        listed = isinstance(raw.get("objective"), list)
+        listed = {name for name in ONE_OR_MANY if isinstance(raw.get(name), list)}
         mistakes = [explain(mistake, sections, OBJECTIVES, listed=listed) for mistake in error.errors()]
         count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise RecipeError("\n    ".join([f"the recipe has {count}:", *mistakes]), where=where) from error

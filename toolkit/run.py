@@ -65,6 +65,12 @@ class Run:
         """Add facts to the card; the file is replaced whole."""
         write_sealed(self.card_file, {**(self.card if self.card_file.exists() else {}), **facts})
 
+    @property
+    def target_stores(self) -> list[Path]:
+        """The store of each of its teachers, seen from where it was started; none before the teachers are known."""
+        stores = self.card.get("teacher", {}).get("targets", [])
+        return [Path(store) for store in ([stores] if isinstance(stores, str) else stores)]
+
     def lost_card(self) -> str:
         """Say what brings a damaged card back: the run's own command finds its recipe and its checkpoint."""
         recipe, folder = shlex.quote(str(self.recipe_file)), shlex.quote(str(self.folder))

@@ -70,17 +70,17 @@ def describe(folder: Path, users: dict[Path, list[str]]) -> dict[str, Any]:
 
 
 def used_by() -> dict[Path, list[str]]:
-    """Return the runs under runs/ that were made from each store.
+    """Return the runs under runs/ that were made from each store, alone or with others.
 
     Raises:
         PrgkitError: a run's card is damaged, so that there is no telling what it uses.
     """
     users: dict[Path, list[str]] = {}
     for card in sorted(RUNS.glob("*/card.json")):
-        facts = Run(card.parent).card
-        if targets := facts.get("teacher", {}).get("targets"):
-            store = (card.parent / facts.get("origin", "../..") / targets).resolve()
-            users.setdefault(store, []).append(str(card.parent))
+        run = Run(card.parent)
+        for store in run.target_stores:
+            place = (card.parent / run.card.get("origin", "../..") / store).resolve()
+            users.setdefault(place, []).append(str(card.parent))
     return users
 
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import timm
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from prgkit.errors import StudentError, nearest
+from prgkit.heads import ClassVectors, OpenVocabulary, TwoHeads, Voted
 from prgkit.images import Preprocessing
 from prgkit.objectives.sides import StudentSide
 from prgkit.recipe import StudentPage
 from prgkit.run import Run
 from prgkit.tensors import load_facts, load_tensors
+
+if TYPE_CHECKING:
+    from prgkit.views import Batch
 
 
 class Normalised(nn.Module):
@@ -38,32 +45,84 @@ class Normalised(nn.Module):
 
 
 class Student(Normalised):
-    """The student in training: h is the timm model up to its pooled features, g the projector."""
+    """The student in training: h is the timm model up to its pooled features, g the projector.
+
+    Its class logits come from the timm model's head; from the teacher's class vectors where it has a ``scorer``; from
+    the votes of two heads where it has a ``second``.
+    """
 
     def __init__(self, model: nn.Module, preprocessing: Preprocessing, teacher_width: int) -> None:
         super().__init__(preprocessing)
         self.model = model
         self.preprocessing = preprocessing
-        self.projector = nn.Linear(_feature_width(model, preprocessing.image_size), teacher_width)
+        self.width = _feature_width(model, preprocessing.image_size)  # D_s, of the pooled features
+        self.projector = nn.Linear(self.width, teacher_width)
+        self.scorer: ClassVectors | None = None
+        self.second: TwoHeads | None = None
+        self.shows_stages = False
 
     def forward(self, pixels: Tensor) -> StudentSide:
         """Return F = g(h(x)) [B, D] and L = head(h(x)) [B, C] for uint8 pixels [B, S, S, 3]."""
-        images = self.images(pixels).contiguous(memory_format=torch.channels_last)
-        pooled = self.model.forward_head(self.model.forward_features(images), pre_logits=True)  # type: ignore[operator]
-        return StudentSide(self.projector(pooled), self.model.get_classifier()(pooled))  # type: ignore[operator]
+        images, stages = self.images(pixels).contiguous(memory_format=torch.channels_last), []
+        if self.shows_stages:
+            maps, stages = self.model.forward_intermediates(images)  # type: ignore[operator]
+        else:
+            maps = self.model.forward_features(images)  # type: ignore[operator]
+        pooled = self.model.forward_head(maps, pre_logits=True)  # type: ignore[operator]
+        features = self.projector(pooled)
+        if self.scorer is not None:
+            return StudentSide(features, self.scorer(features), tuple(stages))
+        logits = self.model.get_classifier()(pooled)  # type: ignore[operator]
+        if self.second is None:
+            return StudentSide(features, logits, tuple(stages))
+        heads = (logits, self.second.head(pooled))
+        return StudentSide(features, self.second.vote(*heads), tuple(stages), heads)
+
+    def score_by(self, class_vectors: Tensor, logit_scale: float) -> None:
+        """Take the teacher's class vectors [C, D] for a head; the timm model's own learns nothing from here on."""
+        self.scorer = ClassVectors(class_vectors, logit_scale)
+        self.model.get_classifier().requires_grad_(False)  # type: ignore[operator]
+
+    def grow_second_head(self) -> None:
+        """Add a head that learns from the teacher, beside the timm model's own, which learns from labels."""
+        self.second = TwoHeads(self.width, int(self.model.num_classes))  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def stage_widths(self) -> tuple[int, ...]:
+        """Return the channels that leave each stage.
+
+        Raises:
+            StudentError: timm does not know the model's stages.
+        """
+        size = self.preprocessing.image_size
+        image = torch.zeros(1, 3, size, size, device=self.mean.device)
+        try:
+            maps: list[Tensor] = copy.deepcopy(self.model).eval().forward_intermediates(image)[1]  # type: ignore[operator]
+        except (AttributeError, TypeError) as error:
+            raise StudentError(
+                "timm gives no maps of this model's stages, which the objective asks for",
+                where="student.model",
+                fix="choose another objective, or a model of the RepViT or EfficientNet family",
+            ) from error
+        return tuple(one.shape[1] for one in maps)
 
     def facts(self, page: StudentPage) -> dict[str, Any]:
         """Return what a run's card says of its student; parameters are counted as they are deployed."""
         return {
             "model": page.model,
             "initial": page.initial,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "parameters": sum(parameter.numel() for parameter in self.deployed().model.parameters()),
             "preprocessing": self.preprocessing.to_dict(),
         }
 
     def deployed(self) -> Deployed:
-        """Return what leaves for the device: the same weights without the projector."""
-        return Deployed(copy.deepcopy(self.model), self.preprocessing).eval()
+        """Return what leaves for the device: the same weights, without the projector unless class vectors need it."""
+        network = self.model
+        if self.scorer is not None:
+            network = OpenVocabulary(self.model, self.projector, self.scorer)
+        elif self.second is not None:
+            network = Voted(self.model, self.second)
+        return Deployed(copy.deepcopy(network), self.preprocessing).eval()
 
 
 class Deployed(Normalised):
@@ -130,7 +189,12 @@ def load_student(run: Run) -> Student:
         weights, _ = load_tensors(run.weights)
         # The weights come from the file, so a pretrained start is not fetched again.
         page = recipe.student.model_copy(update={"initial": "random", "crop": card["student"]["preprocessing"]["crop"]})
-        student = build_student(page, classes=len(recipe.classes), teacher_width=card["teacher"]["width"])
+        width = card["teacher"]["width"]
+        student = build_student(page, classes=len(recipe.classes), teacher_width=width)
+        if recipe.scores_by_text:
+            student.score_by(torch.zeros(len(recipe.classes), width), 0.0)
+        if recipe.learns_labels:
+            student.grow_second_head()
         student.load_state_dict(weights)
     except (SafetensorError, RuntimeError, ValueError) as error:
         again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"
@@ -140,6 +204,13 @@ def load_student(run: Run) -> Student:
             fix=f"delete it, and {again} brings a student back from the run's checkpoint",
         ) from error
     return student.eval()
+
+
+@torch.inference_mode()
+def student_logits(student: Student, shown: Iterable[Batch]) -> NDArray[np.float32]:
+    """Return the student's logits [n, C] of the first view of each image shown."""
+    found = [student(batch.pixels[:, 0].to(student.mean.device)).logits.float().cpu() for batch in shown]
+    return torch.cat(found).numpy()
 
 
 def student_facts(path: Path) -> dict[str, Any]:

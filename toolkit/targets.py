@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prgkit.context import load_context
 from prgkit.errors import TargetsError
 from prgkit.files import (
     fingerprint,
@@ -38,7 +39,7 @@ from prgkit.files import (
 from prgkit.images import Catalogue, Preprocessing
 from prgkit.locks import locked
 from prgkit.prompts import fill
-from prgkit.recipe import Recipe
+from prgkit.recipe import Recipe, TeacherPage, Views
 from prgkit.run import append_line, numbered_lines
 from prgkit.teacher import Teacher, teacher_identity
 from prgkit.views import Rendered, load_batches
@@ -48,14 +49,17 @@ TARGETS = Path("targets")
 BLOCK_IMAGES = 256  # what a kill can lose at most
 LOST_CARD = "delete it, and the same command writes it again; what the teacher has seen is kept"
 NOTHING: dict[str, Any] = {"row": 0, "keys": [], "digests": []}
+Load = Callable[[TeacherPage], Teacher]
 UNKNOWN = ""  # stands for the images of a journal line that cannot be read
 
 
 class Targets:
-    """A store of teacher features, opened for reading and appending."""
+    """A store of a teacher's features, opened for reading and appending."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, page: TeacherPage) -> None:
         self.folder = folder
+        self.page = page
+        self.context = load_context(page)
         self.card = read_sealed(folder / "card.json", fix=LOST_CARD)
         self.width: int = self.card["width"]
         self.logit_scale: float = self.card["logit_scale"]
@@ -86,6 +90,16 @@ class Targets:
         if any(block is None for _, block in lines):
             write_text(self._journal, "".join(json.dumps(block or NOTHING) + "\n" for _, block in lines))
         self._broken = [(place, keys) for place, keys in self._broken if UNKNOWN not in keys]
+
+    @property
+    def stores(self) -> tuple[Targets, ...]:
+        """The one store that this is; `JointTargets` are several."""
+        return (self,)
+
+    @property
+    def name(self) -> str:
+        """What decides the features, and what stands in front of the class names, in a word."""
+        return f"{self.folder.name}-{self.context.digest}" if self.context else self.folder.name
 
     @property
     def damaged(self) -> list[str]:
@@ -135,16 +149,21 @@ class Targets:
         self._journalled += 1
         self._note(self._end, keys, len(features))
 
-    def prompts(self, classes: Sequence[str], templates: Sequence[str], teacher: Callable[[], Teacher]) -> torch.Tensor:
-        """Return T [M, C, D] float32; a set of classes and templates is embedded once, by ``teacher()``."""
-        texts = fill(templates, classes)
-        stem = f"prompts-{fingerprint(texts)}"
+    def prompts(self, classes: Sequence[str], templates: Sequence[str], teacher: Load) -> torch.Tensor:
+        """Return T [M, C, D] float32; a set of classes and templates is embedded once, by ``teacher(page)``.
+
+        Where the teacher has a learned context, that is its one template.
+        """
+        context = self.context
+        texts = fill(context.templates if context else templates, classes)
+        stem = f"prompts-{fingerprint([texts, context.digest] if context else texts)}"
         for path in self.folder.glob(f"{stem}.*.npy"):
             if _is_whole(path):
                 loaded: NDArray[np.float32] = np.load(path)
                 return torch.from_numpy(loaded)
             path.unlink(missing_ok=True)
-        embedded = teacher().embed_prompts(texts).cpu().numpy()
+        reader = teacher(self.page)
+        embedded = (context.read(reader, texts) if context else reader.embed_prompts(texts)).cpu().numpy()
         buffer = io.BytesIO()
         np.save(buffer, embedded, allow_pickle=False)
         write_bytes(self.folder / f"{stem}.{_digest(buffer.getvalue())}.npy", buffer.getvalue())
@@ -206,42 +225,42 @@ class Targets:
         self._end = max(self._end, row + len(keys))
 
 
-def open_targets(recipe: Recipe, root: Path, teacher: Callable[[], Teacher]) -> Targets:
-    """Open the store of the recipe's teacher and views, creating it when it is new.
+def open_store(page: TeacherPage, views: Views, root: Path, teacher: Load) -> Targets:
+    """Open the store of a teacher and views, creating it when it is new.
 
     Raises:
         TargetsError: the store was made by something else.
     """
-    if (stored := existing_targets(recipe, root)) is not None:
+    if (stored := existing_store(page, views, root)) is not None:
         return stored
-    made_from = origin_of(recipe)
+    made_from = origin_of(page, views)
     folder = root / fingerprint(made_from)
-    seeing = teacher()
+    seeing = teacher(page)
     write_sealed(
         folder / "card.json",
         {
             **made_from,
-            "teacher_model": recipe.teacher.model,
-            "teacher_weights": recipe.teacher.weights,
+            "teacher_model": page.model,
+            "teacher_weights": page.weights,
             "width": seeing.width,
             "logit_scale": seeing.logit_scale,
             "preprocessing": seeing.preprocessing.to_dict(),
         },
     )
-    return Targets(folder)
+    return Targets(folder, page)
 
 
-def existing_targets(recipe: Recipe, root: Path) -> Targets | None:
-    """Open the store of the recipe's teacher and views where there is one.
+def existing_store(page: TeacherPage, views: Views, root: Path) -> Targets | None:
+    """Open the store of a teacher and views where there is one.
 
     Raises:
         TargetsError: the store was made by something else.
     """
-    made_from = origin_of(recipe)
+    made_from = origin_of(page, views)
     folder = root / fingerprint(made_from)
     if not (folder / "card.json").exists():
         return None
-    targets = Targets(folder)
+    targets = Targets(folder, page)
     if any(targets.card.get(key) != value for key, value in made_from.items()):
         raise TargetsError(
             "the target store was made from something else than its name says", where=folder, fix="delete it"
@@ -249,12 +268,12 @@ def existing_targets(recipe: Recipe, root: Path) -> Targets | None:
     return targets
 
 
-def origin_of(recipe: Recipe) -> dict[str, Any]:
+def origin_of(page: TeacherPage, views: Views) -> dict[str, Any]:
     """Return what decides a store's features, and so its name."""
     return {
         "schema": "prgkit.targets/2",
-        "teacher": teacher_identity(recipe.teacher),
-        "views": recipe.views.model_dump(mode="json", exclude={"count"}),
+        "teacher": teacher_identity(page),
+        "views": views.model_dump(mode="json", exclude={"count"}),
     }
 
 
@@ -264,7 +283,7 @@ def embed(
     *,
     views: NDArray[np.int64],
     recipe: Recipe,
-    teacher: Callable[[], Teacher],
+    teacher: Load,
     watch: Watch,
 ) -> None:
     """Let the teacher see each image of ``catalogue`` in its first ``views`` [images] views, where it has not yet.
@@ -289,7 +308,8 @@ def embed(
         missing = missing_now()
         watch.start("teacher", len(missing), "img")
         for count in np.unique(views[missing]):
-            _embed_views(targets, teacher(), catalogue, missing[views[missing] == count], int(count), recipe, watch)
+            chosen = missing[views[missing] == count]
+            _embed_views(targets, teacher(targets.page), catalogue, chosen, int(count), recipe, watch)
 
 
 def _embed_views(

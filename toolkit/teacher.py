@@ -6,17 +6,30 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from prgkit import demo
 from prgkit.errors import TeacherError, nearest
 from prgkit.files import sha256
 from prgkit.images import Preprocessing
 from prgkit.recipe import TeacherPage
+
+TEXTS_AT_ONCE = 128  # whose activations are kept for a gradient
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Tokenised prompts, all of which begin with the same words; embeddings can take the places of these."""
+
+    tokens: Tensor  # [C, length], on the teacher's device
+    start: int  # of the words; before them stands the token that starts a text, if the tokenizer has one
+    count: int  # of the words' tokens
 
 
 class Teacher:
@@ -56,6 +69,80 @@ class Teacher:
                 features = torch.cat([self.model.encode_text(chunk).float() for chunk in tokens])
             embedded.append(torch.nn.functional.normalize(features, dim=-1))
         return torch.stack(embedded)
+
+    @torch.inference_mode()
+    def embed_with_context(self, prompts: Sequence[Sequence[str]], words: str, vectors: Tensor) -> Tensor:
+        """Embed prompts as `embed_prompts` does, with ``vectors`` [n, token width] where ``words`` stand: [M, C, D]."""
+        here = vectors.to(self.device)
+        return torch.stack([self.embed_sentences(self.sentences(texts, words), here) for texts in prompts])
+
+    def sentences(self, prompts: Sequence[str], words: str) -> Sentences:
+        """Tokenise ``prompts`` [C] that begin with ``words``.
+
+        Raises:
+            TeacherError: a prompt is longer than the teacher reads, and would lose its end.
+        """
+        most = self.tokenizer([words]).shape[1]
+        tokens = self.tokenizer(list(prompts), context_length=most + 1)
+        empty, alone, longer = self.tokenizer(["", words, f"{words} x"], context_length=most + 1)
+        for prompt, last in zip(prompts, tokens[:, -1], strict=True):
+            if last != empty[-1]:  # no padding
+                raise TeacherError(
+                    f"the prompt {prompt!r} is longer than the {most} tokens that the teacher reads",
+                    where="data.classes",
+                    fix="shorten that class name",
+                )
+        start, end = (int((one != alone).nonzero()[0]) for one in (empty, longer))
+        return Sentences(tokens[:, :most].to(self.device), start, end - start)
+
+    def embed_words(self, sentences: Sentences) -> Tensor:
+        """Return the token embeddings [n, token width] of the words that the sentences begin with."""
+        tokens = sentences.tokens[0, sentences.start : sentences.start + sentences.count]
+        return self._token_embedding().weight[tokens].float()
+
+    def embed_sentences(self, sentences: Sentences, vectors: Tensor) -> Tensor:
+        """Embed sentences as unit vectors [C, D], ``vectors`` [n, token width] in the words' places.
+
+        A gradient reaches the vectors; what it needs of more than TEXTS_AT_ONCE sentences is computed again for it.
+        """
+
+        def embed(tokens: Tensor, vectors: Tensor) -> Tensor:
+            with self._autocast(), self._standing_in(sentences, vectors):
+                features: Tensor = self.model.encode_text(tokens)
+            return features.float()
+
+        tokens = sentences.tokens
+        chunks = [tokens[start : start + TEXTS_AT_ONCE] for start in range(0, len(tokens), TEXTS_AT_ONCE)]
+        if torch.is_grad_enabled() and len(chunks) > 1:
+            features = [checkpoint(embed, chunk, vectors, use_reentrant=False) for chunk in chunks]
+        else:
+            features = [embed(chunk, vectors) for chunk in chunks]
+        return torch.nn.functional.normalize(torch.cat(features), dim=-1)
+
+    @contextlib.contextmanager
+    def _standing_in(self, sentences: Sentences, vectors: Tensor) -> Iterator[None]:
+        """Put ``vectors`` where the words' embeddings would be; mask, positions and pooling stay open_clip's own."""
+
+        def insert(_module: Any, _arguments: Any, embedded: Tensor) -> Tensor:
+            before, after = embedded[:, : sentences.start], embedded[:, sentences.start + sentences.count :]
+            return torch.cat([before, vectors.to(embedded.dtype).expand(len(embedded), -1, -1), after], dim=1)
+
+        hook = self._token_embedding().register_forward_hook(insert)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _token_embedding(self) -> torch.nn.Embedding:
+        """Return the layer that embeds tokens: CLIP has it itself, models with a text tower of their own in that."""
+        for tower in (self.model, getattr(self.model, "text", None)):
+            if isinstance(found := getattr(tower, "token_embedding", None), torch.nn.Embedding):
+                return found
+        raise TeacherError(
+            "the teacher's text tower takes no learned context: it is none of open_clip's own",
+            where="teacher.model",
+            fix="choose a CLIP or SigLIP model, or go without a context",
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prgkit import quality
-from prgkit.answers import answers_of, fit_correction
+from prgkit.answers import Answers, answers_of, fit_correction
 from prgkit.devices import best_device
 from prgkit.files import read_sealed, sha256, write_bytes, write_sealed
+from prgkit.joint import JointTargets
 from prgkit.keep import sure_enough
 from prgkit.recipe import Keep, Recipe
 from prgkit.run import Run
@@ -150,8 +152,23 @@ def tell_quality(lesson: Lesson, recipe: Recipe, watch: Watch, run: Run | None) 
             "temperature": correction.temperature,
             **quality.changes(by_itself.numpy(), corrected),
         }
+    if isinstance(lesson.targets, JointTargets):
+        found["teachers"] = quality.disagreement(
+            labels_alone(lesson.targets, lesson.answers, features),
+            by_itself.argmax(dim=1).numpy(),
+            teachers=[store.page.name for store in lesson.targets.stores],
+            classes=recipe.classes,
+        )
     watch.note("the teacher's answers:")
     for name, line in quality.summary(found):
         watch.note(f"  {name:<12}{line}")
     if run is not None:
         write_sealed(run.quality_file, found)
+
+
+def labels_alone(targets: JointTargets, answers: Answers, features: Sequence[Tensor]) -> NDArray[np.int64]:
+    """Return the class that each of K teachers names by itself, uncorrected: [K, n], for joint features in parts."""
+    each, parts = targets.alone(answers), [targets.split(part) for part in features]
+    said = [torch.cat([one.uncorrected(part[place]).argmax(dim=1) for part in parts]) for place, one in enumerate(each)]
+    labels: NDArray[np.int64] = torch.stack(said).numpy()
+    return labels

@@ -130,6 +130,15 @@ def load_batches(
         yield batch
 
 
+def evaluation_views(
+    catalogue: Catalogue, preprocessing: Preprocessing, positions: NDArray[np.int64], *, workers: int | None
+) -> Iterator[Batch]:
+    """Render the evaluation view of ``positions``, 256 images at a time."""
+    parts = (positions[start : start + 256] for start in range(0, len(positions), 256))
+    plan = [[(int(position), [0]) for position in part] for part in parts]
+    return load_batches(Rendered(catalogue, preprocessing, Views()), plan, workers=workers)
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch  # a lambda could not be sent to a worker that is spawned
 

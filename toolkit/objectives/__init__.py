@@ -9,19 +9,38 @@ from torch import Tensor, nn
 
 from prgkit import parameters
 from prgkit.objectives.ce import CE
+from prgkit.objectives.clipkd import CLIPKD
+from prgkit.objectives.crd import CRD
+from prgkit.objectives.dho import DHO
 from prgkit.objectives.dist import DIST
 from prgkit.objectives.dkd import DKD
 from prgkit.objectives.kd import KD
 from prgkit.objectives.nd import ND
+from prgkit.objectives.ofa import OFA
 from prgkit.objectives.pld import PLD
 from prgkit.objectives.prg import PRG
+from prgkit.objectives.promptkd import PromptKD
 from prgkit.objectives.rkd import RKD
 from prgkit.objectives.sides import Space, StudentSide, TeacherSide
 
-__all__ = ["CE", "DIST", "DKD", "KD", "ND", "PLD", "PRG", "RKD", "Objectives", "Space", "StudentSide", "TeacherSide"]
+__all__ = ["Objectives", "Space", "StudentSide", "TeacherSide"]
 
 # An objective is made of its page and the space. It says whether it `uses_features`, and gives its terms weighted.
-PARTS: dict[str, Any] = {"prg": PRG, "kd": KD, "ce": CE, "dkd": DKD, "dist": DIST, "rkd": RKD, "nd": ND, "pld": PLD}
+PARTS: dict[str, Any] = {
+    "prg": PRG,
+    "kd": KD,
+    "ce": CE,
+    "dkd": DKD,
+    "dist": DIST,
+    "rkd": RKD,
+    "crd": CRD,
+    "nd": ND,
+    "pld": PLD,
+    "ofa": OFA,
+    "promptkd": PromptKD,
+    "clipkd": CLIPKD,
+    "dho": DHO,
+}
 
 
 class Objectives(nn.Module):
@@ -33,11 +52,14 @@ class Objectives(nn.Module):
         parts = [PARTS[page.name](page, space) for page in pages]
         self.parts = nn.ModuleList(parts)
         self.uses_features = any(part.uses_features for part in parts)  # else the projector learns nothing
+        self.uses_stages = any(isinstance(part, OFA) for part in parts)
         self.prefixes = [f"{page.name}." if len(pages) > 1 else "" for page in pages]
 
     def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
         """Return every part's terms, weighted; with several parts a term is named ``prg.node``."""
-        student = StudentSide(student.features.float(), student.logits.float())
+        maps = tuple(stage.float() for stage in student.stages)
+        heads = tuple(head.float() for head in student.heads)
+        student = StudentSide(student.features.float(), student.logits.float(), maps, heads)
         terms: dict[str, Tensor] = {}
         for weight, part, prefix in zip(self.weights, self.parts, self.prefixes, strict=True):
             terms.update({f"{prefix}{name}": weight * term for name, term in part(student, teacher).items()})

@@ -10,13 +10,17 @@ from torch import Tensor
 
 
 class Space(NamedTuple):
-    """What an objective is made for: C classes, features of width D, a number of epochs and the steps of each."""
+    """What an objective is made for: C classes, features of width D, N images, epochs and the steps of each."""
 
     classes: int
     width: int
     epochs: int
     steps_per_epoch: int
+    images: int
     class_means: Callable[[], Tensor]  # [C, D], of the teacher's features by pseudo-label; zero where there is none
+    class_vectors: Tensor  # [C, D], of unit length: each class's name as the teacher reads it, over all templates
+    logit_scale: float
+    stages: Callable[[], tuple[int, ...]]  # the channels that leave each stage of the student
 
 
 class StudentSide(NamedTuple):
@@ -24,6 +28,8 @@ class StudentSide(NamedTuple):
 
     features: Tensor
     logits: Tensor
+    stages: tuple[Tensor, ...] = ()  # maps [B, channels, H, W] that leave its stages, where an objective asks for them
+    heads: tuple[Tensor, ...] = ()  # the logits of both heads, where it has two: the one for labels, then the teacher's
 
 
 class TeacherSide(NamedTuple):
@@ -32,6 +38,8 @@ class TeacherSide(NamedTuple):
     features: Tensor
     logits: Tensor
     labels: Tensor
+    images: Tensor  # [B], the number of each image, below N
+    truth: Tensor | None = None  # [B], true labels of the few images of data.labelled, -1 for all others
 
 
 def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -1,0 +1,227 @@
+"""Other classes for a bundle with an open vocabulary: the teacher reads their names, and nothing is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prgkit.answers import Answers, no_correction
+from prgkit.devices import best_device
+from prgkit.errors import ExportError, RunError
+from prgkit.export.bundle import Bundle, contract, describe_artifact, fp32_onnx, open_bundle, write_manifest
+from prgkit.export.contents import PARTS, VECTORS, digests, require_unchanged
+from prgkit.export.finished import Artifact, files_of
+from prgkit.export.lossless import read_array, read_png, write_array
+from prgkit.export.open_vocabulary import Matrix, answers_told, scored, write_classes
+from prgkit.export.parity import require_agreement
+from prgkit.export.pipeline import building, put_back
+from prgkit.export.run import said
+from prgkit.export.runners import OnnxRunner
+from prgkit.joint import open_targets
+from prgkit.locks import locked
+from prgkit.prompts import canonical
+from prgkit.recipe import Recipe, TeacherPage, validate
+from prgkit.run import Run, find_bundle, find_run
+from prgkit.teacher import Teacher, load_teacher
+from prgkit.watch import Watch
+
+OPEN = "prgkit export --open-vocabulary"
+UNCOMPARED = "its network was compared with PyTorch when it was exported, with other classes"
+
+
+def relabel(folder: Path, classes: Sequence[str], *, run: Run | None, watch: Watch) -> dict[str, Any]:
+    """Give the bundle in ``folder`` other classes and return its new manifest.
+
+    ``run`` is the run that the bundle lies in, if any: its target store keeps what the teacher has read. The bundle is
+    replaced by a whole one. Its engines are left behind, since they are of the old classes; so are its labels where
+    one of them is no class any more.
+
+    Raises:
+        ExportError: the bundle's classes are fixed, or the teacher at hand is another one.
+        TeacherError: the teacher cannot be loaded.
+        ParityError: the FP32 file does not give the logits that the stored features have by the new vectors.
+    """
+    with locked(run.folder, "run") if run else contextlib.nullcontext():
+        bundle = open_bundle(folder)
+        require_open(bundle)
+        for part in PARTS:
+            require_unchanged(folder, part)
+        recipe = validate(bundle.manifest["recipe"], where=folder)
+        answers = read_names(bundle, recipe, classes, run, watch)
+        with building(folder, "relabelled") as new:
+            shutil.copytree(folder, new, copy_function=link, dirs_exist_ok=True)
+            manifest = write_relabelled(bundle, new, answers, classes, watch)
+    if recipe.targets.corrects:
+        watch.note("the teacher's answers to the new classes are its own: the run's correction is of the old ones")
+    return manifest
+
+
+def settled_bundle(given: Path | None) -> tuple[Path, Run | None]:
+    """Find a bundle as `find_bundle` does, also one that a kill left without its name.
+
+    Raises:
+        RunError: there is none.
+        ExportError: it is the folder that the user stands in.
+    """
+    if given is not None:
+        put_back(given.resolve())
+    with contextlib.suppress(RunError):
+        put_back(find_run(given).bundle.resolve())
+    bundle, run = find_bundle(given)
+    folder = bundle.resolve()
+    if Path.cwd().is_relative_to(folder):
+        raise ExportError(
+            "relabel puts another folder in the place of the one that you stand in",
+            where=folder,
+            fix=f"cd {shlex.quote(str(folder.parent))}, and there: prgkit relabel --run {folder.name}",
+        )
+    return bundle, run
+
+
+def require_open(bundle: Bundle) -> None:
+    """Refuse a bundle whose classes are fixed."""
+    if "open_vocabulary" not in bundle.manifest:
+        raise ExportError(
+            "the classes of this bundle are fixed: its network ends in a class head",
+            where=bundle.folder,
+            fix=f"export it again where the student was trained: {OPEN}",
+        )
+
+
+def read_names(bundle: Bundle, recipe: Recipe, classes: Sequence[str], run: Run | None, watch: Watch) -> Answers:
+    """Return what turns features into answers about ``classes``: their names as the teacher reads them."""
+
+    @cache
+    def teacher(page: TeacherPage) -> Teacher:  # asked only where the store does not hold these names
+        watch.note(f"loading the teacher {page.model}")
+        return load_teacher(page, best_device())
+
+    with store_of(run) as root:
+        targets = open_targets(recipe, root, teacher)
+        if targets.facts()["fingerprint"] != bundle.manifest["teacher"]["fingerprint"]:
+            raise ExportError(
+                f"the teacher here is not the one that this student learned from: {recipe.teacher_name}",
+                where=bundle.folder,
+                fix="relabel where the teacher's own files are",
+            )
+        prompts = targets.prompts(classes, recipe.templates, teacher)
+    return Answers(prompts, targets.logit_scale, recipe.prompt_weighting, no_correction(len(classes)))
+
+
+@contextlib.contextmanager
+def store_of(run: Run | None) -> Iterator[Path]:
+    """Give the folder of a run's target stores, or one that does not stay."""
+    if run is not None:
+        yield run.target_stores[0].parent
+        return
+    with tempfile.TemporaryDirectory() as work:
+        yield Path(work)
+
+
+def write_relabelled(
+    bundle: Bundle, new: Path, answers: Answers, classes: Sequence[str], watch: Watch
+) -> dict[str, Any]:
+    """Change everything in ``new``, a copy of the bundle, that says something of its classes; return the manifest."""
+    vectors: Matrix = answers.class_vectors().numpy()  # [C, D]
+    write_array(new / VECTORS, vectors)
+    artifacts = [relabelled(new, entry, vectors, classes) for entry in bundle.artifacts if entry["format"] != "engine"]
+    leave_engines(bundle, new, watch)
+    for part in PARTS:
+        features = read_array(new / part / "features.npy")
+        write_array(new / part / "logits.npy", scored(features, vectors, answers.logit_scale))
+    evaluation = new / "evaluation"
+    weighted, uniform = said(answers, torch.from_numpy(read_array(evaluation / "teacher_features.npy")))
+    write_array(evaluation / "teacher_logits.npy", weighted)
+    write_array(evaluation / "teacher_uniform_logits.npy", uniform)
+    labelled = move_labels(evaluation / "labels.npy", bundle.classes, classes, watch)
+    require_same(new, fp32_onnx(bundle))
+    watch.note(answers_told(read_array(evaluation / "logits.npy"), weighted))
+    manifest = {
+        **{key: value for key, value in bundle.manifest.items() if key != "schema"},
+        **contract(bundle.preprocessing, classes),
+        "artifacts": artifacts,
+        "evaluation": {**bundle.manifest["evaluation"], "labelled": labelled},
+        "open_vocabulary": {
+            **bundle.manifest["open_vocabulary"],
+            "relabelled": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        },
+        "files": digests(new),
+    }
+    write_manifest(new, manifest)
+    return manifest
+
+
+def relabelled(new: Path, entry: Artifact, vectors: Matrix, classes: Sequence[str]) -> Artifact:
+    """Write the new classes into an ONNX file and return its entry, of which an export takes nothing over."""
+    write_classes(new / entry["file"], new / entry["file"], vectors, classes)
+    told = describe_artifact(
+        new,
+        entry["file"],
+        name=entry["name"],
+        format_=entry["format"],
+        precision=entry["precision"],
+        backend=entry["backend"],
+        executed=entry["executed"],
+        note=UNCOMPARED,
+        parity=None,
+    )
+    return {**{key: value for key, value in entry.items() if key != "made_from"}, **told}
+
+
+def leave_engines(bundle: Bundle, new: Path, watch: Watch) -> None:
+    """Remove what was built from the old classes, and say how it is built again."""
+    engines = [entry for entry in bundle.artifacts if entry["format"] == "engine"]
+    for entry in engines:
+        for path in files_of(new, entry):
+            path.unlink(missing_ok=True)
+    if engines:
+        names = ", ".join(entry["file"] for entry in engines)
+        watch.note(f"{names}: of the old classes, and removed; prgkit export --trt --run {bundle.folder} builds again")
+
+
+def move_labels(path: Path, before: Sequence[str], classes: Sequence[str], watch: Watch) -> bool:
+    """Rewrite labels [n] for other classes by their names; where one is no class any more, remove them all."""
+    if not path.exists():
+        return False
+    labels: NDArray[np.int64] = read_array(path)
+    places = {canonical(name): place for place, name in enumerate(classes)}
+    moved = np.array([places.get(canonical(name), -1) for name in before])[labels]
+    if (moved >= 0).all():
+        write_array(path, moved.astype(np.int64))
+        return True
+    lost = len(np.unique(labels[moved < 0]))
+    path.unlink()
+    watch.note(f"the evaluation images have no labels any more: {lost} of their classes are not among the new ones")
+    return False
+
+
+def require_same(new: Path, fp32: Artifact) -> None:
+    """Assert that the FP32 file gives the golden logits on the prepared golden inputs."""
+    golden = new / "golden"
+    expected: Matrix = read_array(golden / "logits.npy")
+    inputs = np.stack([read_png(golden / f"{number:02}.input.png") for number in range(len(expected))])
+    runner = OnnxRunner(new / fp32["file"], name=fp32["name"], spin=False)
+    try:
+        require_agreement(expected, runner.run(inputs), precision="fp32", names=("the stored features", fp32["name"]))
+    finally:
+        runner.close()
+
+
+def link(source: str, target: str) -> None:
+    """Let a second name stand for a file, as what changes is written to a file of its own; else copy it."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)

@@ -1,0 +1,80 @@
+"""How a student answers where the timm model's own head is not all: by class vectors, or by the votes of two heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ClassVectors(nn.Module):
+    """Scores features by class vectors, as CLIP does: L = s * l2norm(F) * V^T, V [C, D] of unit length."""
+
+    vectors: Tensor
+    scale: Tensor
+
+    def __init__(self, vectors: Tensor, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("vectors", vectors.clone())
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return class logits [B, C] for features [B, D]."""
+        logits: Tensor = self.scale * nn.functional.normalize(features, dim=1) @ self.vectors.T
+        return logits
+
+
+class OpenVocabulary(nn.Module):
+    """A network that ends in features in the teacher's space, scored by class vectors that can be changed."""
+
+    def __init__(self, model: nn.Module, projector: nn.Linear, scorer: ClassVectors) -> None:
+        super().__init__()
+        self.model, self.projector, self.scorer = model, projector, scorer
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return class logits [B, C] for normalised images [B, 3, S, S]."""
+        logits: Tensor = self.scorer(self.projector(pooled(self.model, images)))
+        return logits
+
+
+class TwoHeads(nn.Module):
+    """A second head and how it votes with the first (DHO, arXiv 2505.07675).
+
+    The answer is alpha * softmax(first) + (1 - alpha) * softmax(second / beta), as logits: its logarithm.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, classes)
+        self.register_buffer("alpha", torch.tensor(0.5))
+        self.register_buffer("beta", torch.tensor(1.0))
+
+    def vote(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the logits [B, C] of both heads' answer; finite in float16, too, since no probability is added up."""
+        mine = first.log_softmax(dim=1) + self.alpha.log()
+        theirs = (second / self.beta).log_softmax(dim=1) + (1 - self.alpha).log()
+        larger, apart = torch.maximum(mine, theirs), (mine - theirs).abs()
+        return larger + (1 + (-apart).exp()).log()
+
+
+class Voted(nn.Module):
+    """A network whose two heads vote."""
+
+    def __init__(self, model: nn.Module, second: TwoHeads) -> None:
+        super().__init__()
+        self.model, self.second = model, second
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return class logits [B, C] for normalised images [B, 3, S, S]."""
+        features = pooled(self.model, images)
+        first = self.model.get_classifier()(features)  # type: ignore[operator]
+        return self.second.vote(first, self.second.head(features))
+
+
+def pooled(model: nn.Module, images: Tensor) -> Tensor:
+    """Return a timm model's pooled features [B, D_s] for normalised images [B, 3, S, S]."""
+    maps = model.forward_features(images)  # type: ignore[operator]
+    features: Tensor = model.forward_head(maps, pre_logits=True)  # type: ignore[operator]
+    return features

@@ -1,0 +1,34 @@
+"""CLIP-KD (Yang et al., CVPR 2024, arXiv 2307.12732): features copied, and the scores that class vectors give them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prgkit import parameters
+from prgkit.objectives.sides import Space, StudentSide, TeacherSide, soft_cross_entropy
+
+
+class CLIPKD(nn.Module):
+    """loss = feature_weight * mean of (l2norm(F) - I)^2 + kl_weight * KL(softmax(s * I * V^T) || softmax(L)).
+
+    As in PromptKD the student's own logits are L = s * l2norm(F) * V^T. The captions of the paper's contrastive
+    terms are the class names here: unlabelled images have no others.
+    """
+
+    uses_features = True
+    class_vectors: Tensor
+
+    def __init__(self, page: parameters.CLIPKD, space: Space) -> None:
+        super().__init__()
+        self.page, self.scale = page, space.logit_scale
+        self.register_buffer("class_vectors", space.class_vectors)
+
+    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+        """Return the loss terms ``features`` and ``kl``, each a scalar."""
+        said = self.scale * teacher.features @ self.class_vectors.T  # s * I * V^T [B, C]
+        copied = F.mse_loss(F.normalize(student.features, dim=1), teacher.features)
+        return {
+            "features": self.page.feature_weight * copied,
+            "kl": self.page.kl_weight * soft_cross_entropy(student.logits, said),
+        }

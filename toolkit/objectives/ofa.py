@@ -1,0 +1,62 @@
+"""OFA (Hao et al., NeurIPS 2023, arXiv 2310.19444): the student exits after each stage, and each exit is taught."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prgkit import parameters
+from prgkit.objectives.sides import Space, StudentSide, TeacherSide
+
+
+class OFA(nn.Module):
+    """loss = CE(L, y) + enhanced(L) + exit_weight * sum over stages of enhanced(exit logits).
+
+    Each stage's maps go down by separable convolutions to the size and width of the last one's, and then to class
+    logits; these exits are trained beside the student and left behind.
+    """
+
+    uses_features = False
+
+    def __init__(self, page: parameters.OFA, space: Space) -> None:
+        super().__init__()
+        self.page = page
+        widths = space.stages()
+        self.exits = nn.ModuleList(exit_after(widths[stage:], space.classes) for stage in range(len(widths)))
+
+    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+        """Return the loss terms ``ce``, ``ofa`` and ``exits``, each a scalar."""
+        exits = [
+            enhanced(leave(maps), teacher, self.page) for leave, maps in zip(self.exits, student.stages, strict=True)
+        ]
+        return {
+            "ce": F.cross_entropy(student.logits, teacher.labels),
+            "ofa": enhanced(student.logits, teacher, self.page),
+            "exits": self.page.exit_weight * sum(exits, start=student.logits.new_zeros(())),
+        }
+
+
+def enhanced(logits: Tensor, teacher: TeacherSide, page: parameters.OFA) -> Tensor:
+    """Return the batch mean of -sum over c of [(p_t + 1_y)^gamma - 1_y] * log p_s: logits [B, C] -> scalar."""
+    target = (teacher.logits / page.temperature).softmax(dim=1)  # p_t [B, C]
+    label = F.one_hot(teacher.labels, target.shape[1])  # 1_y [B, C]
+    weights = (target + label) ** page.gamma - label
+    return -(weights * (logits / page.temperature).log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def exit_after(widths: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Return the way out for maps [B, widths[0], H, W]: halved once for every stage that is still to come."""
+    steps = [step for before, after in pairwise(widths) for step in separable(before, after)]
+    return nn.Sequential(*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
+
+
+def separable(before: int, after: int) -> tuple[nn.Module, ...]:
+    """Return a separable convolution that halves a map and brings its channels from ``before`` to ``after``."""
+    return (
+        nn.Conv2d(before, before, 3, stride=2, padding=1, groups=before, bias=False),
+        nn.Conv2d(before, after, 1, bias=False),
+        nn.BatchNorm2d(after),
+        nn.ReLU(),
+    )

@@ -1,0 +1,30 @@
+"""PromptKD (Li et al., CVPR 2024, arXiv 2403.02781): the teacher's class vectors are computed once and shared."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from prgkit import parameters
+from prgkit.objectives.sides import Space, StudentSide, TeacherSide, soft_cross_entropy
+
+
+class PromptKD(nn.Module):
+    """loss = kl_weight * T^2 * KL(softmax(s * I * V^T / T) || softmax(L / T)), V [C, D] the teacher's class vectors.
+
+    The student's own logits are L = s * l2norm(F) * V^T: it has no class head, so that its classes can be changed.
+    """
+
+    uses_features = True
+    class_vectors: Tensor
+
+    def __init__(self, page: parameters.PromptKD, space: Space) -> None:
+        super().__init__()
+        self.page, self.scale = page, space.logit_scale
+        self.register_buffer("class_vectors", space.class_vectors)
+
+    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+        """Return the loss term ``kl``, a scalar."""
+        said = self.scale * teacher.features @ self.class_vectors.T  # s * I * V^T [B, C]
+        page = self.page
+        softened = soft_cross_entropy(student.logits, said, page.temperature)
+        return {"kl": page.kl_weight * page.temperature**2 * softened}
