@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,11 @@ from prgkit.evaluate.accuracy import top1
 from prgkit.export.run import teacher_logits
 from prgkit.images import Catalogue
 from prgkit.joint import open_targets
-from prgkit.objectives import PARTS
 from prgkit.recipe import Recipe, TeacherPage
 from prgkit.run import Run
 from prgkit.student import load_student, student_logits
 from prgkit.teacher import Teacher, load_teacher
+from prgkit.tensors import load_facts
 from prgkit.views import evaluation_views
 from prgkit.watch import Watch
 
@@ -49,7 +50,8 @@ def require_two_halves(recipe: Recipe) -> None:
     """Refuse a recipe that cannot be split, or whose answers are put right class by class.
 
     Raises:
-        RecipeError: there are fewer than four classes, no labelled images, or a correction of the base classes' prior.
+        RecipeError: there are fewer than four classes, no labelled images, a correction of the base classes' prior, or
+            a learned context that knows the novel ones.
     """
     if len(recipe.classes) < 4:
         raise RecipeError("base to novel needs four classes or more", where="data.classes")
@@ -59,6 +61,15 @@ def require_two_halves(recipe: Recipe) -> None:
         raise RecipeError(
             "the prior of the base classes says nothing of the novel ones", where="targets", fix="leave the section out"
         )
+    base, novel = halves(recipe.classes)
+    for page in recipe.teacher:
+        path = Path(page.context or "").expanduser()
+        if path.is_file() and (known := set(load_facts(path).get("classes", ())) & set(novel)):
+            raise RecipeError(
+                f"the learned context has seen labels of novel classes: {', '.join(sorted(known)[:3])}",
+                where=path,
+                fix=f"adapt the teacher to the first {len(base)} classes alone: no others in data.labelled",
+            )
 
 
 def judge_novel(run: Run, recipe: Recipe, images: Catalogue, novel: Novel, watch: Watch) -> dict[str, Any]:
@@ -71,7 +82,7 @@ def judge_novel(run: Run, recipe: Recipe, images: Catalogue, novel: Novel, watch
         "top1": None,
         "teacher_top1": top1(weighted, novel.labels),
     }
-    if any(PARTS[page.name].uses_features for page in recipe.objective):
+    if any(page.aligns_features for page in recipe.objective):
         student, targets = load_student(run), open_targets(asked, run.target_stores[0].parent, load)
         prompts = targets.prompts(asked.classes, asked.templates, load)  # stored when the teacher was asked just now
         student.score_by(F.normalize(prompts.mean(dim=0), dim=1), targets.logit_scale)

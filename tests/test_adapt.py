@@ -167,6 +167,7 @@ def test_a_student_learns_from_the_context_without_a_teacher_pass(
     assert lesson.targets.stores[0].folder == plain.targets.stores[0].folder
     assert lesson.answers.prompts.shape == (1, len(CLASSES), 64)
     assert lesson.fingerprint() != plain.fingerprint()
+    assert lesson.targets.facts().keys() - plain.targets.facts().keys() == {"context"}  # the run's card tells it
     assert prepare(recipe, root, Unwatched()).answers.prompts.equal(lesson.answers.prompts)
     assert shown == [1]  # what it reads is stored, and read again without it
 

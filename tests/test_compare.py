@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import RecipeError, RunError
@@ -17,6 +18,7 @@ from prgkit.evaluate.standings import difference, html, markdown, spread, standi
 from prgkit.files import sha256
 from prgkit.recipe import Recipe, validate
 from prgkit.run import Run
+from prgkit.tensors import save_tensors
 from prgkit.watch import Unwatched
 
 
@@ -264,6 +266,19 @@ def test_what_has_no_two_halves_is_refused(pictures: Path, change: dict[str, Any
     recipe = validate(raw, where="test").resolved()
     with pytest.raises(RecipeError, match=said):
         cells_of(recipe, objectives=["prg"], students=[], seeds=1, base_to_novel=True)
+
+
+def test_a_context_that_knows_the_novel_classes_is_refused(pictures: Path, tmp_path: Path) -> None:
+    raw = recipe_for(pictures).model_dump(mode="json")
+    raw["teacher"]["context"] = str(tmp_path / "learned.safetensors")
+    recipe = validate(raw, where="test").resolved()
+    for classes in (CLASSES[:5], CLASSES):
+        save_tensors(tmp_path / "learned.safetensors", {"vectors": torch.zeros(1, 1)}, {"classes": list(classes)})
+        if classes == CLASSES:
+            with pytest.raises(RecipeError, match="has seen labels of novel classes: eight, five, nine"):
+                cells_of(recipe, objectives=["prg"], students=[], seeds=1, base_to_novel=True)
+        else:
+            assert cells_of(recipe, objectives=["prg"], students=[], seeds=1, base_to_novel=True)
 
 
 def test_two_sweeps_are_drawn_as_a_heat_map() -> None:

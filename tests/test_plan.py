@@ -30,7 +30,7 @@ def bundle(files: list[tuple[str, str]] = FILES, folder: Path = Path()) -> Any:
         | {"backend": "onnxruntime", "bytes": 1 << 20}
         for kind, precision in files
     ]
-    return SimpleNamespace(folder=folder, artifacts=artifacts)
+    return SimpleNamespace(folder=folder, artifacts=artifacts, manifest={})
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from prgkit.checkpoint import expected_bytes
+from prgkit.context import load_context
 from prgkit.devices import best_device, probe_precision
 from prgkit.distill import check_trackers
 from prgkit.files import free_bytes, readable_bytes, require_space
@@ -41,6 +42,8 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
         PrgkitError: for whatever would also stop the real work at its start.
     """
     check_trackers(recipe.training)
+    for page in recipe.teacher:
+        load_context(page)
     require_own_folder(folder, recipe)
     device = best_device()
     stored = [existing_store(page, recipe.views, targets_root) for page in recipe.teacher]

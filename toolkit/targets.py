@@ -178,6 +178,7 @@ class Targets:
             "targets": str(self.folder),
             "width": self.width,
             "logit_scale": self.logit_scale,
+            **({"context": self.context.digest} if self.context else {}),
         }
 
     @property
