@@ -145,7 +145,10 @@ epochs: 100
         ("student: {model: a, seed: 1}", "student.seed: unknown key; it belongs in views.seed or training.seed"),
         ("training: {node_weight: 1}", "training.node_weight: unknown key; it belongs in objective.node_weight"),
         ("zzz: 1", "zzz: unknown key; known: data, teacher, views, targets, student, objective, training, export"),
-        ("objective: {}", "objective.name: missing; known: prg, kd, ce, dkd, dist, rkd, crd, nd, pld, ofa, promptkd, clipkd, dho"),
+        (
+            "objective: {}",
+            "objective.name: missing; known: prg, kd, ce, dkd, dist, rkd, crd, nd, pld, ofa, promptkd, clipkd, dho",
+        ),
         (
             "objective: {name: pgr}",
             "objective.name: unknown objective 'pgr', known are prg, kd, ce, dkd, dist, rkd, crd, nd, pld, ofa, promptkd, clipkd, dho; did you mean 'prg'?",
