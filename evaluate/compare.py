@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from prgkit.devices import best_device
 from prgkit.distill import distill
-from prgkit.errors import PrgkitError, RecipeError, RunError, nearest
+from prgkit.errors import ImagesError, PrgkitError, RecipeError, RunError, nearest
 from prgkit.evaluate.accuracy import scores, top1
 from prgkit.evaluate.novel import Novel, halves, judge_novel, require_two_halves
 from prgkit.evaluate.standings import standings, write_standings
@@ -234,6 +234,9 @@ class Exam:
         seen = existing_targets(recipe, targets_root) or ()
         learned = read_catalogue(recipe.data.images, recipe, watch, known=seen)
         origin = fingerprint(learned.keys)
+        if recipe.data.labelled:
+            few = read_catalogue(recipe.data.labelled, recipe, watch, known=seen)
+            origin = fingerprint([origin, few.keys, match_labels(few, recipe.classes).tolist()])
         if not recipe.data.evaluation:
             return cls(learned, hold_out(learned.keys, recipe.data.held_out), None, origin)
         images = read_catalogue(recipe.data.evaluation, recipe, watch, known=seen)
@@ -242,6 +245,12 @@ class Exam:
             return cls(images, places, labels, origin)
         base, names = halves(recipe.classes)
         taught = labels < len(base)
+        if taught.all() or not taught.any():
+            raise ImagesError(
+                f"all evaluation images are of the {'first' if taught.all() else 'second'} half of the classes",
+                where=images.images.spec,
+                fix="name images of both halves as data.evaluation",
+            )
         novel = Novel(names, places[~taught], labels[~taught] - len(base))
         return cls(images, places[taught], labels[taught], origin, novel)
 

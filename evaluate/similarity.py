@@ -15,6 +15,7 @@ networks whole, and both with random weights. Here the teacher is trained, and k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def rank_students(
     # Whatever the recipe starts from: DisWOT's score is about random weights.
     pages = {c.recipe.student.model: c.recipe.student.model_copy(update={"initial": "random"}) for c in cells}
     lesson = prepare(recipe, targets_root, watch)
+    lesson = replace(lesson, answers=lesson.answers.to(best_device()))
     seeds = range(recipe.training.seed, recipe.training.seed + INITIALISATIONS)
     costs = {name: cost(untrained(page, lesson, seeds[0])) for name, page in pages.items()}
     batches, trained = some_batches(lesson, recipe.training.seed), measured(cells, out, targets_root, watch, whole)

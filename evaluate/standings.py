@@ -209,7 +209,9 @@ def about(found: dict[str, Any]) -> str:
             f"{novel['classes']} classes, {novel['images']:,} images, of which the teacher is right on "
             f"{novel['teacher_top1']:.1f} %. "
         )
-    chosen = failed + "Checkpoints are chosen by agreement with the teacher on held-out images, never by a label."
+    names = {page["name"] for row in found["rows"] for page in row["objective"]}
+    chosen = failed + "Checkpoints are chosen by agreement with the teacher on held-out images, never by a label"
+    chosen += "; how the heads of dho vote, by a quarter of data.labelled." if "dho" in names else "."
     return what + (difference if over or len(found["rows"]) > 1 else "") + chosen
 
 

@@ -46,7 +46,7 @@ def state_of(seed: int, *, optimizer: str = "adamw", objective: str = "prg") -> 
     )
     objectives = Objectives([OBJECTIVES[objective](name=objective)], space)  # type: ignore[call-arg,list-item]
     student.projector.requires_grad_(objectives.uses_features)
-    student.shows_stages = objectives.uses_stages
+    student.shows_stages = OBJECTIVES[objective].reads_stages
     learning = nn.ModuleList([student, objectives])
     optimizer_of = build_optimizer(learning, Training(optimizer=optimizer, learning_rate=0.01))  # type: ignore[arg-type]
     return TrainingState(student, Average(student), optimizer_of, objectives, Progress())

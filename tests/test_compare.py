@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.errors import RecipeError, RunError
+from prgkit.errors import ImagesError, RecipeError, RunError
 from prgkit.evaluate import compare as comparing
 from prgkit.evaluate.compare import LADDER, cells_of, compare
 from prgkit.evaluate.standings import difference, html, markdown, spread, standings
@@ -266,6 +266,19 @@ def test_what_has_no_two_halves_is_refused(pictures: Path, change: dict[str, Any
     recipe = validate(raw, where="test").resolved()
     with pytest.raises(RecipeError, match=said):
         cells_of(recipe, objectives=["prg"], students=[], seeds=1, base_to_novel=True)
+
+
+def test_a_half_without_images_is_said_before_any_training(pictures: Path, tmp_path: Path) -> None:
+    for name in CLASSES[:5]:
+        for path in (pictures / "right" / name).glob("*.png"):
+            (tmp_path / "base" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "base" / name / path.name).write_bytes(path.read_bytes())
+    raw = recipe_for(pictures).model_dump(mode="json")
+    raw["data"]["evaluation"] = str(tmp_path / "base")
+    whole = validate(raw, where="test").resolved()
+    cells = cells_of(whole, objectives=["prg"], students=[], seeds=1, base_to_novel=True)
+    with pytest.raises(ImagesError, match="all evaluation images are of the first half of the classes"):
+        compare(cells, tmp_path / "out", tmp_path / "targets", Unwatched(), command="prgkit", whole=whole)
 
 
 def test_a_context_that_knows_the_novel_classes_is_refused(pictures: Path, tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.distill import distill
 from prgkit.errors import RecipeError
+from prgkit.files import read_sealed
 from prgkit.heads import ClassVectors, TwoHeads
 from prgkit.labelled import best_vote
+from prgkit.lesson import prepare
 from prgkit.mixup import mixed
 from prgkit.objectives import TeacherSide
 from prgkit.recipe import Recipe, validate
@@ -138,9 +140,52 @@ def test_a_student_without_a_head_scores_by_class_vectors(folder: Path, name: st
     assert records[-1]["kl"] < records[0]["kl"]
 
 
-def test_class_vectors_score_by_hand() -> None:
+def test_class_vectors_score_by_hand_and_never_in_bfloat16() -> None:
     scorer = ClassVectors(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), 10.0)
     torch.testing.assert_close(scorer(torch.tensor([[0.0, 5.0]])), torch.tensor([[0.0, 8.0]]))
+    features = torch.tensor([[0.3, 0.7]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(scorer(features), ClassVectors(scorer.vectors, 10.0)(features))
+        rounded = scorer(features)
+    assert torch.equal(rounded, scorer(features))
+
+
+@pytest.mark.parametrize(
+    ("objective", "targets", "said"),
+    [
+        ([{"name": "promptkd"}, {"name": "dho"}], {}, "dho needs a class head"),
+        ({"name": "clipkd"}, {"debias": 1.0}, "teach the class vectors' own scores"),
+    ],
+)
+def test_what_cannot_stand_together_is_said_at_once(folder: Path, objective: Any, targets: Any, said: str) -> None:
+    raw = recipe_for(folder, {"name": "prg"}, "few").model_dump(mode="json")
+    with pytest.raises(RecipeError, match=said):
+        validate({**raw, "objective": objective, "targets": targets}, where="test")
+
+
+def test_images_that_choose_the_vote_teach_no_one_and_those_that_teach_choose_nothing(folder: Path) -> None:
+    recipe = recipe_for(folder, {"name": "dho"}, "few")
+    everything = recipe.data.model_copy(update={"images": str(folder)})  # the labelled ones are among them, too
+    lesson = prepare(recipe.model_copy(update={"data": everything}), folder / "targets", Unwatched())
+    assert lesson.labelled is not None
+    own = lesson.labelled.lesson
+    names = [
+        {part.catalogue.keys[position] for position in positions}
+        for part, positions in ((lesson, lesson.learned), (lesson, lesson.held_out), (own, own.held_out))
+    ]
+    assert names[0]
+    assert names[1]
+    assert not names[0] & names[2]
+    assert not names[1] & set(own.catalogue.keys)
+
+
+def test_an_objective_begins_alike_whatever_was_probed_before(folder: Path) -> None:
+    """A run that probed its precision, and one killed after the probe and gone on, learn beside the student the same."""
+    probed = trained(folder, "probed", {"name": "crd"}, precision="auto", epochs=1)
+    card = read_sealed(probed.card_file)
+    chosen = card["precision"]["chosen"]
+    told = trained(folder, "told", {"name": "crd"}, precision=chosen, epochs=1)
+    assert probed.metrics()[0]["loss"] == told.metrics()[0]["loss"]
 
 
 @pytest.mark.parametrize("name", ["crd", "ofa"])

@@ -65,7 +65,9 @@ def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelera
     with locked(run.folder, "run") if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             run.clear_leftovers()
-        build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)  # a mistake in it is told now
+        trial = build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)  # mistakes are told now
+        if recipe.reads_stages:
+            trial.stage_widths()
         lesson = from_first(accelerator, lambda: prepare(recipe, targets_root, watch, run))
         seed_everything(recipe.training.seed)
         student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=lesson.targets.width)
@@ -118,9 +120,10 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
         logit_scale=lesson.targets.logit_scale,
         stages=student.stage_widths,
     )
+    seed_everything(page.seed)  # what an objective learns begins alike in every process, whatever was probed before
     objective = Objectives(recipe.objective, space).to(device)
     student.projector.requires_grad_(objective.uses_features)  # several processes wait for every gradient
-    student.shows_stages = objective.uses_stages
+    student.shows_stages = recipe.reads_stages
     learning = nn.ModuleList([student, objective])  # some objectives learn beside the student, and stay here
     optimizer = build_optimizer(learning, page)
     average = Average(student)  # the weight EMA is what is judged and kept

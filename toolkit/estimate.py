@@ -50,17 +50,22 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
     images = open_images(recipe.data.images)
     images_missing = count_missing(images, stored)
     pictures_bytes = len(images) * mean_picture_bytes(images)
-    judged = open_evaluation(recipe) if recipe.data.evaluation else None
+    judged = open_matched(recipe, recipe.data.evaluation, recipe.data.evaluation_labels)
+    few = open_matched(recipe, recipe.data.labelled, recipe.data.labelled_labels) if recipe.learns_labels else None
     judged_missing = count_missing(judged, stored) if judged else [0] * len(stored)
     if judged:
         mean_picture_bytes(judged)  # one of them at least can be read
 
     watch.note(f"probing {recipe.teacher_name} and {recipe.student.model} for some seconds")
     views = 1 + recipe.views.count
-    missing = [views * new + new_judged for new, new_judged in zip(images_missing, judged_missing, strict=True)]
+    few_missing = count_missing(few, stored) if few else [0] * len(stored)
+    counts = zip(images_missing, judged_missing, few_missing, strict=True)
+    missing = [views * (new + labelled) + new_judged for new, new_judged, labelled in counts]
     passes = [teacher_pass(page, count, device) for page, count in zip(recipe.teacher, missing, strict=True)]
     width = sum(one["width"] for one in passes)
     student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=width)
+    if recipe.reads_stages:
+        student.stage_widths()
     probe = probe_precision(student, device, recipe.training.batch_size)
     precision = probe["chosen"] if recipe.training.precision == "auto" else recipe.training.precision
     student_images_per_s = 1000 * probe["batch_size"] / probe["step_ms"][precision]
@@ -82,10 +87,11 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
     return {**figures, "told": told(recipe, figures, device, free_bytes(folder))}
 
 
-def open_evaluation(recipe: Recipe) -> Images:
-    """Open the evaluation images; their labels are only matched with the classes."""
-    labels = Path(recipe.data.evaluation_labels) if recipe.data.evaluation_labels else None
-    images = open_images(recipe.data.evaluation or "", labels=labels)
+def open_matched(recipe: Recipe, spec: str | None, labels: str | None) -> Images | None:
+    """Open labelled images, where there are any; their labels are only matched with the classes."""
+    if not spec:
+        return None
+    images = open_images(spec, labels=Path(labels) if labels else None)
     numbers = range(len(images))
     class_indices(
         [images.label(number) for number in numbers],

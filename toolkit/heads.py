@@ -19,7 +19,8 @@ class ClassVectors(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return class logits [B, C] for features [B, D]."""
-        logits: Tensor = self.scale * nn.functional.normalize(features, dim=1) @ self.vectors.T
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 would round a logit of 40 to quarters
+            logits: Tensor = self.scale * nn.functional.normalize(features.float(), dim=1) @ self.vectors.T
         return logits
 
 

@@ -46,10 +46,12 @@ class Labelled:
         """
         learned = self.lesson.learned
         size = min(max(processes, page.batch_size // 2), len(learned))
-        plan = []
-        for step in steps:
-            chosen = np.random.default_rng((page.seed, 1, step)).choice(learned, size, replace=False)
-            plan.append([(int(position), [1 + step % views.count]) for position in chosen[process::processes]])
+        drawn = (np.random.default_rng((page.seed, 1, step)).choice(learned, size, replace=False) for step in steps)
+        mine = (chosen[process % size :: processes] for chosen in drawn)  # with fewer images than processes some share
+        plan = (
+            [(int(position), [1 + step % views.count]) for position in part]
+            for step, part in zip(steps, mine, strict=True)
+        )
         rendered = Rendered(self.lesson.catalogue, preprocessing, views)
         for batch in load_batches(rendered, plan, workers=page.workers):
             positions = batch.positions.numpy()
@@ -63,7 +65,7 @@ def beside(pixels: Tensor, side: TeacherSide, more: Tensor, labelled: TeacherSid
     unknown = torch.full_like(side.labels, -1)
     pairs = zip(side._replace(truth=unknown), labelled, strict=True)
     joined = (torch.cat([one, other.to(one.device)]) for one, other in pairs if one is not None and other is not None)
-    return torch.cat([pixels, more]), TeacherSide(*joined)
+    return torch.cat([pixels, more.to(pixels.device)]), TeacherSide(*joined)
 
 
 @torch.inference_mode()

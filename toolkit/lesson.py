@@ -105,6 +105,7 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
     for place in pictures.damaged:
         watch.note(f"damaged in {pictures.folder}: {place}; what was in it is decoded again")
     evaluation = read_evaluation(recipe, images, targets, watch) if recipe.data.evaluation else None
+    few = read_labelled(recipe, evaluation, targets, watch) if recipe.learns_labels else None
     if run is not None:
         judged = facts_of(evaluation) if evaluation else None
         run.update_card(images=facts_of(images), evaluation=judged, teacher=targets.facts())
@@ -130,11 +131,8 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
     if run is None or not run.quality_file.exists():
         tell_quality(lesson, recipe, watch, run)
     tell_learned(lesson, recipe.data.keep, watch, run)
-    if recipe.learns_labels:
-        labelled = read_labelled(lesson, recipe, teacher, watch)
-        lesson = replace(lesson, labelled=labelled)
-        if evaluation is not None and set(evaluation.keys) & set(labelled.lesson.catalogue.keys):
-            watch.note("some evaluation images are among the labelled ones to learn from: accuracy on them flatters")
+    if few is not None:
+        lesson = with_labelled(lesson, few, recipe, teacher, watch)
     return lesson
 
 
@@ -168,23 +166,50 @@ def read_evaluation(recipe: Recipe, learned: Catalogue, targets: AnyTargets, wat
     return evaluation
 
 
-def read_labelled(lesson: Lesson, recipe: Recipe, teacher: Callable[[TeacherPage], Teacher], watch: Watch) -> Labelled:
-    """Read the few images whose labels are learned from, and have the teacher see them like the others."""
-    images = read_catalogue(recipe.data.labelled or "", recipe, watch, known=lesson.targets)
-    labels, validation = match_labels(images, recipe.classes), hold_out(images.keys, VALIDATION)
-    views = np.full(len(images), 1 + recipe.views.count)
+def read_labelled(recipe: Recipe, evaluation: Catalogue | None, targets: AnyTargets, watch: Watch) -> Catalogue:
+    """Read the few images whose labels are learned from, and say now rather than after the teacher what is wrong."""
+    few = read_catalogue(recipe.data.labelled or "", recipe, watch, known=targets)
+    match_labels(few, recipe.classes)
+    if evaluation is not None and (shared := len(set(evaluation.keys) & set(few.keys))):
+        watch.note(f"{shared} evaluation images are also among the labelled ones: accuracy on them flatters")
+    return few
+
+
+def with_labelled(
+    lesson: Lesson, few: Catalogue, recipe: Recipe, teacher: Callable[[TeacherPage], Teacher], watch: Watch
+) -> Lesson:
+    """Return the lesson with a few labelled images, which the teacher sees like the others.
+
+    Those that choose the vote are learned from nowhere, and none that teaches selects the checkpoint.
+    """
+    validation = hold_out(few.keys, VALIDATION)
+    views = np.full(len(few), 1 + recipe.views.count)
     views[validation] = 1
     for store in lesson.targets.stores:
-        embed(store, images, views=views, recipe=recipe, teacher=teacher, watch=watch)
+        embed(store, few, views=views, recipe=recipe, teacher=teacher, watch=watch)
+    teaching = np.setdiff1d(np.arange(len(few)), validation)
     own = replace(
         lesson,
-        catalogue=images,
-        rows=lesson.targets.rows(images.keys, views=1),
+        catalogue=few,
+        rows=lesson.targets.rows(few.keys, views=1),
         held_out=validation,
-        learned=np.setdiff1d(np.arange(len(images)), validation),
+        learned=teaching,
         shares=None,
     )
-    return Labelled(own, labels, first=len(lesson.catalogue))
+    kept = without(lesson.catalogue, lesson.learned, {few.keys[position] for position in validation})
+    return replace(
+        lesson,
+        learned=lesson.learned[kept],
+        shares=None if lesson.shares is None else lesson.shares[kept],
+        held_out=lesson.held_out[without(lesson.catalogue, lesson.held_out, set(few.keys))],
+        labelled=Labelled(own, match_labels(few, recipe.classes), first=len(lesson.catalogue)),
+    )
+
+
+def without(catalogue: Catalogue, positions: NDArray[np.int64], barred: Container[str]) -> NDArray[np.bool_]:
+    """Tell of each position whether its image is none of the ``barred``; all stay where none would."""
+    kept = np.array([catalogue.keys[position] not in barred for position in positions], dtype=bool)
+    return kept if kept.any() else ~kept
 
 
 def facts_of(images: Catalogue) -> dict[str, Any]:

@@ -18,6 +18,7 @@ def mixed(pixels: Tensor, side: TeacherSide, strength: float, *, seed: tuple[int
     """
     generator = np.random.default_rng((*seed, 2))
     share = float(generator.beta(strength, strength))
+    share = max(share, 1 - share)  # an image stays the larger part of its mixture, whose number it keeps
     other = torch.from_numpy(generator.permutation(len(pixels))).to(pixels.device)
     blended = share * pixels.float() + (1 - share) * pixels[other].float()
     probabilities = side.logits.softmax(dim=1)

@@ -111,7 +111,8 @@ def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path)
 def adapt_teacher(session: Session, recipe: Recipe, path: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Learn a context for the teacher, and let what follows in the chain use it."""
     use = f"teacher.context={json.dumps(str(path), ensure_ascii=False)}"
-    session.asked = {**(session.asked or {}), "overrides": (*given["overrides"], use)}
+    asked = session.asked or given
+    session.asked = {**asked, "overrides": (*asked["overrides"], use)}
     if not session.leads:  # the context has one writer
         return {}
     from prgkit.adapt import adapt, told

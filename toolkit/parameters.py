@@ -20,6 +20,8 @@ class ObjectivePage(Page):
     scores_by_text: ClassVar[bool] = False
     # Whether it reads the labels of data.labelled, with a second head for the teacher's answers.
     learns_labels: ClassVar[bool] = False
+    # Whether it looks at the maps that leave the student's stages.
+    reads_stages: ClassVar[bool] = False
     weight: float = Field(1.0, gt=0)
     prompt_weighting: Literal["max", "mean", "softmax"] = "max"
 
@@ -106,6 +108,7 @@ class PLD(ObjectivePage):
 class OFA(ObjectivePage):
     """One for all: the label's share enhanced, on the logits and on an exit after each stage (Hao et al., 2023)."""
 
+    reads_stages = True
     name: Literal["ofa"]
     gamma: float = Field(1.0, ge=1)
     exit_weight: float = Field(1.0, ge=0)

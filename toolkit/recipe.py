@@ -207,6 +207,10 @@ class Recipe(Page):
     def _labels_to_learn_from(self) -> Recipe:
         if self.learns_labels and self.data.labelled is None:
             raise ValueError("data.labelled: name a few labelled images, since an objective learns from their labels")
+        if self.scores_by_text and self.learns_labels:
+            raise ValueError("objective: dho needs a class head, which promptkd and clipkd leave out")
+        if self.scores_by_text and self.targets.corrects:
+            raise ValueError("targets: promptkd and clipkd teach the class vectors' own scores; leave the section out")
         return self
 
     @property
@@ -238,6 +242,11 @@ class Recipe(Page):
     def learns_labels(self) -> bool:
         """Whether the student has a second head, since one of the two learns from `data.labelled`."""
         return any(objective.learns_labels for objective in self.objective)
+
+    @property
+    def reads_stages(self) -> bool:
+        """Whether an objective looks at the maps that leave the student's stages."""
+        return any(objective.reads_stages for objective in self.objective)
 
     @property
     def objective_name(self) -> str:

@@ -146,7 +146,10 @@ def require_own_folder(folder: Path, recipe: Recipe) -> None:
     """
     run = Run(folder)
     if run.recipe_file.exists():
-        if changed := changed_keys(run.recipe, recipe):
+        changed = changed_keys(run.recipe, recipe)
+        if any(page.context for page in recipe.teacher) and run.card["fingerprint"] != recipe.fingerprint():
+            changed = changed or ["what teacher.context holds"]
+        if changed:
             raise RunError(
                 f"this run was made from another recipe; it differs in {', '.join(changed)}",
                 where=folder,

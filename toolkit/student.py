@@ -108,10 +108,13 @@ class Student(Normalised):
 
     def facts(self, page: StudentPage) -> dict[str, Any]:
         """Return what a run's card says of its student; parameters are counted as they are deployed."""
+        network = self.deployed().model
+        if isinstance(network, OpenVocabulary):
+            network.model.reset_classifier(0)  # type: ignore[operator]
         return {
             "model": page.model,
             "initial": page.initial,
-            "parameters": sum(parameter.numel() for parameter in self.deployed().model.parameters()),
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "preprocessing": self.preprocessing.to_dict(),
         }
 

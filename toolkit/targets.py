@@ -171,10 +171,11 @@ class Targets:
 
     def facts(self) -> dict[str, Any]:
         """Return what a run's card says of its teacher."""
+        origin = self.card["teacher"]
         return {
             "model": self.card["teacher_model"],
             "weights": self.card["teacher_weights"],
-            "fingerprint": fingerprint(self.card["teacher"]),
+            "fingerprint": fingerprint([origin, self.context.digest] if self.context else origin),
             "targets": str(self.folder),
             "width": self.width,
             "logit_scale": self.logit_scale,

@@ -52,7 +52,6 @@ class Objectives(nn.Module):
         parts = [PARTS[page.name](page, space) for page in pages]
         self.parts = nn.ModuleList(parts)
         self.uses_features = any(part.uses_features for part in parts)  # else the projector learns nothing
-        self.uses_stages = any(isinstance(part, OFA) for part in parts)
         self.prefixes = [f"{page.name}." if len(pages) > 1 else "" for page in pages]
 
     def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:

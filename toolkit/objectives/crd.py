@@ -30,7 +30,7 @@ class CRD(nn.Module):
 
     def __init__(self, page: parameters.CRD, space: Space) -> None:
         super().__init__()
-        self.page = page
+        self.page, self.steps_per_epoch = page, space.steps_per_epoch
         self.student_head = nn.Linear(space.width, page.width)
         self.teacher_head = nn.Linear(space.width, page.width)
         bound = math.sqrt(3 / page.width)  # so that rows have length one, on average
@@ -47,6 +47,8 @@ class CRD(nn.Module):
         drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(int(self.step)))
         drawn = drawn[: self.page.negatives].to(self.labels.device)  # [K]
         apart = (self.labels[drawn] != teacher.labels[:, None]) & (drawn != teacher.images[:, None])  # [B, K]
+        if self.step >= self.steps_per_epoch:  # a row that no epoch has filled is an image that none will
+            apart &= self.labels[drawn] >= 0
         contrast = sum(
             self.nce(anchor, bank, teacher.images, drawn, apart, side)
             for side, (anchor, bank) in enumerate(((mine, self.teacher_bank), (theirs, self.student_bank)))
