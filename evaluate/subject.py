@@ -46,14 +46,15 @@ def subject(bundle: Bundle, evaluation: Evaluation, rows: Sequence[Row]) -> dict
 
 
 def identity(evaluation: Evaluation, bundle: Bundle) -> dict[str, Any]:
-    """Return which images the quality is measured on; the digest is the same where pictures and labels are."""
+    """Return which images the quality is measured on; the digest is the same where pictures, labels and classes are."""
     labels = None if evaluation.labels is None else evaluation.labels.tolist()
+    asked = [bundle.classes] if (bundle.manifest.get("open_vocabulary") or {}).get("relabelled") else []
     return {
         "images": len(evaluation.pixels),
         "labelled": labels is not None,
         "source": bundle.manifest["evaluation"]["source"],
         # Bundles of earlier versions do not say which pictures they hold.
-        "digest": None if evaluation.keys is None else fingerprint([evaluation.keys, labels]),
+        "digest": None if evaluation.keys is None else fingerprint([evaluation.keys, labels, *asked]),
     }
 
 
@@ -63,9 +64,15 @@ def made_by(bundle: Bundle, typed: str) -> list[str]:
     made = {artifact["format"] for artifact in bundle.artifacts} | {one["precision"] for one in bundle.artifacts}
     options = {"fp16": "--fp16", "int8": "--int8", NCHW: "--float-input", "engine": "--trt"}
     asked = [option for kind, option in options.items() if kind in made]
+    again: list[str] = []
     if engines := [one["file"] for one in bundle.artifacts if one["format"] == "engine"]:
         card = load_card(bundle.folder / engines[0])
-        asked += ["--backend", card.backend, "--batch", ",".join(map(str, card.batch))]
+        built = ["--backend", card.backend, "--batch", ",".join(map(str, card.batch))]
+        if (bundle.manifest.get("open_vocabulary") or {}).get("relabelled"):  # which removed those of the old classes
+            asked.remove("--trt")
+            again = ["--trt", *(option for option in ("--fp16", "--int8") if option in asked), *built]
+        else:
+            asked += built
     if scoring := bundle.manifest.get("open_vocabulary"):
         asked += ["--open-vocabulary", scoring["class_vectors"]]
     usual = Export().evaluation_images
@@ -78,6 +85,8 @@ def made_by(bundle: Bundle, typed: str) -> list[str]:
     }
     if scoring and scoring["relabelled"]:
         steps["relabel"] = f"prgkit relabel --classes FILE --run {run}"
+        if again:
+            steps["engines"] = " ".join(["prgkit export", *again, "--run", f"{run}/bundle"])
     return [step for command, step in steps.items() if command not in typed.split()]
 
 

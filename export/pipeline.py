@@ -49,6 +49,7 @@ from prgkit.images import Preprocessing
 from prgkit.run import TICKS
 
 WRITERS = ("timm", "onnx", "onnxscript", "onnxruntime")  # besides torch: what writes ONNX files, and compares them
+RELABELLED = "relabelled"  # what `building` calls the folder that takes the place of one with other classes
 CPU_FP16 = "ONNX Runtime's CPU provider computes in float32 with the float16 weights"
 
 
@@ -319,6 +320,8 @@ def building(folder: Path, name: str = "new") -> Iterator[Path]:
     put_back(folder)
     shutil.rmtree(old, ignore_errors=True)
     clear_unfinished(new)
+    if name != RELABELLED:  # what a killed relabel has left is of no use to an export
+        shutil.rmtree(folder.with_name(f".{folder.name}.{RELABELLED}"), ignore_errors=True)
     if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
         raise ExportError(
             "the folder holds something that is not a bundle", where=folder, fix="remove it, or choose another"

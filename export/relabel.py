@@ -19,14 +19,22 @@ from numpy.typing import NDArray
 
 from prgkit.answers import Answers, no_correction
 from prgkit.devices import best_device
-from prgkit.errors import ExportError, RunError
-from prgkit.export.bundle import Bundle, contract, describe_artifact, fp32_onnx, open_bundle, write_manifest
+from prgkit.errors import ExportError, ParityError, RunError
+from prgkit.export.bundle import (
+    GOLDEN_TOLERANCE,
+    Bundle,
+    contract,
+    describe_artifact,
+    fp32_onnx,
+    open_bundle,
+    write_manifest,
+)
+from prgkit.export.card import load_card
 from prgkit.export.contents import PARTS, VECTORS, digests, require_unchanged
 from prgkit.export.finished import Artifact, files_of
 from prgkit.export.lossless import read_array, read_png, write_array
 from prgkit.export.open_vocabulary import Matrix, answers_told, scored, write_classes
-from prgkit.export.parity import require_agreement
-from prgkit.export.pipeline import building, put_back
+from prgkit.export.pipeline import RELABELLED, building, put_back
 from prgkit.export.run import said
 from prgkit.export.runners import OnnxRunner
 from prgkit.joint import open_targets
@@ -53,14 +61,14 @@ def relabel(folder: Path, classes: Sequence[str], *, run: Run | None, watch: Wat
         TeacherError: the teacher cannot be loaded.
         ParityError: the FP32 file does not give the logits that the stored features have by the new vectors.
     """
-    with locked(run.folder, "run") if run else contextlib.nullcontext():
+    with locked(run.folder, "run") if run else locked(folder, "bundle"):
         bundle = open_bundle(folder)
         require_open(bundle)
         for part in PARTS:
             require_unchanged(folder, part)
         recipe = validate(bundle.manifest["recipe"], where=folder)
         answers = read_names(bundle, recipe, classes, run, watch)
-        with building(folder, "relabelled") as new:
+        with building(folder, RELABELLED) as new:
             shutil.copytree(folder, new, copy_function=link, dirs_exist_ok=True)
             manifest = write_relabelled(bundle, new, answers, classes, watch)
     if recipe.targets.corrects:
@@ -75,17 +83,20 @@ def settled_bundle(given: Path | None) -> tuple[Path, Run | None]:
         RunError: there is none.
         ExportError: it is the folder that the user stands in.
     """
-    if given is not None:
+    if given is not None and not given.exists():
         put_back(given.resolve())
     with contextlib.suppress(RunError):
-        put_back(find_run(given).bundle.resolve())
+        lost = find_run(given)
+        if not lost.bundle.exists():
+            with locked(lost.folder, "run"):  # not between the two names that an export is giving
+                put_back(lost.bundle.resolve())
     bundle, run = find_bundle(given)
     folder = bundle.resolve()
     if Path.cwd().is_relative_to(folder):
         raise ExportError(
             "relabel puts another folder in the place of the one that you stand in",
             where=folder,
-            fix=f"cd {shlex.quote(str(folder.parent))}, and there: prgkit relabel --run {folder.name}",
+            fix=f"cd {shlex.quote(str(folder.parent))}, and there: prgkit relabel --classes FILE --run {folder.name}",
         )
     return bundle, run
 
@@ -173,8 +184,8 @@ def relabelled(new: Path, entry: Artifact, vectors: Matrix, classes: Sequence[st
         format_=entry["format"],
         precision=entry["precision"],
         backend=entry["backend"],
-        executed=entry["executed"],
-        note=UNCOMPARED,
+        executed=(entry["format"], entry["precision"]) == ("onnx", "fp32"),  # by `require_same`
+        note="; ".join(filter(None, (entry["note"], UNCOMPARED))) if entry["note"] != UNCOMPARED else UNCOMPARED,
         parity=None,
     )
     return {**{key: value for key, value in entry.items() if key != "made_from"}, **told}
@@ -188,7 +199,12 @@ def leave_engines(bundle: Bundle, new: Path, watch: Watch) -> None:
             path.unlink(missing_ok=True)
     if engines:
         names = ", ".join(entry["file"] for entry in engines)
-        watch.note(f"{names}: of the old classes, and removed; prgkit export --trt --run {bundle.folder} builds again")
+        card, made = load_card(bundle.folder / engines[0]["file"]), {entry["precision"] for entry in engines}
+        kinds = [f"--{precision}" for precision in ("fp16", "int8") if precision in made]
+        batch = ",".join(map(str, card.batch))
+        build = ["prgkit", "export", "--trt", *kinds, "--backend", card.backend, "--batch", batch]
+        again = shlex.join([*build, "--run", str(bundle.folder)])
+        watch.note(f"{names}: of the old classes, and removed; {again} builds them again")
 
 
 def move_labels(path: Path, before: Sequence[str], classes: Sequence[str], watch: Watch) -> bool:
@@ -214,9 +230,17 @@ def require_same(new: Path, fp32: Artifact) -> None:
     inputs = np.stack([read_png(golden / f"{number:02}.input.png") for number in range(len(expected))])
     runner = OnnxRunner(new / fp32["file"], name=fp32["name"], spin=False)
     try:
-        require_agreement(expected, runner.run(inputs), precision="fp32", names=("the stored features", fp32["name"]))
+        difference = float(np.abs(expected - runner.run(inputs)).max())
     finally:
         runner.close()
+    allowed = GOLDEN_TOLERANCE["fp32"] * max(1.0, float(np.abs(expected).max()))  # the features are another machine's
+    if not difference <= allowed:
+        raise ParityError(
+            f"{fp32['file']} differs from what the stored features have by the new class vectors: by {difference:.3g}, "
+            f"allowed {allowed:.3g}",
+            where=new,
+            fix="copy the bundle again, or export it again",
+        )
 
 
 def link(source: str, target: str) -> None:

@@ -249,6 +249,12 @@ def ask_teacher(run: Run, recipe: Recipe, images: Catalogue, positions: NDArray[
         return load_teacher(page, best_device())
 
     targets = open_targets(recipe, run.target_stores[0].parent, teacher)
+    if targets.facts()["fingerprint"] != run.card["teacher"]["fingerprint"]:
+        raise ExportError(
+            f"the teacher, or its learned context, is not the one that the student learned from: {recipe.teacher_name}",
+            where=run.folder,
+            fix="put the old one back, or distil again into a new run",
+        )
     for store in targets.stores:
         embed(store, images, views=np.ones(len(images), dtype=int), recipe=recipe, teacher=teacher, watch=watch)
     prompts = targets.prompts(recipe.classes, recipe.templates, teacher)

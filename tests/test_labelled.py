@@ -20,9 +20,9 @@ from prgkit.labelled import best_vote
 from prgkit.lesson import prepare
 from prgkit.mixup import mixed
 from prgkit.objectives import TeacherSide
-from prgkit.recipe import Recipe, validate
+from prgkit.recipe import Recipe, StudentPage, validate
 from prgkit.run import Run
-from prgkit.student import load_student
+from prgkit.student import build_student, load_student, reparameterised
 from prgkit.watch import Unwatched
 
 
@@ -138,6 +138,18 @@ def test_a_student_without_a_head_scores_by_class_vectors(folder: Path, name: st
         torch.testing.assert_close(student(pixels()).logits, answer.logits[:, :3])
     records = run.metrics()
     assert records[-1]["kl"] < records[0]["kl"]
+
+
+@pytest.mark.parametrize("model", ["repvit_m0_9", "shvit_s1"])  # both fuse their heads: one has no layer to ask then
+def test_two_heads_vote_alike_when_the_network_is_fused(model: str) -> None:
+    student = build_student(StudentPage(model=model, image_size=64), classes=4, teacher_width=8)
+    student.grow_second_head()
+    images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    deployed = student.deployed()
+    with torch.no_grad():
+        before = deployed(images)
+        deployed.model = reparameterised(deployed.model)
+        torch.testing.assert_close(deployed(images), before, atol=1e-4, rtol=1e-4)
 
 
 def test_class_vectors_score_by_hand_and_never_in_bfloat16() -> None:

@@ -183,12 +183,13 @@ def test_the_command_line_relabels(
 ) -> None:
     Path("new.txt").write_text("eight\n# a remark\nnine\n")
     picture = str(next(Path("judged/two").iterdir()))
-    line = ["prgkit", "relabel", "--classes", "new.txt", "predict", picture, "--json"]
+    line = ["prgkit", "relabel", "--classes", "new.txt", "export", "--zip", "predict", picture, "--json"]
     monkeypatch.setattr(sys, "argv", [*line[:4], "--run", str(run.folder), *line[4:]])
     main()
     document = json.loads(capsys.readouterr().out)
     assert document["relabel"]["classes"] == ["eight", "nine"]
     assert document["relabel"]["bundle"] == "runs/prg/bundle"
+    assert document["export"]["classes"] == ["eight", "nine"]  # what follows does not export the old classes again
     assert document["predict"][0]["class"] in ("eight", "nine")
     monkeypatch.setattr(sys, "argv", ["prgkit", "relabel", "--classes", "new.txt", "--run", "photos"])
     with pytest.raises(SystemExit):
@@ -247,7 +248,7 @@ def test_the_folder_that_one_stands_in_is_not_taken_away(run: Run, monkeypatch: 
     monkeypatch.chdir(folder)
     with pytest.raises(ExportError) as caught:
         settled_bundle(None)
-    assert caught.value.fix == f"cd {folder.parent}, and there: prgkit relabel --run bundle"
+    assert caught.value.fix == f"cd {folder.parent}, and there: prgkit relabel --classes FILE --run bundle"
 
 
 def test_fixed_classes_and_lists_that_are_none_are_refused(run: Run, tmp_path: Path) -> None:

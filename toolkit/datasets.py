@@ -18,6 +18,7 @@ from prgkit.prompts import load_classes
 from prgkit.sources import Source, read_span
 
 LOCAL_COPY = "check the network, or put the images into a folder and give its path instead"
+GONE = ("StanfordCars", "SUN397")  # from where torchvision would download them; it reads the files that are there
 # torchvision's datasets whose class names are folders ("SeaLake"), none, or differ from what is usually written.
 READABLE = {"Caltech101": "caltech101", "EuroSAT": "eurosat", "Flowers102": "flowers102"}
 
@@ -52,7 +53,7 @@ def open_split(make: Any, name: str, split: str) -> TorchvisionSource:
     root = Path(os.environ.get("PRGKIT_DATA_ROOT", "~/.cache/prgkit/data")).expanduser()
     options: dict[str, Any] = {"root": root, **split_options(name, split, accepted)}
     if "download" in accepted:
-        options["download"] = name != "StanfordCars"  # its address is gone: torchvision only refuses
+        options["download"] = name not in GONE
     title = f"{name}/{split}" if split else name
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -255,6 +256,8 @@ def picture_of(read: Any, name: str) -> Image.Image:
     """Call ``read`` and hold it to its promise of a picture."""
     try:
         picture = read()
+    except ImportError as error:
+        raise ImagesError(f"reading {name} needs {error.name}", fix=f"pip install {error.name}") from error
     except Exception as error:  # a dataset's reader may raise anything
         raise UnreadableImage(name, first_line(error)) from error
     if not isinstance(picture, Image.Image):

@@ -69,9 +69,9 @@ class Voted(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return class logits [B, C] for normalised images [B, 3, S, S]."""
-        features = pooled(self.model, images)
-        first = self.model.get_classifier()(features)  # type: ignore[operator]
-        return self.second.vote(first, self.second.head(features))
+        maps = self.model.forward_features(images)  # type: ignore[operator]
+        first = self.model.forward_head(maps)  # type: ignore[operator]
+        return self.second.vote(first, self.second.head(self.model.forward_head(maps, pre_logits=True)))  # type: ignore[operator]
 
 
 def pooled(model: nn.Module, images: Tensor) -> Tensor:

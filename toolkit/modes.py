@@ -61,7 +61,7 @@ def relabel_bundle(session: Session, place: Path | None, classes: str) -> dict[s
 
     names = load_classes(classes)
     bundle, run = settled_bundle(session.folder or place)
-    session.folder = run.folder if run else bundle
+    session.folder = bundle  # what follows works on it, and does not export the run again
     if run is None:
         manifest = relabel(bundle.resolve(), names, run=None, watch=session.terminal)
     else:
