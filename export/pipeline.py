@@ -30,7 +30,7 @@ from prgkit.export.bundle import (
     write_golden,
     write_manifest,
 )
-from prgkit.export.contents import VECTORS, digests
+from prgkit.export.contents import MATRIX, VECTORS, digests
 from prgkit.export.engines import make_engine
 from prgkit.export.finished import JOURNAL, Artifact, Finished, clear_unfinished
 from prgkit.export.int8 import Network, Quantiser, calibration_of, quantise
@@ -236,6 +236,8 @@ def export_student(
             note(answers_told(fp32_logits, held_out.teacher_logits))
             scoring = {"class_vectors": options.class_vectors or "initializer", "width": scorer.vectors.shape[1]}
             scoring |= {"logit_scale": float(scorer.scale), "relabelled": None}
+            if scoring["class_vectors"] == "input":  # the files' second one
+                scoring["input"] = {"name": MATRIX, "dtype": "float32", "shape": ["classes", scoring["width"]]}
             facts = {**facts, "open_vocabulary": {**facts.get("open_vocabulary", {}), **scoring}}
         evaluation = {
             "images": len(held_out.teacher_logits),

@@ -24,13 +24,14 @@ def readme(manifest: dict[str, Any]) -> str:
     )
     scoring = manifest.get("open_vocabulary")
     takes_vectors = bool(scoring and scoring["class_vectors"] == "input")
+    second = f" and `class_vectors` [classes, {scoring['width']}] float32" if scoring and takes_vectors else ""
     floats = [entry for entry in manifest["artifacts"] if entry.get("input", {}).get("layout") == "NCHW"]
     others = [TWO_INPUTS if takes_vectors else cpp_sections(size, manifest), *map(float_section, floats)]
     if scoring:
         others.append(vocabulary_section(scoring, takes_vectors=takes_vectors))
     return f"""# {manifest["student"]["model"]}, {classes} classes, {size} px
 
-Made by prgkit from the teacher {teacher}. Input `pixels` [batch, {size}, {size}, 3] uint8 RGB, output `logits`
+Made by prgkit from the teacher {teacher}. Input `pixels` [batch, {size}, {size}, 3] uint8 RGB{second}, output `logits`
 [batch, {classes}] float32. Mean and standard deviation are applied inside; class names are in the file, as JSON.
 
 | file | precision | runs with | executed where it was made |

@@ -292,6 +292,10 @@ def test_class_vectors_as_an_input_give_the_same_answers(run: Run) -> None:
     before = [logits_of(run.bundle, file) for file in files]
     manifest = export_run(run, fp16=True, trt=False, float_input=True, open_vocabulary="input", watch=Unwatched())
     assert manifest["open_vocabulary"]["class_vectors"] == "input"
+    width = manifest["open_vocabulary"]["width"]
+    wanted = {"name": "class_vectors", "dtype": "float32", "shape": ["classes", width]}
+    assert manifest["open_vocabulary"]["input"] == wanted
+    assert f"`class_vectors` [classes, {width}] float32" in (run.bundle / "README.md").read_text()
     for file, logits, furthest in zip(files, before, (1e-6, 0.05), strict=True):
         np.testing.assert_allclose(logits_of(run.bundle, file), logits, atol=furthest)
     inputs = onnx.load(str(run.bundle / "model.nchw.onnx")).graph.input
