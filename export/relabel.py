@@ -46,6 +46,8 @@ from prgkit.teacher import Teacher, load_teacher
 from prgkit.watch import Watch
 
 OPEN = "prgkit export --open-vocabulary"
+# Of an INT8 file: all else of how it was quantised was found with the old classes; bench judges it by the new ones.
+OF_THE_NETWORK = ("name", "layout", "calibration_images", "floor", "blocks", "float_blocks", "tail")
 UNCOMPARED = "its network was compared with PyTorch when it was exported, with other classes"
 
 
@@ -160,7 +162,7 @@ def write_relabelled(
     require_same(new, fp32_onnx(bundle))
     watch.note(answers_told(read_array(evaluation / "logits.npy"), weighted))
     manifest = {
-        **{key: value for key, value in bundle.manifest.items() if key != "schema"},
+        **{key: value for key, value in bundle.manifest.items() if key not in ("schema", "not_kept")},
         **contract(bundle.preprocessing, classes),
         "artifacts": artifacts,
         "evaluation": {**bundle.manifest["evaluation"], "labelled": labelled},
@@ -188,7 +190,10 @@ def relabelled(new: Path, entry: Artifact, vectors: Matrix, classes: Sequence[st
         note="; ".join(filter(None, (entry["note"], UNCOMPARED))) if entry["note"] != UNCOMPARED else UNCOMPARED,
         parity=None,
     )
-    return {**{key: value for key, value in entry.items() if key != "made_from"}, **told}
+    kept = {key: value for key, value in entry.items() if key != "made_from"}
+    if found := entry.get("quantization"):
+        kept["quantization"] = {key: found[key] for key in OF_THE_NETWORK if key in found}
+    return {**kept, **told}
 
 
 def leave_engines(bundle: Bundle, new: Path, watch: Watch) -> None:
