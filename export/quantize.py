@@ -90,10 +90,14 @@ def is_dense(node: onnx.NodeProto, shape: tuple[int, ...] | None) -> bool:
 
 
 def block_name(weight: str) -> str:
-    """Return the block of a weight's name: ``network.stages.0.blocks.1.conv.weight`` is of ``stages.0.blocks.1``."""
+    """Return the block of a weight's name: the part of a numbered module to which the weight belongs.
+
+    ``network.stages.1.downsample.ffn.conv1.weight`` is of ``stages.1.downsample.ffn``. Numbered modules as a whole
+    would be too much: of RepViT's downsampling only the one convolution that makes the next stage's maps is sensitive.
+    """
     parts = weight.removeprefix("network.").removeprefix("model.").split(".")[:-1]  # an open vocabulary's is model
     numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
-    depth = numbers[1] + 1 if len(numbers) > 1 else numbers[0] + 2 if numbers else 1
+    depth = numbers[1] + 2 if len(numbers) > 1 else numbers[0] + 3 if numbers else 2
     return ".".join(parts[:depth])
 
 

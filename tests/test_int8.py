@@ -123,13 +123,16 @@ def test_it_runs_and_mostly_says_the_same(quantised, layout):
 
 def test_blocks_follow_the_modules(quantised):
     names = [block.name for block in quantised.blocks]
-    expected = ("stages.0.blocks.0", "stages.0.blocks.1", "stages.3.blocks.1")
+    expected = ("stages.0.blocks.0.channel_mixer", "stages.0.blocks.1.channel_mixer", "stages.3.blocks.1.channel_mixer")
     if names[-1] == "conv_head":
-        expected = ("blocks.2.0", "blocks.2.1", "conv_head")  # what comes before has few channels
+        expected = ("blocks.2.0.conv_pwl", "blocks.2.1.conv_pw", "conv_head")  # what comes before has few channels
     assert (names[0], names[1], names[-1]) == expected
     assert len(names) > 12
-    assert block_name("network.stages.1.downsample.ffn.conv1.weight") == "stages.1.downsample"
-    assert block_name("network.blocks.4.2.conv_pw.weight") == "blocks.4.2"
+    assert block_name("network.stages.1.downsample.ffn.conv1.weight") == "stages.1.downsample.ffn"
+    assert block_name("network.stages.1.downsample.channel_downsample.weight") == "stages.1.downsample.channel_downsample"
+    assert block_name("network.stages.2.blocks.3.channel_mixer.conv1.weight") == "stages.2.blocks.3.channel_mixer"
+    assert block_name("network.blocks.4.2.conv_pw.weight") == "blocks.4.2.conv_pw"
+    assert block_name("model.stem.conv2.weight") == "stem.conv2"
     assert block_name("network.head.weight") == "head"
 
 
@@ -174,9 +177,9 @@ def test_where_even_one_block_misses_the_floor_none_is_found():
 def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
     """One block's range is made absurdly wide: INT8 rounds all that passes through it to nothing."""
     exported, blocks = repvit, find_blocks(repvit.fp32)[:6]
-    spoilt = next(block for block in blocks if block.name == "stages.1.downsample")
+    spoilt = next(block for block in blocks if block.name == "stages.1.downsample.channel_downsample")
     spreads = measure_spreads(exported.fp32, tensors_of(exported.fp32, blocks), exported.pixels[:32])
-    middle = spoilt.nodes[len(spoilt.nodes) // 2]  # nothing leads around it
+    (middle,) = spoilt.nodes  # nothing leads around it
     taken = next(node.input[0] for node in onnx.load(str(exported.fp32)).graph.node if node.name == middle)
     spreads[taken] = Spread()
     spreads[taken].add(np.array([-1e6, 1e6], dtype=np.float32))
