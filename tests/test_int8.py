@@ -129,7 +129,9 @@ def test_blocks_follow_the_modules(quantised):
     assert (names[0], names[1], names[-1]) == expected
     assert len(names) > 12
     assert block_name("network.stages.1.downsample.ffn.conv1.weight") == "stages.1.downsample.ffn"
-    assert block_name("network.stages.1.downsample.channel_downsample.weight") == "stages.1.downsample.channel_downsample"
+    assert (
+        block_name("network.stages.1.downsample.channel_downsample.weight") == "stages.1.downsample.channel_downsample"
+    )
     assert block_name("network.stages.2.blocks.3.channel_mixer.conv1.weight") == "stages.2.blocks.3.channel_mixer"
     assert block_name("network.blocks.4.2.conv_pw.weight") == "blocks.4.2.conv_pw"
     assert block_name("model.stem.conv2.weight") == "stem.conv2"

@@ -125,12 +125,13 @@ class TrainingState:
             setattr(self.progress, name, value)
 
 
-def expected_bytes(student: Student) -> int:
+def expected_bytes(student: Student, kept_floats: int) -> int:
     """Return what a run takes on the disk: the best student, and two checkpoints while one replaces the other.
 
-    A checkpoint holds the student, its average and the optimizer's two moments.
+    A checkpoint holds the student, its average, the optimizer's two moments and what objectives keep of the images.
     """
-    return (1 + 2 * 4) * 4 * sum(parameter.numel() for parameter in student.parameters())
+    weights = sum(parameter.numel() for parameter in student.parameters())
+    return 4 * (weights + 2 * (4 * weights + kept_floats))
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

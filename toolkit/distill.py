@@ -76,7 +76,7 @@ def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelera
         if recipe.learns_labels:
             student.grow_second_head()
         if accelerator.is_main_process:
-            require_space(run.folder, expected_bytes(student), "the run")
+            require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(lesson.catalogue)), "the run")
             run.update_card(student=student.facts(recipe.student))
         train(recipe, run, lesson, student, accelerator, watch)
 

@@ -78,7 +78,7 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
         "teachers": passes,
         "targets_bytes": sum(one["targets_bytes"] for one in passes),
         "pictures_bytes": min(pictures_bytes, room_bytes(targets_root / PICTURES)),
-        "run_bytes": expected_bytes(student),
+        "run_bytes": expected_bytes(student, recipe.kept_floats * len(images)),
         "teacher_s": round(sum(one["teacher_s"] for one in passes), 1),
         "student_s": round(recipe.training.epochs * len(images) / student_images_per_s, 1),
     }

@@ -30,6 +30,11 @@ class ObjectivePage(Page):
         """Whether it draws the student's features to the teacher's own, so that class vectors can score them."""
         return self.scores_by_text
 
+    @property
+    def kept_floats(self) -> int:
+        """What it keeps of every image from step to step, in the run's checkpoints too."""
+        return 0
+
 
 class CE(ObjectivePage):
     """Cross-entropy with the teacher's pseudo-labels."""
@@ -82,6 +87,11 @@ class CRD(ObjectivePage):
     negatives: int = Field(16384, ge=1)  # all other images where there are fewer
     temperature: float = Field(0.07, gt=0)
     bank_momentum: float = Field(0.5, ge=0, lt=1)
+
+    @property
+    def kept_floats(self) -> int:
+        """An image's features of both sides."""
+        return 2 * self.width
 
 
 class ND(ObjectivePage):

@@ -249,6 +249,11 @@ class Recipe(Page):
         return any(objective.reads_stages for objective in self.objective)
 
     @property
+    def kept_floats(self) -> int:
+        """What objectives keep of every image from step to step."""
+        return sum(objective.kept_floats for objective in self.objective)
+
+    @property
     def objective_name(self) -> str:
         """The objective in a word: ``prg``, or ``kd + prg`` for a list."""
         return " + ".join(objective.name for objective in self.objective)
