@@ -100,9 +100,10 @@ def hold_floor(
 
     def holds(count: int) -> bool:
         write(count)
-        note(f"{path.name}: fidelity with {len(ranked) - count} of {total} blocks in INT8")
         same = int((logits_of(path, pixels).argmax(axis=1) == logits.argmax(axis=1)).sum())
         tried[count] = {"float_blocks": len(left) + count, **fidelity(same, len(pixels))}
+        share = f"{tried[count]['agreement']:.2f} %"
+        note(f"{path.name}: with {len(ranked) - count} of {total} blocks in INT8 the same answer as FP32 on {share}")
         return bool(tried[count]["interval"][0] >= floor)
 
     fewest = find_fewest(len(ranked), holds)

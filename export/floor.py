@@ -6,6 +6,7 @@ from typing import Any
 
 from prgkit.evaluate.accuracy import wilson
 
+ENOUGH = 0.9  # of the blocks in INT8: minutes of fine-tuning for the rest would win little
 NEAR = 2.0  # times the disagreement that the floor allows is what a fine-tune can hope to mend
 WANTED_IMAGES = 2000  # with fewer, the lower bound lies far below the share itself
 
@@ -34,8 +35,10 @@ def within_reach(found: Facts) -> int | None:
     """Return with how few blocks in float a fine-tune may hold the floor: fewer than without it; None where with none.
 
     It brings answers back, but not from anywhere, and it does so only for the blocks it was made for: put back into
-    float they do worse than before.
+    float they do worse than before. Where few blocks are in float anyway, it is not worth its time.
     """
+    if blocks_in_int8(found) >= ENOUGH * found["blocks"]:
+        return None
     most = NEAR * (100 - found["floor"])
     fewer = (row["float_blocks"] for row in found["tried"] if 100 - row["agreement"] <= most and missed(row, found))
     return min(fewer, default=None)

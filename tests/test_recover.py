@@ -262,6 +262,7 @@ def found_with(*tried):
     ("tried", "count"),
     [
         ([(0, 96.0), (5, 99.5)], 0),
+        ([(0, 96.0), (2, 99.5)], None),  # nine in ten are in INT8 as it is
         ([(0, 63.0), (10, 96.5), (15, 98.2), (17, 99.2)], 10),  # three times as many disagree as may are too many
         ([(0, 63.0), (10, 95.9), (12, 99.1)], None),
         ([(0, 63.0), (10, 80.0), (19, 97.0)], 19),
