@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.export.floor import Facts, fidelity
-from prgkit.export.parity import compare, run_batches
+from prgkit.export.parity import divergences, run_batches
 from prgkit.export.quantize import Block, Layout, write_int8
 from prgkit.export.ranges import TAILS, Spread
 from prgkit.export.runners import OnnxRunner
@@ -24,7 +24,7 @@ Logits = NDArray[np.float32]  # [images, classes]
 def choose_tail(
     source: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], pixels: Pixels, *, student: Path
 ) -> float:
-    """Return which of `TAILS` clips best: with every block quantised, the KL from FP32 on these images is the least.
+    """Return which of `TAILS` clips best: with every block quantised, the root KL on these images is the least.
 
     FP32 is the ``student``'s file, whose answers count; ``source`` may be another network that gives them.
     """
@@ -36,7 +36,7 @@ def choose_tail(
 
         def cost(tail: float) -> float:
             write_int8(source, path, nodes=nodes, spreads=spreads, tail=tail, layout="onnxruntime")
-            return compare(logits, logits_of(path, some), precision="int8").kl
+            return root_kl(logits, logits_of(path, some))
 
         return min(TAILS, key=cost)
 
@@ -52,8 +52,8 @@ def scan_blocks(
 ) -> list[Facts]:
     """Quantise each block by itself and return what that does to the student's logits, the most sensitive block first.
 
-    ``kl`` is the mean KL(FP32 || quantised) of the softmax in nats, ``agreement`` the share of equal answers in
-    percent, on `SCAN_IMAGES` of the images, spread over all of them.
+    ``root_kl`` is that of the function, ``agreement`` is the share of equal answers in percent, on `SCAN_IMAGES` of the
+    images, spread over all of them.
     """
     some = spread_over(pixels)
     logits = logits_of(student, some)
@@ -62,9 +62,21 @@ def scan_blocks(
         path = Path(folder) / "block.onnx"
         for block in blocks:
             write_int8(source, path, nodes=block.nodes, spreads=spreads, tail=tail, layout="onnxruntime")
-            parity = compare(logits, logits_of(path, some), precision="int8")
-            rows.append({"block": block.name, "kl": parity.kl, "agreement": parity.top1_agreement})
-    return sorted(rows, key=lambda row: float(row["kl"]), reverse=True)
+            found = logits_of(path, some)
+            agreement = 100 * float((found.argmax(axis=1) == logits.argmax(axis=1)).mean())
+            rows.append({"block": block.name, "root_kl": root_kl(logits, found), "agreement": agreement})
+    return sorted(rows, key=lambda row: float(row["root_kl"]), reverse=True)
+
+
+def root_kl(wanted: Logits, found: Logits) -> float:
+    """Return the mean over images of the square root of KL(wanted || found), for logits [n, classes]; unit root nats.
+
+    An answer changes as often as the error is large beside the margin, and KL grows with the error's square. Its own
+    mean would be that of the few images on which a network's activations explode: an EfficientNet-B0 clipped for them
+    kept 88 % of its answers, and 93 % clipped as this mean says.
+    """
+    divergence = divergences(wanted.astype(np.float64), found.astype(np.float64))  # [n]
+    return float(np.sqrt(np.maximum(divergence, 0)).mean())  # rounding takes it below zero
 
 
 def hold_floor(

@@ -67,14 +67,20 @@ def compare(reference_logits: NDArray[np.float32], logits: NDArray[np.float32], 
     """Measure how closely ``logits`` [images, classes] follow ``reference_logits``, judging nothing."""
     reference, other = reference_logits.astype(np.float64), logits.astype(np.float64)
     tolerance = FP32_RELATIVE_TOLERANCE * max(1.0, float(np.abs(reference).max())) if precision == "fp32" else None
-    log_p, log_q = log_softmax(reference), log_softmax(other)  # [images, classes]
     return Parity(
         images=len(reference),
         max_abs_difference=float(np.abs(reference - other).max()),
         tolerance=tolerance,
         top1_agreement=100.0 * float((reference.argmax(axis=1) == other.argmax(axis=1)).mean()),
-        kl=float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()),
+        kl=float(divergences(reference, other).mean()),
     )
+
+
+def divergences(reference: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return KL(reference || other) of the softmax over logits [images, classes] for each image, in nats."""
+    log_p, log_q = log_softmax(reference), log_softmax(other)  # [images, classes]
+    found: NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return found
 
 
 def run_batches(runner: Runner, pixels: NDArray[np.uint8], *, batch: int = 32) -> NDArray[np.float32]:

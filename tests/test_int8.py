@@ -21,7 +21,7 @@ from prgkit.evaluate.predict import predict  # noqa: E402
 from prgkit.evaluate.wording import lead_row  # noqa: E402
 from prgkit.export import int8  # noqa: E402
 from prgkit.export.bundle import open_bundle  # noqa: E402
-from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, scan_blocks  # noqa: E402
+from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, root_kl, scan_blocks  # noqa: E402
 from prgkit.export.floor import told, too_few  # noqa: E402
 from prgkit.export.onnx import Deployable, export_onnx  # noqa: E402
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student  # noqa: E402
@@ -136,6 +136,24 @@ def test_blocks_follow_the_modules(quantised):
     assert block_name("network.blocks.4.2.conv_pw.weight") == "blocks.4.2.conv_pw"
     assert block_name("model.stem.conv2.weight") == "stem.conv2"
     assert block_name("network.head.weight") == "head"
+
+
+def test_root_kl_is_the_mean_of_the_images_roots():
+    wanted = np.log(np.array([[0.5, 0.5], [0.5, 0.5], [0.8, 0.2]], np.float32))
+    found = np.log(np.array([[0.2, 0.8], [0.5, 0.5], [0.8, 0.2]], np.float32)) + 3  # a shift changes no softmax
+    kl = 0.5 * np.log(0.5 / 0.2) + 0.5 * np.log(0.5 / 0.8)
+    assert root_kl(wanted, found) == pytest.approx(np.sqrt(kl) / 3, rel=1e-5)
+    assert root_kl(wanted, wanted) == 0
+
+
+def test_one_image_that_explodes_does_not_outweigh_all_others():
+    """The mean of KL itself would prefer the second: 4.5 against 5.0 nats an image."""
+    wanted = np.zeros((100, 2), np.float32)
+    wanted[0] = (1000, 0)
+    one_lost, all_blurred = wanted.copy(), wanted.copy()
+    one_lost[0] = (0, 500)
+    all_blurred[1:] = (10.4, 0)
+    assert root_kl(wanted, one_lost) < 0.2 * root_kl(wanted, all_blurred)
 
 
 def test_a_spread_keeps_its_counts_while_its_limits_grow():
