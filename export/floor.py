@@ -6,7 +6,7 @@ from typing import Any
 
 from prgkit.evaluate.accuracy import wilson
 
-ENOUGH = 0.9  # of the blocks in INT8: minutes of fine-tuning for the rest would win little
+ENOUGH = 0.8  # of the blocks in INT8: minutes of fine-tuning for the rest would win little
 NEAR = 2.0  # times the disagreement that the floor allows is what a fine-tune can hope to mend
 WANTED_IMAGES = 2000  # with fewer, the lower bound lies far below the share itself
 

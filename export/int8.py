@@ -1,6 +1,6 @@
 """The INT8 part of an export: calibrate and scan once, then a file for each layout that holds the fidelity floor.
 
-Where fewer than nine blocks in ten can be in INT8 so, the network is recovered by a fine-tune (see recover.py) with as
+Where fewer than four blocks in five can be in INT8 so, the network is recovered by a fine-tune (see recover.py) with as
 many blocks in INT8 as are within its reach, calibrated and scanned again, and the better of the two files is kept.
 """
 
