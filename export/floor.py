@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from prgkit.evaluate.accuracy import wilson
 
 ENOUGH = 0.8  # of the blocks in INT8: minutes of fine-tuning for the rest would win little
 NEAR = 2.0  # times the disagreement that the floor allows is what a fine-tune can hope to mend
+NAMED = 4  # blocks at the most in a sentence; the manifest has them all
 WANTED_IMAGES = 2000  # with fewer, the lower bound lies far below the share itself
 
 Facts = dict[str, Any]
@@ -70,8 +72,14 @@ def told(found: Facts) -> str:
     count, tuned = found["blocks"] - len(found["float_blocks"]), fine_tuned(found)
     if not found["kept"]:
         return f"INT8 is not kept: with only {count} of {found['blocks']} blocks in it, {share}{wide}{tuned}"
-    apart = f", {', '.join(found['float_blocks'])} in float" if found["float_blocks"] else ""
-    return f"{count} of {found['blocks']} blocks in INT8{apart}: {share}{wide}{tuned}"
+    return f"{count} of {found['blocks']} blocks in INT8{apart(found['float_blocks'])}: {share}{wide}{tuned}"
+
+
+def apart(blocks: Sequence[str]) -> str:
+    """Name the blocks in float, the most sensitive ones where they are many; nothing where there is none."""
+    rest = len(blocks) - NAMED
+    more = f" and {rest} more" if rest > 0 else ""
+    return f", {', '.join(blocks[:NAMED])}{more} in float" if blocks else ""
 
 
 def fine_tuned(found: Facts) -> str:

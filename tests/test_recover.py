@@ -17,7 +17,7 @@ from torch import nn  # noqa: E402
 from prgkit.errors import ExportError, ImagesError  # noqa: E402
 from prgkit.export import recover as recovery  # noqa: E402
 from prgkit.export.fidelity import hold_floor, logits_of  # noqa: E402
-from prgkit.export.floor import outcome, told, within_reach  # noqa: E402
+from prgkit.export.floor import apart, outcome, told, within_reach  # noqa: E402
 from prgkit.export.onnx import deployable, export_onnx  # noqa: E402
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student  # noqa: E402
 from prgkit.export.quantize import find_blocks, tensors_of, write_int8  # noqa: E402
@@ -281,6 +281,19 @@ def test_recovery_that_brings_nothing_is_not_kept_and_that_is_said():
         "lower 95 % bound 96.00 %; the floor is 98 %; a fine-tune for INT8 brought no more blocks into it "
         "(with 10 of 20 blocks in INT8 96.50 % before, 97.75 % after)"
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("", ""),
+        ("a", ", a in float"),
+        ("abcd", ", a, b, c, d in float"),
+        ("abcdefg", ", a, b, c, d and 3 more in float"),
+    ],
+)
+def test_a_sentence_names_a_few_blocks(names, said):
+    assert apart(list(names)) == said
 
 
 def test_blocks_left_in_float_are_counted_and_stay_there(tiny, tmp_path):
