@@ -52,7 +52,7 @@ def scan_blocks(
 ) -> list[Facts]:
     """Quantise each block by itself and return what that does to the student's logits, the most sensitive block first.
 
-    ``root_kl`` is that of the function, ``agreement`` is the share of equal answers in percent, on `SCAN_IMAGES` of the
+    ``root_kl`` is what `root_kl` returns, ``agreement`` the share of equal answers in percent, on `SCAN_IMAGES` of the
     images, spread over all of them.
     """
     some = spread_over(pixels)
@@ -72,8 +72,8 @@ def root_kl(wanted: Logits, found: Logits) -> float:
     """Return the mean over images of the square root of KL(wanted || found), for logits [n, classes]; unit root nats.
 
     An answer changes as often as the error is large beside the margin, and KL grows with the error's square. Its own
-    mean would be that of the few images on which a network's activations explode: an EfficientNet-B0 clipped for them
-    kept 88 % of its answers, and 93 % clipped as this mean says.
+    mean can be that of the few images on which a network's activations explode: in a trial, an EfficientNet-B0 whose
+    ranges it chose kept 88 % of its answers, and 93 % with those that this one chose. Where none explodes both agree.
     """
     divergence = divergences(wanted.astype(np.float64), found.astype(np.float64))  # [n]
     return float(np.sqrt(np.maximum(divergence, 0)).mean())  # rounding takes it below zero

@@ -131,9 +131,7 @@ class Quantiser:
             return entry, entry["quantization"]
         found = too_few(len(self.pixels), self.floor)
         if found is None:
-            found = self.hold(self.network, source(), path, layout)
-            if blocks_in_int8(found) < found["blocks"]:
-                found = self.better(found, path, layout)
+            found = self.better(self.hold(self.network, source(), path, layout), path, layout)
         calibrated = len(self.network.calibration)
         found = {"name": name, "layout": layout, "calibration_images": calibrated, **found}
         self.note(f"{path.name}: {told(found)}")
