@@ -1,4 +1,11 @@
-"""How far the values of each tensor of an ONNX file spread on real images, and the range that 8 bits should cover."""
+"""How far the values of each tensor of an ONNX file reach on each of some real images, and what 8 bits should cover.
+
+A range is a percentile over images, not over values. On a few images a network's activations can be hundreds of times
+as large as on the others; each brings a whole feature map of such values, and a share of all values that is large
+enough to leave them out clips every other image as well. Of four students at 224 px with every block in INT8, ranges
+of values as they were taken before gave FP32's answer on 98.3 (RepViT-M0.9), 93.2 (M1.1), 80.6 (EfficientNet-B0) and
+51 % (B1) of held-out images, and those of images gave 98.2, 93.8, 97.2 and 96.4 %.
+"""
 
 from __future__ import annotations
 
@@ -10,40 +17,30 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-BINS = 4096
-FIRST_LIMIT = 2.0**-6
-SAMPLED = 1 << 16  # values of a tensor that one batch adds to its histogram; the extremes are of all values
 CALIBRATION_BATCH = 8
-# Shares of the values that may lie beyond a range, on either side: clipping rare ones makes the steps finer for all.
-# RepViT is best served by the smaller ones, EfficientNet by the larger.
-TAILS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+TAILS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.15)  # shares of the images that may reach beyond a range, on either side
 
 
 class Spread:
-    """A histogram of one tensor's values, with limits that double when a value lies beyond them."""
+    """The least and the greatest value of one tensor on each image."""
 
     def __init__(self) -> None:
-        self.limit = FIRST_LIMIT
-        self.counts = np.zeros(BINS)  # [bins], from -limit to limit
-        self.low, self.high = 0.0, 0.0  # zero is always in the range: padding and ReLU make it exact
+        self.lows: list[float] = []
+        self.highs: list[float] = []
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Count values of any shape."""
-        flat = values.reshape(-1)
-        self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
-        while max(-self.low, self.high) > self.limit:
-            self.counts = np.pad(self.counts.reshape(-1, 2).sum(axis=1), BINS // 4)
-            self.limit *= 2
-        sampled = flat[:: max(1, flat.size // SAMPLED)]
-        places = ((sampled + self.limit) * (BINS / (2 * self.limit))).astype(np.int64)
-        self.counts += np.bincount(np.clip(places, 0, BINS - 1), minlength=BINS)
+        """Take the values [n, ...] of n images."""
+        flat = values.reshape(len(values), -1)
+        self.lows += flat.min(axis=1).tolist()
+        self.highs += flat.max(axis=1).tolist()
 
     def range(self, tail: float, *, symmetric: bool) -> tuple[float, float]:
-        """Return the range that leaves a share of ``tail`` of the values out on either side; it holds zero."""
-        centres = (np.arange(BINS) + 0.5) * (2 * self.limit / BINS) - self.limit  # [bins]
-        below = np.cumsum(self.counts) / max(1.0, float(self.counts.sum()))  # [bins]
-        low = min(0.0, max(self.low, float(centres[np.searchsorted(below, tail)])))
-        high = max(0.0, min(self.high, float(centres[min(int(np.searchsorted(below, 1 - tail)), BINS - 1)])))
+        """Return the range beyond which a share of ``tail`` of the images reaches on either side.
+
+        Zero is always in it: padding and ReLU make it exact.
+        """
+        low = min(0.0, float(np.quantile(self.lows, tail, method="higher")))
+        high = max(0.0, float(np.quantile(self.highs, 1 - tail, method="lower")))
         return (-max(-low, high), max(-low, high)) if symmetric else (low, high)
 
 

@@ -40,6 +40,7 @@ from prgkit.export.fidelity import Pixels, logits_of
 from prgkit.export.floor import Facts
 from prgkit.export.graph import save
 from prgkit.export.parity import FP32_RELATIVE_TOLERANCE
+from prgkit.export.quantize import weight_scales
 from prgkit.export.ranges import Spread
 
 BATCH = 32
@@ -206,7 +207,7 @@ class RoundedWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight as the file will hold it."""
-        scale = (weight.detach().abs().amax(dim=(1, 2, 3)) / 127).clamp(min=LEAST_SCALE)  # [out]
+        scale = torch.from_numpy(weight_scales(weight.detach().numpy(), "onnxruntime")).clamp(min=LEAST_SCALE)  # [out]
         zero = torch.zeros_like(scale, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
 

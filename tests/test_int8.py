@@ -25,7 +25,7 @@ from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, root_kl, 
 from prgkit.export.floor import told, too_few  # noqa: E402
 from prgkit.export.onnx import Deployable, export_onnx  # noqa: E402
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student  # noqa: E402
-from prgkit.export.quantize import block_name, find_blocks, tensors_of, write_int8  # noqa: E402
+from prgkit.export.quantize import block_name, find_blocks, tensors_of, weight_scales, write_int8  # noqa: E402
 from prgkit.export.ranges import Spread, measure_spreads  # noqa: E402
 from prgkit.export.recover import Learned  # noqa: E402
 from prgkit.export.tensorrt import available_backends, build_engine  # noqa: E402
@@ -44,8 +44,8 @@ def quantised(exported, tmp_path_factory):
     spreads = measure_spreads(exported.fp32, tensors_of(exported.fp32, blocks), exported.pixels[:64])
     nodes = {node for block in blocks for node in block.nodes}
     files = {"onnxruntime": folder / "model.int8.onnx", "tensorrt": folder / "model.int8.tensorrt.onnx"}
-    write_int8(exported.fp32, files["onnxruntime"], nodes=nodes, spreads=spreads, tail=1e-4, layout="onnxruntime")
-    write_int8(exported.fp16, files["tensorrt"], nodes=nodes, spreads=spreads, tail=1e-4, layout="tensorrt")
+    write_int8(exported.fp32, files["onnxruntime"], nodes=nodes, spreads=spreads, tail=0.02, layout="onnxruntime")
+    write_int8(exported.fp16, files["tensorrt"], nodes=nodes, spreads=spreads, tail=0.02, layout="tensorrt")
     return SimpleNamespace(exported=exported, blocks=blocks, spreads=spreads, nodes=nodes, files=files)
 
 
@@ -156,24 +156,45 @@ def test_one_image_that_explodes_does_not_outweigh_all_others():
     assert root_kl(wanted, one_lost) < 0.2 * root_kl(wanted, all_blurred)
 
 
-def test_a_spread_keeps_its_counts_while_its_limits_grow():
+def test_a_range_leaves_out_the_images_that_explode_and_holds_zero():
     spread = Spread()
-    spread.add(np.linspace(0, 0.01, 1000, dtype=np.float32))
-    spread.add(np.array([3.0, -1.0], dtype=np.float32))
-    assert spread.counts.sum() == 1002
-    assert (spread.low, spread.high, spread.limit) == (-1.0, 3.0, 4.0)
-    assert spread.range(1e-6, symmetric=False) == pytest.approx((-1.0, 3.0), abs=8 / 4096)
-    assert spread.range(1e-6, symmetric=True) == pytest.approx((-3.0, 3.0), abs=8 / 4096)
+    spread.add(np.linspace(1, 2, 98, dtype=np.float32)[:, None, None] * np.ones((98, 3, 3), np.float32))
+    spread.add(np.stack([np.full((3, 3), 500.0), np.full((3, 3), -300.0)]).astype(np.float32))
+    assert spread.range(0, symmetric=False) == (-300, 500)
+    assert spread.range(0, symmetric=True) == (-500, 500)
+    assert spread.range(0.02, symmetric=False) == pytest.approx((0, 2), abs=0.02)
+    assert spread.range(0.02, symmetric=True) == pytest.approx((-2, 2), abs=0.02)
+    assert spread.range(0.5, symmetric=False)[1] == pytest.approx(1.5, abs=0.02)
 
 
-def test_a_range_leaves_the_tail_out_and_holds_zero():
+def test_few_images_of_which_one_explodes_still_give_the_others_range():
+    """Interpolated between the two largest of 16, the range would be half of the outlier's."""
     spread = Spread()
-    spread.add(np.linspace(1, 2, 10_000, dtype=np.float32))
-    spread.add(np.array([500.0], dtype=np.float32))
-    low, high = spread.range(1e-3, symmetric=False)
-    assert low == 0.0
-    assert high == pytest.approx(2, abs=0.3), "one value in ten thousand lies beyond"
-    assert spread.range(1e-5, symmetric=False)[1] == pytest.approx(500, abs=0.3)
+    spread.add(np.array([[1.0]] * 15 + [[1000.0]], np.float32))
+    assert spread.range(0.04, symmetric=False) == (0, 1)
+
+
+def test_no_two_neighbours_saturate_sixteen_bits():
+    """255 x 127 + 255 x 127 would be 64,770; kernels without VNNI make 32,767 of it."""
+    weight = np.zeros((3, 4, 1, 1))
+    weight[0, :, 0, 0] = (1.0, 1.0, 0.0, 0.0)  # neighbours of one sign
+    weight[1, :, 0, 0] = (1.0, -1.0, 0.0, 0.0)  # of two: their products cancel
+    weight[2, :, 0, 0] = (0.0, -1.0, -1.0, 0.0)  # of two pairs
+    assert weight_scales(weight, "onnxruntime") == pytest.approx([2 / 127, 1 / 127, 1 / 127])
+    assert weight_scales(weight, "tensorrt") == pytest.approx([1 / 127] * 3)
+
+
+def test_the_weights_of_a_file_obey_that(quantised):
+    model, constants, makers = opened(quantised.files["onnxruntime"])
+    most = 0
+    for node in model.graph.node:
+        if node.name in quantised.nodes:
+            steps = constants[makers[node.input[1]].input[0]].astype(int)  # [out, in, h, w]
+            pairs = steps.transpose(0, 2, 3, 1).reshape(len(steps), -1, 2)
+            assert pairs.clip(min=0).sum(axis=2).max() <= 128
+            assert pairs.clip(max=0).sum(axis=2).min() >= -128
+            most = max(most, np.abs(pairs).max())
+    assert most > 96, "seven bits would do that too"
 
 
 @pytest.mark.parametrize(("blocks", "needed"), [(24, 0), (24, 1), (24, 7), (24, 23), (2, 1)])
@@ -205,7 +226,7 @@ def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
     spreads[taken].add(np.array([-1e6, 1e6], dtype=np.float32))
     pixels = exported.pixels[64:]
     logits = logits_of(exported.fp32, pixels)
-    scan = scan_blocks(exported.fp32, blocks, spreads, 1e-4, pixels, student=exported.fp32)
+    scan = scan_blocks(exported.fp32, blocks, spreads, 0.02, pixels, student=exported.fp32)
     assert scan[0]["block"] == spoilt.name
     found = hold_floor(
         exported.fp32,
@@ -213,7 +234,7 @@ def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
         blocks=blocks,
         scan=scan,
         spreads=spreads,
-        tail=1e-4,
+        tail=0.02,
         layout="onnxruntime",
         pixels=pixels,
         logits=logits,
@@ -242,7 +263,7 @@ def test_where_the_floor_cannot_be_held_no_file_remains(quantised, tmp_path):
         blocks=quantised.blocks[:2],
         scan=[{"block": block.name, "kl": 1.0, "agreement": 0.0} for block in quantised.blocks[:2]],
         spreads=quantised.spreads,
-        tail=1e-4,
+        tail=0.02,
         layout="onnxruntime",
         pixels=pixels,
         logits=nobody,

@@ -38,7 +38,7 @@ from prgkit.lesson import hold_out, read_catalogue  # noqa: E402
 from prgkit.recipe import load_recipe  # noqa: E402
 from prgkit.watch import Unwatched  # noqa: E402
 
-SIZE, CLASSES, TAIL = 16, tuple(f"thing {number}" for number in range(10)), 3e-3
+SIZE, CLASSES, TAIL = 16, tuple(f"thing {number}" for number in range(10)), 0.97
 PREPROCESSING = Preprocessing(image_size=SIZE, crop=1.0, interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
@@ -121,11 +121,11 @@ def test_rounding_lets_the_gradient_through_where_nothing_is_clipped():
 
 
 def test_weights_are_rounded_by_output_channel_and_learn_as_if_they_were_not():
-    weight = torch.tensor([[1.27, 0.014], [-254.0, 3.1], [0.0, 0.0]])[:, :, None, None].requires_grad_(True)
+    weight = torch.tensor([[1.27, -0.014], [-254.0, 3.1], [0.0, 0.0]])[:, :, None, None].requires_grad_(True)
     found = RoundedWeight()(weight)
     found.square().sum().backward()
-    assert found.flatten().tolist() == pytest.approx([1.27, 0.01, -254.0, 4.0, 0.0, 0.0])
-    assert weight.grad.flatten().tolist() == pytest.approx([2.54, 0.02, -508.0, 8.0, 0.0, 0.0])
+    assert found.flatten().tolist() == pytest.approx([1.27, -0.01, -254.0, 4.0, 0.0, 0.0])
+    assert weight.grad.flatten().tolist() == pytest.approx([2.54, -0.02, -508.0, 8.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize(("size", "steps"), [(32, 300), (128, 191), (224, 62), (384, 60)])
@@ -197,7 +197,7 @@ def export(tiny, folder, notes, learned, *, floor):
 
 @pytest.fixture(scope="module")
 def coarse():
-    """Ranges that clip three values in a thousand on either side, and a fine-tune of a few seconds."""
+    """Ranges beyond which nearly every image reaches on either side, and a fine-tune of a few seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prgkit.export.fidelity.TAILS", (TAIL,))
         patch.setattr(recovery, "STEPS", (0, 80))
@@ -209,7 +209,7 @@ def coarse():
 def bundle(tiny, coarse, tmp_path_factory):
     """A bundle whose INT8 file holds its floor only with recovered weights."""
     folder, notes = tmp_path_factory.mktemp("run") / "bundle", []
-    manifest = export(tiny, folder, notes, tiny.learned, floor=72)
+    manifest = export(tiny, folder, notes, tiny.learned, floor=80)
     return SimpleNamespace(folder=folder, manifest=manifest, notes=notes)
 
 
@@ -218,12 +218,12 @@ def test_the_manifest_says_what_recovery_did(tiny, bundle):
     done = found["recovery"]
     before, after = done["before"], done["after"]
     assert (done["kept"], done["steps"], done["images"], done["seed"]) == (True, 80, 300, 0)
-    assert before["learned_with"]["interval"][0] < 72 <= after["learned_with"]["interval"][0]
+    assert before["learned_with"]["interval"][0] < 80 <= after["learned_with"]["interval"][0]
     assert (found["kept"], found["float_blocks"], found["agreement"]) == (True, [], after["agreement"])
-    assert len(before["float_blocks"]) == 2
+    assert len(before["float_blocks"]) == 1
     said = bundle.notes[-1]
     assert said.startswith("model.int8.onnx: 3 of 3 blocks in INT8: the same answer as FP32 on ")
-    assert "; its weights are fine-tuned for INT8, without that 1 could be (with 3 of 3 blocks in INT8 " in said
+    assert "; its weights are fine-tuned for INT8, without that 2 could be (with 3 of 3 blocks in INT8 " in said
     held_out, files = tiny.pixels[300:], [bundle.folder / name for name in ("model.onnx", "model.int8.onnx")]
     plain, quantised = (logits_of(path, held_out).argmax(1) for path in files)
     assert 100 * (plain == quantised).mean() == found["agreement"], "the file that is kept is the recovered one"
@@ -233,7 +233,7 @@ def test_the_manifest_says_what_recovery_did(tiny, bundle):
 def test_what_is_recovered_is_not_recovered_again(tiny, bundle, tmp_path):
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     notes = []
-    assert export(tiny, tmp_path / "bundle", notes, tiny.learned, floor=72)["artifacts"] == bundle.manifest["artifacts"]
+    assert export(tiny, tmp_path / "bundle", notes, tiny.learned, floor=80)["artifacts"] == bundle.manifest["artifacts"]
     assert not any("step" in note for note in notes)
 
 
@@ -245,9 +245,9 @@ def test_where_recovery_is_not_possible_the_file_without_it_stays(tiny, bundle, 
 
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     notes = []
-    manifest = export(tiny, tmp_path / "bundle", notes, Learned(300, read, "gone"), floor=72)
+    manifest = export(tiny, tmp_path / "bundle", notes, Learned(300, read, "gone"), floor=80)
     found = manifest["artifacts"][1]["quantization"]
-    assert (found["kept"], len(found["float_blocks"])) == (True, 2)
+    assert (found["kept"], len(found["float_blocks"])) == (True, 1)
     assert "recovery" not in found
     assert "INT8: no recovery: a.png could be read before and no longer can" in notes
 
