@@ -18,18 +18,29 @@ Row = dict[str, Any]
 
 
 def choose(bundle: Bundle, rows: Sequence[Row], *, images: int) -> Facts | None:
-    """Return whether the INT8 file is kept on this machine's CPU, with the figures; None where it was not measured.
+    """Return which INT8 file is kept on this machine's CPU, with the figures; None where none was measured.
 
-    ``rows`` are the report's, with agreement on ``images`` images. The fidelity counts by the lower bound of its 95 %
-    interval. The latency counts by the ratio to the faster of FP32 and FP16: its whole 95 % interval must lie below 1.
+    ``rows`` are the report's, with agreement on ``images`` images. Of several that are kept it is the fastest, and what
+    was found of the rest is under ``others``; where none is kept, it is the bundle's first.
     """
-    here = {row["precision"]: row for row in rows if row["backend"] == "onnxruntime" and row["device"] == "cpu"}
-    entry = next((one for one in bundle.artifacts if (one["format"], one["precision"]) == ("onnx", "int8")), None)
-    others = [here[name] for name in ("fp32", "fp16") if name in here and here[name]["status"] == "measured"]
-    row = here.get("int8")
-    if entry is None or row is None or row["status"] != "measured" or not others:
+    here = [row for row in rows if row["backend"] == "onnxruntime" and row["device"] == "cpu"]
+    ran = {row["artifact"]: row for row in here if row["status"] == "measured"}
+    floats = [row for row in ran.values() if row["precision"] in ("fp32", "fp16")]
+    if not floats:
         return None
-    against = min(others, key=lambda other: float(other["latency"]["p50_ms"]))
+    against = min(floats, key=lambda row: float(row["latency"]["p50_ms"]))
+    files = [one for one in bundle.artifacts if (one["format"], one["precision"]) == ("onnx", "int8")]
+    found = [judge(one, ran[one["name"]], against, images) for one in files if one["name"] in ran]
+    ranked = sorted(found, key=lambda one: (not one["kept"], one["kept"] and one["ratio"]))
+    return {**ranked[0], "others": ranked[1:]} if ranked else None
+
+
+def judge(entry: Facts, row: Row, against: Row, images: int) -> Facts:
+    """Return whether one INT8 file is kept, and why.
+
+    The fidelity counts by the lower bound of its 95 % interval. The latency counts by the ratio to that of ``against``,
+    the faster of FP32 and FP16: its whole 95 % interval must lie below 1.
+    """
     ratio, interval = round_ratio(row["latency"]["round_p50_ms"], against["latency"]["round_p50_ms"])
     found = fidelity(round(row["agreement_fp32"] * images / 100), images)
     floor = float(entry["quantization"]["floor"])
@@ -65,16 +76,27 @@ def round_ratio(
 def int8_notes(bundle: Bundle, found: Facts | None) -> list[str]:
     """Say of every INT8 file whether it is kept, and why not; what was not kept at export says so again."""
     notes = [f"{one['name']}: {told(one)}." for one in bundle.manifest.get("not_kept", [])]
-    if found is None:
-        return notes
+    notes += [verdict(one) for one in every(found)]
+    if found and sum(one["kept"] for one in every(found)) > 1:
+        notes.append(f"predict runs {found['artifact']}, the fastest of these.")
+    return notes
+
+
+def every(found: Facts | None) -> list[Facts]:
+    """Return what `choose` found of each INT8 file, the chosen one first."""
+    return [found, *found.get("others", [])] if found else []
+
+
+def verdict(found: Facts) -> str:
+    """Say of one INT8 file whether it is kept, with the figures."""
     share = (
         f"the same answer as FP32 on {found['agreement']:.2f} % of {found['images']:,} images, lower 95 % bound "
         f"{found['interval'][0]:.2f} %, floor {found['floor']:g} %"
     )
     low, high = found["ratio_interval"]
     pace = f"{found['ratio']:.2f} times the latency of {found['against']} ({low:.2f}–{high:.2f})"
-    verdict = "is kept on this machine" if found["kept"] else "is not kept on this machine"
-    return [*notes, f"{found['artifact']} {verdict}: {share}; {pace}."]
+    kept = "is kept on this machine" if found["kept"] else "is not kept on this machine"
+    return f"{found['artifact']} {kept}: {share}; {pace}."
 
 
 def write_choice(folder: Path, bundle: Bundle, found: Facts | None) -> None:

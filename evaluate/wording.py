@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from prgkit.evaluate.choice import every
 from prgkit.evaluate.plots import milliseconds
 
 Report = dict[str, Any]
@@ -94,10 +95,11 @@ def lead_row(report: Report) -> Row | None:
 
 
 def refused(int8: dict[str, Any] | None, row: Row) -> bool:
-    """Return whether a row is of the INT8 file that was not kept; one that is only not faster may be so elsewhere."""
-    if int8 is None or int8["kept"] or row["artifact"] != int8["artifact"]:
+    """Return whether a row is of an INT8 file that was not kept; one that is only not faster may be so elsewhere."""
+    found = next((one for one in every(int8) if one["artifact"] == row["artifact"]), None)
+    if found is None or found["kept"]:
         return False
-    return row["backend"] == "onnxruntime" or not int8["faithful"]
+    return row["backend"] == "onnxruntime" or not found["faithful"]
 
 
 def quality(row: Row) -> float:

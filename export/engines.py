@@ -51,12 +51,9 @@ def build_engines(
     bundle = open_bundle(folder, verify=("onnx", QDQ))
     batch = batch or validate(bundle.manifest["recipe"], where=folder).export.batch
     wanted = ["fp32", *(["fp16"] if fp16 else []), *(["int8"] if int8 else [])]
-    sources = {
-        entry["precision"]: entry
-        for entry in bundle.artifacts
-        if entry["format"] == (QDQ if entry["precision"] == "int8" else "onnx")
-    }
-    if missing := [precision for precision in wanted if precision not in sources]:
+    can = [one for one in bundle.artifacts if one["format"] == (QDQ if one["precision"] == "int8" else "onnx")]
+    sources = buildable([one for precision in wanted for one in can if one["precision"] == precision], chosen)
+    if missing := [precision for precision in wanted if precision not in {one["precision"] for one in sources}]:
         raise ExportError(
             f"the bundle has no {missing[0]} ONNX file to build from",
             where=folder,
@@ -67,7 +64,7 @@ def build_engines(
 
     @cache
     def reference_logits() -> NDArray[np.float32]:
-        reference = open_runner(folder, sources["fp32"])
+        reference = open_runner(folder, sources[0])
         logits = run_batches(reference, pixels)
         reference.close()
         return logits
@@ -84,15 +81,15 @@ def build_engines(
         write_manifest(folder, manifest)
         return made
 
-    for precision in wanted:
+    for source in sources:
         make_engine(
             folder,
-            sources[precision],
+            source,
             backend=chosen,
             batch=batch,
             sm=sm,
             pixels=pixels,
-            reference=sources["fp32"]["name"],
+            reference=sources[0]["name"],
             reference_logits=reference_logits,
             finished=finished,
             note=note,
@@ -141,7 +138,21 @@ def make_engine(
             note=note,
         )
 
-    return finished(f"{backend.name}-{source['precision']}", made_from, build)
+    return finished(engine_name(backend.name, source), made_from, build)
+
+
+def engine_name(backend: str, source: Artifact) -> str:
+    """Return the name of the engine that a backend builds from an ONNX artifact, as "tensorrt-int8-heavy"."""
+    return f"{backend}-{source['name'].removeprefix('onnx-').removesuffix('-tensorrt')}"
+
+
+def buildable(sources: Sequence[Artifact], backend: Backend) -> list[Artifact]:
+    """Return the ONNX artifacts of which a backend makes different engines: for TensorRT for RTX one of each precision.
+
+    What its engines have in INT8 are convolutions of many weights alone (see `leave_small_in_fp16`), the same from all.
+    """
+    first = {one["precision"]: one for one in reversed(sources)}
+    return [one for one in sources if backend.name != "tensorrt_rtx" or one is first[one["precision"]]]
 
 
 def built_and_compared(
@@ -166,7 +177,7 @@ def built_and_compared(
         backend=backend,
         sm=sm,
     )
-    path, name = folder / card.file, f"{backend}-{precision}"
+    path, name = folder / card.file, engine_name(backend, source)
     reason, parity = why_not_here(card), None
     if reason is None:
         runner = TensorRTRunner(path, name=name)

@@ -1,4 +1,7 @@
-"""The INT8 part of an export: calibrate and scan once, then a file for each layout that holds the fidelity floor.
+"""The INT8 part of an export: calibrate and scan once, then the files for each runtime that hold the fidelity floor.
+
+There are two for each: one with as many blocks in INT8 as hold the floor, and one in which those with little arithmetic
+for each value stay in float. Which is faster is for the device to say; `prgkit bench` asks it.
 
 Where fewer than four blocks in five can be in INT8 so, the network is recovered by a fine-tune (see recover.py) with as
 many blocks in INT8 as are within its reach, calibrated and scanned again, and the better of the two files is kept.
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,15 +27,40 @@ from prgkit.export.finished import Artifact, Finished
 from prgkit.export.floor import Facts, blocks_in_int8, outcome, told, too_few, within_reach
 from prgkit.export.onnx import write_fp16
 from prgkit.export.parity import compare
-from prgkit.export.quantize import Block, Layout, find_blocks, tensors_of
+from prgkit.export.quantize import HEAVY_WORK, Block, Layout, find_blocks, tensors_of
 from prgkit.export.ranges import Spread, measure_spreads
 from prgkit.export.recover import Learned
 from prgkit.files import writing
 
 CALIBRATION_IMAGES = 256
-FILES: Mapping[Layout, str] = {"onnxruntime": "model.int8.onnx", "tensorrt": "model.int8.tensorrt.onnx"}
-NAMES: Mapping[Layout, str] = {"onnxruntime": "onnx-int8", "tensorrt": "onnx-int8-tensorrt"}
+Result = tuple[Artifact | None, Facts]  # a file's entry, None where it is not kept, and what was found of it
 FOR_TENSORRT = "TensorRT's layout; its fidelity is that of this file in ONNX Runtime"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One INT8 file of a bundle."""
+
+    name: str
+    file: str
+    layout: Layout
+    heavy: bool  # blocks below `HEAVY_WORK` stay in float
+
+    def left(self, blocks: Sequence[Block]) -> tuple[str, ...]:
+        """Return which of a network's blocks stay in float in any case."""
+        return tuple(block.name for block in blocks if self.heavy and block.work < HEAVY_WORK)
+
+
+VARIANTS: Mapping[Layout, tuple[Variant, Variant]] = {
+    "onnxruntime": (
+        Variant("onnx-int8", "model.int8.onnx", "onnxruntime", heavy=False),
+        Variant("onnx-int8-heavy", "model.int8-heavy.onnx", "onnxruntime", heavy=True),
+    ),
+    "tensorrt": (
+        Variant("onnx-int8-tensorrt", "model.int8.tensorrt.onnx", "tensorrt", heavy=False),
+        Variant("onnx-int8-heavy-tensorrt", "model.int8-heavy.tensorrt.onnx", "tensorrt", heavy=True),
+    ),
+}
 
 
 def quantise(
@@ -42,27 +70,25 @@ def quantise(
     half: Callable[[Path], None],
     made_from: dict[str, Any],
     finished: Finished,
-    engine: Callable[[Artifact], Artifact] | None,
+    engines: Callable[[list[Artifact]], list[Artifact]] | None,
 ) -> tuple[list[Artifact], list[Facts]]:
-    """Make ``model.int8.onnx`` in ``folder`` and, where ``engine`` builds one, TensorRT's layout and its engine.
+    """Make the INT8 files of ONNX Runtime in ``folder`` and, where ``engines`` builds from them, TensorRT's.
 
     Returns the entries of what is kept, and what was found of those that are not. ``half`` writes the FP16 file, over
     which TensorRT's layout is made: over FP32 its engine could be larger than one without INT8.
     """
-    entry, found = quantiser.make("onnxruntime", lambda: quantiser.network.fp32, folder, made_from, finished)
-    results = [(entry, found)]
-    if engine is not None:
+    results = quantiser.make_all("onnxruntime", lambda: quantiser.network.fp32, folder, made_from, finished)
+    if engines is not None:
 
         def fp16() -> Path:
             if not (path := folder / "model.fp16.onnx").exists():
                 half(path := quantiser.work / path.name)
             return path
 
-        entry, found = quantiser.make("tensorrt", fp16, folder, made_from, finished)
-        results.append((entry, found))
+        results += quantiser.make_all("tensorrt", fp16, folder, made_from, finished)
     kept = [entry for entry, _ in results if entry is not None]
-    if engine is not None:
-        kept += [engine(entry) for entry in list(kept) if entry["format"] == QDQ]
+    if engines is not None:
+        kept += engines([entry for entry in kept if entry["format"] == QDQ])
     return kept, [found for entry, found in results if entry is None]
 
 
@@ -74,7 +100,7 @@ class Network:
     student: Path  # the FP32 file whose answers are to be given
     calibration: Pixels  # [n, S, S, 3]
     note: Callable[[str], None]
-    left: tuple[str, ...] = ()  # blocks that stay in float in any case
+    left: tuple[str, ...] = ()  # blocks that no file of it has in INT8
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -119,19 +145,31 @@ class Quantiser:
     work: Path  # a folder for files that do not stay
     note: Callable[[str], None]
 
-    def make(
+    def make_all(
         self, layout: Layout, source: Callable[[], Path], folder: Path, made_from: dict[str, Any], finished: Finished
-    ) -> tuple[Artifact | None, Facts]:
-        """Return the entry of a layout's file, or None where it is not kept; and what was found of it."""
-        name, path = NAMES[layout], folder / FILES[layout]
+    ) -> list[Result]:
+        """Return what `make` returns of a layout's files; the heavy one only where it would be another file."""
+        every, heavy = VARIANTS[layout]
+        results = [self.make(every, source, folder, made_from, finished)]
+        found, left = results[0][1], set(heavy.left(self.network.blocks))
+        if found["kept"] and len(left) < len(self.network.blocks) and not left <= set(found["float_blocks"]):
+            results.append(self.make(heavy, source, folder, made_from, finished))
+        return results
+
+    def make(
+        self, variant: Variant, source: Callable[[], Path], folder: Path, made_from: dict[str, Any], finished: Finished
+    ) -> Result:
+        """Return the entry of a file, or None where it is not kept; and what was found of it."""
+        name, path, layout = variant.name, folder / variant.file, variant.layout
         seen = [digest(self.network.calibration), digest(self.pixels), self.learned_from]
-        made_from = {**made_from, "int8": [layout, self.floor, *seen]}
+        made_from = {**made_from, "int8": [name, self.floor, *seen]}
         if entry := finished.take(name, made_from):
             self.note(f"{entry['file']}: finished before, and made from the same; it is kept")
             return entry, entry["quantization"]
         found = too_few(len(self.pixels), self.floor)
         if found is None:
-            found = self.better(self.hold(self.network, source(), path, layout), path, layout)
+            found = self.hold(self.network, source(), path, layout, variant.left(self.network.blocks))
+            found = found if variant.heavy else self.better(found, path, layout)
         calibrated = len(self.network.calibration)
         found = {"name": name, "layout": layout, "calibration_images": calibrated, **found}
         self.note(f"{path.name}: {told(found)}")
@@ -151,20 +189,20 @@ class Quantiser:
         )
         return finished.add({**entry, "quantization": found}, made_from), found
 
-    def hold(self, network: Network, source: Path, path: Path, layout: Layout) -> Facts:
+    def hold(self, network: Network, source: Path, path: Path, layout: Layout, left: tuple[str, ...]) -> Facts:
         """Write ``path`` with as many of a network's blocks in INT8 as hold the floor; see `hold_floor`."""
         return hold_floor(
             source,
             path,
-            blocks=network.blocks,
-            scan=network.scan,
+            blocks=[block for block in network.blocks if block.name not in left],
+            scan=[row for row in network.scan if row["block"] not in left],
             spreads=network.spreads,
             tail=network.tail,
             layout=layout,
             pixels=self.pixels,
             logits=self.logits,
             floor=self.floor,
-            left=network.left,
+            left=left,
             note=self.note,
         )
 
@@ -179,7 +217,7 @@ class Quantiser:
         source = network.fp32
         if layout == "tensorrt":
             write_fp16(network.fp32, source := self.work / "recovered.fp16.onnx")
-        after = self.hold(network, source, again := self.work / path.name, layout)
+        after = self.hold(network, source, again := self.work / path.name, layout, left)
         kept = blocks_in_int8(after) > blocks_in_int8(before)
         if kept:
             with writing(path) as temporary:

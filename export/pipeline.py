@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from prgkit.export.bundle import (
     write_manifest,
 )
 from prgkit.export.contents import MATRIX, VECTORS, digests
-from prgkit.export.engines import make_engine
+from prgkit.export.engines import buildable, make_engine
 from prgkit.export.finished import JOURNAL, Artifact, Finished, clear_unfinished
 from prgkit.export.int8 import Network, Quantiser, calibration_of, quantise
 from prgkit.export.lossless import write_array
@@ -159,11 +159,11 @@ def export_student(
             note=note,
         )
 
-    def engine(source: Artifact) -> Artifact:
+    def engines(sources: list[Artifact]) -> list[Artifact]:
         assert backend is not None
-        return make_engine(
+        build = partial(
+            make_engine,
             new,
-            source,
             backend=backend,
             batch=options.batch,
             pixels=pixels,
@@ -173,6 +173,7 @@ def export_student(
             finished=finished.get,
             note=note,
         )
+        return [build(source) for source in buildable(sources, backend)]
 
     with room_for(folder, expected_bytes(student, preprocessing, held_out, options)), building(folder) as new:
         finished = Finished(new, bundle=folder, note=note)  # by an export that was killed, or in the bundle there is
@@ -181,7 +182,7 @@ def export_student(
         if options.fp16:
             artifacts.append(finished.get("onnx-fp16", made_from, fp16))
         if backend:
-            artifacts += [engine(source) for source in list(artifacts)]
+            artifacts += engines(artifacts)
 
         if options.float_input:
             artifacts.append(finished.get(NCHW_NAME, made_from, nchw))
@@ -227,7 +228,7 @@ def export_student(
                     half=write_half,
                     made_from=made_from,
                     finished=finished,
-                    engine=engine if backend else None,
+                    engines=engines if backend else None,
                 )
             artifacts += made
         if scorer is not None:
@@ -365,6 +366,6 @@ def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
 def expected_bytes(student: nn.Module, preprocessing: Preprocessing, held_out: HeldOut, options: ExportOptions) -> int:
     """Estimate the bundle's size from above."""
     weights = 4 * sum(parameter.numel() for parameter in student.parameters())
-    copies = (1.0 + 0.5 * options.fp16 + 0.6 * options.int8) * (1.0 + 1.4 * options.trt) + 1.0 * options.float_input
+    copies = (1.0 + 0.5 * options.fp16 + 2.0 * options.int8) * (1.0 + 1.4 * options.trt) + 1.0 * options.float_input
     pictures = len(held_out.teacher_logits) * preprocessing.image_size**2 * 3
     return int(weights * copies) + pictures + (16 << 20)

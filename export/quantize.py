@@ -12,6 +12,7 @@ off by 0.0087 on average without that rule, 0.0184 on an (emulated) Haswell; wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,11 @@ from prgkit.export.ranges import Spread
 Layout = Literal["onnxruntime", "tensorrt"]
 POOLS = ("ReduceMean", "GlobalAveragePool")
 DENSE_CHANNELS = 32  # into a kernel larger than 1 x 1
-LEAST_WORK = 24  # products per value that a 1 x 1 kernel takes or gives: below it, rounding costs what INT8 gains
+# Products per value that a convolution takes or gives. Below the first rounding costs what INT8 gains; below the second
+# it depends on the machine, even on its threads. Every convolution between them in INT8 took a RepViT-M0.9 on one
+# thread to 0.92 of the time with the heavier ones alone, on two threads to 1.08; an EfficientNet-B0 to 0.97 and 1.05.
+LEAST_WORK = 24
+HEAVY_WORK = 80
 SEGMENTS = 16  # of a graph whose weights have no names to group them by
 LEAST_SCALE = {np.dtype(np.float32): 1e-12, np.dtype(np.float16): 2.0**-14}  # below it float16 loses precision
 MOST_BIAS = 2.0**30  # a bias is int32 in steps of input scale x weight scale
@@ -41,6 +46,7 @@ class Block:
 
     name: str
     nodes: tuple[str, ...]  # convolutions, in the graph's order
+    work: float = math.inf  # the least of them, in products per value
 
 
 def find_blocks(path: Path) -> list[Block]:
@@ -61,6 +67,7 @@ def find_blocks(path: Path) -> list[Block]:
     outside = {node.output[0] for node in before} | {graph.output[0].name}
     pooled: set[str] = set()
     named: dict[str, str] = {}  # node -> block
+    work: dict[str, float] = {}  # node -> products per value
     for node in graph.node:
         activations = [name for name in node.input if name and name not in weights]
         if node.op_type in POOLS or (activations and all(name in pooled for name in activations)):
@@ -68,26 +75,28 @@ def find_blocks(path: Path) -> list[Block]:
             continue
         if node.output[0] in outside:
             continue
-        if node.op_type == "Conv" and is_dense(node, weights.get(node.input[1])):
-            named[node.name] = block_name(node.input[1])
+        if node.op_type == "Conv" and is_dense(node, shape := weights.get(node.input[1], ())):
+            named[node.name], work[node.name] = block_name(node.input[1]), work_of(shape)
     if not named:
         raise ExportError(f"{path.name} has no convolution to quantise", where=path, fix="export without --int8")
     if len(set(named.values())) < 2:
         parts = np.array_split(np.array(list(named)), min(SEGMENTS, len(named)))
-        return [Block(f"part {number}", tuple(map(str, nodes))) for number, nodes in enumerate(parts)]
-    return [
-        Block(name, tuple(node for node, block in named.items() if block == name))
-        for name in dict.fromkeys(named.values())
-    ]
+        named = {str(node): f"part {number}" for number, nodes in enumerate(parts) for node in nodes}
+    nodes = {name: [node for node, block in named.items() if block == name] for name in named.values()}
+    return [Block(name, tuple(those), min(work[node] for node in those)) for name, those in nodes.items()]
 
 
-def is_dense(node: onnx.NodeProto, shape: tuple[int, ...] | None) -> bool:
+def is_dense(node: onnx.NodeProto, shape: tuple[int, ...]) -> bool:
     """Tell whether a convolution with weights of ``shape`` [out, in, height, width] mixes enough channels to gain."""
     groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-    if shape is None or len(shape) != 4 or groups != 1:
+    if len(shape) != 4 or groups != 1:
         return False
-    out, into = shape[:2]
-    return out * into >= LEAST_WORK * (out + into) if shape[2:] == (1, 1) else into >= DENSE_CHANNELS
+    return work_of(shape) >= LEAST_WORK if shape[2:] == (1, 1) else shape[1] >= DENSE_CHANNELS
+
+
+def work_of(shape: tuple[int, ...]) -> float:
+    """Return how many products a convolution [out, in, height, width] computes per value that it takes or gives."""
+    return math.prod(shape) / (shape[0] + shape[1])
 
 
 def block_name(weight: str) -> str:

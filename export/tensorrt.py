@@ -139,7 +139,10 @@ def build_engine(
     backend: str | None = None,
     sm: Sequence[str] | None = None,
 ) -> EngineCard:
-    """Build ``<onnx stem>.<precision>.<backend>.engine`` in ``folder``, and its card (the same name with .json).
+    """Build an engine in ``folder``, and its card (the same name with .json).
+
+    It is named after the ONNX file: of ``model.onnx`` and ``model.fp16.onnx`` TensorRT for RTX makes
+    ``model.fp32.tensorrt_rtx.engine`` and ``model.fp16.tensorrt_rtx.engine``.
 
     The network is strongly typed: the types come from the ONNX file alone, and are checked against ``precision`` before
     anything is built. ``batch`` is [min, opt, max]; three equal numbers make a static engine.
@@ -180,8 +183,9 @@ def build_engine(
     if timings:
         keep_cache(config, timings)
     inspected = inspect(trt, logger, plan, precision, onnx_path) if gpu else None
-    stem = onnx_path.name.split(".")[0]
-    path = folder / f"{stem}.{precision}.{chosen.name}.engine"
+    stem, kind = (*onnx_path.name.split("."), "")[:2]
+    kind = kind if kind.startswith(precision) else precision  # model.int8-heavy.tensorrt.onnx
+    path = folder / f"{stem}.{kind}.{chosen.name}.engine"
     write_bytes(path, plan)
     card = EngineCard(
         schema=SCHEMA,

@@ -18,7 +18,7 @@ from onnx import numpy_helper  # noqa: E402
 from prgkit.errors import ExportError  # noqa: E402
 from prgkit.evaluate.choice import choose, int8_notes, write_choice  # noqa: E402
 from prgkit.evaluate.predict import predict  # noqa: E402
-from prgkit.evaluate.wording import lead_row  # noqa: E402
+from prgkit.evaluate.wording import lead_row, refused  # noqa: E402
 from prgkit.export import int8  # noqa: E402
 from prgkit.export.bundle import open_bundle  # noqa: E402
 from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, root_kl, scan_blocks  # noqa: E402
@@ -308,13 +308,19 @@ def test_an_int8_engine_comes_from_an_int8_file_and_no_other(quantised, tmp_path
 
 
 @pytest.fixture(scope="module")
-def bundle(repvit, tmp_path_factory):
+def few_blocks():
+    """Quantise a few blocks only, two of them of little arithmetic: a scan of them tells the same, sooner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "find_blocks", lambda path: find_blocks(path)[7:12])
+        yield
+
+
+@pytest.fixture(scope="module")
+def bundle(repvit, few_blocks, tmp_path_factory):
     """A bundle with INT8 held to a floor that random weights can reach."""
     folder = tmp_path_factory.mktemp("run") / "bundle"
     notes = []
-    with pytest.MonkeyPatch.context() as patch:  # a scan of a few blocks tells the same, sooner
-        patch.setattr(int8, "find_blocks", lambda path: find_blocks(path)[:5])
-        manifest = export(repvit, folder, notes, count=192, int8=True, fidelity=60.0)
+    manifest = export(repvit, folder, notes, count=192, int8=True, fidelity=60.0)
     return SimpleNamespace(folder=folder, manifest=manifest, notes=notes)
 
 
@@ -350,11 +356,34 @@ def test_a_bundle_carries_int8_with_its_parity_and_what_was_found(bundle):
     assert any(note.startswith("model.int8.onnx: ") and "blocks in INT8" in note for note in bundle.notes)
 
 
+def test_the_heavy_file_leaves_the_blocks_of_little_arithmetic_in_float(bundle):
+    every, heavy = (entry["quantization"] for entry in bundle.manifest["artifacts"][1:])
+    assert [entry["name"] for entry in bundle.manifest["artifacts"]] == ["onnx-fp32", "onnx-int8", "onnx-int8-heavy"]
+    blocks = find_blocks(bundle.folder / "model.onnx")[7:12]
+    light = [block.name for block in blocks if block.work < 80]
+    assert [round(block.work) for block in blocks] == [64, 64, 128, 128, 128]
+    assert not set(light) <= set(every["float_blocks"]), "else it would be the same file"
+    assert heavy["float_blocks"][:2] == light
+    assert (heavy["blocks"], heavy["kept"], heavy["layout"]) == (5, True, "onnxruntime")
+    names = {block.name: block.nodes for block in blocks}
+    graph = onnx.load(str(bundle.folder / "model.int8-heavy.onnx")).graph
+    taken = {node.name: node.input[0] for node in graph.node}
+    assert not any(taken[node].endswith("_dequantised") for name in light for node in names[name])
+    assert all(taken[node].endswith("_dequantised") for node in names[(set(names) - set(heavy["float_blocks"])).pop()])
+
+
+def test_where_every_light_block_is_in_float_anyway_there_is_no_heavy_file(bundle, repvit, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "HEAVY_WORK", 60)
+        manifest = export(repvit, tmp_path / "bundle", [], count=192, int8=True, fidelity=60.0)
+    assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32", "onnx-int8"]
+
+
 def test_int8_that_is_finished_is_not_made_again(bundle, repvit, tmp_path):
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     notes = []
     manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=60.0)
-    assert manifest["artifacts"][1] == bundle.manifest["artifacts"][1]
+    assert manifest["artifacts"] == bundle.manifest["artifacts"]
     assert "model.int8.onnx: finished before, and made from the same; it is kept" in notes
     assert not any("scanning" in note for note in notes)
 
@@ -374,12 +403,13 @@ def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tm
     assert int8_notes(open_bundle(tmp_path / "bundle"), None) == [f"onnx-int8: {said}."]
 
 
-def rows(*, int8_ms, agreement):
+def rows(*, int8_ms, agreement, heavy_ms=None, heavy_agreement=100.0):
+    files = {"fp32": ([10.0] * 10, 100.0), "fp16": ([12.0] * 10, 100.0), "int8": (int8_ms, agreement)}
+    files |= {"int8-heavy": (heavy_ms, heavy_agreement)} if heavy_ms else {}
     made = []
-    for precision, times in (("fp32", [10.0] * 10), ("fp16", [12.0] * 10), ("int8", int8_ms)):
+    for kind, (times, same) in files.items():
         latency = {"p50_ms": float(np.median(times)), "round_p50_ms": times}
-        same = agreement if precision == "int8" else 100.0
-        made.append({"artifact": f"onnx-{precision}", "precision": precision, "backend": "onnxruntime"})
+        made.append({"artifact": f"onnx-{kind}", "precision": kind.partition("-")[0], "backend": "onnxruntime"})
         made[-1] |= {"device": "cpu", "status": "measured", "latency": latency, "agreement_fp32": same}
     return made
 
@@ -404,6 +434,33 @@ def test_int8_is_kept_only_where_it_is_faithful_and_faster(bundle, int8_ms, agre
     found = choose(opened, rows(int8_ms=int8_ms, agreement=agreement), images=2000)
     assert found["kept"] is kept
     assert said in int8_notes(opened, found)[0]
+
+
+@pytest.mark.parametrize(
+    ("heavy_ms", "heavy_agreement", "chosen", "kept"),
+    [
+        ([4.0] * 10, 90.0, "onnx-int8-heavy", [True, True]),
+        ([6.0] * 10, 90.0, "onnx-int8", [True, True]),
+        ([4.0] * 10, 61.0, "onnx-int8", [True, False]),
+    ],
+)
+def test_of_several_int8_files_the_fastest_that_is_faithful_is_chosen(
+    bundle, tmp_path, heavy_ms, heavy_agreement, chosen, kept
+):
+    opened = open_bundle(bundle.folder)
+    measured = rows(int8_ms=[5.0] * 10, agreement=90.0, heavy_ms=heavy_ms, heavy_agreement=heavy_agreement)
+    found = choose(opened, measured, images=2000)
+    assert found["artifact"] == chosen
+    assert [one["kept"] for one in (found, *found["others"])] == kept
+    notes = int8_notes(opened, found)
+    assert (f"predict runs {chosen}, the fastest of these." in notes) == all(kept)
+    assert [note.split()[0] for note in notes[:2]] == [chosen, *(one["artifact"] for one in found["others"])]
+    write_choice(tmp_path, opened, found)
+    assert read_sealed(tmp_path / "choice.json")["artifact"] == chosen
+    row = {"backend": "onnxruntime", "artifact": "onnx-int8-heavy"}
+    assert refused(found, row) == (not kept[1])
+    slow = rows(int8_ms=[50.0] * 10, agreement=90.0, heavy_ms=[60.0] * 10)
+    assert choose(opened, slow, images=2000)["artifact"] == "onnx-int8", "the first, where none is kept"
 
 
 def test_what_predict_cannot_run_has_no_say_in_its_choice(bundle):
