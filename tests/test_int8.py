@@ -21,6 +21,7 @@ from prgkit.evaluate.predict import predict  # noqa: E402
 from prgkit.evaluate.wording import lead_row, refused  # noqa: E402
 from prgkit.export import int8  # noqa: E402
 from prgkit.export.bundle import open_bundle  # noqa: E402
+from prgkit.export.engines import buildable, engine_name  # noqa: E402
 from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, root_kl, scan_blocks  # noqa: E402
 from prgkit.export.floor import told, too_few  # noqa: E402
 from prgkit.export.onnx import Deployable, export_onnx  # noqa: E402
@@ -28,7 +29,7 @@ from prgkit.export.pipeline import ExportOptions, HeldOut, export_student  # noq
 from prgkit.export.quantize import block_name, find_blocks, tensors_of, weight_scales, write_int8  # noqa: E402
 from prgkit.export.ranges import Spread, measure_spreads  # noqa: E402
 from prgkit.export.recover import Learned  # noqa: E402
-from prgkit.export.tensorrt import available_backends, build_engine  # noqa: E402
+from prgkit.export.tensorrt import Backend, available_backends, build_engine  # noqa: E402
 from prgkit.files import read_sealed, write_sealed  # noqa: E402
 
 needs_rtx = pytest.mark.skipif(
@@ -377,6 +378,35 @@ def test_where_every_light_block_is_in_float_anyway_there_is_no_heavy_file(bundl
         patch.setattr(int8, "HEAVY_WORK", 60)
         manifest = export(repvit, tmp_path / "bundle", [], count=192, int8=True, fidelity=60.0)
     assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32", "onnx-int8"]
+
+
+@needs_rtx
+def test_each_runtime_has_its_two_files_and_what_makes_the_same_engine_of_both_builds_one(bundle, repvit, tmp_path):
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    manifest = export(repvit, tmp_path / "bundle", [], count=192, int8=True, fidelity=60.0, trt=True)
+    files = {entry["name"]: entry["file"] for entry in manifest["artifacts"]}
+    assert files == {
+        "onnx-fp32": "model.onnx",
+        "tensorrt_rtx-fp32": "model.fp32.tensorrt_rtx.engine",
+        "onnx-int8": "model.int8.onnx",
+        "onnx-int8-heavy": "model.int8-heavy.onnx",
+        "onnx-int8-tensorrt": "model.int8.tensorrt.onnx",
+        "onnx-int8-heavy-tensorrt": "model.int8-heavy.tensorrt.onnx",
+        "tensorrt_rtx-int8": "model.int8.tensorrt_rtx.engine",
+    }
+    quantised = [entry for entry in manifest["artifacts"] if entry["format"] == "onnx-tensorrt"]
+    rtx, tensorrt = (Backend(name, "11", None) for name in ("tensorrt_rtx", "tensorrt"))
+    assert buildable(quantised, rtx) == quantised[:1]
+    assert buildable(quantised, tensorrt) == quantised
+    assert [engine_name("tensorrt", entry) for entry in quantised] == ["tensorrt-int8", "tensorrt-int8-heavy"]
+    card = build_engine(
+        tmp_path / "bundle" / "model.int8-heavy.tensorrt.onnx",
+        tmp_path,
+        precision="int8",
+        batch=(1, 1, 1),
+        backend="tensorrt_rtx",
+    )
+    assert (card.file, card.precision) == ("model.int8-heavy.tensorrt_rtx.engine", "int8")
 
 
 def test_int8_that_is_finished_is_not_made_again(bundle, repvit, tmp_path):
