@@ -43,7 +43,8 @@ from prgkit.run import Run
 from prgkit.student import load_student, reparameterised
 
 PEERS = ("timm", "timm_reparam", "timm_reparam_dynamo", "onnxslim", "onnxslim_reparam")
-OURS, FLOAT, INT8 = "prgkit", "prgkit_float", "prgkit_int8"
+OURS, FLOAT = "prgkit", "prgkit_float"
+INT8 = {"prgkit_int8": "onnx-int8", "prgkit_int8_heavy": "onnx-int8-heavy"}  # and their names in a bundle
 RUNTIMES = ("onnxruntime", "openvino", "torch")
 HERE: dict[str, Contender] = {}  # of a process that runs the bare loop
 Call = Callable[[Any], Any]  # one input [1, ...] to logits [1, classes]
@@ -79,7 +80,7 @@ class Student:
 
     def inputs(self, file: str) -> list[np.ndarray]:
         """Return the images as a file takes them: ours as they are, all others normalised beforehand."""
-        return self.pixels if file in (OURS, INT8) else self.images
+        return self.pixels if file in (OURS, *INT8) else self.images
 
 
 @click.command()
@@ -136,8 +137,7 @@ def open_student(folder: Path, scratch: Path, *, images: int) -> Student:
     if "onnx-nchw" not in here:
         raise click.ClickException(f"{run.bundle} has no float file: prgkit export --int8 --float-input --run {folder}")
     files = {OURS: here["onnx-fp32"], FLOAT: here["onnx-nchw"]}
-    if "onnx-int8" in here:
-        files[INT8] = here["onnx-int8"]
+    files |= {file: here[name] for file, name in INT8.items() if name in here}
     network = load_student(run).deployed().model
     files |= peer_files(network, bundle.preprocessing.image_size, scratch)
     pixels = read_evaluation(run.bundle, limit=images).pixels[:, None]  # [n, 1, S, S, 3]
@@ -166,13 +166,11 @@ def file_facts(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "nodes": len(onnx.load(str(path)).graph.node)}
 
 
-def int8_facts(bundle: Bundle) -> dict[str, Any]:
-    """Return what the export found of INT8, and that in a sentence; ``kept`` is false where its floor was missed."""
-    found = [entry["quantization"] for entry in bundle.artifacts if entry["name"] == "onnx-int8"]
-    found += [facts for facts in bundle.manifest.get("not_kept", []) if facts["name"] == "onnx-int8"]
-    if not found:
-        return {"kept": False, "told": "the bundle was exported without --int8"}
-    return {**found[0], "told": told(found[0])}
+def int8_facts(bundle: Bundle) -> list[dict[str, Any]]:
+    """Return what the export found of each INT8 file, and that in a sentence; ``kept`` is false where it missed."""
+    found = [entry["quantization"] for entry in bundle.artifacts if entry["name"] in INT8.values()]
+    found += [facts for facts in bundle.manifest.get("not_kept", []) if facts["name"] in INT8.values()]
+    return [{**one, "told": told(one)} for one in found]
 
 
 def compare_files(student: Student, threads: int, *, runtimes: str, rounds: int, slice_s: float) -> dict[str, Any]:
@@ -248,7 +246,7 @@ def check(contenders: dict[str, Contender]) -> dict[str, Any]:
     first = "torch/eager" if "torch/eager" in contenders else next(iter(contenders))
     reference, found = contenders[first].logits(), {}
     for key, contender in contenders.items():
-        if key.endswith(INT8):
+        if key.endswith(tuple(INT8)):
             parity = compare(reference, contender.logits(), precision="int8")
         else:
             parity = require_agreement(reference, contender.logits(), precision="fp32", names=(first, key))
@@ -308,16 +306,19 @@ def ratios_of(runtime: str, rounds_ms: dict[str, list[float]], p50_ms: dict[str,
     PyTorch runs no file: ours in ONNX Runtime are compared with it.
     """
     ours_in = "onnxruntime" if runtime == "torch" else runtime
-    peers = [key for key in rounds_ms if key.startswith(f"{runtime}/") and key.split("/")[1] not in (OURS, FLOAT, INT8)]
+    peers = [
+        key for key in rounds_ms if key.startswith(f"{runtime}/") and key.split("/")[1] not in (OURS, FLOAT, *INT8)
+    ]
     files = [key for key in peers if key.split("/")[1] in PEERS] or peers
     best = min(files, key=lambda key: p50_ms[key])
     found: dict[str, Any] = {}
-    for ours in (FLOAT, OURS, INT8):
+    for ours in (FLOAT, OURS, *INT8):
         if (key := f"{ours_in}/{ours}") in rounds_ms:
             found[f"{ours} to best, {best.split('/')[1]}"] = ratio(rounds_ms[key], rounds_ms[best])
             found |= {f"{ours} to {peer.split('/')[1]}": ratio(rounds_ms[key], rounds_ms[peer]) for peer in peers}
-    if runtime == ours_in and f"{runtime}/{INT8}" in rounds_ms:
-        found["fp32 to int8"] = ratio(rounds_ms[f"{runtime}/{OURS}"], rounds_ms[f"{runtime}/{INT8}"])
+    for file, name in INT8.items() if runtime == ours_in else ():
+        if f"{runtime}/{file}" in rounds_ms:
+            found[f"fp32 to {name}"] = ratio(rounds_ms[f"{runtime}/{OURS}"], rounds_ms[f"{runtime}/{file}"])
     return found
 
 
