@@ -306,9 +306,8 @@ def ratios_of(runtime: str, rounds_ms: dict[str, list[float]], p50_ms: dict[str,
     PyTorch runs no file: ours in ONNX Runtime are compared with it.
     """
     ours_in = "onnxruntime" if runtime == "torch" else runtime
-    peers = [
-        key for key in rounds_ms if key.startswith(f"{runtime}/") and key.split("/")[1] not in (OURS, FLOAT, *INT8)
-    ]
+    mine = (OURS, FLOAT, *INT8)
+    peers = [key for key in rounds_ms if key.startswith(f"{runtime}/") and key.split("/")[1] not in mine]
     files = [key for key in peers if key.split("/")[1] in PEERS] or peers
     best = min(files, key=lambda key: p50_ms[key])
     found: dict[str, Any] = {}
