@@ -76,13 +76,13 @@ def round_ratio(
 def int8_notes(bundle: Bundle, found: Facts | None) -> list[str]:
     """Say of every INT8 file whether it is kept, and why not; what was not kept at export says so again."""
     notes = [f"{one['name']}: {told(one)}." for one in bundle.manifest.get("not_kept", [])]
-    notes += [verdict(one) for one in every(found)]
-    if found and sum(one["kept"] for one in every(found)) > 1:
+    notes += [verdict(one) for one in findings(found)]
+    if found and sum(one["kept"] for one in findings(found)) > 1:
         notes.append(f"predict runs {found['artifact']}, the fastest of these.")
     return notes
 
 
-def every(found: Facts | None) -> list[Facts]:
+def findings(found: Facts | None) -> list[Facts]:
     """Return what `choose` found of each INT8 file, the chosen one first."""
     return [found, *found.get("others", [])] if found else []
 

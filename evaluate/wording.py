@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from prgkit.evaluate.choice import every
+from prgkit.evaluate.choice import findings
 from prgkit.evaluate.plots import milliseconds
 
 Report = dict[str, Any]
@@ -96,7 +96,7 @@ def lead_row(report: Report) -> Row | None:
 
 def refused(int8: dict[str, Any] | None, row: Row) -> bool:
     """Return whether a row is of an INT8 file that was not kept; one that is only not faster may be so elsewhere."""
-    found = next((one for one in every(int8) if one["artifact"] == row["artifact"]), None)
+    found = next((one for one in findings(int8) if one["artifact"] == row["artifact"]), None)
     if found is None or found["kept"]:
         return False
     return row["backend"] == "onnxruntime" or not found["faithful"]

@@ -147,12 +147,13 @@ def engine_name(backend: str, source: Artifact) -> str:
 
 
 def buildable(sources: Sequence[Artifact], backend: Backend) -> list[Artifact]:
-    """Return the ONNX artifacts of which a backend makes different engines: for TensorRT for RTX one of each precision.
+    """Return the ONNX artifacts of which a backend builds engines: for TensorRT for RTX one of each precision.
 
-    What its engines have in INT8 are convolutions of many weights alone (see `leave_small_in_fp16`), the same from all.
+    Its engines compute only convolutions of many weights in INT8 (see `leave_small_in_fp16`), so of the INT8 files the
+    last, which has the others in float where there are two, loses nothing and rounds least.
     """
-    first = {one["precision"]: one for one in reversed(sources)}
-    return [one for one in sources if backend.name != "tensorrt_rtx" or one is first[one["precision"]]]
+    last = {one["precision"]: one for one in sources}
+    return [one for one in sources if backend.name != "tensorrt_rtx" or one is last[one["precision"]]]
 
 
 def built_and_compared(

@@ -24,7 +24,7 @@ Logits = NDArray[np.float32]  # [images, classes]
 def choose_tail(
     source: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], pixels: Pixels, *, student: Path
 ) -> float:
-    """Return which of `TAILS` clips best: with every block quantised, the root KL on these images is the least.
+    """Return which of `TAILS` clips best: with ``blocks`` quantised, the root KL on these images is the least.
 
     FP32 is the ``student``'s file, whose answers count; ``source`` may be another network that gives them.
     """
@@ -131,7 +131,7 @@ def hold_floor(
         "floor": floor,
         **{key: tried[best][key] for key in ("images", "agreement", "interval")},
         "blocks": total,
-        "float_blocks": [*left, *ranked[:best]],
+        "float_blocks": [*ranked[:best], *left],
         "scan": list(scan),
         "tried": [tried[count] for count in sorted(tried)],
     }

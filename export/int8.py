@@ -13,7 +13,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from prgkit.errors import ExportError, PrgkitError
 from prgkit.export.bundle import QDQ, describe_artifact
 from prgkit.export.fidelity import Logits, Pixels, choose_tail, hold_floor, logits_of, scan_blocks
 from prgkit.export.finished import Artifact, Finished
-from prgkit.export.floor import Facts, blocks_in_int8, outcome, told, too_few, within_reach
+from prgkit.export.floor import ENOUGH, Facts, blocks_in_int8, outcome, told, too_few, within_reach
 from prgkit.export.onnx import write_fp16
 from prgkit.export.parity import compare
 from prgkit.export.quantize import HEAVY_WORK, Block, Layout, find_blocks, tensors_of
@@ -33,6 +33,7 @@ from prgkit.export.recover import Learned
 from prgkit.files import writing
 
 CALIBRATION_IMAGES = 256
+SCAN_TAIL = 0.02  # the share of the images that is clipped while blocks are scanned
 Result = tuple[Artifact | None, Facts]  # a file's entry, None where it is not kept, and what was found of it
 FOR_TENSORRT = "TensorRT's layout; its fidelity is that of this file in ONNX Runtime"
 
@@ -80,6 +81,7 @@ def quantise(
     results = quantiser.make_all("onnxruntime", lambda: quantiser.network.fp32, folder, made_from, finished)
     if engines is not None:
 
+        @cache
         def fp16() -> Path:
             if not (path := folder / "model.fp16.onnx").exists():
                 half(path := quantiser.work / path.name)
@@ -120,14 +122,19 @@ class Network:
 
     @cached_property
     def tail(self) -> float:
-        """How much of each tensor is clipped."""
-        return choose_tail(self.fp32, self.blocks, self.spreads, self.calibration, student=self.student)
+        """On which share of the images each tensor is clipped: what suits the blocks that may be in INT8 best.
+
+        The most sensitive ones would decide it, and most likely they are the ones that will be in float.
+        """
+        floating = {row["block"] for row in self.scan[: int((1 - ENOUGH) * len(self.scan))]}
+        blocks = [block for block in self.blocks if block.name not in floating]
+        return choose_tail(self.fp32, blocks, self.spreads, self.calibration, student=self.student)
 
     @cached_property
     def scan(self) -> list[Facts]:
         """What each block costs, the most sensitive first."""
         self.note(f"INT8: scanning {len(self.blocks)} blocks")
-        return scan_blocks(self.fp32, self.blocks, self.spreads, self.tail, self.calibration, student=self.student)
+        return scan_blocks(self.fp32, self.blocks, self.spreads, SCAN_TAIL, self.calibration, student=self.student)
 
 
 @dataclass(frozen=True)
@@ -148,12 +155,13 @@ class Quantiser:
     def make_all(
         self, layout: Layout, source: Callable[[], Path], folder: Path, made_from: dict[str, Any], finished: Finished
     ) -> list[Result]:
-        """Return what `make` returns of a layout's files; the heavy one only where it would be another file."""
-        every, heavy = VARIANTS[layout]
-        results = [self.make(every, source, folder, made_from, finished)]
-        found, left = results[0][1], set(heavy.left(self.network.blocks))
-        if found["kept"] and len(left) < len(self.network.blocks) and not left <= set(found["float_blocks"]):
-            results.append(self.make(heavy, source, folder, made_from, finished))
+        """Return what `make` returns of a layout's files; of the heavy one only where the other has light blocks."""
+        full, heavy = VARIANTS[layout]
+        results = [self.make(full, source, folder, made_from, finished)]
+        if (found := results[0][1])["kept"]:
+            left = set(heavy.left(self.network.blocks))
+            if len(left) < len(self.network.blocks) and not left <= set(found["float_blocks"]):
+                results.append(self.make(heavy, source, folder, made_from, finished))
         return results
 
     def make(

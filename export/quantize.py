@@ -125,8 +125,8 @@ def write_int8(
 ) -> None:
     """Write ``source`` with Q/DQ nodes around ``nodes``; input, preprocessing, metadata and output stay what they are.
 
-    ``source`` is the FP32 file for ONNX Runtime, the FP16 file for TensorRT; ``spreads`` are those of the FP32 file, of
-    which a share of ``tail`` may lie beyond a tensor's range on either side.
+    ``source`` is the FP32 file for ONNX Runtime, the FP16 file for TensorRT; ``spreads`` are those of the FP32 file; a
+    share of ``tail`` of their images may reach beyond a tensor's range on either side.
     """
     model = onnx.load(str(source))
     graph = model.graph

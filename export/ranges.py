@@ -17,6 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from prgkit.errors import ExportError
+
 CALIBRATION_BATCH = 8
 SAMPLED = 1 << 14  # values of a tensor that one image brings at the least, where it has as many
 CLIPPED = 1e-4  # of them lie beyond the image's own range on either side
@@ -31,7 +33,16 @@ class Spread:
         self.highs: list[float] = []
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Take the values [n, ...] of n images."""
+        """Take the values [n, ...] of n images; those of an image that are not all finite would say nothing.
+
+        Raises:
+            ExportError: an image has such values, in the student's own FP32 file.
+        """
+        if not np.isfinite(values).all():
+            raise ExportError(
+                "on an image that the student learned from, its activations are infinite or no numbers",
+                fix="export without --int8, and see whether the student is any good: prgkit bench",
+            )
         flat = values.reshape(len(values), -1)
         ordered = np.sort(flat[:, :: max(1, flat.shape[1] // SAMPLED)], axis=1)
         beyond = int(CLIPPED * ordered.shape[1])

@@ -86,7 +86,7 @@ def recover(
 ) -> Facts:
     """Write ``source``, the FP32 file of ``module``, to ``path`` with weights that bear INT8 better; say what was done.
 
-    ``nodes`` compute in 8 bits meanwhile, within the ranges of ``spreads`` that leave a share of ``tail`` out. It is a
+    ``nodes`` compute in 8 bits meanwhile, within the ranges of ``spreads`` for a share ``tail`` of images. It is a
     function of all of these and of `SEED`: on the same machine it gives the same bits again.
 
     Raises:

@@ -141,8 +141,8 @@ def build_engine(
 ) -> EngineCard:
     """Build an engine in ``folder``, and its card (the same name with .json).
 
-    It is named after the ONNX file: of ``model.onnx`` and ``model.fp16.onnx`` TensorRT for RTX makes
-    ``model.fp32.tensorrt_rtx.engine`` and ``model.fp16.tensorrt_rtx.engine``.
+    Its name is ``<onnx stem>.<kind>.<backend>.engine``; the kind is the ONNX file's, as in ``model.int8-heavy.onnx``,
+    or where that has none the precision.
 
     The network is strongly typed: the types come from the ONNX file alone, and are checked against ``precision`` before
     anything is built. ``batch`` is [min, opt, max]; three equal numbers make a static engine.

@@ -21,7 +21,7 @@ from prgkit.evaluate.predict import predict  # noqa: E402
 from prgkit.evaluate.wording import lead_row, refused  # noqa: E402
 from prgkit.export import int8  # noqa: E402
 from prgkit.export.bundle import open_bundle  # noqa: E402
-from prgkit.export.engines import buildable, engine_name  # noqa: E402
+from prgkit.export.engines import build_engines, buildable, engine_name  # noqa: E402
 from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, root_kl, scan_blocks  # noqa: E402
 from prgkit.export.floor import told, too_few  # noqa: E402
 from prgkit.export.onnx import Deployable, export_onnx  # noqa: E402
@@ -168,6 +168,19 @@ def test_a_range_leaves_out_the_images_that_explode_and_holds_zero():
     assert spread.range(0.5, symmetric=False)[1] == pytest.approx(1.5, abs=0.02)
 
 
+def test_an_images_own_range_leaves_out_its_most_extreme_values():
+    spread = Spread()
+    values = np.linspace(-1, 1, 20_000, dtype=np.float32)[None]
+    values[0, 7], values[0, 9] = 80, -90  # two of twenty thousand
+    spread.add(values)
+    assert spread.range(0, symmetric=False) == pytest.approx((-1, 1), abs=0.01)
+
+
+def test_activations_that_are_no_numbers_are_refused():
+    with pytest.raises(ExportError, match="its activations are infinite or no numbers"):
+        Spread().add(np.array([[1.0, np.nan]], np.float32))
+
+
 def test_few_images_of_which_one_explodes_still_give_the_others_range():
     """Interpolated between the two largest of 16, the range would be half of the outlier's."""
     spread = Spread()
@@ -183,6 +196,15 @@ def test_no_two_neighbours_saturate_sixteen_bits():
     weight[2, :, 0, 0] = (0.0, -1.0, -1.0, 0.0)  # of two pairs
     assert weight_scales(weight, "onnxruntime") == pytest.approx([2 / 127, 1 / 127, 1 / 127])
     assert weight_scales(weight, "tensorrt") == pytest.approx([1 / 127] * 3)
+
+
+def test_neighbours_are_those_of_the_kernels_order_odd_channels_and_all():
+    """Rows, columns, then channels: with three of them the third is a neighbour of the next column's first."""
+    weight = np.zeros((2, 3, 1, 2))  # [out, in, h, w]
+    weight[0, 2, 0, 0] = weight[0, 0, 0, 1] = 1  # neighbours
+    weight[1, 0, 0, 0] = weight[1, 0, 0, 1] = 1  # of one channel, and none
+    assert weight_scales(weight, "onnxruntime") == pytest.approx([2 / 127, 1 / 127])
+    assert weight_scales(np.ones((1, 3, 1, 1)), "onnxruntime") == pytest.approx([2 / 127])
 
 
 def test_the_weights_of_a_file_obey_that(quantised):
@@ -224,7 +246,7 @@ def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
     (middle,) = spoilt.nodes  # nothing leads around it
     taken = next(node.input[0] for node in onnx.load(str(exported.fp32)).graph.node if node.name == middle)
     spreads[taken] = Spread()
-    spreads[taken].add(np.array([-1e6, 1e6], dtype=np.float32))
+    spreads[taken].add(np.array([[-1e6, 1e6]], dtype=np.float32))
     pixels = exported.pixels[64:]
     logits = logits_of(exported.fp32, pixels)
     scan = scan_blocks(exported.fp32, blocks, spreads, 0.02, pixels, student=exported.fp32)
@@ -364,7 +386,7 @@ def test_the_heavy_file_leaves_the_blocks_of_little_arithmetic_in_float(bundle):
     light = [block.name for block in blocks if block.work < 80]
     assert [round(block.work) for block in blocks] == [64, 64, 128, 128, 128]
     assert not set(light) <= set(every["float_blocks"]), "else it would be the same file"
-    assert heavy["float_blocks"][:2] == light
+    assert heavy["float_blocks"][-2:] == light
     assert (heavy["blocks"], heavy["kept"], heavy["layout"]) == (5, True, "onnxruntime")
     names = {block.name: block.nodes for block in blocks}
     graph = onnx.load(str(bundle.folder / "model.int8-heavy.onnx")).graph
@@ -392,21 +414,18 @@ def test_each_runtime_has_its_two_files_and_what_makes_the_same_engine_of_both_b
         "onnx-int8-heavy": "model.int8-heavy.onnx",
         "onnx-int8-tensorrt": "model.int8.tensorrt.onnx",
         "onnx-int8-heavy-tensorrt": "model.int8-heavy.tensorrt.onnx",
-        "tensorrt_rtx-int8": "model.int8.tensorrt_rtx.engine",
+        "tensorrt_rtx-int8-heavy": "model.int8-heavy.tensorrt_rtx.engine",
     }
     quantised = [entry for entry in manifest["artifacts"] if entry["format"] == "onnx-tensorrt"]
     rtx, tensorrt = (Backend(name, "11", None) for name in ("tensorrt_rtx", "tensorrt"))
-    assert buildable(quantised, rtx) == quantised[:1]
+    assert buildable(quantised, rtx) == quantised[1:]
     assert buildable(quantised, tensorrt) == quantised
     assert [engine_name("tensorrt", entry) for entry in quantised] == ["tensorrt-int8", "tensorrt-int8-heavy"]
-    card = build_engine(
-        tmp_path / "bundle" / "model.int8-heavy.tensorrt.onnx",
-        tmp_path,
-        precision="int8",
-        batch=(1, 1, 1),
-        backend="tensorrt_rtx",
-    )
-    assert (card.file, card.precision) == ("model.int8-heavy.tensorrt_rtx.engine", "int8")
+    notes = []
+    build = {"fp16": False, "int8": True, "batch": (1, 1, 1), "backend": "tensorrt_rtx", "note": notes.append}
+    on_device = build_engines(tmp_path / "bundle", **build)
+    assert {entry["name"]: entry["file"] for entry in on_device["artifacts"]} == files
+    assert [note.split(":")[0] for note in notes] == [name for name in files.values() if name.endswith(".engine")]
 
 
 def test_int8_that_is_finished_is_not_made_again(bundle, repvit, tmp_path):

@@ -200,6 +200,7 @@ def coarse():
     """Ranges beyond which nearly every image reaches on either side, and a fine-tune of a few seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prgkit.export.fidelity.TAILS", (TAIL,))
+        patch.setattr("prgkit.export.int8.SCAN_TAIL", TAIL)
         patch.setattr(recovery, "STEPS", (0, 80))
         patch.setattr(recovery, "LEARNING_RATE", 1e-4)
         yield
