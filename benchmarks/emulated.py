@@ -28,7 +28,7 @@ def main() -> None:
     from prgkit.export.bundle import read_evaluation  # here, since an emulated Python has no prgkit
 
     artifacts = json.loads((asked.bundle / "manifest.json").read_text())["artifacts"]
-    files = {one["name"]: one["file"] for one in artifacts if one["format"] == "onnx"}
+    files = {one["name"]: one["file"] for one in artifacts if one["format"] == "onnx" and one["precision"] != "fp16"}
     processors = {"native": sys.executable, **dict(one.split("=", 1) for one in asked.python)}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
