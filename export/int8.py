@@ -10,6 +10,7 @@ many blocks in INT8 as are within its reach, calibrated and scanned again, and t
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ class Network:
 
         The most sensitive ones would decide it, and most likely they are the ones that will be in float.
         """
-        floating = {row["block"] for row in self.scan[: int((1 - ENOUGH) * len(self.scan))]}
+        floating = {row["block"] for row in self.scan[: len(self.scan) - math.ceil(ENOUGH * len(self.scan))]}
         blocks = [block for block in self.blocks if block.name not in floating]
         return choose_tail(self.fp32, blocks, self.spreads, self.calibration, student=self.student)
 

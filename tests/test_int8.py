@@ -26,7 +26,7 @@ from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, root_kl, 
 from prgkit.export.floor import told, too_few  # noqa: E402
 from prgkit.export.onnx import Deployable, export_onnx  # noqa: E402
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student  # noqa: E402
-from prgkit.export.quantize import block_name, find_blocks, tensors_of, weight_scales, write_int8  # noqa: E402
+from prgkit.export.quantize import Block, block_name, find_blocks, tensors_of, weight_scales, write_int8  # noqa: E402
 from prgkit.export.ranges import Spread, measure_spreads  # noqa: E402
 from prgkit.export.recover import Learned  # noqa: E402
 from prgkit.export.tensorrt import Backend, available_backends, build_engine  # noqa: E402
@@ -274,6 +274,17 @@ def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
         if node.name in spoilt.nodes:
             assert not node.input[1].endswith("_dequantised"), "its weights are float again"
     assert told(found).startswith(f"{found['blocks'] - len(found['float_blocks'])} of {found['blocks']} blocks in INT8")
+
+
+def test_the_most_sensitive_blocks_do_not_choose_the_clipping(monkeypatch):
+    asked = []
+    monkeypatch.setattr(int8, "choose_tail", lambda fp32, blocks, *rest, student: asked.extend(blocks) or 0.04)
+    network = int8.Network("model.onnx", "model.onnx", np.zeros((1, 8, 8, 3), np.uint8), print)
+    blocks = [Block(f"block {number}", ()) for number in range(10)]
+    scan = [{"block": f"block {number}"} for number in (7, 2, 0, 1, 3, 4, 5, 6, 8, 9)]  # the most sensitive first
+    network.__dict__.update(blocks=blocks, scan=scan, spreads={})  # as if measured
+    assert network.tail == 0.04
+    assert {block.name for block in blocks} - {block.name for block in asked} == {"block 7", "block 2"}
 
 
 def test_where_the_floor_cannot_be_held_no_file_remains(quantised, tmp_path):
