@@ -26,17 +26,17 @@ def choose_tail(
 ) -> float:
     """Return which of `TAILS` clips best: with ``blocks`` quantised, the root KL on these images is the least.
 
-    FP32 is the ``student``'s file, whose answers count; ``source`` may be another network that gives them.
+    FP32 is the ``student``'s file, whose answers count; ``source`` may be another network that gives them. All images
+    are asked: a tail of 2 % is two of the scan's, and which are clipped would be chance.
     """
-    some = spread_over(pixels)
     nodes = {node for block in blocks for node in block.nodes}
-    logits = logits_of(student, some)
+    logits = logits_of(student, pixels)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clipped.onnx"
 
         def cost(tail: float) -> float:
             write_int8(source, path, nodes=nodes, spreads=spreads, tail=tail, layout="onnxruntime")
-            return root_kl(logits, logits_of(path, some))
+            return root_kl(logits, logits_of(path, pixels))
 
         return min(TAILS, key=cost)
 
@@ -52,8 +52,8 @@ def scan_blocks(
 ) -> list[Facts]:
     """Quantise each block by itself and return what that does to the student's logits, the most sensitive block first.
 
-    ``root_kl`` is what `root_kl` returns, ``agreement`` the share of equal answers in percent, on `SCAN_IMAGES` of the
-    images, spread over all of them.
+    ``median_kl`` is what `median_kl` returns, ``agreement`` the share of equal answers in percent, on `SCAN_IMAGES` of
+    the images, spread over all of them.
     """
     some = spread_over(pixels)
     logits = logits_of(student, some)
@@ -64,8 +64,8 @@ def scan_blocks(
             write_int8(source, path, nodes=block.nodes, spreads=spreads, tail=tail, layout="onnxruntime")
             found = logits_of(path, some)
             agreement = 100 * float((found.argmax(axis=1) == logits.argmax(axis=1)).mean())
-            rows.append({"block": block.name, "root_kl": root_kl(logits, found), "agreement": agreement})
-    return sorted(rows, key=lambda row: float(row["root_kl"]), reverse=True)
+            rows.append({"block": block.name, "median_kl": median_kl(logits, found), "agreement": agreement})
+    return sorted(rows, key=lambda row: float(row["median_kl"]), reverse=True)
 
 
 def root_kl(wanted: Logits, found: Logits) -> float:
@@ -75,8 +75,22 @@ def root_kl(wanted: Logits, found: Logits) -> float:
     mean can be that of the few images on which a network's activations explode: in a trial, an EfficientNet-B0 whose
     ranges it chose kept 88 % of its answers, and 93 % with those that this one chose. Where none explodes both agree.
     """
-    divergence = divergences(wanted.astype(np.float64), found.astype(np.float64))  # [n]
-    return float(np.sqrt(np.maximum(divergence, 0)).mean())  # rounding takes it below zero
+    return float(np.sqrt(divergences_of(wanted, found)).mean())
+
+
+def median_kl(wanted: Logits, found: Logits) -> float:
+    """Return the median over images of KL(wanted || found), for logits [n, classes]; unit nats.
+
+    It ranks blocks, where no image may outweigh the others: of an EfficientNet-B0, few of whose images explode, 98.3 %
+    of the answers on 1,744 images were FP32's with the 15 most sensitive of 26 blocks in float by the median of 256
+    images, and 97.3 % by their mean root. RepViTs' ranks hardly differ.
+    """
+    return float(np.median(divergences_of(wanted, found)))
+
+
+def divergences_of(wanted: Logits, found: Logits) -> NDArray[np.float64]:
+    """Return KL(wanted || found) for each image [n], never below zero, where rounding would take it."""
+    return np.maximum(divergences(wanted.astype(np.float64), found.astype(np.float64)), 0)
 
 
 def hold_floor(

@@ -22,7 +22,7 @@ from prgkit.evaluate.wording import lead_row, refused  # noqa: E402
 from prgkit.export import int8  # noqa: E402
 from prgkit.export.bundle import open_bundle  # noqa: E402
 from prgkit.export.engines import build_engines, buildable, engine_name  # noqa: E402
-from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, root_kl, scan_blocks  # noqa: E402
+from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, median_kl, root_kl, scan_blocks  # noqa: E402
 from prgkit.export.floor import told, too_few  # noqa: E402
 from prgkit.export.onnx import Deployable, export_onnx  # noqa: E402
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student  # noqa: E402
@@ -155,6 +155,16 @@ def test_one_image_that_explodes_does_not_outweigh_all_others():
     one_lost[0] = (0, 500)
     all_blurred[1:] = (10.4, 0)
     assert root_kl(wanted, one_lost) < 0.2 * root_kl(wanted, all_blurred)
+
+
+def test_blocks_are_ranked_by_the_median_image():
+    wanted = np.log(np.array([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]], np.float32))
+    found = np.log(np.array([[0.2, 0.8], [0.4, 0.6], [0.5, 0.5]], np.float32)) - 2  # a shift changes no softmax
+    kl = 0.5 * np.log(0.5 / 0.4) + 0.5 * np.log(0.5 / 0.6)
+    assert median_kl(wanted, found) == pytest.approx(kl, rel=1e-5)
+    found[0] = (1000, 0)  # however far one image is off
+    assert median_kl(wanted, found) == pytest.approx(kl, rel=1e-5)
+    assert median_kl(wanted, wanted) == 0
 
 
 def test_a_range_leaves_out_the_images_that_explode_and_holds_zero():
@@ -295,7 +305,7 @@ def test_where_the_floor_cannot_be_held_no_file_remains(quantised, tmp_path):
         exported.fp32,
         tmp_path / "model.int8.onnx",
         blocks=quantised.blocks[:2],
-        scan=[{"block": block.name, "kl": 1.0, "agreement": 0.0} for block in quantised.blocks[:2]],
+        scan=[{"block": block.name, "median_kl": 1.0, "agreement": 0.0} for block in quantised.blocks[:2]],
         spreads=quantised.spreads,
         tail=0.02,
         layout="onnxruntime",
