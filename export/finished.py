@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,12 @@ class Finished:
         append_line(self.folder / JOURNAL, known)
         self.entries.append(known)
         return known
+
+    def leave_only(self, artifacts: Iterable[Artifact]) -> None:
+        """Remove what else is finished: a killed export may have been of another student, or asked for more."""
+        wanted = {path for entry in artifacts for path in files_of(self.folder, entry)}
+        for path in {path for entry in self.entries for path in files_of(self.folder, entry)} - wanted:
+            path.unlink(missing_ok=True)
 
 
 def clear_unfinished(folder: Path) -> None:

@@ -14,7 +14,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,26 +69,19 @@ def quantise(
     quantiser: Quantiser,
     folder: Path,
     *,
-    half: Callable[[Path], None],
+    half: Callable[[], Path],
     made_from: dict[str, Any],
     finished: Finished,
     engines: Callable[[list[Artifact]], list[Artifact]] | None,
 ) -> tuple[list[Artifact], list[Facts]]:
     """Make the INT8 files of ONNX Runtime in ``folder`` and, where ``engines`` builds from them, TensorRT's.
 
-    Returns the entries of what is kept, and what was found of those that are not. ``half`` writes the FP16 file, over
+    Returns the entries of what is kept, and what was found of those that are not. ``half`` gives the FP16 file, over
     which TensorRT's layout is made: over FP32 its engine could be larger than one without INT8.
     """
     results = quantiser.make_all("onnxruntime", lambda: quantiser.network.fp32, folder, made_from, finished)
     if engines is not None:
-
-        @cache
-        def fp16() -> Path:
-            if not (path := folder / "model.fp16.onnx").exists():
-                half(path := quantiser.work / path.name)
-            return path
-
-        results += quantiser.make_all("tensorrt", fp16, folder, made_from, finished)
+        results += quantiser.make_all("tensorrt", half, folder, made_from, finished)
     kept = [entry for entry, _ in results if entry is not None]
     if engines is not None:
         kept += engines([entry for entry in kept if entry["format"] == QDQ])

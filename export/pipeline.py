@@ -141,6 +141,13 @@ def export_student(
         write_half(new / "model.fp16.onnx")
         return onnx_artifact(new, "model.fp16.onnx", "fp16", pixels, reference_logits(), note)
 
+    @cache
+    def half(work: Path) -> Path:  # the bundle's own, or one that does not stay
+        if options.fp16:
+            return new / "model.fp16.onnx"
+        write_half(path := work / "model.fp16.onnx")
+        return path
+
     def nchw() -> Artifact:
         return nchw_artifact(
             new, pixels=pixels, reference_logits=reference_logits(), preprocessing=preprocessing, note=note
@@ -225,7 +232,7 @@ def export_student(
                 made, not_kept = quantise(
                     quantiser,
                     new,
-                    half=write_half,
+                    half=partial(half, Path(work)),
                     made_from=made_from,
                     finished=finished,
                     engines=engines if backend else None,
@@ -240,6 +247,7 @@ def export_student(
             if scoring["class_vectors"] == "input":  # the files' second one
                 scoring["input"] = {"name": MATRIX, "dtype": "float32", "shape": ["classes", scoring["width"]]}
             facts = {**facts, "open_vocabulary": {**facts.get("open_vocabulary", {}), **scoring}}
+        finished.leave_only(artifacts)
         evaluation = {
             "images": len(held_out.teacher_logits),
             "labelled": held_out.labels is not None,

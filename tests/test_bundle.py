@@ -24,6 +24,7 @@ from prgkit.export.bundle import check_golden, open_bundle, read_evaluation, wri
 from prgkit.export.card import load_card
 from prgkit.export.engines import build_engines
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
+from prgkit.export.recover import Learned
 from prgkit.export.runners import OnnxRunner, open_runner
 from prgkit.export.tensorrt import available_backends
 from prgkit.files import read_json, write_sealed
@@ -64,7 +65,7 @@ def held_out(repvit, count=40, *, labels=True):
     )
 
 
-def export(repvit, folder, *, notes=None, **options):
+def export(repvit, folder, *, notes=None, learned=None, **options):
     return export_student(
         repvit.student,
         folder,
@@ -75,6 +76,7 @@ def export(repvit, folder, *, notes=None, **options):
         preprocessing=repvit.preprocessing,
         facts=FACTS,
         options=ExportOptions(**options),
+        learned=learned,
         note=(notes if notes is not None else []).append,
     )
 
@@ -417,6 +419,32 @@ def test_engines_come_to_a_bundle_without_another_onnx_export(repvit, tmp_path, 
     assert build_engines(tmp_path / "bundle", **build) == built
     with pytest.raises(pytest.fail.Exception, match="built again"):
         build_engines(tmp_path / "bundle", **{**build, "batch": (1, 1, 1)})
+
+
+def test_what_a_killed_export_had_finished_of_another_student_is_neither_used_nor_kept(repvit, tmp_path, monkeypatch):
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    other = SimpleNamespace(**{**vars(repvit), "student": deepcopy(repvit.student)})
+    with torch.no_grad():
+        next(other.student.parameters()).mul_(1.0001)
+    monkeypatch.setattr(pipeline, "write_golden", kill)
+    with pytest.raises(KeyboardInterrupt):
+        export(other, tmp_path / "bundle", fp16=True)
+    monkeypatch.undo()
+    assert (tmp_path / ".bundle.new" / "model.fp16.onnx").exists(), "it was finished"
+    sources = []
+
+    def quantise(quantiser, folder, *, half, **_):
+        sources.append(half())
+        return [], []
+
+    monkeypatch.setattr(pipeline, "quantise", quantise)
+    learned = Learned(16, lambda places: repvit.pixels[places], "made up")
+    export(repvit, tmp_path / "bundle", learned=lambda: learned, int8=True)
+    assert sources[0].parent != tmp_path / ".bundle.new", "TensorRT's INT8 would have been the other student's"
+    assert not (tmp_path / "bundle" / "model.fp16.onnx").exists()
+    open_bundle(tmp_path / "bundle")
 
 
 def test_a_folder_that_is_no_bundle_is_never_replaced(repvit, tmp_path):
