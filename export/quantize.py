@@ -32,8 +32,7 @@ Layout = Literal["onnxruntime", "tensorrt"]
 POOLS = ("ReduceMean", "GlobalAveragePool")
 DENSE_CHANNELS = 32  # into a kernel larger than 1 x 1
 # Products per value that a convolution takes or gives. Below the first rounding costs what INT8 gains; below the second
-# it depends on the machine, even on its threads. Every convolution between them in INT8 took a RepViT-M0.9 on one
-# thread to 0.92 of the time with the heavier ones alone, on two threads to 1.08; an EfficientNet-B0 to 0.97 and 1.05.
+# it depends on the machine, even on its threads: benchmarks/results/export_int8.json has RepViT-M0.9 with and without.
 LEAST_WORK = 24
 HEAVY_WORK = 80
 SEGMENTS = 16  # of a graph whose weights have no names to group them by
