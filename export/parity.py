@@ -76,11 +76,14 @@ def compare(reference_logits: NDArray[np.float32], logits: NDArray[np.float32], 
     )
 
 
-def divergences(reference: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return KL(reference || other) of the softmax over logits [images, classes] for each image, in nats."""
-    log_p, log_q = log_softmax(reference), log_softmax(other)  # [images, classes]
+def divergences(reference: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Return KL(reference || other) of the softmax over logits [images, classes] for each image, in nats.
+
+    It is never below zero, where rounding would take it.
+    """
+    log_p, log_q = (log_softmax(logits.astype(np.float64)) for logits in (reference, other))  # [images, classes]
     found: NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    return found
+    return np.maximum(found, 0)
 
 
 def run_batches(runner: Runner, pixels: NDArray[np.uint8], *, batch: int = 32) -> NDArray[np.float32]:
