@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.errors import ExportError, ParityError
+import prgkit
+from prgkit.errors import ExportError, NotWorthItError, ParityError
 from prgkit.export.bundle import QDQ, describe_artifact, open_bundle, read_evaluation, write_manifest
 from prgkit.export.card import card_path, write_card
 from prgkit.export.engine_runner import TensorRTRunner, why_not_here
-from prgkit.export.finished import Artifact, is_whole
+from prgkit.export.finished import Artifact, files_of, is_whole
+from prgkit.export.floor import Facts, told
 from prgkit.export.parity import require_agreement, run_batches
 from prgkit.export.runners import open_runner
 from prgkit.export.tensorrt import Backend, build_engine, choose_backend, choose_targets, find_gpu
@@ -39,6 +41,8 @@ def build_engines(
 ) -> dict[str, Any]:
     """Build the engines of a bundle that exists, needing neither torch nor onnx, and return its new manifest.
 
+    One that is not worth building is not kept: the manifest says why.
+
     ``batch`` is [min, opt, max], by default that of the bundle's recipe; ``sm`` are GPU generations, as
     "SM86" or "SM80+".
 
@@ -52,7 +56,7 @@ def build_engines(
     batch = batch or validate(bundle.manifest["recipe"], where=folder).export.batch
     wanted = ["fp32", *(["fp16"] if fp16 else []), *(["int8"] if int8 else [])]
     can = [one for one in bundle.artifacts if one["format"] == (QDQ if one["precision"] == "int8" else "onnx")]
-    sources = buildable([one for precision in wanted for one in can if one["precision"] == precision], chosen)
+    sources = [one for precision in wanted for one in can if one["precision"] == precision]
     if missing := [precision for precision in wanted if precision not in {one["precision"] for one in sources}]:
         raise ExportError(
             f"the bundle has no {missing[0]} ONNX file to build from",
@@ -76,25 +80,47 @@ def build_engines(
             return dict(before)
         manifest["artifacts"] = [entry for entry in manifest["artifacts"] if entry["name"] != name]
         write_manifest(folder, manifest)  # a build that is interrupted leaves no claim about a file that is gone
+        for path in files_of(folder, before) if before else ():
+            path.unlink(missing_ok=True)
         made = {**make(), "made_from": fingerprint(made_from)}
         manifest["artifacts"].append(made)
         write_manifest(folder, manifest)
         return made
 
-    for source in sources:
-        make_engine(
-            folder,
-            source,
-            backend=chosen,
-            batch=batch,
-            sm=sm,
-            pixels=pixels,
-            reference=sources[0]["name"],
-            reference_logits=reference_logits,
-            finished=finished,
-            note=note,
-        )
+    _, not_kept = make_engines(
+        folder,
+        sources,
+        backend=chosen,
+        batch=batch,
+        sm=sm,
+        pixels=pixels,
+        reference=sources[0]["name"],
+        reference_logits=reference_logits,
+        finished=finished,
+        note=note,
+    )
+    anew = {engine_name(chosen.name, source) for source in sources}
+    not_kept = [one for one in manifest.pop("not_kept", []) if one["name"] not in anew] + not_kept
+    manifest |= {"not_kept": not_kept} if not_kept else {}
+    write_manifest(folder, manifest)
     return manifest
+
+
+def make_engines(
+    folder: Path, sources: Sequence[Artifact], *, backend: Backend, note: Callable[[str], None], **build: Any
+) -> tuple[list[Artifact], list[Facts]]:
+    """Return the manifest entries of the engines of ONNX artifacts, and why there is none where one is not worth it.
+
+    The rest is as for `make_engine`.
+    """
+    made, not_kept = [], []
+    for source in buildable(sources, backend):
+        try:
+            made.append(make_engine(folder, source, backend=backend, note=note, **build))
+        except NotWorthItError as error:
+            not_kept.append({"name": engine_name(backend.name, source), "kept": False, "why": error.what})
+            note(f"{not_kept[-1]['name']}: {told(not_kept[-1])}")
+    return made, not_kept
 
 
 def make_engine(
@@ -113,11 +139,14 @@ def make_engine(
     """Return the manifest entry of one engine: that of a ``finished`` one, or of one built now from an ONNX artifact.
 
     Where the engine can run here, its logits must agree with ``reference_logits``, those of the runner ``reference``.
+
+    Raises:
+        NotWorthItError: an INT8 engine would be larger than FP16's.
     """
     gpu = find_gpu()
     made_from = {
         "onnx": source["sha256"],
-        "backend": [backend.name, backend.version],
+        "versions": [prgkit.__version__, backend.name, backend.version],
         "batch": list(batch),
         "targets": choose_targets(backend.name, sm),
         "asked": list(sm or ()),  # tensorrt builds for a GPU model, or for its generation where that is asked for

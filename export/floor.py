@@ -59,6 +59,8 @@ def outcome(found: Facts, count: int) -> Facts:
 
 def told(found: Facts) -> str:
     """Say in a sentence what was found, with its figures."""
+    if "why" in found:  # of an engine
+        return f"INT8 is not kept: {found['why']}"
     floor, images = f"the floor is {found['floor']:g} %", f"{found['images']:,} held-out images"
     if found["agreement"] is None:
         most = wilson(found["images"], found["images"])[0]

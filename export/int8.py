@@ -72,7 +72,7 @@ def quantise(
     half: Callable[[], Path],
     made_from: dict[str, Any],
     finished: Finished,
-    engines: Callable[[list[Artifact]], list[Artifact]] | None,
+    engines: Callable[[list[Artifact]], tuple[list[Artifact], list[Facts]]] | None,
 ) -> tuple[list[Artifact], list[Facts]]:
     """Make the INT8 files of ONNX Runtime in ``folder`` and, where ``engines`` builds from them, TensorRT's.
 
@@ -83,9 +83,11 @@ def quantise(
     if engines is not None:
         results += quantiser.make_all("tensorrt", half, folder, made_from, finished)
     kept = [entry for entry, _ in results if entry is not None]
+    not_kept = [found for entry, found in results if entry is None]
     if engines is not None:
-        kept += engines([entry for entry in kept if entry["format"] == QDQ])
-    return kept, [found for entry, found in results if entry is None]
+        built, not_built = engines([entry for entry in kept if entry["format"] == QDQ])
+        kept, not_kept = kept + built, not_kept + not_built
+    return kept, not_kept
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,9 @@ from prgkit.export.bundle import (
     write_manifest,
 )
 from prgkit.export.contents import MATRIX, VECTORS, digests
-from prgkit.export.engines import buildable, make_engine
+from prgkit.export.engines import make_engines
 from prgkit.export.finished import JOURNAL, Artifact, Finished, clear_unfinished
+from prgkit.export.floor import Facts
 from prgkit.export.int8 import Network, Quantiser, calibration_of, quantise
 from prgkit.export.lossless import write_array
 from prgkit.export.nchw import NAME as NCHW_NAME
@@ -166,11 +167,11 @@ def export_student(
             note=note,
         )
 
-    def engines(sources: list[Artifact]) -> list[Artifact]:
+    def engines(sources: list[Artifact]) -> tuple[list[Artifact], list[Facts]]:
         assert backend is not None
-        build = partial(
-            make_engine,
+        return make_engines(
             new,
+            sources,
             backend=backend,
             batch=options.batch,
             pixels=pixels,
@@ -180,7 +181,6 @@ def export_student(
             finished=finished.get,
             note=note,
         )
-        return [build(source) for source in buildable(sources, backend)]
 
     with room_for(folder, expected_bytes(student, preprocessing, held_out, options)), building(folder) as new:
         finished = Finished(new, bundle=folder, note=note)  # by an export that was killed, or in the bundle there is
@@ -189,7 +189,7 @@ def export_student(
         if options.fp16:
             artifacts.append(finished.get("onnx-fp16", made_from, fp16))
         if backend:
-            artifacts += engines(artifacts)
+            artifacts += engines(artifacts)[0]
 
         if options.float_input:
             artifacts.append(finished.get(NCHW_NAME, made_from, nchw))
@@ -215,7 +215,7 @@ def export_student(
         )
         keep_features(new / "evaluation", runner, held_out.teacher_features)
         runner.close()
-        not_kept: list[dict[str, Any]] = []
+        not_kept: list[Facts] = []
         if options.int8 and learned:
             with tempfile.TemporaryDirectory() as work:
                 quantiser = Quantiser(

@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.errors import ExportError
+from prgkit.errors import ExportError, NotWorthItError
 
 DTYPE_OF = {"fp32": "FLOAT", "fp16": "HALF", "int8": "HALF"}  # INT8 is Q/DQ nodes around FP16 layers
-# Of a convolution that tensorrt_rtx runs in INT8. One cost 190 to 235 KB: an engine of RepViT-M0.9 with six of 295,000
-# weights came out smaller than FP16's, one of EfficientNet-B0 with six of 221,000 larger by 0.7 %.
-LEAST_INT8_WEIGHTS = 150_000
+LEAST_INT8_WEIGHTS = 250_000  # of a convolution that tensorrt_rtx runs in INT8; see `leave_small_in_fp16`
 HEAVY_LAYERS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")  # what the precision is about
 
 
@@ -56,10 +54,14 @@ def leave_small_in_fp16(trt: Any, network: Any) -> tuple[tuple[int, int], list[N
     """Give an INT8 network's small convolutions FP16 activations and weights; the weights keep the values of INT8.
 
     TensorRT for RTX 1.7 fuses nothing into an INT8 convolution, not even its bias: what rounds its input and what
-    follows it are kernels of their own, each with 130 KB of source in the engine. A convolution whose weights take no
-    more than that makes the engine larger than FP16's, and adds launches. If all are small, all stay in INT8.
+    follows it are kernels of their own, with their source in the engine. That took 155 to 190 KB for each of six
+    convolutions of 295,000 weights (RepViT-M0.9), 220 to 245 KB for each of 221,000 (EfficientNet-B0), and INT8 saves
+    a byte for each weight: with fewer weights than that the engine is larger than FP16's, and launches more.
 
-    Returns how many stay, of how many, and arrays that must live until the engine is built.
+    Returns how many stay in INT8, of how many, and arrays that must live until the engine is built.
+
+    Raises:
+        NotWorthItError: all are small.
     """
     made_by = {layer.get_output(0).name: layer for layer in layers_of(network)}
     found = []
@@ -69,7 +71,10 @@ def leave_small_in_fp16(trt: Any, network: Any) -> tuple[tuple[int, int], list[N
             found.append((layer, made_by[before.get_input(0).name].get_input(0)))  # what is rounded
     small = [pair for pair in found if prod(pair[0].get_input(1).shape) < LEAST_INT8_WEIGHTS]
     if len(small) == len(found):
-        return (len(found), len(found)), []
+        raise NotWorthItError(
+            f"none of its {len(found)} quantised convolutions has {LEAST_INT8_WEIGHTS:,} weights, and what {trt.__name__} "
+            "builds around a smaller one takes more than INT8 saves, so FP16's engine is the smaller one"
+        )
     alive = []
     for layer, activations in small:
         dequantise = made_by[layer.get_input(1).name]

@@ -150,6 +150,7 @@ def build_engine(
     Raises:
         BackendError: no usable TensorRT, or it cannot build for those compute capabilities.
         ExportError: the file is damaged or holds another precision, or the build failed; with TensorRT's own words.
+        NotWorthItError: of an INT8 file tensorrt_rtx would make a larger engine than of FP16's.
     """
     chosen = choose_backend(backend)
     trt = importlib.import_module(chosen.name)

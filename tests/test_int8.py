@@ -19,7 +19,7 @@ from prgkit.errors import ExportError  # noqa: E402
 from prgkit.evaluate.choice import choose, int8_notes, write_choice  # noqa: E402
 from prgkit.evaluate.predict import predict  # noqa: E402
 from prgkit.evaluate.wording import lead_row, refused  # noqa: E402
-from prgkit.export import int8  # noqa: E402
+from prgkit.export import int8, precision  # noqa: E402
 from prgkit.export.bundle import open_bundle  # noqa: E402
 from prgkit.export.engines import build_engines, buildable, engine_name  # noqa: E402
 from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, median_kl, root_kl, scan_blocks  # noqa: E402
@@ -424,7 +424,10 @@ def test_where_every_light_block_is_in_float_anyway_there_is_no_heavy_file(bundl
 
 
 @needs_rtx
-def test_each_runtime_has_its_two_files_and_what_makes_the_same_engine_of_both_builds_one(bundle, repvit, tmp_path):
+def test_each_runtime_has_its_two_files_and_what_makes_the_same_engine_of_both_builds_one(
+    bundle, repvit, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(precision, "LEAST_INT8_WEIGHTS", 1)
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     manifest = export(repvit, tmp_path / "bundle", [], count=192, int8=True, fidelity=60.0, trt=True)
     files = {entry["name"]: entry["file"] for entry in manifest["artifacts"]}
@@ -447,6 +450,34 @@ def test_each_runtime_has_its_two_files_and_what_makes_the_same_engine_of_both_b
     on_device = build_engines(tmp_path / "bundle", **build)
     assert {entry["name"]: entry["file"] for entry in on_device["artifacts"]} == files
     assert [note.split(":")[0] for note in notes] == [name for name in files.values() if name.endswith(".engine")]
+
+
+@needs_rtx
+def test_an_int8_engine_that_would_be_larger_than_fp16s_is_not_kept_and_that_is_said(
+    bundle, repvit, tmp_path, monkeypatch
+):
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    notes, why = [], (
+        "INT8 is not kept: none of its 6 quantised convolutions has 250,000 weights, and what tensorrt_rtx builds around "
+        "a smaller one takes more than INT8 saves, so FP16's engine is the smaller one"
+    )
+    manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=60.0, trt=True)
+    assert notes[-1] == f"tensorrt_rtx-int8-heavy: {why}"
+    assert [one["name"] for one in manifest["not_kept"]] == ["tensorrt_rtx-int8-heavy"]
+    assert int8_notes(open_bundle(tmp_path / "bundle"), None) == [f"tensorrt_rtx-int8-heavy: {why}."]
+
+    def build(batch):
+        notes.clear()
+        on_device = {"fp16": False, "int8": True, "batch": batch, "backend": "tensorrt_rtx", "note": notes.append}
+        assert build_engines(tmp_path / "bundle", **on_device) == open_bundle(tmp_path / "bundle").manifest
+        kept = open_bundle(tmp_path / "bundle").manifest.get("not_kept", [])
+        return [path.name for path in (tmp_path / "bundle").glob("*int8*.engine")], [one["name"] for one in kept]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "LEAST_INT8_WEIGHTS", 1)
+        assert build((1, 1, 1)) == (["model.int8-heavy.tensorrt_rtx.engine"], [])
+    assert build((2, 2, 2)) == ([], ["tensorrt_rtx-int8-heavy"])
+    assert notes[-1] == f"tensorrt_rtx-int8-heavy: {why}"
 
 
 def test_int8_that_is_finished_is_not_made_again(bundle, repvit, tmp_path):

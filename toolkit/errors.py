@@ -51,6 +51,10 @@ class ExportError(PrgkitError):
     """A model that cannot be exported as asked."""
 
 
+class NotWorthItError(ExportError):
+    """An artifact that could be made, and would be worse than the one it is meant to improve on."""
+
+
 class BackendError(PrgkitError):
     """A runtime that is missing, or cannot run what it was given."""
 
