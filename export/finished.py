@@ -10,6 +10,7 @@ from typing import Any
 from prgkit.errors import PrgkitError
 from prgkit.export.bundle import require_artifact, verify_artifact
 from prgkit.export.card import card_path, load_card
+from prgkit.export.floor import Facts
 from prgkit.files import fingerprint, read_json, writing
 from prgkit.run import append_line, numbered_lines
 
@@ -51,6 +52,13 @@ class Finished:
                         with writing(self.folder / path.name) as temporary:
                             shutil.copyfile(path, temporary)
                     return self.add(entry, made_from)
+        return None
+
+    def refused(self, name: str, made_from: Any) -> Facts | None:
+        """Return what was found of an artifact that was made from the same and not kept, or None."""
+        for found in in_bundle(self.bundle, "not_kept"):
+            if (found["name"], found.get("made_from")) == (name, fingerprint(made_from)):
+                return found
         return None
 
     def add(self, entry: Artifact, made_from: Any) -> Artifact:
@@ -105,11 +113,11 @@ def journalled(folder: Path) -> Iterator[Artifact]:
         yield from (entry for _, entry in numbered_lines(folder / JOURNAL) if entry is not None and "name" in entry)
 
 
-def in_bundle(folder: Path) -> list[Artifact]:
-    """Return the entries of a bundle's manifest, where there is one that can be read."""
+def in_bundle(folder: Path, part: str = "artifacts") -> list[dict[str, Any]]:
+    """Return the entries of a part of a bundle's manifest, where there is one that can be read."""
     try:
         manifest = read_json(folder / "manifest.json")
     except PrgkitError:
         return []
-    entries = manifest.get("artifacts") if isinstance(manifest, dict) else None
+    entries = manifest.get(part) if isinstance(manifest, dict) else None
     return [entry for entry in entries or [] if isinstance(entry, dict) and "name" in entry]

@@ -31,7 +31,7 @@ from prgkit.export.parity import compare
 from prgkit.export.quantize import HEAVY_WORK, Block, Layout, find_blocks, tensors_of
 from prgkit.export.ranges import Spread, measure_spreads
 from prgkit.export.recover import Learned
-from prgkit.files import writing
+from prgkit.files import fingerprint, writing
 
 CALIBRATION_IMAGES = 256
 SCAN_TAIL = 0.02  # the share of the images that is clipped while blocks are scanned
@@ -170,6 +170,9 @@ class Quantiser:
         if entry := finished.take(name, made_from):
             self.note(f"{entry['file']}: finished before, and made from the same; it is kept")
             return entry, entry["quantization"]
+        if found := finished.refused(name, made_from):
+            self.note(f"{path.name}: {told(found)} (found before, from the same)")
+            return None, found
         found = too_few(len(self.pixels), self.floor)
         if found is None:
             found = self.hold(self.network, source(), path, layout, variant.left(self.network.blocks))
@@ -178,7 +181,7 @@ class Quantiser:
         found = {"name": name, "layout": layout, "calibration_images": calibrated, **found}
         self.note(f"{path.name}: {told(found)}")
         if not found["kept"]:
-            return None, found
+            return None, {**found, "made_from": fingerprint(made_from)}
         images, reference = self.compared
         entry = describe_artifact(
             folder,

@@ -72,8 +72,8 @@ def leave_small_in_fp16(trt: Any, network: Any) -> tuple[tuple[int, int], list[N
     small = [pair for pair in found if prod(pair[0].get_input(1).shape) < LEAST_INT8_WEIGHTS]
     if len(small) == len(found):
         raise NotWorthItError(
-            f"none of its {len(found)} quantised convolutions has {LEAST_INT8_WEIGHTS:,} weights, and what {trt.__name__} "
-            "builds around a smaller one takes more than INT8 saves, so FP16's engine is the smaller one"
+            f"none of its {len(found)} quantised convolutions has {LEAST_INT8_WEIGHTS:,} weights, and what "
+            f"{trt.__name__} builds around a smaller one takes more than INT8 saves, so FP16's engine is smaller"
         )
     alive = []
     for layer, activations in small:

@@ -457,9 +457,10 @@ def test_an_int8_engine_that_would_be_larger_than_fp16s_is_not_kept_and_that_is_
     bundle, repvit, tmp_path, monkeypatch
 ):
     shutil.copytree(bundle.folder, tmp_path / "bundle")
-    notes, why = [], (
+    notes = []
+    why = (
         "INT8 is not kept: none of its 6 quantised convolutions has 250,000 weights, and what tensorrt_rtx builds around "
-        "a smaller one takes more than INT8 saves, so FP16's engine is the smaller one"
+        "a smaller one takes more than INT8 saves, so FP16's engine is smaller"
     )
     manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=60.0, trt=True)
     assert notes[-1] == f"tensorrt_rtx-int8-heavy: {why}"
@@ -502,6 +503,28 @@ def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tm
     )
     assert f"model.int8.onnx: {said}" in notes
     assert int8_notes(open_bundle(tmp_path / "bundle"), None) == [f"onnx-int8: {said}."]
+
+
+def test_int8_that_was_not_kept_is_not_tried_again_before_something_changes(bundle, repvit, tmp_path, monkeypatch):
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    tried = []
+
+    def missed(source, path, *, floor, **_):
+        tried.append(floor)
+        found = {"kept": False, "floor": floor, "blocks": 5, "float_blocks": ["a"], "tried": [], "tail": 0.0}
+        return {**found, "images": 192, "agreement": 50.0, "interval": [40.0, 60.0]}
+
+    monkeypatch.setattr(int8, "hold_floor", missed)
+    monkeypatch.setattr(int8, "within_reach", lambda found: None)
+    said = []
+    for floor in (70.0, 70.0, 71.0):
+        notes = []
+        export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=floor)
+        said.append(notes[-1])
+    assert tried == [70.0, 71.0]
+    assert said[1] == f"{said[0]} (found before, from the same)"
+    assert said[0].startswith("model.int8.onnx: INT8 is not kept: ")
+    assert [one["floor"] for one in open_bundle(tmp_path / "bundle").manifest["not_kept"]] == [71.0]
 
 
 def rows(*, int8_ms, agreement, heavy_ms=None, heavy_agreement=100.0):
