@@ -23,7 +23,7 @@ from prgkit.export.engines import buildable
 from prgkit.export.tensorrt import Backend, build_engine, choose_backend
 
 BATCHES = ((1, 1, 32), (1, 1, 1))  # a range with the recipe's default, and a fixed size
-LEAST = (1, 150_000, 200_000, 250_000)  # every convolution, and what has been a rule or is
+LEAST = (1, 150_000, precision.LEAST_INT8_WEIGHTS)  # every convolution, what was the rule, and what is
 
 
 def sizes(bundle: Bundle, backend: Backend, folder: Path) -> list[dict[str, Any]]:

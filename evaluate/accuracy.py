@@ -61,7 +61,8 @@ def wilson(hits: int, count: int, *, z: float = 1.959964) -> tuple[float, float]
     share = hits / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+    low, high = 100 * (centre - half), 100 * (centre + half)
+    return 0.0 if hits == 0 else low, 100.0 if hits == count else high  # to the last bit
 
 
 def kl(teacher: Logits, student: Logits) -> float:

@@ -1,7 +1,8 @@
 """A gate: hold a bench's report against an older one, and tell what became worse from what is noise.
 
 A latency is worse where the ratio of the medians is beyond the tolerance and their 95 % intervals do not overlap; of a
-bench that was unstable, the whole range of its rounds' medians counts in place of the interval. A size has no noise:
+bench that was unstable, the range of its rounds' medians, from the 10th to the 90th percentile, counts in place of the
+interval. A size has no noise:
 the tolerance alone decides. A share of images (top-1, or agreement with the teacher where there are no labels;
 agreement with FP32) is worse where it lies below the 95 % interval of the baseline's: both were counted on the same
 images, so less than that is as much as the choice of the images could have done.
@@ -16,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prgkit.errors import BenchError
 from prgkit.evaluate import wording
 from prgkit.evaluate.accuracy import wilson
-from prgkit.evaluate.reading import read_report
+from prgkit.evaluate.reading import read_report, report_file
 from prgkit.evaluate.wording import Report, Row
 
 UNSTABLE = 1.1  # so far apart, a bench calls its rounds unstable
@@ -30,8 +33,9 @@ VERSIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino"
 Found = dict[str, Any]  # the report's section "baseline"
 HOW = (
     "A latency is worse where it grew beyond the tolerance and the 95 % intervals of the medians do not overlap (where "
-    "the rounds of a bench were unstable, the range of their medians stands in for its interval); a size, where it "
-    "grew beyond the tolerance; a share of images, where it lies below the baseline's 95 % interval."
+    "the rounds of a bench were unstable, the range of their medians, 10th to 90th percentile, stands in for its "
+    "interval); a size, where it grew beyond the tolerance; a share of images, where it lies below the baseline's 95 % "
+    "interval."
 )
 
 
@@ -52,10 +56,13 @@ def open_gate(path: Path, tolerance: float, *, out: Path) -> Gate:
     """Read a baseline for a bench whose report goes to ``out``.
 
     Raises:
-        BenchError: it cannot be read, or the new report would overwrite it.
+        BenchError: it cannot be read, nothing was measured in it, or the new report would overwrite it.
     """
-    report = read_report(path)
-    path = path / "report.json" if path.is_dir() else path
+    report, path = read_report(path), report_file(path)
+    if not any(row["status"] == "measured" for row in gated(report)):
+        raise BenchError(
+            "nothing was measured in the baseline, so nothing could be worse", where=path, fix="name another report"
+        )
     if path.resolve() == (out / "report.json").resolve():
         raise BenchError(
             "the new report would overwrite its baseline, and the next bench would be held against that",
@@ -159,8 +166,12 @@ def gated(report: Report) -> list[Row]:
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """Return what makes two rows the same artifact in the same place."""
-    return *wording.row_key(row), row["threads"]
+    """Return what makes two rows the same artifact in the same place.
+
+    OpenVINO runs INT8 from TensorRT's layout where a bundle has that, from ONNX Runtime's where not.
+    """
+    artifact, *where = wording.row_key(row)
+    return artifact.removesuffix("-tensorrt") if row["backend"] == "openvino" else artifact, *where, row["threads"]
 
 
 def latency_line(before: Row, now: Row, tolerance: float) -> dict[str, Any]:
@@ -184,12 +195,14 @@ def bounds_ms(latency: dict[str, Any]) -> list[float]:
     """Return the interval of a median, or the range of its rounds' medians where these moved apart.
 
     A bootstrap over rounds says how sure a median is under the load of its bench; where the load changed within it, it
-    may have changed between two benches as well.
+    may have changed between two benches as well. The 10th and the 90th percentile are the range's ends: a device that
+    throttles after its first round is slower, whatever that round was.
     """
     low, high = latency["p50_interval_ms"]
     rounds = latency.get("round_p50_ms") or [latency["p50_ms"]]
     if max(rounds) > UNSTABLE * min(rounds):
-        low, high = min(low, *rounds), max(high, *rounds)
+        least, most = np.percentile(rounds, [10, 90])
+        low, high = min(low, float(least)), max(high, float(most))
     return [low, high]
 
 

@@ -24,7 +24,7 @@ from prgkit.evaluate.paced import paced
 from prgkit.evaluate.pictures import choose_pictures
 from prgkit.evaluate.plan import Row, plan
 from prgkit.evaluate.reading import SCHEMA
-from prgkit.evaluate.remarks import row_notes
+from prgkit.evaluate.remarks import apart_notes, row_notes
 from prgkit.evaluate.report import write_report
 from prgkit.evaluate.scopes import described, golden_pictures, scope_block
 from prgkit.evaluate.sittings import conditions, sitting
@@ -158,6 +158,7 @@ def bench(
                 *audit_notes,
                 *machine.remarks(facts),
                 *row_notes(rows, session.measured),
+                *apart_notes(by_threads, at_rate),
             ],
         }
         report["made_by"] = made_by(bundle, report["command"])

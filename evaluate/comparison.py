@@ -22,9 +22,9 @@ HOW = (
 
 
 def headline(found: Comparison) -> str:
-    """Return the one sentence of a comparison: what is fastest, and where."""
+    """Return the one sentence of a comparison: what is fastest, and where; of INT8 only what was kept there."""
     students = list(dict.fromkeys(wording.model_name(one["run"]["student"]) for one in found["reports"]))
-    fastest = min(measured(found), key=lambda row: float(row["latency"]["p50_ms"]))
+    fastest = min(measured(found), key=lambda row: (row["refused"], float(row["latency"]["p50_ms"])))
     return (
         f"{' and '.join(students)} in {len(found['reports'])} benches: fastest is {row_name(found, fastest)} at "
         f"{wording.ms(fastest['latency']['p50_ms'])} ms on {found['reports'][fastest['report']]['name']}"

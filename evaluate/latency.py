@@ -105,11 +105,13 @@ def measure(
     with ExitStack() as stack:
         workers: dict[int, Worker] = {}
         for index, one in enumerate(session.measured):
+            if one.failed is not None:
+                continue
             note(f"opening {label(one.spec)}")
-            with recording_failure(one):
+            with recording_failure(one, kept, index):
                 workers[index] = stack.enter_context(Worker(one.spec, images, patience_s=max(600.0, 20 * seconds)))
                 one.load_ms = workers[index].load_ms
-        warm_up(session, workers, seconds=seconds, note=note)
+        warm_up(session, workers, seconds=seconds, kept=kept, note=note)
         latency_rounds(
             session, workers, seconds=seconds, rounds=rounds, kept=kept, note=note, between_rounds=between_rounds
         )
@@ -121,7 +123,10 @@ def measure(
 
 
 def take_over(session: Session, kept: Sittings) -> None:
-    """Put what an earlier sitting measured into its place; how the artifacts opened and warmed up is not part of it."""
+    """Put what an earlier sitting measured into its place; how the artifacts opened and warmed up is not part of it.
+
+    One that failed has missed turns that it cannot make up for, so it stays failed.
+    """
     for record in kept.of("round"):
         session.order.append(record["turns"])
         for index, samples, seconds in record["samples"]:
@@ -136,17 +141,21 @@ def take_over(session: Session, kept: Sittings) -> None:
     for record in kept.of("scopes"):
         for index, scope, samples in record["samples"]:
             session.measured[index].scopes_ns.setdefault(scope, []).append(samples)
+    for record in kept.of("failed"):
+        session.measured[record["artifact"]].failed = record["why"]
     for record in kept.of("logits"):
         session.measured[record["artifact"]].logits = kept.array(record)
 
 
-def warm_up(session: Session, workers: dict[int, Worker], *, seconds: float, note: Callable[[str], None]) -> None:
+def warm_up(
+    session: Session, workers: dict[int, Worker], *, seconds: float, kept: Sittings, note: Callable[[str], None]
+) -> None:
     """Bring every artifact to its steady state, and read its memory while it has seen batch 1 only."""
     cap_s = WARM_UP_SHARE * seconds
     for index, worker in alive(session, workers):
         one = session.measured[index]
         note(f"warming up {label(one.spec)}")
-        with recording_failure(one):
+        with recording_failure(one, kept, index):
             one.warm_up = worker.warm_up(batch=1, window_s=cap_s / 8, cap_s=cap_s)
             one.peak_memory_mib = worker.peak_memory_mib()
             one.switches = worker.switches()
@@ -175,7 +184,7 @@ def latency_rounds(
         for index in turns:
             one = session.measured[index]
             start, meter = time.perf_counter(), Meter(one.spec["device"])
-            with recording_failure(one):
+            with recording_failure(one, kept, index):
                 settle_s = SETTLE_S if len(turns) > 1 else 0.0
                 with midway(meter.look, after_s=settle_s + slice_s / 2):
                     samples = workers[index].measure(batch=1, seconds=slice_s, settle_s=settle_s)
@@ -225,6 +234,7 @@ def throughput_sweep(
                     one.unmeasured[batch] = error.what
                 else:
                     one.failed = f"batch {batch}: {error.what}"
+                    kept.add("failed", artifact=index, why=one.failed)
             if batch not in one.sweep_ns:
                 one.throughput_s += time.perf_counter() - start
                 continue
@@ -246,14 +256,14 @@ def scope_rounds(
     note("scopes: io, pipeline, end-to-end")
     able: dict[int, Sequence[str]] = {}
     for index, worker in alive(session, workers):
-        with recording_failure(session.measured[index]):
+        with recording_failure(session.measured[index], kept, index):
             able[index] = worker.take_pictures(pictures.files, pictures.preprocessing)
     slice_s = SCOPE_SHARE * seconds / (SCOPE_ROUNDS * len(SCOPES))
     for round_ in range(len(kept.of("scopes")), SCOPE_ROUNDS):
         measured = []
         for index in rotate([index for index, _ in alive(session, workers)], round_):
             one = session.measured[index]
-            with recording_failure(one):
+            with recording_failure(one, kept, index):
                 for scope in able[index]:
                     settle_s = min(SETTLE_S, slice_s)
                     samples = workers[index].measure_scope(scope, seconds=slice_s, settle_s=settle_s)
@@ -278,7 +288,7 @@ def predictions(
         one = session.measured[index]
         if one.logits is not None:
             continue
-        with recording_failure(one):
+        with recording_failure(one, kept, index):
             parts = [worker.predict(pixels) for pixels in batches]
             one.logits = np.concatenate(parts)  # [images, classes]
             kept.add_array("logits", one.logits, artifact=index)
@@ -290,12 +300,17 @@ def alive(session: Session, workers: dict[int, Worker]) -> list[tuple[int, Worke
 
 
 @contextmanager
-def recording_failure(one: Fallible) -> Iterator[None]:
-    """Turn a worker's failure inside the block into its row's reason, so that the others go on."""
+def recording_failure(one: Fallible, kept: Sittings | None = None, index: int = 0) -> Iterator[None]:
+    """Turn a worker's failure inside the block into its row's reason, so that the others go on.
+
+    ``kept`` is told of the one with that ``index``, so that a bench that goes on knows.
+    """
     try:
         yield
     except WorkerFailedError as error:
         one.failed = error.what
+        if kept is not None:
+            kept.add("failed", artifact=index, why=one.failed)
 
 
 def rotate(turns: list[int], by: int) -> list[int]:

@@ -13,7 +13,7 @@ from prgkit.errors import BenchError
 from prgkit.evaluate import wording
 from prgkit.evaluate.baseline import machine_name, same_images
 from prgkit.evaluate.comparison import comparison_page, markdown
-from prgkit.evaluate.reading import read_report
+from prgkit.evaluate.reading import read_report, report_file
 from prgkit.evaluate.wording import Report, Row
 from prgkit.files import write_json, write_text
 
@@ -36,12 +36,17 @@ def merge(paths: Sequence[Path], *, out: Path, command: str) -> dict[str, Any]:
         BenchError: a report cannot be read, is given twice, or nothing in any of them was measured.
     """
     reports = [read_report(path) for path in paths]
-    for path, count in Counter(path.resolve() for path in paths).items():
+    for path, count in Counter(report_file(path).resolve() for path in paths).items():
         if count > 1:
             raise BenchError("a report is given twice", where=path, fix="name each report once")
     names = names_of(reports)
     rows = [
-        {"report": index, **{key: row.get(key) for key in KEPT}, "best": wording.best_throughput(row)}
+        {
+            "report": index,
+            **{key: row.get(key) for key in KEPT},
+            "best": wording.best_throughput(row),
+            "refused": wording.refused(report.get("int8"), row),
+        }
         for index, report in enumerate(reports)
         for row in report["rows"]
     ]

@@ -64,7 +64,9 @@ def paced(
     with ExitStack() as stack:
         workers: dict[int, Worker] = {}
         for index, one in enumerate(found):
-            with recording_failure(one):
+            if one.failed is not None:
+                continue
+            with recording_failure(one, own, index):
                 workers[index] = stack.enter_context(Worker(one.spec, images, patience_s=max(600.0, 20 * seconds)))
                 workers[index].warm_up(batch=1, window_s=WARM_UP_S / 8, cap_s=WARM_UP_S)
         for round_ in range(ROUNDS):
@@ -72,7 +74,7 @@ def paced(
             for index in rotate([index for index, one in enumerate(found) if one.failed is None], round_):
                 if (round_, index) in done:
                     continue
-                with recording_failure(found[index]):
+                with recording_failure(found[index], own, index):
                     responses, runs = workers[index].paced(fps=fps, seconds=seconds / ROUNDS)
                     found[index].responses_ns.append(responses)
                     found[index].runs_ns.append(runs)
@@ -82,7 +84,9 @@ def paced(
 
 
 def take_over(found: Sequence[Frames], kept: Sittings) -> set[tuple[int, int]]:
-    """Put what an earlier sitting measured into its place; return the turns that it took, as (round, artifact)."""
+    """Put what an earlier sitting found into its place; return the turns that were taken, as (round, artifact)."""
+    for record in kept.of("failed"):
+        found[record["artifact"]].failed = record["why"]
     for record in kept.of("turn"):
         found[record["artifact"]].responses_ns.append(record["responses"])
         found[record["artifact"]].runs_ns.append(record["runs"])

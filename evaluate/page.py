@@ -54,8 +54,9 @@ def head(report: Report, title: str) -> str:
             f"at batch 1, 95 % interval {wording.interval_ms(latency['p50_interval_ms'])} ms"
             f"{'; <b>it was unstable</b>, see the notes.' if wording.unstable(latency) else '.'}"
         )
+    labels = "with a few labels" if run.get("learned_labels") else "without labels"
     lead = (
-        f"Distilled from <b>{escape(run['teacher'])}</b> without labels (objective {escape(str(run['objective']))}, "
+        f"Distilled from <b>{escape(run['teacher'])}</b> {labels} (objective {escape(str(run['objective']))}, "
         f"{run['classes']} classes, {wording.counted(run['epochs'], 'epoch')}) and measured on "
         f"{escape(wording.evaluated_on(report))}.{figures}"
     )
@@ -269,7 +270,8 @@ def comparison(report: Report) -> str:
     """Return the teacher beside the student; without labels the artifacts' table has said it all."""
     if not report["evaluation"]["labelled"]:
         return ""
-    about = f"On {wording.evaluated_on(report)}. The student learned from the teacher's answers alone."
+    more = ", and it or its teacher from a few labels" if report["run"].get("learned_labels") else " alone"
+    about = f"On {wording.evaluated_on(report)}. The student learned from the teacher's answers{more}."
     table = figures_table("Model", ("Top-1", "Top-5", "Same answer"), wording.teacher_and_student(report))
     return section("Teacher and student", about, table)
 

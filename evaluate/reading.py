@@ -10,6 +10,15 @@ from prgkit.files import read_json
 
 SCHEMA = "prgkit.report/1"
 KEYS = {"schema", "created", "machine", "run", "evaluation", "teacher", "rows"}
+ROW_KEYS = {
+    *("artifact", "backend", "device", "precision", "threads", "status", "reason", "size_mib", "latency"),
+    *("throughput", "top1", "agreement_teacher", "agreement_fp32"),
+}
+
+
+def report_file(path: Path) -> Path:
+    """Return where a report is: a bench's folder stands for the report.json in it."""
+    return path / "report.json" if path.is_dir() else path
 
 
 def read_report(path: Path) -> Report:
@@ -18,7 +27,7 @@ def read_report(path: Path) -> Report:
     Raises:
         BenchError: there is none, it is damaged, or it is of another schema.
     """
-    path = path / "report.json" if path.is_dir() else path
+    path = report_file(path)
     fix = "name the report.json that prgkit bench wrote"
     try:
         report: Report = read_json(path, fix=fix)
@@ -32,4 +41,8 @@ def read_report(path: Path) -> Report:
             where=path,
             fix="measure again: prgkit bench",
         )
+    whole = [isinstance(report[key], dict) for key in ("machine", "run", "evaluation", "teacher")]
+    rows = report["rows"] if isinstance(report["rows"], list) else [None]
+    if not all([*whole, *(isinstance(row, dict) and row.keys() >= ROW_KEYS for row in rows)]):
+        raise BenchError(f"{path.name} is the report of a bench with parts missing", where=path, fix=fix)
     return report

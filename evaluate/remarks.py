@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from prgkit.evaluate import latency, wording
 from prgkit.evaluate.latency import Measured
 from prgkit.evaluate.wording import Row
+
+
+def apart_notes(by_threads: dict[str, Any] | None, at_rate: dict[str, Any] | None) -> list[str]:
+    """Return why an artifact has no figure at a number of threads, or at a camera's rate."""
+    notes = []
+    for row in (by_threads or {"rows": []})["rows"]:
+        for count, why in row["failed"].items():
+            threads = wording.counted(int(count), "thread")
+            notes.append(f"{wording.row_name(row)} failed with {threads}: {why}.")
+    for row in (at_rate or {"rows": []})["rows"]:
+        if row["failed"] is not None:
+            notes.append(f"{wording.row_name(row)} failed at {at_rate['fps']:g} frames/s: {row['failed']}.")
+    return notes
 
 
 def row_notes(rows: Sequence[Row], measured: Sequence[Measured]) -> list[str]:

@@ -35,6 +35,7 @@ def subject(bundle: Bundle, evaluation: Evaluation, rows: Sequence[Row]) -> dict
             "student": manifest["student"]["model"],
             "teacher": name,
             "objective": manifest["run"]["objective"],
+            "learned_labels": bool(manifest["run"].get("learned_labels")),  # of some, by the student or its teacher
             "classes": len(bundle.classes),
             "epochs": manifest["run"]["epochs"],
         },

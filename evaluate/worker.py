@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -191,8 +192,9 @@ class Resident:
         reset_peak()
         self.baseline_mib = resident_mib()
         importlib.import_module(self.spec["backend"].split("-")[0])  # onnxruntime-openvino is a provider of the former
+        opening = opener(self.spec)
         start = time.perf_counter_ns()
-        self.runner: Runner = open_spec(self.spec)
+        self.runner: Runner = opening()
         return (time.perf_counter_ns() - start) / 1e6
 
     def predict(self, pixels: Pixels) -> NDArray[np.float32]:
@@ -277,11 +279,15 @@ class Resident:
         return self.rotations[batch]
 
 
-def open_spec(spec: Spec) -> Runner:
-    """Open what a specification names: the one place that knows how each kind of artifact becomes a runner."""
+def opener(spec: Spec) -> Callable[[], Runner]:
+    """Import all that a specification needs, and return what opens it: this alone is the time that loading takes.
+
+    It is the one place that knows how each kind of artifact becomes a runner.
+    """
     from prgkit.export import runners
     from prgkit.export.engine_runner import TensorRTRunner
 
+    path = Path(spec["path"])
     if spec["kind"] == "torch":
         import torch
 
@@ -289,20 +295,23 @@ def open_spec(spec: Spec) -> Runner:
         from prgkit.run import Run
         from prgkit.student import load_student
 
-        torch.set_num_threads(spec["threads"])
-        student = load_student(Run(Path(spec["path"])))
-        if vectors := spec.get("class_vectors"):
-            student.score_by(torch.from_numpy(read_array(Path(vectors))), spec["logit_scale"])
-        module = student.deployed()
-        if spec.get("compiled"):
-            module = runners.compiled(module, student.preprocessing.image_size)
-        return runners.TorchRunner(module, spec["device"])
+        def open_torch() -> Runner:
+            torch.set_num_threads(spec["threads"])
+            student = load_student(Run(path))
+            if vectors := spec.get("class_vectors"):
+                student.score_by(torch.from_numpy(read_array(Path(vectors))), spec["logit_scale"])
+            module = student.deployed()
+            if spec.get("compiled"):
+                module = runners.compiled(module, student.preprocessing.image_size)
+            return runners.TorchRunner(module, spec["device"])
+
+        return open_torch
     if spec["kind"] == "engine":
-        return TensorRTRunner(Path(spec["path"]))
+        return partial(TensorRTRunner, path)
     if spec["kind"] == "openvino":
-        return runners.OpenVinoRunner(Path(spec["path"]), spec["threads"])
+        return partial(runners.OpenVinoRunner, path, spec["threads"])
     half = spec.get("half", False)
-    return runners.OnnxRunner(Path(spec["path"]), provider=spec["provider"], threads=spec["threads"], half=half)
+    return partial(runners.OnnxRunner, path, provider=spec["provider"], threads=spec["threads"], half=half)
 
 
 def redirect_output(log: str) -> None:

@@ -131,6 +131,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
                 "fingerprint": card["fingerprint"],
                 "student_sha256": sha256(run.weights),
                 "objective": recipe.objective_name,
+                "learned_labels": recipe.learns_labels or any(page.context for page in recipe.teacher),
                 "epochs": recipe.training.epochs,
                 "best_epoch": learned["epoch"],
                 "images": card["images"]["used"],

@@ -40,6 +40,8 @@ def test_wilson_interval() -> None:
     low, high = accuracy.wilson(20, 20)
     assert (low, high) == pytest.approx((83.89, 100.0), abs=0.01)
     assert high <= 100.0
+    ends = [(accuracy.wilson(0, count)[0], accuracy.wilson(count, count)[1]) for count in range(1, 2500)]
+    assert set(ends) == {(0.0, 100.0)}, "or the same share again were a better or a worse one"
 
 
 def test_kl_of_two_coins() -> None:

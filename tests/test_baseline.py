@@ -29,11 +29,13 @@ def row(artifact: str, p50_ms: float, **changes: Any) -> dict[str, Any]:
         "artifact": artifact,
         "backend": "onnxruntime",
         "device": "cpu",
+        "precision": artifact[5:9],
         "threads": 2,
         "status": "measured",
         "reason": None,
         "size_mib": 20.0,
         "latency": {"p50_ms": p50_ms, "p50_interval_ms": [0.98 * p50_ms, 1.02 * p50_ms]},
+        "throughput": [],
         "top1": 60.0,
         "agreement_teacher": 80.0,
         "agreement_fp32": 100.0,
@@ -107,14 +109,42 @@ def test_a_latency_whose_interval_overlaps_is_noise_and_one_within_the_tolerance
     assert judged(lambda report: report["rows"][0].update(latency=sure))["regressions"] == 0
 
 
-def test_of_an_unstable_bench_the_whole_range_of_its_rounds_counts() -> None:
-    busy = {"p50_ms": 2.4, "p50_interval_ms": [2.35, 2.45], "round_p50_ms": [2.03, 2.4, 3.0]}
+def test_of_an_unstable_bench_the_range_of_its_rounds_counts_but_for_the_ends() -> None:
+    busy = {"p50_ms": 2.4, "p50_interval_ms": [2.35, 2.45], "round_p50_ms": [1.9, *[2.03] * 4, 2.4, *[2.9] * 4, 9.0]}
     found = judged(lambda report: report["rows"][0].update(latency=busy))
-    assert (found["lines"][0]["verdict"], found["lines"][0]["now_interval"]) == ("noise", [2.03, 3.0])
+    assert (found["lines"][0]["verdict"], found["lines"][0]["now_interval"]) == ("noise", [2.03, 2.9])
     steady = {**busy, "round_p50_ms": [2.3, 2.4, 2.5]}
     assert judged(lambda report: report["rows"][0].update(latency=steady))["regressions"] == 1
     slow = {**busy, "round_p50_ms": [2.1, 2.4, 3.0]}
     assert judged(lambda report: report["rows"][0].update(latency=slow))["regressions"] == 1
+    throttled = {"p50_ms": 4.0, "p50_interval_ms": [4.0, 4.0], "round_p50_ms": [2.0, *[4.0] * 9]}
+    assert judged(lambda report: report["rows"][0].update(latency=throttled))["regressions"] == 1
+
+
+def test_openvinos_int8_is_one_artifact_whichever_layout_it_ran() -> None:
+    def ran(artifact: str) -> Report:
+        report = old()
+        report["rows"][1] = row(artifact, 1.0, backend="openvino")
+        return report
+
+    found = against(ran("onnx-int8-tensorrt"), Gate(Path("base.json"), ran("onnx-int8"), 0.05))
+    assert (worse(found), found["new"]) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rows": None}, "with parts missing"),
+        ({"rows": [{}]}, "with parts missing"),
+        ({"machine": None}, "with parts missing"),
+        ({"rows": []}, "nothing was measured in the baseline"),
+        ({"rows": [row("onnx-fp32", 2.0, status="failed")]}, "nothing was measured in the baseline"),
+    ],
+)
+def test_a_report_without_what_is_to_be_compared_is_no_baseline(tmp_path: Path, change: Report, said: str) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({**old(), **change}))
+    with pytest.raises(BenchError, match=said):
+        open_gate(tmp_path, 0.05, out=tmp_path / "new")
 
 
 def test_a_size_needs_no_interval() -> None:

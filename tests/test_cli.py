@@ -376,6 +376,8 @@ def ending(error: BaseException) -> Callable[..., Any]:
          "Error: no disk space left\n  where: x.bin\n  fix: free some and run the same command again\n"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 1,
          "Error: no disk space left\n  fix: free some and run the same command again\n"),
+        (OSError(errno.EROFS, "Read-only file system", "bench"), 1, "Error: read-only file system\n  where: bench\n"
+         "  fix: make it accessible, or name another folder (--out, --run)\n"),
     ],
 )  # fmt: skip
 def test_exit_codes(prgkit: Call, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, told: str) -> None:
@@ -655,8 +657,8 @@ def test_a_bench_that_is_worse_than_its_baseline_tells_all_and_exits_1(
 
 
 def test_reports_are_merged_into_a_comparison_without_a_run(prgkit: Call, place: Path) -> None:
-    row = {"artifact": "onnx-fp32", "device": "cpu", "threads": 2, "status": "measured", "size_mib": 18.4, "top1": None,
-           "agreement_teacher": 79.4, "throughput": [], "latency": {"p50_ms": 2.0, "p50_interval_ms": [1.9, 2.1]}}  # fmt: skip
+    row = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu", "precision": "fp32", "threads": 2,
+           "status": "measured", "reason": None, "size_mib": 18.4, "top1": None, "agreement_teacher": 79.4, "agreement_fp32": 100.0, "throughput": [], "latency": {"p50_ms": 2.0, "p50_interval_ms": [1.9, 2.1]}}  # fmt: skip
     for name in ("a", "b"):
         report = {
             "schema": "prgkit.report/1",

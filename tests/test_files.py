@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prgkit.errors import PrgkitError
-from prgkit.files import read_sealed, write_sealed
+from prgkit.files import read_sealed, write_json, write_sealed
 
 
 def flips(path: Path, read: Any, *errors: type[Exception]) -> tuple[int, int]:
@@ -34,6 +34,11 @@ def test_any_flipped_bit_of_a_sealed_file_is_found(tmp_path: Path) -> None:
     # A flip in the word "digest" itself makes a file without one, of an unknown key: six letters, at most.
     assert unseen <= len("digest")
     assert found > 0.8 * path.stat().st_size  # the rest fell on blanks between values
+
+
+def test_a_name_that_is_not_utf_8_can_be_written_down(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"command": "prgkit bench --run caf\udce9"})
+    assert (tmp_path / "a.json").read_bytes() == b'{\n  "command": "prgkit bench --run caf\\udce9"\n}\n'
 
 
 def test_a_file_from_before_there_were_digests_is_taken_as_it_is(tmp_path: Path) -> None:

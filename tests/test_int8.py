@@ -459,7 +459,7 @@ def test_an_int8_engine_that_would_be_larger_than_fp16s_is_not_kept_and_that_is_
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     notes = []
     why = (
-        "INT8 is not kept: none of its 6 quantised convolutions has 250,000 weights, and what tensorrt_rtx builds around "
+        "INT8 is not kept: none of its 6 quantised convolutions has 275,000 weights, and what tensorrt_rtx builds around "
         "a smaller one takes more than INT8 saves, so FP16's engine is smaller"
     )
     manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=60.0, trt=True)
@@ -581,8 +581,11 @@ def test_of_several_int8_files_the_fastest_that_is_faithful_is_chosen(
     assert [note.split()[0] for note in notes[:2]] == [chosen, *(one["artifact"] for one in found["others"])]
     write_choice(tmp_path, opened, found)
     assert read_sealed(tmp_path / "choice.json")["artifact"] == chosen
-    row = {"backend": "onnxruntime", "artifact": "onnx-int8-heavy"}
-    assert refused(found, row) == (not kept[1])
+    row = {"backend": "onnxruntime", "device": "cpu", "precision": "int8", "agreement_fp32": 100.0}
+    assert refused(found, {**row, "artifact": "onnx-int8-heavy"}) == (not kept[1])
+    elsewhere = {**row, "backend": "openvino", "artifact": "onnx-int8-tensorrt"}
+    assert [refused(found, {**elsewhere, "agreement_fp32": share}) for share in (63.0, 61.0)] == [False, True]
+    assert not refused(found, {**elsewhere, "agreement_fp32": 61.0, "precision": "fp32"})
     slow = rows(int8_ms=[50.0] * 10, agreement=90.0, heavy_ms=[60.0] * 10)
     assert choose(opened, slow, images=2000)["artifact"] == "onnx-int8", "the first, where none is kept"
 

@@ -94,6 +94,24 @@ def test_reports_become_one_comparison_in_three_files(tmp_path: Path) -> None:
     )
 
 
+def test_int8_that_a_bench_refused_is_not_the_fastest(tmp_path: Path) -> None:
+    one = report()
+    one["int8"] = {"artifact": "onnx-int8", "kept": False, "faithful": False, "images": 2000, "floor": 98.0}
+    found = merged(tmp_path, one, board())
+    assert (
+        (tmp_path / "comparison" / "comparison.md")
+        .read_text()
+        .startswith("# RepViT-M0.9 in 2 benches: fastest is onnx-fp32 at 2.00 ms on AMD EPYC, 2 cores\n")
+    )
+    assert [row["refused"] for row in found["rows"]] == [False, True, False, False]
+
+
+def test_a_folder_and_the_report_in_it_are_one_report(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report()))
+    with pytest.raises(BenchError, match="a report is given twice"):
+        merge([tmp_path, tmp_path / "report.json"], out=tmp_path / "comparison", command="")
+
+
 def test_the_terminal_names_a_device_once(tmp_path: Path) -> None:
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(comparison_table(merged(tmp_path, report("[red]EPYC[/x]"), board())))

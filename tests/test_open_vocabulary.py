@@ -28,7 +28,7 @@ from prgkit.distill import distill  # noqa: E402
 from prgkit.errors import BackendError, ExportError, RecipeError  # noqa: E402
 from prgkit.evaluate.plan import plan  # noqa: E402
 from prgkit.evaluate.predict import predict  # noqa: E402
-from prgkit.evaluate.worker import open_spec  # noqa: E402
+from prgkit.evaluate.worker import opener  # noqa: E402
 from prgkit.export import relabel as relabelling  # noqa: E402
 from prgkit.export.bundle import open_bundle, read_evaluation  # noqa: E402
 from prgkit.export.onnx import deployable, export_onnx, write_fp16  # noqa: E402
@@ -348,7 +348,7 @@ def test_bench_runs_pytorch_with_the_classes_of_the_bundle(run: Run) -> None:
     _, specs = plan(open_bundle(run.bundle), run.folder, {"gpus": []}, threads=1)
     (spec,) = [one for one in specs if one and one["kind"] == "torch"]
     pixels = read_evaluation(run.bundle).pixels
-    np.testing.assert_allclose(open_spec(spec).run(pixels), logits_of(run.bundle), atol=1e-4)
+    np.testing.assert_allclose(opener(spec)().run(pixels), logits_of(run.bundle), atol=1e-4)
 
 
 @pytest.mark.parametrize(("place", "survives"), [("write_manifest", LEARNED), ("rename", LEARNED)])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from prgkit.evaluate.paced import HEADER, Frames, paced, paced_about, paced_lines, paced_said, summary
+from prgkit.evaluate.remarks import apart_notes
 from prgkit.evaluate.runs import paced_runs
 
 MS = 1_000_000
@@ -68,6 +69,12 @@ def test_late_frames_are_counted_and_p99_needs_a_thousand() -> None:
     assert paced_said(report) == [
         "onnx-fp32 at 100 frames/s: p50 13.5 ms, slowest 23.0 ms, late 2 of 4.", "onnx-fp32 at 100 frames/s: failed."
     ]  # fmt: skip
+    threads = {"rows": [{"artifact": "b", "device": "cpu", "failed": {"1": "none", "64": "two at most"}}]}
+    assert apart_notes(threads, report["paced"]) == [
+        "b failed with 1 thread: none.", "b failed with 64 threads: two at most.",
+        "onnx-fp32 failed at 100 frames/s: died.",
+    ]  # fmt: skip
+    assert apart_notes(None, None) == []
     assert "late after 10.0 ms. Clocks drop between frames" in paced_about(report)
     assert paced_lines({}) == paced_said({"paced": None}) == []
 

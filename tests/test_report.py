@@ -216,6 +216,16 @@ def test_the_page_is_well_formed_and_needs_nothing_else(labelled: bool) -> None:
     assert html.count("<svg") == 4  # accuracy, distribution, loss, agreement
 
 
+def test_a_student_that_learned_from_labels_is_not_said_to_be_without() -> None:
+    report = made_up()
+    assert " without labels (objective prg" in page(report, samples=samples_of(report), pictures=[])
+    report["run"]["learned_labels"] = True
+    html = page(report, samples=samples_of(report), pictures=[])
+    assert " with a few labels (objective prg" in html
+    assert "without labels" not in html
+    assert "The student learned from the teacher's answers, and it or its teacher from a few labels." in html
+
+
 def test_what_came_from_outside_is_escaped_everywhere() -> None:
     report = made_up()
     report["run"].update(name=EVIL, teacher=EVIL, student=EVIL, objective=EVIL)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prgkit.errors import BackendError, ExportError
-from prgkit.evaluate.worker import open_spec, reason
+from prgkit.evaluate.worker import opener, reason
 from prgkit.export import runners
 from prgkit.export.runners import (
     PROVIDERS,
@@ -133,9 +133,17 @@ def openvino():
     return pytest.importorskip("openvino", reason="pip install 'prgkit[openvino]'")
 
 
+def test_what_opening_needs_is_imported_before_its_time_is_taken(tmp_path):
+    opening = opener(
+        {"kind": "onnx", "path": str(tmp_path / "none.onnx"), "provider": "CPUExecutionProvider", "threads": 1}
+    )
+    with pytest.raises(BackendError, match=r"none\.onnx"):
+        opening()
+
+
 def test_openvino_gives_onnx_runtimes_answer(openvino, exported, monkeypatch):
     monkeypatch.setattr(runners, "SHAPES", 2)
-    runner = open_spec({"kind": "openvino", "path": str(exported.fp32), "threads": 1})
+    runner = opener({"kind": "openvino", "path": str(exported.fp32), "threads": 1})()
     assert (runner.name, runner.backend, runner.device) == ("model.onnx", "openvino", "cpu")
     reference = OnnxRunner(exported.fp32, threads=1)
     for batch in (1, 3, 2, 3, 1):

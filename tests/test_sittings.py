@@ -16,7 +16,7 @@ from prgkit.evaluate.latency import Pictures
 from prgkit.evaluate.paced import paced
 from prgkit.evaluate.sittings import Sittings, conditions, read_records, sitting
 from prgkit.evaluate.sweep import thread_sweep
-from prgkit.evaluate.worker import WarmUp
+from prgkit.evaluate.worker import WarmUp, WorkerFailedError
 from prgkit.locks import locked
 
 SPECS: list[dict[str, Any]] = [{"artifact": name, "backend": "onnxruntime", "device": "cpu"} for name in ("a", "b")]
@@ -135,6 +135,39 @@ def all_of_it(
 
 # Of 86 answers: in the scopes, between two of their rounds, in the thread sweep's rounds, and within the frames, whose
 # turns are kept one by one.
+@pytest.mark.parametrize(("killed_at", "died_at"), [(9, 4), (3, 0)])
+def test_what_failed_before_the_kill_has_failed_after_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, died_at: int
+) -> None:
+    class Dying(Told):
+        def answer(self) -> int:
+            if self.answers == died_at:
+                self.answers += 1
+                raise WorkerFailedError("it died", alive=False)
+            return super().answer()
+
+    with pytest.raises(KeyboardInterrupt), sitting(tmp_path, {}, lambda text: None) as kept:
+        measure(Dying(killed_at), kept, monkeypatch)
+    again = Told()
+    with sitting(tmp_path, {}, lambda text: None) as kept:
+        dead, alive = measure(again, kept, monkeypatch).measured
+    assert (dead.failed, alive.failed, again.opened) == ("it died", None, ["b"])
+    assert len(alive.rounds_ns) == 3
+
+
+def test_frames_of_what_failed_before_the_kill_are_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sitting(tmp_path, {}, lambda text: None) as kept:
+        kept.part("100 frames/s").add("failed", artifact=0, why="it died")
+        again = Told()
+        monkeypatch.setattr(paced_module, "Worker", again.worker)
+        found, _ = paced(SPECS, PIXELS, 100.0, seconds=1.0, note=lambda text: None, kept=kept)
+    assert found is not None
+    assert [row["failed"] for row in found["rows"]] == ["it died", None]
+    assert again.opened == ["b"]
+
+
 @pytest.mark.parametrize(("killed_at", "lost"), [(9, 3), (12, 0), (37, 1), (39, 3), (75, 3), (76, 0), (79, 0), (85, 0)])
 def test_scopes_threads_and_frames_go_on_where_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, lost: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import signal
@@ -29,6 +30,8 @@ from prgkit.options import (
     refuse_in_a_bundle,
     run_option,
 )
+
+REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # of the file system: nothing that we can mend
 
 
 @click.group(cls=Chain, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -342,10 +345,14 @@ def main() -> None:
     except PrgkitError as error:
         sys.exit(told(error))
     except Exception as error:
-        if not is_disk_full(error):
-            raise
         place = getattr(error, "filename", None)
-        sys.exit(told(DiskFullError("no disk space left", where=place, fix="free some and run the same command again")))
+        if is_disk_full(error):
+            fix = "free some and run the same command again"
+            sys.exit(told(DiskFullError("no disk space left", where=place, fix=fix)))
+        if not isinstance(error, OSError) or error.errno not in REFUSALS or place is None:
+            raise
+        fix = "make it accessible, or name another folder (--out, --run)"
+        sys.exit(told(PrgkitError(str(error.strerror).lower(), where=place, fix=fix)))
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -69,8 +69,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` atomically as UTF-8."""
-    write_bytes(path, text.encode())
+    """Write ``text`` to ``path`` atomically as UTF-8; a byte of a file's name that is none is written as an escape."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
