@@ -13,13 +13,13 @@ from prgkit.evaluate.wording import Row
 def apart_notes(by_threads: dict[str, Any] | None, at_rate: dict[str, Any] | None) -> list[str]:
     """Return why an artifact has no figure at a number of threads, or at a camera's rate."""
     notes = []
-    for row in (by_threads or {"rows": []})["rows"]:
+    for row in by_threads["rows"] if by_threads else ():
         for count, why in row["failed"].items():
             threads = wording.counted(int(count), "thread")
             notes.append(f"{wording.row_name(row)} failed with {threads}: {why}.")
-    for row in (at_rate or {"rows": []})["rows"]:
+    for row in at_rate["rows"] if at_rate else ():
         if row["failed"] is not None:
-            notes.append(f"{wording.row_name(row)} failed at {at_rate['fps']:g} frames/s: {row['failed']}.")
+            notes.append(f"{wording.row_name(row)} failed at the camera's rate: {row['failed']}.")
     return notes
 
 

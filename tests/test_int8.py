@@ -623,19 +623,26 @@ def test_predict_obeys_the_choice_of_this_machine(bundle, tmp_path):
 
 
 def test_the_headline_is_never_of_int8_that_was_not_kept():
-    row = {"status": "measured", "top1": None, "agreement_teacher": 90.0}
+    row = {"status": "measured", "top1": None, "agreement_teacher": 90.0, "device": "cpu", "agreement_fp32": 99.0}
     fast, slow = (
-        {**row, "artifact": name, "backend": "onnxruntime", "latency": {"p50_ms": ms}}
+        {**row, "artifact": name, "precision": name[5:], "backend": "onnxruntime", "latency": {"p50_ms": ms}}
         for name, ms in (("onnx-int8", 1.0), ("onnx-fp32", 2.0))
     )
-    report = {"rows": [slow, fast], "int8": {"artifact": "onnx-int8", "kept": True}}
+    report = {"rows": [slow, fast], "int8": {"artifact": "onnx-int8", "kept": True, "images": 2000, "floor": 98.0}}
     assert lead_row(report) is fast
     report["int8"]["kept"] = False
     assert lead_row(report) is slow
-    elsewhere = {**fast, "backend": "openvino"}
-    for faithful, lead in ((True, elsewhere), (False, slow)):
-        report = {"rows": [slow, fast, elsewhere], "int8": {**report["int8"], "faithful": faithful}}
-        assert lead_row(report) is lead, "what is slow with one runtime may be fast with another, but not what is wrong"
+    for artifact, backend in (
+        ("onnx-int8", "openvino"),
+        ("onnx-int8-tensorrt", "openvino"),
+        ("tensorrt-int8", "tensorrt"),
+    ):
+        for agreement in (99.0, 98.5):  # whose lower bounds are 98.46 and 97.87 %
+            elsewhere = {**fast, "artifact": artifact, "backend": backend, "agreement_fp32": agreement}
+            lead = lead_row({**report, "rows": [slow, fast, elsewhere]})
+            assert lead is (elsewhere if agreement == 99 else slow), (
+                "slow here may be fast there, but not what is wrong"
+            )
 
 
 def test_silu_beside_int8_stays_one_pass_in_onnx_runtime(tmp_path):

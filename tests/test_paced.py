@@ -72,7 +72,7 @@ def test_late_frames_are_counted_and_p99_needs_a_thousand() -> None:
     threads = {"rows": [{"artifact": "b", "device": "cpu", "failed": {"1": "none", "64": "two at most"}}]}
     assert apart_notes(threads, report["paced"]) == [
         "b failed with 1 thread: none.", "b failed with 64 threads: two at most.",
-        "onnx-fp32 failed at 100 frames/s: died.",
+        "onnx-fp32 failed at the camera's rate: died.",
     ]  # fmt: skip
     assert apart_notes(None, None) == []
     assert "late after 10.0 ms. Clocks drop between frames" in paced_about(report)
