@@ -121,7 +121,8 @@ def fp32_onnx(bundle: Bundle) -> dict[str, Any]:
 def verify_artifact(folder: Path, artifact: dict[str, Any]) -> None:
     """Compare a file's size and hash with the manifest's."""
     path = folder / artifact["file"]
-    fix = f"copy the bundle again, or make the file again: {REMAKE.get(artifact['format'], 'prgkit export')}"
+    more = f" --{artifact['precision']}" if artifact["precision"] != "fp32" and artifact["format"] != QDQ else ""
+    fix = f"copy the bundle again, or make the file again: {REMAKE.get(artifact['format'], 'prgkit export')}{more}"
     if not path.exists():
         raise ExportError(f"{path.name} is missing from the bundle", where=folder, fix=fix)
     size = path.stat().st_size
@@ -231,7 +232,7 @@ def read_evaluation(folder: Path, *, limit: int | None = None) -> Evaluation:
     evaluation = folder / "evaluation"
     try:
         with zipfile.ZipFile(evaluation / "images.zip") as archive:
-            pixels = np.stack([as_pixels(archive.read(name)) for name in sorted(archive.namelist())[:limit]])
+            pixels = np.stack([as_pixels(archive.read(name)) for name in archive.namelist()[:limit]])
     except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, SyntaxError, zlib.error) as error:
         raise ExportError(
             f"the evaluation images cannot be read: {error}",

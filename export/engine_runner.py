@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from prgkit.errors import BackendError, one_line
 from prgkit.export.card import EngineCard, load_card, rebuild
-from prgkit.export.tensorrt import AMPERE_PLUS, Gpu, find_gpu, quiet_logger, this_platform
+from prgkit.export.tensorrt import AMPERE_PLUS, Gpu, find_gpu, generations, quiet_logger, this_platform
 
 INSTALL_CUDA = "pip install cuda-python (on a Jetson with JetPack 6: pip install 'cuda-python<13')"
 
@@ -271,8 +272,11 @@ def require_match(card: EngineCard, path: Path) -> None:
         if gpu is not None and reason == why_no_engine_runs(card.backend):
             fix = "prgkit doctor says what is missing"
         elif gpu is not None:
-            other = card.backend == "tensorrt_rtx" and not is_for(card, gpu)
-            fix = rebuild(card) + (f" --sm {gpu.capability.removeprefix('SM')}" if other else "")
+            fix = rebuild(card)
+            if card.backend == "tensorrt_rtx" and not is_for(card, gpu):
+                able = why_no_engine_runs(card.backend) is not None or gpu.capability in generations(card.backend)
+                other = rebuild(replace(card, backend="tensorrt"))
+                fix = f"{fix} --sm {gpu.capability.removeprefix('SM')}" if able else other
         raise BackendError(f"{path.name} cannot run here: {reason}", where=path, fix=fix)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import prgkit
-from prgkit.errors import ExportError, NotWorthItError, ParityError
+from prgkit.errors import ExportError, NotWorthItError
 from prgkit.export.bundle import QDQ, describe_artifact, open_bundle, read_evaluation, write_manifest
 from prgkit.export.card import card_path, write_card
 from prgkit.export.engine_runner import TensorRTRunner, why_not_here
@@ -21,11 +22,13 @@ from prgkit.export.finished import Artifact, files_of, is_whole
 from prgkit.export.floor import Facts, told
 from prgkit.export.parity import require_agreement, run_batches
 from prgkit.export.runners import open_runner
-from prgkit.export.tensorrt import Backend, build_engine, choose_backend, choose_targets, find_gpu
+from prgkit.export.tensorrt import Backend, build_engine, choose_backend, choose_targets, find_gpu, this_platform
 from prgkit.files import fingerprint
+from prgkit.locks import locked
 from prgkit.recipe import validate
 
 PARITY_IMAGES = 256
+BUILDING = ".building"  # in a bundle, while an engine is built
 MAKES = {"int8": " --trt"}  # what asks for TensorRT's layout of a precision
 
 
@@ -49,15 +52,34 @@ def build_engines(
     Raises:
         BackendError: no TensorRT is usable here.
         ExportError: the bundle is damaged or holds no ONNX file of that precision, or the build failed.
-        ParityError: an engine that can run here disagrees with its ONNX file; it is removed.
+        RunError: another process is building here.
+        ParityError: an engine that can run here disagrees with its ONNX file; the one before it stays.
     """
     chosen = choose_backend(backend)
+    with locked(folder, "bundle"):
+        return rebuilt(folder, fp16=fp16, int8=int8, batch=batch, backend=chosen, sm=sm, note=note)
+
+
+def rebuilt(
+    folder: Path,
+    *,
+    fp16: bool,
+    int8: bool,
+    batch: tuple[int, int, int] | None,
+    backend: Backend,
+    sm: Sequence[str] | None,
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Do what `build_engines` says, alone in the bundle."""
     bundle = open_bundle(folder, verify=("onnx", QDQ))
     batch = batch or validate(bundle.manifest["recipe"], where=folder).export.batch
     wanted = ["fp32", *(["fp16"] if fp16 else []), *(["int8"] if int8 else [])]
     can = [one for one in bundle.artifacts if one["format"] == (QDQ if one["precision"] == "int8" else "onnx")]
     sources = [one for precision in wanted for one in can if one["precision"] == precision]
     if missing := [precision for precision in wanted if precision not in {one["precision"] for one in sources}]:
+        refused = [one for one in bundle.manifest.get("not_kept", []) if one.get("layout") == "tensorrt"]
+        if missing == ["int8"] and refused:
+            raise ExportError(told(refused[0]), where=folder, fix="build without --int8")
         raise ExportError(
             f"the bundle has no {missing[0]} ONNX file to build from",
             where=folder,
@@ -78,19 +100,23 @@ def build_engines(
         if before and before.get("made_from") == fingerprint(made_from) and is_whole(folder, before):
             note(f"{before['file']}: finished before, and made from the same; it is kept")
             return dict(before)
-        manifest["artifacts"] = [entry for entry in manifest["artifacts"] if entry["name"] != name]
-        write_manifest(folder, manifest)  # a build that is interrupted leaves no claim about a file that is gone
-        for path in files_of(folder, before) if before else ():
-            path.unlink(missing_ok=True)
-        made = {**make(), "made_from": fingerprint(made_from)}
-        manifest["artifacts"].append(made)
+        others = [entry for entry in manifest["artifacts"] if entry["name"] != name]
+        try:
+            made = {**make(), "made_from": fingerprint(made_from)}  # until it is whole, the one before stays
+        except NotWorthItError:
+            manifest["artifacts"] = others
+            write_manifest(folder, manifest)
+            for path in files_of(folder, before) if before else ():
+                path.unlink(missing_ok=True)
+            raise
+        manifest["artifacts"] = [*others, made]
         write_manifest(folder, manifest)
         return made
 
     _, not_kept = make_engines(
         folder,
         sources,
-        backend=chosen,
+        backend=backend,
         batch=batch,
         sm=sm,
         pixels=pixels,
@@ -99,7 +125,7 @@ def build_engines(
         finished=finished,
         note=note,
     )
-    anew = {engine_name(chosen.name, source) for source in sources}
+    anew = {engine_name(backend.name, source) for source in sources}
     not_kept = [one for one in manifest.pop("not_kept", []) if one["name"] not in anew] + not_kept
     manifest |= {"not_kept": not_kept} if not_kept else {}
     write_manifest(folder, manifest)
@@ -147,6 +173,7 @@ def make_engine(
     made_from = {
         "onnx": source["sha256"],
         "versions": [prgkit.__version__, backend.name, backend.version],
+        "platform": this_platform(),
         "batch": list(batch),
         "targets": choose_targets(backend.name, sm),
         "asked": list(sm or ()),  # tensorrt builds for a GPU model, or for its generation where that is asked for
@@ -197,33 +224,28 @@ def built_and_compared(
     reference_logits: Callable[[], NDArray[np.float32]],
     note: Callable[[str], None],
 ) -> Artifact:
-    """Build one engine, and where it can run here compare it."""
-    precision = source["precision"]
-    card = build_engine(
-        folder / source["file"],
-        folder,
-        precision=precision,
-        batch=batch,
-        backend=backend,
-        sm=sm,
-    )
-    path, name = folder / card.file, engine_name(backend, source)
-    reason, parity = why_not_here(card), None
-    if reason is None:
-        runner = TensorRTRunner(path, name=name)
-        try:
-            logits = run_batches(runner, pixels)
-            parity = require_agreement(reference_logits(), logits, precision=precision, names=(reference, name))
-        except ParityError:
-            for file in (path, card_path(path)):
-                file.unlink()
-            raise
-        finally:
-            runner.close()
-    never = None if reason is None else f"never executed here: {reason}"
+    """Build one engine, where it can run here compare it, and only then put it in its place."""
+    precision, name, work = source["precision"], engine_name(backend, source), folder / BUILDING
+    shutil.rmtree(work, ignore_errors=True)  # of a build that was killed
+    try:
+        card = build_engine(folder / source["file"], work, precision=precision, batch=batch, backend=backend, sm=sm)
+        path = work / card.file
+        reason, parity = why_not_here(card), None
+        if reason is None:
+            runner = TensorRTRunner(path, name=name)
+            try:
+                logits = run_batches(runner, pixels)
+                parity = require_agreement(reference_logits(), logits, precision=precision, names=(reference, name))
+            finally:
+                runner.close()
+        never = None if reason is None else f"never executed here: {reason}"
+        card = replace(card, executed=reason is None, note=never)
+        write_card(path, card)
+        for file in (path, card_path(path)):
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     partly = "" if card.int8_convolutions is None else " in {} of {} convolutions".format(*card.int8_convolutions)
-    card = replace(card, executed=reason is None, note=never)
-    write_card(path, card)
     targets = ", ".join(card.compute_capabilities)
     note(
         f"{card.file}: {backend} {card.backend_version}, {precision}{partly}, batch {list(batch)}, for {targets}, "

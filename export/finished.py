@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prgkit.errors import PrgkitError
+from prgkit.errors import ExportError, PrgkitError
 from prgkit.export.bundle import require_artifact, verify_artifact
 from prgkit.export.card import card_path, load_card
 from prgkit.export.floor import Facts
-from prgkit.files import fingerprint, read_json, writing
-from prgkit.run import append_line, numbered_lines
+from prgkit.files import fingerprint, read_sealed, writing
+from prgkit.run import TICKS, append_line, numbered_lines
 
+RELABELLED = "relabelled"  # what `building` calls the folder that takes the place of one with other classes
 JOURNAL = "finished.jsonl"  # in a folder that is being built; in a bundle the manifest says the same
 
 Artifact = dict[str, Any]  # a manifest's entry
@@ -48,10 +50,7 @@ class Finished:
                 if folder == self.folder:
                     return entry
                 if is_whole(folder, entry):
-                    for path in files_of(folder, entry):
-                        with writing(self.folder / path.name) as temporary:
-                            shutil.copyfile(path, temporary)
-                    return self.add(entry, made_from)
+                    return self.bring(entry)
         return None
 
     def refused(self, name: str, made_from: Any) -> Facts | None:
@@ -60,6 +59,36 @@ class Finished:
             if (found["name"], found.get("made_from")) == (name, fingerprint(made_from)):
                 return found
         return None
+
+    def carry_over(self, artifacts: Sequence[Artifact], origin: Any, *, but: Container[str]) -> list[Artifact]:
+        """Take over what else the bundle holds of the same student, but for those precisions; say what it loses.
+
+        Args:
+            artifacts: what this export has made.
+            origin: what its FP32 file is made from.
+            but: precisions that are decided anew.
+        """
+        before, names = in_bundle(self.bundle), {entry["name"] for entry in artifacts}
+        same = ("onnx-fp32", fingerprint(origin)) in [(entry["name"], entry.get("made_from")) for entry in before]
+        kept = []
+        for entry in before:
+            if entry["name"] in names:
+                continue
+            if not same or entry["precision"] in but or not is_whole(self.bundle, entry):
+                self.note(f"{entry['file']}: no longer in the bundle")
+                continue
+            kept.append(self.bring(entry))
+            self.note(f"{entry['file']}: not asked for, and of the same student; it stays")
+        return kept
+
+    def bring(self, entry: Artifact) -> Artifact:
+        """Copy an artifact of the bundle, and write down that it is finished."""
+        for path in files_of(self.bundle, entry):
+            with writing(self.folder / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+        append_line(self.folder / JOURNAL, entry)
+        self.entries.append(entry)
+        return entry
 
     def add(self, entry: Artifact, made_from: Any) -> Artifact:
         """Write down that an artifact is finished: its file is whole, and was compared."""
@@ -73,6 +102,45 @@ class Finished:
         wanted = {path for entry in artifacts for path in files_of(self.folder, entry)}
         for path in {path for entry in self.entries for path in files_of(self.folder, entry)} - wanted:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def building(folder: Path, name: str = "new") -> Iterator[Path]:
+    """Give a folder beside ``folder``, known by ``name``, that takes its place when all went well.
+
+    When not, or after a kill, only artifacts that were finished stay in it, for the next export. Measurements made on
+    the old bundle (its ``bench`` folder) and what was ticked in it move into the new one: they are the user's.
+    """
+    new, old = (folder.with_name(f".{folder.name}.{what}") for what in (name, "old"))
+    put_back(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    clear_unfinished(new)
+    if name != RELABELLED:  # what a killed relabel has left is of no use to an export
+        shutil.rmtree(folder.with_name(f".{folder.name}.{RELABELLED}"), ignore_errors=True)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
+        raise ExportError(
+            "the folder holds something that is not a bundle", where=folder, fix="remove it, or choose another"
+        )
+    new.mkdir(parents=True, exist_ok=True)
+    try:
+        yield new
+        for kept in ("bench", TICKS.parent.name):
+            if (folder / kept).exists() and not (new / kept).exists():
+                shutil.copytree(folder / kept, new / kept)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        (folder / JOURNAL).unlink(missing_ok=True)  # the manifest says the same
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        clear_unfinished(new)
+
+
+def put_back(folder: Path) -> None:
+    """Give a folder its name again where `building` was killed between its two renames."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
 
 
 def clear_unfinished(folder: Path) -> None:
@@ -116,7 +184,7 @@ def journalled(folder: Path) -> Iterator[Artifact]:
 def in_bundle(folder: Path, part: str = "artifacts") -> list[dict[str, Any]]:
     """Return the entries of a part of a bundle's manifest, where there is one that can be read."""
     try:
-        manifest = read_json(folder / "manifest.json")
+        manifest = read_sealed(folder / "manifest.json")
     except PrgkitError:
         return []
     entries = manifest.get(part) if isinstance(manifest, dict) else None

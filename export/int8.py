@@ -181,7 +181,7 @@ class Quantiser:
         found = {"name": name, "layout": layout, "calibration_images": calibrated, **found}
         self.note(f"{path.name}: {told(found)}")
         if not found["kept"]:
-            return None, {**found, "made_from": fingerprint(made_from)}
+            return None, {**found, **({} if could_be_mended(found) else {"made_from": fingerprint(made_from)})}
         images, reference = self.compared
         entry = describe_artifact(
             folder,
@@ -241,6 +241,11 @@ class Quantiser:
             self.note(f"INT8: no recovery: {error}")
             return None
         return Network(path, self.network.student, self.network.calibration, self.note, left), done
+
+
+def could_be_mended(found: Facts) -> bool:
+    """Tell whether the next export should try again: a recovery that might have helped did not come to its end."""
+    return found["agreement"] is None or ("recovery" not in found and within_reach(found) is not None)
 
 
 def calibration_of(learned: Learned) -> Pixels:

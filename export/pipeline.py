@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 import prgkit
-from prgkit.errors import DiskFullError, ExportError
+from prgkit.errors import DiskFullError
 from prgkit.export.bundle import (
     contract,
     describe_artifact,
@@ -32,7 +31,7 @@ from prgkit.export.bundle import (
 )
 from prgkit.export.contents import MATRIX, VECTORS, digests
 from prgkit.export.engines import make_engines
-from prgkit.export.finished import JOURNAL, Artifact, Finished, clear_unfinished
+from prgkit.export.finished import Artifact, Finished, building
 from prgkit.export.floor import Facts
 from prgkit.export.int8 import Network, Quantiser, calibration_of, quantise
 from prgkit.export.lossless import write_array
@@ -47,10 +46,8 @@ from prgkit.export.tensorrt import check_batch, choose_backend
 from prgkit.files import readable_bytes, require_space
 from prgkit.heads import OpenVocabulary
 from prgkit.images import Preprocessing
-from prgkit.run import TICKS
 
 WRITERS = ("timm", "onnx", "onnxscript", "onnxruntime")  # besides torch: what writes ONNX files, and compares them
-RELABELLED = "relabelled"  # what `building` calls the folder that takes the place of one with other classes
 CPU_FP16 = "ONNX Runtime's CPU provider computes in float32 with the float16 weights"
 
 
@@ -247,6 +244,8 @@ def export_student(
             if scoring["class_vectors"] == "input":  # the files' second one
                 scoring["input"] = {"name": MATRIX, "dtype": "float32", "shape": ["classes", scoring["width"]]}
             facts = {**facts, "open_vocabulary": {**facts.get("open_vocabulary", {}), **scoring}}
+        if scorer is None:
+            artifacts += finished.carry_over(artifacts, made_from, but={"int8"} if options.int8 else ())
         finished.leave_only(artifacts)
         evaluation = {
             "images": len(held_out.teacher_logits),
@@ -321,45 +320,6 @@ def origin_of(
 
 
 @contextmanager
-def building(folder: Path, name: str = "new") -> Iterator[Path]:
-    """Give a folder beside ``folder``, known by ``name``, that takes its place when all went well.
-
-    When not, or after a kill, only artifacts that were finished stay in it, for the next export. Measurements made on
-    the old bundle (its ``bench`` folder) and what was ticked in it move into the new one: they are the user's.
-    """
-    new, old = (folder.with_name(f".{folder.name}.{what}") for what in (name, "old"))
-    put_back(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    clear_unfinished(new)
-    if name != RELABELLED:  # what a killed relabel has left is of no use to an export
-        shutil.rmtree(folder.with_name(f".{folder.name}.{RELABELLED}"), ignore_errors=True)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
-        raise ExportError(
-            "the folder holds something that is not a bundle", where=folder, fix="remove it, or choose another"
-        )
-    new.mkdir(parents=True, exist_ok=True)
-    try:
-        yield new
-        for kept in ("bench", TICKS.parent.name):
-            if (folder / kept).exists() and not (new / kept).exists():
-                shutil.copytree(folder / kept, new / kept)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        (folder / JOURNAL).unlink(missing_ok=True)  # the manifest says the same
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        clear_unfinished(new)
-
-
-def put_back(folder: Path) -> None:
-    """Give a folder its name again where `building` was killed between its two renames."""
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-
-
-@contextmanager
 def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
     """Refuse where the bundle does not fit; where the disk fills up all the same, say how much was needed."""
     fix = "free some space and export again: finished artifacts are kept"
@@ -368,7 +328,9 @@ def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
         yield
     except DiskFullError as error:
         need = f"the bundle needs {readable_bytes(needed_bytes)}"
-        raise DiskFullError(f"{error.what}; {need}", where=folder, fix=fix) from error
+        elsewhere = error.where and not Path(str(error.where)).resolve().is_relative_to(folder.parent.resolve())
+        where = error.where if elsewhere else folder  # INT8's trials are in the system's temporary folder
+        raise DiskFullError(f"{error.what}; {need}", where=where, fix=fix) from error
 
 
 def expected_bytes(student: nn.Module, preprocessing: Preprocessing, held_out: HeldOut, options: ExportOptions) -> int:

@@ -234,4 +234,6 @@ def float_section(entry: dict[str, Any]) -> str:
 
 def whether_executed(entry: dict[str, Any]) -> str:
     """Say of an artifact whether it ran on the machine that made it."""
+    if entry["format"] == "onnx-tensorrt":
+        return f"in ONNX Runtime alone: {entry['note']}"
     return "yes" if entry["executed"] else str(entry["note"] or "never executed here")

@@ -31,10 +31,9 @@ from prgkit.export.bundle import (
 )
 from prgkit.export.card import load_card
 from prgkit.export.contents import PARTS, VECTORS, digests, require_unchanged
-from prgkit.export.finished import Artifact, files_of
+from prgkit.export.finished import RELABELLED, Artifact, building, files_of, put_back
 from prgkit.export.lossless import read_array, read_png, write_array
 from prgkit.export.open_vocabulary import Matrix, answers_told, scored, write_classes
-from prgkit.export.pipeline import RELABELLED, building, put_back
 from prgkit.export.run import said
 from prgkit.export.runners import OnnxRunner
 from prgkit.joint import open_targets
@@ -187,7 +186,9 @@ def relabelled(new: Path, entry: Artifact, vectors: Matrix, classes: Sequence[st
         precision=entry["precision"],
         backend=entry["backend"],
         executed=(entry["format"], entry["precision"]) == ("onnx", "fp32"),  # by `require_same`
-        note="; ".join(filter(None, (entry["note"], UNCOMPARED))) if entry["note"] != UNCOMPARED else UNCOMPARED,
+        note="; ".join(
+            [*(part for part in (entry["note"] or "").split("; ") if part not in ("", UNCOMPARED)), UNCOMPARED]
+        ),
         parity=None,
     )
     kept = {key: value for key, value in entry.items() if key != "made_from"}

@@ -21,6 +21,7 @@ from prgkit.export.recover import Learned
 from prgkit.files import fingerprint, sha256
 from prgkit.images import Catalogue, Preprocessing, match_labels
 from prgkit.joint import existing_targets, open_targets
+from prgkit.keep import sure_enough
 from prgkit.lesson import hold_out, read_catalogue
 from prgkit.locks import locked
 from prgkit.parameters import OBJECTIVES
@@ -147,7 +148,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
             **({"open_vocabulary": vocabulary} if student.scorer else {}),
         },
         options=options,
-        learned=cache(lambda: learned_images(images, positions, student.preprocessing, recipe, seen, watch)),
+        learned=cache(lambda: learned_images(run, images, positions, student.preprocessing, recipe, seen, watch)),
         note=watch.note,
     )
     bring_ticks(run.ticks_file, run.bundle / TICKS, recipe.classes)
@@ -184,6 +185,7 @@ def parity_pictures(
 
 
 def learned_images(
+    run: Run,
     images: Catalogue,
     positions: NDArray[np.int64],
     preprocessing: Preprocessing,
@@ -198,8 +200,11 @@ def learned_images(
     catalogue, apart = images, {images.keys[position] for position in positions.tolist()}
     if recipe.data.evaluation:
         catalogue = read_catalogue(recipe.data.images, recipe, watch, known=seen)
-    held = set(hold_out(catalogue.keys, recipe.data.held_out).tolist())
-    chosen = [place for place, key in enumerate(catalogue.keys) if place not in held and key not in apart]
+    places = np.setdiff1d(np.arange(len(catalogue)), hold_out(catalogue.keys, recipe.data.held_out))
+    if recipe.data.keep.asks and run.confidence_file.exists():
+        sure = sure_enough(np.load(run.confidence_file), recipe.data.keep)  # of all that are not held out
+        places = places[sure] if len(sure) == len(places) else places
+    chosen = [place for place in places.tolist() if catalogue.keys[place] not in apart]
     return Learned(
         images=len(chosen),
         read=lambda places: np.stack([preprocessing.prepare(catalogue.read(chosen[place])) for place in places]),

@@ -96,12 +96,17 @@ def choose_targets(backend: str, asked: Sequence[str] | None) -> tuple[str, ...]
         return tuple(asked or here)
     if asked and tuple(asked) == (AMPERE_PLUS,):
         asked = None
-    names = importlib.import_module(backend).ComputeCapability.__members__
-    known = sorted((name for name in names if name not in ("NONE", "CURRENT")), key=lambda name: int(name[2:]))
+    known = generations(backend)
     if unknown := [name for name in asked or () if name not in known]:
         raise BackendError(f"{backend} cannot build for {', '.join(unknown)}", fix=f"it knows {', '.join(known)}")
     # Turing (SM75) must be asked for: TensorRT-RTX 1.7 has no FP32 matrix product for it, and would refuse them all.
     return tuple(asked or (name for name in known if name != "SM75"))
+
+
+def generations(backend: str) -> list[str]:
+    """Return the GPU generations that TensorRT for RTX builds for, as "SM89"."""
+    names = importlib.import_module(backend).ComputeCapability.__members__
+    return sorted((name for name in names if name not in ("NONE", "CURRENT")), key=lambda name: int(name[2:]))
 
 
 P = ParamSpec("P")

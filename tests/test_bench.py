@@ -178,6 +178,7 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
         "name": "colours",
         "student": "repvit_m0_9",
         "teacher": "eye human",
+        "learned_labels": False,
         "objective": "prg",
         "classes": 3,
         "epochs": 3,

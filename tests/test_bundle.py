@@ -17,17 +17,20 @@ import pytest
 import torch
 from PIL import Image
 
-from prgkit.errors import BackendError, DiskFullError, ExportError, ParityError, PrgkitError
+from prgkit.errors import BackendError, DiskFullError, ExportError, ParityError, PrgkitError, RunError
 from prgkit.evaluate.predict import predict
-from prgkit.export import engines, pipeline
+from prgkit.export import bundle as bundle_module
+from prgkit.export import engines, lossless, pipeline
 from prgkit.export.bundle import check_golden, open_bundle, read_evaluation, write_evaluation
 from prgkit.export.card import load_card
 from prgkit.export.engines import build_engines
+from prgkit.export.finished import building
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
 from prgkit.export.recover import Learned
 from prgkit.export.runners import OnnxRunner, open_runner
 from prgkit.export.tensorrt import available_backends
 from prgkit.files import read_json, write_sealed
+from prgkit.locks import locked
 from prgkit.page import parse
 from prgkit.recipe import shipped_recipes
 
@@ -158,6 +161,39 @@ def test_equal_images_make_equal_bytes(repvit, tmp_path):
     with zipfile.ZipFile(archives[0]) as archive:
         assert archive.namelist()[:2] == ["00000.png", "00001.png"]
         assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
+
+
+def test_beyond_a_hundred_thousand_images_each_keeps_its_logits(tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle_module, "member", lambda name: lossless.member(f"{int(name[:-4]) + 99_998:05}.png"))
+    pixels = np.arange(4 * 3, dtype=np.uint8).reshape(4, 1, 1, 3)
+    given = dict.fromkeys(("teacher_logits", "teacher_uniform_logits"), np.zeros((4, 3), np.float32))
+    write_evaluation(tmp_path, iter(pixels), **given, labels=None, student=lambda batch: batch[:, 0, 0].astype("f4"))
+    found = read_evaluation(tmp_path)
+    np.testing.assert_array_equal(found.pixels[:, 0, 0], found.logits)
+
+
+@needs_rtx
+def test_what_an_export_is_not_asked_for_stays_where_the_student_is_the_same(repvit, tmp_path, monkeypatch):
+    folder, options = tmp_path / "bundle", {"fp16": True, "trt": True, "float_input": True}
+    export(repvit, folder, **options)
+    before = {entry["name"]: entry for entry in open_bundle(folder).artifacts}
+    assert len(before) == 5
+    notes = []
+    export(repvit, folder, notes=notes)
+    assert {entry["name"]: entry for entry in open_bundle(folder).artifacts} == before
+    assert "model.fp16.onnx: not asked for, and of the same student; it stays" in notes
+    damaged = folder / "model.fp16.onnx"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    notes.clear()
+    export(repvit, folder, notes=notes)
+    assert "model.fp16.onnx: no longer in the bundle" in notes
+    assert {entry["name"] for entry in open_bundle(folder).artifacts} == before.keys() - {"onnx-fp16"}
+    notes.clear()
+    monkeypatch.setattr(pipeline, "origin_of", lambda *_: {"student": "another"})
+    export(repvit, folder, notes=notes)
+    assert [entry["name"] for entry in open_bundle(folder).artifacts] == ["onnx-fp32"]
+    assert "model.nchw.onnx: no longer in the bundle" in notes
+    assert sorted(path.name for path in folder.glob("model*")) == ["model.onnx"]
 
 
 def test_golden_images_pass_where_they_were_made(whole):
@@ -352,12 +388,12 @@ def test_a_bundle_is_replaced_and_its_measurements_stay(copy, repvit):
     (copy / "audit").mkdir()
     (copy / "audit" / "ticks.csv").write_text("ticked here")
     (copy / "stale").touch()
-    manifest = export(repvit, copy)
-    assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32"]
+    before = (copy / "manifest.json").stat().st_ino
+    export(repvit, copy)
+    assert (copy / "manifest.json").stat().st_ino != before
     assert (copy / "bench" / "laptop" / "report.json").exists()
     assert (copy / "audit" / "ticks.csv").read_text() == "ticked here"
     assert not (copy / "stale").exists()
-    assert not (copy / "model.fp16.onnx").exists()
     assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
     open_bundle(copy)
 
@@ -457,7 +493,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(repvit, tmp_path):
 
 def test_an_export_killed_between_its_renames_is_repaired(copy):
     copy.rename(copy.with_name(".bundle.old"))
-    with pytest.raises(PrgkitError, match="stopped"), pipeline.building(copy):
+    with pytest.raises(PrgkitError, match="stopped"), building(copy):
         raise PrgkitError("stopped")
     open_bundle(copy)
 
@@ -540,14 +576,14 @@ def test_a_damaged_engine_does_not_stop_its_own_rebuilding(copy):
 
 
 @needs_rtx
-def test_an_fp16_engine_needs_an_fp16_file(copy, repvit):
-    export(repvit, copy)
+def test_an_fp16_engine_needs_an_fp16_file(repvit, tmp_path):
+    export(repvit, tmp_path / "bundle")
     with pytest.raises(ExportError, match="the bundle has no fp16 ONNX file to build from"):
-        build_engines(copy, fp16=True, batch=(1, 1, 1), backend="tensorrt_rtx", note=lambda _: None)
+        build_engines(tmp_path / "bundle", fp16=True, batch=(1, 1, 1), backend="tensorrt_rtx", note=lambda _: None)
 
 
 @needs_rtx
-def test_an_engine_that_disagrees_is_removed(copy, repvit, monkeypatch):
+def test_an_engine_that_disagrees_does_not_come_into_the_bundle(copy, repvit, monkeypatch):
     """The runner is a stand-in for a GPU that computes something else."""
 
     class Wrong(OnnxRunner):
@@ -559,7 +595,41 @@ def test_an_engine_that_disagrees_is_removed(copy, repvit, monkeypatch):
 
     monkeypatch.setattr(engines, "why_not_here", lambda card: None)
     monkeypatch.setattr(engines, "TensorRTRunner", Wrong)
+    before = open_bundle(copy).artifacts
     with pytest.raises(ParityError, match=r"tensorrt_rtx-fp32 \(fp32\) does not agree with onnx-fp32 on 40 images"):
         build_engines(copy, fp16=False, batch=(1, 1, 1), backend="tensorrt_rtx", note=lambda _: None)
-    assert not (copy / "model.fp32.tensorrt_rtx.engine").exists()
-    assert "tensorrt_rtx-fp32" not in [entry["name"] for entry in open_bundle(copy).artifacts]
+    assert open_bundle(copy).artifacts == before, "what was built before it stays"
+    assert load_card(copy / "model.fp32.tensorrt_rtx.engine").batch != (1, 1, 1)
+    assert not (copy / ".building").exists()
+
+
+@needs_rtx
+def test_a_build_that_fails_leaves_the_engine_before_it(copy, monkeypatch):
+    build = {"fp16": False, "backend": "tensorrt_rtx", "note": lambda _: None}
+    build_engines(copy, **build, batch=(1, 1, 2))
+    before = open_bundle(copy).artifacts
+
+    def full(path, data):
+        raise DiskFullError("no disk space left", where=path)
+
+    monkeypatch.setattr("prgkit.export.tensorrt.write_bytes", full)
+    with pytest.raises(DiskFullError):
+        build_engines(copy, **build, batch=(1, 1, 4))
+    assert open_bundle(copy).artifacts == before
+    assert load_card(copy / "model.fp32.tensorrt_rtx.engine").batch == (1, 1, 2)
+
+
+@needs_rtx
+def test_an_engine_of_another_system_is_not_taken_for_this_ones(copy, monkeypatch):
+    build = {"fp16": False, "batch": (1, 1, 2), "backend": "tensorrt_rtx", "note": lambda _: None}
+    build_engines(copy, **build)
+    for module in (engines, sys.modules["prgkit.export.tensorrt"]):
+        monkeypatch.setattr(module, "this_platform", lambda: "Windows AMD64")
+    build_engines(copy, **build)
+    assert load_card(copy / "model.fp32.tensorrt_rtx.engine").platform == "Windows AMD64"
+
+
+@needs_rtx
+def test_two_processes_do_not_build_in_one_bundle(copy):
+    with locked(copy, "bundle"), pytest.raises(RunError, match="is working on this bundle"):
+        build_engines(copy, fp16=False, backend="tensorrt_rtx", note=lambda _: None)

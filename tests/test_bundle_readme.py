@@ -40,7 +40,10 @@ def manifest(**other: Any) -> dict[str, Any]:
         "classes": ["a", "b", "c"],
         "preprocessing": Preprocessing(224, 0.95, "bicubic", MEAN, STD).to_dict(),
         "artifacts": [
-            {"file": "model.onnx", "precision": "fp32", "backend": "onnxruntime", "executed": True, "note": None}
+            {
+                **{"file": "model.onnx", "format": "onnx", "precision": "fp32", "backend": "onnxruntime"},
+                **{"executed": True, "note": None},
+            }
         ],
         **other,
     }
@@ -58,6 +61,12 @@ def test_it_is_about_this_bundle() -> None:
     assert "std::vector<float> logits(3);" in text
     assert "Floats in place of pixels" not in text
     assert text.count("```") == 10
+
+
+def test_tensorrts_int8_is_not_said_to_have_run_in_tensorrt() -> None:
+    other = {"file": "model.int8.tensorrt.onnx", "format": "onnx-tensorrt", "precision": "int8", "backend": "tensorrt"}
+    text = readme(manifest(artifacts=[*manifest()["artifacts"], {**other, "executed": True, "note": "its layout"}]))
+    assert "| model.int8.tensorrt.onnx | int8 | tensorrt | in ONNX Runtime alone: its layout |" in text
 
 
 def test_the_python_is_ten_lines() -> None:

@@ -404,6 +404,13 @@ def test_the_command_that_rebuilds_an_engine_has_its_options(monkeypatch, tmp_pa
         assert (parsed.params["batch"], parsed.params["backend"]) == (card.batch, card.backend)
 
 
+def test_a_generation_that_tensorrt_for_rtx_does_not_know_is_left_to_tensorrt(monkeypatch, tmp_path):
+    on_a_gpu(monkeypatch, gpu=Gpu("H200", "SM90"))
+    with pytest.raises(BackendError) as caught:
+        require_match(CARD, tmp_path / CARD.file)
+    assert caught.value.fix == "prgkit export --trt --fp16 --backend tensorrt --batch 1,1,32"
+
+
 def test_what_a_rebuild_would_not_change_is_told_otherwise(monkeypatch, tmp_path):
     on_a_gpu(monkeypatch, missing="cuda.bindings.runtime")
     with pytest.raises(BackendError) as caught:
@@ -419,6 +426,7 @@ def test_without_cuda_python_the_error_names_it(monkeypatch):
 def on_a_gpu(monkeypatch, *, missing=None, gpu=Gpu("RTX 4090", "SM89")):  # noqa: B008 (it is frozen)
     class Module:
         __version__ = "1.7.1.116"
+        ComputeCapability = SimpleNamespace(__members__=dict.fromkeys(("NONE", "SM75", "SM80", "SM89", "CURRENT")))
 
     def import_module(name):
         if name == missing:

@@ -24,6 +24,7 @@ from prgkit.export.bundle import open_bundle  # noqa: E402
 from prgkit.export.engines import build_engines, buildable, engine_name  # noqa: E402
 from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, median_kl, root_kl, scan_blocks  # noqa: E402
 from prgkit.export.floor import told, too_few  # noqa: E402
+from prgkit.export.int8 import could_be_mended  # noqa: E402
 from prgkit.export.onnx import Deployable, export_onnx  # noqa: E402
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student  # noqa: E402
 from prgkit.export.quantize import Block, block_name, find_blocks, tensors_of, weight_scales, write_int8  # noqa: E402
@@ -520,11 +521,20 @@ def test_int8_that_was_not_kept_is_not_tried_again_before_something_changes(bund
     for floor in (70.0, 70.0, 71.0):
         notes = []
         export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=floor)
-        said.append(notes[-1])
+        said.append(next(note for note in notes if note.startswith("model.int8.onnx: ")))
     assert tried == [70.0, 71.0]
     assert said[1] == f"{said[0]} (found before, from the same)"
     assert said[0].startswith("model.int8.onnx: INT8 is not kept: ")
     assert [one["floor"] for one in open_bundle(tmp_path / "bundle").manifest["not_kept"]] == [71.0]
+
+
+def test_int8_that_a_recovery_could_have_mended_is_tried_again():
+    near = {"kept": False, "floor": 98.0, "blocks": 5, "float_blocks": [], "agreement": 97.0}
+    near["tried"] = [{"float_blocks": 0, "agreement": 97.0, "interval": [96.0, 98.0]}]
+    assert could_be_mended(near), "it came to no end"
+    assert not could_be_mended({**near, "recovery": {}})
+    assert not could_be_mended({**near, "tried": [{**near["tried"][0], "agreement": 50.0}]})
+    assert could_be_mended(too_few(40, 98.0)), "there may be more images"
 
 
 def rows(*, int8_ms, agreement, heavy_ms=None, heavy_agreement=100.0):

@@ -36,6 +36,7 @@ from prgkit.export.run import evaluation_positions, learned_images  # noqa: E402
 from prgkit.images import Preprocessing  # noqa: E402
 from prgkit.lesson import hold_out, read_catalogue  # noqa: E402
 from prgkit.recipe import load_recipe  # noqa: E402
+from prgkit.run import Run  # noqa: E402
 from prgkit.watch import Unwatched  # noqa: E402
 
 SIZE, CLASSES, TAIL = 16, tuple(f"thing {number}" for number in range(10)), 0.97
@@ -326,8 +327,15 @@ def test_nothing_that_is_held_out_is_learned_from(tmp_path):
     recipe = load_recipe("custom", overrides=sets)
     images = read_catalogue(recipe.data.images, recipe, Unwatched())
     positions = evaluation_positions(images, recipe)
-    learned = learned_images(images, positions[:-1], PREPROCESSING, recipe, (), Unwatched())
+    run = Run(tmp_path / "run")
+    learned = learned_images(run, images, positions[:-1], PREPROCESSING, recipe, (), Unwatched())
     taken = {pixels.tobytes() for pixels in learned.read(np.arange(learned.images))}
     held = {PREPROCESSING.prepare(images.read(place)).tobytes() for place in hold_out(images.keys, 0.3).tolist()}
     assert (len(taken), len(held)) == (60 - len(positions), len(positions))
     assert not taken & held, "neither those that travel nor the others that selected the student"
+    run.folder.mkdir()
+    np.save(run.confidence_file, np.linspace(0, 1, learned.images, dtype=np.float32))
+    recipe = load_recipe("custom", overrides=[*sets, "data.keep.min_confidence=0.5"])
+    sure = learned_images(run, images, positions, PREPROCESSING, recipe, (), Unwatched())
+    half = learned.read(np.arange(learned.images))[(learned.images + 1) // 2 :]
+    np.testing.assert_array_equal(sure.read(np.arange(sure.images)), half, "nor those that the teacher is unsure of")

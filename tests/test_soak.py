@@ -195,7 +195,8 @@ def test_a_worker_that_dies_in_a_soak_leaves_what_it_measured(monkeypatch: pytes
 
 def test_the_artifact_of_the_headline_is_soaked(monkeypatch: pytest.MonkeyPatch) -> None:
     def row(artifact: str, p50_ms: float, backend: str = "onnxruntime") -> dict[str, Any]:
-        figures = {"latency": {"p50_ms": p50_ms}, "top1": 60.0, "agreement_teacher": None}
+        figures = {"latency": {"p50_ms": p50_ms}, "top1": 60.0, "agreement_teacher": None, "agreement_fp32": 99.0}
+        figures["precision"] = artifact[5:]
         return {"artifact": artifact, "device": "cpu", "backend": backend, "status": "measured", **figures}
 
     rows = [row("onnx-fp32", 2.0), row("onnx-int8", 1.0), row("torch", 0.5, "torch"), {"status": "not executed"}]

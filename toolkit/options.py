@@ -149,8 +149,8 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--sm",
             metavar="LIST",
             callback=gpu_generations,
-            help="GPU generations that the engines are for, e.g. 86,89; 80+ is all from Ampere on; implies --trt.  "
-            "[default: 80+; of tensorrt: this GPU]",
+            help="GPU generations that the engines are for, e.g. 86,89; 80+ is all from Ampere on that the backend "
+            "builds for; implies --trt.  [default: 80+; of tensorrt: this GPU]",
         ),
         click.option(
             "--open-vocabulary",
