@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import prgkit
 from prgkit.errors import ExportError, NotWorthItError
-from prgkit.export.bundle import QDQ, describe_artifact, open_bundle, read_evaluation, write_manifest
+from prgkit.export.bundle import QDQ, Bundle, describe_artifact, open_bundle, read_evaluation, write_manifest
 from prgkit.export.card import card_path, write_card
 from prgkit.export.engine_runner import TensorRTRunner, why_not_here
 from prgkit.export.finished import Artifact, files_of, is_whole
@@ -57,79 +57,75 @@ def build_engines(
     """
     chosen = choose_backend(backend)
     with locked(folder, "bundle"):
-        return rebuilt(folder, fp16=fp16, int8=int8, batch=batch, backend=chosen, sm=sm, note=note)
+        bundle = open_bundle(folder, verify=("onnx", QDQ))
+        batch = batch or validate(bundle.manifest["recipe"], where=folder).export.batch
+        sources = sources_of(bundle, ["fp32", *(["fp16"] if fp16 else []), *(["int8"] if int8 else [])])
+        pixels = read_evaluation(folder, limit=PARITY_IMAGES).pixels
+        manifest = dict(bundle.manifest)
+
+        @cache
+        def reference_logits() -> NDArray[np.float32]:
+            reference = open_runner(folder, sources[0])
+            logits = run_batches(reference, pixels)
+            reference.close()
+            return logits
+
+        def finished(name: str, made_from: Any, make: Callable[[], Artifact]) -> Artifact:
+            before = next((entry for entry in manifest["artifacts"] if entry["name"] == name), None)
+            if before and before.get("made_from") == fingerprint(made_from) and is_whole(folder, before):
+                note(f"{before['file']}: finished before, and made from the same; it is kept")
+                return dict(before)
+            others = [entry for entry in manifest["artifacts"] if entry["name"] != name]
+            try:
+                made = {**make(), "made_from": fingerprint(made_from)}  # until it is whole, the one before stays
+            except NotWorthItError:
+                manifest["artifacts"] = others
+                write_manifest(folder, manifest)
+                for path in files_of(folder, before) if before else ():
+                    path.unlink(missing_ok=True)
+                raise
+            manifest["artifacts"] = [*others, made]
+            write_manifest(folder, manifest)
+            return made
+
+        _, not_kept = make_engines(
+            folder,
+            sources,
+            backend=chosen,
+            batch=batch,
+            sm=sm,
+            pixels=pixels,
+            reference=sources[0]["name"],
+            reference_logits=reference_logits,
+            finished=finished,
+            note=note,
+        )
+        anew = {engine_name(chosen.name, source) for source in sources}
+        not_kept = [one for one in manifest.pop("not_kept", []) if one["name"] not in anew] + not_kept
+        manifest |= {"not_kept": not_kept} if not_kept else {}
+        write_manifest(folder, manifest)
+        return manifest
 
 
-def rebuilt(
-    folder: Path,
-    *,
-    fp16: bool,
-    int8: bool,
-    batch: tuple[int, int, int] | None,
-    backend: Backend,
-    sm: Sequence[str] | None,
-    note: Callable[[str], None],
-) -> dict[str, Any]:
-    """Do what `build_engines` says, alone in the bundle."""
-    bundle = open_bundle(folder, verify=("onnx", QDQ))
-    batch = batch or validate(bundle.manifest["recipe"], where=folder).export.batch
-    wanted = ["fp32", *(["fp16"] if fp16 else []), *(["int8"] if int8 else [])]
+def sources_of(bundle: Bundle, wanted: Sequence[str]) -> list[Artifact]:
+    """Return the ONNX artifacts that engines of these precisions are built from, FP32's first.
+
+    Raises:
+        ExportError: there is none of one of them.
+    """
     can = [one for one in bundle.artifacts if one["format"] == (QDQ if one["precision"] == "int8" else "onnx")]
     sources = [one for precision in wanted for one in can if one["precision"] == precision]
-    if missing := [precision for precision in wanted if precision not in {one["precision"] for one in sources}]:
-        refused = [one for one in bundle.manifest.get("not_kept", []) if one.get("layout") == "tensorrt"]
-        if missing == ["int8"] and refused:
-            raise ExportError(told(refused[0]), where=folder, fix="build without --int8")
+    missing = [precision for precision in wanted if precision not in {one["precision"] for one in sources}]
+    refused = [one for one in bundle.manifest.get("not_kept", []) if one.get("layout") == "tensorrt"]
+    if missing == ["int8"] and refused:
+        raise ExportError(told(refused[0]), where=bundle.folder, fix="build without --int8")
+    if missing:
         raise ExportError(
             f"the bundle has no {missing[0]} ONNX file to build from",
-            where=folder,
+            where=bundle.folder,
             fix=f"export it where the student was trained: prgkit export --{missing[0]}{MAKES.get(missing[0], '')}",
         )
-    pixels = read_evaluation(folder, limit=PARITY_IMAGES).pixels
-    manifest = dict(bundle.manifest)
-
-    @cache
-    def reference_logits() -> NDArray[np.float32]:
-        reference = open_runner(folder, sources[0])
-        logits = run_batches(reference, pixels)
-        reference.close()
-        return logits
-
-    def finished(name: str, made_from: Any, make: Callable[[], Artifact]) -> Artifact:
-        before = next((entry for entry in manifest["artifacts"] if entry["name"] == name), None)
-        if before and before.get("made_from") == fingerprint(made_from) and is_whole(folder, before):
-            note(f"{before['file']}: finished before, and made from the same; it is kept")
-            return dict(before)
-        others = [entry for entry in manifest["artifacts"] if entry["name"] != name]
-        try:
-            made = {**make(), "made_from": fingerprint(made_from)}  # until it is whole, the one before stays
-        except NotWorthItError:
-            manifest["artifacts"] = others
-            write_manifest(folder, manifest)
-            for path in files_of(folder, before) if before else ():
-                path.unlink(missing_ok=True)
-            raise
-        manifest["artifacts"] = [*others, made]
-        write_manifest(folder, manifest)
-        return made
-
-    _, not_kept = make_engines(
-        folder,
-        sources,
-        backend=backend,
-        batch=batch,
-        sm=sm,
-        pixels=pixels,
-        reference=sources[0]["name"],
-        reference_logits=reference_logits,
-        finished=finished,
-        note=note,
-    )
-    anew = {engine_name(backend.name, source) for source in sources}
-    not_kept = [one for one in manifest.pop("not_kept", []) if one["name"] not in anew] + not_kept
-    manifest |= {"not_kept": not_kept} if not_kept else {}
-    write_manifest(folder, manifest)
-    return manifest
+    return sources
 
 
 def make_engines(

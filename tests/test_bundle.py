@@ -172,6 +172,16 @@ def test_beyond_a_hundred_thousand_images_each_keeps_its_logits(tmp_path, monkey
     np.testing.assert_array_equal(found.pixels[:, 0, 0], found.logits)
 
 
+def test_what_is_damaged_in_a_manifest_is_not_sealed_anew(copy, repvit):
+    text = (copy / "manifest.json").read_text()
+    assert text.count('"top1_agreement": 100.0') > 0
+    (copy / "manifest.json").write_text(text.replace('"top1_agreement": 100.0', '"top1_agreement": 500.0', 1))
+    notes = []
+    export(repvit, copy, notes=notes)
+    assert open_bundle(copy).artifacts[0]["parity"]["top1_agreement"] == 100.0
+    assert not any("finished before" in note for note in notes)
+
+
 @needs_rtx
 def test_what_an_export_is_not_asked_for_stays_where_the_student_is_the_same(repvit, tmp_path, monkeypatch):
     folder, options = tmp_path / "bundle", {"fp16": True, "trt": True, "float_input": True}

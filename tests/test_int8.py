@@ -506,6 +506,17 @@ def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tm
     assert int8_notes(open_bundle(tmp_path / "bundle"), None) == [f"onnx-int8: {said}."]
 
 
+@needs_rtx
+def test_an_engine_of_int8_that_missed_its_floor_is_refused_with_the_figures(bundle, tmp_path):
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    manifest = read_sealed(tmp_path / "bundle" / "manifest.json")
+    manifest["not_kept"] = [{"name": "onnx-int8-tensorrt", "layout": "tensorrt", **too_few(40, 98.0)}]
+    write_sealed(tmp_path / "bundle" / "manifest.json", manifest)
+    with pytest.raises(ExportError, match="INT8 is not kept: 40 held-out images cannot show its fidelity") as caught:
+        build_engines(tmp_path / "bundle", fp16=False, int8=True, backend="tensorrt_rtx", note=lambda _: None)
+    assert caught.value.fix == "build without --int8"
+
+
 def test_int8_that_was_not_kept_is_not_tried_again_before_something_changes(bundle, repvit, tmp_path, monkeypatch):
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     tried = []
