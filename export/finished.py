@@ -70,16 +70,15 @@ class Finished:
         """
         before, names = in_bundle(self.bundle), {entry["name"] for entry in artifacts}
         same = ("onnx-fp32", fingerprint(origin)) in [(entry["name"], entry.get("made_from")) for entry in before]
-        kept = []
-        for entry in before:
-            if entry["name"] in names:
-                continue
-            if not same or entry["precision"] in but or not is_whole(self.bundle, entry):
-                self.note(f"{entry['file']}: no longer in the bundle")
-                continue
-            kept.append(self.bring(entry))
-            self.note(f"{entry['file']}: not asked for, and of the same student; it stays")
-        return kept
+        others = [entry for entry in before if entry["name"] not in names]
+        kept = [one for one in others if same and one["precision"] not in but and is_whole(self.bundle, one)]
+        for told, entries in (
+            ("stays in the bundle, not asked for, and of the same student", kept),
+            ("no longer in the bundle", [entry for entry in others if entry not in kept]),
+        ):
+            if entries:
+                self.note(f"{told}: {', '.join(entry['file'] for entry in entries)}")
+        return [self.bring(entry) for entry in kept]
 
     def bring(self, entry: Artifact) -> Artifact:
         """Copy an artifact of the bundle, and write down that it is finished."""
