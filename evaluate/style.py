@@ -48,7 +48,7 @@ table { width: calc(100% + 24px); margin: 0 -12px; border-collapse: collapse; fo
 th, td { padding: 10px 0 10px 14px; text-align: right; vertical-align: baseline;
   border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th:first-child, td:first-child { padding-left: 12px; text-align: left; }
-table.wrapped th:first-child, td.name { white-space: normal; }
+table.wrapped th:first-child, tbody th:first-child, td.name { white-space: normal; }
 th.name, td.name { text-align: left; overflow-wrap: anywhere; }
 th:last-child, td:last-child { padding-right: 12px; }
 tbody tr:last-child > * { border-bottom: 0; }
