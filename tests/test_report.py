@@ -413,6 +413,15 @@ def test_labels_of_equal_points_do_not_cover_each_other() -> None:
     assert not any(plots.overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+def test_a_long_name_does_not_lie_under_the_figures_of_its_lane() -> None:
+    name = "onnx-int8-heavy-tensorrt (OpenVINO)"
+    root = ElementTree.fromstring(plots.latency_distribution({name: [0.376] * 1200, "torch": [45.3] * 1200}))
+    told = [node.text or "" for node in root.iter() if node.tag.endswith("text") and "p50" in (node.text or "")]
+    assert told[1] == "p50 45.3 · p90 45.3 · p99 45.3 · slowest 45.3"
+    assert told[0].startswith("p50 0.376")
+    assert 1.12 * svg.text_width(name) + svg.text_width(told[0]) < svg.WIDTH
+
+
 def test_of_many_points_no_labels_overlap_and_the_front_keeps_its_own() -> None:
     made = [(0.5 + i / 50, 60.0 + (i == 3)) for i in range(30)]
     points = [plots.Point(f"artifact-{i} (cuda)", ms, (ms, ms), score, None, i) for i, (ms, score) in enumerate(made)]
