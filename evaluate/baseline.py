@@ -25,7 +25,6 @@ from prgkit.evaluate.accuracy import wilson
 from prgkit.evaluate.reading import read_report, report_file
 from prgkit.evaluate.wording import Report, Row
 
-UNSTABLE = 1.1  # so far apart, a bench calls its rounds unstable
 # Of what runs the artifacts.
 VERSIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino", "tensorrt", "tensorrt_rtx")
 
@@ -199,9 +198,8 @@ def bounds_ms(latency: dict[str, Any]) -> list[float]:
     throttles after its first round is slower, whatever that round was.
     """
     low, high = latency["p50_interval_ms"]
-    rounds = latency.get("round_p50_ms") or [latency["p50_ms"]]
-    if max(rounds) > UNSTABLE * min(rounds):
-        least, most = np.percentile(rounds, [10, 90])
+    if wording.unstable(latency):
+        least, most = np.percentile(latency["round_p50_ms"], [10, 90])
         low, high = min(low, float(least)), max(high, float(most))
     return [low, high]
 

@@ -32,8 +32,10 @@ from prgkit.evaluate.soak import check_minutes, soak_lead
 from prgkit.evaluate.subject import identity, made_by, subject, training, trust, vocabulary_notes
 from prgkit.evaluate.sweep import thread_sweep
 from prgkit.export.bundle import Bundle, Evaluation, check_golden, open_bundle, read_evaluation
+from prgkit.export.floor import fidelity
 from prgkit.export.runners import OnnxRunner
 from prgkit.files import sha256
+from prgkit.recipe import Export
 from prgkit.run import Run
 
 DEFAULT_BATCHES = (1, 8, 32)
@@ -117,9 +119,10 @@ def bench(
         by_threads, sweep_samples = thread_sweep(opened, timed, sweep_threads, seconds=seconds, **apart)
         at_rate, frames = paced(opened, timed, fps, seconds=seconds, **apart)
         measured = iter(session.measured)
+        floor = bundle.manifest.get("recipe", {}).get("export", {}).get("fidelity", Export().fidelity)
         for row, spec in zip(rows, specs, strict=True):
             if spec is not None:
-                fill(row, next(measured), evaluation)
+                fill(row, next(measured), evaluation, floor=floor)
         if not any(row["status"] == "measured" for row in rows):
             reasons = "; ".join(f"{row['artifact']}: {row['reason']}" for row in rows)
             raise BenchError(
@@ -201,8 +204,8 @@ def check_options(*, threads: int | None, seconds: float, batches: Sequence[int]
         raise BenchError(f"no camera gives {fps:g} frames a second", fix="give --fps a number above 0, such as 30")
 
 
-def fill(row: Row, one: Measured, evaluation: Evaluation) -> None:
-    """Put what was measured into its row; a failure keeps what came before it."""
+def fill(row: Row, one: Measured, evaluation: Evaluation, *, floor: float) -> None:
+    """Put what was measured into its row; a failure keeps what came before it. INT8 is held to the ``floor``, in %."""
     row["load_ms"], row["peak_memory_mib"], row["switches"] = one.load_ms, one.peak_memory_mib, one.switches
     if one.rounds_ns:
         row["latency"] = latency.summary(one.rounds_ns, steady=one.warm_up is not None and one.warm_up.steady)
@@ -223,6 +226,9 @@ def fill(row: Row, one: Measured, evaluation: Evaluation) -> None:
             row |= accuracy.scores(
                 one.logits, teacher=evaluation.teacher_logits, fp32=evaluation.logits, labels=evaluation.labels
             )
+            same = round(row["agreement_fp32"] * len(one.logits) / 100)
+            if row["precision"] == "int8":
+                row["faithful"] = fidelity(same, len(one.logits))["interval"][0] >= floor
     row["status"], row["reason"] = ("measured", None) if failed is None else ("failed", failed)
 
 

@@ -35,11 +35,6 @@ def choose(bundle: Bundle, rows: Sequence[Row], *, images: int) -> Facts | None:
     return {**ranked[0], "others": ranked[1:]} if ranked else None
 
 
-def holds(agreement: float, *, images: int, floor: float) -> bool:
-    """Return whether the lower 95 % bound of an agreement with FP32 in percent reaches the fidelity floor."""
-    return bool(fidelity(round(agreement * images / 100), images)["interval"][0] >= floor)
-
-
 def judge(entry: Facts, row: Row, against: Row, images: int) -> Facts:
     """Return whether one INT8 file is kept, and why.
 
@@ -49,8 +44,7 @@ def judge(entry: Facts, row: Row, against: Row, images: int) -> Facts:
     ratio, interval = round_ratio(row["latency"]["round_p50_ms"], against["latency"]["round_p50_ms"])
     found = fidelity(round(row["agreement_fp32"] * images / 100), images)
     floor = float(entry["quantization"]["floor"])
-    faithful = holds(row["agreement_fp32"], images=images, floor=floor)
-    faster = interval[1] < 1
+    faithful, faster = found["interval"][0] >= floor, interval[1] < 1
     return {
         "artifact": entry["name"],
         "kept": faithful and faster,

@@ -112,6 +112,7 @@ def blank(name: str, artifact: dict[str, Any], *, device: str, threads: int | No
         "scopes": {},
         **dict.fromkeys(("top1", "top1_interval", "top5", "calibration_error")),
         **dict.fromkeys(("agreement_teacher", "agreement_teacher_interval", "agreement_fp32", "kl_teacher")),
+        "faithful": None,  # of INT8: whether it holds the fidelity floor here
     }
 
 

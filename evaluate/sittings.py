@@ -56,7 +56,7 @@ class Sittings:
             return
         now, made_from = time.time(), fingerprint(conditions)
         before = read_records(folder / "journal.jsonl")
-        if any("kind" in record for record in before):
+        if any("kind" in record and not record["kind"].endswith("failed") for record in before):  # measured something
             age_s = now - max(record["at"] for record in before)
             if before[0].get("conditions") == made_from and 0 <= age_s <= SITTING_S:
                 self.records = before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from prgkit.evaluate.choice import findings, holds
+from prgkit.evaluate.choice import findings
 from prgkit.evaluate.plots import milliseconds
 
 Report = dict[str, Any]
@@ -96,13 +96,11 @@ def lead_row(report: Report) -> Row | None:
 
 def refused(int8: dict[str, Any] | None, row: Row) -> bool:
     """Return whether a row is of INT8 and does not hold the floor, or is what was not kept of ONNX Runtime's here."""
-    if int8 is None or row["precision"] != "int8" or row["agreement_fp32"] is None:
-        return False
     here = (row["backend"], row["device"]) == ("onnxruntime", "cpu")
     found = next((one for one in findings(int8) if here and one["artifact"] == row["artifact"]), None)
     if found is not None:
         return not found["kept"]
-    return not holds(row["agreement_fp32"], images=int8["images"], floor=int8["floor"])
+    return row.get("faithful") is False
 
 
 def quality(row: Row) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,15 +17,14 @@ from numpy.typing import NDArray
 import prgkit
 from prgkit.errors import ExportError, NotWorthItError
 from prgkit.export.bundle import QDQ, Bundle, describe_artifact, open_bundle, read_evaluation, write_manifest
-from prgkit.export.card import card_path, write_card
+from prgkit.export.card import EngineCard, card_path, write_card
 from prgkit.export.engine_runner import TensorRTRunner, why_not_here
-from prgkit.export.finished import Artifact, files_of, is_whole
+from prgkit.export.finished import Artifact, alone_in, files_of, is_whole
 from prgkit.export.floor import Facts, told
-from prgkit.export.parity import require_agreement, run_batches
+from prgkit.export.parity import Parity, require_agreement, run_batches
 from prgkit.export.runners import open_runner
 from prgkit.export.tensorrt import Backend, build_engine, choose_backend, choose_targets, find_gpu, this_platform
 from prgkit.files import fingerprint
-from prgkit.locks import locked
 from prgkit.recipe import validate
 
 PARITY_IMAGES = 256
@@ -56,7 +56,7 @@ def build_engines(
         ParityError: an engine that can run here disagrees with its ONNX file; the one before it stays.
     """
     chosen = choose_backend(backend)
-    with locked(folder, "bundle"):
+    with alone_in(folder):
         bundle = open_bundle(folder, verify=("onnx", QDQ))
         batch = batch or validate(bundle.manifest["recipe"], where=folder).export.batch
         sources = sources_of(bundle, ["fp32", *(["fp16"] if fp16 else []), *(["int8"] if int8 else [])])
@@ -75,18 +75,20 @@ def build_engines(
             if before and before.get("made_from") == fingerprint(made_from) and is_whole(folder, before):
                 note(f"{before['file']}: finished before, and made from the same; it is kept")
                 return dict(before)
-            others = [entry for entry in manifest["artifacts"] if entry["name"] != name]
             try:
-                made = {**make(), "made_from": fingerprint(made_from)}  # until it is whole, the one before stays
+                made = {**make(), "made_from": fingerprint(made_from)}
             except NotWorthItError:
-                manifest["artifacts"] = others
-                write_manifest(folder, manifest)
+                giving_way(name)
                 for path in files_of(folder, before) if before else ():
                     path.unlink(missing_ok=True)
                 raise
-            manifest["artifacts"] = [*others, made]
+            manifest["artifacts"].append(made)
             write_manifest(folder, manifest)
             return made
+
+        def giving_way(name: str) -> None:  # a kill now leaves no claim about a file that is gone
+            manifest["artifacts"] = [entry for entry in manifest["artifacts"] if entry["name"] != name]
+            write_manifest(folder, manifest)
 
         _, not_kept = make_engines(
             folder,
@@ -99,6 +101,7 @@ def build_engines(
             reference_logits=reference_logits,
             finished=finished,
             note=note,
+            giving_way=giving_way,
         )
         anew = {engine_name(chosen.name, source) for source in sources}
         not_kept = [one for one in manifest.pop("not_kept", []) if one["name"] not in anew] + not_kept
@@ -157,15 +160,17 @@ def make_engine(
     reference_logits: Callable[[], NDArray[np.float32]],
     finished: Callable[[str, Any, Callable[[], Artifact]], Artifact],
     note: Callable[[str], None],
+    giving_way: Callable[[str], None] = lambda name: None,
 ) -> Artifact:
     """Return the manifest entry of one engine: that of a ``finished`` one, or of one built now from an ONNX artifact.
 
     Where the engine can run here, its logits must agree with ``reference_logits``, those of the runner ``reference``.
+    Only then it takes the place of one with its name, after ``giving_way``.
 
     Raises:
         NotWorthItError: an INT8 engine would be larger than FP16's.
     """
-    gpu = find_gpu()
+    gpu, name, precision = find_gpu(), engine_name(backend.name, source), source["precision"]
     made_from = {
         "onnx": source["sha256"],
         "versions": [prgkit.__version__, backend.name, backend.version],
@@ -178,19 +183,71 @@ def make_engine(
     }
 
     def build() -> Artifact:
-        return built_and_compared(
+        with room_in(folder) as work:
+            card = build_engine(
+                folder / source["file"], work, precision=precision, batch=batch, backend=backend.name, sm=sm
+            )
+            card, parity = compared(
+                card, work, name=name, pixels=pixels, reference=reference, reference_logits=reference_logits
+            )
+            giving_way(name)
+            for file in (work / card.file, card_path(work / card.file)):
+                file.replace(folder / file.name)
+        partly = "" if card.int8_convolutions is None else " in {} of {} convolutions".format(*card.int8_convolutions)
+        note(
+            f"{card.file}: {backend.name} {card.backend_version}, {precision}{partly}, batch {list(batch)}, for "
+            f"{', '.join(card.compute_capabilities)}, built in {card.build_s:.1f} s; "
+            f"{card.note or f'it agrees with {reference}'}"
+        )
+        return describe_artifact(
             folder,
-            source,
+            card.file,
+            name=name,
+            format_="engine",
+            precision=precision,
             backend=backend.name,
-            batch=batch,
-            sm=sm,
-            pixels=pixels,
-            reference=reference,
-            reference_logits=reference_logits,
-            note=note,
+            executed=card.executed,
+            note=card.note,
+            parity=parity.to_dict() if parity else None,
         )
 
-    return finished(engine_name(backend.name, source), made_from, build)
+    return finished(name, made_from, build)
+
+
+@contextmanager
+def room_in(folder: Path) -> Iterator[Path]:
+    """Give a folder in a bundle for an engine that is not whole and compared yet."""
+    work = folder / BUILDING
+    shutil.rmtree(work, ignore_errors=True)  # of a build that was killed
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def compared(
+    card: EngineCard,
+    folder: Path,
+    *,
+    name: str,
+    pixels: NDArray[np.uint8],
+    reference: str,
+    reference_logits: Callable[[], NDArray[np.float32]],
+) -> tuple[EngineCard, Parity | None]:
+    """Compare an engine in ``folder`` with the reference where it can run here; return its card, which says so."""
+    path, parity = folder / card.file, None
+    if reason := why_not_here(card):
+        card = replace(card, executed=False, note=f"never executed here: {reason}")
+    else:
+        runner = TensorRTRunner(path, name=name)
+        try:
+            logits = run_batches(runner, pixels)
+            parity = require_agreement(reference_logits(), logits, precision=card.precision, names=(reference, name))
+        finally:
+            runner.close()
+        card = replace(card, executed=True, note=None)
+    write_card(path, card)
+    return card, parity
 
 
 def engine_name(backend: str, source: Artifact) -> str:
@@ -206,55 +263,3 @@ def buildable(sources: Sequence[Artifact], backend: Backend) -> list[Artifact]:
     """
     last = {one["precision"]: one for one in sources}
     return [one for one in sources if backend.name != "tensorrt_rtx" or one is last[one["precision"]]]
-
-
-def built_and_compared(
-    folder: Path,
-    source: Artifact,
-    *,
-    backend: str,
-    batch: tuple[int, int, int],
-    sm: Sequence[str] | None,
-    pixels: NDArray[np.uint8],
-    reference: str,
-    reference_logits: Callable[[], NDArray[np.float32]],
-    note: Callable[[str], None],
-) -> Artifact:
-    """Build one engine, where it can run here compare it, and only then put it in its place."""
-    precision, name, work = source["precision"], engine_name(backend, source), folder / BUILDING
-    shutil.rmtree(work, ignore_errors=True)  # of a build that was killed
-    try:
-        card = build_engine(folder / source["file"], work, precision=precision, batch=batch, backend=backend, sm=sm)
-        path = work / card.file
-        reason, parity = why_not_here(card), None
-        if reason is None:
-            runner = TensorRTRunner(path, name=name)
-            try:
-                logits = run_batches(runner, pixels)
-                parity = require_agreement(reference_logits(), logits, precision=precision, names=(reference, name))
-            finally:
-                runner.close()
-        never = None if reason is None else f"never executed here: {reason}"
-        card = replace(card, executed=reason is None, note=never)
-        write_card(path, card)
-        for file in (path, card_path(path)):
-            file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    partly = "" if card.int8_convolutions is None else " in {} of {} convolutions".format(*card.int8_convolutions)
-    targets = ", ".join(card.compute_capabilities)
-    note(
-        f"{card.file}: {backend} {card.backend_version}, {precision}{partly}, batch {list(batch)}, for {targets}, "
-        f"built in {card.build_s:.1f} s; {never or f'it agrees with {reference}'}"
-    )
-    return describe_artifact(
-        folder,
-        card.file,
-        name=name,
-        format_="engine",
-        precision=precision,
-        backend=backend,
-        executed=card.executed,
-        note=never,
-        parity=parity.to_dict() if parity else None,
-    )

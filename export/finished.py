@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from prgkit.export.bundle import require_artifact, verify_artifact
 from prgkit.export.card import card_path, load_card
 from prgkit.export.floor import Facts
 from prgkit.files import fingerprint, read_sealed, writing
+from prgkit.locks import locked
 from prgkit.run import TICKS, append_line, numbered_lines
 
 RELABELLED = "relabelled"  # what `building` calls the folder that takes the place of one with other classes
@@ -53,38 +55,41 @@ class Finished:
                     return self.bring(entry)
         return None
 
-    def refused(self, name: str, made_from: Any) -> Facts | None:
+    def not_kept(self, name: str, made_from: Any) -> Facts | None:
         """Return what was found of an artifact that was made from the same and not kept, or None."""
         for found in in_bundle(self.bundle, "not_kept"):
             if (found["name"], found.get("made_from")) == (name, fingerprint(made_from)):
                 return found
         return None
 
-    def carry_over(self, artifacts: Sequence[Artifact], origin: Any, *, but: Container[str]) -> list[Artifact]:
-        """Take over what else the bundle holds of the same student, but for those precisions; say what it loses.
+    def carry_over(
+        self, artifacts: Sequence[Artifact], origin: Any, *, decided: Callable[[str], bool]
+    ) -> tuple[list[Artifact], list[Facts]]:
+        """Take over what else the bundle holds of the same student, and what was not kept; say what it loses.
 
         Args:
             artifacts: what this export has made.
             origin: what its FP32 file is made from.
-            but: precisions that are decided anew.
+            decided: tells of an artifact's name whether this export was to decide on it, whatever came of that.
         """
         before, names = in_bundle(self.bundle), {entry["name"] for entry in artifacts}
         same = ("onnx-fp32", fingerprint(origin)) in [(entry["name"], entry.get("made_from")) for entry in before]
         others = [entry for entry in before if entry["name"] not in names]
-        kept = [one for one in others if same and one["precision"] not in but and is_whole(self.bundle, one)]
+        kept = [one for one in others if same and not decided(one["name"]) and is_whole(self.bundle, one)]
         for told, entries in (
             ("stays in the bundle, not asked for, and of the same student", kept),
             ("no longer in the bundle", [entry for entry in others if entry not in kept]),
         ):
             if entries:
                 self.note(f"{told}: {', '.join(entry['file'] for entry in entries)}")
-        return [self.bring(entry) for entry in kept]
+        refused = [one for one in in_bundle(self.bundle, "not_kept") if same and not decided(one["name"])]
+        return [self.bring(entry) for entry in kept], refused
 
     def bring(self, entry: Artifact) -> Artifact:
         """Copy an artifact of the bundle, and write down that it is finished."""
         for path in files_of(self.bundle, entry):
             with writing(self.folder / path.name) as temporary:
-                shutil.copyfile(path, temporary)
+                link(str(path), str(temporary))
         append_line(self.folder / JOURNAL, entry)
         self.entries.append(entry)
         return entry
@@ -133,6 +138,17 @@ def building(folder: Path, name: str = "new") -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         clear_unfinished(new)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a bundle, where there is one, for this process alone.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    with locked(folder, "bundle") if (folder / "manifest.json").exists() else nullcontext():
+        yield
 
 
 def put_back(folder: Path) -> None:
@@ -188,3 +204,11 @@ def in_bundle(folder: Path, part: str = "artifacts") -> list[dict[str, Any]]:
         return []
     entries = manifest.get(part) if isinstance(manifest, dict) else None
     return [entry for entry in entries or [] if isinstance(entry, dict) and "name" in entry]
+
+
+def link(source: str, target: str) -> None:
+    """Let a second name stand for a file, as what changes is written to a file of its own; else copy it."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)

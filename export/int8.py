@@ -170,7 +170,7 @@ class Quantiser:
         if entry := finished.take(name, made_from):
             self.note(f"{entry['file']}: finished before, and made from the same; it is kept")
             return entry, entry["quantization"]
-        if found := finished.refused(name, made_from):
+        if found := finished.not_kept(name, made_from):
             self.note(f"{path.name}: {told(found)} (found before, from the same)")
             return None, found
         found = too_few(len(self.pixels), self.floor)
@@ -181,7 +181,8 @@ class Quantiser:
         found = {"name": name, "layout": layout, "calibration_images": calibrated, **found}
         self.note(f"{path.name}: {told(found)}")
         if not found["kept"]:
-            return None, {**found, **({} if could_be_mended(found) else {"made_from": fingerprint(made_from)})}
+            again = not variant.heavy and could_be_mended(found)
+            return None, {**found, **({} if again else {"made_from": fingerprint(made_from)})}
         images, reference = self.compared
         entry = describe_artifact(
             folder,

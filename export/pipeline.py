@@ -179,6 +179,13 @@ def export_student(
             note=note,
         )
 
+    def decided(name: str) -> bool:
+        if not (options.int8 and "int8" in name):
+            return False
+        if name.startswith("onnx-") and not name.endswith("-tensorrt"):
+            return True
+        return backend is not None and (name.startswith("onnx-") or name.startswith(f"{backend.name}-int8"))
+
     with room_for(folder, expected_bytes(student, preprocessing, held_out, options)), building(folder) as new:
         finished = Finished(new, bundle=folder, note=note)  # by an export that was killed, or in the bundle there is
         made_from = origin_of(student, pixels, classes, preprocessing, options)
@@ -244,8 +251,9 @@ def export_student(
             if scoring["class_vectors"] == "input":  # the files' second one
                 scoring["input"] = {"name": MATRIX, "dtype": "float32", "shape": ["classes", scoring["width"]]}
             facts = {**facts, "open_vocabulary": {**facts.get("open_vocabulary", {}), **scoring}}
-        if scorer is None:
-            artifacts += finished.carry_over(artifacts, made_from, but={"int8"} if options.int8 else ())
+        fixed = made_from if options.class_vectors != "input" else None  # else what has them inside is of no use
+        kept, before = finished.carry_over(artifacts, fixed, decided=decided)
+        artifacts, not_kept = artifacts + kept, not_kept + before
         finished.leave_only(artifacts)
         evaluation = {
             "images": len(held_out.teacher_logits),

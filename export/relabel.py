@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import shutil
 import tempfile
@@ -31,7 +30,7 @@ from prgkit.export.bundle import (
 )
 from prgkit.export.card import load_card
 from prgkit.export.contents import PARTS, VECTORS, digests, require_unchanged
-from prgkit.export.finished import RELABELLED, Artifact, building, files_of, put_back
+from prgkit.export.finished import RELABELLED, Artifact, alone_in, building, files_of, link, put_back
 from prgkit.export.lossless import read_array, read_png, write_array
 from prgkit.export.open_vocabulary import Matrix, answers_told, scored, write_classes
 from prgkit.export.run import said
@@ -62,7 +61,7 @@ def relabel(folder: Path, classes: Sequence[str], *, run: Run | None, watch: Wat
         TeacherError: the teacher cannot be loaded.
         ParityError: the FP32 file does not give the logits that the stored features have by the new vectors.
     """
-    with locked(run.folder, "run") if run else locked(folder, "bundle"):
+    with locked(run.folder, "run") if run else contextlib.nullcontext(), alone_in(folder):
         bundle = open_bundle(folder)
         require_open(bundle)
         for part in PARTS:
@@ -247,11 +246,3 @@ def require_same(new: Path, fp32: Artifact) -> None:
             where=new,
             fix="copy the bundle again, or export it again",
         )
-
-
-def link(source: str, target: str) -> None:
-    """Let a second name stand for a file, as what changes is written to a file of its own; else copy it."""
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)

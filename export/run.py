@@ -16,6 +16,7 @@ from PIL import Image
 from prgkit.answers import Answers, answers_of, no_correction
 from prgkit.devices import best_device
 from prgkit.errors import ExportError
+from prgkit.export.finished import alone_in
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
 from prgkit.export.recover import Learned
 from prgkit.files import fingerprint, sha256
@@ -31,6 +32,7 @@ from prgkit.student import load_student, student_facts
 from prgkit.targets import embed
 from prgkit.teacher import Teacher, load_teacher
 from prgkit.ticks import audited_keys, bring_ticks
+from prgkit.trust import confidence_of
 from prgkit.watch import Watch
 
 PARITY_IMAGES = 256
@@ -63,7 +65,7 @@ def export_run(
         PrgkitError: the run has no student or is being worked on, an artifact disagrees with PyTorch, or a backend is
             missing.
     """
-    with locked(run.folder, "run"):
+    with locked(run.folder, "run"), alone_in(run.bundle):
         recipe = run.recipe
         if evaluation_images is not None:
             page = recipe.export.model_copy(update={"evaluation_images": evaluation_images})
@@ -201,9 +203,8 @@ def learned_images(
     if recipe.data.evaluation:
         catalogue = read_catalogue(recipe.data.images, recipe, watch, known=seen)
     places = np.setdiff1d(np.arange(len(catalogue)), hold_out(catalogue.keys, recipe.data.held_out))
-    if recipe.data.keep.asks and run.confidence_file.exists():
-        sure = sure_enough(np.load(run.confidence_file), recipe.data.keep)  # of all that are not held out
-        places = places[sure] if len(sure) == len(places) else places
+    if recipe.data.keep.asks:
+        places = places[sure_enough(confidence_of(run, images=len(places)), recipe.data.keep)]
     chosen = [place for place in places.tolist() if catalogue.keys[place] not in apart]
     return Learned(
         images=len(chosen),

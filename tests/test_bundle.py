@@ -631,6 +631,17 @@ def test_a_build_that_fails_leaves_the_engine_before_it(copy, monkeypatch):
 
 
 @needs_rtx
+def test_a_kill_as_an_engine_takes_its_place_leaves_a_bundle_that_opens(copy):
+    def kill(text):
+        if "built in" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(copy, fp16=False, batch=(1, 1, 4), backend="tensorrt_rtx", note=kill)
+    assert "tensorrt_rtx-fp32" not in [entry["name"] for entry in open_bundle(copy).artifacts]
+
+
+@needs_rtx
 def test_an_engine_of_another_system_is_not_taken_for_this_ones(copy, monkeypatch):
     build = {"fp16": False, "batch": (1, 1, 2), "backend": "tensorrt_rtx", "note": lambda _: None}
     build_engines(copy, **build)

@@ -467,6 +467,10 @@ def test_an_int8_engine_that_would_be_larger_than_fp16s_is_not_kept_and_that_is_
     assert notes[-1] == f"tensorrt_rtx-int8-heavy: {why}"
     assert [one["name"] for one in manifest["not_kept"]] == ["tensorrt_rtx-int8-heavy"]
     assert int8_notes(open_bundle(tmp_path / "bundle"), None) == [f"tensorrt_rtx-int8-heavy: {why}."]
+    for asked in (True, False):  # what is not decided anew stays, and what was said of it
+        again = export(repvit, tmp_path / "bundle", [], count=192, int8=asked, fidelity=60.0)
+        assert again["not_kept"] == manifest["not_kept"]
+        assert {entry["name"] for entry in again["artifacts"]} == {entry["name"] for entry in manifest["artifacts"]}
 
     def build(batch):
         notes.clear()
@@ -513,7 +517,8 @@ def test_an_engine_of_int8_that_missed_its_floor_is_refused_with_the_figures(bun
     manifest["not_kept"] = [{"name": "onnx-int8-tensorrt", "layout": "tensorrt", **too_few(40, 98.0)}]
     write_sealed(tmp_path / "bundle" / "manifest.json", manifest)
     with pytest.raises(ExportError, match="INT8 is not kept: 40 held-out images cannot show its fidelity") as caught:
-        build_engines(tmp_path / "bundle", fp16=False, int8=True, backend="tensorrt_rtx", note=lambda _: None)
+        build = {"fp16": False, "int8": True, "batch": (1, 1, 1), "backend": "tensorrt_rtx", "note": lambda _: None}
+        build_engines(tmp_path / "bundle", **build)
     assert caught.value.fix == "build without --int8"
 
 
@@ -545,7 +550,7 @@ def test_int8_that_a_recovery_could_have_mended_is_tried_again():
     assert could_be_mended(near), "it came to no end"
     assert not could_be_mended({**near, "recovery": {}})
     assert not could_be_mended({**near, "tried": [{**near["tried"][0], "agreement": 50.0}]})
-    assert could_be_mended(too_few(40, 98.0)), "there may be more images"
+    assert could_be_mended(too_few(40, 98.0)), "it costs nothing"
 
 
 def rows(*, int8_ms, agreement, heavy_ms=None, heavy_agreement=100.0):
@@ -602,11 +607,14 @@ def test_of_several_int8_files_the_fastest_that_is_faithful_is_chosen(
     assert [note.split()[0] for note in notes[:2]] == [chosen, *(one["artifact"] for one in found["others"])]
     write_choice(tmp_path, opened, found)
     assert read_sealed(tmp_path / "choice.json")["artifact"] == chosen
-    row = {"backend": "onnxruntime", "device": "cpu", "precision": "int8", "agreement_fp32": 100.0}
+    row = {"backend": "onnxruntime", "device": "cpu", "faithful": True}
     assert refused(found, {**row, "artifact": "onnx-int8-heavy"}) == (not kept[1])
-    elsewhere = {**row, "backend": "openvino", "artifact": "onnx-int8-tensorrt"}
-    assert [refused(found, {**elsewhere, "agreement_fp32": share}) for share in (63.0, 61.0)] == [False, True]
-    assert not refused(found, {**elsewhere, "agreement_fp32": 61.0, "precision": "fp32"})
+    for artifact in ("onnx-int8-heavy", "onnx-int8-tensorrt"):
+        elsewhere = {"backend": "openvino", "device": "cpu", "artifact": artifact}
+        faithful = [
+            refused(judged, {**elsewhere, "faithful": how}) for how in (True, False) for judged in (found, None)
+        ]
+        assert faithful == [False, False, True, True], "slow here may be fast there, but not what is wrong"
     slow = rows(int8_ms=[50.0] * 10, agreement=90.0, heavy_ms=[60.0] * 10)
     assert choose(opened, slow, images=2000)["artifact"] == "onnx-int8", "the first, where none is kept"
 
@@ -644,26 +652,20 @@ def test_predict_obeys_the_choice_of_this_machine(bundle, tmp_path):
 
 
 def test_the_headline_is_never_of_int8_that_was_not_kept():
-    row = {"status": "measured", "top1": None, "agreement_teacher": 90.0, "device": "cpu", "agreement_fp32": 99.0}
+    row = {"status": "measured", "top1": None, "agreement_teacher": 90.0, "device": "cpu", "faithful": None}
     fast, slow = (
-        {**row, "artifact": name, "precision": name[5:], "backend": "onnxruntime", "latency": {"p50_ms": ms}}
+        {**row, "artifact": name, "backend": "onnxruntime", "latency": {"p50_ms": ms}}
         for name, ms in (("onnx-int8", 1.0), ("onnx-fp32", 2.0))
     )
-    report = {"rows": [slow, fast], "int8": {"artifact": "onnx-int8", "kept": True, "images": 2000, "floor": 98.0}}
+    report = {"rows": [slow, fast], "int8": {"artifact": "onnx-int8", "kept": True}}
     assert lead_row(report) is fast
     report["int8"]["kept"] = False
     assert lead_row(report) is slow
-    for artifact, backend in (
-        ("onnx-int8", "openvino"),
-        ("onnx-int8-tensorrt", "openvino"),
-        ("tensorrt-int8", "tensorrt"),
-    ):
-        for agreement in (99.0, 98.5):  # whose lower bounds are 98.46 and 97.87 %
-            elsewhere = {**fast, "artifact": artifact, "backend": backend, "agreement_fp32": agreement}
-            lead = lead_row({**report, "rows": [slow, fast, elsewhere]})
-            assert lead is (elsewhere if agreement == 99 else slow), (
-                "slow here may be fast there, but not what is wrong"
-            )
+    for faithful in (True, False):
+        elsewhere = {**fast, "artifact": "tensorrt-int8", "backend": "tensorrt", "faithful": faithful}
+        for int8_found in (report["int8"], None):
+            lead = lead_row({"rows": [slow, elsewhere], "int8": int8_found})
+            assert lead is (elsewhere if faithful else slow)
 
 
 def test_silu_beside_int8_stays_one_pass_in_onnx_runtime(tmp_path):

@@ -25,7 +25,7 @@ from onnx import numpy_helper  # noqa: E402
 from prgkit.cli import main  # noqa: E402
 from prgkit.demo.digits import CLASSES, load_digits  # noqa: E402
 from prgkit.distill import distill  # noqa: E402
-from prgkit.errors import BackendError, ExportError, RecipeError  # noqa: E402
+from prgkit.errors import BackendError, ExportError, RecipeError, RunError  # noqa: E402
 from prgkit.evaluate.plan import plan  # noqa: E402
 from prgkit.evaluate.predict import predict  # noqa: E402
 from prgkit.evaluate.worker import opener  # noqa: E402
@@ -43,6 +43,7 @@ from prgkit.export.run import check_vocabulary, export_run  # noqa: E402
 from prgkit.export.runners import OnnxRunner, TorchRunner  # noqa: E402
 from prgkit.export.tensorrt import available_backends, build_engine  # noqa: E402
 from prgkit.files import read_json, write_sealed  # noqa: E402
+from prgkit.locks import locked  # noqa: E402
 from prgkit.prompts import load_classes  # noqa: E402
 from prgkit.recipe import StudentPage, validate  # noqa: E402
 from prgkit.run import Run  # noqa: E402
@@ -170,12 +171,20 @@ def test_what_was_relabelled_is_not_taken_for_what_was_exported(run: Run, monkey
 
     before = [entry["sha256"] for entry in open_bundle(run.bundle).artifacts]
     monkeypatch.setattr("prgkit.export.pipeline.export_onnx", make_anew)
-    assert [entry["sha256"] for entry in export()["artifacts"]] == before[:1]
+    assert [entry["sha256"] for entry in export()["artifacts"]] == before
     relabel(run.bundle, ["one", "two"], run=run, watch=Unwatched())
     assert not {entry["sha256"] for entry in open_bundle(run.bundle).artifacts} & set(before)  # nor by bench's choice
     with pytest.raises(MadeAnewError):
         export()
     assert open_bundle(run.bundle).classes == ("one", "two")
+
+
+def test_a_bundle_is_not_replaced_while_another_process_works_in_it(run: Run) -> None:
+    with locked(run.bundle, "bundle"):
+        with pytest.raises(RunError, match="is working on this bundle"):
+            export_run(run, fp16=False, trt=False, open_vocabulary="initializer", watch=Unwatched())
+        with pytest.raises(RunError, match="is working on this bundle"):
+            relabel(run.bundle, ["one", "two"], run=run, watch=Unwatched())
 
 
 def test_how_faithful_int8_was_with_the_old_classes_is_not_said_of_the_new(run: Run) -> None:

@@ -14,7 +14,7 @@ onnx = pytest.importorskip("onnx")
 
 from torch import nn  # noqa: E402
 
-from prgkit.errors import ExportError, ImagesError  # noqa: E402
+from prgkit.errors import ExportError, ImagesError, TargetsError  # noqa: E402
 from prgkit.export import recover as recovery  # noqa: E402
 from prgkit.export.fidelity import hold_floor, logits_of  # noqa: E402
 from prgkit.export.floor import apart, outcome, told, within_reach  # noqa: E402
@@ -33,6 +33,7 @@ from prgkit.export.recover import (  # noqa: E402
     steps_for,
 )
 from prgkit.export.run import evaluation_positions, learned_images  # noqa: E402
+from prgkit.files import sha256, write_sealed  # noqa: E402
 from prgkit.images import Preprocessing  # noqa: E402
 from prgkit.lesson import hold_out, read_catalogue  # noqa: E402
 from prgkit.recipe import load_recipe  # noqa: E402
@@ -335,7 +336,11 @@ def test_nothing_that_is_held_out_is_learned_from(tmp_path):
     assert not taken & held, "neither those that travel nor the others that selected the student"
     run.folder.mkdir()
     np.save(run.confidence_file, np.linspace(0, 1, learned.images, dtype=np.float32))
+    write_sealed(run.answers_file, {"confidence_sha256": sha256(run.confidence_file)})
     recipe = load_recipe("custom", overrides=[*sets, "data.keep.min_confidence=0.5"])
     sure = learned_images(run, images, positions, PREPROCESSING, recipe, (), Unwatched())
     half = learned.read(np.arange(learned.images))[(learned.images + 1) // 2 :]
     np.testing.assert_array_equal(sure.read(np.arange(sure.images)), half, "nor those that the teacher is unsure of")
+    run.confidence_file.write_bytes(run.confidence_file.read_bytes()[:-1])
+    with pytest.raises(TargetsError, match=r"confidence\.npy is missing, or is not what the run wrote"):
+        learned_images(run, images, positions, PREPROCESSING, recipe, (), Unwatched())

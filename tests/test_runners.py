@@ -133,10 +133,12 @@ def openvino():
     return pytest.importorskip("openvino", reason="pip install 'prgkit[openvino]'")
 
 
-def test_what_opening_needs_is_imported_before_its_time_is_taken(tmp_path):
-    opening = opener(
-        {"kind": "onnx", "path": str(tmp_path / "none.onnx"), "provider": "CPUExecutionProvider", "threads": 1}
-    )
+def test_what_opening_needs_is_imported_before_its_time_is_taken(tmp_path, monkeypatch):
+    needed = "prgkit.export.engine_runner"
+    monkeypatch.delitem(sys.modules, needed)
+    path = tmp_path / "none.onnx"
+    opening = opener({"kind": "onnx", "path": str(path), "provider": "CPUExecutionProvider", "threads": 1})
+    assert needed in sys.modules
     with pytest.raises(BackendError, match=r"none\.onnx"):
         opening()
 

@@ -133,8 +133,6 @@ def all_of_it(
     return session, by_threads, frames
 
 
-# Of 86 answers: in the scopes, between two of their rounds, in the thread sweep's rounds, and within the frames, whose
-# turns are kept one by one.
 @pytest.mark.parametrize(("killed_at", "died_at"), [(9, 4), (3, 0)])
 def test_what_failed_before_the_kill_has_failed_after_it_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, died_at: int
@@ -155,6 +153,12 @@ def test_what_failed_before_the_kill_has_failed_after_it_too(
     assert len(alive.rounds_ns) == 3
 
 
+def test_what_failed_before_anything_was_measured_is_tried_again(tmp_path: Path) -> None:
+    Sittings(tmp_path / "unfinished", {}).part("threads 1,2").add("failed", artifact=0, why="no memory")
+    with sitting(tmp_path, {}, lambda text: None) as kept:
+        assert (kept.part("threads 1,2").of("failed"), kept.notes) == ([], [])
+
+
 def test_frames_of_what_failed_before_the_kill_are_not_asked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +172,8 @@ def test_frames_of_what_failed_before_the_kill_are_not_asked_for_again(
     assert again.opened == ["b"]
 
 
+# Of 86 answers: in the scopes, between two of their rounds, in the thread sweep's rounds, and within the frames, whose
+# turns are kept one by one.
 @pytest.mark.parametrize(("killed_at", "lost"), [(9, 3), (12, 0), (37, 1), (39, 3), (75, 3), (76, 0), (79, 0), (85, 0)])
 def test_scopes_threads_and_frames_go_on_where_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, lost: int

@@ -15,6 +15,7 @@ from torch import Tensor
 from prgkit import quality
 from prgkit.answers import Answers, answers_of, fit_correction
 from prgkit.devices import best_device
+from prgkit.errors import TargetsError
 from prgkit.files import read_sealed, sha256, write_bytes, write_sealed
 from prgkit.joint import JointTargets
 from prgkit.keep import sure_enough
@@ -67,6 +68,22 @@ def keep_found(run: Run, made_from: str, correction: dict[str, Any], confidence:
         write_bytes(run.confidence_file, buffer.getvalue())
         digest = sha256(run.confidence_file)
     write_sealed(run.answers_file, {"made_from": made_from, "confidence_sha256": digest, **correction})
+
+
+def confidence_of(run: Run, *, images: int) -> NDArray[np.float32]:
+    """Return how sure the teacher is of each of the ``images`` [images] that a run may learn from.
+
+    Raises:
+        TargetsError: the run's file is missing or damaged, or of other images.
+    """
+    path, fix = run.confidence_file, "distil again into a new run; what needs no --int8 can be exported as it is"
+    digest = read_sealed(run.answers_file)["confidence_sha256"] if run.answers_file.exists() else None
+    if digest is None or not path.exists() or sha256(path) != digest:
+        raise TargetsError(f"{path.name} is missing, or is not what the run wrote", where=path, fix=fix)
+    confidence: NDArray[np.float32] = np.load(path)
+    if len(confidence) != images:
+        raise TargetsError(f"{path.name} is of {len(confidence):,} images, not of {images:,}", where=path, fix=fix)
+    return confidence
 
 
 def found_before(run: Run, made_from: str) -> bool:
