@@ -516,8 +516,8 @@ def test_an_engine_of_int8_that_missed_its_floor_is_refused_with_the_figures(bun
     manifest = read_sealed(tmp_path / "bundle" / "manifest.json")
     manifest["not_kept"] = [{"name": "onnx-int8-tensorrt", "layout": "tensorrt", **too_few(40, 98.0)}]
     write_sealed(tmp_path / "bundle" / "manifest.json", manifest)
+    build = {"fp16": False, "int8": True, "batch": (1, 1, 1), "backend": "tensorrt_rtx", "note": lambda _: None}
     with pytest.raises(ExportError, match="INT8 is not kept: 40 held-out images cannot show its fidelity") as caught:
-        build = {"fp16": False, "int8": True, "batch": (1, 1, 1), "backend": "tensorrt_rtx", "note": lambda _: None}
         build_engines(tmp_path / "bundle", **build)
     assert caught.value.fix == "build without --int8"
 
