@@ -179,7 +179,7 @@ def export_student(
             note=note,
         )
 
-    def decided(name: str) -> bool:
+    def decided(name: str) -> bool:  # what INT8 this export keeps or refuses; all else of a bundle stays in it
         if not (options.int8 and "int8" in name):
             return False
         if name.startswith("onnx-") and not name.endswith("-tensorrt"):
