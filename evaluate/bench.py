@@ -226,8 +226,8 @@ def fill(row: Row, one: Measured, evaluation: Evaluation, *, floor: float) -> No
             row |= accuracy.scores(
                 one.logits, teacher=evaluation.teacher_logits, fp32=evaluation.logits, labels=evaluation.labels
             )
-            same = round(row["agreement_fp32"] * len(one.logits) / 100)
             if row["precision"] == "int8":
+                same = round(row["agreement_fp32"] * len(one.logits) / 100)
                 row["faithful"] = fidelity(same, len(one.logits))["interval"][0] >= floor
     row["status"], row["reason"] = ("measured", None) if failed is None else ("failed", failed)
 
