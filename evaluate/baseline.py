@@ -2,9 +2,9 @@
 
 A latency is worse where the ratio of the medians is beyond the tolerance and their 95 % intervals do not overlap; of a
 bench that was unstable, the range of its rounds' medians, from the 10th to the 90th percentile, counts in place of the
-interval. A size has no noise: the tolerance alone decides. A share of images (top-1, or agreement with the teacher where
-there are no labels; agreement with FP32) is worse where it lies below the 95 % interval of the baseline's: both were
-counted on the same images, so less than that is as much as the choice of the images could have done.
+interval. A size has no noise: the tolerance alone decides. A share of images (top-1, or agreement with the teacher
+where there are no labels; agreement with FP32) is worse where it lies below the 95 % interval of the baseline's: both
+were counted on the same images, so less than that is as much as the choice of the images could have done.
 
 PyTorch's row is left out: it is there for comparison, and no device runs it.
 """
