@@ -86,7 +86,7 @@ class Finished:
         return [self.bring(entry) for entry in kept], refused
 
     def bring(self, entry: Artifact) -> Artifact:
-        """Take an artifact of the bundle, by a second name of its file or a copy, and write down that it is finished."""
+        """Give an artifact of the bundle a second name here, or copy it, and write down that it is finished."""
         for path in files_of(self.bundle, entry):
             with writing(self.folder / path.name) as temporary:
                 link(str(path), str(temporary))
