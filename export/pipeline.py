@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 import prgkit
-from prgkit.errors import DiskFullError
+from prgkit.errors import DiskFullError, ExportError
 from prgkit.export.bundle import (
     contract,
     describe_artifact,
@@ -48,6 +48,7 @@ from prgkit.heads import OpenVocabulary
 from prgkit.images import Preprocessing
 
 WRITERS = ("timm", "onnx", "onnxscript", "onnxruntime")  # besides torch: what writes ONNX files, and compares them
+FP16_SCALES_OPSET = 19
 CPU_FP16 = "ONNX Runtime's CPU provider computes in float32 with the float16 weights"
 
 
@@ -107,6 +108,7 @@ def export_student(
         ParityError: an artifact disagrees with PyTorch; no manifest is written.
     """
     check_batch(options.batch)
+    check_opset(options)
     backend = choose_backend(options.backend) if options.trt else None
     images = torch.from_numpy(pixels)
 
@@ -272,6 +274,16 @@ def export_student(
         }
         write_manifest(new, manifest)
     return manifest
+
+
+def check_opset(options: ExportOptions) -> None:
+    """Refuse INT8 engines of an opset that has no FP16 scales, before any work is done."""
+    if options.int8 and options.trt and options.opset < FP16_SCALES_OPSET:
+        raise ExportError(
+            f"INT8 for TensorRT cannot be written in opset {options.opset}: its scales are FP16, which came with opset "
+            f"{FP16_SCALES_OPSET}",
+            fix=f"set export.opset to {FP16_SCALES_OPSET} or more, or export without --int8 or without --trt",
+        )
 
 
 def onnx_artifact(

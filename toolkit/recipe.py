@@ -138,10 +138,17 @@ class Training(Page):
 class Export(Page):
     """What leaves for the device."""
 
-    opset: int = Field(20, ge=19)
+    opset: int = 20  # the oldest ONNX Runtime that runs it: 17 1.12, 18 1.15, 19 1.16, 20 1.17, 21 1.18, 22 1.21
     batch: tuple[int, int, int] = (1, 1, 32)  # [min, opt, max] of a TensorRT profile; opt is the deployed batch
     evaluation_images: int = Field(2000, ge=1)
     fidelity: float = Field(98.0, ge=90, lt=100)  # percent of those on which INT8 must surely give FP32's answer
+
+    @field_validator("opset")
+    @classmethod
+    def _writable(cls, opset: int) -> int:
+        if not 17 <= opset <= 23:
+            raise ValueError("must be 17 to 23; ONNX Runtime 1.12 and newer run 17, 1.15 18, 1.16 19, 1.17 20")
+        return opset
 
     @field_validator("batch")
     @classmethod
