@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 BATCH = (1, 1, 32)  # of the engine that trtexec builds, where the recipe says nothing
+OLDEST_ONNXRUNTIME = {17: "1.12", 18: "1.15", 19: "1.16", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23"}  # by opset
 TWO_INPUTS = """In other languages give both inputs, too: `pixels`, and `class_vectors` [classes, D] float32. Engines
 hold their class vectors: `prgkit export --open-vocabulary --trt`, where the student was trained, makes such a bundle.
 """
@@ -25,6 +26,7 @@ def readme(manifest: dict[str, Any]) -> str:
     scoring = manifest.get("open_vocabulary")
     takes_vectors = bool(scoring and scoring["class_vectors"] == "input")
     second = f" and `class_vectors` [classes, {scoring['width']}] float32" if scoring and takes_vectors else ""
+    opset = manifest["recipe"].get("export", {}).get("opset", 20)
     floats = [entry for entry in manifest["artifacts"] if entry.get("input", {}).get("layout") == "NCHW"]
     others = [TWO_INPUTS if takes_vectors else cpp_sections(size, manifest), *map(float_section, floats)]
     if scoring:
@@ -37,6 +39,9 @@ Made by prgkit from the teacher {teacher}. Input `pixels` [batch, {size}, {size}
 | file | precision | runs with | executed where it was made |
 |---|---|---|---|
 {rows}
+
+The ONNX files are of opset {opset}, which ONNX Runtime {OLDEST_ONNXRUNTIME[opset]} and newer read; for an older one
+export again with `export.opset` set to a lower number, down to 17.
 
 ## Python, with onnxruntime alone
 
