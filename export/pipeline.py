@@ -6,7 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache, partial
 from importlib import metadata
@@ -33,14 +33,13 @@ from prgkit.export.contents import MATRIX, VECTORS, digests
 from prgkit.export.engines import make_engines
 from prgkit.export.finished import Artifact, Finished, building
 from prgkit.export.floor import Facts
-from prgkit.export.int8 import Network, Quantiser, calibration_of, quantise
+from prgkit.export.int8 import Learned, Network, Quantiser, calibration_of, quantise
 from prgkit.export.lossless import write_array
 from prgkit.export.nchw import NAME as NCHW_NAME
 from prgkit.export.nchw import nchw_artifact
 from prgkit.export.onnx import Deployable, deployable, export_onnx, rehearse_fp16, write_fp16
 from prgkit.export.open_vocabulary import FeatureRunner, answers_told, keep_features, taking_class_vectors
 from prgkit.export.parity import require_agreement, run_batches
-from prgkit.export.recover import Learned, recover
 from prgkit.export.runners import OnnxRunner, TorchRunner
 from prgkit.export.tensorrt import check_batch, choose_backend
 from prgkit.files import readable_bytes, require_space
@@ -153,19 +152,6 @@ def export_student(
             new, pixels=pixels, reference_logits=reference_logits(), preprocessing=preprocessing, note=note
         )
 
-    def recovered(network: Network, left: tuple[str, ...], path: Path) -> dict[str, Any]:
-        assert learned is not None
-        return recover(
-            module(),
-            network.fp32,
-            path,
-            nodes=replace(network, left=left).nodes,
-            spreads=network.spreads,
-            tail=network.tail,
-            learned=learned(),
-            note=note,
-        )
-
     def engines(sources: list[Artifact]) -> tuple[list[Artifact], list[Facts]]:
         assert backend is not None
         return make_engines(
@@ -225,14 +211,11 @@ def export_student(
         if options.int8 and learned:
             with tempfile.TemporaryDirectory() as work:
                 quantiser = Quantiser(
-                    network=Network(new / "model.onnx", new / "model.onnx", calibration_of(learned()), note),
+                    network=Network(new / "model.onnx", calibration_of(learned()), note),
                     pixels=read_evaluation(new).pixels,
                     logits=fp32_logits,
                     floor=options.fidelity,
                     compared=(pixels, reference_logits),
-                    recover=recovered,
-                    learned_from=learned().origin,
-                    work=Path(work),
                     note=note,
                 )
                 made, not_kept = quantise(

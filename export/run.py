@@ -17,9 +17,9 @@ from prgkit.answers import Answers, answers_of, no_correction
 from prgkit.devices import best_device
 from prgkit.errors import ExportError
 from prgkit.export.finished import alone_in
+from prgkit.export.int8 import Learned
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
-from prgkit.export.recover import Learned
-from prgkit.files import fingerprint, sha256
+from prgkit.files import sha256
 from prgkit.images import Catalogue, Preprocessing, match_labels
 from prgkit.joint import existing_targets, open_targets
 from prgkit.keep import sure_enough
@@ -195,7 +195,7 @@ def learned_images(
     seen: Container[str],
     watch: Watch,
 ) -> Learned:
-    """Return the images that the student learned from, for INT8's ranges and its recovery.
+    """Return the images that the student learned from, for INT8's ranges.
 
     None of them travels, and none selected the student: INT8 is judged on images that it was not fitted to.
     """
@@ -209,7 +209,6 @@ def learned_images(
     return Learned(
         images=len(chosen),
         read=lambda places: np.stack([preprocessing.prepare(catalogue.read(chosen[place])) for place in places]),
-        origin=fingerprint([catalogue.keys[place] for place in chosen]),
     )
 
 

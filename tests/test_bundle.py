@@ -25,8 +25,8 @@ from prgkit.export.bundle import check_golden, open_bundle, read_evaluation, wri
 from prgkit.export.card import load_card
 from prgkit.export.engines import build_engines
 from prgkit.export.finished import building
+from prgkit.export.int8 import Learned
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
-from prgkit.export.recover import Learned
 from prgkit.export.runners import OnnxRunner, open_runner
 from prgkit.export.tensorrt import available_backends
 from prgkit.files import read_json, write_sealed
@@ -487,7 +487,7 @@ def test_what_a_killed_export_had_finished_of_another_student_is_neither_used_no
         return [], []
 
     monkeypatch.setattr(pipeline, "quantise", quantise)
-    learned = Learned(16, lambda places: repvit.pixels[places], "made up")
+    learned = Learned(16, lambda places: repvit.pixels[places])
     export(repvit, tmp_path / "bundle", learned=lambda: learned, int8=True)
     assert sources[0].parent != tmp_path / ".bundle.new", "TensorRT's INT8 would have been the other student's"
     assert not (tmp_path / "bundle" / "model.fp16.onnx").exists()

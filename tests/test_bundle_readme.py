@@ -56,7 +56,9 @@ def test_it_is_about_this_bundle() -> None:
         "$ trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped --noTF32 --minShapes=pixels:1x224x224x3 "
         "--optShapes=pixels:4x224x224x3 --maxShapes=pixels:8x224x224x3\n"
     ) in text
-    assert "The ONNX files are of opset 20, which ONNX Runtime 1.17 and newer read; for an older one\nexport again" in text
+    assert (
+        "The ONNX files are of opset 20, which ONNX Runtime 1.17 and newer read; for an older one\nexport again" in text
+    )
     assert "The ONNX files are of opset 17, which ONNX Runtime 1.12 and newer" in readme(
         manifest(recipe={"export": {"opset": 17}})
     )
