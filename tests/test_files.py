@@ -74,5 +74,7 @@ def test_where_nobody_is_at_home_the_cache_is_temporary(tmp_path: Path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
     monkeypatch.setenv("HOME", "/home/someone")
     assert cache_folder() == Path("/home/someone/.cache/prgkit")
-    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
     assert cache_folder() == Path(tempfile.gettempdir()) / "prgkit"

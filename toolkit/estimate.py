@@ -15,7 +15,7 @@ from prgkit.context import load_context
 from prgkit.devices import best_device, probe_precision
 from prgkit.distill import check_trackers
 from prgkit.files import free_bytes, readable_bytes, require_space
-from prgkit.images import ENOUGH, Images, UnreadableImage, open_images
+from prgkit.images import ENOUGH, Images, UnreadableImage, gauge, open_images
 from prgkit.labels import class_indices
 from prgkit.pictures import PICTURES, room_bytes
 from prgkit.recipe import Recipe, TeacherPage
@@ -48,10 +48,15 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
     device = best_device()
     stored = [existing_store(page, recipe.views, targets_root) for page in recipe.teacher]
     images = open_images(recipe.data.images)
+    if images.left_out:
+        watch.note(f"{images.spec}: {images.left_out}")
+    deep = gauge(images, sample_of(images))
+    images = images.with_grey(deep.grey if deep else None)
     images_missing = count_missing(images, stored)
     pictures_bytes = len(images) * mean_picture_bytes(images)
     judged = open_matched(recipe, recipe.data.evaluation, recipe.data.evaluation_labels)
     few = open_matched(recipe, recipe.data.labelled, recipe.data.labelled_labels) if recipe.learns_labels else None
+    judged, few = (labelled.with_grey(images.grey) if labelled else None for labelled in (judged, few))
     judged_missing = count_missing(judged, stored) if judged else [0] * len(stored)
     if judged:
         mean_picture_bytes(judged)  # one of them at least can be read
