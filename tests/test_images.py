@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import pickle
 import random
@@ -340,10 +343,10 @@ def test_tar_shards_with_cls_labels(tmp_path: Path) -> None:
     write_tar(tmp_path / "s-10.tar", {"dir/v2.x.png": pictures[3], "dir/v2.x.cls": b"5", "../up.png": pictures[3]})
     images = open_images(str(tmp_path / "s-{08..10}.tar"))
     assert [(images.name(i), images.label(i)) for i in range(4)] == [
-        ("s-08.tar/000.png", 3),
+        ("s-08.tar/000.png", "3"),
         ("s-08.tar/1.seg.png", None),
         ("s-09.tar/000.png", "oak tree"),
-        ("s-10.tar/dir/v2.x.png", 5),
+        ("s-10.tar/dir/v2.x.png", "5"),
     ]
     assert (pixels(images.read(2)) == pixels(noise(2))).all()
     assert [one.name for one in catalogue(images, workers=1).unreadable] == ["s-10.tar/../up.png"]
@@ -479,6 +482,106 @@ def test_demo_digits() -> None:
     )
 
 
+# --- what is a picture, and what is passed over ---
+
+JPEG = encode(noise(9), "JPEG")
+ODD_NAMES = dict.fromkeys(("a.mpo", "b.jif", "photo.jpg?w=500", "photo.jpg_large", "bare", "c.dng", "d.hif"), JPEG)
+OTHERS = {
+    "e.nef": encode(noise(1), "TIFF"),
+    "f.NEF": b"II*\0",
+    "notes.txt": JPEG,
+    "g.mp4": b"\0\0\0\x18ftypisom",
+    "h": b"",
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_the_content_decides_what_is_a_picture(tmp_path: Path, kind: str) -> None:
+    heic = {"i.bin": b"\0\0\0\x18ftypheic" + bytes(16), "j.jxl": b"\xff\x0a" + bytes(9), "bm.csv2": b"BMW,1\n"}
+    write = {"folder": write_folder, "zip": write_zip, "tar": write_tar}[kind]
+    path = tmp_path / ("in" if kind == "folder" else f"in.{kind}")
+    images = open_images(str(write(path, ODD_NAMES | OTHERS | heic)))
+    names = [images.name(i).removeprefix("in.tar/") for i in range(len(images))]
+    assert sorted(names) == sorted([*ODD_NAMES, "i.bin", "j.jxl"])
+    found = catalogue(images, workers=1)
+    assert (len(found), found.duplicates) == (1, len(ODD_NAMES) - 1)
+    assert sorted(one.reason.split(",")[0] for one in found.unreadable) == ["HEIC", "JPEG XL"]
+    assert images.left_out == (
+        "passed over 6 files that are no pictures: 2 .nef (camera raw: convert to JPEG), "
+        "1 .csv2, 1 .mp4, 1 .txt, 1 without a suffix"
+    )
+
+
+def test_a_folder_of_pictures_says_nothing_and_looks_into_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path, MEMBERS | {"cat/a.txt": b"0 1 1 2 2"})
+    monkeypatch.setattr("prgkit.sources.read_head", lambda path: pytest.fail(f"{path} was opened"))
+    images = open_images(str(tmp_path))
+    assert len(images) == 4
+    assert images.left_out == "passed over 1 file that is no picture: 1 .txt"
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_what_prgkit_wrote_is_not_learned_from(tmp_path: Path, kind: str) -> None:
+    run, bundle = b'{\n  "schema": "prgkit.run/1"', b'{\n  "schema": "prgkit.bundle/1"'
+    ours = {"runs/one/card.json": run, "runs/one/bundle/manifest.json": bundle, "old/manifest.json": bundle}
+    ours |= {"targets/pictures/pictures.u8": b"", "targets/pictures/journal.jsonl": b""}
+    golden = {f"{folder}/golden/00.png": encode(noise(7)) for folder in ("runs/one/bundle", "old")}
+    theirs = {"runs/x.png": encode(noise(8)), "web/manifest.json": b'{"name": "shop"}', "web/y.png": encode(noise(6))}
+    write = {"folder": write_folder, "zip": write_zip}[kind]
+    path = write(tmp_path / ("in" if kind == "folder" else "in.zip"), MEMBERS | ours | golden | theirs)
+    images = open_images(str(path))
+    assert {images.name(i) for i in range(len(images))} == {*MEMBERS, "runs/x.png", "web/y.png"}
+    assert images.left_out == (
+        "passed over 1 file that is no picture: 1 .json; "
+        "passed over 3 folders that prgkit wrote: old, runs/one, targets/pictures"
+    )
+    if kind == "folder":
+        assert len(open_images(str(path / "old"))) == 1  # asked for by name
+        assert "fix: it holds 1 .json, what prgkit wrote (bundle); images end in" in error_text(path / "runs" / "one")
+
+
+@pytest.mark.parametrize("suffix", ["tar.gz", "tgz", "tar.bz2", "tar.xz"])
+def test_compressed_shards_are_decompressed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pack = {"gz": gzip, "tgz": gzip, "bz2": bz2, "xz": lzma}[suffix.removeprefix("tar.")].compress
+    for number in range(2):
+        plain = write_tar(tmp_path / "plain.tar", {"0.png": encode(noise(number)), "0.cls": b"4"})
+        (tmp_path / f"s-{number}.{suffix}").write_bytes(pack(plain.read_bytes()))
+    images = open_images(f"{tmp_path}/s-{{0..1}}.{suffix}")
+    assert [(images.name(i), images.label(i)) for i in range(2)] == [("s-0.tar/0.png", "4"), ("s-1.tar/0.png", "4")]
+    assert (pixels(images.read(1)) == pixels(noise(1))).all()
+    cache = tmp_path / "cache" / "prgkit" / "shards"
+    assert images.left_out == f"decompressed in {cache}"
+    before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(before) == 2
+    assert len(open_images(f"{tmp_path}/s-{{0..1}}.{suffix}")) == 2
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
+    shard = tmp_path / f"s-0.{suffix}"
+    shard.write_bytes(pack(write_tar(tmp_path / "plain.tar", {"1.png": encode(noise(5)), "2.png": b""}).read_bytes()))
+    assert len(open_images(str(shard))) == 2  # another file by now
+    assert len(list(cache.iterdir())) == 2
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-20] if len(whole) > 40 else whole[:10])
+    assert error_text(shard).startswith(f"s-0.{suffix} is damaged: ")
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_json_labels_of_a_webdataset(tmp_path: Path) -> None:
+    facts = [
+        '{"label": 3}',
+        '{"class_name": "oak tree", "width": 8}',
+        '{"caption": "a cat"}',
+        "[3]",
+        "{broken",
+        '{"cls": true}',
+    ]
+    members = {f"{number}.png": encode(noise(number)) for number in range(6)}
+    members |= {f"{number}.json": text.encode() for number, text in enumerate(facts)}
+    images = open_images(str(write_tar(tmp_path / "s.tar", members | {"0.x.json": b"{}", "5.cls": b"7"})))
+    assert [images.label(i) for i in range(6)] == ["3", "oak tree", None, None, None, "7"]
+    assert images.left_out == ""
+
+
 # --- the catalogue ---
 
 
@@ -609,7 +712,7 @@ def test_labels_that_match_no_class(tmp_path: Path) -> None:
 
 def test_labels_out_of_range_or_missing(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"0.png": MEMBERS["cat/a.png"], "0.cls": b"7"})
-    with pytest.raises(ImagesError, match=r"^1 of 1 labels match no class: 7\n"):
+    with pytest.raises(ImagesError, match=r"^1 of 1 labels match no class: '7'\n"):
         match_labels(catalogue(open_images(str(path)), workers=1), ["cat", "dog"])
     write_folder(tmp_path / "in", {"a.png": MEMBERS["cat/a.png"]})
     with pytest.raises(ImagesError) as raised:
@@ -676,10 +779,10 @@ def test_missing_paths(tmp_path: Path) -> None:
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:
-    write_folder(tmp_path, MEMBERS | {"a.txt": b"", "a.zip": b"no zip", "a.tar": b"no tar" * 200, "a.tar.gz": b""})
+    write_folder(tmp_path, MEMBERS | {"a.txt": b"", "a.zip": b"no zip", "a.tar": b"no tar" * 200, "a.tar.zst": b""})
     assert error_text(tmp_path / "d.bmp").startswith(f"{tmp_path}/d.bmp is a single image")
     assert error_text(tmp_path / "a.txt").startswith(f"{tmp_path}/a.txt is neither a folder nor an archive")
-    assert error_text(tmp_path / "a.tar.gz").endswith("fix: decompress it to a plain .tar")
+    assert error_text(tmp_path / "a.tar.zst").endswith("fix: decompress it to a plain .tar")
     assert error_text(tmp_path / "a.zip").startswith(f"{tmp_path}/a.zip is damaged: File is not a zip file")
     assert error_text(tmp_path / "a.tar").startswith("a.tar is not a whole tar file: ")
     whole = write_tar(tmp_path / "b.tar", {"0.png": bytes(5000), "1.png": bytes(5000)}).read_bytes()
