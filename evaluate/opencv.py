@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from prgkit.export.bundle import Bundle
 from prgkit.export.lossless import read_png
 from prgkit.export.runners import Runner
-from prgkit.images import Preprocessing
+from prgkit.images import Preprocessing, margins
 
 FLAGS = {"nearest": "INTER_NEAREST", "bilinear": "INTER_LINEAR", "bicubic": "INTER_CUBIC"}
 
@@ -46,6 +46,9 @@ def prepare(cv2: Any, picture: NDArray[np.uint8], preprocessing: Preprocessing) 
     size, flag = preprocessing.image_size, getattr(cv2, FLAGS[preprocessing.interpolation])
     if preprocessing.squash:
         return np.asarray(cv2.resize(picture, (size, size), interpolation=flag), dtype=np.uint8)
+    height, width = picture.shape[:2]
+    left, top = margins((width, height))
+    picture = picture[top : height - top, left : width - left]
     height, width = picture.shape[:2]
     short = math.floor(size / preprocessing.crop)
     new_width, new_height = (int(short * side / min(width, height)) for side in (width, height))

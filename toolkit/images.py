@@ -427,8 +427,14 @@ def as_grey_range(pair: Any) -> GreyRange | None:
 
 def trimmed(image: Image.Image) -> Image.Image:
     """Return the middle of a picture, no more than `LONGEST` times as long as it is short: nearly always all of it."""
-    left, top = (max(0, side - LONGEST * min(image.size)) // 2 for side in image.size)
+    left, top = margins(image.size)
     return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
+
+
+def margins(size: tuple[int, int]) -> tuple[int, int]:
+    """Return how much `trimmed` cuts off on the left and right, and at the top and bottom."""
+    left, top = (max(0, side - LONGEST * min(size)) // 2 for side in size)
+    return left, top
 
 
 def decoded(

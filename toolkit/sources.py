@@ -29,6 +29,7 @@ from prgkit.files import cache_folder, fingerprint, writing
 
 # What Python's readers of archives raise on damaged bytes, besides errors of their own.
 DAMAGES = (OSError, EOFError, ValueError, IndexError, KeyError, OverflowError, RuntimeError, struct.error, zlib.error)
+LONGEST_SAID = 200  # characters of a path that is wrong
 LARGEST_FILE_BYTES = 1 << 30  # no photograph; a zip member can claim any size
 HEAD_BYTES = 4096
 # There may be one for each picture, so none of them is looked into.
@@ -82,6 +83,11 @@ def open_path(spec: str) -> Source:
         raise ImagesError(f"{spec} is a single image", where=path, fix="give the folder that holds it")
     fix = "decompress it to a plain .tar" if re.search(r"\.tar\.\w+$", path.name.lower()) else f"give {KINDS}"
     raise ImagesError(f"{spec} is neither a folder nor an archive that can be read", where=path, fix=fix)
+
+
+def is_archive(path: Path) -> bool:
+    """Tell by its name whether a file holds pictures that are read where they lie."""
+    return suffix_of(path.name) == ".zip" or TAR.search(path.name) is not None
 
 
 class FolderSource:
@@ -445,14 +451,19 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 def require(path: Path, spec: str, *, fix: str = f"give {KINDS}") -> Path:
     """Return ``path`` where it exists; else say what is there instead."""
-    if path.exists():
+    if os.path.exists(path):  # of the two spellings, the one that takes a name too long for one that is not there
         return path
-    parents = [parent for parent in path.absolute().parents if parent.is_dir()]
+    parents = [parent for parent in path.absolute().parents if os.path.isdir(parent)]
     siblings = os.listdir(parents[0]) if parents and os.access(parents[0], os.R_OK) else []
     missing = path.absolute().relative_to(parents[0]).parts[0] if parents else path.name
     unset = re.search(r"\$\{?(\w+)", str(path))
     hint = f"; ${unset[1]} is not set" if unset else nearest(missing, siblings)
-    what = f"{spec} does not exist{hint}" if path.name in spec else f"{path.name} of {spec} does not exist{hint}"
+    spec = spec if len(spec) < LONGEST_SAID else f"{spec[:LONGEST_SAID]}..."
+    what = (
+        f"{spec} does not exist{hint}"
+        if path.name in spec or spec.endswith("...")
+        else f"{path.name} of {spec} does not exist{hint}"
+    )
     raise ImagesError(what, where=parents[0] if parents else None, fix=fix)
 
 
