@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import json
 import lzma
 import os
 import pickle
@@ -14,15 +15,27 @@ import tarfile
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from prgkit.decoding import UnreadableImage, decode, image_suffixes
+from prgkit.decoding import UnreadableImage, decode, grey_range, image_suffixes
 from prgkit.errors import ImagesError
-from prgkit.images import Catalogue, Preprocessing, catalogue, load_image, match_labels, open_images
+from prgkit.images import (
+    Catalogue,
+    Images,
+    Preprocessing,
+    catalogue,
+    content_key,
+    load_image,
+    match_labels,
+    nearly_black,
+    open_images,
+)
 from prgkit.sources import expand_braces
 
 REAL = Path(os.environ.get("PRGKIT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data") / "cifar100"
@@ -120,6 +133,30 @@ def test_32_bit_grey() -> None:
     for values, expected in (([0, 128, 255], [0, 128, 255]), ([0, 2**20, 2**21], [0, 128, 255])):
         image = Image.fromarray(np.array([values], dtype=np.int32))
         assert pixels(decode(encode(image, "TIFF"), "a.tif"))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "whole", "expected"),
+    [
+        (0, 255, True, (0, 255)),
+        (3, 1000, True, (0, 1023)),
+        (336, 3584, True, (0, 4095)),  # an industrial camera's 12 bits
+        (0, 4096, True, (0, 16383)),
+        (120, 60000, True, (0, 65535)),
+        (0, 2**21, True, (0, 2**21)),
+        (7000, 9500, True, (7000, 9500)),  # a thermal camera
+        (9000, 9000, True, (0, 16383)),  # one level is no band
+        (-40, 120, True, (-40, 120)),
+        (0.0, 1.0, False, (0, 1)),
+        (0.1, 0.9, False, (0, 1)),
+        (0.0, 0.06, False, (0, 0.06)),  # 12 bits divided by 65,535
+        (0.3, 12.5, False, (0, 12.5)),
+        (290.0, 310.0, False, (290, 310)),
+        (0.0, 0.0, False, (0, 0)),
+    ],
+)
+def test_the_range_of_a_deep_grey(low: float, high: float, whole: bool, expected: tuple[float, float]) -> None:
+    assert grey_range(low, high, whole=whole) == expected
 
 
 def test_palette_with_and_without_transparency() -> None:
@@ -600,6 +637,66 @@ def test_catalogue_counts_skips_and_reports_progress(tmp_path: Path) -> None:
     assert (pixels(found.read(0)) == pixels(found.images.read(int(found.indices[0])))).all()
 
 
+def deep(*values: int) -> bytes:
+    return encode(Image.fromarray(np.array([values], dtype=np.uint16)))
+
+
+def test_deep_greys_of_a_set_have_one_range(tmp_path: Path) -> None:
+    members = {"a.png": deep(0, 900), "b.png": deep(100, 3987), "c.png": deep(800, 819), "d.png": deep(5, 6)[:-30]}
+    found = catalogue(open_images(str(write_folder(tmp_path, MEMBERS | members))), workers=2)
+    assert found.images.grey == (0, 4095)
+    assert str(found.deep) == (
+        "4 images are deep grey; the values of the 3 looked at go from 0 to 3,987, so 0 to 4,095 (12 bits) is black to white"
+    )
+    read = {found.images.name(int(index)): found.read(place) for place, index in enumerate(found.indices)}
+    assert [pixels(read[name])[0, :, 0].tolist() for name in ("a.png", "b.png", "c.png")] == [
+        *([0, 56], [6, 248], [50, 51])  # v * 255 / 4095
+    ]
+    assert [one.name for one in found.unreadable] == ["d.png"]
+    plain = catalogue(open_images(str(write_folder(tmp_path / "plain", MEMBERS))), workers=2)
+    assert set(plain.keys) < set(found.keys)  # all else is known as before
+    assert (plain.images.grey, plain.deep) == (None, None)
+    again = catalogue(found.images, workers=1)
+    assert again.keys == found.keys
+    assert [found.images.key(int(index)) for index in found.indices] == list(found.keys)
+    assert catalogue(open_images(str(tmp_path)).with_grey((0, 8000)), workers=1).keys != found.keys
+
+
+def test_true_16_bits_stay_what_they_were(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a.png": deep(0, 65535), "b.png": deep(257, 30 * 257)})
+    found = catalogue(open_images(str(tmp_path)), workers=1)
+    assert found.images.grey == (0, 65535)
+    assert set(found.keys) == {content_key(path.read_bytes()) for path in tmp_path.iterdir()}
+    assert sorted(pixels(found.read(place))[0, 1, 0] for place in range(2)) == [30, 255]
+
+
+def test_pictures_that_a_library_hands_out_are_gauged_too() -> None:
+    class Source:
+        def __len__(self) -> int:
+            return 2
+
+        def name(self, index: int) -> str:
+            return str(index)
+
+        def label(self, index: int) -> None:
+            return None
+
+        def fetch(self, index: int) -> Image.Image:
+            return Image.fromarray(np.array([[0, (400, 1023)[index]]], dtype=np.int32))
+
+    found = catalogue(Images("two", Source(), None), workers=1)
+    assert sorted(pixels(found.read(place))[0, 1, 0] for place in range(2)) == [100, 255]
+
+
+def test_what_is_nearly_black_is_found(tmp_path: Path) -> None:
+    dark = np.full((4, 4, 3), 15, dtype=np.uint8)
+    write_folder(tmp_path, {f"{n}.png": encode(Image.fromarray(dark - np.uint8(n))) for n in range(5)})
+    assert nearly_black(catalogue(open_images(str(tmp_path)), workers=1))
+    dark[0, 0, 0] = 16
+    write_folder(tmp_path, {"more.png": encode(Image.fromarray(dark))})
+    assert not nearly_black(catalogue(open_images(str(tmp_path)), workers=1))
+
+
 def test_names_places_and_containers_change_nothing(tmp_path: Path) -> None:
     """Keys and order come from content, so neither a rename nor a class folder can leak into training."""
     members = {f"{seed}.png": encode(noise(seed)) for seed in range(50)}
@@ -824,6 +921,26 @@ def test_prepare_equals_timm_and_torchvision(interpolation: str, image_size: int
         assert (prepared == reference).all(), size
 
 
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (3, 1001)])
+def test_of_a_thin_picture_the_middle_is_resized(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    image, (width, height) = noise(1, size), size
+    largest: list[int] = []
+    resize = Image.Image.resize
+
+    def watched(self: Image.Image, to: tuple[int, int], *options: Any) -> Image.Image:
+        largest.append(to[0] * to[1])
+        return resize(self, to, *options)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    prepared = preprocessing(224).prepare(image)
+    assert largest[0] <= 101 * 224 * 224  # pixels; it would be 3 billion
+    longest = 100 * min(size)
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    cut = image.crop((left, top, width - left, height - top))
+    assert max(cut.size) - longest in (0, 1)
+    assert (prepared == preprocessing(224).prepare(cut)).all()
+
+
 def test_prepare_equals_open_clip() -> None:
     open_clip_transform = pytest.importorskip("open_clip.transform")
     expected = open_clip_transform.image_transform(24, is_train=False, mean=(0,) * 3, std=(1,) * 3)
@@ -836,6 +953,9 @@ def test_preprocessing_travels_as_json() -> None:
     made = preprocessing(64, 0.95, "bilinear")
     assert Preprocessing.from_dict(made.to_dict()) == made
     assert made.to_dict()["mean"] == [0.5, 0.5, 0.5]
+    assert made.to_dict()["grey_range"] is None
+    ranged = replace(made, grey_range=(0.0, 4095.0))
+    assert Preprocessing.from_dict(json.loads(json.dumps(ranged.to_dict()))) == ranged
     with pytest.raises(ImagesError, match="the preprocessing is damaged: KeyError"):
         Preprocessing.from_dict({"image_size": 3})
     with pytest.raises(ImagesError, match=r"cannot prepare images with image_size 24, crop 1\.0, 'lanczos'"):

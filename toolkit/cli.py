@@ -180,8 +180,7 @@ def predict(
     bundle, run = find_bundle(session.folder or folder)
     measured = (run.folder if run else bundle) / "bench" / machine.slug_here()
     terminal, answers, failed = session.terminal, [], []
-    asked = {"top_k": top_k, "min_confidence": min_confidence, "bench": measured}
-    for image in answer(bundle, images, **asked, note=terminal.note):
+    for image in answer(bundle, images, top_k=top_k, min_confidence=min_confidence, bench=measured, note=terminal.note):
         answers.append(image)
         if "error" in image:
             failed.append(ImagesError(**image["error"]))
