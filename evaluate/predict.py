@@ -74,7 +74,7 @@ def pictures_of(
         yield str(given), partial(load_image, given, grey=grey)
         return
     try:
-        images = open_images(str(given)).with_grey(grey)
+        images = open_images(str(given), note=note).with_grey(grey)
     except ImagesError as error:
         yield str(given), partial(refuse, error)
         return

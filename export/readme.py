@@ -130,7 +130,7 @@ if image.mode[0] in "IF":  # grey of more than 8 bits
     values = np.asarray(image).astype(np.float32)
 {textwrap.indent(range_of_deep_grey(facts), "    ")}
     values = np.nan_to_num(values, nan=low, posinf=low, neginf=low)
-    image = Image.fromarray(np.clip(np.rint((values - low) * 255 / (high - low or 1)), 0, 255).astype(np.uint8))
+    image = Image.fromarray(np.clip(np.rint((values - low) * (255 / (high - low or 1))), 0, 255).astype(np.uint8))
 if image.has_transparency_data:
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
 image = image.convert("RGB")"""

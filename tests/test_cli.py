@@ -781,10 +781,9 @@ def test_the_range_of_deep_greys_travels(prgkit: Call, standing: Path) -> None:
     for number in range(12):
         values = grain.integers(300, 3000 + 80 * number, (32, 32), dtype=np.uint16)
         Image.fromarray(values).save(f"deep/{number:02}.png")
-    bright = "12 images are deep grey; the values of the 12 looked at go from 300 to 3,879, so 0 to 4,095 (12 bits) is "
     said = prgkit("distill tiny.yaml --set data.images=deep --run runs/deep export")
     assert said.code == 0
-    assert bright[:70] in said.err
+    assert "12 images are deep grey; the values of the 12 looked at go from 300 to 3,87" in said.err
     assert "so 0 to 4,095 (12 bits) is black to white" in said.err
     assert json.loads(Path("runs/deep/card.json").read_text())["images"]["grey_range"] == [0.0, 4095.0]
     manifest = json.loads(Path("runs/deep/bundle/manifest.json").read_text())

@@ -584,14 +584,15 @@ def test_compressed_shards_are_decompressed_once(tmp_path: Path, monkeypatch: py
     for number in range(2):
         plain = write_tar(tmp_path / "plain.tar", {"0.png": encode(noise(number)), "0.cls": b"4"})
         (tmp_path / f"s-{number}.{suffix}").write_bytes(pack(plain.read_bytes()))
-    images = open_images(f"{tmp_path}/s-{{0..1}}.{suffix}")
+    said: list[str] = []
+    images = open_images(f"{tmp_path}/s-{{0..1}}.{suffix}", note=said.append)
     assert [(images.name(i), images.label(i)) for i in range(2)] == [("s-0.tar/0.png", "4"), ("s-1.tar/0.png", "4")]
     assert (pixels(images.read(1)) == pixels(noise(1))).all()
     cache = tmp_path / "cache" / "prgkit" / "shards"
-    assert images.left_out == f"decompressed in {cache}"
+    assert said == [f"decompressing s-{number}.{suffix} to {cache}, once" for number in range(2)]
     before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert len(before) == 2
-    assert len(open_images(f"{tmp_path}/s-{{0..1}}.{suffix}")) == 2
+    assert len(open_images(f"{tmp_path}/s-{{0..1}}.{suffix}", note=said.append)) == len(said) == 2
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
     shard = tmp_path / f"s-0.{suffix}"
     shard.write_bytes(pack(write_tar(tmp_path / "plain.tar", {"1.png": encode(noise(5)), "2.png": b""}).read_bytes()))

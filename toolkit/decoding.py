@@ -124,7 +124,7 @@ def grey_to_8_bits(image: Image.Image, grey: GreyRange | None = None) -> Image.I
     values = np.asarray(image).astype(np.float32)
     low, high = grey or grey_range(*extremes(values), whole=image.mode != "F")
     values = np.nan_to_num(values, nan=low, posinf=low, neginf=low)
-    scaled = (values - low) * 255 / (high - low or 1)
+    scaled = (values - low) * (255 / (high - low or 1))
     return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
 
 

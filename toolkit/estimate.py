@@ -47,11 +47,9 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
     require_own_folder(folder, recipe)
     device = best_device()
     stored = [existing_store(page, recipe.views, targets_root) for page in recipe.teacher]
-    images = open_images(recipe.data.images)
+    images = gauged(open_images(recipe.data.images, note=watch.note))
     if images.left_out:
         watch.note(f"{images.spec}: {images.left_out}")
-    deep = gauge(images, sample_of(images))
-    images = images.with_grey(deep.grey if deep else None)
     images_missing = count_missing(images, stored)
     pictures_bytes = len(images) * mean_picture_bytes(images)
     judged = open_matched(recipe, recipe.data.evaluation, recipe.data.evaluation_labels)
@@ -90,6 +88,13 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
     require_space(targets_root, figures["targets_bytes"], "the target store")
     require_space(folder, figures["run_bytes"], "the run")
     return {**figures, "told": told(recipe, figures, device, free_bytes(folder))}
+
+
+def gauged(images: Images) -> Images:
+    """Return the images with a range for deep greys where the first few have any: their keys depend on it."""
+    sample = sample_of(images)
+    deep = gauge(images, sample) if gauge(images, sample[:SAMPLE_PICTURES]) else None
+    return images.with_grey(deep.grey if deep else None)
 
 
 def open_matched(recipe: Recipe, spec: str | None, labels: str | None) -> Images | None:

@@ -38,7 +38,7 @@ from prgkit.decoding import (
 from prgkit.errors import ImagesError
 from prgkit.labels import class_indices, read_label_table
 from prgkit.pictures import Adder, Pictures
-from prgkit.sources import Source, open_path, read_span, require
+from prgkit.sources import Source, open_path, read_span, require, unheard
 
 __all__ = [
     "Catalogue",
@@ -65,17 +65,18 @@ NEARLY_BLACK = 15  # of 255: what is left of 12 bits where a format of 16 keeps 
 LONGEST = 100  # times the shorter side that is resized: 1 pixel by 60,000 would be scaled to 224 by 13 million
 
 
-def open_images(spec: str, *, labels: Path | None = None) -> Images:
+def open_images(spec: str, *, labels: Path | None = None, note: Callable[[str], None] = unheard) -> Images:
     """Open a folder, a .zip, tar shards, ``torchvision:NAME/split``, ``hf:owner/name/split`` or ``demo:digits/split``.
 
-    ``labels`` is a CSV of ``file,label`` rows; without it, labels are those the source itself carries.
+    ``labels`` is a CSV of ``file,label`` rows; without it, labels are those the source itself carries. ``note`` is told
+    of what takes a while.
 
     Raises:
         ImagesError: there is nothing to open, or no image in it.
     """
     kind, _, rest = spec.partition(":")
     openers: dict[str, Callable[[str], Source]] = {"torchvision": open_torchvision, "hf": open_hub, "demo": open_demo}
-    source = openers[kind](rest) if kind in openers else open_path(spec)
+    source = openers[kind](rest) if kind in openers else open_path(spec, note)
     if len(source) == 0:
         raise ImagesError(f"{spec} holds no images", fix="name another split or source")
     return Images(spec, source, read_label_table(labels.expanduser(), source) if labels else None)

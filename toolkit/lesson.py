@@ -155,7 +155,7 @@ def read_catalogue(
     """
     data = recipe.data
     labels = {data.labelled: data.labelled_labels, data.evaluation: data.evaluation_labels}.get(spec)
-    images = open_images(spec, labels=Path(labels) if labels else None).with_grey(grey)
+    images = open_images(spec, labels=Path(labels) if labels else None, note=watch.note).with_grey(grey)
     watch.start("images", len(images), "img")
     found = catalogue(images, workers=default_workers(), progress=watch.advance, known=known, pictures=pictures)
     if found.unreadable:

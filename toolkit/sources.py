@@ -60,7 +60,11 @@ class Source(Protocol):
         """Return the image as its source has it: encoded, or as a picture; or raise UnreadableImage."""
 
 
-def open_path(spec: str) -> Source:
+def unheard(text: str) -> None:
+    """Be told in vain."""
+
+
+def open_path(spec: str, note: Callable[[str], None] = unheard) -> Source:
     """Open a folder, a .zip, a .tar or several tars named with braces; ``~`` and ``$VARIABLES`` are expanded.
 
     Raises:
@@ -75,7 +79,9 @@ def open_path(spec: str) -> Source:
         return FolderSource(spec, path)
     if TAR.search(path.name):
         shards = [str(path)] if path.exists() else expand_braces(str(path))
-        return TarSource(spec, [require(Path(shard), spec) for shard in shards])  # ends at the first that is missing
+        return TarSource(
+            spec, [require(Path(shard), spec) for shard in shards], note
+        )  # ends at the first that is missing
     require(path, spec)
     if path.suffix.lower() == ".zip":
         return ZipSource(spec, path)
@@ -118,15 +124,13 @@ class FolderSource:
 class TarSource:
     """The images in tar files, read at offsets found when they were opened; labels are WebDataset's .cls or .json."""
 
-    def __init__(self, spec: str, shards: Sequence[Path]) -> None:
-        self.shards = tuple(plain_tar(shard) for shard in shards)
+    def __init__(self, spec: str, shards: Sequence[Path], note: Callable[[str], None] = unheard) -> None:
+        self.shards = tuple(plain_tar(shard, note) for shard in shards)
         self.titles = tuple(TAR.sub(".tar", shard.name) for shard in shards)
         self.names: list[str] = []
         places: list[tuple[int, int, int]] = []
         label_places: list[tuple[int, int]] = []
-        unpacked = [plain for plain, shard in zip(self.shards, shards, strict=True) if plain != shard]
-        where = f"decompressed in {unpacked[0].parent}" if unpacked else ""
-        self.left_out = LeftOut(said=(where,) if where else ())
+        self.left_out = LeftOut()
         for number, shard in enumerate(self.shards):
             members = list_tar(shard, shards[number])
             spans = {name: (offset, size) for name, offset, size in members}
@@ -256,7 +260,7 @@ def list_tar(path: Path, shard: Path) -> list[tuple[str, int, int]]:
         raise ImagesError(f"{shard.name} is not a whole tar file: {error}", where=shard, fix=fix) from error
 
 
-def plain_tar(shard: Path) -> Path:
+def plain_tar(shard: Path, note: Callable[[str], None]) -> Path:
     """Return a tar that members can be read from where they lie: a compressed one is decompressed once, in the cache.
 
     Raises:
@@ -273,6 +277,7 @@ def plain_tar(shard: Path) -> Path:
         return plain
     for older in plain.parent.glob(f"{place}-*.tar"):
         older.unlink(missing_ok=True)
+    note(f"decompressing {shard.name} to {plain.parent}, once")
     reader = importlib.import_module(module)
     try:
         with reader.open(shard) as packed, writing(plain) as temporary, open(temporary, "wb") as file:
@@ -311,14 +316,13 @@ class LeftOut:
 
     kinds: Counter[str] = field(default_factory=Counter)  # how many files of each
     own: tuple[str, ...] = ()  # folders that prgkit wrote
-    said: tuple[str, ...] = ()  # what else there is to say
 
     def and_(self, other: LeftOut) -> LeftOut:
         """Return both together."""
-        return LeftOut(self.kinds + other.kinds, self.own + other.own, self.said + other.said)
+        return LeftOut(self.kinds + other.kinds, self.own + other.own)
 
     def __str__(self) -> str:
-        parts = list(self.said)
+        parts = []
         if count := self.kinds.total():
             what = "file that is no picture" if count == 1 else "files that are no pictures"
             parts.append(f"passed over {count:,} {what}: {self.most()}")
