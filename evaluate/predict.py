@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from prgkit.decoding import GreyRange
-from prgkit.errors import ImagesError
+from prgkit.errors import PrgkitError
 from prgkit.evaluate.accuracy import log_softmax
 from prgkit.evaluate.choice import chosen_artifact
 from prgkit.export.bundle import open_bundle
@@ -48,7 +48,7 @@ def predict(
             for name, read in pictures_of(given, bundle.preprocessing.grey_range, note):
                 try:
                     pixels = bundle.preprocessing.prepare(read())[None]  # [1, S, S, 3]
-                except ImagesError as error:
+                except PrgkitError as error:
                     where = None if error.where is None else str(error.where)
                     yield {"image": name, "error": {"what": error.what, "where": where, "fix": error.fix}}
                     continue
@@ -75,7 +75,7 @@ def pictures_of(
         return
     try:
         images = open_images(str(given), note=note).with_grey(grey)
-    except ImagesError as error:
+    except PrgkitError as error:
         yield str(given), partial(refuse, error)
         return
     if images.left_out:
@@ -85,6 +85,6 @@ def pictures_of(
         yield str(place / images.name(index)), partial(images.read, index)
 
 
-def refuse(error: ImagesError) -> Image.Image:
+def refuse(error: PrgkitError) -> Image.Image:
     """Say when it is asked for its pictures what is wrong with a folder."""
     raise error

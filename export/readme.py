@@ -133,7 +133,9 @@ if image.mode[0] in "IF":  # grey of more than 8 bits
     image = Image.fromarray(np.clip(np.rint((values - low) * (255 / (high - low or 1))), 0, 255).astype(np.uint8))
 if image.has_transparency_data:
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-image = image.convert("RGB")"""
+image = image.convert("RGB")
+left, top = (max(0, side - {LONGEST} * min(image.size)) // 2 for side in image.size)  # of a line, the middle
+image = image.crop((left, top, image.width - left, image.height - top))"""
 
 
 def range_of_deep_grey(facts: dict[str, Any]) -> str:
@@ -153,9 +155,7 @@ def resizing(facts: dict[str, Any]) -> str:
     size, filter_ = facts["image_size"], f"Image.Resampling.{facts['interpolation'].upper()}"
     if facts.get("squash"):
         return f"image = image.resize(({size}, {size}), {filter_})"
-    return f"""left, top = (max(0, side - {LONGEST} * min(image.size)) // 2 for side in image.size)
-image = image.crop((left, top, image.width - left, image.height - top))
-size = tuple(int({math.floor(size / facts["crop"])} * side / min(image.size)) for side in image.size)
+    return f"""size = tuple(int({math.floor(size / facts["crop"])} * side / min(image.size)) for side in image.size)
 left, top = (round((side - {size}) / 2) for side in size)
 image = image.resize(size, {filter_}).crop((left, top, left + {size}, top + {size}))"""
 

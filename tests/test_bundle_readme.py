@@ -18,7 +18,7 @@ from prgkit.images import Preprocessing, load_image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@pytest.mark.parametrize("size", [(80, 64), (64, 80), (64, 64), (131, 97), (33, 200), (2, 999)])
+@pytest.mark.parametrize("size", [(80, 64), (64, 80), (64, 64), (131, 97), (33, 200)])
 @pytest.mark.parametrize(
     "facts",
     [
@@ -138,11 +138,11 @@ def zoo() -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("grey", [None, (0.0, 4095.0)])
+@pytest.mark.parametrize(("grey", "squash"), [(None, False), ((0.0, 4095.0), True)])
 def test_its_lines_read_every_kind_of_picture_as_training_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grey: tuple[float, float] | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grey: tuple[float, float] | None, squash: bool
 ) -> None:
-    facts = Preprocessing(64, 0.9, "bicubic", MEAN, STD, grey_range=grey)
+    facts = Preprocessing(64, 0.9, "bicubic", MEAN, STD, squash, grey)
     session = SimpleNamespace(
         get_modelmeta=lambda: SimpleNamespace(custom_metadata_map={"classes": '["a", "b"]'}),
         run=lambda outputs, given: [np.array([[0.0, 1.0]])],

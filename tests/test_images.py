@@ -690,10 +690,11 @@ def test_pictures_that_a_library_hands_out_are_gauged_too() -> None:
 
 
 def test_what_is_nearly_black_is_found(tmp_path: Path) -> None:
-    dark = np.full((4, 4, 3), 15, dtype=np.uint8)
+    dark = np.full((40, 40, 3), 15, dtype=np.uint8)
+    dark[7, 7] = 255  # a hot pixel
     write_folder(tmp_path, {f"{n}.png": encode(Image.fromarray(dark - np.uint8(n))) for n in range(5)})
     assert nearly_black(catalogue(open_images(str(tmp_path)), workers=1))
-    dark[0, 0, 0] = 16
+    dark[0] = 16
     write_folder(tmp_path, {"more.png": encode(Image.fromarray(dark))})
     assert not nearly_black(catalogue(open_images(str(tmp_path)), workers=1))
 
@@ -922,24 +923,28 @@ def test_prepare_equals_timm_and_torchvision(interpolation: str, image_size: int
         assert (prepared == reference).all(), size
 
 
+@pytest.mark.parametrize("squash", [False, True])
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (3, 1001)])
-def test_of_a_thin_picture_the_middle_is_resized(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_thin_picture_the_middle_is_resized(
+    size: tuple[int, int], squash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image, (width, height) = noise(1, size), size
     largest: list[int] = []
     resize = Image.Image.resize
 
     def watched(self: Image.Image, to: tuple[int, int], *options: Any) -> Image.Image:
-        largest.append(to[0] * to[1])
+        largest.append(to[0] * max(to[1], self.height))
         return resize(self, to, *options)
 
     monkeypatch.setattr(Image.Image, "resize", watched)
-    prepared = preprocessing(224).prepare(image)
+    settings = replace(preprocessing(224), squash=squash)
+    prepared = settings.prepare(image)
     assert largest[0] <= 101 * 224 * 224  # pixels; it would be 3 billion
     longest = 100 * min(size)
     left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
     cut = image.crop((left, top, width - left, height - top))
     assert max(cut.size) - longest in (0, 1)
-    assert (prepared == preprocessing(224).prepare(cut)).all()
+    assert (prepared == settings.prepare(cut)).all()
 
 
 def test_prepare_equals_open_clip() -> None:

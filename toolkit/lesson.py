@@ -177,8 +177,8 @@ def tell_reading(images: Catalogue, watch: Watch) -> None:
         watch.note(str(images.deep))
     if nearly_black(images):
         watch.note(
-            f"the images in {images.images.spec} are nearly black: no value is above {NEARLY_BLACK} of 255. Colours of "
-            "12 bits in a file of 16 look like this: scale them to 8 bits"
+            f"{images.images.spec} is nearly black: 999 of 1,000 values are at most {NEARLY_BLACK} of 255. 12 bits in "
+            "a file of 16 look like this in colour, or where single values are white: scale the images to 8 bits"
         )
 
 
