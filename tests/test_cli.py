@@ -781,11 +781,16 @@ def test_the_range_of_deep_greys_travels(prgkit: Call, standing: Path) -> None:
     for number in range(12):
         values = grain.integers(300, 3000 + 80 * number, (32, 32), dtype=np.uint16)
         Image.fromarray(values).save(f"deep/{number:02}.png")
+    Path("deep/notes.txt").write_text("x")
     said = prgkit("distill tiny.yaml --set data.images=deep --run runs/deep export")
     assert said.code == 0
+    assert "deep: passed over 1 file that is no picture: 1 .txt\n" in said.err
     assert "12 images are deep grey; the values of the 12 looked at go from 300 to 3,87" in said.err
     assert "so 0 to 4,095 (12 bits) is black to white" in said.err
-    assert json.loads(Path("runs/deep/card.json").read_text())["images"]["grey_range"] == [0.0, 4095.0]
+    assert "nearly black" not in said.err
+    images = json.loads(Path("runs/deep/card.json").read_text())["images"]
+    assert images["grey_range"] == [0.0, 4095.0]
+    assert images["left_out"] == "passed over 1 file that is no picture: 1 .txt"
     manifest = json.loads(Path("runs/deep/bundle/manifest.json").read_text())
     assert manifest["preprocessing"]["grey_range"] == [0.0, 4095.0]
     Image.fromarray(np.full((32, 32), 900, dtype=np.uint16)).save("dark.png")  # by itself it would be 10 bits
@@ -794,6 +799,17 @@ def test_the_range_of_deep_greys_travels(prgkit: Call, standing: Path) -> None:
     assert dark["top"] == same["top"]
     golden = np.asarray(Image.open("runs/deep/bundle/golden/00.png"))
     assert golden.max() > 150
+
+
+def test_pictures_that_are_nearly_black_are_told_of_before_training(prgkit: Call, standing: Path) -> None:
+    grain = np.random.default_rng(0)
+    Path("black").mkdir()
+    for number in range(8):
+        values = grain.integers(0, 16, (32, 32, 3), dtype=np.uint8)
+        values[0, 0] = 255  # a hot pixel
+        Image.fromarray(values).save(f"black/{number}.png")
+    said = prgkit("targets tiny.yaml --set data.images=black")
+    assert "black is nearly black: 999 of 1,000 values are at most 15 of 255." in said.err
 
 
 def test_targets_then_distill_are_about_the_same_recipe(prgkit: Call, standing: Path) -> None:
