@@ -235,11 +235,11 @@ class Exam:
         learned = read_catalogue(recipe.data.images, recipe, watch, known=seen)
         origin = fingerprint(learned.keys)
         if recipe.data.labelled:
-            few = read_catalogue(recipe.data.labelled, recipe, watch, known=seen)
+            few = read_catalogue(recipe.data.labelled, recipe, watch, known=seen, grey=learned.images.grey)
             origin = fingerprint([origin, few.keys, match_labels(few, recipe.classes).tolist()])
         if not recipe.data.evaluation:
             return cls(learned, hold_out(learned.keys, recipe.data.held_out), None, origin)
-        images = read_catalogue(recipe.data.evaluation, recipe, watch, known=seen)
+        images = read_catalogue(recipe.data.evaluation, recipe, watch, known=seen, grey=learned.images.grey)
         labels, places = match_labels(images, recipe.classes), np.arange(len(images))
         if not base_to_novel:
             return cls(images, places, labels, origin)

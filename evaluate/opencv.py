@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from prgkit.export.bundle import Bundle
 from prgkit.export.lossless import read_png
 from prgkit.export.runners import Runner
-from prgkit.images import Preprocessing
+from prgkit.images import Preprocessing, margins
 
 FLAGS = {"nearest": "INTER_NEAREST", "bilinear": "INTER_LINEAR", "bicubic": "INTER_CUBIC"}
 
@@ -44,6 +44,9 @@ def opencv_notes(bundle: Bundle, runner: Runner) -> list[str]:
 def prepare(cv2: Any, picture: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """Resize and crop a picture [height, width, 3] to [S, S, 3] as `Preprocessing.prepare` does, with cv2.resize."""
     size, flag = preprocessing.image_size, getattr(cv2, FLAGS[preprocessing.interpolation])
+    height, width = picture.shape[:2]
+    left, top = margins((width, height))
+    picture = picture[top : height - top, left : width - left]
     if preprocessing.squash:
         return np.asarray(cv2.resize(picture, (size, size), interpolation=flag), dtype=np.uint8)
     height, width = picture.shape[:2]

@@ -20,10 +20,10 @@ from prgkit.export.finished import alone_in
 from prgkit.export.int8 import Learned
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
 from prgkit.files import sha256
-from prgkit.images import Catalogue, Preprocessing, match_labels
+from prgkit.images import Catalogue, Preprocessing, match_labels, trimmed
 from prgkit.joint import existing_targets, open_targets
 from prgkit.keep import sure_enough
-from prgkit.lesson import hold_out, read_catalogue
+from prgkit.lesson import grey_of, hold_out, read_catalogue
 from prgkit.locks import locked
 from prgkit.parameters import OBJECTIVES
 from prgkit.recipe import Recipe, TeacherPage
@@ -99,7 +99,8 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
     if not run.finished:
         watch.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
     seen = existing_targets(recipe, run.target_stores[0].parent) or ()
-    images = read_catalogue(recipe.data.evaluation or recipe.data.images, recipe, watch, known=seen)
+    grey = grey_of(run)
+    images = read_catalogue(recipe.data.evaluation or recipe.data.images, recipe, watch, known=seen, grey=grey)
     positions = evaluation_positions(images, recipe, first=audited_keys(run))
     labels = match_labels(images, recipe.classes)[positions] if recipe.data.evaluation else None
     taught = ask_teacher(run, recipe, images, positions, watch)
@@ -107,7 +108,8 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
         student.score_by(taught.answers.class_vectors(), taught.answers.logit_scale)
     facts = card["student"] if student.scorer is None else student.facts(recipe.student)
     vocabulary = {"teacher": card["teacher"]["fingerprint"], "templates": list(recipe.templates)}
-    prepare = student.preprocessing.prepare
+    preprocessing = replace(student.preprocessing, grey_range=grey)
+    prepare = preprocessing.prepare
     checked = [prepare(picture) for picture in parity_pictures(images, positions, recipe, seen, watch)]
     if len(checked) < PARITY_IMAGES:
         watch.note(f"there are {len(checked)} images to compare the exports on; {PARITY_IMAGES} would be better")
@@ -127,7 +129,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
             teacher_features=taught.features if student.scorer else None,
         ),
         classes=recipe.classes,
-        preprocessing=student.preprocessing,
+        preprocessing=preprocessing,
         facts={
             "run": {
                 "name": run.name,
@@ -150,7 +152,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
             **({"open_vocabulary": vocabulary} if student.scorer else {}),
         },
         options=options,
-        learned=cache(lambda: learned_images(run, images, positions, student.preprocessing, recipe, seen, watch)),
+        learned=cache(lambda: learned_images(run, images, positions, preprocessing, recipe, seen, watch)),
         note=watch.note,
     )
     bring_ticks(run.ticks_file, run.bundle / TICKS, recipe.classes)
@@ -180,7 +182,7 @@ def parity_pictures(
         yield images.read(position)
     if len(order) < PARITY_IMAGES and recipe.data.evaluation:
         taken = set(images.keys)
-        learned = read_catalogue(recipe.data.images, recipe, watch, known=seen)
+        learned = read_catalogue(recipe.data.images, recipe, watch, known=seen, grey=images.images.grey)
         others = (position for position, key in enumerate(learned.keys) if key not in taken)
         for position in islice(others, PARITY_IMAGES - len(order)):
             yield learned.read(position)
@@ -201,7 +203,7 @@ def learned_images(
     """
     catalogue, apart = images, {images.keys[position] for position in positions.tolist()}
     if recipe.data.evaluation:
-        catalogue = read_catalogue(recipe.data.images, recipe, watch, known=seen)
+        catalogue = read_catalogue(recipe.data.images, recipe, watch, known=seen, grey=images.images.grey)
     places = np.setdiff1d(np.arange(len(catalogue)), hold_out(catalogue.keys, recipe.data.held_out))
     if recipe.data.keep.asks:
         places = places[sure_enough(confidence_of(run, images=len(places)), recipe.data.keep)]
@@ -217,7 +219,7 @@ def golden_pictures(images: Catalogue, positions: NDArray[np.int64]) -> list[Ima
     moderate: list[Image.Image] = []
     shrunk: list[Image.Image] = []
     for position in positions[:GOLDEN_CANDIDATES].tolist():
-        picture = images.read(position)
+        picture = trimmed(images.read(position))
         factor = GOLDEN_SIDE / min(picture.size)
         if factor >= 1:
             moderate.append(picture)

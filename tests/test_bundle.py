@@ -320,17 +320,17 @@ def test_an_artifact_without_its_facts_is_refused(copy, entry):
 
 def test_predict_opens_the_fp32_file_that_the_manifest_names(copy):
     picture = copy / "golden" / "00.png"
-    expected = predict(copy, [picture], top_k=1, min_confidence=0)
+    expected = list(predict(copy, [picture], top_k=1, min_confidence=0))
     manifest = read_json(copy / "manifest.json")
     manifest["artifacts"][0]["file"] = "student.onnx"
     manifest["artifacts"].reverse()
     (copy / "model.onnx").rename(copy / "student.onnx")
     write_sealed(copy / "manifest.json", manifest)
-    assert predict(copy, [picture], top_k=1, min_confidence=0) == expected
+    assert list(predict(copy, [picture], top_k=1, min_confidence=0)) == expected
     manifest["artifacts"].pop()
     write_sealed(copy / "manifest.json", manifest)
     with pytest.raises(ExportError, match="the bundle has no fp32 ONNX file"):
-        predict(copy, [picture], top_k=1, min_confidence=0)
+        list(predict(copy, [picture], top_k=1, min_confidence=0))
 
 
 def test_a_folder_without_a_bundle_says_so(tmp_path):

@@ -92,7 +92,10 @@ def test_a_run_leaves_what_it_promises(finished: Run, photos: Path) -> None:
     assert records[-1]["loss"] < records[0]["loss"]
     assert finished.finished
     assert finished.card["best"]["agreement"] == max(record["agreement"] for record in records)
-    assert finished.card["images"] == {"source": str(photos), "used": 72, "duplicates": 0, "unreadable": []}
+    assert finished.card["images"] == {
+        **{"source": str(photos), "used": 72, "duplicates": 0, "unreadable": []},
+        **{"left_out": "", "grey_range": None},
+    }
     student = load_student(finished)
     answer = student(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
     assert answer.logits.shape == (2, 10)

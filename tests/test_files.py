@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prgkit.errors import PrgkitError
-from prgkit.files import read_sealed, write_json, write_sealed
+from prgkit.files import cache_folder, read_sealed, write_json, write_sealed
 
 
 def flips(path: Path, read: Any, *errors: type[Exception]) -> tuple[int, int]:
@@ -65,3 +66,15 @@ def test_any_flipped_bit_of_a_file_of_tensors_is_found(tmp_path: Path) -> None:
     found, unseen = flips(path, read, SafetensorError, ValueError)
     assert unseen <= len("digest")
     assert found > 0.9 * path.stat().st_size
+
+
+def test_where_nobody_is_at_home_the_cache_is_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("shards") == tmp_path / "prgkit" / "shards"
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_folder() == Path("/home/someone/.cache/prgkit")
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
+    assert cache_folder() == Path(tempfile.gettempdir()) / "prgkit"

@@ -16,7 +16,7 @@ import click
 
 from prgkit import __version__
 from prgkit.chain import Chain, Session, builds_engines
-from prgkit.errors import BackendError, DiskFullError, PrgkitError, RunError
+from prgkit.errors import BackendError, DiskFullError, ImagesError, PrgkitError, RunError
 from prgkit.files import is_disk_full
 from prgkit.modes import adapt_teacher, keep_house, merge_reports, rehearse, relabel_bundle, tell_bundle
 from prgkit.options import (
@@ -168,18 +168,31 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
 def predict(
     session: Session, images: tuple[Path, ...], top_k: int, min_confidence: float, folder: Path | None, as_json: bool
 ) -> list[dict[str, Any]]:
-    """Name what is in each IMAGE, with probabilities; --min-confidence abstains where the best one is too low."""
+    """Name what is in each IMAGE, with probabilities; --min-confidence abstains where the best one is too low.
+
+    A folder, a .zip or a .tar as IMAGE stands for all pictures in it. One that cannot be read is told in its place; the
+    others are answered, and the exit code is 1.
+    """
     from prgkit.evaluate import machine
     from prgkit.evaluate.predict import predict as answer
     from prgkit.run import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
     measured = (run.folder if run else bundle) / "bench" / machine.slug_here()
-    answers: list[dict[str, Any]] = answer(bundle, images, top_k=top_k, min_confidence=min_confidence, bench=measured)
-    for image in answers:
+    terminal, answers, failed = session.terminal, [], []
+    for image in answer(bundle, images, top_k=top_k, min_confidence=min_confidence, bench=measured, note=terminal.note):
+        answers.append(image)
+        if "error" in image:
+            failed.append(ImagesError(**image["error"]))
+            if len(images) > 1 or image["image"] != str(images[0]):  # else it is the line's own failure
+                terminal.note(str(failed[-1]))
+            continue
         scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in image["top"])
         said = "abstains" if image["abstained"] else image["class"]
-        session.terminal.say(f"{image['image']}: ", (said, "bold"), f"  ({scores})")
+        terminal.say(f"{image['image']}: ", (said, "bold"), f"  ({scores})")
+    if failed:
+        told = f"{len(failed)} of {len(answers)} pictures cannot be read; the others are answered"
+        session.failure = failed[0] if len(answers) == 1 else ImagesError(told)
     return answers
 
 

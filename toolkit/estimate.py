@@ -15,7 +15,7 @@ from prgkit.context import load_context
 from prgkit.devices import best_device, probe_precision
 from prgkit.distill import check_trackers
 from prgkit.files import free_bytes, readable_bytes, require_space
-from prgkit.images import ENOUGH, Images, UnreadableImage, open_images
+from prgkit.images import ENOUGH, Images, UnreadableImage, gauge, open_images
 from prgkit.labels import class_indices
 from prgkit.pictures import PICTURES, room_bytes
 from prgkit.recipe import Recipe, TeacherPage
@@ -47,11 +47,14 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
     require_own_folder(folder, recipe)
     device = best_device()
     stored = [existing_store(page, recipe.views, targets_root) for page in recipe.teacher]
-    images = open_images(recipe.data.images)
+    images = gauged(open_images(recipe.data.images, note=watch.note))
+    if images.left_out:
+        watch.note(f"{images.spec}: {images.left_out}")
     images_missing = count_missing(images, stored)
     pictures_bytes = len(images) * mean_picture_bytes(images)
     judged = open_matched(recipe, recipe.data.evaluation, recipe.data.evaluation_labels)
     few = open_matched(recipe, recipe.data.labelled, recipe.data.labelled_labels) if recipe.learns_labels else None
+    judged, few = (labelled.with_grey(images.grey) if labelled else None for labelled in (judged, few))
     judged_missing = count_missing(judged, stored) if judged else [0] * len(stored)
     if judged:
         mean_picture_bytes(judged)  # one of them at least can be read
@@ -85,6 +88,13 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
     require_space(targets_root, figures["targets_bytes"], "the target store")
     require_space(folder, figures["run_bytes"], "the run")
     return {**figures, "told": told(recipe, figures, device, free_bytes(folder))}
+
+
+def gauged(images: Images) -> Images:
+    """Return the images with a range for deep greys where the first few have any: their keys depend on it."""
+    sample = sample_of(images)
+    deep = gauge(images, sample) if gauge(images, sample[:SAMPLE_PICTURES]) else None
+    return images.with_grey(deep.grey if deep else None)
 
 
 def open_matched(recipe: Recipe, spec: str | None, labels: str | None) -> Images | None:

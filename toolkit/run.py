@@ -252,7 +252,7 @@ def run_name(source: str) -> str:
     spelled = colon and scheme in ("torchvision", "hf", "demo")
     # What follows decides where a run is written, and may be a stranger's recipe: one part of a path, no more.
     words = rest if spelled else os.path.basename(os.path.abspath(os.path.expanduser(source.replace("\0", ""))))
-    stem = re.sub(r"\.(yaml|yml|zip|tar)$", "", words)
+    stem = re.sub(r"\.(yaml|yml|zip|tar(\.\w+)?|tgz)$", "", words)
     name = re.sub(r"[^\w.-]+", "-", stem).encode()[:LONGEST_NAME_BYTES].decode(errors="ignore")
     return name.strip("-.") or "run"
 
