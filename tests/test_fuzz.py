@@ -19,11 +19,11 @@ from PIL import Image
 
 from prgkit.errors import PrgkitError
 from prgkit.images import catalogue, load_image, open_images
-from prgkit.labels import read_rows
 from prgkit.page import parse
 from prgkit.prompts import load_classes
 from prgkit.recipe import Recipe, load_recipe, shipped_recipes, validate
 from prgkit.run import RUNS, run_name
+from prgkit.table import read_ways
 
 QUICK, SOAK = 150, 1500  # inputs to each of the eight tests below
 
@@ -317,7 +317,10 @@ def test_class_lists_and_label_tables(tmp_path: Path, count: int) -> None:
     names, table = tmp_path / "names.txt", tmp_path / "labels.csv"
 
     def check(content: bytes) -> None:
-        for read, path in ((load_classes, str(names)), (read_rows, table)):
+        for read, path in (
+            (load_classes, str(names)),
+            (lambda path: [way() for way in read_ways(path)[1]], table),
+        ):
             Path(path).write_bytes(content)
             try:
                 read(path)  # type: ignore[operator]

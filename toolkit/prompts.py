@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -102,7 +103,13 @@ NAMES_FIX = f"give a text file with one name a line, or one of {', '.join(NAMED_
 NAMED_TEMPLATES = tuple(sorted((*TEMPLATES, "digits", "imagenet")))
 
 
-def load_classes(value: str | Sequence[str], *, folder: Path | None = None) -> tuple[str, ...]:
+def silent(text: str) -> None:
+    """Say it to no one."""
+
+
+def load_classes(
+    value: str | Sequence[str], *, folder: Path | None = None, note: Callable[[str], None] = silent
+) -> tuple[str, ...]:
     """Return class names: a named list, a text file with one name a line (relative to ``folder``), or the names given.
 
     Raises:
@@ -145,8 +152,12 @@ def fill(templates: Sequence[str], classes: Sequence[str]) -> list[list[str]]:
 
 
 def canonical(name: str) -> str:
-    """Return the form in which two spellings of a class are one: CLIP's tokenizer sees neither case nor spacing."""
-    return " ".join(name.replace("_", " ").split()).casefold()
+    """Return the form in which two spellings of a class are one: CLIP's tokenizer sees neither case nor spacing.
+
+    Accents are composed (NFC); what has no shape, as a mark of direction or a soft hyphen, is left out.
+    """
+    shown = "".join(letter for letter in name.replace("_", " ") if unicodedata.category(letter) != "Cf")
+    return unicodedata.normalize("NFC", " ".join(shown.split()).casefold())
 
 
 def named_classes(name: str) -> tuple[str, ...]:
@@ -197,7 +208,7 @@ def checked_classes(names: Iterable[tuple[str, object]], *, where: object) -> tu
         earlier = first_at.setdefault(canonical(name), at)
         if earlier != at:
             repeated.append(f"{name.strip()!r} ({earlier} and {at})")
-        accepted.append(name.strip())
+        accepted.append(unicodedata.normalize("NFC", name.strip()))
     if repeated:
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
         what = f"class names repeat: {', '.join(repeated[:5])}{more}"

@@ -7,6 +7,7 @@ import re
 import stat
 import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -24,6 +25,8 @@ from prgkit.errors import ImagesError, nearest
 # What Python's readers of archives raise on damaged bytes, besides errors of their own.
 DAMAGES = (OSError, EOFError, ValueError, IndexError, KeyError, OverflowError, RuntimeError, struct.error, zlib.error)
 LARGEST_FILE_BYTES = 1 << 30  # no photograph; a zip member can claim any size
+# Controls, line and paragraph separators, and what changes the direction of text (bidirectional marks).
+ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 KINDS = "a folder, a .zip, tar shards such as shards-{000..004}.tar, torchvision:NAME/split or hf:owner/name/split"
 
 
@@ -125,14 +128,14 @@ class TarSource:
         """Return ``shard.tar/member``."""
         return printable(f"{self.shards[int(self.places[index, 0])].name}/{self.names[index]}")
 
-    def label(self, index: int) -> str | int | None:
+    def label(self, index: int) -> str | None:
         """Return what the .cls member says, else the folder inside the archive."""
         offset, size = (int(value) for value in self.label_places[index])
         if size == 0:
             return folder_name(printable(self.names[index]))
         shard = self.shards[int(self.places[index, 0])]
         text = read_span(shard, self.name(index), offset=offset, size=size).decode("utf-8", "replace").strip()
-        return int(text) if text.isdecimal() else text or None
+        return text or None
 
     def fetch(self, index: int) -> bytes:
         """Read the member where it lies."""
@@ -314,8 +317,12 @@ def folder_name(name: str) -> str | None:
 
 
 def printable(name: str) -> str:
-    """Replace what is not UTF-8 in a file's name, so that it can be printed and written to JSON."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """Return a file's name as it is shown and compared: valid UTF-8, composed (NFC), and without a character that acts.
+
+    A line break would end a row of a table, an escape commands a terminal, a mark of direction reorders the line.
+    """
+    text = unicodedata.normalize("NFC", name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    return ACTING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def too_large(size: int) -> str:
