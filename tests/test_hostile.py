@@ -30,7 +30,7 @@ def test_a_class_list_has_to_be_one_by_its_name(tmp_path: Path, monkeypatch: pyt
         load_classes(name)
     file = os.path.basename(name)
     assert caught.value.what == f"{file} is not a class list by its name: its lines would travel in every bundle"
-    assert caught.value.fix == "give a text file that ends in .txt, .names, .list, .csv"
+    assert caught.value.fix == "give a text file that ends in .txt, .names, .list, .csv, .json"
     assert "secret" not in str(caught.value)
     assert "root" not in str(caught.value).replace(str(tmp_path), "")
 

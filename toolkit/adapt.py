@@ -23,9 +23,8 @@ from prgkit import __version__
 from prgkit.answers import Answers, no_correction
 from prgkit.context import Context, save_context
 from prgkit.devices import best_device
-from prgkit.errors import ImagesError, RecipeError
+from prgkit.errors import ImagesError, RecipeError, some
 from prgkit.images import Catalogue, catalogue, labelled, open_images
-from prgkit.labels import some
 from prgkit.lesson import read_catalogue
 from prgkit.prompts import fill
 from prgkit.recipe import Recipe, TeacherPage

@@ -18,8 +18,8 @@ from PIL import Image
 
 from prgkit.datasets import open_demo, open_hub, open_torchvision
 from prgkit.decoding import UnreadableImage, decode, known_formats, reduced, to_rgb, upright_rgb
-from prgkit.errors import ImagesError
-from prgkit.labels import Label, class_indices, some
+from prgkit.errors import ImagesError, some
+from prgkit.labels import Label, class_indices
 from prgkit.pictures import Adder, Pictures
 from prgkit.prompts import silent
 from prgkit.sources import Source, open_path, read_span, require

@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.errors import ImagesError, nearest
+from prgkit.errors import ImagesError, nearest, some
+from prgkit.namelist import WORDNET_ID
 from prgkit.prompts import canonical, silent
 
-WORDNET_ID = re.compile(r"n\d{8}")
 NUMBER = re.compile(r"([0-9]+)(?:\.0*)?")  # a spreadsheet writes 3 as 3.0
 NUMBERED = re.compile(r"(?:\d+|n\d{8})[\s._-]+(?=.*[^\W\d])(.+)")  # 001.Black_footed_Albatross, n02085620-Chihuahua
 
@@ -149,8 +149,3 @@ def hint(label: Label, class_names: Sequence[str]) -> str:
     """Return `` (did you mean 'x'?)`` where a class name is close."""
     close = nearest(label, class_names).removeprefix("; ") if isinstance(label, str) else ""
     return f" ({close})" if close else ""
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first three names."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from prgkit.decoding import image_suffixes
 from prgkit.delimited import LARGEST_TABLE_BYTES, Row, Way, ways
-from prgkit.errors import ImagesError, nearest
+from prgkit.errors import ImagesError, nearest, some
 from prgkit.files import read_text
-from prgkit.labels import NUMBER, by_name, some
+from prgkit.labels import NUMBER, by_name
 from prgkit.paths import Match, Paths
 from prgkit.prompts import silent
 from prgkit.sources import Source
@@ -270,6 +270,8 @@ def most_named(
         table = arranged(path, rows, paths, *asked)
         if table is not None and (best is None or len(table.entries) > len(best.entries)):
             best = table
+        if best is not None and not best.strangers:
+            break
     return best, likeliest or []
 
 
