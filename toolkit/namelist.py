@@ -21,7 +21,7 @@ Numbered = tuple[str, str]  # an id and a name
 # A number or WordNet id in front of a name, in brackets or after a word such as "class", and what parts the two.
 IN_FRONT = re.compile(
     r"(?P<open>[\[(]?(?:(?:class|label|id|no\.?|index)\s*)?)(?P<id>\d+|n\d{8})"
-    r"(?:(?P<mark>\s*[\])]?\s*[:.)\]=|,;–-]\s*|\s*[\])]\s*)(?!\d)|\s+)(?P<name>\S.*)",
+    r"(?:(?P<mark>\s*[\])]?\s*(?:[:.,–-](?:\s+|(?!\d))|[=|;]\s*)|\s*[\])]\s*)|\s+)(?P<name>\S.*)",
     re.IGNORECASE,
 )
 # Behind one there has to be a mark: "channel 1" is a name.

@@ -56,6 +56,7 @@ class Reading(NamedTuple):
     labels: Sequence[str]  # [entries]
     meaning: Sequence[object]  # [entries], the class index, or the label itself where it is no class's name
     strength: int
+    counts: bool = False  # whether all are numbers that classes could have
     from_marks: bool = False
 
 
@@ -134,7 +135,8 @@ class LabelTable:
         named = 2 * sum(label in indices for label in labels) > sum(map(bool, labels))
         said, numbers = self._is_said(column), all(map(NUMBER.fullmatch, distinct))
         strength = (SAID if said else NAMES) if named else (NUMBERS if numbers else WORDS) if said else ANY
-        return Reading(self.title(column), labels, [indices.get(label, label) for label in labels], strength)
+        counts = numbers and max((float(text) for text in distinct), default=0) <= len(class_names)
+        return Reading(self.title(column), labels, [indices.get(label, label) for label in labels], strength, counts)
 
     def _likeliest(self, class_names: Sequence[str]) -> Reading:
         """Return the one way to read the labels that is certain, or refuse."""
@@ -143,10 +145,11 @@ class LabelTable:
         figures = {column: index for column, index in classes.items() if all(map(is_figure, self.contents[column]))}
         marks = {column: index for column, index in figures.items() if is_marks(self.contents[column])}
         ways = [self._column(column, class_names) for column in self.contents if column not in figures]
-        by_names = any(way.strength >= NAMES for way in ways)
-        if marks and (wrong := self._not_one(marks)) and not by_names:
+        said = any(way.strength == SAID for way in ways)
+        wrong = self._not_one(marks)
+        if marks and wrong and not said:
             raise self._badly_marked(marks, wrong)
-        if marks and not wrong and (len(marks) > 1 or not by_names):
+        if marks and not wrong and not (said and len(marks) == 1):  # one alone can be a flag: train, not test
             ways.append(self._marked(marks, class_names))
         if len(figures) > len(marks) and all(way.strength == ANY for way in ways):
             raise self._scored(sorted(set(figures) - set(marks)))
@@ -212,10 +215,15 @@ def contradicts(other: Reading, best: Reading) -> bool:
     """Tell whether a weaker or equal way to read the labels is a reason to doubt the best."""
     if other.strength == best.strength or other.from_marks:
         return other.meaning != best.meaning
-    if best.strength == NAMES and other.strength in (NUMBERS, WORDS):  # it says that it is the label, and is not ours
-        pairs = set(zip(best.meaning, other.meaning, strict=True))
-        return len(pairs) > len(set(best.meaning))  # a class's number, or its group, follows from the name
+    if best.strength == NAMES and not best.from_marks:  # a class's name can also be a word for something else
+        alike = any(count_alike(other.labels, best.meaning, first) for first in (0, 1)) if other.counts else False
+        return (other.strength > ANY or other.counts) and not alike
     return best.strength == NUMBERS and other.strength == WORDS and any(isinstance(one, int) for one in other.meaning)
+
+
+def count_alike(numbers: Sequence[str], meaning: Sequence[object], first: int) -> bool:
+    """Tell whether numbers that count from ``first`` mean the same classes."""
+    return all(float(number or "nan") - first == one for number, one in zip(numbers, meaning, strict=True))
 
 
 def read_label_table(path: Path, spec: str, source: Source, label_format: LabelFormat | None = None) -> LabelTable:
