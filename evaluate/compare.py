@@ -23,7 +23,7 @@ from prgkit.evaluate.novel import Novel, halves, judge_novel, require_two_halves
 from prgkit.evaluate.standings import standings, write_standings
 from prgkit.export.run import teacher_logits
 from prgkit.files import fingerprint, read_json, write_json
-from prgkit.images import Catalogue, match_labels
+from prgkit.images import Catalogue, labelled
 from prgkit.joint import existing_targets
 from prgkit.lesson import hold_out, read_catalogue
 from prgkit.parameters import OBJECTIVES
@@ -236,11 +236,13 @@ class Exam:
         origin = fingerprint(learned.keys)
         if recipe.data.labelled:
             few = read_catalogue(recipe.data.labelled, recipe, watch, known=seen, grey=learned.images.grey)
-            origin = fingerprint([origin, few.keys, match_labels(few, recipe.classes).tolist()])
+            few, truth = labelled(few, recipe.classes, note=watch.note)
+            origin = fingerprint([origin, few.keys, truth.tolist()])
         if not recipe.data.evaluation:
             return cls(learned, hold_out(learned.keys, recipe.data.held_out), None, origin)
         images = read_catalogue(recipe.data.evaluation, recipe, watch, known=seen, grey=learned.images.grey)
-        labels, places = match_labels(images, recipe.classes), np.arange(len(images))
+        images, labels = labelled(images, recipe.classes, note=watch.note)
+        places = np.arange(len(images))
         if not base_to_novel:
             return cls(images, places, labels, origin)
         base, names = halves(recipe.classes)

@@ -20,7 +20,7 @@ from prgkit.export.finished import alone_in
 from prgkit.export.int8 import Learned
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
 from prgkit.files import sha256
-from prgkit.images import Catalogue, Preprocessing, match_labels, trimmed
+from prgkit.images import Catalogue, Preprocessing, labelled, trimmed
 from prgkit.joint import existing_targets, open_targets
 from prgkit.keep import sure_enough
 from prgkit.lesson import grey_of, hold_out, read_catalogue
@@ -101,8 +101,11 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
     seen = existing_targets(recipe, run.target_stores[0].parent) or ()
     grey = grey_of(run)
     images = read_catalogue(recipe.data.evaluation or recipe.data.images, recipe, watch, known=seen, grey=grey)
+    classes: NDArray[np.int64] | None = None
+    if recipe.data.evaluation:
+        images, classes = labelled(images, recipe.classes, note=watch.note)
     positions = evaluation_positions(images, recipe, first=audited_keys(run))
-    labels = match_labels(images, recipe.classes)[positions] if recipe.data.evaluation else None
+    labels = None if classes is None else classes[positions]
     taught = ask_teacher(run, recipe, images, positions, watch)
     if options.class_vectors and student.scorer is None:
         student.score_by(taught.answers.class_vectors(), taught.answers.logit_scale)

@@ -24,9 +24,8 @@ from prgkit.answers import Answers, no_correction
 from prgkit.context import Context, save_context
 from prgkit.decoding import GreyRange
 from prgkit.devices import best_device
-from prgkit.errors import ImagesError, RecipeError
-from prgkit.images import Catalogue, catalogue, match_labels, open_images
-from prgkit.labels import some
+from prgkit.errors import ImagesError, RecipeError, some
+from prgkit.images import Catalogue, catalogue, labelled, open_images
 from prgkit.lesson import read_catalogue
 from prgkit.prompts import fill
 from prgkit.recipe import Recipe, TeacherPage
@@ -83,7 +82,7 @@ def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, watch: 
 
     targets = open_store(page, recipe.views, targets_root, teacher)
     images = read_catalogue(recipe.data.labelled or "", recipe, watch, known=targets)
-    labels = match_labels(images, recipe.classes)
+    images, labels = labelled(images, recipe.classes, note=watch.note)
     chosen = draw(images, labels, shots, barred=evaluation_keys(recipe, images.images.grey), seed=recipe.training.seed)
     named = tell_counts(chosen, labels, recipe.classes, shots, watch)
     held_out = np.concatenate([of_class[len(of_class) - len(of_class) // HELD_OUT :] for of_class in chosen])

@@ -52,9 +52,10 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
         watch.note(f"{images.spec}: {images.left_out}")
     images_missing = count_missing(images, stored)
     pictures_bytes = len(images) * mean_picture_bytes(images)
-    judged = open_matched(recipe, recipe.data.evaluation, recipe.data.evaluation_labels)
-    few = open_matched(recipe, recipe.data.labelled, recipe.data.labelled_labels) if recipe.learns_labels else None
-    judged, few = (labelled.with_grey(images.grey) if labelled else None for labelled in (judged, few))
+    judged = open_matched(recipe, recipe.data.evaluation, recipe.data.evaluation_labels, watch)
+    few_labelled = recipe.data.labelled if recipe.learns_labels else None
+    few = open_matched(recipe, few_labelled, recipe.data.labelled_labels, watch)
+    judged, few = (one.with_grey(images.grey) if one else None for one in (judged, few))
     judged_missing = count_missing(judged, stored) if judged else [0] * len(stored)
     if judged:
         mean_picture_bytes(judged)  # one of them at least can be read
@@ -97,17 +98,19 @@ def gauged(images: Images) -> Images:
     return images.with_grey(deep.grey if deep else None)
 
 
-def open_matched(recipe: Recipe, spec: str | None, labels: str | None) -> Images | None:
+def open_matched(recipe: Recipe, spec: str | None, labels: str | None, watch: Watch) -> Images | None:
     """Open labelled images, where there are any; their labels are only matched with the classes."""
     if not spec:
         return None
-    images = open_images(spec, labels=Path(labels) if labels else None)
+    images = open_images(spec, labels=Path(labels) if labels else None, label_format=recipe.data.label_format)
     numbers = range(len(images))
     class_indices(
-        [images.label(number) for number in numbers],
+        images.labels(numbers, recipe.classes, note=watch.note),
         recipe.classes,
         names=[images.name(number) for number in numbers],
         where=images.spec,
+        first_number=images.first_number,
+        note=watch.note,
     )
     return images
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -22,7 +23,7 @@ os.umask(_UMASK)  # the only way to read it is to set it
 
 
 def read_text(path: Path, *, most_bytes: int = LARGEST_TEXT_BYTES) -> str:
-    """Read a text file that people write: UTF-8, with or without a byte order mark.
+    """Read a text file that people write: UTF-8, with or without a byte order mark, or UTF-16 with one.
 
     Raises:
         OSError: it cannot be read.
@@ -34,8 +35,9 @@ def read_text(path: Path, *, most_bytes: int = LARGEST_TEXT_BYTES) -> str:
         )
     if (size := path.stat().st_size) > most_bytes:
         raise ValueError(f"it is {readable_bytes(size)}, and the limit is {readable_bytes(most_bytes)}")
+    data = path.read_bytes()
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError("it is not UTF-8 text") from error
 

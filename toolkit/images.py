@@ -9,10 +9,10 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,10 +35,15 @@ from prgkit.decoding import (
     to_rgb,
     upright_rgb,
 )
-from prgkit.errors import ImagesError
-from prgkit.labels import class_indices, read_label_table
+from prgkit.errors import ImagesError, some
+from prgkit.labels import Label, class_indices
 from prgkit.pictures import Adder, Pictures
-from prgkit.sources import Source, open_path, read_span, require, unheard
+from prgkit.sources import Source, open_path, read_span, require
+from prgkit.table import LabelTable, read_label_table
+from prgkit.watch import silent
+
+if TYPE_CHECKING:
+    from prgkit.recipe import LabelFormat
 
 __all__ = [
     "Catalogue",
@@ -47,6 +52,7 @@ __all__ = [
     "Unreadable",
     "UnreadableImage",
     "catalogue",
+    "labelled",
     "load_image",
     "match_labels",
     "open_images",
@@ -65,11 +71,17 @@ NEARLY_BLACK = 15  # of 255: what is left of 12 bits where a format of 16 keeps 
 LONGEST = 100  # times the shorter side that is resized: 1 pixel by 60,000 would be scaled to 224 by 13 million
 
 
-def open_images(spec: str, *, labels: Path | None = None, note: Callable[[str], None] = unheard) -> Images:
+def open_images(
+    spec: str,
+    *,
+    labels: Path | None = None,
+    label_format: LabelFormat | None = None,
+    note: Callable[[str], None] = silent,
+) -> Images:
     """Open a folder, a .zip, tar shards, ``torchvision:NAME/split``, ``hf:owner/name/split`` or ``demo:digits/split``.
 
-    ``labels`` is a CSV of ``file,label`` rows; without it, labels are those the source itself carries. ``note`` is told
-    of what takes a while.
+    ``labels`` is a table such as a CSV of ``file,label`` rows; without it, labels are those the source itself carries.
+    ``label_format`` says how to read them where they do not say it themselves. ``note`` is told of what takes a while.
 
     Raises:
         ImagesError: there is nothing to open, or no image in it.
@@ -79,17 +91,19 @@ def open_images(spec: str, *, labels: Path | None = None, note: Callable[[str], 
     source = openers[kind](rest) if kind in openers else open_path(spec, note)
     if len(source) == 0:
         raise ImagesError(f"{spec} holds no images", fix="name another split or source")
-    return Images(spec, source, read_label_table(labels.expanduser(), source) if labels else None)
+    table = read_label_table(labels.expanduser(), spec, source, label_format) if labels else None
+    return Images(spec, source, table, label_format.first_number if label_format is not None else None)
 
 
 class Images:
     """Numbered images of one source; threads, forks and pickled copies may read at once."""
 
-    def __init__(self, spec: str, source: Source, labels: Mapping[int, str] | None) -> None:
+    def __init__(self, spec: str, source: Source, table: LabelTable | None, first_number: int | None = None) -> None:
         self.spec = spec
         self.grey: GreyRange | None = None  # of its deep greys, black and white; None: each by its own values
         self._source = source
-        self._labels = labels
+        self._table = table
+        self.first_number = first_number  # of labels that are numbers; None: found from them
 
     def __len__(self) -> int:
         return len(self._source)
@@ -110,8 +124,19 @@ class Images:
         return self._source.name(index)
 
     def label(self, index: int) -> str | int | None:
-        """Return the image's class name or number, or None; only evaluation asks."""
-        return self._labels.get(index) if self._labels is not None else self._source.label(index)
+        """Return the image's class name or number as it is written, or None; only evaluation asks."""
+        return self._table.plain_labels.get(index) if self._table is not None else self._source.label(index)
+
+    def labels(
+        self, indices: Sequence[int], class_names: Sequence[str], *, note: Callable[[str], None] = silent
+    ) -> list[Label | None]:
+        """Return the labels of images as they are written, and say how a table of them is read.
+
+        Raises:
+            ImagesError: it is not certain which column of the table holds them, or an image has two.
+        """
+        found = self._table.labels(class_names, note=note) if self._table is not None else None
+        return [self._source.label(index) if found is None else found.get(index) for index in indices]
 
     def read(self, index: int, *, enough: int | None = None) -> Image.Image:
         """Return the image as upright RGB, reduced where ``enough`` [pixels] allows it, or raise UnreadableImage."""
@@ -195,12 +220,26 @@ class Catalogue:
     indices: NDArray[np.int64]  # [readable], into images
     keys: tuple[str, ...]
     unreadable: tuple[Unreadable, ...]
-    duplicates: int
+    copies: NDArray[np.int64]  # [duplicates, (position, index into images)] of each exact copy that was dropped
     pictures: Pictures | None = None  # some of them, decoded already
     deep: DeepGreys | None = None  # where their range was found here
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def duplicates(self) -> int:
+        """How many exact copies were dropped."""
+        return len(self.copies)
+
+    def part(self, positions: NDArray[np.int64]) -> Catalogue:
+        """Return the images at ascending positions, and their copies."""
+        if len(positions) == len(self):
+            return self
+        copies = self.copies[np.isin(self.copies[:, 0], positions)]
+        copies[:, 0] = np.searchsorted(positions, copies[:, 0])
+        keys = tuple(self.keys[position] for position in positions)
+        return replace(self, indices=self.indices[positions], keys=keys, copies=copies)
 
     def read(self, position: int) -> Image.Image:
         """Return the image at a position in the catalogue, whole."""
@@ -240,6 +279,7 @@ def catalogue(
     """
     known_formats()  # loads Pillow's plugins before threads would do it all at once
     keys: dict[str, int] = {}
+    copies: list[tuple[str, int]] = []
     unreadable: list[Unreadable] = []
     deep = None
     pool = ThreadPoolExecutor(max(1, workers))
@@ -261,8 +301,8 @@ def catalogue(
                         unreadable.append(outcome)
                     elif isinstance(outcome, Ungauged):
                         waiting.append((outcome.digest, index))
-                    else:
-                        keys.setdefault(outcome, index)
+                    elif keys.setdefault(outcome, index) != index:
+                        copies.append((outcome, index))
                 if progress:
                     progress(len(outcomes) - (len(waiting) - before))
             return waiting
@@ -278,12 +318,13 @@ def catalogue(
     if not keys:
         raise none_readable(images, unreadable)
     ordered = sorted(keys)
+    positions = {key: position for position, key in enumerate(ordered)}
     return Catalogue(
         images=images,
         indices=np.array([keys[key] for key in ordered], dtype=np.int64),
         keys=tuple(ordered),
         unreadable=tuple(unreadable),
-        duplicates=len(images) - len(unreadable) - len(keys),
+        copies=np.array([(positions[key], index) for key, index in copies], dtype=np.int64).reshape(-1, 2),
         pictures=pictures,
         deep=deep,
     )
@@ -326,16 +367,54 @@ def none_readable(images: Images, unreadable: Sequence[Unreadable]) -> ImagesErr
     )
 
 
-def match_labels(catalogue: Catalogue, class_names: Sequence[str]) -> NDArray[np.int64]:
+def labelled(
+    catalogue: Catalogue, class_names: Sequence[str], *, note: Callable[[str], None] = silent
+) -> tuple[Catalogue, NDArray[np.int64]]:
+    """Return the images that have one class, and its index [images]; one whose copies are of two is left out, and said.
+
+    Raises:
+        ImagesError: an image has no label, a label is no class or could be several, or no image is left.
+    """
+    images = catalogue.images
+    places = [*enumerate(catalogue.indices.tolist()), *map(tuple, catalogue.copies.tolist())]
+    labels = images.labels([index for _, index in places], class_names, note=note)
+    known = {position for (position, _), label in zip(places, labels, strict=True) if label is not None}
+    # A copy without a label takes that of another.
+    told = [pair for pair in zip(places, labels, strict=True) if pair[1] is not None or pair[0][0] not in known]
+    found = class_indices(
+        [label for _, label in told],
+        class_names,
+        names=[images.name(index) for (_, index), _ in told],
+        where=images.spec,
+        first_number=images.first_number,
+        note=note,
+    )
+    classes: list[dict[int, str]] = [{} for _ in catalogue.keys]  # by image, those of its copies and one that says so
+    for ((position, index), _), label in zip(told, found.tolist(), strict=True):
+        classes[position].setdefault(label, f"{images.name(index)} ({class_names[label]})")
+    two = [" is also ".join(copies.values()) for copies in classes if len(copies) > 1]
+    if two:
+        count = "1 image has" if len(two) == 1 else f"{len(two)} images have"
+        note(f"{count} two labels, and {'is' if len(two) == 1 else 'are'} left out: {some(two)}")
+    if len(two) == len(classes):
+        raise ImagesError(f"every image has two labels: {some(two)}", where=images.spec, fix="keep one copy of each")
+    kept = np.flatnonzero([len(copies) == 1 for copies in classes])
+    return catalogue.part(kept), np.array([next(iter(classes[position])) for position in kept], dtype=np.int64)
+
+
+def match_labels(
+    catalogue: Catalogue, class_names: Sequence[str], *, note: Callable[[str], None] = silent
+) -> NDArray[np.int64]:
     """Return the class index of every image in the catalogue [images].
 
     Raises:
-        ImagesError: an image has no label, or a label is no class.
+        ImagesError: an image has no label or, by its copies, two; or a label is no class or could be several.
     """
-    images = catalogue.images
-    indices = [int(index) for index in catalogue.indices]
-    labels = [images.label(index) for index in indices]
-    return class_indices(labels, class_names, names=[images.name(index) for index in indices], where=images.spec)
+    kept, labels = labelled(catalogue, class_names, note=note)
+    if len(kept) < len(catalogue):
+        what = f"{len(catalogue) - len(kept)} of {len(catalogue)} images have two labels, one by each of their copies"
+        raise ImagesError(what, where=catalogue.images.spec, fix="keep the copy whose label is right")
+    return labels
 
 
 def load_image(image: str | os.PathLike[str] | bytes, *, grey: GreyRange | None = None) -> Image.Image:

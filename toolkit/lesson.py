@@ -18,7 +18,7 @@ from prgkit.decoding import GreyRange
 from prgkit.devices import best_device
 from prgkit.errors import ImagesError
 from prgkit.files import fingerprint
-from prgkit.images import NEARLY_BLACK, Catalogue, as_grey_range, catalogue, match_labels, nearly_black, open_images
+from prgkit.images import NEARLY_BLACK, Catalogue, as_grey_range, catalogue, labelled, nearly_black, open_images
 from prgkit.joint import AnyTargets, existing_targets, open_targets
 from prgkit.keep import images_an_epoch
 from prgkit.labelled import VALIDATION, Labelled
@@ -135,7 +135,7 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
         tell_quality(lesson, recipe, watch, run)
     tell_learned(lesson, recipe.data.keep, watch, run)
     if few is not None:
-        lesson = with_labelled(lesson, few, recipe, teacher, watch)
+        lesson = with_labelled(lesson, *few, recipe, teacher, watch)
     return lesson
 
 
@@ -155,7 +155,8 @@ def read_catalogue(
     """
     data = recipe.data
     labels = {data.labelled: data.labelled_labels, data.evaluation: data.evaluation_labels}.get(spec)
-    images = open_images(spec, labels=Path(labels) if labels else None, note=watch.note).with_grey(grey)
+    table = Path(labels) if labels else None
+    images = open_images(spec, labels=table, label_format=data.label_format, note=watch.note).with_grey(grey)
     watch.start("images", len(images), "img")
     found = catalogue(images, workers=default_workers(), progress=watch.advance, known=known, pictures=pictures)
     if found.unreadable:
@@ -187,9 +188,9 @@ def read_evaluation(recipe: Recipe, learned: Catalogue, targets: AnyTargets, wat
 
     Nothing of a label goes any further: the teacher will see these images, and the student only when it is measured.
     """
-    evaluation = read_catalogue(recipe.data.evaluation or "", recipe, watch, known=targets, grey=learned.images.grey)
-    tell_reading(evaluation, watch)
-    match_labels(evaluation, recipe.classes)
+    found = read_catalogue(recipe.data.evaluation or "", recipe, watch, known=targets, grey=learned.images.grey)
+    tell_reading(found, watch)
+    evaluation, _ = labelled(found, recipe.classes, note=watch.note)
     if shared := len(set(evaluation.keys) & set(learned.keys)):
         watch.note(f"{shared} evaluation images are also among those to learn from: accuracy on them flatters")
     return evaluation
@@ -197,18 +198,23 @@ def read_evaluation(recipe: Recipe, learned: Catalogue, targets: AnyTargets, wat
 
 def read_labelled(
     recipe: Recipe, learned: Catalogue, evaluation: Catalogue | None, targets: AnyTargets, watch: Watch
-) -> Catalogue:
+) -> tuple[Catalogue, NDArray[np.int64]]:
     """Read the few images whose labels are learned from, and say now rather than after the teacher what is wrong."""
-    few = read_catalogue(recipe.data.labelled or "", recipe, watch, known=targets, grey=learned.images.grey)
-    tell_reading(few, watch)
-    match_labels(few, recipe.classes)
+    found = read_catalogue(recipe.data.labelled or "", recipe, watch, known=targets, grey=learned.images.grey)
+    tell_reading(found, watch)
+    few, labels = labelled(found, recipe.classes, note=watch.note)
     if evaluation is not None and (shared := len(set(evaluation.keys) & set(few.keys))):
         watch.note(f"{shared} evaluation images are also among the labelled ones: accuracy on them flatters")
-    return few
+    return few, labels
 
 
 def with_labelled(
-    lesson: Lesson, few: Catalogue, recipe: Recipe, teacher: Callable[[TeacherPage], Teacher], watch: Watch
+    lesson: Lesson,
+    few: Catalogue,
+    labels: NDArray[np.int64],
+    recipe: Recipe,
+    teacher: Callable[[TeacherPage], Teacher],
+    watch: Watch,
 ) -> Lesson:
     """Return the lesson with a few labelled images, which the teacher sees like the others.
 
@@ -234,7 +240,7 @@ def with_labelled(
         learned=lesson.learned[kept],
         shares=None if lesson.shares is None else lesson.shares[kept],
         held_out=lesson.held_out[without(lesson.catalogue, lesson.held_out, set(few.keys))],
-        labelled=Labelled(own, match_labels(few, recipe.classes), first=len(lesson.catalogue)),
+        labelled=Labelled(own, labels, first=len(lesson.catalogue)),
     )
 
 

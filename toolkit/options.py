@@ -261,7 +261,9 @@ def choose_recipe(session: Session, given: dict[str, Any]) -> tuple[Recipe, Path
     """Return the recipe that was meant and the folder of its run."""
     from prgkit.recipe import load_recipe
     from prgkit.run import RUNS, find_run, run_name, standing_where_it_started
+    from prgkit.watch import silent
 
+    note = silent if session.asked else session.terminal.note  # said once in a chain
     named = ("recipe", "images", "classes")
     if session.asked and not any(given[key] for key in named):
         given = {**given, **{key: session.asked[key] for key in named}}
@@ -271,14 +273,14 @@ def choose_recipe(session: Session, given: dict[str, Any]) -> tuple[Recipe, Path
     if not (name or images or classes):
         found = find_run(given["folder"] or session.folder)
         run = click.get_current_context().with_resource(standing_where_it_started(found))
-        return load_recipe(str(run.recipe_file), overrides=given["overrides"]), run.folder
+        return load_recipe(str(run.recipe_file), overrides=given["overrides"], note=note), run.folder
     if not name and not (images and classes):
         raise click.UsageError("Name a RECIPE, or give both --images and --classes.", click.get_current_context())
     # JSON is YAML, and keeps a path with a colon or a hash in one piece.
     sources = [
         f"data.{key}={json.dumps(given[key], ensure_ascii=False)}" for key in ("images", "classes") if given[key]
     ]
-    recipe = load_recipe(name or "custom", overrides=[*sources, *given["overrides"]])
+    recipe = load_recipe(name or "custom", overrides=[*sources, *given["overrides"]], note=note)
     return recipe, given["folder"] or session.folder or RUNS / run_name(name or images)
 
 

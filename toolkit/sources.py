@@ -10,6 +10,7 @@ import shutil
 import stat
 import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -26,6 +27,7 @@ from PIL import Image
 from prgkit.decoding import CAMERA_RAW, UnreadableImage, image_suffixes, is_picture, suffix_of
 from prgkit.errors import ImagesError, nearest
 from prgkit.files import cache_folder, fingerprint, writing
+from prgkit.watch import silent
 
 # What Python's readers of archives raise on damaged bytes, besides errors of their own.
 DAMAGES = (OSError, EOFError, ValueError, IndexError, KeyError, OverflowError, RuntimeError, struct.error, zlib.error)
@@ -42,6 +44,8 @@ LABEL_KEYS = ("label", "class_name", "class", "cls", "category", "target")  # of
 OURS = re.compile(rb'"schema": "prgkit\.(run|bundle|targets)/')
 CARDS = ("card.json", "manifest.json")
 STORE = "pictures.u8"
+# Controls, line and paragraph separators, and what changes the direction of text (bidirectional marks).
+ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 KINDS = "a folder, a .zip, tar shards such as shards-{000..004}.tar, torchvision:NAME/split or hf:owner/name/split"
 
 
@@ -60,11 +64,7 @@ class Source(Protocol):
         """Return the image as its source has it: encoded, or as a picture; or raise UnreadableImage."""
 
 
-def unheard(text: str) -> None:
-    """Be told in vain."""
-
-
-def open_path(spec: str, note: Callable[[str], None] = unheard) -> Source:
+def open_path(spec: str, note: Callable[[str], None] = silent) -> Source:
     """Open a folder, a .zip, a .tar or several tars named with braces; ``~`` and ``$VARIABLES`` are expanded.
 
     Raises:
@@ -124,7 +124,7 @@ class FolderSource:
 class TarSource:
     """The images in tar files, read at offsets found when they were opened; labels are WebDataset's .cls or .json."""
 
-    def __init__(self, spec: str, shards: Sequence[Path], note: Callable[[str], None] = unheard) -> None:
+    def __init__(self, spec: str, shards: Sequence[Path], note: Callable[[str], None] = silent) -> None:
         self.shards = tuple(plain_tar(shard, note) for shard in shards)
         self.titles = tuple(TAR.sub(".tar", shard.name) for shard in shards)
         self.names: list[str] = []
@@ -504,8 +504,12 @@ def folder_name(name: str) -> str | None:
 
 
 def printable(name: str) -> str:
-    """Replace what is not UTF-8 in a file's name, so that it can be printed and written to JSON."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """Return a file's name as it is shown and compared: valid UTF-8, composed (NFC), and without a character that acts.
+
+    A line break would end a row of a table, an escape commands a terminal, a mark of direction reorders the line.
+    """
+    text = unicodedata.normalize("NFC", name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    return ACTING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def too_large(size: int) -> str:
