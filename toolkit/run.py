@@ -108,7 +108,7 @@ class Run:
         """Drop the records after ``epochs``: they came after the checkpoint that training goes on from."""
         kept = [record for record in self.metrics() if record["epoch"] <= epochs]
         text = "".join(json.dumps(record) + "\n" for record in kept)
-        if self.metrics_file.exists() and self.metrics_file.read_text() != text:
+        if self.metrics_file.exists() and self.metrics_file.read_text(encoding="utf-8") != text:
             write_text(self.metrics_file, text)
 
 
@@ -306,7 +306,7 @@ def numbered_lines(path: Path) -> list[tuple[int, dict[str, Any] | None]]:
 
 def is_leftover(path: Path) -> bool:
     """Tell whether a file is what a kill left behind: a half-written one, or a lock."""
-    return path.name == ".lock" or (path.name.startswith(".") and path.name.endswith(".part"))
+    return path.name.startswith(".lock") or (path.name.startswith(".") and path.name.endswith(".part"))
 
 
 class Interrupted(PrgkitError):  # noqa: N818 - nothing went wrong
