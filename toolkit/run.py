@@ -16,7 +16,7 @@ from typing import Any
 
 from prgkit import __version__
 from prgkit.errors import PrgkitError, RunError
-from prgkit.files import guarding_space, read_json, read_sealed, sha256, write_sealed, write_text
+from prgkit.files import flush, guarding_space, read_json, read_sealed, sha256, write_sealed, write_text
 from prgkit.page import parse
 from prgkit.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
 
@@ -263,8 +263,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     drop_torn_line(path)
     with guarding_space(path, len(line)), open(path, "a", encoding="utf-8") as file:
         file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
 
 
 def drop_torn_line(path: Path) -> None:
