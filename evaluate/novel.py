@@ -63,7 +63,7 @@ def require_two_halves(recipe: Recipe) -> None:
         )
     base, novel = halves(recipe.classes)
     for page in recipe.teacher:
-        path = Path(page.context or "").expanduser()
+        path = Path(os.path.expanduser(page.context or ""))
         if path.is_file() and (known := set(load_facts(path).get("classes", ())) & set(novel)):
             raise RecipeError(
                 f"the learned context has seen labels of novel classes: {', '.join(sorted(known)[:3])}",

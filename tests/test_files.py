@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prgkit.errors import PrgkitError
-from prgkit.files import mapped, read_sealed, require_space, write_json, write_sealed
+from prgkit.files import cache_folder, mapped, read_sealed, require_space, write_json, write_sealed
 from prgkit.run import append_line
 
 
@@ -93,3 +94,13 @@ def test_a_disk_that_fails_is_not_done_without(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="Input/output error"):
         write_json(tmp_path / "a.json", [1])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nobody_is_at_home_the_cache_is_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("shards") == tmp_path / "prgkit" / "shards"
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_folder() == Path("/home/someone/.cache/prgkit")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    assert cache_folder() == Path(tempfile.gettempdir()) / "prgkit"

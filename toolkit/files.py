@@ -8,7 +8,11 @@ import json
 import math
 import os
 import shutil
+<<<<<<< HEAD
 import sys
+=======
+import tempfile
+>>>>>>> 0065705 (A folder for what can be made again, also where there is no home directory)
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,6 +150,16 @@ def read_sealed(path: Path, *, fix: str = REMAKE) -> dict[str, Any]:
     if stated is not None and stated != fingerprint(value):
         raise PrgkitError(f"{path.name} is damaged: its content is not what was written", where=path, fix=fix)
     return value
+
+
+def cache_folder(*parts: str) -> Path:
+    """Return a folder for what can be made again: in the user's cache, or where nobody is at home, in the system's."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        root = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and no entry for the user: many containers
+        root = Path(tempfile.gettempdir())
+    return root.joinpath("prgkit", *parts)
 
 
 def sha256(path: Path) -> str:

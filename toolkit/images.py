@@ -57,7 +57,7 @@ def open_images(spec: str, *, labels: Path | None = None) -> Images:
     source = openers[kind](rest) if kind in openers else open_path(spec)
     if len(source) == 0:
         raise ImagesError(f"{spec} holds no images", fix="name another split or source")
-    return Images(spec, source, read_label_table(labels.expanduser(), source) if labels else None)
+    return Images(spec, source, read_label_table(Path(os.path.expanduser(labels)), source) if labels else None)
 
 
 class Images:
@@ -232,7 +232,7 @@ def load_image(image: str | os.PathLike[str] | bytes) -> Image.Image:
     """
     if isinstance(image, bytes):
         return decode(image, "the image")
-    path = Path(image).expanduser()
+    path = Path(os.path.expanduser(image))
     return decode(read_span(require(path, str(image), fix="give the path of an image file"), str(image)), str(image))
 
 
