@@ -7,6 +7,7 @@ teacher's space for it; one whose objective trains none is asked for the first h
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -14,6 +14,7 @@ from PIL import Image
 
 from prgkit.decoding import UnreadableImage
 from prgkit.errors import ImagesError, nearest
+from prgkit.files import cache_folder
 from prgkit.prompts import load_classes
 from prgkit.sources import Source, read_span
 

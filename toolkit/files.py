@@ -8,11 +8,8 @@ import json
 import math
 import os
 import shutil
-<<<<<<< HEAD
 import sys
-=======
 import tempfile
->>>>>>> 0065705 (A folder for what can be made again, also where there is no home directory)
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
