@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from prgkit import pictures, workers
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.distill import distill, schedule
-from prgkit.errors import ImagesError, PrgkitError, RunError, StudentError
+from prgkit.errors import ImagesError, PrgkitError, RunError, StudentError, WorkerError
 from prgkit.files import read_sealed, sha256, write_sealed
 from prgkit.lesson import hold_out
 from prgkit.recipe import Recipe, validate
@@ -169,7 +169,7 @@ class KillWorkers(StopAt):
 @pytest.mark.parametrize("images", [16, 48, 112])
 def test_a_killed_worker_costs_no_step(photos: Path, tmp_path: Path, finished: Run, images: int) -> None:
     arguments = (recipe_for(photos, workers=1), tmp_path / "run", finished.folder.parent / "targets")
-    with pytest.raises(RunError, match="a process that decodes images was ended by SIGKILL"):
+    with pytest.raises(WorkerError, match="a process that decodes images was ended by SIGKILL"):
         distill(*arguments, KillWorkers("student", images))
     _, facts = load_tensors(Run(tmp_path / "run").state)
     assert images <= 16 * facts["step"] <= images + 32  # two batches may have been ready
@@ -198,7 +198,7 @@ def test_a_worker_killed_while_the_teacher_looks_costs_no_block(
 ) -> None:
     monkeypatch.setattr("prgkit.targets.BLOCK_IMAGES", 16)
     arguments = (recipe_for(photos, workers=1), tmp_path / "run", tmp_path / "targets")
-    with pytest.raises(RunError, match="a process that decodes images was ended by SIGKILL"):
+    with pytest.raises(WorkerError, match="a process that decodes images was ended by SIGKILL"):
         distill(*arguments, KillWorkers("teacher", 32))
     (journal,) = (path for path in tmp_path.glob("targets/*/journal.jsonl") if path.parent.name != "pictures")
     assert journal.read_bytes().count(b"\n") >= 1
@@ -320,8 +320,9 @@ def test_images_that_changed_under_a_stopped_run_are_refused(photos: Path, tmp_p
         distill(*arguments, StopAt(32, signal.SIGTERM))
     for path in sorted(images.iterdir())[:30]:
         path.unlink()
-    with pytest.raises(RunError, match="the images, or the teacher, have changed since this run was started"):
+    with pytest.raises(RunError, match="30 of the 72 images that this run was made from are gone from") as caught:
         distill(*arguments, Unwatched())
+    assert f"prgkit distill {tmp_path}/run/recipe.yaml --run {tmp_path}/run-2" in str(caught.value.fix)
 
 
 def test_a_deleted_student_of_a_finished_run_comes_back(photos: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from prgkit.errors import ImagesError, RunError
+from prgkit.errors import ImagesError, WorkerError
 from prgkit.workers import work_ahead
 
 TASKS = [(number, 1 + number % 3) for number in range(40)]  # the second task is larger than the first
@@ -80,7 +80,7 @@ def test_a_worker_that_is_killed_is_told_at_once() -> None:
         make(task, into)
 
     done, began = [], time.monotonic()
-    with pytest.raises(RunError, match="a process that decodes images was ended by SIGKILL; the system") as caught:
+    with pytest.raises(WorkerError, match="a process that decodes images was ended by SIGKILL; the system") as caught:
         done.extend(task for task, _ in work_ahead(die, shape, TASKS, workers=2))
     assert done == TASKS[:7]
     assert time.monotonic() - began < 5
@@ -97,8 +97,8 @@ def test_an_error_comes_in_its_turn(error: Exception) -> None:
             raise error
         make(task, into)
 
-    kind = {ImagesError: ImagesError, MemoryError: RunError}.get(type(error), RuntimeError)
-    told, done = {ImagesError: "gone\n", RunError: "no memory left"}.get(kind, "ZeroDivisionError: a bug"), []
+    kind = {ImagesError: ImagesError, MemoryError: WorkerError}.get(type(error), RuntimeError)
+    told, done = {ImagesError: "gone\n", WorkerError: "no memory left"}.get(kind, "ZeroDivisionError: a bug"), []
     with pytest.raises(kind, match=told):
         done.extend(task for task, _ in work_ahead(fail, shape, TASKS, workers=2))
     assert done == TASKS[:3]

@@ -7,6 +7,7 @@ has not learned from.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,10 +30,11 @@ from prgkit.keep import systematic_sample
 from prgkit.labelled import beside, choose_vote
 from prgkit.lesson import Lesson, prepare
 from prgkit.locks import locked
+from prgkit.members import tell_changes
 from prgkit.mixup import mixed
 from prgkit.objectives import Objectives, Space, TeacherSide
 from prgkit.recipe import Recipe, Training
-from prgkit.run import Interrupted, Run, start_run, stopping
+from prgkit.run import Interrupted, Run, differences, is_leftover, require_own_folder, start_run, stopping
 from prgkit.student import Student, build_student
 from prgkit.tensors import save_tensors
 from prgkit.views import Batch, Rendered, evaluation_views, load_batches
@@ -57,14 +59,10 @@ def distill(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> R
 
 def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelerator, watch: Watch) -> None:
     """Do one process's part: the first reads the images and asks the teacher, all of them train."""
-    with accelerator.main_process_first():
-        run = start_run(folder, recipe)
-    if run.finished and run.weights.exists():
-        watch.note(f"{run.folder} is finished already")
+    run = Run(folder)
+    if from_first(accelerator, lambda: already_finished(run, recipe, watch)):
         return
-    with locked(run.folder, "run") if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process:
-            run.clear_leftovers()
+    with starting(run, recipe) if accelerator.is_main_process else nullcontext():
         trial = build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)  # mistakes are told now
         if recipe.reads_stages:
             trial.stage_widths()
@@ -79,6 +77,34 @@ def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelera
             require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(lesson.catalogue)), "the run")
             run.update_card(student=student.facts(recipe.student))
         train(recipe, run, lesson, student, accelerator, watch)
+
+
+def already_finished(run: Run, recipe: Recipe, watch: Watch) -> bool:
+    """Tell whether a run is finished, and whether its images have changed since; or refuse it before it is touched."""
+    require_own_folder(run.folder, recipe)
+    if not (run.finished and run.weights.exists()) or differences(run, recipe):
+        return False
+    start_run(run.folder, recipe)
+    watch.note(f"{run.folder} is finished already")
+    tell_changes(run, recipe, watch)
+    return True
+
+
+@contextmanager
+def starting(run: Run, recipe: Recipe) -> Iterator[None]:
+    """Hold a folder as the run of ``recipe``; where it fails before anything was done, the folder is as it was."""
+    new, made = not run.recipe_file.exists(), not run.folder.exists()
+    with locked(run.folder, "run"):
+        try:
+            start_run(run.folder, recipe)
+            run.clear_leftovers()
+            yield
+        except Exception:
+            if new and not run.used:
+                run.forget()
+            if made and all(is_leftover(path) for path in run.folder.iterdir()):
+                shutil.rmtree(run.folder, ignore_errors=True)
+            raise
 
 
 def check_trackers(page: Training) -> None:

@@ -44,6 +44,14 @@ IMAGES_PER_TASK = 32  # small pictures decode faster than a task is handed over
 ENOUGH = 512  # pixels of the shorter side that crops are cut from; it can be up to twice as many
 
 
+LIBRARIES: dict[str, Callable[[str], Source]] = {"torchvision": open_torchvision, "hf": open_hub, "demo": open_demo}
+
+
+def lies_in_files(spec: str) -> bool:
+    """Tell whether images lie in files that people put there, and not in a library's dataset."""
+    return spec.partition(":")[0] not in LIBRARIES
+
+
 def open_images(spec: str, *, labels: Path | None = None) -> Images:
     """Open a folder, a .zip, tar shards, ``torchvision:NAME/split``, ``hf:owner/name/split`` or ``demo:digits/split``.
 
@@ -53,8 +61,7 @@ def open_images(spec: str, *, labels: Path | None = None) -> Images:
         ImagesError: there is nothing to open, or no image in it.
     """
     kind, _, rest = spec.partition(":")
-    openers: dict[str, Callable[[str], Source]] = {"torchvision": open_torchvision, "hf": open_hub, "demo": open_demo}
-    source = openers[kind](rest) if kind in openers else open_path(spec)
+    source = LIBRARIES[kind](rest) if kind in LIBRARIES else open_path(spec)
     if len(source) == 0:
         raise ImagesError(f"{spec} holds no images", fix="name another split or source")
     return Images(spec, source, read_label_table(Path(os.path.expanduser(labels)), source) if labels else None)
@@ -78,6 +85,12 @@ class Images:
     def label(self, index: int) -> str | int | None:
         """Return the image's class name or number, or None; only evaluation asks."""
         return self._labels.get(index) if self._labels is not None else self._source.label(index)
+
+    def files(self) -> list[int]:
+        """Return a number for each image's name and size in bytes: other images have others, and none is read."""
+        size = getattr(self._source, "size", lambda _: 0)
+        told = (f"{size(index)} {self.name(index)}".encode() for index in range(len(self)))
+        return [int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "little") for one in told]
 
     def read(self, index: int, *, enough: int | None = None) -> Image.Image:
         """Return the image as upright RGB, reduced where ``enough`` [pixels] allows it, or raise UnreadableImage."""

@@ -21,6 +21,7 @@ from prgkit.images import Catalogue, catalogue, match_labels, open_images
 from prgkit.joint import AnyTargets, existing_targets, open_targets
 from prgkit.keep import images_an_epoch
 from prgkit.labelled import VALIDATION, Labelled
+from prgkit.members import keep_members, only_members
 from prgkit.objectives import TeacherSide
 from prgkit.pictures import PICTURES, Pictures
 from prgkit.recipe import Recipe, TeacherPage
@@ -85,8 +86,14 @@ class Lesson:
         return (sums / counts.clamp(min=1)[:, None]).float()
 
 
-def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = None) -> Lesson:
-    """Read the images, split off the held-out ones, and have the teacher see what it has not seen yet."""
+def prepare(
+    recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = None, *, like: Run | None = None
+) -> Lesson:
+    """Read the images, split off the held-out ones, and have the teacher see what it has not seen yet.
+
+    What is found is written into ``run``. Where that has begun to learn, these are the images that it was made from, or
+    it is refused; where ``like`` has, they are those of its images that are still there.
+    """
 
     @cache
     def teacher(page: TeacherPage) -> Teacher:  # loaded once, and only if something is missing
@@ -98,6 +105,9 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
         load_context(page)
     stored, pictures = existing_targets(recipe, targets_root), Pictures(targets_root / PICTURES)
     images = read_catalogue(recipe.data.images, recipe, watch, known=stored or (), pictures=pictures)
+    same = next((one for one in (run, like) if one is not None and one.begun), None)
+    if same is not None:
+        images = only_members(images, same, watch, all_needed=same is run)
     targets = stored or open_targets(recipe, targets_root, teacher)
     for store in targets.stores:
         for place in store.damaged:
@@ -106,7 +116,11 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
         watch.note(f"damaged in {pictures.folder}: {place}; what was in it is decoded again")
     evaluation = read_evaluation(recipe, images, targets, watch) if recipe.data.evaluation else None
     few = read_labelled(recipe, evaluation, targets, watch) if recipe.learns_labels else None
+    if few is not None and same is not None:
+        few = only_members(few, same, watch, all_needed=same is run, labelled=True)
     if run is not None:
+        if same is None:
+            keep_members(run, images, few)
         judged = facts_of(evaluation) if evaluation else None
         run.update_card(images=facts_of(images), evaluation=judged, teacher=targets.facts())
     held_out = hold_out(images.keys, recipe.data.held_out)

@@ -125,7 +125,7 @@ def load_batches(
 
     Raises:
         ImagesError: an image can no longer be read.
-        RunError: a worker was killed.
+        WorkerError: a worker was killed.
     """
     count, on_gpu = default_workers() if workers is None else workers, torch.cuda.is_available()
     try:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.errors import PrgkitError, RunError
+from prgkit.errors import PrgkitError, WorkerError
 
 AHEAD = 2  # tasks that each worker has, where results need not go through its pipe
 LOOK_SECONDS = 0.2  # between two looks at whether to stop, while a result is waited for
@@ -69,7 +69,7 @@ def work_ahead(
     is not waited for, and the rest is left out. Where no process can be started, the work is done in this one.
 
     Raises:
-        RunError: a worker was killed, or had no memory left.
+        WorkerError: a worker was killed, or had no memory left.
         Exception: what ``make`` raised, in order.
     """
     plan = enumerate(tasks)
@@ -176,7 +176,7 @@ def result_of(worker: Worker) -> Bytes | None:
     """Return what a worker sends: its result, or None where that lies in the shared memory.
 
     Raises:
-        RunError: the worker has died, or memory ran out.
+        WorkerError: the worker has died, or memory ran out.
         Exception: what it raised.
     """
     try:
@@ -192,9 +192,9 @@ def result_of(worker: Worker) -> Bytes | None:
     return sent  # type: ignore[no-any-return]
 
 
-def died(how: str) -> RunError:
+def died(how: str) -> WorkerError:
     """Build the error for a worker that is no more."""
-    return RunError(
+    return WorkerError(
         f"a process that decodes images {how}; the system ends what is too large when memory runs out",
         fix="the same command goes on from here; with --set training.workers=1, or 0, it takes less memory",
     )
