@@ -34,7 +34,7 @@ from prgkit.members import tell_changes
 from prgkit.mixup import mixed
 from prgkit.objectives import Objectives, Space, TeacherSide
 from prgkit.recipe import Recipe, Training
-from prgkit.run import Interrupted, Run, differences, is_leftover, require_own_folder, start_run, stopping
+from prgkit.run import Interrupted, Run, differences, require_own_folder, start_run, stopping
 from prgkit.student import Student, build_student
 from prgkit.tensors import save_tensors
 from prgkit.views import Batch, Rendered, evaluation_views, load_batches
@@ -51,7 +51,7 @@ def distill(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> R
         PrgkitError: for anything the user can mend.
     """
     check_trackers(recipe.training)
-    accelerator = join_processes(recipe.training.trackers, folder / "trackers")
+    accelerator = join_processes(recipe.training.trackers, Run(folder).trackers)
     with first_goes_on(accelerator):
         work(recipe, folder, targets_root, accelerator, watch if accelerator.is_main_process else Unwatched())
     return Run(folder)
@@ -102,8 +102,8 @@ def starting(run: Run, recipe: Recipe) -> Iterator[None]:
         except Exception:
             if new and not run.used:
                 run.forget()
-            if made and all(is_leftover(path) for path in run.folder.iterdir()):
-                shutil.rmtree(run.folder, ignore_errors=True)
+                if made:
+                    shutil.rmtree(run.folder, ignore_errors=True)
             raise
 
 

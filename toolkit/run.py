@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import zipfile
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ class Run:
         self.sheet_file = self.ticks_file.with_name("sheet.html")
         self.bundle = folder / "bundle"
         self.bench = folder / "bench"
+        self.trackers = folder / "trackers"
 
     @property
     def name(self) -> str:
@@ -97,6 +99,8 @@ class Run:
 
     def forget(self) -> None:
         """Remove what a start leaves in a run in which nothing was done; the recipe goes last."""
+        for place in (self.state.parent, self.trackers):
+            shutil.rmtree(place, ignore_errors=True)
         for file in (
             self.quality_file,
             self.answers_file,
