@@ -25,6 +25,7 @@ from prgkit.joint import existing_targets, open_targets
 from prgkit.keep import sure_enough
 from prgkit.lesson import grey_of, hold_out, read_catalogue
 from prgkit.locks import locked
+from prgkit.members import only_members
 from prgkit.parameters import OBJECTIVES
 from prgkit.recipe import Recipe, TeacherPage
 from prgkit.run import TICKS, Run
@@ -99,11 +100,12 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
     if not run.finished:
         watch.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
     seen = existing_targets(recipe, run.target_stores[0].parent) or ()
-    grey = grey_of(run)
-    images = read_catalogue(recipe.data.evaluation or recipe.data.images, recipe, watch, known=seen, grey=grey)
-    classes: NDArray[np.int64] | None = None
+    grey, classes = grey_of(run), None
     if recipe.data.evaluation:
-        images, classes = labelled(images, recipe.classes, note=watch.note)
+        found = read_catalogue(recipe.data.evaluation, recipe, watch, known=seen, grey=grey)
+        images, classes = labelled(found, recipe.classes, note=watch.note)
+    else:
+        images = images_of(run, recipe, seen, watch)
     positions = evaluation_positions(images, recipe, first=audited_keys(run))
     labels = None if classes is None else classes[positions]
     taught = ask_teacher(run, recipe, images, positions, watch)
@@ -113,7 +115,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
     vocabulary = {"teacher": card["teacher"]["fingerprint"], "templates": list(recipe.templates)}
     preprocessing = replace(student.preprocessing, grey_range=grey)
     prepare = preprocessing.prepare
-    checked = [prepare(picture) for picture in parity_pictures(images, positions, recipe, seen, watch)]
+    checked = [prepare(picture) for picture in parity_pictures(run, images, positions, recipe, seen, watch)]
     if len(checked) < PARITY_IMAGES:
         watch.note(f"there are {len(checked)} images to compare the exports on; {PARITY_IMAGES} would be better")
 
@@ -173,8 +175,13 @@ def evaluation_positions(images: Catalogue, recipe: Recipe, *, first: Container[
     return np.sort(np.concatenate([chosen[before], chosen[~before]])[: recipe.export.evaluation_images])
 
 
+def images_of(run: Run, recipe: Recipe, seen: Container[str], watch: Watch) -> Catalogue:
+    """Read the images that a run was made from, as far as they are still there."""
+    return only_members(read_catalogue(recipe.data.images, recipe, watch, known=seen, grey=grey_of(run)), run, watch)
+
+
 def parity_pictures(
-    images: Catalogue, positions: NDArray[np.int64], recipe: Recipe, seen: Container[str], watch: Watch
+    run: Run, images: Catalogue, positions: NDArray[np.int64], recipe: Recipe, seen: Container[str], watch: Watch
 ) -> Iterator[Image.Image]:
     """Yield up to `PARITY_IMAGES` distinct pictures: the ones that travel, then others, then ones learned from.
 
@@ -185,7 +192,7 @@ def parity_pictures(
         yield images.read(position)
     if len(order) < PARITY_IMAGES and recipe.data.evaluation:
         taken = set(images.keys)
-        learned = read_catalogue(recipe.data.images, recipe, watch, known=seen, grey=images.images.grey)
+        learned = images_of(run, recipe, seen, watch)
         others = (position for position, key in enumerate(learned.keys) if key not in taken)
         for position in islice(others, PARITY_IMAGES - len(order)):
             yield learned.read(position)
@@ -206,7 +213,7 @@ def learned_images(
     """
     catalogue, apart = images, {images.keys[position] for position in positions.tolist()}
     if recipe.data.evaluation:
-        catalogue = read_catalogue(recipe.data.images, recipe, watch, known=seen, grey=images.images.grey)
+        catalogue = images_of(run, recipe, seen, watch)
     places = np.setdiff1d(np.arange(len(catalogue)), hold_out(catalogue.keys, recipe.data.held_out))
     if recipe.data.keep.asks:
         places = places[sure_enough(confidence_of(run, images=len(places)), recipe.data.keep)]

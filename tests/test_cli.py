@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -355,6 +357,74 @@ def test_doctor_survives_a_broken_onnxruntime(prgkit: Call, monkeypatch: pytest.
     said = prgkit("doctor")
     assert said.code == 0
     assert "no   onnxruntime " in said.out
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("distill demo --run a --run=b", "--run is given 2 times, as a and as b; give it once."),
+        ("distill demo --run a --run a", "--run is given 2 times, as a and as a; give it once."),
+        ("bench --seconds 1 --seconds 2 --seconds 3", "--seconds is given 3 times, as 1 and as 2 and as 3; give it once."),
+        ("audit -n 5 --count 6", "--count is given 2 times, as 5 and as 6; give it once."),
+        ("export --open-vocabulary --int8 --open-vocabulary input",
+         "--open-vocabulary is given 2 times, as nothing and as input; give it once."),
+        ("targets demo --set a.b=1 --set a.c=1 --set a.b=2=3",
+         "--set a.b is given 2 times, as 1 and as 2=3; give it once."),
+        ("compare demo --sweep w=0,1 --sweep w=2", "--sweep w is given 2 times, as 0,1 and as 2; give it once."),
+    ],
+)  # fmt: skip
+def test_what_has_one_value_is_given_once(prgkit: Call, calls: list[Any], line: str, told: str) -> None:
+    said = prgkit(line)
+    assert (said.code, calls) == (2, [])
+    assert said.err.endswith(f"Error: {told}\n")
+
+
+def test_flags_and_lists_may_be_given_often(prgkit: Call, calls: list[Any]) -> None:
+    assert prgkit("export --fp16 --fp16 --run x bench a.json --merge b.json --merge").code == 0
+    assert prgkit("distill demo --set a=1 --set b=1").code == 0
+    assert [name for name, _ in calls] == ["export", "bench", "distill"]
+
+
+def test_a_terminal_that_is_not_utf_8_loses_nothing_and_ends_nothing(
+    prgkit: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = {"käse – 3 × 2 ± 1 …": "5 µs → 日\udce9 ┃━"}
+    monkeypatch.setattr("prgkit.recipe.shipped_recipes", lambda: {name: Path(text) for name, text in lines.items()})
+    monkeypatch.setattr("prgkit.recipe.summary_line", str)
+    said = {}
+    for encoding in ("ascii", "latin-1", "cp1252"):
+        for option in ("", "--json"):
+            stream = io.TextIOWrapper(io.BytesIO(), encoding)
+            monkeypatch.setattr(sys, "stdout", stream)
+            assert prgkit(f"recipes {option}").code == 0
+            stream.flush()
+            said[encoding + option] = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert said["ascii"] == "  k\\xe4se - 3 x 2 +- 1 ...  5 us -> \\u65e5\\udce9 |-\n"
+    assert said["latin-1"] == "  käse - 3 × 2 ± 1 ...  5 µs -> \\u65e5\\udce9 |-\n"
+    assert said["cp1252"] == "  käse – 3 × 2 ± 1 …  5 µs -> \\u65e5\\udce9 |-\n"
+    assert all(json.loads(said[f"{encoding}--json"]) == {"recipes": lines} for encoding in ("ascii", "latin-1"))
+
+
+@pytest.mark.parametrize("line", ["recipes", "recipes --json", "recipes --show demo"])
+def test_a_reader_that_has_seen_enough_is_no_error(place: Path, line: str) -> None:
+    ends, writes = os.pipe()
+    os.close(ends)
+    command = [sys.executable, "-m", "prgkit", *line.split()]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_without_a_home_the_temporary_folder_stands_for_it(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert prgkit("recipes").code == 0
+    assert os.environ["HOME"] == tempfile.gettempdir()
+    monkeypatch.delenv("HOME")
+    assert prgkit("predict ~/x.png --run nowhere").err.startswith("Error: there is no such run folder\n")
 
 
 # How a run ends.

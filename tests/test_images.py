@@ -966,3 +966,9 @@ def test_preprocessing_travels_as_json() -> None:
         Preprocessing.from_dict({"image_size": 3})
     with pytest.raises(ImagesError, match=r"cannot prepare images with image_size 24, crop 1\.0, 'lanczos'"):
         preprocessing(interpolation="lanczos")
+
+
+def test_a_name_that_begins_like_a_home_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 3)).save("~$x.png")
+    assert load_image("~$x.png").size == (4, 3)

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from prgkit.options import (
     refuse_in_a_bundle,
     run_option,
 )
+from prgkit.streams import say_what_it_can
 
 REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # of the file system: nothing that we can mend
 
@@ -344,16 +346,19 @@ def doctor(session: Session, as_json: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line; a user's mistake is told without a traceback (exit 1), a wrong call with usage (exit 2)."""
+    say_what_it_can()
+    if os.path.expanduser("~") == "~":  # no HOME, and no entry for the user: libraries would fail, or fill a folder "~"
+        os.environ["HOME"] = tempfile.gettempdir()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a system that shuts down is told like Ctrl-C
     try:
         cli.main(prog_name="prgkit", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        error.show(sys.stderr)
         sys.exit(error.exit_code)
     except click.Abort as abort:
         if isinstance(abort.__cause__, EOFError):  # nothing here asks a question, so this is a bug
             raise abort.__cause__ from None
-        click.echo("Stopped. What was finished is kept; the same command goes on from there.", err=True)
+        click.echo("Stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
         sys.exit(130)
     except PrgkitError as error:
         sys.exit(told(error))
@@ -373,7 +378,7 @@ def main() -> None:
 def told(error: PrgkitError) -> int:
     """Print an error and return the exit code; having been stopped is none, and says so itself."""
     text = str(error)
-    click.echo(f"Error: {text}" if error.exit_code == 1 else text[0].upper() + text[1:], err=True)
+    click.echo(f"Error: {text}" if error.exit_code == 1 else text[0].upper() + text[1:], file=sys.stderr)
     return error.exit_code
 
 

@@ -47,6 +47,10 @@ class RunError(PrgkitError):
     """A run folder that is missing, unfinished or was made from something else."""
 
 
+class WorkerError(PrgkitError):
+    """A process that worked ahead and is no more; what it worked for can go on with the same command."""
+
+
 class ExportError(PrgkitError):
     """A model that cannot be exported as asked."""
 

@@ -71,6 +71,14 @@ NEARLY_BLACK = 15  # of 255: what is left of 12 bits where a format of 16 keeps 
 LONGEST = 100  # times the shorter side that is resized: 1 pixel by 60,000 would be scaled to 224 by 13 million
 
 
+LIBRARIES: dict[str, Callable[[str], Source]] = {"torchvision": open_torchvision, "hf": open_hub, "demo": open_demo}
+
+
+def lies_in_files(spec: str) -> bool:
+    """Tell whether images lie in files that people put there, and not in a library's dataset."""
+    return spec.partition(":")[0] not in LIBRARIES
+
+
 def open_images(
     spec: str,
     *,
@@ -87,11 +95,10 @@ def open_images(
         ImagesError: there is nothing to open, or no image in it.
     """
     kind, _, rest = spec.partition(":")
-    openers: dict[str, Callable[[str], Source]] = {"torchvision": open_torchvision, "hf": open_hub, "demo": open_demo}
-    source = openers[kind](rest) if kind in openers else open_path(spec, note)
+    source = LIBRARIES[kind](rest) if kind in LIBRARIES else open_path(spec, note)
     if len(source) == 0:
         raise ImagesError(f"{spec} holds no images", fix="name another split or source")
-    table = read_label_table(labels.expanduser(), spec, source, label_format) if labels else None
+    table = read_label_table(Path(os.path.expanduser(labels)), spec, source, label_format) if labels else None
     return Images(spec, source, table, label_format.first_number if label_format is not None else None)
 
 
@@ -137,6 +144,12 @@ class Images:
         """
         found = self._table.labels(class_names, note=note) if self._table is not None else None
         return [self._source.label(index) if found is None else found.get(index) for index in indices]
+
+    def files(self) -> list[int]:
+        """Return a number for each image's name and size in bytes: other images have others, and none is read."""
+        size = getattr(self._source, "size", lambda _: 0)
+        told = (f"{size(index)} {self.name(index)}".encode() for index in range(len(self)))
+        return [int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "little") for one in told]
 
     def read(self, index: int, *, enough: int | None = None) -> Image.Image:
         """Return the image as upright RGB, reduced where ``enough`` [pixels] allows it, or raise UnreadableImage."""

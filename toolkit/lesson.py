@@ -22,6 +22,7 @@ from prgkit.images import NEARLY_BLACK, Catalogue, as_grey_range, catalogue, lab
 from prgkit.joint import AnyTargets, existing_targets, open_targets
 from prgkit.keep import images_an_epoch
 from prgkit.labelled import VALIDATION, Labelled
+from prgkit.members import keep_members, only_members
 from prgkit.objectives import TeacherSide
 from prgkit.pictures import PICTURES, Pictures
 from prgkit.recipe import Recipe, TeacherPage
@@ -86,8 +87,14 @@ class Lesson:
         return (sums / counts.clamp(min=1)[:, None]).float()
 
 
-def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = None) -> Lesson:
-    """Read the images, split off the held-out ones, and have the teacher see what it has not seen yet."""
+def prepare(
+    recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = None, *, like: Run | None = None
+) -> Lesson:
+    """Read the images, split off the held-out ones, and have the teacher see what it has not seen yet.
+
+    What is found is written into ``run``. Where that has begun to learn, these are the images that it was made from, or
+    it is refused; where ``like`` has, they are those of its images that are still there.
+    """
 
     @cache
     def teacher(page: TeacherPage) -> Teacher:  # loaded once, and only if something is missing
@@ -98,9 +105,12 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
         check_teacher(page)
         load_context(page)
     stored, pictures = existing_targets(recipe, targets_root), Pictures(targets_root / PICTURES)
-    grey = grey_of(run) if run is not None and (run.state.exists() or run.weights.exists()) else None
+    same = next((one for one in (run, like) if one is not None and one.begun), None)
+    grey = grey_of(same) if same is not None else None
     images = read_catalogue(recipe.data.images, recipe, watch, known=stored or (), pictures=pictures, grey=grey)
     tell_reading(images, watch)
+    if same is not None:
+        images = only_members(images, same, watch, all_needed=same is run)
     targets = stored or open_targets(recipe, targets_root, teacher)
     for store in targets.stores:
         for place in store.damaged:
@@ -109,7 +119,12 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
         watch.note(f"damaged in {pictures.folder}: {place}; what was in it is decoded again")
     evaluation = read_evaluation(recipe, images, targets, watch) if recipe.data.evaluation else None
     few = read_labelled(recipe, images, evaluation, targets, watch) if recipe.learns_labels else None
+    if few is not None and same is not None:
+        kept = only_members(few[0], same, watch, all_needed=same is run, labelled=True)
+        few = kept, few[1][np.isin(few[0].keys, kept.keys)]
     if run is not None:
+        if same is None:
+            keep_members(run, images, few[0] if few else None)
         judged = facts_of(evaluation) if evaluation else None
         run.update_card(images=facts_of(images), evaluation=judged, teacher=targets.facts())
     held_out = hold_out(images.keys, recipe.data.held_out)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prgkit.chain import Session
+from prgkit.chain import Session, refuse_twice
 
 if TYPE_CHECKING:
     from prgkit.recipe import Recipe
@@ -44,7 +44,14 @@ def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Ca
         click.argument("recipe", required=False),
         click.option("--images", metavar="SOURCE", help="Unlabelled images: a folder, a .zip or tar shards."),
         click.option("--classes", metavar="FILE", help="One class name a line, or the name of a known list."),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe."),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            callback=each_key_once,
+            help="Change one value of the recipe.",
+        ),
         click.option(
             "--targets",
             "targets_root",
@@ -356,6 +363,14 @@ def gpu_generations(ctx: click.Context, option: click.Parameter, text: str | Non
     return tuple(f"SM{number}" for number in dict.fromkeys(numbers))
 
 
+def each_key_once(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse two values for one key: the first would be passed over in silence."""
+    for key in {text.partition("=")[0].strip() for text in texts}:
+        values = [text.partition("=")[2].strip() for text in texts if text.partition("=")[0].strip() == key]
+        refuse_twice(f"{option.opts[-1]} {key}", values, ctx)
+    return texts
+
+
 def names(ctx: click.Context, option: click.Parameter, text: str) -> list[str]:
     """Read ``ce,kd,prg``, each once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
@@ -366,6 +381,7 @@ def swept_values(ctx: click.Context, option: click.Parameter, texts: tuple[str, 
     from prgkit.errors import RecipeError
     from prgkit.page import parse
 
+    each_key_once(ctx, option, texts)
     sweeps = []
     for text in texts:
         key, _, values = text.partition("=")

@@ -299,7 +299,7 @@ class Recipe(Page):
         What is not set leaves no trace, so that a run outlives new keys.
         """
         page = self.model_dump(mode="json", exclude=NOT_LEARNED_FROM, exclude_none=True)
-        contexts = [Path(teacher.context).expanduser() for teacher in self.teacher if teacher.context]
+        contexts = [Path(os.path.expanduser(teacher.context)) for teacher in self.teacher if teacher.context]
         return fingerprint([page, *(sha256(path) for path in contexts if path.is_file())] if contexts else page)
 
 

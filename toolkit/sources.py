@@ -116,6 +116,13 @@ class FolderSource:
         """Return the name of the sub-folder the image lies in."""
         return folder_name(self.name(index))
 
+    def size(self, index: int) -> int:
+        """Return the file's size [bytes]; -1 where it is gone."""
+        try:
+            return os.stat(self.root / self.paths[index]).st_size
+        except OSError:
+            return -1
+
     def fetch(self, index: int) -> bytes:
         """Read the file."""
         return read_span(self.root / self.paths[index], self.name(index))
@@ -162,6 +169,10 @@ class TarSource:
         said = label_in(read_span(shard, self.name(index), offset=offset, size=size)) if size else None
         return folder_name(printable(self.names[index])) if said is None else said
 
+    def size(self, index: int) -> int:
+        """Return the member's size [bytes]."""
+        return int(self.places[index, 2])
+
     def fetch(self, index: int) -> bytes:
         """Read the member where it lies."""
         number, offset, size = (int(value) for value in self.places[index])
@@ -200,6 +211,10 @@ class ZipSource:
     def label(self, index: int) -> str | None:
         """Return the name of the folder inside the archive."""
         return folder_name(self.name(index))
+
+    def size(self, index: int) -> int:
+        """Return the member's size [bytes], unpacked."""
+        return int(self.places[index, 2])
 
     def fetch(self, index: int) -> bytes:
         """Read and decompress the member, never past the size it was announced with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -257,7 +258,7 @@ def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
 
 def _start_from(model: nn.Module, page: StudentPage) -> None:
     """Load every weight but the head's from a file of the same timm model."""
-    path = Path(page.initial).expanduser()
+    path = Path(os.path.expanduser(page.initial))
     if path.suffix != ".safetensors" or not path.is_file():
         raise StudentError(
             f"there is no weights file {page.initial!r}{nearest(page.initial, ('random', 'pretrained'))}",

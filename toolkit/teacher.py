@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -226,7 +227,7 @@ def _local_folder(model: str) -> Path | None:
         return Path(demo.__file__).with_name("teacher")
     if not model.startswith("local-dir:"):
         return None
-    folder = Path(model.removeprefix("local-dir:")).expanduser()
+    folder = Path(os.path.expanduser(model.removeprefix("local-dir:")))
     if not (folder / "open_clip_config.json").is_file():
         raise TeacherError(
             "the teacher's folder holds no open_clip_config.json" if folder.is_dir() else "there is no such folder",
