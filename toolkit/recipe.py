@@ -65,7 +65,7 @@ class TeacherPage(Page):
     """Any open_clip model: a name with its weights, ``hf-hub:owner/name`` or ``local-dir:path``."""
 
     model: str
-    weights: str | None = None
+    weights: str | None = None  # its tag; of a folder with several files of weights, one file's name
     context: str | None = None  # a file of prgkit adapt-teacher: what it learned is read in place of data.prompts
     precision: Literal["fp32", "bf16"] = "fp32"
     batch_size: int = Field(64, ge=1)  # fixed, since a feature varies a little with the batch it is computed in
@@ -73,8 +73,11 @@ class TeacherPage(Page):
     @property
     def name(self) -> str:
         """The model and its weights in a few words; of a folder its own name, as where it lies is nobody's business."""
-        model = Path(self.model).name if self.model.startswith("local-dir:") else self.model
-        return " ".join(filter(None, (model, self.weights)))
+        if not self.model.startswith("local-dir:"):
+            return " ".join(filter(None, (self.model, self.weights)))
+        # A tag, left from the named model whose place the folder takes, says nothing of it; a file's name does.
+        file = self.weights if self.weights and Path(self.weights).suffix else None
+        return " ".join(filter(None, (Path(self.model).name, file)))
 
 
 class Views(Page):
