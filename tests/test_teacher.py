@@ -183,6 +183,70 @@ def test_a_name_that_leaves_the_context_no_room_is_named(teacher: Teacher) -> No
         teacher.sentences(["a photo of a cat", f"{fits}."], "a photo of a")
 
 
+LONG = "a photo of a" + " very" * 9
+
+
+def test_two_names_that_differ_behind_the_last_token_are_refused(teacher: Teacher) -> None:
+    prompts = [[f"{LONG} long cat name", "a photo of a dog", f"{LONG} long cat other"]]
+    names = ["very very very cat name", "dog", "very very very cat other"]
+    with pytest.raises(TeacherError, match="as one and the same: it reads 16 tokens, and not") as caught:
+        teacher.proofread(prompts, names)
+    assert "'very very very cat name' and 'very very very cat other'" in caught.value.what
+    assert (caught.value.where, "shorten these names" in str(caught.value.fix)) == ("data.classes", True)
+    # Another template that leaves them room tells them apart.
+    assert "2 class names are longer" in teacher.proofread([*prompts, ["cat name", "dog", "cat other"]], names)
+
+
+def test_two_names_of_the_same_tokens_are_refused(teacher: Teacher) -> None:
+    with pytest.raises(TeacherError, match="reads 'AT&amp;T' and 'AT&T' as one and the same\n") as caught:
+        teacher.proofread([["AT&amp;T", "dog", "AT&T"]], ["AT&amp;T", "dog", "AT&T"])
+    assert "more than case" in str(caught.value.fix)
+
+
+def test_a_name_that_is_cut_is_said_with_its_end(teacher: Teacher) -> None:
+    said = teacher.proofread([["a photo of a cat", f"{LONG} cat and dog"]], ["cat", "very cat and dog"])
+    assert said == (
+        "a class name is longer than the 16 tokens that the teacher reads: "
+        "it does not read 'and dog' of 'very cat and dog'"
+    )
+    assert teacher.proofread([["a photo of a cat", f"{LONG} cat."]], ["cat", "very cat"]) == ""  # a template's own end
+
+
+class Padded:
+    """Tokenizers as Hugging Face has them: one token a word, and ``end`` and ``pad`` as the models differ in them."""
+
+    def __init__(self, length: int, *, end: int, pad: int, left: bool = False, last: int | None = None) -> None:
+        self.length, self.end, self.pad, self.left, self.last = length, end, pad, left, last
+
+    def __call__(self, texts: list[str], context_length: int | None = None) -> torch.Tensor:
+        length = (context_length or self.length) - (self.last is not None)
+        rows = []
+        for text in texts:
+            words = [*[10 + sum(word.encode()) for word in text.split()][: length - 1], self.end]
+            padding = [self.pad] * (length - len(words))
+            row = padding + words if self.left else words + padding
+            rows.append(row if self.last is None else [*row, self.last])
+        return torch.tensor(rows)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        Padded(6, end=2, pad=0),
+        Padded(6, end=1, pad=1),  # SigLIP's
+        Padded(6, end=2, pad=0, left=True),
+        Padded(7, end=2, pad=0, last=101),  # open_clip's "clips" mode
+    ],
+)
+def test_tokenizers_of_every_padding(teacher: Teacher, monkeypatch: pytest.MonkeyPatch, tokenizer: Padded) -> None:
+    monkeypatch.setattr(teacher, "tokenizer", tokenizer)
+    five, six = "one two three four five", "one two three four five six"
+    assert teacher.proofread([[five, "cat"]], [five, "cat"]) == ""
+    assert "it does not read 'six' of" in teacher.proofread([[six, "cat"]], [six, "cat"])
+    with pytest.raises(TeacherError, match=f"it reads {tokenizer.length} tokens, and not 'six'"):
+        teacher.proofread([[six, "cat", five]], [six, "cat", five])
+
+
 def test_a_text_tower_of_another_kind_takes_no_context(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     sentences = teacher.sentences(["a cat"], "a")
     monkeypatch.setattr(teacher, "model", torch.nn.Module())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import pickle
 import warnings
@@ -84,6 +85,52 @@ class Teacher:
             embedded.append(torch.nn.functional.normalize(features, dim=-1))
         return torch.stack(embedded)
 
+    def proofread(self, prompts: Sequence[Sequence[str]], classes: Sequence[str]) -> str:
+        """Return what is to be said of ``classes`` whose names lose their end in prompts[template][class], or "".
+
+        Raises:
+            TeacherError: two classes are one to the teacher: in every template it reads the same tokens of both.
+        """
+        most, unread, first = self.tokenizer([""]).shape[1], dict[int, str](), dict[bytes, int]()
+        readings = [hashlib.blake2b(digest_size=16) for _ in classes]
+        for texts in prompts:
+            tokens = self.tokenizer(list(texts))
+            for reading, row in zip(readings, tokens.numpy(), strict=True):
+                reading.update(row.tobytes())
+            for place in self._too_long(texts, tokens):
+                unread.setdefault(place, self._unread(texts[place]))
+        for place, reading in enumerate(readings):
+            twin = first.setdefault(reading.digest(), place)
+            if twin != place:
+                raise _read_as_one([(classes[one], unread.get(one)) for one in (twin, place)], most)
+        # A sentence may end in words of its template's; only the end of a name is worth a line.
+        lost = [place for place, end in unread.items() if any(character.isalnum() for character in end)]
+        if not lost:
+            return ""
+        count = "a class name is" if len(lost) == 1 else f"{len(lost)} class names are"
+        told = f"it does not read {_in_short(unread[lost[0]])} of {_in_short(classes[lost[0]])}"
+        return f"{count} longer than the {most} tokens that the teacher reads: {told}"
+
+    def _too_long(self, texts: Sequence[str], tokens: Tensor) -> list[int]:
+        """Return the places of those texts whose tokens [n, most] leave something out."""
+        most = tokens.shape[1]
+        padding = self.tokenizer([""], context_length=most)[0].mode().values
+        full = [int(place) for place in ((tokens == padding).sum(dim=1) <= 1).nonzero()[:, 0]]
+        if not full:
+            return []
+        longer = self.tokenizer([texts[place] for place in full], context_length=most + 1)
+        grown = (longer != padding).sum(dim=1) > (tokens[full] != padding).sum(dim=1)
+        return [place for place, more in zip(full, grown.tolist(), strict=True) if more]
+
+    def _unread(self, text: str) -> str:
+        """Return the end of a text that is too long, from about where the teacher stops reading."""
+        low, high = 0, len(text)
+        while high - low > 1:
+            middle = (low + high) // 2
+            start = [text[:middle]]
+            low, high = (low, middle) if self._too_long(start, self.tokenizer(start)) else (middle, high)
+        return text[low:]
+
     @torch.inference_mode()
     def embed_with_context(self, prompts: Sequence[Sequence[str]], words: str, vectors: Tensor) -> Tensor:
         """Embed prompts as `embed_prompts` does, with ``vectors`` [n, token width] where ``words`` stand: [M, C, D]."""
@@ -96,18 +143,17 @@ class Teacher:
         Raises:
             TeacherError: a prompt is longer than the teacher reads, and would lose its end.
         """
-        most = self.tokenizer([words]).shape[1]
-        tokens = self.tokenizer(list(prompts), context_length=most + 1)
+        whole = self.tokenizer(list(prompts))
+        most = whole.shape[1]
+        if too_long := self._too_long(prompts, whole):
+            raise TeacherError(
+                f"the prompt {prompts[too_long[0]]!r} is longer than the {most} tokens that the teacher reads",
+                where="data.classes",
+                fix="shorten that class name",
+            )
         empty, alone, longer = self.tokenizer(["", words, f"{words} x"], context_length=most + 1)
-        for prompt, last in zip(prompts, tokens[:, -1], strict=True):
-            if last != empty[-1]:  # no padding
-                raise TeacherError(
-                    f"the prompt {prompt!r} is longer than the {most} tokens that the teacher reads",
-                    where="data.classes",
-                    fix="shorten that class name",
-                )
         start, end = (int((one != alone).nonzero()[0]) for one in (empty, longer))
-        return Sentences(tokens[:, :most].to(self.device), start, end - start)
+        return Sentences(whole.to(self.device), start, end - start)
 
     def embed_words(self, sentences: Sentences) -> Tensor:
         """Return the token embeddings [n, token width] of the words that the sentences begin with."""
@@ -203,6 +249,24 @@ def check_teacher(page: TeacherPage) -> None:
         _weights_file(folder, page.weights)
     elif not page.model.startswith("hf-hub:"):
         _check_names(page.model, page.weights)
+
+
+def _read_as_one(twins: Sequence[tuple[str, str | None]], most: int) -> TeacherError:
+    """Build the error for two classes, given with the ends that are not read of them."""
+    names = " and ".join(_in_short(name) for name, _ in twins)
+    ends = " and ".join(_in_short(end) for _, end in twins if end)
+    unread = f": it reads {most} tokens, and not {ends}" if ends else ""
+    return TeacherError(
+        f"the teacher reads {names} as one and the same{unread}",
+        where="data.classes",
+        fix="shorten these names, or begin them with what tells them apart"
+        if ends
+        else "write them so that they differ in more than case, punctuation or letters that the teacher does not know",
+    )
+
+
+def _in_short(text: str) -> str:
+    return repr(text if len(text) <= 70 else f"{text[:40]} ... {text[-25:]}")
 
 
 def teacher_identity(page: TeacherPage) -> dict[str, Any]:

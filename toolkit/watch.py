@@ -29,3 +29,6 @@ class Unwatched:
 
     def note(self, text: str) -> None:
         """Tell no one."""
+
+
+SILENT = Unwatched()
