@@ -133,6 +133,7 @@ def why_missing(row: Row) -> str:
 
 def model_name(name: str) -> str:
     """Return a timm model's name as papers print it: ``repvit_m0_9`` is RepViT-M0.9; other names stay as they are."""
+    name = name.rpartition("/")[2] if ":" in name else name  # hf-hub:timm/NAME
     family, _, rest = name.split(".")[0].partition("_")
     if family not in FAMILIES:
         return name

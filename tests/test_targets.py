@@ -362,7 +362,7 @@ def test_a_disk_that_fills_up_at_a_block_loses_that_block_alone(
     def full(_file: int) -> None:
         nonlocal flushes
         flushes += 1
-        # The card; a view and a line of the held-out images; then three views and a line a block: in the second of these.
+        # The card; the names; a view and a line of the held-out images; then three views and a line a block: in the second of these.
         if flushes == (10 if torn == "a block" else 12):
             raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -109,11 +109,11 @@ class TargetsPage(Page):
 
 
 class StudentPage(Page):
-    """Any timm model."""
+    """Any timm model: a name of timm's, ``hf-hub:owner/name``, or ``local-dir:path`` of a folder in the hub's form."""
 
     model: str
     image_size: int = Field(224, ge=16)
-    initial: str = "random"  # random, pretrained, or a .safetensors file of the same timm model
+    initial: str = "random"  # random, pretrained, or a weights file of the same timm model
     # The share that the centre crop keeps; None: 1, or timm's own where the start is pretrained.
     crop: float | None = Field(None, gt=0, le=1)
 
