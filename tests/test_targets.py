@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from prgkit import demo
 from prgkit import lesson as teaching
 from prgkit import targets as storing
 from prgkit.demo.digits import load_digits
@@ -105,6 +108,24 @@ def test_a_name_that_is_not_read_to_its_end_is_said_every_time(
     recipe = recipe_for(photos, data={"classes": ["zero", "very " * 80 + "one", "very " * 80 + "two"]})
     with pytest.raises(TeacherError, match="as one and the same: it reads"):
         see(recipe, tmp_path / "targets")
+
+
+def test_a_teacher_of_random_weights_is_doubted_aloud(photos: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Told(Unwatched):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    folder = shutil.copytree(Path(demo.__file__).with_name("teacher"), tmp_path / "teacher")
+    torch.manual_seed(0)
+    untrained = open_clip.create_model(f"local-dir:{folder}", load_weights=False).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in untrained.items()}, folder / "open_clip_model.safetensors")
+    prepare(recipe_for(photos, teacher={"model": f"local-dir:{folder}"}), tmp_path / "targets", Told())
+    assert any(line.startswith("the teacher's answers look like chance: nearly even odds") for line in said)
+    said.clear()
+    prepare(recipe_for(photos), tmp_path / "targets", Told())
+    assert not any("chance" in line for line in said)
 
 
 def test_a_stored_feature_is_what_the_teacher_says_of_that_view(photos: Path, tmp_path: Path) -> None:
