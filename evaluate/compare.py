@@ -55,7 +55,8 @@ class Cell:
     @property
     def folder_name(self) -> str:
         """Its folder's name: what can differ between cells, and the recipe's fingerprint."""
-        return f"{self.recipe.student.model}-{self.recipe.objective_name}-{self.recipe.fingerprint()[:12]}"
+        student = self.recipe.student.model.rpartition("/")[2]  # of hf-hub:timm/NAME the name, which makes no folder
+        return f"{student}-{self.recipe.objective_name}-{self.recipe.fingerprint()[:12]}"
 
 
 def cells_of(

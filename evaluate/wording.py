@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from prgkit.evaluate.accuracy import wilson
 from prgkit.evaluate.choice import findings
 from prgkit.evaluate.plots import milliseconds
 
@@ -33,9 +34,23 @@ def headline(report: Report) -> str:
     row, student = lead_row(report), model_name(report["run"]["student"])
     if row is None:
         return f"{student}: nothing could be measured on this machine"
-    return (
-        f"{student} {kept(report, row)} at {milliseconds(row['latency']['p50_ms'])} ms an image on {place(report, row)}"
-    )
+    speed = f"{milliseconds(row['latency']['p50_ms'])} ms an image on {place(report, row)}"
+    if doubt := doubted(report):
+        return (
+            f"{student} at {speed}: its teacher's answers look like chance, so keeping to them means nothing ({doubt})"
+        )
+    return f"{student} {kept(report, row)} at {speed}"
+
+
+def doubted(report: Report) -> str:
+    """Return why nothing can be learned from the teacher, or nothing; where there are labels, they decide."""
+    images, top1 = report["evaluation"]["images"], report["teacher"]["top1"]
+    if top1 is None:
+        return str(next(iter((report.get("quality") or {}).get("doubts", ())), ""))
+    chance = 100 / report["run"]["classes"]
+    if wilson(round(images * top1 / 100), images)[0] > chance:
+        return ""
+    return f"right on {percent(top1)} of {counted(images, 'labelled image')}, where chance gives {percent(chance)}"
 
 
 def kept(report: Report, row: Row) -> str:
@@ -133,6 +148,7 @@ def why_missing(row: Row) -> str:
 
 def model_name(name: str) -> str:
     """Return a timm model's name as papers print it: ``repvit_m0_9`` is RepViT-M0.9; other names stay as they are."""
+    name = name.rpartition("/")[2] if ":" in name else name  # hf-hub:timm/NAME
     family, _, rest = name.split(".")[0].partition("_")
     if family not in FAMILIES:
         return name

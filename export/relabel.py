@@ -127,7 +127,7 @@ def read_names(bundle: Bundle, recipe: Recipe, classes: Sequence[str], run: Run 
                 where=bundle.folder,
                 fix="relabel where the teacher's own files are",
             )
-        prompts = targets.prompts(classes, recipe.templates, teacher)
+        prompts = targets.prompts(classes, recipe.templates, teacher, watch)
     return Answers(prompts, targets.logit_scale, recipe.prompt_weighting, no_correction(len(classes)))
 
 

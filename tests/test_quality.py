@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from prgkit.quality import assess, changes, summary
+from prgkit.quality import assess, changes, doubts, kappa, mean_cosine, read_as_one, summary
 
 CLASSES = ("cat", "dog", "cow", "owl")
 
@@ -77,3 +77,73 @@ def test_what_a_correction_did_is_counted_by_hand(found: dict) -> None:  # type:
     )
     found["correction"].update(debias=0.0)
     assert summary(found)[0] == ("correction", "temperature 1.23")
+
+
+# A teacher whose answers are chance.
+
+
+def sound(classes: int, *, share: float = 0.5, scale: float = 20.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features, logits and class vectors of a teacher that sees what it reads; ``share`` of the images have class 0."""
+    generator = np.random.default_rng(1)
+    vectors = unit(generator.standard_normal((classes, 64)) + 1)  # alike by about a half, as CLIP's are
+    labels = np.where(np.arange(400) < 400 * share, 0, generator.integers(classes, size=400))
+    features = unit(0.5 * vectors[labels] + 0.06 * generator.standard_normal((400, 64)))
+    return features, (scale * features @ vectors.T).astype(np.float32), vectors
+
+
+def views(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return logits.argmax(1), np.where(np.arange(len(logits)) % 3, logits.argmax(1), 0)  # two thirds agree at least
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_sound_teacher_is_not_doubted(classes: int, share: float) -> None:
+    features, logits, vectors = sound(classes, share=share)
+    assert doubts(features, logits, vectors, views(logits)) == []
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_answers_of_random_weights_are_doubted(classes: int) -> None:
+    generator = np.random.default_rng(2)
+    features, _, vectors = sound(classes)
+    # Random towers see and read nearly the same everywhere, and CLIP starts at a scale of 1 / 0.07.
+    same = unit(np.ones((400, 64)) + 0.1 * generator.standard_normal((400, 64)))
+    read = unit(generator.standard_normal((1, 64)) + 0.1 * generator.standard_normal((classes, 64)))
+    for seen, words in ((same, read), (same, vectors), (features, read)):
+        logits = (14.3 * seen @ words.T).astype(np.float32)
+        assert doubts(seen, logits, words, views(logits))
+
+
+def test_each_doubt_is_told_with_its_figure() -> None:
+    features, logits, vectors = sound(10)
+    even = doubts(features, 0.01 * logits, vectors, views(logits))
+    assert even == ["nearly even odds for every class (mean entropy 1.00 of ln 10)"]
+    assert doubts(features, logits * np.nan, vectors, views(logits))[0].startswith("nearly even odds")
+    near = unit(features + 5)
+    assert doubts(near, logits, vectors, views(logits))[0].startswith(
+        "nearly the same is seen in every image (mean cos"
+    )
+    assert doubts(features, logits, unit(vectors + 9), views(logits))[0].startswith("nearly the same is read in every")
+    unsure = 0.02 * logits + np.eye(10, dtype=np.float32)[3] * 2.5
+    assert doubts(features, unsure, vectors, views(logits))[0].startswith("one class is named for 100 % of the images")
+    drawn = np.random.default_rng(3).integers(10, size=(2, 400))
+    assert doubts(features, logits, vectors, (drawn[0], drawn[1]))[0].startswith("two views of one image agree hardly")
+
+
+def test_kappa_and_cosines_by_hand() -> None:
+    one, other = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
+    assert kappa(one, other) == pytest.approx((0.75 - 0.5) / 0.5)
+    assert kappa(one, one) == kappa(np.zeros(4, int), np.zeros(4, int)) == 1
+    assert mean_cosine(np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], dtype=np.float32)) == pytest.approx(1 / 3)
+
+
+def test_classes_with_one_vector_are_named() -> None:
+    vectors = sound(4)[2]
+    assert read_as_one(vectors, CLASSES) == []
+    vectors[3] = vectors[1] + 1e-7
+    assert read_as_one(vectors, CLASSES) == [("dog", "owl")]
+
+
+def test_doubts_stand_first(found: dict) -> None:  # type: ignore[type-arg]
+    told = summary({**found, "doubts": ["even odds"], "read_as_one": [("dog", "owl")]})
+    assert told[:2] == [("doubtful", "looks like chance: even odds"), ("one vector", "dog / owl")]

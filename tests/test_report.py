@@ -295,6 +295,24 @@ def test_the_headline_says_what_is_kept_and_how_fast() -> None:
     assert wording.headline(report) == "RepViT-M0.9: nothing could be measured on this machine"
 
 
+def test_a_student_of_a_teacher_that_answers_by_chance_is_not_praised() -> None:
+    report = made_up(labelled=False)
+    report["quality"] = {"doubts": ["nearly even odds for every class"]}
+    for said in (wording.headline(report), markdown(report)):
+        assert "teacher's answers look like chance" in said
+        assert "gives its teacher" not in said
+    report = made_up()
+    report["quality"] = {"doubts": ["nearly even odds for every class"]}
+    assert "keeps 98.0 %" in wording.headline(report)  # the labels say that the teacher is right
+    report["teacher"]["top1"] = 1.4  # of 2,000 images: at least 0.97 %
+    assert wording.headline(report) == (
+        "RepViT-M0.9 at 1.90 ms an image on 2 threads of AMD EPYC: its teacher's answers look like chance, so keeping "
+        "to them means nothing (right on 1.4 % of 2,000 labelled images, where chance gives 1.0 %)"
+    )
+    report["teacher"]["top1"] = 1.6
+    assert "look like chance" not in wording.headline(report)
+
+
 def test_the_row_to_speak_of_is_the_fastest_that_loses_less_than_a_point() -> None:
     report = made_up()
     report["rows"] = [row("slow", 4.0, 60.0), row("fast-but-wrong", 1.0, 40.0), row("fast", 2.0, 59.4)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,14 @@ from prgkit.checkpoint import save_tensors
 from prgkit.errors import StudentError
 from prgkit.recipe import StudentPage, validate
 from prgkit.run import Run, start_run
-from prgkit.student import build_student, load_student, reparameterised, student_facts, student_preprocessing
+from prgkit.student import (
+    build_student,
+    load_student,
+    reparameterised,
+    student_facts,
+    student_preprocessing,
+    timm_config,
+)
 
 CLASSES, WIDTH = 7, 12
 MODELS = [
@@ -158,10 +168,151 @@ def test_what_is_no_weights_file_is_refused(tmp_path: Path) -> None:
     error = error_of(initial="pretraned")
     assert str(error) == (
         "there is no weights file 'pretraned'; did you mean 'pretrained'?\n  where: student.initial\n"
-        "  fix: write random, pretrained, or the path of a .safetensors file"
+        "  fix: write random, pretrained, or the path of a weights file (.safetensors, .pth, .pt, .bin, .ckpt, .tar)"
     )
     (tmp_path / "model.pt").touch()
-    assert error_of(initial=str(tmp_path / "model.pt")).fix == error.fix
+    assert error_of(initial=str(tmp_path / "model.pt")).what.startswith("the file cannot start test_resnet: ")
+    assert error_of(initial=str(tmp_path)).what == (f"student.initial names a folder, which holds model.pt: {tmp_path}")
+    (tmp_path / "model.onnx").touch()
+    assert error_of(initial=str(tmp_path / "model.onnx")).what == "model.onnx is no weights file by its name"
+
+
+class Evil:
+    """A pickle that makes a file when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def wrapped(form: str, weights: dict[str, torch.Tensor]) -> Any:
+    """Weights as several trainers save them."""
+    blank = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    return {
+        "plain": weights,
+        "state_dict": {"epoch": 3, "arch": "test_resnet", "state_dict": weights, "args": argparse.Namespace(lr=0.1)},
+        "ema": {"state_dict": blank, "state_dict_ema": weights},
+        "model": {"model": weights, "optimizer": {}},
+        "parallel": {"state_dict": {f"module.{name}": tensor for name, tensor in weights.items()}},
+        "lightning": {"state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}},
+        "ours": {**{f"model.{name}": tensor for name, tensor in weights.items()}, "projector.weight": torch.ones(2, 2)},
+    }[form]
+
+
+@pytest.mark.parametrize("form", ["plain", "state_dict", "ema", "model", "parallel", "lightning", "ours"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".pth.tar"])
+def test_a_checkpoint_starts_the_backbone_whatever_it_is_wrapped_in(form: str, suffix: str, tmp_path: Path) -> None:
+    saved = timm.create_model("test_resnet").state_dict()
+    torch.save(wrapped(form, saved), tmp_path / f"mine{suffix}")
+    weights = build(initial=str(tmp_path / f"mine{suffix}")).model.state_dict()
+    assert all(torch.equal(weights[name], saved[name]) for name in saved if not name.startswith("fc."))
+
+
+def test_a_runs_own_student_starts_another(tmp_path: Path) -> None:
+    first = build(classes=3)
+    save_tensors(tmp_path / "student.safetensors", first.state_dict(), {"epoch": 3})
+    second = build(initial=str(tmp_path / "student.safetensors")).model.state_dict()
+    kept = {name: tensor for name, tensor in first.model.state_dict().items() if not name.startswith("fc.")}
+    assert all(torch.equal(second[name], tensor) for name, tensor in kept.items())
+
+
+def test_a_checkpoint_that_is_not_all_of_the_backbone_is_refused(tmp_path: Path) -> None:
+    saved, path = timm.create_model("test_resnet").state_dict(), tmp_path / "mine.pth"
+    for held, told in (
+        ({}, "it holds no tensors by name"),
+        ({"state_dict": {}}, "it holds no tensors by name"),
+        ({"epoch": 3, "optimizer": {}}, "it holds no tensors by name"),
+        ({name: tensor for name, tensor in saved.items() if name != "conv1.0.weight"}, "e.g. conv1.0.weight"),
+        ([1, 2], "'list' object"),
+    ):
+        torch.save(held, path)
+        error = error_of(initial=str(path))
+        assert error.what.startswith("the file cannot start test_resnet: ")
+        assert told in error.what
+        assert error.where == path
+
+
+def test_a_checkpoints_code_is_never_run(tmp_path: Path) -> None:
+    path, loot = tmp_path / "mine.pth", tmp_path / "owned"
+    for write in (torch.save, lambda held, path: path.write_bytes(pickle.dumps(held))):
+        write({"state_dict": {"conv1.0.weight": Evil(loot)}}, path)
+        error = error_of(initial=str(path))
+        assert "holds more than tensors" in error.what
+        assert "weights_only" not in str(error)  # PyTorch's advice to run it after all
+    assert not loot.exists()
+
+
+def saved_for_the_hub(folder: Path, model: str = "test_resnet", lost: str | None = None) -> dict[str, torch.Tensor]:
+    """Write a model as timm saves one for the hub: other mean and crop than timm's own, and all weights but one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(5)
+    weights = {name: tensor for name, tensor in timm.create_model(model).state_dict().items() if name != lost}
+    facts = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "crop_pct": 0.9, "interpolation": "bilinear"}
+    config = {"architecture": model, "num_classes": 1000, "pretrained_cfg": {**facts, "classifier": "fc"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors")
+    return weights
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
+    """Take the network away, and return where somebody/mine lies in the hub's cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    timm_config.cache_clear()
+    place = cache / "models--somebody--mine"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc")
+    return place / "snapshots" / "abc"
+
+
+@pytest.mark.parametrize("source", ["hf-hub:", "hf_hub:", "local-dir:"])
+def test_a_model_of_the_hub_is_prepared_and_starts_as_its_files_say(
+    source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = hub(monkeypatch, tmp_path)
+    saved = saved_for_the_hub(folder)
+    name = f"local-dir:{folder}" if source == "local-dir:" else f"{source}somebody/mine"
+    student = build(name, initial="pretrained")
+    assert (student.preprocessing.mean, student.preprocessing.crop) == ((0.1, 0.2, 0.3), 0.9)
+    assert student.preprocessing.interpolation == "bilinear"
+    weights = student.model.state_dict()
+    assert all(torch.equal(weights[key], saved[key]) for key in saved if not key.startswith("fc."))
+    scratch = build(name)
+    assert (scratch.preprocessing.mean, scratch.preprocessing.crop) == ((0.1, 0.2, 0.3), 1.0)
+    assert not torch.equal(scratch.model.state_dict()["conv1.0.weight"], saved["conv1.0.weight"])
+
+
+def test_a_hub_models_weights_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
+    saved_for_the_hub(tmp_path / "mine", lost="layer2.0.conv1.weight")
+    error = error_of(f"local-dir:{tmp_path / 'mine'}", initial="pretrained")
+    assert "1 weights are not in the file, e.g. layer2.0.conv1.weight" in error.what
+
+
+def test_a_hub_model_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hub(monkeypatch, tmp_path)
+    error = error_of("hf-hub:somebody/mine")
+    assert error.what.startswith("the configuration of hf-hub:somebody/mine cannot be had (")
+    assert error.where == "https://huggingface.co/somebody/mine"
+    assert "local-dir:FOLDER" in str(error.fix)
+    assert error_of("hf-hup:timm/x").what == "there is no place 'hf-hup' for a model; did you mean 'hf-hub'?"
+    assert error_of("timm/test_resnet").what == (
+        "timm has no model 'timm/test_resnet'; a model of the hub is hf-hub:timm/test_resnet"
+    )
+
+
+def test_an_unknown_tag_names_the_nearest() -> None:
+    error = error_of("efficientnet_b0.ra_in1", 64)
+    assert error.what == ("timm has no weights 'ra_in1' of efficientnet_b0; did you mean 'efficientnet_b0.ra_in1k'?")
+    assert (error.where, "leave the tag out" in str(error.fix)) == ("student.model", True)
+    assert build("test_resnet.r160_in1k").preprocessing.crop == 1.0
+
+
+def test_a_model_without_pretrained_weights_says_so() -> None:
+    assert (
+        "No pretrained weights exist for efficientnet_b6" in error_of("efficientnet_b6", 64, initial="pretrained").what
+    )
 
 
 def test_pretrained_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

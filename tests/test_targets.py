@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from prgkit import demo
 from prgkit import lesson as teaching
 from prgkit import targets as storing
 from prgkit.demo.digits import load_digits
-from prgkit.errors import DiskFullError, PrgkitError
+from prgkit.errors import DiskFullError, PrgkitError, TeacherError
 from prgkit.images import catalogue, open_images
 from prgkit.lesson import prepare
 from prgkit.locks import locked
@@ -88,6 +91,41 @@ def see(recipe: Recipe, root: Path) -> teaching.Lesson:
 
 def features(lesson: teaching.Lesson, view: int, positions: np.ndarray) -> torch.Tensor:
     return lesson.targets.features(lesson.rows[positions], np.full(len(positions), view))
+
+
+def test_a_name_that_is_not_read_to_its_end_is_said_every_time(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], calls: dict[str, int]
+) -> None:
+    class Told(Unwatched):
+        def note(self, text: str) -> None:
+            print(text)
+
+    recipe = recipe_for(photos, data={"classes": ["zero", "very " * 80 + "one"]})
+    for _ in range(2):
+        prepare(recipe, tmp_path / "targets", Told())
+        assert "a class name is longer than the" in capsys.readouterr().out
+    assert calls["loaded"] == 1
+    recipe = recipe_for(photos, data={"classes": ["zero", "very " * 80 + "one", "very " * 80 + "two"]})
+    with pytest.raises(TeacherError, match="as one and the same: it reads"):
+        see(recipe, tmp_path / "targets")
+
+
+def test_a_teacher_of_random_weights_is_doubted_aloud(photos: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Told(Unwatched):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    folder = shutil.copytree(Path(demo.__file__).with_name("teacher"), tmp_path / "teacher")
+    torch.manual_seed(0)
+    untrained = open_clip.create_model(f"local-dir:{folder}", load_weights=False).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in untrained.items()}, folder / "open_clip_model.safetensors")
+    prepare(recipe_for(photos, teacher={"model": f"local-dir:{folder}"}), tmp_path / "targets", Told())
+    assert any(line.startswith("the teacher's answers look like chance: nearly even odds") for line in said)
+    said.clear()
+    prepare(recipe_for(photos), tmp_path / "targets", Told())
+    assert not any("chance" in line for line in said)
 
 
 def test_a_stored_feature_is_what_the_teacher_says_of_that_view(photos: Path, tmp_path: Path) -> None:
@@ -345,8 +383,8 @@ def test_a_disk_that_fills_up_at_a_block_loses_that_block_alone(
     def full(_file: int) -> None:
         nonlocal flushes
         flushes += 1
-        # The card; a view and a line of the held-out images; then three views and a line a block: in the second of these.
-        if flushes == (9 if torn == "a block" else 11):
+        # The card; the names; a view and a line of the held-out images; then three views and a line a block: in the second of these.
+        if flushes == (10 if torn == "a block" else 12):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from prgkit.errors import TeacherError
 from prgkit.recipe import TeacherPage
-from prgkit.teacher import Teacher, imagenet_classes, imagenet_templates, load_teacher, teacher_identity
+from prgkit.teacher import Teacher, check_teacher, imagenet_classes, imagenet_templates, load_teacher, teacher_identity
 
 CPU = torch.device("cpu")
 SIZE, WIDTH = 32, 24
@@ -181,6 +183,70 @@ def test_a_name_that_leaves_the_context_no_room_is_named(teacher: Teacher) -> No
         teacher.sentences(["a photo of a cat", f"{fits}."], "a photo of a")
 
 
+LONG = "a photo of a" + " very" * 9
+
+
+def test_two_names_that_differ_behind_the_last_token_are_refused(teacher: Teacher) -> None:
+    prompts = [[f"{LONG} long cat name", "a photo of a dog", f"{LONG} long cat other"]]
+    names = ["very very very cat name", "dog", "very very very cat other"]
+    with pytest.raises(TeacherError, match="as one and the same: it reads 16 tokens, and not") as caught:
+        teacher.proofread(prompts, names)
+    assert "'very very very cat name' and 'very very very cat other'" in caught.value.what
+    assert (caught.value.where, "shorten these names" in str(caught.value.fix)) == ("data.classes", True)
+    # Another template that leaves them room tells them apart.
+    assert "2 class names are longer" in teacher.proofread([*prompts, ["cat name", "dog", "cat other"]], names)
+
+
+def test_two_names_of_the_same_tokens_are_refused(teacher: Teacher) -> None:
+    with pytest.raises(TeacherError, match="reads 'AT&amp;T' and 'AT&T' as one and the same\n") as caught:
+        teacher.proofread([["AT&amp;T", "dog", "AT&T"]], ["AT&amp;T", "dog", "AT&T"])
+    assert "more than case" in str(caught.value.fix)
+
+
+def test_a_name_that_is_cut_is_said_with_its_end(teacher: Teacher) -> None:
+    said = teacher.proofread([["a photo of a cat", f"{LONG} cat and dog"]], ["cat", "very cat and dog"])
+    assert said == (
+        "a class name is longer than the 16 tokens that the teacher reads: "
+        "it does not read 'and dog' of 'very cat and dog'"
+    )
+    assert teacher.proofread([["a photo of a cat", f"{LONG} cat."]], ["cat", "very cat"]) == ""  # a template's own end
+
+
+class Padded:
+    """Tokenizers as Hugging Face has them: one token a word, and ``end`` and ``pad`` as the models differ in them."""
+
+    def __init__(self, length: int, *, end: int, pad: int, left: bool = False, last: int | None = None) -> None:
+        self.length, self.end, self.pad, self.left, self.last = length, end, pad, left, last
+
+    def __call__(self, texts: list[str], context_length: int | None = None) -> torch.Tensor:
+        length = (context_length or self.length) - (self.last is not None)
+        rows = []
+        for text in texts:
+            words = [*[10 + sum(word.encode()) for word in text.split()][: length - 1], self.end]
+            padding = [self.pad] * (length - len(words))
+            row = padding + words if self.left else words + padding
+            rows.append(row if self.last is None else [*row, self.last])
+        return torch.tensor(rows)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        Padded(6, end=2, pad=0),
+        Padded(6, end=1, pad=1),  # SigLIP's
+        Padded(6, end=2, pad=0, left=True),
+        Padded(7, end=2, pad=0, last=101),  # open_clip's "clips" mode
+    ],
+)
+def test_tokenizers_of_every_padding(teacher: Teacher, monkeypatch: pytest.MonkeyPatch, tokenizer: Padded) -> None:
+    monkeypatch.setattr(teacher, "tokenizer", tokenizer)
+    five, six = "one two three four five", "one two three four five six"
+    assert teacher.proofread([[five, "cat"]], [five, "cat"]) == ""
+    assert "it does not read 'six' of" in teacher.proofread([[six, "cat"]], [six, "cat"])
+    with pytest.raises(TeacherError, match=f"it reads {tokenizer.length} tokens, and not 'six'"):
+        teacher.proofread([[six, "cat", five]], [six, "cat", five])
+
+
 def test_a_text_tower_of_another_kind_takes_no_context(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     sentences = teacher.sentences(["a cat"], "a")
     monkeypatch.setattr(teacher, "model", torch.nn.Module())
@@ -263,8 +329,13 @@ def test_identity_follows_content_not_place(folders: dict[str, Path], tmp_path: 
 def test_weights_get_the_activation_they_were_trained_with(
     monkeypatch: pytest.MonkeyPatch, weights: str, activation: str
 ) -> None:
-    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: "nothing.safetensors")
-    monkeypatch.setattr(open_clip.factory, "load_checkpoint", lambda *_, **__: {})
+    def zeros(model: torch.nn.Module, *_: Any, **__: Any) -> None:
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+
+    for module in (open_clip.factory, open_clip.pretrained):
+        monkeypatch.setattr(module, "download_pretrained", lambda *_, **__: "nothing.safetensors")
+    monkeypatch.setattr(open_clip, "load_checkpoint", zeros)
     teacher = load_teacher(TeacherPage(model="ViT-B-32", weights=weights), torch.device("cpu"))
     assert type(teacher.model.visual.transformer.resblocks[0].mlp.gelu).__name__ == activation
 
@@ -326,6 +397,131 @@ def test_weights_of_another_model_are_an_error(folders: dict[str, Path], tmp_pat
     assert error_of(f"local-dir:{folder}").what.startswith("the teacher's files cannot be loaded (")
 
 
+def emptied(folders: dict[str, Path], tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A folder with the configuration of a teacher alone, and the teacher's weights."""
+    folder = Path(shutil.copytree(folders["clip"], tmp_path / "teacher"))
+    weights = load_file(folder / "open_clip_model.safetensors")
+    (folder / "open_clip_model.safetensors").unlink()
+    return folder, weights
+
+
+def same_as(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> bool:
+    state = model.state_dict()
+    return state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in state)
+
+
+def checkpoint(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What open_clip's training saves, of several processes."""
+    state = {f"module.{name}": tensor for name, tensor in weights.items()}
+    return {"epoch": 3, "name": "mine", "state_dict": state, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}}
+
+
+@pytest.mark.parametrize(
+    "name", ["open_clip_pytorch_model.bin", "model.pth", "anything.safetensors", "weights.bin", "mine.pt", "epoch_3.pt"]
+)
+def test_the_only_file_of_weights_is_the_teachers(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    folder, weights = emptied(folders, tmp_path)
+    if name.endswith(".safetensors"):
+        save_file(weights, folder / name)
+    else:
+        torch.save(checkpoint(weights) if name.startswith("epoch") else weights, folder / name)
+    assert same_as(load_teacher(local(folder), CPU).model, weights)
+    assert sorted(teacher_identity(local(folder))["files"]) == sorted([name, "open_clip_config.json"])
+
+
+def test_a_checkpoint_beside_the_weights_is_left_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["clip"], tmp_path / "teacher"))
+    (folder / "epoch_3.pt").write_bytes(b"never read")
+    (folder / "results.jsonl").write_text("{}\n")
+    assert same_as(load_teacher(local(folder), CPU).model, load_file(folder / "open_clip_model.safetensors"))
+    assert teacher_identity(local(folder)) == teacher_identity(local(folders["clip"]))
+
+
+def test_one_of_several_files_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder, weights = emptied(folders, tmp_path)
+    torch.save(checkpoint({name: tensor + 1 for name, tensor in weights.items()}), folder / "epoch_3.pt")
+    torch.save(checkpoint(weights), folder / "epoch_4.pt")
+    error = error_of(f"local-dir:{folder}")
+    assert error.what == "the teacher's folder holds 2 files that may be its weights: epoch_3.pt, epoch_4.pt"
+    assert error.fix == f"name one: teacher: {{model: 'local-dir:{folder}', weights: epoch_4.pt}}"
+    assert error_of(f"local-dir:{folder}", "openai").what == error.what  # a tag, left from a named model
+    assert same_as(load_teacher(local(folder, weights="epoch_4.pt"), CPU).model, weights)
+    three, four = (teacher_identity(local(folder, weights=f"epoch_{epoch}.pt")) for epoch in (3, 4))
+    assert list(three["files"]) == ["epoch_3.pt", "open_clip_config.json"]
+    assert three != four
+    error = error_of(f"local-dir:{folder}", "epoch_5.pt")
+    assert error.what == "the teacher's folder holds no weights epoch_5.pt; did you mean 'epoch_4.pt'?"
+    assert error.where == folder
+
+
+def test_a_folder_without_weights_is_refused_before_anything_is_loaded(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, _ = emptied(folders, tmp_path)
+    with pytest.raises(TeacherError, match="holds a configuration and no weights") as caught:
+        check_teacher(local(folder))
+    assert caught.value.where == folder
+    assert "checkpoint of open_clip's training (.safetensors, .bin, .pt, .pth)" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda weights: {}, "it holds no tensors"),
+        (lambda weights: {"epoch": 3, "state_dict": {}}, "it holds no tensors"),
+        (lambda weights: [1, 2], "it holds no state dict of tensors by name"),
+        (lambda weights: {"epoch": 3, "optimizer": {}}, "it holds no state dict of tensors by name|Missing key"),
+        (lambda weights: {k: v for k, v in weights.items() if k != "visual.proj"}, "Missing key.*visual.proj"),
+        (lambda weights: checkpoint(dict(list(weights.items())[:9])), "Missing key"),
+        (lambda weights: {**weights, "visual.proj": torch.ones(3, 3)}, "size mismatch for visual.proj.*3, 3"),
+        (lambda weights: {**weights, "stranger": torch.ones(3)}, 'Unexpected key.*"stranger"'),
+        (
+            lambda weights: {**weights, "visual.proj": weights["visual.proj"] * torch.nan},
+            "no numbers, e.g. visual.proj",
+        ),
+    ],
+)
+def test_a_file_that_is_not_all_of_the_model_is_refused(
+    folders: dict[str, Path], tmp_path: Path, damage: Callable[[Any], Any], told: str
+) -> None:
+    folder, weights = emptied(folders, tmp_path)
+    torch.save(damage(weights), folder / "epoch_3.pt")
+    error = error_of(f"local-dir:{folder}")
+    assert re.search(told, error.what), error.what
+    assert error.what.startswith("the teacher's files cannot be loaded (epoch_3.pt: ")
+    assert error.where == folder
+
+
+def test_open_clip_that_loads_less_than_all_is_found_out(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_clip, "load_checkpoint", lambda *_, **__: {})
+    assert "of its tensors are missing" in error_of(f"local-dir:{folders['clip']}").what
+
+
+def cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repository: str, files: Sequence[Path]) -> None:
+    """Put a repository into the hub's cache, and take the network away."""
+    snapshot = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+    (snapshot / "snapshots" / "abc").mkdir(parents=True)
+    (snapshot / "refs").mkdir()
+    (snapshot / "refs" / "main").write_text("abc")
+    for path in files:
+        shutil.copy(path, snapshot / "snapshots" / "abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_a_hub_model_has_its_weights_or_is_refused(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, weights = folders["clip"] / "open_clip_config.json", folders["clip"] / "open_clip_model.safetensors"
+    cached(monkeypatch, tmp_path / "whole", "somebody/whole", [config, weights])
+    assert same_as(load_teacher(TeacherPage(model="hf-hub:somebody/whole"), CPU).model, load_file(weights))
+    cached(monkeypatch, tmp_path / "part", "somebody/part", [config])
+    error = error_of("hf-hub:somebody/part")
+    assert error.what.startswith("open_clip_model.safetensors of hf-hub:somebody/part could not be fetched (")
+
+
 class Evil:
     """A pickle that makes a file when it is opened."""
 
@@ -336,7 +532,7 @@ class Evil:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin", "epoch_3.pt"])
 def test_a_pickle_is_never_run(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(folders["clip"], tmp_path / "teacher"))
     (folder / "open_clip_model.safetensors").unlink()
@@ -345,6 +541,7 @@ def test_a_pickle_is_never_run(folders: dict[str, Path], tmp_path: Path, name: s
     assert error_of(f"local-dir:{folder}").what.startswith("the teacher's files cannot be loaded (")
     torch.save({"logit_scale": Evil(loot)}, folder / name)
     assert error_of(f"local-dir:{folder}").what.startswith("the teacher's files cannot be loaded (")
+    assert "weights_only" not in error_of(f"local-dir:{folder}").what  # PyTorch's advice to run it after all
     assert not loot.exists()
     torch.load(io.BytesIO((folder / name).read_bytes()), weights_only=False)
     assert loot.exists()  # it would have

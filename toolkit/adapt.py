@@ -93,7 +93,7 @@ def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, watch: 
 
     rows = np.where(views > 0, targets.rows(images.keys, views=1), -1)
     used = Shots(targets, rows, np.searchsorted(named, labels), 1 + recipe.views.count, learned, held_out)
-    prompts = targets.prompts(recipe.classes, recipe.templates, teacher)[:, named]
+    prompts = targets.prompts(recipe.classes, recipe.templates, teacher, watch)[:, named]
     plain = Answers(prompts, targets.logit_scale, recipe.prompt_weighting, no_correction(len(named)))
     names = [recipe.classes[label] for label in named]
     context, found = learn(teacher(page), names, used, seed=recipe.training.seed, watch=watch)

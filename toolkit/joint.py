@@ -17,6 +17,7 @@ from prgkit.errors import TargetsError
 from prgkit.files import fingerprint
 from prgkit.recipe import Recipe
 from prgkit.targets import Load, Targets, existing_store, open_store
+from prgkit.watch import SILENT, Watch
 
 
 class JointTargets:
@@ -58,9 +59,9 @@ class JointTargets:
         """Return the unit features I [n, D] float32 of ``rows`` [n, K] under ``views`` [n]."""
         return self._joined([store.features(mine, views) for store, mine in zip(self.stores, rows.T, strict=True)])
 
-    def prompts(self, classes: Sequence[str], templates: Sequence[str], teacher: Load) -> Tensor:
+    def prompts(self, classes: Sequence[str], templates: Sequence[str], teacher: Load, watch: Watch = SILENT) -> Tensor:
         """Return T [M, C, D] float32; each teacher embeds a set of classes and templates once."""
-        return self._joined([store.prompts(classes, templates, teacher) for store in self.stores])
+        return self._joined([store.prompts(classes, templates, teacher, watch) for store in self.stores])
 
     def alone(self, answers: Answers) -> list[Answers]:
         """Return what each teacher says by itself to its part of the features, as `split` gives it."""

@@ -127,6 +127,7 @@ def prepare(
             keep_members(run, images, few[0] if few else None)
         judged = facts_of(evaluation) if evaluation else None
         run.update_card(images=facts_of(images), evaluation=judged, teacher=targets.facts())
+    prompts = targets.prompts(recipe.classes, recipe.templates, teacher, watch)  # names are refused before the hours
     held_out = hold_out(images.keys, recipe.data.held_out)
     views = np.full(len(images), 1 + recipe.views.count)
     views[held_out] = 1  # the evaluation view alone
@@ -134,7 +135,6 @@ def prepare(
         embed(store, images, views=views, recipe=recipe, teacher=teacher, watch=watch)
         if evaluation is not None:
             embed(store, evaluation, views=np.ones(len(evaluation), int), recipe=recipe, teacher=teacher, watch=watch)
-    prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
     lesson = Lesson(
         catalogue=images,
         targets=targets,

@@ -17,6 +17,12 @@ LISTED = 10  # of anything that is named one by one
 CLOSE_CALL = 0.2  # a margin below it is a close call between two classes
 DUPLICATE_SHARE = 0.02  # of the usual distance between two images of one pseudo-class: teachers spread differently
 MOST_IMAGES = 20_000  # a sample says as much, and comparing all with all is quadratic
+FLAT = 0.85  # of ln C: a mean entropy from there on is nearly even odds; sound teachers stay below 0.6
+ALIKE = 0.98  # a mean cosine from there on: what differs is less than what rounding and cropping change
+ONE_CLASS = 0.95  # of the images
+UNSURE = 0.6  # of ln C: a teacher that sees one class in everything should be sure of it
+BY_CHANCE = 0.1  # Cohen's kappa of two views of one image
+SAME = 1e-5  # between two unit vectors, a distance that is rounding alone
 FENCE = 3.0  # interquartile ranges below the first quartile: "far out" (Tukey, 1977)
 
 
@@ -61,12 +67,75 @@ def assess(
     }
 
 
+def doubts(
+    features: Floats,
+    logits: Floats,
+    class_vectors: Floats,
+    views: tuple[NDArray[np.int64], NDArray[np.int64]],
+) -> list[str]:
+    """Return why the answers look like chance, in words, as those of random weights do; nothing of a sound teacher.
+
+    Args:
+        features: the teacher's unit features I [n, D] of the evaluation view.
+        logits: its answers W [n, C], uncorrected.
+        class_vectors: the class names as it reads them [C, D], of unit length.
+        views: the classes that it names of some images [m] in one view, and in another.
+    """
+    probabilities, classes = softmax(logits), logits.shape[1]
+    entropy = float(-(probabilities * np.log(np.maximum(probabilities, 1e-12))).sum(axis=1).mean() / np.log(classes))
+    largest = float(np.bincount(logits.argmax(axis=1)).max() / len(logits))
+    found = []
+    if not entropy < FLAT:  # nor where it is no number
+        found.append(f"nearly even odds for every class (mean entropy {entropy:.2f} of ln {classes})")
+    if len(features) > 1 and (cosine := mean_cosine(features)) > ALIKE:
+        found.append(f"nearly the same is seen in every image (mean cosine {cosine:.3f})")
+    if (cosine := mean_cosine(class_vectors)) > ALIKE:
+        found.append(f"nearly the same is read in every class name (mean cosine {cosine:.3f})")
+    if largest > ONE_CLASS and entropy > UNSURE:
+        found.append(
+            f"one class is named for {100 * largest:.0f} % of the images, with a mean entropy of {entropy:.2f}"
+        )
+    if len(views[0]) >= 50 and largest <= ONE_CLASS and (agreement := kappa(*views)) < BY_CHANCE:
+        found.append(f"two views of one image agree hardly more often than by chance (kappa {agreement:.2f})")
+    return found
+
+
+def mean_cosine(vectors: Floats) -> float:
+    """Return the mean cosine of two different ones of n unit vectors [n, D]."""
+    count = len(vectors)
+    return float(((vectors.sum(axis=0, dtype=np.float64) ** 2).sum() - count) / (count * (count - 1)))
+
+
+def kappa(one: NDArray[np.int64], other: NDArray[np.int64]) -> float:
+    """Return Cohen's kappa of two namings [n] of the same images: 0 for chance, 1 where they are equal."""
+    most = int(max(one.max(), other.max())) + 1
+    shares = [np.bincount(labels, minlength=most) / len(labels) for labels in (one, other)]
+    chance = float(shares[0] @ shares[1])
+    return 1.0 if chance == 1 else (float((one == other).mean()) - chance) / (1 - chance)
+
+
+def read_as_one(class_vectors: Floats, classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Return pairs of classes whose vectors [C, D] are one and the same, at most LISTED."""
+    found: list[tuple[str, str]] = []
+    for start in range(0, len(classes), 1024):
+        cosines = np.triu(class_vectors[start : start + 1024] @ class_vectors[start:].T, k=1)
+        for row, column in zip(*np.nonzero(cosines > 1 - SAME), strict=True):
+            if np.abs(class_vectors[start + row] - class_vectors[start + column]).max() < SAME:
+                found.append((classes[start + row], classes[start + column]))
+        if len(found) >= LISTED:
+            break
+    return found[:LISTED]
+
+
 def summary(quality: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the few lines that a person reads before training starts."""
     spread, pairs = quality["balance"], quality["confused"]
     alike, far = quality["near_duplicates"], quality["outliers"]
     close = 100 * quality["close_calls"] / quality["images"]
-    lines = [("correction", corrected(quality["correction"]))] if quality.get("correction") else []
+    lines = [("doubtful", f"looks like chance: {doubt}") for doubt in quality.get("doubts", ())]
+    if same := quality.get("read_as_one"):
+        lines.append(("one vector", ", ".join(f"{a} / {b}" for a, b in same[:3])))
+    lines += [("correction", corrected(quality["correction"]))] if quality.get("correction") else []
     lines += differing(quality["teachers"]) if quality.get("teachers") else []
     lines += [
         ("confidence", f"{quality['confidence']['mean']:.2f} on average, {close:.0f} % of the images are close calls"),

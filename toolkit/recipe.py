@@ -80,7 +80,7 @@ class TeacherPage(Page):
     """Any open_clip model: a name with its weights, ``hf-hub:owner/name`` or ``local-dir:path``."""
 
     model: str
-    weights: str | None = None
+    weights: str | None = None  # its tag; of a folder with several files of weights, one file's name
     context: str | None = None  # a file of prgkit adapt-teacher: what it learned is read in place of data.prompts
     precision: Literal["fp32", "bf16"] = "fp32"
     batch_size: int = Field(64, ge=1)  # fixed, since a feature varies a little with the batch it is computed in
@@ -88,8 +88,11 @@ class TeacherPage(Page):
     @property
     def name(self) -> str:
         """The model and its weights in a few words; of a folder its own name, as where it lies is nobody's business."""
-        model = Path(self.model).name if self.model.startswith("local-dir:") else self.model
-        return " ".join(filter(None, (model, self.weights)))
+        if not self.model.startswith("local-dir:"):
+            return " ".join(filter(None, (self.model, self.weights)))
+        # A tag, left from the named model whose place the folder takes, says nothing of it; a file's name does.
+        file = self.weights if self.weights and Path(self.weights).suffix else None
+        return " ".join(filter(None, (Path(self.model).name, file)))
 
 
 class Views(Page):
@@ -121,11 +124,11 @@ class TargetsPage(Page):
 
 
 class StudentPage(Page):
-    """Any timm model."""
+    """Any timm model: a name of timm's, ``hf-hub:owner/name``, or ``local-dir:path`` of a folder in the hub's form."""
 
     model: str
     image_size: int = Field(224, ge=16)
-    initial: str = "random"  # random, pretrained, or a .safetensors file of the same timm model
+    initial: str = "random"  # random, pretrained, or a weights file of the same timm model
     # The share that the centre crop keeps; None: 1, or timm's own where the start is pretrained.
     crop: float | None = Field(None, gt=0, le=1)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
-from collections.abc import Iterable
+import pickle
+from collections.abc import Collection, Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +16,11 @@ import timm
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from timm.models import PretrainedCfg, _hub
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
-from prgkit.errors import StudentError, nearest
+from prgkit.errors import StudentError, nearest, one_line
 from prgkit.heads import ClassVectors, OpenVocabulary, TwoHeads, Voted
 from prgkit.images import Preprocessing
 from prgkit.objectives.sides import StudentSide
@@ -27,6 +30,9 @@ from prgkit.tensors import load_facts, load_tensors
 
 if TYPE_CHECKING:
     from prgkit.views import Batch
+
+
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # of which the last is .pth.tar's
 
 
 class Normalised(nn.Module):
@@ -148,15 +154,10 @@ def build_student(page: StudentPage, *, classes: int, teacher_width: int) -> Stu
     Raises:
         StudentError: timm has no such model, its weights cannot be had, or it does not give pooled features.
     """
-    if not timm.is_model(page.model):
-        raise StudentError(
-            f"timm has no model {page.model!r}{nearest(page.model, timm.list_models())}",
-            where="student.model",
-            fix="python -c 'import timm; print(timm.list_models())' lists them all",
-        )
+    preprocessing = student_preprocessing(page)
     model = _create(page, classes)
     try:
-        student = Student(model, student_preprocessing(page), teacher_width)
+        student = Student(model, preprocessing, teacher_width)
     except (AttributeError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise StudentError(
             f"{page.model} cannot be a student at {page.image_size} px: {error}",
@@ -168,7 +169,7 @@ def build_student(page: StudentPage, *, classes: int, teacher_width: int) -> Stu
 
 def student_preprocessing(page: StudentPage) -> Preprocessing:
     """Return how images reach the student: timm's mean, std and interpolation; its crop where it was pretrained."""
-    config: dict[str, Any] = timm.get_pretrained_cfg(page.model).to_dict()
+    config = timm_config(page.model)
     crop = page.crop or (1.0 if page.initial == "random" else config["crop_pct"])
     return Preprocessing(
         image_size=page.image_size,
@@ -177,6 +178,62 @@ def student_preprocessing(page: StudentPage) -> Preprocessing:
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
     )
+
+
+@cache
+def timm_config(name: str) -> dict[str, Any]:
+    """Return what timm knows of a model: how its images are prepared, its head's name, and where its weights lie.
+
+    Raises:
+        StudentError: timm has no such model or no such weights of it, or its configuration cannot be had.
+    """
+    source, _, place = name.partition(":")
+    if place:
+        return _config_of_files(name, source, place)
+    if not timm.is_model(name):
+        hub = f"; a model of the hub is hf-hub:{name}" if "/" in name else nearest(name, timm.list_models())
+        raise StudentError(
+            f"timm has no model {name!r}{hub}",
+            where="student.model",
+            fix="python -c 'import timm; print(timm.list_models())' lists them all",
+        )
+    try:
+        return (timm.get_pretrained_cfg(name) or PretrainedCfg()).to_dict()  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        architecture, _, tag = name.partition(".")
+        tagged = timm.list_models(f"{architecture}.*", pretrained=True)
+        raise StudentError(
+            f"timm has no weights {tag!r} of {architecture}{nearest(name, tagged)}",
+            where="student.model",
+            fix=f"choose {', '.join(tagged[:5]) or architecture}, or leave the tag out",
+        ) from error
+
+
+def _config_of_files(name: str, source: str, place: str) -> dict[str, Any]:
+    """Return the configuration of a model on the hub, or in a folder as timm saves one for the hub."""
+    readers = {
+        "hf-hub": _hub.load_model_config_from_hf,
+        "hf_hub": _hub.load_model_config_from_hf,
+        "local-dir": _hub.load_model_config_from_path,
+    }
+    if source not in readers:
+        raise StudentError(
+            f"there is no place {source!r} for a model{nearest(source, readers)}",
+            where="student.model",
+            fix="write a name of timm.list_models(), hf-hub:timm/NAME, or local-dir:FOLDER",
+        )
+    try:
+        config, architecture, _ = readers[source](place)
+        if not timm.is_model(architecture):
+            raise ValueError(f"timm has no model {architecture!r}")
+        return PretrainedCfg(**{**config, "architecture": architecture}).to_dict()  # type: ignore[no-any-return]
+    except Exception as error:
+        raise StudentError(
+            f"the configuration of {name} cannot be had ({type(error).__name__}: {one_line(error)[:200]})",
+            where=place if source == "local-dir" else f"https://huggingface.co/{place}",
+            fix="name a model in timm's own form: config.json with its architecture, and model.safetensors; "
+            "where there is no network, download both into a folder, and name that: local-dir:FOLDER",
+        ) from error
 
 
 def load_student(run: Run) -> Student:
@@ -229,7 +286,7 @@ def reparameterised(model: nn.Module) -> nn.Module:
 
 def _create(page: StudentPage, classes: int) -> nn.Module:
     options: dict[str, Any] = {"num_classes": classes}
-    if page.model.startswith("repvit"):
+    if timm_config(page.model).get("architecture", page.model).startswith("repvit"):
         options["distillation"] = False  # one head: the second one is of no use without a CNN teacher
     if page.initial == "pretrained":
         return _pretrained(page.model, options)
@@ -241,47 +298,94 @@ def _create(page: StudentPage, classes: int) -> nn.Module:
 
 def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
     """Fetch timm's weights; the head stays fresh, even where ImageNet's 1000 classes are the student's own."""
+    overlay = {"num_classes": 0}
     try:
-        model: nn.Module = timm.create_model(
-            name, **options, pretrained=True, pretrained_cfg_overlay={"num_classes": 0}
-        )
+        model: nn.Module = timm.create_model(name, **options, pretrained=True, pretrained_cfg_overlay=overlay)
+        if ":" in name:  # timm leaves at random what somebody's file does not hold, and a second time other values
+            with torch.random.fork_rng([]):
+                torch.manual_seed(torch.initial_seed() + 1)
+                again = timm.create_model(name, **options, pretrained=True, pretrained_cfg_overlay=overlay)
+            _require_equal(model, again, _heads(name))
     except Exception as error:
-        hub = timm.get_pretrained_cfg(name).hf_hub_id
-        first_line = (str(error).splitlines() or [""])[0]
+        hub = timm_config(name).get("hf_hub_id")
         raise StudentError(
-            f"the pretrained weights of {name} could not be fetched ({type(error).__name__}: {first_line})",
+            f"the pretrained weights of {name} could not be fetched ({type(error).__name__}: {one_line(error)[:300]})",
             where=f"https://huggingface.co/{hub}" if hub else "student.initial",
             fix="download model.safetensors from there and name it as student.initial, or start from initial: random",
         ) from error
     return model
 
 
+def _heads(name: str) -> tuple[str, ...]:
+    """Return the names of a timm model's heads."""
+    named = timm_config(name).get("classifier") or ()
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def _require_equal(model: nn.Module, again: nn.Module, heads: tuple[str, ...]) -> None:
+    other = again.state_dict()
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(heads)}
+    if strangers := [name for name, tensor in kept.items() if not torch.equal(tensor, other[name])]:
+        raise ValueError(f"{len(strangers)} weights are not in the file, e.g. {strangers[0]}")
+
+
 def _start_from(model: nn.Module, page: StudentPage) -> None:
     """Load every weight but the head's from a file of the same timm model."""
-    path = Path(os.path.expanduser(page.initial))
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise StudentError(
-            f"there is no weights file {page.initial!r}{nearest(page.initial, ('random', 'pretrained'))}",
-            where="student.initial",
-            fix="write random, pretrained, or the path of a .safetensors file",
-        )
-    named = timm.get_pretrained_cfg(page.model).classifier or ()
-    heads = (named,) if isinstance(named, str) else tuple(named)
+    path, heads = Path(os.path.expanduser(page.initial)), _heads(page.model)
+    _require_weights(path, page.initial)
     try:
-        weights = load_file(path)
+        weights = _read_weights(path, model.state_dict().keys())
         kept = {name: tensor for name, tensor in weights.items() if not name.startswith(heads)}
         found = model.load_state_dict(kept, strict=False)
         strangers = [name for name in found.missing_keys if not name.startswith(heads)]
         strangers += [name for name in found.unexpected_keys if "head_dist" not in name]
         if strangers:
             raise ValueError(f"{len(strangers)} weights are in one of the two only, e.g. {strangers[0]}")
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, EOFError) as error:
         raise StudentError(
-            f"the file cannot start {page.model}: {reason}",
+            f"the file cannot start {page.model}: {one_line(error)[:300]}",
             where=path,
             fix=f"give the weights of {page.model} as timm saves them",
         ) from error
+
+
+def _require_weights(path: Path, given: str) -> None:
+    """Refuse what is no file of weights by its name, or is not there."""
+    fix = f"write random, pretrained, or the path of a weights file ({', '.join(WEIGHTS_SUFFIXES)})"
+    if path.is_dir():
+        inside = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS_SUFFIXES)
+        holds = f", which holds {', '.join(inside[:5])}" if inside else ""
+        raise StudentError(f"student.initial names a folder{holds}: {given}", where="student.initial", fix=fix)
+    if not path.is_file():
+        raise StudentError(
+            f"there is no weights file {given!r}{nearest(given, ('random', 'pretrained'))}",
+            where="student.initial",
+            fix=fix,
+        )
+    if path.suffix not in WEIGHTS_SUFFIXES:
+        raise StudentError(f"{path.name} is no weights file by its name", where=path, fix=fix)
+
+
+def _read_weights(path: Path, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Return a file's weights by the model's own names, whatever they are wrapped in; no pickle's code is run.
+
+    Raises:
+        ValueError: it holds anything but tensors by name.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training keeps its arguments in one
+            state: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "weights_only" not in str(error):
+            raise
+        raise ValueError(
+            "it is damaged, or holds more than tensors, and what else it holds could run code when it is opened"
+        ) from error
+    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError("it holds no tensors by name")
+    # Lightning's checkpoints, and our own students, have the network as a part: model.conv1.weight.
+    inner = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    return inner if len(inner.keys() & wanted) > len(state.keys() & wanted) else state
 
 
 def _feature_width(model: nn.Module, image_size: int) -> int:

@@ -8,6 +8,7 @@ teacher pass. It belongs to a teacher and a way of drawing views, not to a datas
         journal.jsonl    one line a block: its first row, its images' keys, how many views they have, a digest a view
         view-000.f16     [rows, D] float16, one file a view; view 0 is the evaluation view
         prompts-*.npy    [M, C, D] float32, one file for each set of classes and templates; its name ends in its digest
+        prompts-*.txt    what is to be said of such a set: names that the teacher does not read to their end
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from prgkit.files import (
     guarding_space,
     mapped,
     read_sealed,
+    read_text,
     require_space,
     write_bytes,
     write_sealed,
@@ -44,7 +46,7 @@ from prgkit.recipe import Recipe, TeacherPage, Views
 from prgkit.run import append_line, numbered_lines
 from prgkit.teacher import Teacher, teacher_identity
 from prgkit.views import Rendered, load_batches
-from prgkit.watch import Watch
+from prgkit.watch import SILENT, Watch
 
 TARGETS = Path("targets")
 BLOCK_IMAGES = 256  # what a kill can lose at most
@@ -149,20 +151,31 @@ class Targets:
         self._journalled += 1
         self._note(self._end, keys, len(features))
 
-    def prompts(self, classes: Sequence[str], templates: Sequence[str], teacher: Load) -> torch.Tensor:
+    def prompts(
+        self, classes: Sequence[str], templates: Sequence[str], teacher: Load, watch: Watch = SILENT
+    ) -> torch.Tensor:
         """Return T [M, C, D] float32; a set of classes and templates is embedded once, by ``teacher(page)``.
 
         Where the teacher has a learned context, that is its one template.
+
+        Raises:
+            TeacherError: two of the classes are one to the teacher.
         """
         context = self.context
         texts = fill(context.templates if context else templates, classes)
         stem = f"prompts-{fingerprint([texts, context.digest] if context else texts)}"
+        proofs = self.folder / f"{stem}.txt"  # what is to be said of the names each time, where there is anything
+        if proofs.exists():
+            watch.note(read_text(proofs))
         for path in self.folder.glob(f"{stem}.*.npy"):
             if _is_whole(path):
                 loaded: NDArray[np.float32] = np.load(path)
                 return torch.from_numpy(loaded)
             path.unlink(missing_ok=True)
         reader = teacher(self.page)
+        if (told := reader.proofread(texts, classes)) and not proofs.exists():
+            write_text(proofs, told)
+            watch.note(told)
         embedded = (context.read(reader, texts) if context else reader.embed_prompts(texts)).cpu().numpy()
         buffer = io.BytesIO()
         np.save(buffer, embedded, allow_pickle=False)

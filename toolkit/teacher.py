@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +18,25 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from prgkit import demo
-from prgkit.errors import TeacherError, nearest
+from prgkit.errors import TeacherError, nearest, one_line
 from prgkit.files import sha256
 from prgkit.images import Preprocessing
 from prgkit.recipe import TeacherPage
 
 TEXTS_AT_ONCE = 128  # whose activations are kept for a gradient
+# The names under which open_clip looks for a folder's weights, the first it finds before the others.
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+DECIDING_SUFFIXES = (".json", ".txt", ".model")  # a configuration, and what a tokenizer knows
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,52 @@ class Teacher:
             embedded.append(torch.nn.functional.normalize(features, dim=-1))
         return torch.stack(embedded)
 
+    def proofread(self, prompts: Sequence[Sequence[str]], classes: Sequence[str]) -> str:
+        """Return what is to be said of ``classes`` whose names lose their end in prompts[template][class], or "".
+
+        Raises:
+            TeacherError: two classes are one to the teacher: in every template it reads the same tokens of both.
+        """
+        most, unread, first = self.tokenizer([""]).shape[1], dict[int, str](), dict[bytes, int]()
+        readings = [hashlib.blake2b(digest_size=16) for _ in classes]
+        for texts in prompts:
+            tokens = self.tokenizer(list(texts))
+            for reading, row in zip(readings, tokens.numpy(), strict=True):
+                reading.update(row.tobytes())
+            for place in self._too_long(texts, tokens):
+                unread.setdefault(place, self._unread(texts[place]))
+        for place, reading in enumerate(readings):
+            twin = first.setdefault(reading.digest(), place)
+            if twin != place:
+                raise _read_as_one([(classes[one], unread.get(one)) for one in (twin, place)], most)
+        # A sentence may end in words of its template's; only the end of a name is worth a line.
+        lost = [place for place, end in unread.items() if any(character.isalnum() for character in end)]
+        if not lost:
+            return ""
+        count = "a class name is" if len(lost) == 1 else f"{len(lost)} class names are"
+        told = f"it does not read {_in_short(unread[lost[0]])} of {_in_short(classes[lost[0]])}"
+        return f"{count} longer than the {most} tokens that the teacher reads: {told}"
+
+    def _too_long(self, texts: Sequence[str], tokens: Tensor) -> list[int]:
+        """Return the places of those texts whose tokens [n, most] leave something out."""
+        most = tokens.shape[1]
+        padding = self.tokenizer([""], context_length=most)[0].mode().values
+        full = [int(place) for place in ((tokens == padding).sum(dim=1) <= 1).nonzero()[:, 0]]
+        if not full:
+            return []
+        longer = self.tokenizer([texts[place] for place in full], context_length=most + 1)
+        grown = (longer != padding).sum(dim=1) > (tokens[full] != padding).sum(dim=1)
+        return [place for place, more in zip(full, grown.tolist(), strict=True) if more]
+
+    def _unread(self, text: str) -> str:
+        """Return the end of a text that is too long, from about where the teacher stops reading."""
+        low, high = 0, len(text)
+        while high - low > 1:
+            middle = (low + high) // 2
+            start = [text[:middle]]
+            low, high = (low, middle) if self._too_long(start, self.tokenizer(start)) else (middle, high)
+        return text[low:]
+
     @torch.inference_mode()
     def embed_with_context(self, prompts: Sequence[Sequence[str]], words: str, vectors: Tensor) -> Tensor:
         """Embed prompts as `embed_prompts` does, with ``vectors`` [n, token width] where ``words`` stand: [M, C, D]."""
@@ -83,18 +144,17 @@ class Teacher:
         Raises:
             TeacherError: a prompt is longer than the teacher reads, and would lose its end.
         """
-        most = self.tokenizer([words]).shape[1]
-        tokens = self.tokenizer(list(prompts), context_length=most + 1)
+        whole = self.tokenizer(list(prompts))
+        most = whole.shape[1]
+        if too_long := self._too_long(prompts, whole):
+            raise TeacherError(
+                f"the prompt {prompts[too_long[0]]!r} is longer than the {most} tokens that the teacher reads",
+                where="data.classes",
+                fix="shorten that class name",
+            )
         empty, alone, longer = self.tokenizer(["", words, f"{words} x"], context_length=most + 1)
-        for prompt, last in zip(prompts, tokens[:, -1], strict=True):
-            if last != empty[-1]:  # no padding
-                raise TeacherError(
-                    f"the prompt {prompt!r} is longer than the {most} tokens that the teacher reads",
-                    where="data.classes",
-                    fix="shorten that class name",
-                )
         start, end = (int((one != alone).nonzero()[0]) for one in (empty, longer))
-        return Sentences(tokens[:, :most].to(self.device), start, end - start)
+        return Sentences(whole.to(self.device), start, end - start)
 
     def embed_words(self, sentences: Sentences) -> Tensor:
         """Return the token embeddings [n, token width] of the words that the sentences begin with."""
@@ -165,12 +225,20 @@ def load_teacher(page: TeacherPage, device: torch.device) -> Teacher:
     check_teacher(page)
     folder = _local_folder(page.model)
     name = f"local-dir:{folder}" if folder else page.model
+    tag = None if ":" in name else page.weights
     try:
         with _quiet():
-            model, _, _ = open_clip.create_model_and_transforms(
-                name, pretrained=page.weights, force_quick_gelu=_trained_with_quick_gelu(name, page.weights)
+            model = open_clip.create_model(
+                name,
+                pretrained=tag,
+                load_weights=False,
+                pretrained_text=False,
+                force_quick_gelu=_trained_with_quick_gelu(name, tag),
             )
+            _load_weights(model, _weights_file(folder, page.weights) if folder else _fetched(name, tag))
             tokenizer = open_clip.get_tokenizer(name)
+    except TeacherError:
+        raise
     except Exception as error:
         raise _load_error(page, folder, error) from error
     return Teacher(model, tokenizer, device, page)
@@ -178,8 +246,28 @@ def load_teacher(page: TeacherPage, device: torch.device) -> Teacher:
 
 def check_teacher(page: TeacherPage) -> None:
     """Refuse a name, a tag or a folder that no teacher can be loaded from, without loading it."""
-    if _local_folder(page.model) is None and not page.model.startswith("hf-hub:"):
+    if (folder := _local_folder(page.model)) is not None:
+        _weights_file(folder, page.weights)
+    elif not page.model.startswith("hf-hub:"):
         _check_names(page.model, page.weights)
+
+
+def _read_as_one(twins: Sequence[tuple[str, str | None]], most: int) -> TeacherError:
+    """Build the error for two classes, given with the ends that are not read of them."""
+    names = " and ".join(_in_short(name) for name, _ in twins)
+    ends = " and ".join(_in_short(end) for _, end in twins if end)
+    unread = f": it reads {most} tokens, and not {ends}" if ends else ""
+    return TeacherError(
+        f"the teacher reads {names} as one and the same{unread}",
+        where="data.classes",
+        fix="shorten these names, or begin them with what tells them apart"
+        if ends
+        else "write them so that they differ in more than case, punctuation or letters that the teacher does not know",
+    )
+
+
+def _in_short(text: str) -> str:
+    return repr(text if len(text) <= 70 else f"{text[:40]} ... {text[-25:]}")
 
 
 def teacher_identity(page: TeacherPage) -> dict[str, Any]:
@@ -187,7 +275,8 @@ def teacher_identity(page: TeacherPage) -> dict[str, Any]:
     identity: dict[str, Any] = {"precision": page.precision, "batch_size": page.batch_size}
     folder = _local_folder(page.model)
     if folder is not None:
-        files = sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".md")
+        deciding = [path for path in folder.iterdir() if path.suffix in DECIDING_SUFFIXES and path.is_file()]
+        files = sorted({*deciding, _weights_file(folder, page.weights)})
         return {**identity, "files": {path.name: sha256(path) for path in files}}
     return {**identity, "model": page.model, "weights": page.weights}
 
@@ -232,9 +321,94 @@ def _local_folder(model: str) -> Path | None:
         raise TeacherError(
             "the teacher's folder holds no open_clip_config.json" if folder.is_dir() else "there is no such folder",
             where=folder,
-            fix="teacher.model is local-dir:PATH of a folder with that file and open_clip_model.safetensors",
+            fix=f"teacher.model is local-dir:PATH of a folder with that file and {WEIGHTS[0]}",
         )
     return folder
+
+
+def _weights_file(folder: Path, named: str | None) -> Path:
+    """Return the one file of a folder that holds the teacher's weights: the one ``named``, or the only one there.
+
+    A tag is no file: it may be left from the named model whose place the folder takes, and says nothing here.
+    """
+    found = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS_SUFFIXES and path.is_file())
+    names = [path.name for path in found]
+    if named and not _is_tag(named):
+        if named in names:
+            return folder / named
+        raise TeacherError(
+            f"the teacher's folder holds no weights {named}{nearest(named, names)}",
+            where=folder,
+            fix=f"teacher.weights names a file in it: one of {', '.join(names)}" if names else "put the file into it",
+        )
+    usual = [folder / name for name in WEIGHTS if name in names]
+    if usual or len(found) == 1:
+        return (usual or found)[0]
+    if found:
+        raise TeacherError(
+            f"the teacher's folder holds {len(found)} files that may be its weights: {', '.join(names)}",
+            where=folder,
+            fix=f"name one: teacher: {{model: 'local-dir:{folder}', weights: {names[-1]}}}",
+        )
+    raise TeacherError(
+        "the teacher's folder holds a configuration and no weights",
+        where=folder,
+        fix=f"put {WEIGHTS[0]} or a checkpoint of open_clip's training ({', '.join(WEIGHTS_SUFFIXES)}) into it",
+    )
+
+
+def _is_tag(weights: str) -> bool:
+    import open_clip
+
+    return any(weights == tag for _, tag in open_clip.list_pretrained())
+
+
+def _fetched(name: str, tag: str | None) -> Path:
+    """Return the weights of a named model, or of a repository of the hub, fetched where they are not at hand."""
+    from open_clip import get_pretrained_cfg, pretrained
+
+    if name.startswith("hf-hub:"):
+        return Path(pretrained.download_pretrained_from_hf(name.removeprefix("hf-hub:")))
+    return Path(pretrained.download_pretrained(get_pretrained_cfg(name, tag)))
+
+
+def _load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Load ``path`` into the model, as open_clip does, and make certain that every weight is the file's.
+
+    A model begins with random weights, and open_clip goes on with them where it finds no others. So they are taken
+    away first: what a file leaves out is no number afterwards.
+    """
+    import open_clip
+
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for tensor in state.values():
+        tensor.fill_(torch.nan)
+    try:
+        open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
+    except Exception as error:
+        raise _files_error(path.parent, f"{path.name}: {_why_not_read(error)}", path.name) from error
+    if lost := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        reason = f"{len(lost)} of its tensors are missing or hold values that are no numbers, e.g. {lost[0]}"
+        raise _files_error(path.parent, f"{path.name}: {reason}", path.name)
+
+
+def _files_error(folder: Path, reason: str, weights: str) -> TeacherError:
+    return TeacherError(
+        f"the teacher's files cannot be loaded ({reason})",
+        where=folder,
+        fix=f"copy open_clip_config.json and {weights} again: damaged, or of two models",
+    )
+
+
+def _why_not_read(error: Exception) -> str:
+    """Put into words why a file's weights cannot be loaded; PyTorch's own words are an invitation to run its code."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or holds more than tensors, and what else it holds could run code when it is opened"
+    if isinstance(error, StopIteration):
+        return "it holds no tensors"
+    if isinstance(error, AttributeError | KeyError | TypeError):
+        return f"it holds no state dict of tensors by name ({one_line(error)})"
+    return f"{type(error).__name__}: {one_line(error)[:400]}"
 
 
 def _check_names(model: str, weights: str | None) -> None:
@@ -280,11 +454,7 @@ def _load_error(page: TeacherPage, folder: Path | None, error: Exception) -> Tea
     first_line = (str(error).splitlines() or [""])[0]
     reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
     if folder is not None:
-        return TeacherError(
-            f"the teacher's files cannot be loaded ({reason})",
-            where=folder,
-            fix="copy open_clip_config.json and open_clip_model.safetensors again: damaged, or of two models",
-        )
+        return _files_error(folder, reason, _weights_file(folder, page.weights).name)
     hub = page.model.removeprefix("hf-hub:")
     if hub == page.model:
         source = open_clip.get_pretrained_cfg(page.model, page.weights or "")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from prgkit.lesson import Lesson
 
 PART = 256  # images whose answers are computed at once
+VIEWED_TWICE = 1024  # images whose answers in two views are compared
 
 
 def put_right(lesson: Lesson, recipe: Recipe, watch: Watch, run: Run | None) -> Lesson:
@@ -162,6 +163,9 @@ def tell_quality(lesson: Lesson, recipe: Recipe, watch: Watch, run: Run | None) 
         templates=recipe.templates,
         names=[lesson.catalogue.images.name(int(index)) for index in lesson.catalogue.indices[positions]],
     )
+    vectors = lesson.answers.class_vectors().numpy()
+    found["doubts"] = quality.doubts(torch.cat(features).numpy(), by_itself.numpy(), vectors, two_views(lesson))
+    found["read_as_one"] = quality.read_as_one(vectors, recipe.classes)
     if recipe.targets.corrects:
         found["correction"] = {
             "debias": recipe.targets.debias,
@@ -176,11 +180,26 @@ def tell_quality(lesson: Lesson, recipe: Recipe, watch: Watch, run: Run | None) 
             teachers=[store.page.name for store in lesson.targets.stores],
             classes=recipe.classes,
         )
+    for doubt in found["doubts"]:
+        watch.note(
+            f"the teacher's answers look like chance: {doubt}; a student of them learns nothing, so look at the "
+            "teacher, its weights and the class names first"
+        )
     watch.note("the teacher's answers:")
     for name, line in quality.summary(found):
         watch.note(f"  {name:<12}{line}")
     if run is not None:
         write_sealed(run.quality_file, found)
+
+
+def two_views(lesson: Lesson) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the classes that the teacher names of some learned images in their evaluation view, and in a crop."""
+    positions = lesson.learned[spread(len(lesson.learned), VIEWED_TWICE)]
+    first, second = (
+        lesson.answers.uncorrected(lesson.targets.features(lesson.rows[positions], np.full(len(positions), view)))
+        for view in (0, 1)
+    )
+    return first.argmax(dim=1).numpy(), second.argmax(dim=1).numpy()
 
 
 def labels_alone(targets: JointTargets, answers: Answers, features: Sequence[Tensor]) -> NDArray[np.int64]:

@@ -33,3 +33,6 @@ class Unwatched:
 
     def note(self, text: str) -> None:
         """Tell no one."""
+
+
+SILENT = Unwatched()
