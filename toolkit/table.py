@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from prgkit.decoding import image_suffixes
 from prgkit.delimited import LARGEST_TABLE_BYTES, Row, Way, ways
 from prgkit.errors import ImagesError, nearest, some
-from prgkit.files import read_text
+from prgkit.files import as_on_disk, read_text
 from prgkit.labels import NUMBER, as_numbers, by_name, first_of
 from prgkit.paths import Match, Paths
 from prgkit.prompts import silent
@@ -217,10 +217,11 @@ def contradicts(other: Reading, best: Reading) -> bool:
     """Tell whether a weaker or equal way to read the labels is a reason to doubt the best."""
     if other.strength == best.strength or other.from_marks:
         return other.meaning != best.meaning
+    some_named = any(isinstance(one, int) for one in other.meaning)
     if best.strength == NAMES and not best.from_marks:  # a class's name can also be a word for something else
         agrees = other.counted is not None and list(other.counted) == list(best.meaning)
-        return not agrees and (other.strength > ANY or other.counted is not None)
-    return best.strength == NUMBERS and other.strength == WORDS and any(isinstance(one, int) for one in other.meaning)
+        return not agrees and (other.strength > ANY or other.counted is not None or some_named)
+    return best.strength == NUMBERS and other.strength == WORDS and some_named
 
 
 def counted(labels: Sequence[str], count: int) -> list[int | None] | None:
@@ -259,7 +260,7 @@ def read_label_table(path: Path, spec: str, source: Source, label_format: LabelF
 def read_ways(path: Path) -> tuple[list[Way], list[Way]]:
     """Return the ways to read a table, as `prgkit.delimited.ways` does."""
     try:
-        return ways(read_text(path, most_bytes=LARGEST_TABLE_BYTES))
+        return ways(read_text(as_on_disk(path), most_bytes=LARGEST_TABLE_BYTES))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         what = f"the labels in {path.name} cannot be read: {reason}"
