@@ -520,7 +520,7 @@ def test_trt_without_a_tensorrt_fails_before_any_work(repvit, tmp_path, monkeypa
 
 
 def test_a_full_disk_is_said_before_any_work(repvit, tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**12, free=1000))
     with pytest.raises(DiskFullError, match=r"the bundle needs .* MiB, and 1000 B are free") as caught:
         export(repvit, tmp_path / "bundle")
     assert caught.value.fix == "free some space and export again: finished artifacts are kept"

@@ -438,6 +438,7 @@ def label_tables(draw: st.DrawFn) -> Case:
     with_header = draw(st.booleans()) or style == "one-hot"
     if not (with_header and titles.get("label", "label") in LABEL_TITLES[:5]):
         del noise["guess"]
+        noise["split"] = st.sampled_from(["training", "test"])  # train is a class
     for title in draw(st.lists(st.sampled_from(sorted(noise)), max_size=2, unique=True)):
         titles[title], cells[title] = title, [draw(noise[title]) for _ in files]
     order = draw(st.permutations(sorted(titles)))

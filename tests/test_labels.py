@@ -288,6 +288,21 @@ def test_names_in_two_unicode_forms_are_one(tmp_path: Path) -> None:
         assert sorted(read(tmp_path / "in", unicodedata.normalize(form, text), names=names).values()) == [0, 1]
 
 
+def test_paths_that_are_typed_in_another_unicode_form_are_found(tmp_path: Path) -> None:
+    import unicodedata
+
+    from prgkit.prompts import load_classes
+
+    folder = tmp_path / unicodedata.normalize("NFD", "Bücher") / "é"
+    picture(folder / "a.png", 1)
+    (folder / unicodedata.normalize("NFD", "ä.csv")).write_text("a.png,bus\n")
+    typed = unicodedata.normalize("NFC", str(folder))
+    images = open_images(typed, labels=Path(typed) / "ä.csv")
+    assert (len(images), images.label(0)) == (1, "bus")
+    (folder / unicodedata.normalize("NFD", "ö.txt")).write_text("cat\ndog\n")
+    assert load_classes(f"{typed}/ö.txt") == ("cat", "dog")
+
+
 def test_file_names_with_characters_that_act(tmp_path: Path) -> None:
     from prgkit.sources import printable
 

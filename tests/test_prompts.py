@@ -213,6 +213,8 @@ def test_shipped_lists_are_read_as_they_are() -> None:
 def test_names_are_composed_and_compared_without_marks() -> None:
     assert load_classes(["cafe\u0301", "tea"]) == ("caf\u00e9", "tea")
     assert classes_error(["cafe\u0301", "caf\u00e9"]).startswith("class names repeat")
+    assert load_classes(["oak\n tree", "tea"]) == ("oak tree", "tea")
+    assert classes_error(["a\x1b[2Jb", "tea"]).startswith("class name 'a\\x1b[2Jb' has a control character (entry 1)\n")
     assert canonical("so\u00adft \u200eHyphen") == canonical("Soft_hyphen")
 
 

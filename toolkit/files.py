@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,23 @@ def read_text(path: Path, *, most_bytes: int = LARGEST_TEXT_BYTES) -> str:
         return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError("it is not UTF-8 text") from error
+
+
+def as_on_disk(path: Path) -> Path:
+    """Return a path in the Unicode form that its parts have on the disk: a name typed here may be a Mac's there."""
+    if path.exists() or path.parent == path:
+        return path
+    folder = as_on_disk(path.parent)
+    try:
+        alike = [name for name in os.listdir(folder) if composed(name) == composed(path.name)]
+    except OSError:
+        return path
+    return folder / alike[0] if len(alike) == 1 else path
+
+
+def composed(name: str) -> str:
+    """Return a name with its accents in one piece with their letters (NFC), the form in which names are compared."""
+    return unicodedata.normalize("NFC", name)
 
 
 @contextmanager

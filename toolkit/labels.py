@@ -119,11 +119,10 @@ def counted_from(
     where: str,
 ) -> int:
     """Return whether numbers that people wrote count from 0 or from 1, or refuse where it cannot be known."""
-    used, count = set(numbers.values()), len(class_names)
-    if first_number is not None or 0 in used or max(used) > count:
-        return first_number or 0
-    if count in used:
-        return 1
+    used = set(numbers.values())
+    first = first_number if first_number is not None else first_of(used, len(class_names))
+    if first is not None or max(used) > len(class_names):
+        return first or 0
     shown = [(label, number) for label, number in sorted(numbers.items(), key=lambda pair: pair[1])][:3]
     ways = "".join(
         f"\n    from {first}: "
@@ -135,6 +134,11 @@ def counted_from(
         where=where,
         fix="say which: --set data.label_format.first_number=0, or 1; or label with the class names",
     )
+
+
+def first_of(used: Collection[int], count: int) -> int | None:
+    """Return what numbers of ``count`` classes count from, 0 or 1, or None where they do not say it."""
+    return 0 if 0 in used else 1 if count in used and max(used) == count else None
 
 
 def numbers_told(used: Collection[int], first: int, class_names: Sequence[str]) -> str:

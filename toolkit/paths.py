@@ -37,6 +37,8 @@ class Paths:
         self._own = ["/".join(parts(member or shard)) for shard, _, member in inside]
         self._shards = [f"{shard}.tar" if member else "" for shard, _, member in inside]
         self._root = parts(os.path.dirname(root) if suffix == ".tar" else above if suffix == ".zip" else root)
+        last = {path.rpartition("/")[2].casefold() for path in self._own}
+        self._last = last | {os.path.splitext(name)[0] for name in last}  # tells at once what none of them can be
         self._wholes: dict[tuple[bool, bool], Index] = {}
         self._ends: dict[tuple[int, bool, bool], Index] = {}
         self._found: dict[str, Match | None] = {}
@@ -48,7 +50,8 @@ class Paths:
         return self._found[text]
 
     def _search(self, text: str) -> Match | None:
-        spellings = dict.fromkeys((text, text.replace("\\", "/")))
+        both = dict.fromkeys((text, text.replace("\\", "/")))
+        spellings = [one for one in both if one.rpartition("/")[2].casefold() in self._last]
         for fold in (False, True):
             for bare in (False, True):
                 for spelling in spellings:

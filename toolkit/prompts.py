@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from prgkit.errors import RecipeError, nearest, some
-from prgkit.files import read_text
+from prgkit.files import as_on_disk, composed, read_text
 from prgkit.namelist import like_ids, read_names
 from prgkit.watch import silent
 
@@ -161,7 +161,7 @@ def canonical(name: str) -> str:
     Accents are composed (NFC); what has no shape, as a mark of direction or a soft hyphen, is left out.
     """
     shown = "".join(letter for letter in name.replace("_", " ") if unicodedata.category(letter) != "Cf")
-    return unicodedata.normalize("NFC", " ".join(shown.split()).casefold())
+    return composed(" ".join(shown.split()).casefold())
 
 
 def named_classes(name: str) -> tuple[str, ...]:
@@ -221,7 +221,9 @@ def checked_classes(names: Iterable[tuple[str, object]], *, where: object) -> tu
         earlier = first_at.setdefault(canonical(name), at)
         if earlier != at:
             repeated.append(f"{name.strip()!r} ({earlier} and {at})")
-        accepted.append(unicodedata.normalize("NFC", name.strip()))
+        if any(unicodedata.category(letter) == "Cc" for letter in " ".join(name.split())):
+            raise RecipeError(f"class name {name!r} has a control character ({at})", where=where, fix="remove it")
+        accepted.append(composed(" ".join(name.split())))
     if repeated:
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
         what = f"class names repeat: {', '.join(repeated[:5])}{more}"
@@ -237,7 +239,7 @@ def find_file(value: str, folder: Path | None) -> Path:
     given = Path(os.path.expandvars(os.path.expanduser(value)))
     candidates = [folder / given, given] if folder else [given]
     try:
-        found = next((path for path in candidates if path.exists()), None)
+        found = next((path for path in map(as_on_disk, candidates) if path.exists()), None)
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise RecipeError(f"there is no class list {value[:80]!r}: {error.strerror}", fix=NAMES_FIX) from error
     if found is not None:

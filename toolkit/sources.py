@@ -10,7 +10,6 @@ import shutil
 import stat
 import struct
 import tarfile
-import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -26,7 +25,7 @@ from PIL import Image
 
 from prgkit.decoding import CAMERA_RAW, UnreadableImage, image_suffixes, is_picture, suffix_of
 from prgkit.errors import ImagesError, nearest
-from prgkit.files import cache_folder, fingerprint, writing
+from prgkit.files import as_on_disk, cache_folder, composed, fingerprint, writing
 from prgkit.watch import silent
 
 # What Python's readers of archives raise on damaged bytes, besides errors of their own.
@@ -72,7 +71,7 @@ def open_path(spec: str, note: Callable[[str], None] = silent) -> Source:
     """
     path = Path(os.path.expandvars(os.path.expanduser(spec)))
     try:
-        path.is_dir(), path.exists()
+        path = as_on_disk(path)
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise ImagesError(f"{spec[:80]} cannot be opened: {error.strerror}", fix=f"give {KINDS}") from error
     if path.is_dir():
@@ -523,7 +522,7 @@ def printable(name: str) -> str:
 
     A line break would end a row of a table, an escape commands a terminal, a mark of direction reorders the line.
     """
-    text = unicodedata.normalize("NFC", name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    text = composed(name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     return ACTING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 

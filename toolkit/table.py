@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from prgkit.decoding import image_suffixes
 from prgkit.delimited import LARGEST_TABLE_BYTES, Row, Way, ways
 from prgkit.errors import ImagesError, nearest, some
-from prgkit.files import read_text
-from prgkit.labels import NUMBER, by_name
+from prgkit.files import as_on_disk, read_text
+from prgkit.labels import NUMBER, as_numbers, by_name, first_of
 from prgkit.paths import Match, Paths
 from prgkit.sources import Source
 from prgkit.watch import silent
@@ -56,7 +56,9 @@ class Reading(NamedTuple):
     labels: Sequence[str]  # [entries]
     meaning: Sequence[object]  # [entries], the class index, or the label itself where it is no class's name
     strength: int
-    counts: bool = False  # whether all are numbers that classes could have
+    counted: Sequence[int | None] | None = (
+        None  # [entries], the classes of labels that are numbers such as classes have
+    )
     from_marks: bool = False
 
 
@@ -135,8 +137,8 @@ class LabelTable:
         named = 2 * sum(label in indices for label in labels) > sum(map(bool, labels))
         said, numbers = self._is_said(column), all(map(NUMBER.fullmatch, distinct))
         strength = (SAID if said else NAMES) if named else (NUMBERS if numbers else WORDS) if said else ANY
-        counts = numbers and max((float(text) for text in distinct), default=0) <= len(class_names)
-        return Reading(self.title(column), labels, [indices.get(label, label) for label in labels], strength, counts)
+        meaning = [indices.get(label, label) for label in labels]
+        return Reading(self.title(column), labels, meaning, strength, counted(labels, len(class_names)))
 
     def _likeliest(self, class_names: Sequence[str]) -> Reading:
         """Return the one way to read the labels that is certain, or refuse."""
@@ -215,15 +217,20 @@ def contradicts(other: Reading, best: Reading) -> bool:
     """Tell whether a weaker or equal way to read the labels is a reason to doubt the best."""
     if other.strength == best.strength or other.from_marks:
         return other.meaning != best.meaning
+    some_named = any(isinstance(one, int) for one in other.meaning)
     if best.strength == NAMES and not best.from_marks:  # a class's name can also be a word for something else
-        alike = any(count_alike(other.labels, best.meaning, first) for first in (0, 1)) if other.counts else False
-        return (other.strength > ANY or other.counts) and not alike
-    return best.strength == NUMBERS and other.strength == WORDS and any(isinstance(one, int) for one in other.meaning)
+        agrees = other.counted is not None and list(other.counted) == list(best.meaning)
+        return not agrees and (other.strength > ANY or other.counted is not None or some_named)
+    return best.strength == NUMBERS and other.strength == WORDS and some_named
 
 
-def count_alike(numbers: Sequence[str], meaning: Sequence[object], first: int) -> bool:
-    """Tell whether numbers that count from ``first`` mean the same classes."""
-    return all(float(number or "nan") - first == one for number, one in zip(numbers, meaning, strict=True))
+def counted(labels: Sequence[str], count: int) -> list[int | None] | None:
+    """Return the classes that numbers mean, each None where they do not say it; None where they are no such numbers."""
+    numbers = as_numbers(set(labels) - {""})
+    if not numbers or max(numbers.values()) > count:
+        return None
+    first = first_of(set(numbers.values()), count)
+    return [numbers[label] - first if label and first is not None else None for label in labels]
 
 
 def read_label_table(path: Path, spec: str, source: Source, label_format: LabelFormat | None = None) -> LabelTable:
@@ -238,9 +245,8 @@ def read_label_table(path: Path, spec: str, source: Source, label_format: LabelF
     asked = (label_format.image_column, label_format.label_column) if label_format is not None else (None, None)
     by_delimiter, at_spaces = read_ways(path)
     table, rows = most_named(path, by_delimiter, paths, asked)
-    if table is None or 2 * len(table.entries) < len(rows):
-        other, _ = most_named(path, at_spaces, paths, asked)
-        table = max(filter(None, (table, other)), key=lambda one: len(one.entries), default=None)
+    if table is None:
+        table, _ = most_named(path, at_spaces, paths, asked)
     if table is None:
         raise none_named(path, rows or (at_spaces[0]() if at_spaces else []), source, asked)
     narrow = next((entry for entry in table.entries if len(entry.cells) < 2), None)
@@ -254,7 +260,7 @@ def read_label_table(path: Path, spec: str, source: Source, label_format: LabelF
 def read_ways(path: Path) -> tuple[list[Way], list[Way]]:
     """Return the ways to read a table, as `prgkit.delimited.ways` does."""
     try:
-        return ways(read_text(path, most_bytes=LARGEST_TABLE_BYTES))
+        return ways(read_text(as_on_disk(path), most_bytes=LARGEST_TABLE_BYTES))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         what = f"the labels in {path.name} cannot be read: {reason}"
