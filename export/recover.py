@@ -94,7 +94,7 @@ def recover(
     """
     started = time.monotonic()
     first = learned.read(np.arange(min(BATCH, learned.images)))
-    steps = steps_for(first.shape[1])
+    steps = steps_for(first[0, :, :, 0].size)
     student, pupil = (folded(module, source) for _ in range(2))
     require_same(student.network, source, first)
     fake_quantise(pupil, source, nodes, spreads, tail)
@@ -128,9 +128,9 @@ def recover(
     }
 
 
-def steps_for(size: int) -> int:
-    """Return for how many steps images of ``size`` [pixels] a side are learned from."""
-    return min(max(PIXELS // (BATCH * size * size), STEPS[0]), STEPS[1])
+def steps_for(pixels: int) -> int:
+    """Return for how many steps images of so many ``pixels`` are learned from."""
+    return min(max(PIXELS // (BATCH * pixels), STEPS[0]), STEPS[1])
 
 
 def folded(module: nn.Module, source: Path) -> Folded:
