@@ -1,13 +1,14 @@
 # Two commands do all their own set-up, on a machine with Python 3.11 and nothing else:
 #   make demo    install, then distil, export and bench the embedded digits; ends in a table and a report
 #   make test    install, then ruff, mypy and every test
-# and a third the long form of the tests that kill and fuzz:
+# Two more:
 #   make soak    install, then some fifty kills and ten thousand hostile inputs
+#   make dist    build wheel and source archive, check them, and try the wheel without extras in an environment of its own
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = -m pip install --quiet --disable-pip-version-check
 VENV = .venv/bin
 
-.PHONY: demo test soak clean
+.PHONY: demo test soak dist clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -21,8 +22,20 @@ test: .venv/dev.stamp .venv-base/base.stamp
 soak: .venv/dev.stamp .venv-base/base.stamp
 	$(VENV)/python -m pytest -m soak -o faulthandler_timeout=3600
 
+dist:
+	rm -rf dist .venv-dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python $(PIP) build twine
+	.venv-dist/bin/python -m build --outdir dist .
+	.venv-dist/bin/python -m twine check --strict dist/*
+	rm -rf .venv-dist build
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python $(PIP) dist/*.whl
+	cd dist && ../.venv-dist/bin/prgkit --version && ../.venv-dist/bin/prgkit recipes && ../.venv-dist/bin/prgkit doctor
+	rm -rf .venv-dist
+
 clean:
-	rm -rf .venv .venv-base runs targets
+	rm -rf .venv .venv-base .venv-dist dist runs targets
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

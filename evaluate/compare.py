@@ -23,9 +23,10 @@ from prgkit.evaluate.novel import Novel, halves, judge_novel, require_two_halves
 from prgkit.evaluate.standings import standings, write_standings
 from prgkit.export.run import teacher_logits
 from prgkit.files import fingerprint, read_json, write_json
-from prgkit.images import Catalogue, match_labels
+from prgkit.images import Catalogue, labelled
 from prgkit.joint import existing_targets
 from prgkit.lesson import hold_out, read_catalogue
+from prgkit.members import members_of
 from prgkit.parameters import OBJECTIVES
 from prgkit.recipe import Recipe, validate
 from prgkit.run import Run
@@ -170,6 +171,8 @@ def compare(
                 failed.append({"cell": name, "reason": str(error)})
                 continue
             told = ProgressOnly(watch)
+            if (members := members_of(run)) is not None and members.images != exam.learned:
+                raise changed(folder)
             result = judge(run, recipe, exam, watch)
             write_json(folder / "cell.json", result)
         done.append({"row": cell.row, **result})
@@ -195,10 +198,14 @@ def finished(path: Path, cell: Cell, exam: Exam) -> dict[str, Any] | None:
     if result.get("schema") != CELL or result.get("fingerprint") != cell.recipe.fingerprint():
         return None
     if result["learned_from"] != exam.learned_from:
-        raise RunError(
-            "the images have changed since this cell was trained", where=path.parent, fix="compare in another --out"
-        )
+        raise changed(path.parent)
     return result if result["evaluation"]["digest"] == exam.digest else None
+
+
+def changed(folder: Path) -> RunError:
+    """Build the error for a cell that cannot stand beside others, as it learned from other images."""
+    what = "the images have changed since this cell was trained"
+    return RunError(what, where=folder, fix="compare in another --out")
 
 
 @dataclass(frozen=True)
@@ -226,7 +233,8 @@ class Exam:
     images: Catalogue
     positions: NDArray[np.int64]
     labels: NDArray[np.int64] | None  # [n]
-    learned_from: str  # the fingerprint of the images that are learned from
+    learned_from: str  # the fingerprint of the images that are learned from,
+    learned: frozenset[str]  # and the keys of those without a label
     novel: Novel | None = None  # what is asked besides, of names that no one was taught
 
     @classmethod
@@ -234,16 +242,18 @@ class Exam:
         """Read all of them: no device has to carry them here."""
         seen = existing_targets(recipe, targets_root) or ()
         learned = read_catalogue(recipe.data.images, recipe, watch, known=seen)
-        origin = fingerprint(learned.keys)
+        origin, keys = fingerprint(learned.keys), frozenset(learned.keys)
         if recipe.data.labelled:
-            few = read_catalogue(recipe.data.labelled, recipe, watch, known=seen)
-            origin = fingerprint([origin, few.keys, match_labels(few, recipe.classes).tolist()])
+            few = read_catalogue(recipe.data.labelled, recipe, watch, known=seen, grey=learned.images.grey)
+            few, truth = labelled(few, recipe.classes, note=watch.note)
+            origin = fingerprint([origin, few.keys, truth.tolist()])
         if not recipe.data.evaluation:
-            return cls(learned, hold_out(learned.keys, recipe.data.held_out), None, origin)
-        images = read_catalogue(recipe.data.evaluation, recipe, watch, known=seen)
-        labels, places = match_labels(images, recipe.classes), np.arange(len(images))
+            return cls(learned, hold_out(learned.keys, recipe.data.held_out), None, origin, keys)
+        images = read_catalogue(recipe.data.evaluation, recipe, watch, known=seen, grey=learned.images.grey)
+        images, labels = labelled(images, recipe.classes, note=watch.note)
+        places = np.arange(len(images))
         if not base_to_novel:
-            return cls(images, places, labels, origin)
+            return cls(images, places, labels, origin, keys)
         base, names = halves(recipe.classes)
         taught = labels < len(base)
         if taught.all() or not taught.any():
@@ -253,7 +263,7 @@ class Exam:
                 fix="name images of both halves as data.evaluation",
             )
         novel = Novel(names, places[~taught], labels[~taught] - len(base))
-        return cls(images, places[taught], labels[taught], origin, novel)
+        return cls(images, places[taught], labels[taught], origin, keys, novel)
 
     @property
     def digest(self) -> str:

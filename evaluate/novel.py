@@ -7,6 +7,7 @@ teacher's space for it; one whose objective trains none is asked for the first h
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def require_two_halves(recipe: Recipe) -> None:
         )
     base, novel = halves(recipe.classes)
     for page in recipe.teacher:
-        path = Path(page.context or "").expanduser()
+        path = Path(os.path.expanduser(page.context or ""))
         if path.is_file() and (known := set(load_facts(path).get("classes", ())) & set(novel)):
             raise RecipeError(
                 f"the learned context has seen labels of novel classes: {', '.join(sorted(known)[:3])}",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from prgkit.export.bundle import Bundle
 from prgkit.export.lossless import read_png
 from prgkit.export.runners import Runner
-from prgkit.images import Preprocessing
+from prgkit.images import Preprocessing, margins
 from prgkit.sizes import sides
 
 FLAGS = {"nearest": "INTER_NEAREST", "bilinear": "INTER_LINEAR", "bicubic": "INTER_CUBIC"}
@@ -44,6 +44,8 @@ def opencv_notes(bundle: Bundle, runner: Runner) -> list[str]:
 def prepare(cv2: Any, picture: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """Resize and crop a picture [height, width, 3] to [H, W, 3] as `Preprocessing.prepare` does, with cv2.resize."""
     flag = getattr(cv2, FLAGS[preprocessing.interpolation])
+    left, top = margins((picture.shape[1], picture.shape[0]))
+    picture = picture[top : picture.shape[0] - top, left : picture.shape[1] - left]
     height, width = sides(preprocessing.image_size)
     if preprocessing.squash:
         return np.asarray(cv2.resize(picture, (width, height), interpolation=flag), dtype=np.uint8)

@@ -2,47 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from prgkit.decoding import GreyRange
+from prgkit.errors import PrgkitError
 from prgkit.evaluate.accuracy import log_softmax
 from prgkit.evaluate.choice import chosen_artifact
 from prgkit.export.bundle import open_bundle
 from prgkit.export.runners import open_runner
-from prgkit.images import load_image
+from prgkit.images import load_image, open_images
+from prgkit.sources import TAR, is_archive
 
 
 def predict(
-    folder: Path, images: Sequence[Path], *, top_k: int, min_confidence: float, bench: Path | None = None
-) -> list[dict[str, Any]]:
-    """Return for each image its class and the ``top_k`` (name, probability) pairs, best first.
+    folder: Path,
+    images: Sequence[Path],
+    *,
+    top_k: int,
+    min_confidence: float,
+    bench: Path | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[dict[str, Any]]:
+    """Yield for each picture its class and the ``top_k`` (name, probability) pairs, best first.
 
-    Below ``min_confidence`` the class is None and ``abstained`` is true; the probabilities are still there.
+    A folder or an archive among ``images`` stands for its pictures. Below ``min_confidence`` the class is None and
+    ``abstained`` is true; the probabilities are still there. A picture that cannot be read has an ``error`` in place of
+    an answer: what, where, fix.
 
     ``bench`` is where this machine's measurements of the bundle are: what they chose is run, the FP32 file otherwise.
 
     Raises:
-        PrgkitError: the bundle or the choice is damaged, or an image cannot be read.
+        PrgkitError: the bundle or the choice is damaged.
     """
     bundle = open_bundle(folder, verify=("onnx",))
     runner = open_runner(folder, chosen_artifact(bundle, bench))
-    answers = []
-    for image in images:
-        pixels = bundle.preprocessing.prepare(load_image(image))[None]  # [1, S, S, 3]
-        probabilities = np.exp(log_softmax(runner.run(pixels)))[0]  # [classes]
-        best = np.argsort(-probabilities, kind="stable")[:top_k]
-        abstained = bool(probabilities[best[0]] < min_confidence)
-        answers.append(
-            {
-                "image": str(image),
-                "artifact": runner.name,
-                "class": None if abstained else bundle.classes[best[0]],
-                "abstained": abstained,
-                "top": [(bundle.classes[index], round(float(probabilities[index]), 6)) for index in best],
-            }
-        )
-    runner.close()
-    return answers
+    try:
+        for given in images:
+            for name, read in pictures_of(given, bundle.preprocessing.grey_range, note):
+                try:
+                    pixels = bundle.preprocessing.prepare(read())[None]  # [1, S, S, 3]
+                except PrgkitError as error:
+                    where = None if error.where is None else str(error.where)
+                    yield {"image": name, "error": {"what": error.what, "where": where, "fix": error.fix}}
+                    continue
+                probabilities = np.exp(log_softmax(runner.run(pixels)))[0]  # [classes]
+                best = np.argsort(-probabilities, kind="stable")[:top_k]
+                abstained = bool(probabilities[best[0]] < min_confidence)
+                yield {
+                    "image": name,
+                    "artifact": runner.name,
+                    "class": None if abstained else bundle.classes[best[0]],
+                    "abstained": abstained,
+                    "top": [(bundle.classes[index], round(float(probabilities[index]), 6)) for index in best],
+                }
+    finally:
+        runner.close()
+
+
+def pictures_of(
+    given: Path, grey: GreyRange | None, note: Callable[[str], None]
+) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
+    """Yield name and reader of a picture, or of each picture in a folder or an archive."""
+    if not (os.path.isdir(given) or is_archive(given)):
+        yield str(given), partial(load_image, given, grey=grey)
+        return
+    try:
+        images = open_images(str(given), note=note).with_grey(grey)
+    except PrgkitError as error:
+        yield str(given), partial(refuse, error)
+        return
+    if images.left_out:
+        note(f"{given}: {images.left_out}")
+    place = given.parent if TAR.search(given.name) else given  # a shard's name is part of its images' names
+    for index in range(len(images)):
+        yield str(place / images.name(index)), partial(images.read, index)
+
+
+def refuse(error: PrgkitError) -> Image.Image:
+    """Say when it is asked for its pictures what is wrong with a folder."""
+    raise error

@@ -143,7 +143,7 @@ SCRIPT = """
 "use strict";
 const cards = [...document.querySelectorAll(".card")], sample = document.body.dataset.sample;
 const place = "prgkit-audit-" + sample, told = document.querySelector(".told");
-const plain = name => name.replaceAll("_", " ").trim().split(/\\s+/).join(" ").toLowerCase();
+const plain = name => name.normalize("NFC").replaceAll("_", " ").trim().split(/\\s+/).join(" ").toLowerCase();
 const classes = new Map([...document.querySelectorAll("#classes option")].map(one => [plain(one.value), one.value]));
 let current = 0, unsaved = false;  // unsaved: neither in a file nor kept by the browser
 

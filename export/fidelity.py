@@ -21,34 +21,25 @@ Pixels = NDArray[np.uint8]  # [images, S, S, 3]
 Logits = NDArray[np.float32]  # [images, classes]
 
 
-def choose_tail(
-    source: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], pixels: Pixels, *, student: Path
-) -> float:
+def choose_tail(fp32: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], pixels: Pixels) -> float:
     """Return which of `TAILS` clips best: with ``blocks`` quantised, the root KL on these images is the least.
 
-    FP32 is the ``student``'s file, whose answers count; ``source`` may be another network that gives them. All images
-    are asked: a tail of 2 % is two of the scan's, and which are clipped would be chance.
+    All images are asked: a tail of 2 % is two of the scan's, and which are clipped would be chance.
     """
     nodes = {node for block in blocks for node in block.nodes}
-    logits = logits_of(student, pixels)
+    logits = logits_of(fp32, pixels)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clipped.onnx"
 
         def cost(tail: float) -> float:
-            write_int8(source, path, nodes=nodes, spreads=spreads, tail=tail, layout="onnxruntime")
+            write_int8(fp32, path, nodes=nodes, spreads=spreads, tail=tail, layout="onnxruntime")
             return root_kl(logits, logits_of(path, pixels))
 
         return min(TAILS, key=cost)
 
 
 def scan_blocks(
-    source: Path,
-    blocks: Sequence[Block],
-    spreads: Mapping[str, Spread],
-    tail: float,
-    pixels: Pixels,
-    *,
-    student: Path,
+    fp32: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], tail: float, pixels: Pixels
 ) -> list[Facts]:
     """Quantise each block by itself and return what that does to the student's logits, the most sensitive block first.
 
@@ -56,12 +47,12 @@ def scan_blocks(
     the images, spread over all of them.
     """
     some = spread_over(pixels)
-    logits = logits_of(student, some)
+    logits = logits_of(fp32, some)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "block.onnx"
         for block in blocks:
-            write_int8(source, path, nodes=block.nodes, spreads=spreads, tail=tail, layout="onnxruntime")
+            write_int8(fp32, path, nodes=block.nodes, spreads=spreads, tail=tail, layout="onnxruntime")
             found = logits_of(path, some)
             agreement = 100 * float((found.argmax(axis=1) == logits.argmax(axis=1)).mean())
             rows.append({"block": block.name, "median_kl": median_kl(logits, found), "agreement": agreement})

@@ -14,12 +14,26 @@ PROTOBUF_LIMIT = 2**31  # a larger model would need its weights in a second file
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Check the model as a whole and write it as one file."""
+    """Check the model as a whole and write it as one file.
+
+    It says the lowest IR version that its opset allows: runtimes refuse a newer one, whatever is in the file.
+
+    Raises:
+        ExportError: it is too large, or has what its opset does not know.
+    """
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
     if model.ByteSize() >= PROTOBUF_LIMIT:
         raise ExportError(
             "this student is larger than the 2 GB that one ONNX file can hold", fix="choose a smaller student"
         )
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        opset = model.opset_import[0].version
+        raise ExportError(
+            f"{path.name} would be no valid ONNX file of opset {opset}: {str(error).strip().splitlines()[0]}",
+            fix="--set export.opset=20 writes the default one",
+        ) from error
     write_bytes(path, model.SerializeToString(deterministic=True))
 
 

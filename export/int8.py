@@ -2,16 +2,12 @@
 
 There are two for each: one with as many blocks in INT8 as hold the floor, and one in which those with little arithmetic
 for each value stay in float. Which is faster is for the device to say; `prgkit bench` asks it.
-
-Where fewer than four blocks in five can be in INT8 so, the network is recovered by a fine-tune (see recover.py) with as
-many blocks in INT8 as are within its reach, calibrated and scanned again, and the better of the two files is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,22 +17,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.errors import ExportError, PrgkitError
+from prgkit.errors import ExportError
 from prgkit.export.bundle import QDQ, describe_artifact
 from prgkit.export.fidelity import Logits, Pixels, choose_tail, hold_floor, logits_of, scan_blocks
 from prgkit.export.finished import Artifact, Finished
-from prgkit.export.floor import ENOUGH, Facts, blocks_in_int8, outcome, told, too_few, within_reach
-from prgkit.export.onnx import write_fp16
+from prgkit.export.floor import Facts, told, too_few
 from prgkit.export.parity import compare
 from prgkit.export.quantize import HEAVY_WORK, Block, Layout, find_blocks, tensors_of
 from prgkit.export.ranges import Spread, measure_spreads
-from prgkit.export.recover import Learned
-from prgkit.files import fingerprint, writing
+from prgkit.files import fingerprint
 
 CALIBRATION_IMAGES = 256
+ENOUGH = 0.8  # of the blocks, the least sensitive ones, decide how much of each tensor's spread is clipped
 SCAN_TAIL = 0.02  # the share of the images that is clipped while blocks are scanned
 Result = tuple[Artifact | None, Facts]  # a file's entry, None where it is not kept, and what was found of it
 FOR_TENSORRT = "TensorRT's layout; its fidelity is that of this file in ONNX Runtime"
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Images that the student learned from, none of them held out."""
+
+    images: int
+    read: Callable[[NDArray[np.int64]], Pixels]  # places [n], each below `images`, to pixels [n, S, S, 3]
 
 
 @dataclass(frozen=True)
@@ -95,20 +98,13 @@ class Network:
     """An FP32 file and all that must be known to quantise it; calibration and scan happen once, when first needed."""
 
     fp32: Path
-    student: Path  # the FP32 file whose answers are to be given
     calibration: Pixels  # [n, S, S, 3]
     note: Callable[[str], None]
-    left: tuple[str, ...] = ()  # blocks that no file of it has in INT8
 
     @cached_property
     def blocks(self) -> list[Block]:
         """What can be quantised."""
-        return [block for block in find_blocks(self.fp32) if block.name not in self.left]
-
-    @property
-    def nodes(self) -> set[str]:
-        """The convolutions of all blocks."""
-        return {node for block in self.blocks for node in block.nodes}
+        return find_blocks(self.fp32)
 
     @cached_property
     def spreads(self) -> dict[str, Spread]:
@@ -124,13 +120,13 @@ class Network:
         """
         floating = {row["block"] for row in self.scan[: len(self.scan) - math.ceil(ENOUGH * len(self.scan))]}
         blocks = [block for block in self.blocks if block.name not in floating]
-        return choose_tail(self.fp32, blocks, self.spreads, self.calibration, student=self.student)
+        return choose_tail(self.fp32, blocks, self.spreads, self.calibration)
 
     @cached_property
     def scan(self) -> list[Facts]:
         """What each block costs, the most sensitive first."""
         self.note(f"INT8: scanning {len(self.blocks)} blocks")
-        return scan_blocks(self.fp32, self.blocks, self.spreads, SCAN_TAIL, self.calibration, student=self.student)
+        return scan_blocks(self.fp32, self.blocks, self.spreads, SCAN_TAIL, self.calibration)
 
 
 @dataclass(frozen=True)
@@ -142,10 +138,6 @@ class Quantiser:
     logits: Logits  # [n, classes], of the FP32 file
     floor: float  # percent
     compared: tuple[Pixels, Callable[[], Logits]]  # images and PyTorch's logits, for the parity of the manifest
-    # Writes the FP32 file of a network that bears INT8 better, but for some blocks that are left in float.
-    recover: Callable[[Network, tuple[str, ...], Path], Facts]
-    learned_from: str  # the fingerprint of the images for that
-    work: Path  # a folder for files that do not stay
     note: Callable[[str], None]
 
     def make_all(
@@ -165,7 +157,7 @@ class Quantiser:
     ) -> Result:
         """Return the entry of a file, or None where it is not kept; and what was found of it."""
         name, path, layout = variant.name, folder / variant.file, variant.layout
-        seen = [digest(self.network.calibration), digest(self.pixels), self.learned_from]
+        seen = [digest(self.network.calibration), digest(self.pixels)]
         made_from = {**made_from, "int8": [name, self.floor, *seen]}
         if entry := finished.take(name, made_from):
             self.note(f"{entry['file']}: finished before, and made from the same; it is kept")
@@ -175,13 +167,12 @@ class Quantiser:
             return None, found
         found = too_few(len(self.pixels), self.floor)
         if found is None:
-            found = self.hold(self.network, source(), path, layout, variant.left(self.network.blocks))
-            found = found if variant.heavy else self.better(found, path, layout)
+            found = self.hold(source(), path, layout, variant.left(self.network.blocks))
         calibrated = len(self.network.calibration)
         found = {"name": name, "layout": layout, "calibration_images": calibrated, **found}
         self.note(f"{path.name}: {told(found)}")
         if not found["kept"]:
-            again = not variant.heavy and could_be_mended(found)
+            again = found["agreement"] is None  # too few images: it costs nothing to find that out again
             return None, {**found, **({} if again else {"made_from": fingerprint(made_from)})}
         images, reference = self.compared
         entry = describe_artifact(
@@ -197,8 +188,9 @@ class Quantiser:
         )
         return finished.add({**entry, "quantization": found}, made_from), found
 
-    def hold(self, network: Network, source: Path, path: Path, layout: Layout, left: tuple[str, ...]) -> Facts:
-        """Write ``path`` with as many of a network's blocks in INT8 as hold the floor; see `hold_floor`."""
+    def hold(self, source: Path, path: Path, layout: Layout, left: tuple[str, ...]) -> Facts:
+        """Write ``path`` with as many of the network's blocks in INT8 as hold the floor; see `hold_floor`."""
+        network = self.network
         return hold_floor(
             source,
             path,
@@ -213,40 +205,6 @@ class Quantiser:
             left=left,
             note=self.note,
         )
-
-    def better(self, before: Facts, path: Path, layout: Layout) -> Facts:
-        """Hold the floor with the recovered network as well, and keep its file where more of it is in INT8."""
-        if (count := within_reach(before)) is None:
-            return before
-        left = tuple(row["block"] for row in self.network.scan[:count])
-        if (recovered := self.recovered(left)) is None:
-            return before
-        network, done = recovered
-        source = network.fp32
-        if layout == "tensorrt":
-            write_fp16(network.fp32, source := self.work / "recovered.fp16.onnx")
-        after = self.hold(network, source, again := self.work / path.name, layout, left)
-        kept = blocks_in_int8(after) > blocks_in_int8(before)
-        if kept:
-            with writing(path) as temporary:
-                shutil.copyfile(again, temporary)
-        record = {"kept": kept, **done, "before": outcome(before, count), "after": outcome(after, count)}
-        return {**(after if kept else before), "recovery": record}
-
-    def recovered(self, left: tuple[str, ...]) -> tuple[Network, Facts] | None:
-        """Return the network after its fine-tune, and what was done; None where that is not possible, and said."""
-        path = self.work / "recovered.onnx"
-        try:
-            done = self.recover(self.network, left, path)
-        except (PrgkitError, OSError) as error:
-            self.note(f"INT8: no recovery: {error}")
-            return None
-        return Network(path, self.network.student, self.network.calibration, self.note, left), done
-
-
-def could_be_mended(found: Facts) -> bool:
-    """Tell whether the next export should try again: a recovery that might have helped did not come to its end."""
-    return found["agreement"] is None or ("recovery" not in found and within_reach(found) is not None)
 
 
 def calibration_of(learned: Learned) -> Pixels:

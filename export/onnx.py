@@ -26,7 +26,7 @@ from prgkit.sizes import Size, sides
 from prgkit.student import reparameterised
 
 FP16_MAX = 65504.0  # the largest finite float16
-IR_VERSION = 10  # newer ones are refused by runtimes that are deployed today
+LEAST_TRACED_OPSET = 18  # of PyTorch's exporter; `lower_opset` goes below it
 
 
 class Deployable(nn.Module):
@@ -111,6 +111,7 @@ def export_onnx(
         append_scoring(model, network.scorer.vectors.cpu().numpy(), float(network.scorer.scale))
     else:
         model = trace(module, image_size=image_size, opset=opset)
+    lower_opset(model, opset)
     strip_traces(model)
     describe(model, classes=classes, preprocessing=preprocessing)
     save(model, path)
@@ -183,7 +184,7 @@ def trace(module: Deployable, *, image_size: Size, opset: int, output: str = "lo
                 module,
                 (example,),
                 dynamo=True,
-                opset_version=opset,
+                opset_version=max(opset, LEAST_TRACED_OPSET),
                 input_names=["pixels"],
                 output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
@@ -199,6 +200,42 @@ def trace(module: Deployable, *, image_size: Size, opset: int, output: str = "lo
     if program is None:
         raise ExportError("PyTorch's ONNX exporter returned nothing")
     return cast(onnx.ModelProto, program.model_proto)
+
+
+def lower_opset(model: onnx.ModelProto, opset: int) -> None:
+    """Bring a traced model to an ``opset`` that PyTorch's exporter does not write: reductions name their axes again.
+
+    Raises:
+        ExportError: an operator of the model is another one in that opset; or the exporter wrote none of both.
+    """
+    written = model.opset_import[0]
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    forbidding = set()
+    for node in model.graph.node if written.version > opset else ():
+        if onnx.defs.get_schema(node.op_type, written.version, node.domain).since_version <= opset:
+            continue
+        if not node.op_type.startswith("Reduce") or len(node.input) != 2 or node.input[1] not in constants:
+            forbidding.add(node.op_type)
+            continue
+        kept = [attribute for attribute in node.attribute if attribute.name == "keepdims"]
+        axes = numpy_helper.to_array(constants[node.input.pop(1)]).tolist()
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute("axes", axes)])
+    if forbidding or written.version < opset:
+        what = (
+            f"its {', '.join(sorted(forbidding))} came with opset {written.version}"
+            if forbidding
+            else "PyTorch did not"
+        )
+        raise ExportError(
+            f"this student cannot be written in opset {opset}: {what}",
+            fix=f"--set export.opset={written.version}, or choose another student",
+        )
+    written.version = opset
+    used = {name for node in model.graph.node for name in node.input}
+    for place in reversed(range(len(model.graph.initializer))):
+        if model.graph.initializer[place].name not in used:
+            del model.graph.initializer[place]
 
 
 def half_value(value: Any, name: str) -> Any:
@@ -227,7 +264,6 @@ def strip_traces(model: onnx.ModelProto) -> None:
 
 def describe(model: onnx.ModelProto, *, classes: Sequence[str], preprocessing: dict[str, Any]) -> None:
     """Put into the file all that a program needs to use it without the rest of the bundle."""
-    model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "prgkit", prgkit.__version__
     contract = {
         "prgkit": prgkit.__version__,

@@ -58,7 +58,8 @@ def archive_of(folder: Path, manifest: dict[str, Any]) -> Path:
 def left_out(folder: Path) -> list[str]:
     """Return the names of what lies in a bundle's folder and is not packed: reports, ticks, whatever was put there."""
     packed = {path.relative_to(folder).parts[0] for path in packed_files(open_bundle(folder, verify=()))}
-    return sorted(path.name for path in folder.iterdir() if path.name not in packed and path.name != ".lock")
+    names = {path.name for path in folder.iterdir()} - packed
+    return sorted(name for name in names if not name.startswith(".lock"))
 
 
 def packed_files(bundle: Bundle) -> list[Path]:

@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache, partial
 from importlib import metadata
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 import prgkit
-from prgkit.errors import DiskFullError
+from prgkit.errors import DiskFullError, ExportError
 from prgkit.export.bundle import (
     contract,
     describe_artifact,
@@ -34,14 +34,13 @@ from prgkit.export.contents import MATRIX, VECTORS, digests
 from prgkit.export.engines import make_engines
 from prgkit.export.finished import Artifact, Finished, building
 from prgkit.export.floor import Facts
-from prgkit.export.int8 import Network, Quantiser, calibration_of, quantise
+from prgkit.export.int8 import Learned, Network, Quantiser, calibration_of, quantise
 from prgkit.export.lossless import write_array
 from prgkit.export.nchw import NAME as NCHW_NAME
 from prgkit.export.nchw import nchw_artifact
 from prgkit.export.onnx import Deployable, deployable, export_onnx, rehearse_fp16, write_fp16
 from prgkit.export.open_vocabulary import FeatureRunner, answers_told, keep_features, taking_class_vectors
 from prgkit.export.parity import require_agreement, run_batches
-from prgkit.export.recover import Learned, recover
 from prgkit.export.runners import OnnxRunner, TorchRunner
 from prgkit.export.tensorrt import check_batch, choose_backend
 from prgkit.files import readable_bytes, require_space
@@ -50,6 +49,7 @@ from prgkit.images import Preprocessing
 from prgkit.sizes import sides
 
 WRITERS = ("timm", "onnx", "onnxscript", "onnxruntime")  # besides torch: what writes ONNX files, and compares them
+FP16_SCALES_OPSET = 19
 CPU_FP16 = "ONNX Runtime's CPU provider computes in float32 with the float16 weights"
 
 
@@ -109,6 +109,7 @@ def export_student(
         ParityError: an artifact disagrees with PyTorch; no manifest is written.
     """
     check_batch(options.batch)
+    check_opset(options)
     backend = choose_backend(options.backend) if options.trt else None
     images = torch.from_numpy(pixels)
 
@@ -151,19 +152,6 @@ def export_student(
     def nchw() -> Artifact:
         return nchw_artifact(
             new, pixels=pixels, reference_logits=reference_logits(), preprocessing=preprocessing, note=note
-        )
-
-    def recovered(network: Network, left: tuple[str, ...], path: Path) -> dict[str, Any]:
-        assert learned is not None
-        return recover(
-            module(),
-            network.fp32,
-            path,
-            nodes=replace(network, left=left).nodes,
-            spreads=network.spreads,
-            tail=network.tail,
-            learned=learned(),
-            note=note,
         )
 
     def engines(sources: list[Artifact]) -> tuple[list[Artifact], list[Facts]]:
@@ -225,14 +213,11 @@ def export_student(
         if options.int8 and learned:
             with tempfile.TemporaryDirectory() as work:
                 quantiser = Quantiser(
-                    network=Network(new / "model.onnx", new / "model.onnx", calibration_of(learned()), note),
+                    network=Network(new / "model.onnx", calibration_of(learned()), note),
                     pixels=read_evaluation(new).pixels,
                     logits=fp32_logits,
                     floor=options.fidelity,
                     compared=(pixels, reference_logits),
-                    recover=recovered,
-                    learned_from=learned().origin,
-                    work=Path(work),
                     note=note,
                 )
                 made, not_kept = quantise(
@@ -274,6 +259,16 @@ def export_student(
         }
         write_manifest(new, manifest)
     return manifest
+
+
+def check_opset(options: ExportOptions) -> None:
+    """Refuse INT8 engines of an opset that has no FP16 scales, before any work is done."""
+    if options.int8 and options.trt and options.opset < FP16_SCALES_OPSET:
+        raise ExportError(
+            f"INT8 for TensorRT cannot be written in opset {options.opset}: its scales are FP16, which came with opset "
+            f"{FP16_SCALES_OPSET}",
+            fix=f"set export.opset to {FP16_SCALES_OPSET} or more, or export without --int8 or without --trt",
+        )
 
 
 def onnx_artifact(

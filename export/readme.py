@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import PurePath
 from typing import Any
 
+from prgkit.images import LONGEST
 from prgkit.sizes import Size, sides, size_told
 
 BATCH = (1, 1, 32)  # of the engine that trtexec builds, where the recipe says nothing
+OLDEST_ONNXRUNTIME = {17: "1.12", 18: "1.15", 19: "1.16", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23"}  # by opset
 TWO_INPUTS = """In other languages give both inputs, too: `pixels`, and `class_vectors` [classes, D] float32. Engines
 hold their class vectors: `prgkit export --open-vocabulary --trt`, where the student was trained, makes such a bundle.
 """
@@ -25,9 +28,14 @@ def readme(manifest: dict[str, Any]) -> str:
         f"| {entry['file']} | {entry['precision']} | {entry['backend']} | {whether_executed(entry)} |"
         for entry in manifest["artifacts"]
     )
+    found = manifest["preprocessing"].get("grey_range")
+    by_what = (
+        "the range of the images that were learned from" if found else "the range that each one's values speak for"
+    )
     scoring = manifest.get("open_vocabulary")
     takes_vectors = bool(scoring and scoring["class_vectors"] == "input")
     second = f" and `class_vectors` [classes, {scoring['width']}] float32" if scoring and takes_vectors else ""
+    opset = manifest["recipe"].get("export", {}).get("opset", 20)
     floats = [entry for entry in manifest["artifacts"] if entry.get("input", {}).get("layout") == "NCHW"]
     others = [TWO_INPUTS if takes_vectors else cpp_sections(size, manifest), *map(float_section, floats)]
     if scoring:
@@ -42,13 +50,19 @@ JSON.
 |---|---|---|---|
 {rows}
 
+The ONNX files are of opset {opset}, which ONNX Runtime {OLDEST_ONNXRUNTIME[opset]} and newer read; for an older one
+export again with `export.opset` set to a lower number, down to 17.
+
 ## Python, with onnxruntime alone
 
 ```python
 {python_lines(manifest["preprocessing"], takes_vectors=takes_vectors)}
 ```
 
-Resize with Pillow, as here: OpenCV's resize is another one. Where OpenCV is installed, `prgkit bench` says by how much.
+Pictures of every kind are read as they were for training: upright, transparency on white, and grey of more than 8 bits
+by {by_what}. OpenCV's `imread` is another reader: it gives BGR,
+drops transparency, so that what lies under it shows, and keeps the upper 8 of 16 bits. Its resize is another one, too:
+where OpenCV is installed, `prgkit bench` says by how much.
 
 {"".join(others)}
 ## What else is here
@@ -97,18 +111,51 @@ Both C++ programs are written from the documented interfaces; prgkit's tests run
 
 
 def python_lines(facts: dict[str, Any], *, takes_vectors: bool = False) -> str:
-    """Return ten lines that name what is in an image file; they need numpy, Pillow and onnxruntime."""
+    """Return lines that name what is in an image file, read as `prgkit.images.load_image` and ``prepare`` do.
+
+    They need numpy, Pillow and onnxruntime.
+    """
     given = '"pixels": np.asarray(image)[None]'
     if takes_vectors:
         given += ', "class_vectors": np.load("class_vectors.npy")'
     return f"""import json, sys
 import numpy as np, onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 session = onnxruntime.InferenceSession("model.onnx")
 classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
+image = Image.open(sys.argv[1])
+{reading(facts)}
 {resizing(facts)}
 print(classes[session.run(None, {{{given}}})[0][0].argmax()])"""
+
+
+def reading(facts: dict[str, Any]) -> str:
+    """Return the lines that bring an image of any kind to upright 8-bit RGB, as `prgkit.decoding.upright_rgb` does."""
+    return f"""if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+    image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for Adobe's inverted kind
+image = ImageOps.exif_transpose(image)
+if image.mode[0] in "IF":  # grey of more than 8 bits
+    values = np.asarray(image).astype(np.float32)
+{textwrap.indent(range_of_deep_grey(facts), "    ")}
+    values = np.nan_to_num(values, nan=low, posinf=low, neginf=low)
+    image = Image.fromarray(np.clip(np.rint((values - low) * (255 / (high - low or 1))), 0, 255).astype(np.uint8))
+if image.has_transparency_data:
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+image = image.convert("RGB")
+left, top = (max(0, side - {LONGEST} * min(image.size)) // 2 for side in image.size)  # of a line, the middle
+image = image.crop((left, top, image.width - left, image.height - top))"""
+
+
+def range_of_deep_grey(facts: dict[str, Any]) -> str:
+    """Return the lines that say which values are black and white, as `prgkit.decoding.grey_range` does."""
+    if facts.get("grey_range"):
+        low, high = facts["grey_range"]
+        return f"low, high = {low!r}, {high!r}  # black and white in the images that were learned from"
+    return """numbers = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+low, high = float(numbers.min()), float(numbers.max())
+if low >= 0 and not high / 2 < low < high:  # as many bits as hold the largest; a narrow band is stretched
+    depths = [top for top in (255, 1023, 4095, 16383, 65535) if high <= top and image.mode != "F"]
+    low, high = 0, 1 if image.mode == "F" and 0.25 < high <= 1 else (depths or [high])[0]"""
 
 
 def resizing(facts: dict[str, Any]) -> str:

@@ -17,14 +17,15 @@ from prgkit.answers import Answers, answers_of, no_correction
 from prgkit.devices import best_device
 from prgkit.errors import ExportError
 from prgkit.export.finished import alone_in
+from prgkit.export.int8 import Learned
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
-from prgkit.export.recover import Learned
-from prgkit.files import fingerprint, sha256
-from prgkit.images import Catalogue, Preprocessing, match_labels
+from prgkit.files import sha256
+from prgkit.images import Catalogue, Preprocessing, labelled, trimmed
 from prgkit.joint import existing_targets, open_targets
 from prgkit.keep import sure_enough
-from prgkit.lesson import hold_out, read_catalogue
+from prgkit.lesson import grey_of, hold_out, read_catalogue
 from prgkit.locks import locked
+from prgkit.members import only_members
 from prgkit.parameters import OBJECTIVES
 from prgkit.recipe import Recipe, TeacherPage
 from prgkit.run import TICKS, Run
@@ -99,16 +100,22 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
     if not run.finished:
         watch.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
     seen = existing_targets(recipe, run.target_stores[0].parent) or ()
-    images = read_catalogue(recipe.data.evaluation or recipe.data.images, recipe, watch, known=seen)
+    grey, classes = grey_of(run), None
+    if recipe.data.evaluation:
+        found = read_catalogue(recipe.data.evaluation, recipe, watch, known=seen, grey=grey)
+        images, classes = labelled(found, recipe.classes, note=watch.note)
+    else:
+        images = images_of(run, recipe, seen, watch)
     positions = evaluation_positions(images, recipe, first=audited_keys(run))
-    labels = match_labels(images, recipe.classes)[positions] if recipe.data.evaluation else None
+    labels = None if classes is None else classes[positions]
     taught = ask_teacher(run, recipe, images, positions, watch)
     if options.class_vectors and student.scorer is None:
         student.score_by(taught.answers.class_vectors(), taught.answers.logit_scale)
     facts = card["student"] if student.scorer is None else student.facts(recipe.student)
     vocabulary = {"teacher": card["teacher"]["fingerprint"], "templates": list(recipe.templates)}
-    prepare = student.preprocessing.prepare
-    checked = [prepare(picture) for picture in parity_pictures(images, positions, recipe, seen, watch)]
+    preprocessing = replace(student.preprocessing, grey_range=grey)
+    prepare = preprocessing.prepare
+    checked = [prepare(picture) for picture in parity_pictures(run, images, positions, recipe, seen, watch)]
     if len(checked) < PARITY_IMAGES:
         watch.note(f"there are {len(checked)} images to compare the exports on; {PARITY_IMAGES} would be better")
 
@@ -127,7 +134,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
             teacher_features=taught.features if student.scorer else None,
         ),
         classes=recipe.classes,
-        preprocessing=student.preprocessing,
+        preprocessing=preprocessing,
         facts={
             "run": {
                 "name": run.name,
@@ -150,7 +157,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
             **({"open_vocabulary": vocabulary} if student.scorer else {}),
         },
         options=options,
-        learned=cache(lambda: learned_images(run, images, positions, student.preprocessing, recipe, seen, watch)),
+        learned=cache(lambda: learned_images(run, images, positions, preprocessing, recipe, seen, watch)),
         note=watch.note,
     )
     bring_ticks(run.ticks_file, run.bundle / TICKS, recipe.classes)
@@ -168,8 +175,13 @@ def evaluation_positions(images: Catalogue, recipe: Recipe, *, first: Container[
     return np.sort(np.concatenate([chosen[before], chosen[~before]])[: recipe.export.evaluation_images])
 
 
+def images_of(run: Run, recipe: Recipe, seen: Container[str], watch: Watch) -> Catalogue:
+    """Read the images that a run was made from, as far as they are still there."""
+    return only_members(read_catalogue(recipe.data.images, recipe, watch, known=seen, grey=grey_of(run)), run, watch)
+
+
 def parity_pictures(
-    images: Catalogue, positions: NDArray[np.int64], recipe: Recipe, seen: Container[str], watch: Watch
+    run: Run, images: Catalogue, positions: NDArray[np.int64], recipe: Recipe, seen: Container[str], watch: Watch
 ) -> Iterator[Image.Image]:
     """Yield up to `PARITY_IMAGES` distinct pictures: the ones that travel, then others, then ones learned from.
 
@@ -180,7 +192,7 @@ def parity_pictures(
         yield images.read(position)
     if len(order) < PARITY_IMAGES and recipe.data.evaluation:
         taken = set(images.keys)
-        learned = read_catalogue(recipe.data.images, recipe, watch, known=seen)
+        learned = images_of(run, recipe, seen, watch)
         others = (position for position, key in enumerate(learned.keys) if key not in taken)
         for position in islice(others, PARITY_IMAGES - len(order)):
             yield learned.read(position)
@@ -195,13 +207,13 @@ def learned_images(
     seen: Container[str],
     watch: Watch,
 ) -> Learned:
-    """Return the images that the student learned from, for INT8's ranges and its recovery.
+    """Return the images that the student learned from, for INT8's ranges.
 
     None of them travels, and none selected the student: INT8 is judged on images that it was not fitted to.
     """
     catalogue, apart = images, {images.keys[position] for position in positions.tolist()}
     if recipe.data.evaluation:
-        catalogue = read_catalogue(recipe.data.images, recipe, watch, known=seen)
+        catalogue = images_of(run, recipe, seen, watch)
     places = np.setdiff1d(np.arange(len(catalogue)), hold_out(catalogue.keys, recipe.data.held_out))
     if recipe.data.keep.asks:
         places = places[sure_enough(confidence_of(run, images=len(places)), recipe.data.keep)]
@@ -209,7 +221,6 @@ def learned_images(
     return Learned(
         images=len(chosen),
         read=lambda places: np.stack([preprocessing.prepare(catalogue.read(chosen[place])) for place in places]),
-        origin=fingerprint([catalogue.keys[place] for place in chosen]),
     )
 
 
@@ -218,7 +229,7 @@ def golden_pictures(images: Catalogue, positions: NDArray[np.int64]) -> list[Ima
     moderate: list[Image.Image] = []
     shrunk: list[Image.Image] = []
     for position in positions[:GOLDEN_CANDIDATES].tolist():
-        picture = images.read(position)
+        picture = trimmed(images.read(position))
         factor = GOLDEN_SIDE / min(picture.size)
         if factor >= 1:
             moderate.append(picture)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from prgkit.errors import DiskFullError
-from prgkit.files import write_bytes
+from prgkit.files import cache_folder, write_bytes
 
 
 def cache_path(version: str, gpu: str) -> Path:
@@ -17,7 +16,7 @@ def cache_path(version: str, gpu: str) -> Path:
     TensorRT itself keys a cache by its version and the properties of the device, and refuses another's.
     """
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"tensorrt-{version}-{gpu}")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prgkit" / f"{name}.timing"
+    return cache_folder(f"{name}.timing")
 
 
 def attach_cache(config: Any, path: Path) -> bool:

@@ -25,8 +25,8 @@ from prgkit.export.bundle import check_golden, open_bundle, read_evaluation, wri
 from prgkit.export.card import load_card
 from prgkit.export.engines import build_engines
 from prgkit.export.finished import building
+from prgkit.export.int8 import Learned
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
-from prgkit.export.recover import Learned
 from prgkit.export.runners import OnnxRunner, open_runner
 from prgkit.export.tensorrt import available_backends
 from prgkit.files import read_json, write_sealed
@@ -320,17 +320,17 @@ def test_an_artifact_without_its_facts_is_refused(copy, entry):
 
 def test_predict_opens_the_fp32_file_that_the_manifest_names(copy):
     picture = copy / "golden" / "00.png"
-    expected = predict(copy, [picture], top_k=1, min_confidence=0)
+    expected = list(predict(copy, [picture], top_k=1, min_confidence=0))
     manifest = read_json(copy / "manifest.json")
     manifest["artifacts"][0]["file"] = "student.onnx"
     manifest["artifacts"].reverse()
     (copy / "model.onnx").rename(copy / "student.onnx")
     write_sealed(copy / "manifest.json", manifest)
-    assert predict(copy, [picture], top_k=1, min_confidence=0) == expected
+    assert list(predict(copy, [picture], top_k=1, min_confidence=0)) == expected
     manifest["artifacts"].pop()
     write_sealed(copy / "manifest.json", manifest)
     with pytest.raises(ExportError, match="the bundle has no fp32 ONNX file"):
-        predict(copy, [picture], top_k=1, min_confidence=0)
+        list(predict(copy, [picture], top_k=1, min_confidence=0))
 
 
 def test_a_folder_without_a_bundle_says_so(tmp_path):
@@ -487,7 +487,7 @@ def test_what_a_killed_export_had_finished_of_another_student_is_neither_used_no
         return [], []
 
     monkeypatch.setattr(pipeline, "quantise", quantise)
-    learned = Learned(16, lambda places: repvit.pixels[places], "made up")
+    learned = Learned(16, lambda places: repvit.pixels[places])
     export(repvit, tmp_path / "bundle", learned=lambda: learned, int8=True)
     assert sources[0].parent != tmp_path / ".bundle.new", "TensorRT's INT8 would have been the other student's"
     assert not (tmp_path / "bundle" / "model.fp16.onnx").exists()

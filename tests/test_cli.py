@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -355,6 +357,74 @@ def test_doctor_survives_a_broken_onnxruntime(prgkit: Call, monkeypatch: pytest.
     said = prgkit("doctor")
     assert said.code == 0
     assert "no   onnxruntime " in said.out
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("distill demo --run a --run=b", "--run is given 2 times, as a and as b; give it once."),
+        ("distill demo --run a --run a", "--run is given 2 times, as a and as a; give it once."),
+        ("bench --seconds 1 --seconds 2 --seconds 3", "--seconds is given 3 times, as 1 and as 2 and as 3; give it once."),
+        ("audit -n 5 --count 6", "--count is given 2 times, as 5 and as 6; give it once."),
+        ("export --open-vocabulary --int8 --open-vocabulary input",
+         "--open-vocabulary is given 2 times, as nothing and as input; give it once."),
+        ("targets demo --set a.b=1 --set a.c=1 --set a.b=2=3",
+         "--set a.b is given 2 times, as 1 and as 2=3; give it once."),
+        ("compare demo --sweep w=0,1 --sweep w=2", "--sweep w is given 2 times, as 0,1 and as 2; give it once."),
+    ],
+)  # fmt: skip
+def test_what_has_one_value_is_given_once(prgkit: Call, calls: list[Any], line: str, told: str) -> None:
+    said = prgkit(line)
+    assert (said.code, calls) == (2, [])
+    assert said.err.endswith(f"Error: {told}\n")
+
+
+def test_flags_and_lists_may_be_given_often(prgkit: Call, calls: list[Any]) -> None:
+    assert prgkit("export --fp16 --fp16 --run x bench a.json --merge b.json --merge").code == 0
+    assert prgkit("distill demo --set a=1 --set b=1").code == 0
+    assert [name for name, _ in calls] == ["export", "bench", "distill"]
+
+
+def test_a_terminal_that_is_not_utf_8_loses_nothing_and_ends_nothing(
+    prgkit: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = {"käse – 3 × 2 ± 1 …": "5 µs → 日\udce9 ┃━"}
+    monkeypatch.setattr("prgkit.recipe.shipped_recipes", lambda: {name: Path(text) for name, text in lines.items()})
+    monkeypatch.setattr("prgkit.recipe.summary_line", str)
+    said = {}
+    for encoding in ("ascii", "latin-1", "cp1252"):
+        for option in ("", "--json"):
+            stream = io.TextIOWrapper(io.BytesIO(), encoding)
+            monkeypatch.setattr(sys, "stdout", stream)
+            assert prgkit(f"recipes {option}").code == 0
+            stream.flush()
+            said[encoding + option] = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert said["ascii"] == "  k\\xe4se - 3 x 2 +- 1 ...  5 us -> \\u65e5\\udce9 |-\n"
+    assert said["latin-1"] == "  käse - 3 × 2 ± 1 ...  5 µs -> \\u65e5\\udce9 |-\n"
+    assert said["cp1252"] == "  käse – 3 × 2 ± 1 …  5 µs -> \\u65e5\\udce9 |-\n"
+    assert all(json.loads(said[f"{encoding}--json"]) == {"recipes": lines} for encoding in ("ascii", "latin-1"))
+
+
+@pytest.mark.parametrize("line", ["recipes", "recipes --json", "recipes --show demo"])
+def test_a_reader_that_has_seen_enough_is_no_error(place: Path, line: str) -> None:
+    ends, writes = os.pipe()
+    os.close(ends)
+    command = [sys.executable, "-m", "prgkit", *line.split()]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_without_a_home_the_temporary_folder_stands_for_it(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert prgkit("recipes").code == 0
+    assert os.environ["HOME"] == tempfile.gettempdir()
+    monkeypatch.delenv("HOME")
+    assert prgkit("predict ~/x.png --run nowhere").err.startswith("Error: there is no such run folder\n")
 
 
 # How a run ends.
@@ -746,6 +816,93 @@ def test_predict_abstains_and_keeps_the_brackets_of_a_name(prgkit: Call, standin
     said = prgkit("predict", "nothing.jpg")
     assert said.code == 1
     assert said.err.startswith("Error: nothing.jpg does not exist")
+
+
+def test_predict_answers_every_picture_that_it_can_read(prgkit: Call, standing: Path) -> None:
+    whole = Path("photos/01.png").read_bytes()
+    Path("cut.png").write_bytes(whole[:60])
+    said = prgkit("predict photos/00.png cut.png nothing.jpg photos/01.png --top-k 1")
+    assert said.code == 1
+    assert [line.partition(":")[0] for line in said.out.splitlines()] == ["photos/00.png", "photos/01.png"]
+    assert said.err.startswith("cut.png cannot be read: truncated\nnothing.jpg does not exist")
+    assert said.err.endswith("Error: 2 of 4 pictures cannot be read; the others are answered\n")
+    said = prgkit("predict cut.png photos/00.png --json")
+    assert said.code == 1
+    bad, good = said.json["predict"]
+    assert bad == {
+        "image": "cut.png",
+        "error": {"what": "cut.png cannot be read: truncated", "where": None, "fix": None},
+    }
+    assert good["class"] in ("one", "two", "three")
+
+
+def test_predict_takes_folders_and_archives(prgkit: Call, standing: Path) -> None:
+    alone = prgkit("predict photos/00.png photos/01.png --json").json["predict"]
+    mine = Path("mine")
+    (mine / "deep").mkdir(parents=True)
+    shutil.copy("photos/00.png", mine / "deep" / "a")  # no suffix: its content tells
+    shutil.copy("photos/01.png", mine)
+    (mine / "notes.txt").write_text("x")
+    said = prgkit("predict mine --json")
+    assert said.code == 0
+    assert said.json["predict"] == [{**alone[1], "image": "mine/01.png"}, {**alone[0], "image": "mine/deep/a"}]
+    assert said.err == "mine: passed over 1 file that is no picture: 1 .txt\n"
+    shutil.make_archive("packed", "zip", "mine")
+    shutil.make_archive("packed", "tar", "mine")
+    said = prgkit("predict packed.zip packed.tar --top-k 1")
+    assert sorted(line.partition(":")[0] for line in said.out.splitlines()) == [
+        *("packed.tar/01.png", "packed.tar/deep/a", "packed.zip/01.png", "packed.zip/deep/a")
+    ]
+    Path("empty").mkdir()
+    said = prgkit("predict empty")
+    assert (said.code, said.out) == (1, "")
+    assert said.err.startswith("Error: empty holds no images\n  where: empty\n  fix: it is empty")
+
+
+def test_predict_says_what_it_answers_as_it_goes(standing: Path) -> None:
+    from prgkit.evaluate.predict import predict
+
+    answers = predict(Path("runs/tiny/bundle"), [Path("photos/00.png"), Path("photos")], top_k=1, min_confidence=0)
+    assert next(answers)["image"] == "photos/00.png"
+    answers.close()
+
+
+def test_the_range_of_deep_greys_travels(prgkit: Call, standing: Path) -> None:
+    """Twelve bits in a file of 16: found from the images, said, noted, and used on the device."""
+    grain = np.random.default_rng(0)
+    Path("deep").mkdir()
+    for number in range(12):
+        values = grain.integers(300, 3000 + 80 * number, (32, 32), dtype=np.uint16)
+        Image.fromarray(values).save(f"deep/{number:02}.png")
+    Path("deep/notes.txt").write_text("x")
+    said = prgkit("distill tiny.yaml --set data.images=deep --run runs/deep export")
+    assert said.code == 0
+    assert "deep: passed over 1 file that is no picture: 1 .txt\n" in said.err
+    assert "12 images are deep grey; the values of the 12 looked at go from 300 to 3,87" in said.err
+    assert "so 0 to 4,095 (12 bits) is black to white" in said.err
+    assert "nearly black" not in said.err
+    images = json.loads(Path("runs/deep/card.json").read_text())["images"]
+    assert images["grey_range"] == [0.0, 4095.0]
+    assert images["left_out"] == "passed over 1 file that is no picture: 1 .txt"
+    manifest = json.loads(Path("runs/deep/bundle/manifest.json").read_text())
+    assert manifest["preprocessing"]["grey_range"] == [0.0, 4095.0]
+    Image.fromarray(np.full((32, 32), 900, dtype=np.uint16)).save("dark.png")  # by itself it would be 10 bits
+    Image.fromarray(np.full((32, 32), round(900 * 255 / 4095), dtype=np.uint8)).save("same.png")
+    dark, same = prgkit("predict dark.png same.png --run runs/deep --json").json["predict"]
+    assert dark["top"] == same["top"]
+    golden = np.asarray(Image.open("runs/deep/bundle/golden/00.png"))
+    assert golden.max() > 150
+
+
+def test_pictures_that_are_nearly_black_are_told_of_before_training(prgkit: Call, standing: Path) -> None:
+    grain = np.random.default_rng(0)
+    Path("black").mkdir()
+    for number in range(8):
+        values = grain.integers(0, 16, (32, 32, 3), dtype=np.uint8)
+        values[0, 0] = 255  # a hot pixel
+        Image.fromarray(values).save(f"black/{number}.png")
+    said = prgkit("targets tiny.yaml --set data.images=black")
+    assert "black is nearly black: 999 of 1,000 values are at most 15 of 255." in said.err
 
 
 def test_targets_then_distill_are_about_the_same_recipe(prgkit: Call, standing: Path) -> None:

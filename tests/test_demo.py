@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import prgkit.demo
-from prgkit.demo.digits import CLASSES, TEMPLATES, load_digits, to_image
-from prgkit.demo.glyphs import HELD_OUT_FONTS, TRAINING_FONTS, count_blocks, render, render_set
-from prgkit.demo.strokes import SKELETONS
-from prgkit.errors import ImagesError
+TOOLS = Path(__file__).parents[1] / "tools" / "demo_teacher"
+sys.path.insert(0, str(TOOLS))
+
+from glyphs import HELD_OUT_FONTS, TRAINING_FONTS, count_blocks, render, render_set  # noqa: E402
+from strokes import SKELETONS  # noqa: E402
+
+import prgkit.demo  # noqa: E402
+from prgkit.demo.digits import CLASSES, TEMPLATES, load_digits, to_image  # noqa: E402
+from prgkit.errors import ImagesError  # noqa: E402
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -96,7 +100,7 @@ def test_the_renderer_runs_where_scikit_learn_cannot_be_imported() -> None:
     code = (
         "import sys; sys.modules['sklearn'] = None\n"
         "import numpy as np\n"
-        "from prgkit.demo.glyphs import render\n"
+        "from glyphs import render\n"
         "rng = np.random.default_rng(5)\n"
         "print([int(render(d, rng).sum()) for d in range(10)])\n"
     )
@@ -109,7 +113,7 @@ def test_training_runs_where_scikit_learn_cannot_be_imported(tmp_path: Path) -> 
     code = (
         "import sys; sys.modules['sklearn'] = None\n"
         "from pathlib import Path\n"
-        "from prgkit.demo.train_teacher import train\n"
+        "from train_teacher import train\n"
         f"train(Path({str(tmp_path)!r}), images=100, held_out=50, epochs=1, batch_size=50, seed=0, workers=1)\n"
     )
     assert "held-out glyphs" in _python(code)
@@ -117,7 +121,7 @@ def test_training_runs_where_scikit_learn_cannot_be_imported(tmp_path: Path) -> 
 
 
 def test_the_shipped_teacher_is_small_and_in_the_script_s_configuration() -> None:
-    from prgkit.demo.train_teacher import CONFIG
+    from train_teacher import CONFIG
 
     assert {path.name for path in TEACHER.iterdir()} == {"open_clip_config.json", "open_clip_model.safetensors"}
     assert json.loads((TEACHER / "open_clip_config.json").read_text()) == CONFIG
@@ -184,7 +188,7 @@ def _top1(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _python(code: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOLS)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

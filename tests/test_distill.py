@@ -18,15 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prgkit import pictures
+from prgkit import pictures, workers
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.distill import distill, schedule
-from prgkit.errors import ImagesError, PrgkitError, RunError, StudentError
+from prgkit.errors import ImagesError, PrgkitError, RunError, StudentError, WorkerError
 from prgkit.files import read_sealed, sha256, write_sealed
 from prgkit.lesson import hold_out
 from prgkit.recipe import Recipe, validate
 from prgkit.run import Interrupted, Run
 from prgkit.student import load_student
+from prgkit.tensors import load_tensors
+from prgkit.views import Rendered
 from prgkit.watch import Unwatched
 
 EPOCHS = 3
@@ -92,7 +94,10 @@ def test_a_run_leaves_what_it_promises(finished: Run, photos: Path) -> None:
     assert records[-1]["loss"] < records[0]["loss"]
     assert finished.finished
     assert finished.card["best"]["agreement"] == max(record["agreement"] for record in records)
-    assert finished.card["images"] == {"source": str(photos), "used": 72, "duplicates": 0, "unreadable": []}
+    assert finished.card["images"] == {
+        **{"source": str(photos), "used": 72, "duplicates": 0, "unreadable": []},
+        **{"left_out": "", "grey_range": None},
+    }
     student = load_student(finished)
     answer = student(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
     assert answer.logits.shape == (2, 10)
@@ -148,6 +153,88 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert not Run(tmp_path / "run").finished
     assert_same(distill(*arguments, Unwatched()), finished)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class KillWorkers(StopAt):
+    """Kills the workers after some images of a stage, as the system does when memory runs out."""
+
+    def __init__(self, stage: str, images: int) -> None:
+        super().__init__(images, signal.SIGKILL)
+        self.killed = stage
+
+    def advance(self, count: int, facts: str = "") -> None:
+        self.images -= count if self.stage == self.killed else 0
+        if self.stage == self.killed and self.images <= 0:
+            for worker in workers._running:
+                worker.process.kill()
+
+
+@pytest.mark.parametrize("images", [16, 48, 112])
+def test_a_killed_worker_costs_no_step(photos: Path, tmp_path: Path, finished: Run, images: int) -> None:
+    arguments = (recipe_for(photos, workers=1), tmp_path / "run", finished.folder.parent / "targets")
+    with pytest.raises(WorkerError, match="a process that decodes images was ended by SIGKILL"):
+        distill(*arguments, KillWorkers("student", images))
+    _, facts = load_tensors(Run(tmp_path / "run").state)
+    assert images <= 16 * facts["step"] <= images + 32  # two batches may have been ready
+    assert_same(distill(*arguments, Unwatched()), finished)
+
+
+def test_a_worker_killed_while_the_epoch_is_judged_costs_no_step(
+    photos: Path, tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (recipe_for(photos), tmp_path / "run", finished.folder.parent / "targets")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RunError("a worker died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prgkit.distill.agreement_with_teacher", fail)
+        with pytest.raises(RunError, match="a worker died"):
+            distill(*arguments, Unwatched())
+    _, facts = load_tensors(Run(tmp_path / "run").state)
+    assert (facts["step"], facts["epoch"]) == (4, 0)
+    assert_same(distill(*arguments, Unwatched()), finished)
+
+
+def test_a_worker_killed_while_the_teacher_looks_costs_no_block(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prgkit.targets.BLOCK_IMAGES", 16)
+    arguments = (recipe_for(photos, workers=1), tmp_path / "run", tmp_path / "targets")
+    with pytest.raises(WorkerError, match="a process that decodes images was ended by SIGKILL"):
+        distill(*arguments, KillWorkers("teacher", 32))
+    (journal,) = (path for path in tmp_path.glob("targets/*/journal.jsonl") if path.parent.name != "pictures")
+    assert journal.read_bytes().count(b"\n") >= 1
+    assert distill(*arguments, Unwatched()).finished
+
+
+def test_a_stop_is_heard_while_a_slow_disk_is_waited_for(
+    photos: Path, tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (recipe_for(photos, workers=1), tmp_path / "run", finished.folder.parent / "targets")
+    render = Rendered.fill
+
+    def stick(rendered: Rendered, items: Any, pixels: Any) -> None:
+        if stuck.exists():
+            time.sleep(60)
+        render(rendered, items, pixels)
+
+    class Stick(StopAt):
+        def advance(self, count: int, facts: str = "") -> None:
+            if self.stage == "student" and count and not stuck.exists():
+                stuck.touch()
+                signal.setitimer(signal.ITIMER_REAL, 1)
+
+    stuck, began = tmp_path / "stuck", time.monotonic()
+    previous = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with monkeypatch.context() as patch:
+        patch.setattr(Rendered, "fill", stick)
+        with pytest.raises(Interrupted, match="everything up to here is saved"):
+            distill(*arguments, Stick(0, 0))
+    signal.signal(signal.SIGALRM, previous)
+    assert time.monotonic() - began < 30
+    stuck.unlink()
+    assert_same(distill(*arguments, Unwatched()), finished)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -236,8 +323,9 @@ def test_images_that_changed_under_a_stopped_run_are_refused(photos: Path, tmp_p
         distill(*arguments, StopAt(32, signal.SIGTERM))
     for path in sorted(images.iterdir())[:30]:
         path.unlink()
-    with pytest.raises(RunError, match="the images, or the teacher, have changed since this run was started"):
+    with pytest.raises(RunError, match="30 of the 72 images that this run was made from are gone from") as caught:
         distill(*arguments, Unwatched())
+    assert f"prgkit distill {tmp_path}/run/recipe.yaml --run {tmp_path}/run-2" in str(caught.value.fix)
 
 
 def test_a_deleted_student_of_a_finished_run_comes_back(photos: Path, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prgkit.errors import PrgkitError
-from prgkit.files import read_sealed, write_json, write_sealed
+from prgkit.files import cache_folder, mapped, read_sealed, require_space, write_json, write_sealed
+from prgkit.run import append_line
 
 
 def flips(path: Path, read: Any, *errors: type[Exception]) -> tuple[int, int]:
@@ -65,3 +69,40 @@ def test_any_flipped_bit_of_a_file_of_tensors_is_found(tmp_path: Path) -> None:
     found, unseen = flips(path, read, SafetensorError, ValueError)
     assert unseen <= len("digest")
     assert found > 0.9 * path.stat().st_size
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.ENODEV])
+def test_a_disk_that_knows_less_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for name in ("os.fsync", "os.chmod", "numpy.memmap", "shutil.disk_usage"):
+        monkeypatch.setattr(name, refuse)
+    write_json(tmp_path / "a.json", [1])
+    append_line(tmp_path / "a.jsonl", {"a": 1})
+    assert (tmp_path / "a.json").read_text() == "[\n  1\n]\n"
+    assert (tmp_path / "a.jsonl").read_text() == '{"a": 1}\n'
+    assert mapped(tmp_path / "a.jsonl", "u1", (2, 4)).tobytes() == b'{"a": 1}'
+    require_space(tmp_path, 1 << 60, "the run")
+
+
+def test_a_disk_that_fails_is_not_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_json(tmp_path / "a.json", [1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nobody_is_at_home_the_cache_is_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("shards") == tmp_path / "prgkit" / "shards"
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_folder() == Path("/home/someone/.cache/prgkit")
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
+    assert cache_folder() == Path(tempfile.gettempdir()) / "prgkit"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import tarfile
+import unicodedata
 import warnings
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from prgkit.errors import PrgkitError
-from prgkit.images import catalogue, load_image, open_images
-from prgkit.labels import read_rows
+from prgkit.errors import ImagesError, PrgkitError, RecipeError
+from prgkit.images import Images, catalogue, load_image, open_images
+from prgkit.labels import class_indices
 from prgkit.page import parse
 from prgkit.prompts import load_classes
 from prgkit.recipe import Recipe, load_recipe, shipped_recipes, validate
 from prgkit.run import RUNS, run_name
+from prgkit.sources import printable
+from prgkit.table import read_label_table, read_ways
 
-QUICK, SOAK = 150, 1500  # inputs to each of the eight tests below
+QUICK, SOAK = 150, 1500  # inputs to each of the ten tests below
 
 PAGES = [path.read_text() for path in shipped_recipes().values()]
 KEYS = sorted({word for page in PAGES for word in page.replace(":", " ").split() if word.isidentifier()})
@@ -317,7 +323,10 @@ def test_class_lists_and_label_tables(tmp_path: Path, count: int) -> None:
     names, table = tmp_path / "names.txt", tmp_path / "labels.csv"
 
     def check(content: bytes) -> None:
-        for read, path in ((load_classes, str(names)), (read_rows, table)):
+        for read, path in (
+            (load_classes, str(names)),
+            (lambda path: [way() for way in read_ways(path)[1]], table),
+        ):
             Path(path).write_bytes(content)
             try:
                 read(path)  # type: ignore[operator]
@@ -332,3 +341,236 @@ def test_class_lists_and_label_tables(tmp_path: Path, count: int) -> None:
         st.one_of(st.binary(max_size=200), texts.map(lambda parts: "".join(parts).encode("utf-8", "replace"))),
         count,
     )
+
+
+# Labels and class names, against a truth that knows them: read as it says, or refused; never as something else.
+
+CLASS_POOL = (
+    "apple", "bus", "train", "fire engine", "Löwe", "crème brûlée", "tench, Tinca tinca", "7 up", "2 wheeler", "4 wheeler",
+    "channel 1", "dr.", "707-320", "rock 'n' roll", 'the "Beagle"', "image of a cat", "label maker", "one", "apse/indoor", "日本",
+)  # fmt: skip
+FILE_POOL = (
+    "a", "b", "x 1", "IMG_0001", "1", "2", "3", "10", "é", "train", "apple", "a,b", "a;b", "it's", "#7", "v1.2", "0", "A", "日本", "tab",
+)  # fmt: skip
+FILE_TITLES = ("file", "Filename", "image_path", "ID", "image id", "Datei", "")
+LABEL_TITLES = ("label", "Labels", "class", "Breed", "target", "what", "Klasse")
+
+
+class Named:
+    """A source of which only the names of its images are asked for."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return printable(self.names[index])
+
+    def label(self, index: int) -> None:
+        return None
+
+    def fetch(self, index: int) -> bytes:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Case:
+    """A table, and what its writer meant."""
+
+    text: bytes
+    classes: list[str]
+    truth: dict[str, int]
+
+
+def forms(text: str, form: str) -> str:
+    return unicodedata.normalize(form, text)
+
+
+@st.composite
+def label_tables(draw: st.DrawFn) -> Case:
+    """Write labels of images as somebody might, and change the writing afterwards as somebody else might."""
+    classes = draw(st.lists(st.sampled_from(CLASS_POOL), min_size=2, max_size=6, unique=True))
+    folders = draw(st.sampled_from([("",), ("", "deep/"), ("cat/", "dog/"), ("train/", "test/")]))
+    stems = draw(st.lists(st.sampled_from(FILE_POOL), min_size=1, max_size=8, unique=True))
+    suffixes = draw(st.sampled_from([(".png",), (".png", ".jpg"), (".JPG",)]))
+    files = sorted({f"{draw(st.sampled_from(folders))}{stem}{draw(st.sampled_from(suffixes))}" for stem in stems})
+    truth = {file: draw(st.integers(0, len(classes) - 1)) for file in files}
+
+    path = draw(
+        st.sampled_from(
+            ["{}", "./{}", "photos/{}", "/data/photos/{}", "C:\\data\\photos\\{}", "old/{}", "base", "stem"]
+        )
+    )
+    spell: dict[str, Callable[[str], str]] = {
+        "base": lambda file: file.rpartition("/")[2],
+        "stem": lambda file: file.rpartition(".")[0],
+    }
+    slashes = "\\" if "\\" in path else "/"
+    written = {file: spell.get(path, lambda file: path.format(file.replace("/", slashes)))(file) for file in files}
+    style = draw(st.sampled_from(["name", "under_score", "upper", "0", "0.0", "1", "1.0", "one-hot"]))
+    titles, cells = {"file": draw(st.sampled_from(FILE_TITLES))}, {"file": list(written.values())}
+    if style == "one-hot":
+        for number in draw(st.permutations(range(len(classes)))):
+            titles[f"hot{number}"] = classes[number]
+            cells[f"hot{number}"] = [str(int(number == truth[file])) for file in files]
+    else:
+        first, point = int(style[0] == "1"), ".0" if style.endswith(".0") else ""
+        spelled = {
+            "name": lambda index: classes[index],
+            "under_score": lambda index: classes[index].replace(" ", "_"),
+            "upper": lambda index: classes[index].upper(),
+        }.get(style, lambda index: f"{index + first}{point}")
+        titles["label"] = draw(st.sampled_from(LABEL_TITLES))
+        cells["label"] = [spelled(truth[file]) for file in files]
+    noise = {
+        "width": st.integers(0, 900).map(str),
+        "fold": st.integers(0, 3).map(str),
+        "guess": st.sampled_from(classes),
+        "flag": st.sampled_from(["0", "1"]),
+        "near": st.sampled_from(list(written.values())),
+        "split": st.sampled_from(["train", "test"]),
+        "remark": st.sampled_from(["", "blurred", "apple?", "a, b"]),
+        "score": st.sampled_from(["0.5", "0.25", "1.0"]),
+    }
+    # A header of its own over the labels, or none, leaves names the likelier labels beside numbers.
+    with_header = draw(st.booleans()) or style == "one-hot"
+    if not (with_header and titles.get("label", "label") in LABEL_TITLES[:5]):
+        del noise["guess"]
+    for title in draw(st.lists(st.sampled_from(sorted(noise)), max_size=2, unique=True)):
+        titles[title], cells[title] = title, [draw(noise[title]) for _ in files]
+    order = draw(st.permutations(sorted(titles)))
+    lines = [[cells[column][row] for column in order] for row in range(len(files))]
+    lines = draw(st.permutations(lines))
+    if draw(st.booleans()):  # of images that are not here
+        lines = [*lines, ["elsewhere.png" if column == "file" else cells[column][0] for column in order]]
+    header = [[titles[column] for column in order]] if with_header else []
+    lines = draw(changed([*header, *lines], len(header)))
+
+    buffer = io.StringIO()
+    quoting = draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+    delimiter = draw(st.sampled_from([",", ";", "\t", "|"]))
+    csv.writer(
+        buffer, delimiter=delimiter, quoting=quoting, lineterminator=draw(st.sampled_from(["\n", "\r\n"]))
+    ).writerows(lines)
+    text = draw(st.sampled_from(["", "", "# of May\n", f"sep={delimiter}\n"])) + buffer.getvalue()
+    encoding = draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+    form = st.sampled_from(["NFC", "NFD"])
+    return Case(
+        text=forms(text, draw(form)).encode(encoding),
+        classes=[forms(name, draw(form)) for name in classes],
+        truth={forms(file, draw(form)): index for file, index in truth.items()},
+    )
+
+
+@st.composite
+def changed(draw: st.DrawFn, lines: list[list[str]], start: int) -> list[list[str]]:
+    """Make a mistake that leaves no other truth: a row lost or cut, a word misspelt, columns out of order in the header."""
+    lines = [list(line) for line in lines]
+    how, place = (
+        draw(st.sampled_from(["", "", "", "lost", "cut", "misspelt", "header"])),
+        draw(st.integers(start, len(lines) - 1)),
+    )
+    column = draw(st.integers(0, len(lines[0]) - 1))
+    if how == "lost":
+        del lines[place]
+    elif how == "cut":
+        lines[place] = lines[place][: max(1, column)]
+    elif how == "misspelt":
+        lines[place][column] += "q"
+    elif how == "header" and start and len(lines[0]) == 2:
+        lines[0] = draw(st.permutations(lines[0]))
+    return lines or [[""]]
+
+
+@sizes
+def test_label_tables_are_read_as_meant_or_refused(tmp_path: Path, count: int) -> None:
+    table = tmp_path / "labels.csv"
+    read = 0
+
+    def check(case: Case) -> None:
+        nonlocal read
+        table.write_bytes(case.text)
+        classes = load_classes(case.classes)
+        source, places = Named(list(case.truth)), range(len(case.truth))
+        try:
+            images = Images("photos", source, read_label_table(table, "photos", source))
+            labels = images.labels(places, classes)
+            names = [images.name(place) for place in places]
+            found = class_indices(labels, classes, names=names, where="photos").tolist()
+        except ImagesError as error:
+            told(error)
+            return
+        read += 1
+        assert found == list(case.truth.values()), case
+
+    fuzz(check, label_tables(), count)
+    assert read > count / 5
+
+
+@st.composite
+def class_files(draw: st.DrawFn) -> tuple[str, bytes, list[str]]:
+    """Write class names in one of the forms of other tools: the file's name, its content, and the names."""
+    names = draw(
+        st.lists(st.sampled_from(CLASS_POOL), min_size=1, max_size=12, unique=True).filter(
+            lambda them: "one" not in them
+        )
+    )
+    names.insert(draw(st.integers(0, len(names))), "one")  # which no number begins
+    first = draw(st.sampled_from([0, 1]))
+    rows: list[tuple[int | str, str]] = list(enumerate(names, first))
+    if draw(st.booleans()):
+        ids = draw(st.permutations(range(len(names))))
+        rows = [(f"n{10000000 + number}", name) for number, name in zip(ids, names, strict=True)]
+    elif draw(st.booleans()):
+        rows = draw(st.permutations(rows))
+    numbered = all(isinstance(number, int) for number, _ in rows)
+    wanted = [name for _, name in sorted(rows)] if numbered else [name for _, name in rows]
+    shape = draw(
+        st.sampled_from(
+            ["plain", "{} {}", "{}: {}", "{}. {}", "{}) {}", "{}\t{}", "-", "csv", "json", "python", "quotes"]
+        )
+    )
+    suffix = ".txt"
+    if shape == "plain":
+        text, wanted = "\n".join(name for _, name in rows), [name for _, name in rows]
+    elif shape == "-":
+        text, wanted = "\n".join(f"- {name}" for _, name in rows), [name for _, name in rows]
+    elif shape == "quotes":
+        text, wanted = "\n".join(f'"{name}",' for _, name in rows), [name for _, name in rows]
+    elif shape == "csv":
+        buffer, suffix = io.StringIO(), ".csv"
+        writer = csv.writer(buffer, quoting=draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])))
+        swap = draw(st.sampled_from([1, -1]))
+        writer.writerows([row[::swap] for row in ([("id", "name")] if draw(st.booleans()) else []) + rows])
+        text = buffer.getvalue()
+    elif shape in ("json", "python"):
+        suffix = draw(st.sampled_from([".txt", ".json"]))
+        mapping = {str(number): name for number, name in rows} if draw(st.booleans()) else {name: n for n, name in rows}
+        text = json.dumps(mapping, ensure_ascii=draw(st.booleans())) if shape == "json" else repr(dict(rows))
+    else:
+        text = "\n".join(shape.format(*row) for row in rows)
+    text = draw(st.sampled_from(["", "# made in May\n"] if shape not in ("json", "python") else [""])) + text
+    encoding = draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+    return f"names{suffix}", forms(text, draw(st.sampled_from(["NFC", "NFD"]))).encode(encoding), wanted
+
+
+@sizes
+def test_class_files_are_read_as_meant_or_refused(tmp_path: Path, count: int) -> None:
+    read = 0
+
+    def check(case: tuple[str, bytes, list[str]]) -> None:
+        nonlocal read
+        file, content, wanted = case
+        (tmp_path / file).write_bytes(content)
+        try:
+            names = load_classes(file, folder=tmp_path)
+        except RecipeError as error:
+            told(error)
+            return
+        read += 1
+        assert list(names) == wanted, case
+
+    fuzz(check, class_files(), count)
+    assert read > count / 2

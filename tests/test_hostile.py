@@ -11,11 +11,11 @@ import pytest
 
 from prgkit.errors import ImagesError, PrgkitError, RecipeError
 from prgkit.images import open_images
-from prgkit.labels import read_rows
 from prgkit.page import parse, read_page
 from prgkit.prompts import load_classes
 from prgkit.recipe import load_recipe
 from prgkit.run import run_name
+from prgkit.table import read_ways
 
 # A recipe may point at ../photos, since it is its user's; what is refused is what would leave the machine, or not end.
 
@@ -30,7 +30,7 @@ def test_a_class_list_has_to_be_one_by_its_name(tmp_path: Path, monkeypatch: pyt
         load_classes(name)
     file = os.path.basename(name)
     assert caught.value.what == f"{file} is not a class list by its name: its lines would travel in every bundle"
-    assert caught.value.fix == "give a text file that ends in .txt, .names, .list, .csv"
+    assert caught.value.fix == "give a text file that ends in .txt, .names, .list, .csv, .json"
     assert "secret" not in str(caught.value)
     assert "root" not in str(caught.value).replace(str(tmp_path), "")
 
@@ -52,7 +52,7 @@ def test_text_files_that_would_not_end_are_not_read(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=reason):
             read_page(path)
         with pytest.raises(ImagesError, match=reason.replace("2.0 MiB", "256.0 MiB")):
-            read_rows(path)
+            read_ways(path)
 
 
 @pytest.mark.parametrize(

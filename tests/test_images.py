@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import random
@@ -12,15 +15,27 @@ import tarfile
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from prgkit.decoding import UnreadableImage, decode, image_suffixes
+from prgkit.decoding import UnreadableImage, decode, grey_range, image_suffixes
 from prgkit.errors import ImagesError
-from prgkit.images import Catalogue, Preprocessing, catalogue, load_image, match_labels, open_images
+from prgkit.images import (
+    Catalogue,
+    Images,
+    Preprocessing,
+    catalogue,
+    content_key,
+    load_image,
+    match_labels,
+    nearly_black,
+    open_images,
+)
 from prgkit.sources import expand_braces
 
 REAL = Path(os.environ.get("PRGKIT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data") / "cifar100"
@@ -118,6 +133,30 @@ def test_32_bit_grey() -> None:
     for values, expected in (([0, 128, 255], [0, 128, 255]), ([0, 2**20, 2**21], [0, 128, 255])):
         image = Image.fromarray(np.array([values], dtype=np.int32))
         assert pixels(decode(encode(image, "TIFF"), "a.tif"))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "whole", "expected"),
+    [
+        (0, 255, True, (0, 255)),
+        (3, 1000, True, (0, 1023)),
+        (336, 3584, True, (0, 4095)),  # an industrial camera's 12 bits
+        (0, 4096, True, (0, 16383)),
+        (120, 60000, True, (0, 65535)),
+        (0, 2**21, True, (0, 2**21)),
+        (7000, 9500, True, (7000, 9500)),  # a thermal camera
+        (9000, 9000, True, (0, 16383)),  # one level is no band
+        (-40, 120, True, (-40, 120)),
+        (0.0, 1.0, False, (0, 1)),
+        (0.1, 0.9, False, (0, 1)),
+        (0.0, 0.06, False, (0, 0.06)),  # 12 bits divided by 65,535
+        (0.3, 12.5, False, (0, 12.5)),
+        (290.0, 310.0, False, (290, 310)),
+        (0.0, 0.0, False, (0, 0)),
+    ],
+)
+def test_the_range_of_a_deep_grey(low: float, high: float, whole: bool, expected: tuple[float, float]) -> None:
+    assert grey_range(low, high, whole=whole) == expected
 
 
 def test_palette_with_and_without_transparency() -> None:
@@ -341,10 +380,10 @@ def test_tar_shards_with_cls_labels(tmp_path: Path) -> None:
     write_tar(tmp_path / "s-10.tar", {"dir/v2.x.png": pictures[3], "dir/v2.x.cls": b"5", "../up.png": pictures[3]})
     images = open_images(str(tmp_path / "s-{08..10}.tar"))
     assert [(images.name(i), images.label(i)) for i in range(4)] == [
-        ("s-08.tar/000.png", 3),
+        ("s-08.tar/000.png", "3"),
         ("s-08.tar/1.seg.png", None),
         ("s-09.tar/000.png", "oak tree"),
-        ("s-10.tar/dir/v2.x.png", 5),
+        ("s-10.tar/dir/v2.x.png", "5"),
     ]
     assert (pixels(images.read(2)) == pixels(noise(2))).all()
     assert [one.name for one in catalogue(images, workers=1).unreadable] == ["s-10.tar/../up.png"]
@@ -480,6 +519,107 @@ def test_demo_digits() -> None:
     )
 
 
+# --- what is a picture, and what is passed over ---
+
+JPEG = encode(noise(9), "JPEG")
+ODD_NAMES = dict.fromkeys(("a.mpo", "b.jif", "photo.jpg?w=500", "photo.jpg_large", "bare", "c.dng", "d.hif"), JPEG)
+OTHERS = {
+    "e.nef": encode(noise(1), "TIFF"),
+    "f.NEF": b"II*\0",
+    "notes.txt": JPEG,
+    "g.mp4": b"\0\0\0\x18ftypisom",
+    "h": b"",
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_the_content_decides_what_is_a_picture(tmp_path: Path, kind: str) -> None:
+    heic = {"i.bin": b"\0\0\0\x18ftypheic" + bytes(16), "j.jxl": b"\xff\x0a" + bytes(9), "bm.csv2": b"BMW,1\n"}
+    write = {"folder": write_folder, "zip": write_zip, "tar": write_tar}[kind]
+    path = tmp_path / ("in" if kind == "folder" else f"in.{kind}")
+    images = open_images(str(write(path, ODD_NAMES | OTHERS | heic)))
+    names = [images.name(i).removeprefix("in.tar/") for i in range(len(images))]
+    assert sorted(names) == sorted([*ODD_NAMES, "i.bin", "j.jxl"])
+    found = catalogue(images, workers=1)
+    assert (len(found), found.duplicates) == (1, len(ODD_NAMES) - 1)
+    assert sorted(one.reason.split(",")[0] for one in found.unreadable) == ["HEIC", "JPEG XL"]
+    assert images.left_out == (
+        "passed over 6 files that are no pictures: 2 .nef (camera raw: convert to JPEG), "
+        "1 .csv2, 1 .mp4, 1 .txt, 1 without a suffix"
+    )
+
+
+def test_a_folder_of_pictures_says_nothing_and_looks_into_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path, MEMBERS | {"cat/a.txt": b"0 1 1 2 2"})
+    monkeypatch.setattr("prgkit.sources.read_head", lambda path: pytest.fail(f"{path} was opened"))
+    images = open_images(str(tmp_path))
+    assert len(images) == 4
+    assert images.left_out == "passed over 1 file that is no picture: 1 .txt"
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_what_prgkit_wrote_is_not_learned_from(tmp_path: Path, kind: str) -> None:
+    run, bundle = b'{\n  "schema": "prgkit.run/1"', b'{\n  "schema": "prgkit.bundle/1"'
+    ours = {"runs/one/card.json": run, "runs/one/bundle/manifest.json": bundle, "old/manifest.json": bundle}
+    ours |= {"targets/pictures/pictures.u8": b"", "targets/pictures/journal.jsonl": b""}
+    golden = {f"{folder}/golden/00.png": encode(noise(7)) for folder in ("runs/one/bundle", "old")}
+    theirs = {"runs/x.png": encode(noise(8)), "web/manifest.json": b'{"name": "shop"}', "web/y.png": encode(noise(6))}
+    write = {"folder": write_folder, "zip": write_zip}[kind]
+    path = write(tmp_path / ("in" if kind == "folder" else "in.zip"), MEMBERS | ours | golden | theirs)
+    images = open_images(str(path))
+    assert {images.name(i) for i in range(len(images))} == {*MEMBERS, "runs/x.png", "web/y.png"}
+    assert images.left_out == (
+        "passed over 1 file that is no picture: 1 .json; "
+        "passed over 3 folders that prgkit wrote: old, runs/one, targets/pictures"
+    )
+    if kind == "folder":
+        assert len(open_images(str(path / "old"))) == 1  # asked for by name
+        assert "fix: it holds 1 .json, what prgkit wrote (bundle); images end in" in error_text(path / "runs" / "one")
+
+
+@pytest.mark.parametrize("suffix", ["tar.gz", "tgz", "tar.bz2", "tar.xz"])
+def test_compressed_shards_are_decompressed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pack = {"gz": gzip, "tgz": gzip, "bz2": bz2, "xz": lzma}[suffix.removeprefix("tar.")].compress
+    for number in range(2):
+        plain = write_tar(tmp_path / "plain.tar", {"0.png": encode(noise(number)), "0.cls": b"4"})
+        (tmp_path / f"s-{number}.{suffix}").write_bytes(pack(plain.read_bytes()))
+    said: list[str] = []
+    images = open_images(f"{tmp_path}/s-{{0..1}}.{suffix}", note=said.append)
+    assert [(images.name(i), images.label(i)) for i in range(2)] == [("s-0.tar/0.png", "4"), ("s-1.tar/0.png", "4")]
+    assert (pixels(images.read(1)) == pixels(noise(1))).all()
+    cache = tmp_path / "cache" / "prgkit" / "shards"
+    assert said == [f"decompressing s-{number}.{suffix} to {cache}, once" for number in range(2)]
+    before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(before) == 2
+    assert len(open_images(f"{tmp_path}/s-{{0..1}}.{suffix}", note=said.append)) == len(said) == 2
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
+    shard = tmp_path / f"s-0.{suffix}"
+    shard.write_bytes(pack(write_tar(tmp_path / "plain.tar", {"1.png": encode(noise(5)), "2.png": b""}).read_bytes()))
+    assert len(open_images(str(shard))) == 2  # another file by now
+    assert len(list(cache.iterdir())) == 2
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-20] if len(whole) > 40 else whole[:10])
+    assert error_text(shard).startswith(f"s-0.{suffix} is damaged: ")
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_json_labels_of_a_webdataset(tmp_path: Path) -> None:
+    facts = [
+        '{"label": 3}',
+        '{"class_name": "oak tree", "width": 8}',
+        '{"caption": "a cat"}',
+        "[3]",
+        "{broken",
+        '{"cls": true}',
+    ]
+    members = {f"{number}.png": encode(noise(number)) for number in range(6)}
+    members |= {f"{number}.json": text.encode() for number, text in enumerate(facts)}
+    images = open_images(str(write_tar(tmp_path / "s.tar", members | {"0.x.json": b"{}", "5.cls": b"7"})))
+    assert [images.label(i) for i in range(6)] == ["3", "oak tree", None, None, None, "7"]
+    assert images.left_out == ""
+
+
 # --- the catalogue ---
 
 
@@ -496,6 +636,67 @@ def test_catalogue_counts_skips_and_reports_progress(tmp_path: Path) -> None:
     assert [found.images.key(int(index)) for index in found.indices] == list(found.keys)
     assert (len(calls), sum(calls)) == (4, 100)  # in steps, each saying how many more are done
     assert (pixels(found.read(0)) == pixels(found.images.read(int(found.indices[0])))).all()
+
+
+def deep(*values: int) -> bytes:
+    return encode(Image.fromarray(np.array([values], dtype=np.uint16)))
+
+
+def test_deep_greys_of_a_set_have_one_range(tmp_path: Path) -> None:
+    members = {"a.png": deep(0, 900), "b.png": deep(100, 3987), "c.png": deep(800, 819), "d.png": deep(5, 6)[:-30]}
+    found = catalogue(open_images(str(write_folder(tmp_path, MEMBERS | members))), workers=2)
+    assert found.images.grey == (0, 4095)
+    assert str(found.deep) == (
+        "4 images are deep grey; the values of the 3 looked at go from 0 to 3,987, so 0 to 4,095 (12 bits) is black to white"
+    )
+    read = {found.images.name(int(index)): found.read(place) for place, index in enumerate(found.indices)}
+    assert [pixels(read[name])[0, :, 0].tolist() for name in ("a.png", "b.png", "c.png")] == [
+        *([0, 56], [6, 248], [50, 51])  # v * 255 / 4095
+    ]
+    assert [one.name for one in found.unreadable] == ["d.png"]
+    plain = catalogue(open_images(str(write_folder(tmp_path / "plain", MEMBERS))), workers=2)
+    assert set(plain.keys) < set(found.keys)  # all else is known as before
+    assert (plain.images.grey, plain.deep) == (None, None)
+    again = catalogue(found.images, workers=1)
+    assert again.keys == found.keys
+    assert [found.images.key(int(index)) for index in found.indices] == list(found.keys)
+    assert catalogue(open_images(str(tmp_path)).with_grey((0, 8000)), workers=1).keys != found.keys
+
+
+def test_true_16_bits_stay_what_they_were(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a.png": deep(0, 65535), "b.png": deep(257, 30 * 257)})
+    found = catalogue(open_images(str(tmp_path)), workers=1)
+    assert found.images.grey == (0, 65535)
+    assert set(found.keys) == {content_key(path.read_bytes()) for path in tmp_path.iterdir()}
+    assert sorted(pixels(found.read(place))[0, 1, 0] for place in range(2)) == [30, 255]
+
+
+def test_pictures_that_a_library_hands_out_are_gauged_too() -> None:
+    class Source:
+        def __len__(self) -> int:
+            return 2
+
+        def name(self, index: int) -> str:
+            return str(index)
+
+        def label(self, index: int) -> None:
+            return None
+
+        def fetch(self, index: int) -> Image.Image:
+            return Image.fromarray(np.array([[0, (400, 1023)[index]]], dtype=np.int32))
+
+    found = catalogue(Images("two", Source(), None), workers=1)
+    assert sorted(pixels(found.read(place))[0, 1, 0] for place in range(2)) == [100, 255]
+
+
+def test_what_is_nearly_black_is_found(tmp_path: Path) -> None:
+    dark = np.full((40, 40, 3), 15, dtype=np.uint8)
+    dark[7, 7] = 255  # a hot pixel
+    write_folder(tmp_path, {f"{n}.png": encode(Image.fromarray(dark - np.uint8(n))) for n in range(5)})
+    assert nearly_black(catalogue(open_images(str(tmp_path)), workers=1))
+    dark[0] = 16
+    write_folder(tmp_path, {"more.png": encode(Image.fromarray(dark))})
+    assert not nearly_black(catalogue(open_images(str(tmp_path)), workers=1))
 
 
 def test_names_places_and_containers_change_nothing(tmp_path: Path) -> None:
@@ -610,7 +811,7 @@ def test_labels_that_match_no_class(tmp_path: Path) -> None:
 
 def test_labels_out_of_range_or_missing(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"0.png": MEMBERS["cat/a.png"], "0.cls": b"7"})
-    with pytest.raises(ImagesError, match=r"^1 of 1 labels match no class: 7\n"):
+    with pytest.raises(ImagesError, match=r"^1 of 1 labels match no class: '7'\n"):
         match_labels(catalogue(open_images(str(path)), workers=1), ["cat", "dog"])
     write_folder(tmp_path / "in", {"a.png": MEMBERS["cat/a.png"]})
     with pytest.raises(ImagesError) as raised:
@@ -677,10 +878,10 @@ def test_missing_paths(tmp_path: Path) -> None:
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:
-    write_folder(tmp_path, MEMBERS | {"a.txt": b"", "a.zip": b"no zip", "a.tar": b"no tar" * 200, "a.tar.gz": b""})
+    write_folder(tmp_path, MEMBERS | {"a.txt": b"", "a.zip": b"no zip", "a.tar": b"no tar" * 200, "a.tar.zst": b""})
     assert error_text(tmp_path / "d.bmp").startswith(f"{tmp_path}/d.bmp is a single image")
     assert error_text(tmp_path / "a.txt").startswith(f"{tmp_path}/a.txt is neither a folder nor an archive")
-    assert error_text(tmp_path / "a.tar.gz").endswith("fix: decompress it to a plain .tar")
+    assert error_text(tmp_path / "a.tar.zst").endswith("fix: decompress it to a plain .tar")
     assert error_text(tmp_path / "a.zip").startswith(f"{tmp_path}/a.zip is damaged: File is not a zip file")
     assert error_text(tmp_path / "a.tar").startswith("a.tar is not a whole tar file: ")
     whole = write_tar(tmp_path / "b.tar", {"0.png": bytes(5000), "1.png": bytes(5000)}).read_bytes()
@@ -722,6 +923,30 @@ def test_prepare_equals_timm_and_torchvision(interpolation: str, image_size: int
         assert prepared.dtype == np.uint8
         assert prepared.flags.writeable
         assert (prepared == reference).all(), size
+
+
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (3, 1001)])
+def test_of_a_thin_picture_the_middle_is_resized(
+    size: tuple[int, int], squash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, (width, height) = noise(1, size), size
+    largest: list[int] = []
+    resize = Image.Image.resize
+
+    def watched(self: Image.Image, to: tuple[int, int], *options: Any) -> Image.Image:
+        largest.append(to[0] * max(to[1], self.height))
+        return resize(self, to, *options)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    settings = replace(preprocessing(224), squash=squash)
+    prepared = settings.prepare(image)
+    assert largest[0] <= 101 * 224 * 224  # pixels; it would be 3 billion
+    longest = 100 * min(size)
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    cut = image.crop((left, top, width - left, height - top))
+    assert max(cut.size) - longest in (0, 1)
+    assert (prepared == settings.prepare(cut)).all()
 
 
 def test_prepare_equals_open_clip() -> None:
@@ -779,7 +1004,16 @@ def test_preprocessing_travels_as_json() -> None:
     made = preprocessing(64, 0.95, "bilinear")
     assert Preprocessing.from_dict(made.to_dict()) == made
     assert made.to_dict()["mean"] == [0.5, 0.5, 0.5]
+    assert made.to_dict()["grey_range"] is None
+    ranged = replace(made, grey_range=(0.0, 4095.0))
+    assert Preprocessing.from_dict(json.loads(json.dumps(ranged.to_dict()))) == ranged
     with pytest.raises(ImagesError, match="the preprocessing is damaged: KeyError"):
         Preprocessing.from_dict({"image_size": 3})
     with pytest.raises(ImagesError, match=r"cannot prepare images with image_size 24, crop 1\.0, 'lanczos'"):
         preprocessing(interpolation="lanczos")
+
+
+def test_a_name_that_begins_like_a_home_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 3)).save("~$x.png")
+    assert load_image("~$x.png").size == (4, 3)

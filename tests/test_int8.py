@@ -15,7 +15,7 @@ onnx = pytest.importorskip("onnx")
 
 from onnx import numpy_helper  # noqa: E402
 
-from prgkit.errors import ExportError  # noqa: E402
+from prgkit.errors import ExportError, TargetsError  # noqa: E402
 from prgkit.evaluate.choice import choose, int8_notes, write_choice  # noqa: E402
 from prgkit.evaluate.predict import predict  # noqa: E402
 from prgkit.evaluate.wording import lead_row, refused  # noqa: E402
@@ -23,15 +23,20 @@ from prgkit.export import int8, precision  # noqa: E402
 from prgkit.export.bundle import open_bundle  # noqa: E402
 from prgkit.export.engines import build_engines, buildable, engine_name  # noqa: E402
 from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, median_kl, root_kl, scan_blocks  # noqa: E402
-from prgkit.export.floor import told, too_few  # noqa: E402
-from prgkit.export.int8 import could_be_mended  # noqa: E402
+from prgkit.export.floor import apart, told, too_few  # noqa: E402
+from prgkit.export.int8 import Learned  # noqa: E402
 from prgkit.export.onnx import Deployable, export_onnx  # noqa: E402
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student  # noqa: E402
 from prgkit.export.quantize import Block, block_name, find_blocks, tensors_of, weight_scales, write_int8  # noqa: E402
 from prgkit.export.ranges import Spread, measure_spreads  # noqa: E402
-from prgkit.export.recover import Learned  # noqa: E402
+from prgkit.export.run import evaluation_positions, learned_images  # noqa: E402
 from prgkit.export.tensorrt import Backend, available_backends, build_engine  # noqa: E402
-from prgkit.files import read_sealed, write_sealed  # noqa: E402
+from prgkit.files import read_sealed, sha256, write_sealed  # noqa: E402
+from prgkit.images import Preprocessing  # noqa: E402
+from prgkit.lesson import hold_out, read_catalogue  # noqa: E402
+from prgkit.recipe import load_recipe  # noqa: E402
+from prgkit.run import Run  # noqa: E402
+from prgkit.watch import Unwatched  # noqa: E402
 
 needs_rtx = pytest.mark.skipif(
     not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
@@ -103,7 +108,7 @@ def test_preprocessing_input_output_and_metadata_stay(quantised, layout):
     model, _, makers = opened(quantised.files[layout])
     assert [list(model.graph.input), list(model.graph.output)] == [list(source.graph.input), list(source.graph.output)]
     assert list(model.metadata_props) == list(source.metadata_props)
-    assert (model.ir_version, model.opset_import[0].version) == (10, 20)
+    assert (model.ir_version, model.opset_import[0].version) == (9, 20)
     nodes = [node for node in model.graph.node if node.op_type != "DequantizeLinear"]
     assert [node.op_type for node in nodes[:4]] == ["Cast", "Transpose", "Mul", "Add"]
     assert not any(
@@ -260,7 +265,7 @@ def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
     spreads[taken].add(np.array([[-1e6, 1e6]], dtype=np.float32))
     pixels = exported.pixels[64:]
     logits = logits_of(exported.fp32, pixels)
-    scan = scan_blocks(exported.fp32, blocks, spreads, 0.02, pixels, student=exported.fp32)
+    scan = scan_blocks(exported.fp32, blocks, spreads, 0.02, pixels)
     assert scan[0]["block"] == spoilt.name
     found = hold_floor(
         exported.fp32,
@@ -289,8 +294,8 @@ def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
 
 def test_the_most_sensitive_blocks_do_not_choose_the_clipping(monkeypatch):
     asked = []
-    monkeypatch.setattr(int8, "choose_tail", lambda fp32, blocks, *rest, student: asked.extend(blocks) or 0.04)
-    network = int8.Network("model.onnx", "model.onnx", np.zeros((1, 8, 8, 3), np.uint8), print)
+    monkeypatch.setattr(int8, "choose_tail", lambda fp32, blocks, *rest: asked.extend(blocks) or 0.04)
+    network = int8.Network("model.onnx", np.zeros((1, 8, 8, 3), np.uint8), print)
     blocks = [Block(f"block {number}", ()) for number in range(10)]
     scan = [{"block": f"block {number}"} for number in (7, 2, 0, 1, 3, 4, 5, 6, 8, 9)]  # the most sensitive first
     network.__dict__.update(blocks=blocks, scan=scan, spreads={})  # as if measured
@@ -383,7 +388,7 @@ def export(repvit, folder, notes, *, count, **options):
         preprocessing=repvit.preprocessing,
         facts=facts,
         options=ExportOptions(**options),
-        learned=lambda: Learned(64, lambda places: repvit.pixels[places], "made up"),
+        learned=lambda: Learned(64, lambda places: repvit.pixels[places]),
         note=notes.append,
     )
 
@@ -502,6 +507,7 @@ def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tm
     assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32"]
     assert not list((tmp_path / "bundle").glob("*int8*"))
     assert [(one["name"], one["kept"], one["images"]) for one in manifest["not_kept"]] == [("onnx-int8", False, 40)]
+    assert "made_from" not in manifest["not_kept"][0], "to try again costs nothing"
     said = (
         "INT8 is not kept: 40 held-out images cannot show its fidelity; with every answer the same its lower 95 % bound "
         "would be 91.24 %, and the floor is 98 %"
@@ -532,7 +538,6 @@ def test_int8_that_was_not_kept_is_not_tried_again_before_something_changes(bund
         return {**found, "images": 192, "agreement": 50.0, "interval": [40.0, 60.0]}
 
     monkeypatch.setattr(int8, "hold_floor", missed)
-    monkeypatch.setattr(int8, "within_reach", lambda found: None)
     said = []
     for floor in (70.0, 70.0, 71.0):
         notes = []
@@ -542,15 +547,6 @@ def test_int8_that_was_not_kept_is_not_tried_again_before_something_changes(bund
     assert said[1] == f"{said[0]} (found before, from the same)"
     assert said[0].startswith("model.int8.onnx: INT8 is not kept: ")
     assert [one["floor"] for one in open_bundle(tmp_path / "bundle").manifest["not_kept"]] == [71.0]
-
-
-def test_int8_that_a_recovery_could_have_mended_is_tried_again():
-    near = {"kept": False, "floor": 98.0, "blocks": 5, "float_blocks": [], "agreement": 97.0}
-    near["tried"] = [{"float_blocks": 0, "agreement": 97.0, "interval": [96.0, 98.0]}]
-    assert could_be_mended(near), "it came to no end"
-    assert not could_be_mended({**near, "recovery": {}})
-    assert not could_be_mended({**near, "tried": [{**near["tried"][0], "agreement": 50.0}]})
-    assert could_be_mended(too_few(40, 98.0)), "it costs nothing"
 
 
 def rows(*, int8_ms, agreement, heavy_ms=None, heavy_agreement=100.0):
@@ -684,3 +680,66 @@ def test_silu_beside_int8_stays_one_pass_in_onnx_runtime(tmp_path):
     kinds = [node.op_type for node in onnx.load(str(fused)).graph.node]
     assert "QuickGelu" in kinds
     assert "Sigmoid" not in kinds
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("", ""),
+        ("a", ", a in float"),
+        ("abcd", ", a, b, c, d in float"),
+        ("abcdefg", ", a, b, c, d and 3 more in float"),
+    ],
+)
+def test_a_sentence_names_a_few_blocks(names, said):
+    assert apart(list(names)) == said
+
+
+def test_blocks_left_in_float_are_counted_and_stay_there(quantised, tmp_path):
+    exported, blocks, path = quantised.exported, quantised.blocks, tmp_path / "int8.onnx"
+    pixels = exported.pixels[192:]
+    found = hold_floor(
+        exported.fp32,
+        path,
+        blocks=blocks[1:],
+        scan=[{"block": block.name} for block in blocks[1:]],
+        spreads=quantised.spreads,
+        tail=0.02,
+        layout="onnxruntime",
+        pixels=pixels,
+        logits=logits_of(exported.fp32, pixels),
+        floor=0,
+        left=[blocks[0].name],
+        note=lambda text: None,
+    )
+    assert (found["blocks"], found["float_blocks"]) == (len(blocks), [blocks[0].name])
+    assert [row["float_blocks"] for row in found["tried"]] == [1]
+    weights = {node.name: node.input[1] for node in onnx.load(str(path)).graph.node if node.op_type == "Conv"}
+    assert not weights[blocks[0].nodes[0]].endswith("_dequantised")
+    assert weights[blocks[1].nodes[0]].endswith("_dequantised")
+
+
+def test_nothing_that_is_held_out_is_learned_from(tmp_path):
+    preprocessing = Preprocessing(image_size=16, crop=1.0, interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3)
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    sets = [f"data.images={tmp_path}", "data.classes=[a, b]", "data.held_out=0.3"]
+    recipe = load_recipe("custom", overrides=sets)
+    images = read_catalogue(recipe.data.images, recipe, Unwatched())
+    positions = evaluation_positions(images, recipe)
+    run = Run(tmp_path / "run")
+    learned = learned_images(run, images, positions[:-1], preprocessing, recipe, (), Unwatched())
+    taken = {pixels.tobytes() for pixels in learned.read(np.arange(learned.images))}
+    held = {preprocessing.prepare(images.read(place)).tobytes() for place in hold_out(images.keys, 0.3).tolist()}
+    assert (len(taken), len(held)) == (60 - len(positions), len(positions))
+    assert not taken & held, "neither those that travel nor the others that selected the student"
+    run.folder.mkdir()
+    np.save(run.confidence_file, np.linspace(0, 1, learned.images, dtype=np.float32))
+    write_sealed(run.answers_file, {"confidence_sha256": sha256(run.confidence_file)})
+    recipe = load_recipe("custom", overrides=[*sets, "data.keep.min_confidence=0.5"])
+    sure = learned_images(run, images, positions, preprocessing, recipe, (), Unwatched())
+    half = learned.read(np.arange(learned.images))[(learned.images + 1) // 2 :]
+    np.testing.assert_array_equal(sure.read(np.arange(sure.images)), half, "nor those that the teacher is unsure of")
+    run.confidence_file.write_bytes(run.confidence_file.read_bytes()[:-1])
+    with pytest.raises(TargetsError, match=r"confidence\.npy is missing, or is not what the run wrote"):
+        learned_images(run, images, positions, preprocessing, recipe, (), Unwatched())

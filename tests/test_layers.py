@@ -13,7 +13,7 @@ PACKAGES: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())[
 
 # One owner for each heavy dependency.
 OWNERS = {
-    "open_clip": {"prgkit.teacher", "prgkit.demo.train_teacher"},
+    "open_clip": {"prgkit.teacher"},
     "timm": {"prgkit.student"},
     "click": {"prgkit.cli", "prgkit.chain", "prgkit.options"},
     "yaml": {"prgkit.page"},
@@ -29,21 +29,19 @@ OWNERS = {
         "prgkit.export.open_vocabulary",
         "prgkit.export.quantize",
         "prgkit.export.ranges",
-        "prgkit.export.recover",
     },
     "datasets": {"prgkit.datasets"},
     "torchvision": {"prgkit.datasets"},
     "sklearn": {"prgkit.demo.digits"},
-    "matplotlib": {"prgkit.demo.glyphs"},
 }
 # Modules that import torch, or onnx that comes with it, at their top, besides the objectives; all else needs no more than
 # the base install.
 NEEDS_TORCH = {
     "prgkit.adapt", "prgkit.answers", "prgkit.audit", "prgkit.checkpoint", "prgkit.context",
-    "prgkit.demo.train_teacher", "prgkit.devices", "prgkit.distill", "prgkit.estimate", "prgkit.evaluate.compare",
+    "prgkit.devices", "prgkit.distill", "prgkit.estimate", "prgkit.evaluate.compare",
     "prgkit.evaluate.novel", "prgkit.evaluate.similarity", "prgkit.export.fidelity", "prgkit.export.graph",
     "prgkit.export.int8", "prgkit.export.nchw", "prgkit.export.onnx", "prgkit.export.open_vocabulary",
-    "prgkit.export.pipeline", "prgkit.export.quantize", "prgkit.export.ranges", "prgkit.export.recover",
+    "prgkit.export.pipeline", "prgkit.export.quantize", "prgkit.export.ranges",
     "prgkit.export.relabel", "prgkit.export.run", "prgkit.heads",
     "prgkit.joint", "prgkit.labelled", "prgkit.lesson", "prgkit.mixup", "prgkit.student", "prgkit.targets",
     "prgkit.teacher", "prgkit.tensors", "prgkit.trust", "prgkit.views",
@@ -101,7 +99,7 @@ def test_only_the_command_line_prints() -> None:
     for name, path in modules().items():
         calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
         printing = any(isinstance(function, ast.Name) and function.id == "print" for function in calls)
-        assert not printing or name == "prgkit.demo.train_teacher", name
+        assert not printing, name
 
 
 def test_every_module_says_in_one_sentence_what_it_is() -> None:

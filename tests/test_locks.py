@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -56,3 +59,64 @@ def test_what_a_killed_start_leaves_does_not_stop_the_next(tmp_path: Path) -> No
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(RunError, match="the folder is not empty and holds no run"):
         require_own_folder(tmp_path, recipe)
+
+
+def refuse_flock(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO])
+def test_a_disk_without_locks_is_locked_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    refuse_flock(monkeypatch, number)
+    with locked(tmp_path, "run"):
+        told = rf"another process \({os.getpid()}\) is working on this run"
+        with pytest.raises(RunError, match=told), locked(tmp_path, "run"):
+            pytest.fail("it was let in")
+    with locked(tmp_path, "run"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_on_a_disk_without_locks_a_kill_leaves_nothing_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_flock(monkeypatch, errno.ENOLCK)
+    if (holder := os.fork()) == 0:
+        with locked(tmp_path, "run"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert str(holder) in (tmp_path / ".lock.held").read_text()
+    with locked(tmp_path, "run"):
+        pass
+
+
+def test_a_process_on_another_machine_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_flock(monkeypatch, errno.ENOLCK)
+    note = tmp_path / ".lock.held"
+    note.write_text(json.dumps({"machine": "far pid:[1]", "process": 1 << 22, "began": "7"}))
+    with pytest.raises(RunError, match=rf"another process \({1 << 22} on far\)") as caught, locked(tmp_path, "run"):
+        pytest.fail("it was let in")
+    assert caught.value.fix == f"wait for it, or stop it first; if none is running, delete {note}"
+    said: list[str] = []
+
+    def wait(text: str) -> None:
+        said.append(text)
+        note.unlink()
+
+    with locked(tmp_path, "target store", wait=wait):
+        pass
+    assert [text.count("waiting until it has done its part") for text in said] == [1]
+
+
+def test_a_folder_that_is_removed_while_one_waits_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    holder = locked(folder, "target store")
+    holder.__enter__()
+
+    def wait(_: str) -> None:
+        shutil.rmtree(folder)
+        holder.__exit__(None, None, None)
+
+    with locked(folder, "target store", wait=wait):
+        assert (folder / ".lock").read_text().strip() == str(os.getpid())

@@ -22,10 +22,12 @@ from prgkit.export.onnx import (  # noqa: E402
     Deployable,
     deployable,
     export_onnx,
+    lower_opset,
     rehearse_fp16,
     write_fp16,
 )
 from prgkit.export.parity import compare, require_agreement, run_batches  # noqa: E402
+from prgkit.export.pipeline import ExportOptions, check_opset  # noqa: E402
 from prgkit.export.runners import OnnxRunner, TorchRunner  # noqa: E402
 
 
@@ -125,7 +127,7 @@ def test_the_batch_is_free(exported):
 def test_the_file_says_all_that_is_needed_to_use_it(exported):
     for path in (exported.fp32, exported.fp16):
         model = onnx.load(str(path))
-        assert model.ir_version == 10
+        assert model.ir_version == 9, "the lowest that opset 20 allows: ONNX Runtime 1.17 refuses 10"
         assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
         pixels, logits = model.graph.input[0], model.graph.output[0]
         assert (pixels.name, shape_of(pixels), pixels.type.tensor_type.elem_type) == (
@@ -177,6 +179,38 @@ def test_fp16_holds_no_float32_between_its_edges(exported):
     floats = {name for name, kind in kinds.items() if kind == onnx.TensorProto.FLOAT}
     assert floats <= normalising
     assert exported.fp16.stat().st_size < 0.52 * exported.fp32.stat().st_size
+
+
+@pytest.mark.parametrize(("opset", "ir"), [(17, 8), (18, 8), (19, 9), (21, 10)])
+def test_another_opset_says_the_lowest_ir_and_computes_the_same(exported, tmp_path, opset, ir):
+    path = tmp_path / "m.onnx"
+    facts = {"image_size": 64, "classes": ["a"] * 20, "preprocessing": exported.preprocessing.to_dict()}
+    export_onnx(exported.module, path, opset=opset, **facts)
+    write_fp16(path, tmp_path / "m.fp16.onnx")
+    for file in (path, tmp_path / "m.fp16.onnx"):
+        model = onnx.load(str(file))
+        assert (model.ir_version, [(one.domain, one.version) for one in model.opset_import]) == (ir, [("", opset)])
+    agreement(TorchRunner(exported.student), OnnxRunner(path, threads=1), exported.pixels[:64], precision="fp32")
+    # opset 18 gave reductions their axes as an input; before it they are an attribute, and no constant is left over
+    means = [node for node in onnx.load(str(path)).graph.node if node.op_type == "ReduceMean"]
+    assert means
+    assert all(len(node.input) == (1 if opset < 18 else 2) for node in means)
+
+
+def test_an_operator_that_an_opset_does_not_know_is_named():
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Mish", ["x"], ["y"])], "g", [], [])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    with pytest.raises(ExportError, match="cannot be written in opset 17: its Mish came with opset 18"):
+        lower_opset(model, 17)
+    with pytest.raises(ExportError, match="cannot be written in opset 19: PyTorch did not"):
+        lower_opset(model, 19)
+
+
+def test_int8_for_tensorrt_in_an_opset_without_fp16_scales_is_refused_at_once():
+    check_opset(ExportOptions(opset=17, int8=True))
+    check_opset(ExportOptions(opset=19, int8=True, trt=True))
+    with pytest.raises(ExportError, match=r"INT8 for TensorRT cannot be written in opset 18: its scales are FP16"):
+        check_opset(ExportOptions(opset=18, int8=True, trt=True))
 
 
 def test_the_exporter_prints_nothing(repvit, tmp_path, capfd):

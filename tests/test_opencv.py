@@ -66,7 +66,7 @@ def test_no_difference_is_said_as_well(bundle: Any, monkeypatch: pytest.MonkeyPa
     ]
 
 
-@pytest.mark.parametrize("size", [(80, 60), (60, 80), (36, 36), (33, 200)])
+@pytest.mark.parametrize("size", [(80, 60), (60, 80), (36, 36), (33, 200), (2, 500), (900, 4)])
 @pytest.mark.parametrize("squash", [False, True])
 def test_the_same_part_of_the_picture_is_cut_out(size: tuple[int, int], squash: bool) -> None:
     preprocessing = Preprocessing(32, 0.875, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), squash=squash)

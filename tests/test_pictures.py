@@ -33,9 +33,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     upright = decoding.upright_rgb
 
-    def count(image: Image.Image) -> Image.Image:
+    def count(image: Image.Image, *grey: decoding.GreyRange | None) -> Image.Image:
         names.append(str(image.size))
-        return upright(image)
+        return upright(image, *grey)
 
     monkeypatch.setattr(decoding, "upright_rgb", count)
     return names

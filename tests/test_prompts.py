@@ -78,6 +78,144 @@ def test_class_file(tmp_path: Path) -> None:
     assert load_classes(str(tmp_path / "names.txt")) == ("cat", "oak tree", "dog")
 
 
+ABC = ("apple", "bus", "oak tree")
+LEFT_OUT = "class names begin with ids, which are left out"
+NUMBERED = "class names are numbered: 0 is apple, 1 is bus, ..., 2 is oak tree"
+FORMS = {
+    "0 apple\n1 bus\n2 oak tree\n": f"{LEFT_OUT}: '0 apple' is read as 'apple'",
+    "0\tapple\n1\tbus\n2\toak tree\n": "class names seem to be column 2 of names.txt: apple, bus, oak tree",
+    "0:apple\n1:bus\n2:oak tree\n": f"{LEFT_OUT}: '0:apple' is read as 'apple'",
+    "0,apple\n1,bus\n2,oak tree\n": f"{LEFT_OUT}: '0,apple' is read as 'apple'",
+    "1. apple\n2. bus\n3. oak tree\n": f"{LEFT_OUT}: '1. apple' is read as 'apple'",
+    "1) apple\n2) bus\n3) oak tree\n": f"{LEFT_OUT}: '1) apple' is read as 'apple'",
+    "(0) apple\n(1) bus\n(2) oak tree\n": f"{LEFT_OUT}: '(0) apple' is read as 'apple'",
+    "class 0: apple\nclass 1: bus\nclass 2: oak tree\n": f"{LEFT_OUT}: 'class 0: apple' is read as 'apple'",
+    "1 001.apple\n2 002.bus\n3 003.oak tree\n": f"{LEFT_OUT}: '1 001.apple' is read as '001.apple'",
+    "003.apple\n007.bus\n042.oak tree\n": f"{LEFT_OUT}: '003.apple' is read as 'apple'",
+    "n07739125 apple\nn02924116 bus\nn12268246 oak tree\n": f"{LEFT_OUT}: 'n07739125 apple' is read as 'apple'",
+    "n07739125-apple\nn02924116-bus\nn12268246-oak tree\n": f"{LEFT_OUT}: 'n07739125-apple' is read as 'apple'",
+    "apple,0\nbus,1\noak tree,2\n": "class names seem to end with ids, which are left out: 'apple,0' is read as 'apple'",
+    "- apple\n- bus\n- oak tree\n": "class names begin with the marks of a list, which are left out: '- apple' is read as 'apple'",
+    "names:\n  0: apple\n  1: bus\n  2: oak tree\n": f"{LEFT_OUT}: '0: apple' is read as 'apple'",
+    "'apple',\n'bus',\n'oak tree'\n": "class names begin and end with quotes, which are left out: \"'apple'\" is read as 'apple'",
+    "apple, bus, oak tree\n": "class names seem to stand in one line, and are parted at ',': apple, bus, oak tree",
+    '["apple", "bus", "oak tree"]': "class names look like a list, and are read as one: 'apple', 'bus', ...",
+    "['apple', 'bus', 'oak tree']": "class names look like a list, and are read as one: 'apple', 'bus', ...",
+    '{"0": "apple", "2": "oak tree", "1": "bus"}': NUMBERED,
+    "{0: 'apple',\n 1: 'bus',\n 2: 'oak tree'}": NUMBERED,
+    '{"apple": 0, "oak tree": 2, "bus": 1}': NUMBERED,
+    '{"0": ["n07739125", "apple"], "1": ["n02924116", "bus"], "2": ["n12268246", "oak tree"]}': NUMBERED,
+    '{"id2label": {"0": "apple", "1": "bus", "2": "oak tree"}}': NUMBERED,
+    '{"categories": [{"id": 2, "name": "oak tree"}, {"id": 0, "name": "apple"}, {"id": 1, "name": "bus"}]}': NUMBERED,
+    "2 oak tree\n0 apple\n1 bus\n":
+        "class names are numbered, and put in the order of their numbers: 0 is apple, 1 is bus, ..., 2 is oak tree",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_class_files_of_other_tools(tmp_path: Path, text: str) -> None:
+    (tmp_path / "names.txt").write_text(text)
+    notes: list[str] = []
+    assert load_classes("names.txt", folder=tmp_path, note=notes.append) == ABC
+    assert FORMS[text] in notes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "id,name\n0,apple\n1,bus\n2,oak tree\n",
+        "class_name;description\napple;a, fruit\nbus;\noak tree;x\n",
+        "apple,\nbus,\noak tree,\n",
+        '"apple"\n"bus"\n"oak tree"\n',
+        "name\napple\nbus\noak tree\n",
+        "1,apple\n2,bus\n3,oak tree\n",
+        "apple\tn07739125\nbus\tn02924116\noak tree\tn12268246\n",
+        "sep=;\nid;name\n2;oak tree\n0;apple\n1;bus\n",
+        "apple\nbus\noak tree\n",
+    ],
+)
+def test_class_tables(tmp_path: Path, text: str) -> None:
+    (tmp_path / "names.csv").write_text(text)
+    assert load_classes("names.csv", folder=tmp_path) == ABC
+    (tmp_path / "names.csv").write_text(text, encoding="utf-16")
+    assert load_classes("names.csv", folder=tmp_path) == ABC
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("2 wheeler", "4 wheeler"),
+        ("1 wheeler", "2 wheeler", "3 wheeler"),
+        ("7 up", "cola"),
+        ("channel 1", "channel 2"),
+        ("707-320", "727-200"),
+        ("1.5 tonne", "2.5 tonne"),
+        ("tench, Tinca tinca", "goldfish, Carassius auratus"),
+        ("3D printer", "2D plot"),
+        ('5" disk', "floppy"),
+        ("[unknown]", "cat"),
+    ],
+)
+def test_names_that_have_numbers_and_marks_of_their_own_keep_them(tmp_path: Path, names: tuple[str, ...]) -> None:
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    notes: list[str] = []
+    assert load_classes("names.txt", folder=tmp_path, note=notes.append) == names
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "what"),
+    [
+        ("names.json", '{"type": "service_account", "private_key": "secret"}',
+         "names.json is no list of class names, nor a mapping of numbers to names"),
+        ("names.json", "secret one\nsecret two\n", "names.json is no list of class names, nor a mapping of numbers to names"),
+        ("names.json", '{"0": "a", "0": "b"}', "a key stands twice in the class names"),
+        ("names.csv", "apple,fruit\nbus,vehicle\n", "which column of names.csv holds the class names is not certain:"),
+        ("names.csv", "apple\nSedan, compact\nbus\n", "names.csv has rows of different lengths"),
+        ("names.csv", '"apple\nbus\n', "names.csv is no CSV file: unexpected end of data"),
+        ("names.txt", "0: apple\n1: apple\n", "class names repeat: 'apple' (line 1 and line 2)"),
+    ],
+)  # fmt: skip
+def test_class_files_that_do_not_say_it_are_refused(tmp_path: Path, file: str, text: str, what: str) -> None:
+    (tmp_path / file).write_text(text)
+    error = classes_error(file, tmp_path)
+    assert error.splitlines()[0] == what
+    assert "secret" not in error
+    assert "fix: " in error
+
+
+def test_names_that_look_like_ids_are_told() -> None:
+    def told(*names: str) -> list[str]:
+        notes: list[str] = []
+        assert load_classes(list(names), note=notes.append) == names
+        return notes
+
+    odd = ["class_07", "label3", "n02085620", "17", "3fa9c1d2", "12: bus"]
+    assert told("cat", *odd) == [
+        "class names look like ids: class_07, label3, n02085620, ...; the teacher reads them as words"
+    ]
+    assert all(told("cat", one) for one in odd)
+    assert told("707-320", "A330-200", "decade", "facade", "4x4", "Formula 1") == []
+
+
+def test_shipped_lists_are_read_as_they_are() -> None:
+    for name in NAMED_CLASSES:
+        notes: list[str] = []
+        path = LISTS / f"{name}.txt"
+        if path.exists():
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            assert load_classes(str(path), note=notes.append) == tuple(
+                line for line in lines if line and line[0] != "#"
+            )
+        assert notes == []
+
+
+def test_names_are_composed_and_compared_without_marks() -> None:
+    assert load_classes(["cafe\u0301", "tea"]) == ("caf\u00e9", "tea")
+    assert classes_error(["cafe\u0301", "caf\u00e9"]).startswith("class names repeat")
+    assert canonical("so\u00adft \u200eHyphen") == canonical("Soft_hyphen")
+
+
 def test_class_file_relative_to_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     monkeypatch.chdir(tmp_path)
@@ -130,7 +268,7 @@ def test_missing_class_list(tmp_path: Path) -> None:
 
 
 def test_class_file_that_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_bytes(b"\xff\xfe\x00\x80")
+    (tmp_path / "names.txt").write_bytes(b"\xfe\x00\x80")
     assert classes_error("names.txt", tmp_path).startswith("names.txt cannot be read: it is not UTF-8 text\n")
 
 

@@ -207,6 +207,10 @@ epochs: 100
         ("data: {images: a, classes: cifar10, keep: 0.5}", "data.keep: write a mapping such as {key: value}, not 0.5"),
         ("keep: {weighted: true}", "keep: unknown key; it belongs in data.keep"),
         ("export: {batch: [1, 8]}", "export.batch[2]: missing"),
+        (
+            "export: {opset: 16}",
+            "export.opset: must be 17 to 23; ONNX Runtime 1.12 and newer run 17, 1.15 18, 1.16 19, 1.17 20, not 16",
+        ),
         ("export: {batch: [1, 2, 3, 4]}", "export.batch: must have 3 values"),
         (
             "export: {batch: [1, 8, 4]}",

@@ -135,7 +135,7 @@ def test_a_stored_feature_is_what_the_teacher_says_of_that_view(photos: Path, tm
     rendered = Rendered(lesson.catalogue, teacher.preprocessing, recipe.views)
     positions = lesson.learned[:8]
     for view in range(3):
-        pixels = rendered.__getitems__([(int(position), [view]) for position in positions]).pixels[:, 0]
+        pixels = rendered.batch([(int(position), [view]) for position in positions]).pixels[:, 0]
         torch.testing.assert_close(features(lesson, view, positions), teacher.embed_images(pixels), atol=5e-4, rtol=0)
     assert not torch.equal(features(lesson, 1, positions), features(lesson, 2, positions))
 

@@ -169,9 +169,7 @@ def test_view_0_is_the_prepared_image(photos: Catalogue) -> None:
 
 
 def rendered(dataset: Rendered, *items: tuple[int, Sequence[int]]) -> Batch:
-    batch = dataset.__getitems__(items)
-    assert isinstance(batch, Batch)
-    return batch
+    return dataset.batch(items)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])

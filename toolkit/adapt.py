@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from prgkit import __version__
 from prgkit.answers import Answers, no_correction
 from prgkit.context import Context, save_context
+from prgkit.decoding import GreyRange
 from prgkit.devices import best_device
-from prgkit.errors import ImagesError, RecipeError
-from prgkit.images import Catalogue, catalogue, match_labels, open_images
-from prgkit.labels import some
+from prgkit.errors import ImagesError, RecipeError, some
+from prgkit.images import Catalogue, catalogue, labelled, open_images
 from prgkit.lesson import read_catalogue
 from prgkit.prompts import fill
 from prgkit.recipe import Recipe, TeacherPage
@@ -82,8 +82,8 @@ def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, watch: 
 
     targets = open_store(page, recipe.views, targets_root, teacher)
     images = read_catalogue(recipe.data.labelled or "", recipe, watch, known=targets)
-    labels = match_labels(images, recipe.classes)
-    chosen = draw(images, labels, shots, barred=evaluation_keys(recipe), seed=recipe.training.seed)
+    images, labels = labelled(images, recipe.classes, note=watch.note)
+    chosen = draw(images, labels, shots, barred=evaluation_keys(recipe, images.images.grey), seed=recipe.training.seed)
     named = tell_counts(chosen, labels, recipe.classes, shots, watch)
     held_out = np.concatenate([of_class[len(of_class) - len(of_class) // HELD_OUT :] for of_class in chosen])
     learned = np.setdiff1d(np.concatenate(chosen), held_out)
@@ -129,7 +129,7 @@ def only_teacher(recipe: Recipe) -> TeacherPage:
     return recipe.teacher[0].model_copy(update={"context": None})
 
 
-def evaluation_keys(recipe: Recipe) -> frozenset[str]:
+def evaluation_keys(recipe: Recipe, grey: GreyRange | None) -> frozenset[str]:
     """Return the keys of the evaluation images: none of them is learned from. Their labels are not asked for."""
     if recipe.data.evaluation is None:
         return frozenset()
@@ -138,7 +138,7 @@ def evaluation_keys(recipe: Recipe) -> frozenset[str]:
         def __contains__(self, key: object) -> bool:
             return True
 
-    images = open_images(recipe.data.evaluation)
+    images = open_images(recipe.data.evaluation).with_grey(grey)
     return frozenset(catalogue(images, workers=default_workers(), known=Anything()).keys)  # none is decoded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from prgkit.files import fingerprint, read_sealed, write_sealed, write_text
 from prgkit.lesson import Lesson, prepare
 from prgkit.locks import locked
 from prgkit.recipe import Recipe
-from prgkit.run import Run, start_run
+from prgkit.run import Run, differences, require_own_folder, start_run
 from prgkit.ticks import Tick, carried, read_ticks, set_aside, ticked, write_ticks
 from prgkit.watch import Watch
 
@@ -46,11 +47,16 @@ def audit(recipe: Recipe, folder: Path, targets_root: Path, *, count: int | None
     Raises:
         PrgkitError: for anything the user can mend.
     """
-    run = start_run(folder, recipe)
+    require_own_folder(folder, recipe)
+    run = Run(folder)
+    # A run that is this recipe's may be training meanwhile.
+    own = run.recipe_file.exists() and not differences(run, recipe)
+    with nullcontext() if own else locked(folder, "run"):
+        start_run(folder, recipe)
     with locked(run.ticks_file.parent, "audit"):
         earlier = read_ticks(run.ticks_file, recipe.classes) if run.ticks_file.exists() else []
         before = read_sealed(run.sample_file) if run.sample_file.exists() else None
-        lesson = prepare(recipe, targets_root, watch)
+        lesson = prepare(recipe, targets_root, watch, like=run)
         said = ask(lesson, watch)
         made_from = fingerprint([lesson.catalogue.keys, said.classes[:, 0].tolist()])
         count = min(count or (len(before["images"]) if before else IMAGES), len(lesson.catalogue))

@@ -22,12 +22,38 @@ ON_A_RUN = ("audit", "distill", "export", "relabel", "bench", "predict")
 OF_ALL_PROCESSES = ("adapt-teacher", "audit", "distill", "targets")  # each says what all but the first have to do in it
 
 
+class Command(click.Command):
+    """A command whose options are given once each, but for flags and those that say that they take several."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse an option that is given twice: of two values one would be passed over in silence."""
+        if not ctx.resilient_parsing:
+            parser = self.make_parser(ctx)
+            options = [option for option in self.get_params(ctx) if isinstance(option, click.Option)]
+            once = [option for option in options if not (option.is_flag or option.multiple or option.count)]
+            for option in once:
+                parser.add_option(obj=option, opts=option.opts, dest=option.name, action="append", nargs=option.nargs)
+            given, _, _ = parser.parse_args(args=list(args))
+            for option in once:
+                refuse_twice(option.opts[-1], given.get(option.name, []), ctx)
+        return super().parse_args(ctx, args)
+
+
+def refuse_twice(option: str, values: Sequence[Any], ctx: click.Context) -> None:
+    """Refuse more than one value of what has one."""
+    if len(values) > 1:
+        said = " and as ".join(value if isinstance(value, str) else "nothing" for value in values)
+        raise click.UsageError(f"{option} is given {len(values)} times, as {said}; give it once.", ctx)
+
+
 class Chain(click.Group):
     """A group whose commands chain as people type them: ``distill cifar100 --set a=1 export --trt bench``.
 
     The arguments are split at command names and every part is parsed by its own command, options in any order, before
     the first one runs. A file that is named like a command is written ``./export``.
     """
+
+    command_class = Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the commands in the order in which they are used."""
@@ -111,6 +137,7 @@ def builds_engines(given: Mapping[str, Any]) -> bool:
 
 def run_chain(steps: Sequence[click.Context]) -> None:
     """Run the commands in order; under --json, print one document keyed by command."""
+    from prgkit.streams import takes_any_letter
     from prgkit.terminal import Terminal
 
     as_json = any(step.params["as_json"] for step in steps)
@@ -129,7 +156,7 @@ def run_chain(steps: Sequence[click.Context]) -> None:
                     with step:
                         results[name] = step.command.invoke(step)
     if as_json and leads:
-        click.echo(json.dumps(results, indent=2, ensure_ascii=False))
+        terminal.document(json.dumps(results, indent=2, ensure_ascii=not takes_any_letter()))
     if session.failure is not None:
         raise session.failure
 

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import click
 
 from prgkit import __version__
 from prgkit.chain import Chain, Session, builds_engines
-from prgkit.errors import BackendError, DiskFullError, PrgkitError, RunError
+from prgkit.errors import BackendError, DiskFullError, ImagesError, PrgkitError, RunError
 from prgkit.files import is_disk_full
 from prgkit.modes import adapt_teacher, keep_house, merge_reports, rehearse, relabel_bundle, tell_bundle
 from prgkit.options import (
@@ -30,6 +31,7 @@ from prgkit.options import (
     refuse_in_a_bundle,
     run_option,
 )
+from prgkit.streams import say_what_it_can
 
 REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # of the file system: nothing that we can mend
 
@@ -168,18 +170,31 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
 def predict(
     session: Session, images: tuple[Path, ...], top_k: int, min_confidence: float, folder: Path | None, as_json: bool
 ) -> list[dict[str, Any]]:
-    """Name what is in each IMAGE, with probabilities; --min-confidence abstains where the best one is too low."""
+    """Name what is in each IMAGE, with probabilities; --min-confidence abstains where the best one is too low.
+
+    A folder, a .zip or a .tar as IMAGE stands for all pictures in it. One that cannot be read is told in its place; the
+    others are answered, and the exit code is 1.
+    """
     from prgkit.evaluate import machine
     from prgkit.evaluate.predict import predict as answer
     from prgkit.run import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
     measured = (run.folder if run else bundle) / "bench" / machine.slug_here()
-    answers: list[dict[str, Any]] = answer(bundle, images, top_k=top_k, min_confidence=min_confidence, bench=measured)
-    for image in answers:
+    terminal, answers, failed = session.terminal, [], []
+    for image in answer(bundle, images, top_k=top_k, min_confidence=min_confidence, bench=measured, note=terminal.note):
+        answers.append(image)
+        if "error" in image:
+            failed.append(ImagesError(**image["error"]))
+            if len(images) > 1 or image["image"] != str(images[0]):  # else it is the line's own failure
+                terminal.note(str(failed[-1]))
+            continue
         scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in image["top"])
         said = "abstains" if image["abstained"] else image["class"]
-        session.terminal.say(f"{image['image']}: ", (said, "bold"), f"  ({scores})")
+        terminal.say(f"{image['image']}: ", (said, "bold"), f"  ({scores})")
+    if failed:
+        told = f"{len(failed)} of {len(answers)} pictures cannot be read; the others are answered"
+        session.failure = failed[0] if len(answers) == 1 else ImagesError(told)
     return answers
 
 
@@ -331,16 +346,19 @@ def doctor(session: Session, as_json: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line; a user's mistake is told without a traceback (exit 1), a wrong call with usage (exit 2)."""
+    say_what_it_can()
+    if os.path.expanduser("~") == "~":  # no HOME, and no entry for the user: libraries would fail, or fill a folder "~"
+        os.environ["HOME"] = tempfile.gettempdir()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a system that shuts down is told like Ctrl-C
     try:
         cli.main(prog_name="prgkit", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        error.show(sys.stderr)
         sys.exit(error.exit_code)
     except click.Abort as abort:
         if isinstance(abort.__cause__, EOFError):  # nothing here asks a question, so this is a bug
             raise abort.__cause__ from None
-        click.echo("Stopped. What was finished is kept; the same command goes on from there.", err=True)
+        click.echo("Stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
         sys.exit(130)
     except PrgkitError as error:
         sys.exit(told(error))
@@ -360,7 +378,7 @@ def main() -> None:
 def told(error: PrgkitError) -> int:
     """Print an error and return the exit code; having been stopped is none, and says so itself."""
     text = str(error)
-    click.echo(f"Error: {text}" if error.exit_code == 1 else text[0].upper() + text[1:], err=True)
+    click.echo(f"Error: {text}" if error.exit_code == 1 else text[0].upper() + text[1:], file=sys.stderr)
     return error.exit_code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def load_context(page: TeacherPage) -> Context | None:
     """
     if page.context is None:
         return None
-    path = Path(page.context).expanduser()
+    path = Path(os.path.expanduser(page.context))
     again = "prgkit adapt-teacher RECIPE makes one"
     try:
         tensors, facts = load_tensors(path)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from prgkit.decoding import UnreadableImage
 from prgkit.errors import ImagesError, nearest
+from prgkit.files import cache_folder
 from prgkit.prompts import load_classes
 from prgkit.sources import Source, read_span
 
@@ -50,7 +51,7 @@ def open_torchvision(rest: str) -> Source:
 def open_split(make: Any, name: str, split: str) -> TorchvisionSource:
     """Open one split of the dataset that ``make`` builds."""
     accepted = inspect.signature(make).parameters
-    root = Path(os.environ.get("PRGKIT_DATA_ROOT", "~/.cache/prgkit/data")).expanduser()
+    root = Path(os.path.expanduser(os.environ.get("PRGKIT_DATA_ROOT") or cache_folder("data")))
     options: dict[str, Any] = {"root": root, **split_options(name, split, accepted)}
     if "download" in accepted:
         options["download"] = name not in GONE

@@ -7,6 +7,7 @@ from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
 from prgkit.errors import ImagesError
@@ -14,7 +15,22 @@ from prgkit.errors import ImagesError
 # Pillow opens these, but something else would have to draw them: Ghostscript, or a handler nobody registers.
 REFUSED_FORMATS = frozenset({"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF"})
 # Photographs that Pillow cannot read; listed as unreadable with a reason, not passed over in silence.
-UNDECODABLE_SUFFIXES = frozenset({".heic", ".heif"})
+UNDECODABLE_SUFFIXES = frozenset({".heic", ".heif", ".hif", ".avif", ".jxl"})
+UNDECODABLE_BRANDS = dict.fromkeys((b"heic", b"heix", b"hevc", b"heif", b"mif1", b"msf1"), "HEIC")
+UNDECODABLE_BRANDS |= dict.fromkeys((b"avif", b"avis"), "AVIF")  # Pillow reads it where it was built with libavif
+JPEG_XL = (b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")
+# TIFF by their first bytes, of which Pillow would read a thumbnail, or the mosaic behind the colour filter.
+CAMERA_RAW = frozenset(
+    {".dng", ".nef", ".nrw", ".cr2", ".arw", ".sr2", ".srf", ".pef", ".srw", ".raw", ".rwl", ".3fr", ".fff", ".iiq"}
+    | {".cr3", ".orf", ".rw2", ".raf", ".erf", ".mef", ".mos", ".kdc", ".dcr", ".x3f"}  # those have bytes of their own
+)
+# What a file is taken for by its first bytes, whatever it is called: of these no text and no data file has them.
+SIGNED = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000", "AVIF", "PSD", "QOI")
+HEAD_BYTES = 32
+
+GreyRange = tuple[float, float]  # the values of a deep grey that are black and white
+SIXTEEN_BITS: GreyRange = (0.0, 65535.0)
+DEPTHS = {2.0**bits - 1: bits for bits in (8, 10, 12, 14, 16)}  # the largest value of each that cameras and files have
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,11 +55,12 @@ class UnreadableImage(ImagesError):  # noqa: N818  the name says what it is: one
         return UnreadableImage, (self.name, self.reason)  # so that it survives the trip out of a worker process
 
 
-def decode(data: bytes, name: str, *, enough: int | None = None) -> Image.Image:
+def decode(data: bytes, name: str, *, enough: int | None = None, grey: GreyRange | None = None) -> Image.Image:
     """Return the first frame of an image file as upright RGB; transparency lies on white.
 
     With ``enough``, a picture whose shorter side is twice that or more is reduced by a whole factor to no less than
-    it; a JPEG is decoded at that scale in the first place, which is several times faster.
+    it; a JPEG is decoded at that scale in the first place, which is several times faster. Of deep greys, ``grey`` is
+    black and white: see `grey_range`, which goes by the picture's own values where none is given.
 
     Raises:
         UnreadableImage: the bytes are no image, are damaged, or are larger than Pillow's limit allows.
@@ -52,7 +69,7 @@ def decode(data: bytes, name: str, *, enough: int | None = None) -> Image.Image:
         with Image.open(BytesIO(data), formats=formats_for(name)) as image:
             if enough:
                 image.draft(None, (enough, enough))
-            return reduced(upright_rgb(image), enough)
+            return reduced(upright_rgb(image, grey), enough)
     except Exception as error:  # on damaged bytes Pillow's plugins raise nearly anything
         raise UnreadableImage(name, reason_for(error, data)) from error
 
@@ -63,19 +80,19 @@ def reduced(image: Image.Image, enough: int | None) -> Image.Image:
     return image.reduce(factor) if factor > 1 else image
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image, grey: GreyRange | None = None) -> Image.Image:
     """Apply the orientation a camera noted, and convert to RGB."""
     image.load()  # before the orientation is asked for: some formats keep EXIF behind the pixels
     orientation = read_orientation(image)
-    rgb = to_rgb(image)
+    rgb = to_rgb(image, grey)
     rgb.info = {}  # an orientation that was applied must not be applied again
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, grey: GreyRange | None = None) -> Image.Image:
     """Convert any of Pillow's modes to RGB, scaling deep greys to 8 bits and laying transparency on white."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return grey_to_8_bits(image).convert("RGB")
+    if is_deep(image):
+        return grey_to_8_bits(image, grey).convert("RGB")
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for Adobe's inverted kind
     if image.has_transparency_data:
@@ -84,19 +101,51 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def grey_to_8_bits(image: Image.Image) -> Image.Image:
-    """Bring 16-bit, 32-bit and floating-point grey to 8 bits by the range its format or its values speak for."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):  # mode I of these two is 16 bits deep
-        values /= 257
-    elif image.mode == "F" and low >= 0 and high <= 1:
-        values *= 255
-    elif low >= 0 and high <= 65535:
-        values /= 257 if high > 255 else 1
-    else:  # no convention fits: stretch what is there
-        values = (values - low) * (255 / (high - low)) if high > low else values * 0
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+def is_deep(image: Image.Image) -> bool:
+    """Tell whether an image is grey of more than 8 bits: 16, 32 or floating point."""
+    return image.mode[0] in "IF"
+
+
+def holds_deep_grey(data: bytes, name: str) -> bool:
+    """Tell by the header of an image file whether it is deep grey; an unreadable one is not."""
+    if data.startswith((b"\xff\xd8\xff", b"GIF8", b"RIFF")):  # most files, and never
+        return False
+    if data.startswith(b"\x89PNG"):
+        return data[24:26] == b"\x10\x00"  # 16 bits, grey without transparency
+    try:
+        with Image.open(BytesIO(data), formats=formats_for(name)) as image:
+            return is_deep(image)
+    except Exception:  # the same freedom of exceptions as in decode
+        return False
+
+
+def grey_to_8_bits(image: Image.Image, grey: GreyRange | None = None) -> Image.Image:
+    """Bring 16-bit, 32-bit or floating-point grey to 8 bits; what is no number becomes black."""
+    values = np.asarray(image).astype(np.float32)
+    low, high = grey or grey_range(*extremes(values), whole=image.mode != "F")
+    values = np.nan_to_num(values, nan=low, posinf=low, neginf=low)
+    scaled = (values - low) * (255 / (high - low or 1))
+    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+
+
+def grey_range(low: float, high: float, *, whole: bool) -> GreyRange:
+    """Return which values are black and white where the least and the largest are ``low`` and ``high``.
+
+    ``whole`` numbers are as many bits deep as hold the largest: a camera writes 12 bits into a file of 16. Fractions
+    go from 0 to 1, or as far as they go. Values that fill a narrow band, or lie below 0, are stretched: a thermal
+    camera's 7,000 to 9,500.
+    """
+    if low < 0 or high / 2 < low < high:
+        return low, high
+    if not whole:
+        return 0.0, 1.0 if 0.25 < high <= 1 else high
+    return 0.0, next((most for most in DEPTHS if high <= most), high)
+
+
+def extremes(values: NDArray[np.float32]) -> tuple[float, float]:
+    """Return the least and the largest value that is a number; 0 and 0 where none is."""
+    numbers = values[np.isfinite(values)]
+    return (float(numbers.min()), float(numbers.max())) if numbers.size else (0.0, 0.0)
 
 
 def read_orientation(image: Image.Image) -> int | None:
@@ -114,7 +163,7 @@ def formats_for(name: str) -> tuple[str, ...]:
     Formats without a signature take random bytes for a picture.
     """
     signed, unsigned = known_formats()
-    claimed = Image.EXTENSION.get(os.path.splitext(name)[1].lower())
+    claimed = Image.EXTENSION.get(suffix_of(name))
     return (*signed, claimed) if claimed in unsigned else signed
 
 
@@ -125,6 +174,23 @@ def known_formats() -> tuple[tuple[str, ...], frozenset[str]]:
     readable = sorted(Image.OPEN.keys() - REFUSED_FORMATS, key=lambda name: (name not in ("JPEG", "PNG"), name))
     signed = tuple(name for name in readable if Image.OPEN[name][1] is not None)
     return signed, frozenset(readable) - frozenset(signed)
+
+
+def is_picture(head: bytes, name: str) -> bool:
+    """Tell by the first `HEAD_BYTES` of a file whether it is a picture, or a photograph that Pillow cannot read."""
+    known_formats()  # loads Pillow's plugins
+    if undecodable_kind(head):
+        return True
+    tests = ((kind, Image.OPEN[kind][1]) for kind in SIGNED if kind in Image.OPEN)
+    kind = next((kind for kind, accept in tests if accept is not None and accept(head) is True), None)
+    if kind == "BMP":  # two letters would be any text that begins with them
+        return head[6:10] == bytes(4)
+    return kind is not None and not (kind == "TIFF" and suffix_of(name) in CAMERA_RAW)
+
+
+def suffix_of(name: str) -> str:
+    """Return the lower-case suffix of a path, with its dot."""
+    return os.path.splitext(name)[1].lower()
 
 
 @lru_cache(maxsize=1)
@@ -145,9 +211,16 @@ def reason_for(error: Exception, data: bytes) -> str:
     if isinstance(error, MemoryError):
         return "it does not fit into memory"
     if isinstance(error, UnidentifiedImageError):
-        if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"heif", b"mif1", b"msf1"):
-            return "HEIC, which Pillow does not read: convert it to JPEG or PNG"
+        if kind := undecodable_kind(data):
+            return f"{kind}, which Pillow does not read: convert it to JPEG or PNG"
         return "a web page or XML, not an image" if data.lstrip()[:1] == b"<" else "not an image that Pillow knows"
     if "truncated" in message.lower():
         return "truncated"
     return f"damaged: {message[:100]}" if message else f"damaged ({type(error).__name__})"
+
+
+def undecodable_kind(data: bytes) -> str | None:
+    """Name the kind of a photograph that Pillow cannot read, by its first bytes."""
+    if data.startswith(JPEG_XL):
+        return "JPEG XL"
+    return UNDECODABLE_BRANDS.get(data[8:12]) if data[4:8] == b"ftyp" else None

@@ -7,9 +7,10 @@ has not learned from.
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,13 +30,14 @@ from prgkit.keep import systematic_sample
 from prgkit.labelled import beside, choose_vote
 from prgkit.lesson import Lesson, prepare
 from prgkit.locks import locked
+from prgkit.members import tell_changes
 from prgkit.mixup import mixed
 from prgkit.objectives import Objectives, Space, TeacherSide
 from prgkit.recipe import Recipe, Training
-from prgkit.run import Interrupted, Run, start_run, stopping
+from prgkit.run import Interrupted, Run, differences, require_own_folder, start_run, stopping
 from prgkit.student import Student, build_student
 from prgkit.tensors import save_tensors
-from prgkit.views import Rendered, evaluation_views, load_batches
+from prgkit.views import Batch, Rendered, evaluation_views, load_batches
 from prgkit.watch import Unwatched, Watch
 
 
@@ -49,7 +51,7 @@ def distill(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> R
         PrgkitError: for anything the user can mend.
     """
     check_trackers(recipe.training)
-    accelerator = join_processes(recipe.training.trackers, folder / "trackers")
+    accelerator = join_processes(recipe.training.trackers, Run(folder).trackers)
     with first_goes_on(accelerator):
         work(recipe, folder, targets_root, accelerator, watch if accelerator.is_main_process else Unwatched())
     return Run(folder)
@@ -57,14 +59,10 @@ def distill(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> R
 
 def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelerator, watch: Watch) -> None:
     """Do one process's part: the first reads the images and asks the teacher, all of them train."""
-    with accelerator.main_process_first():
-        run = start_run(folder, recipe)
-    if run.finished and run.weights.exists():
-        watch.note(f"{run.folder} is finished already")
+    run = Run(folder)
+    if from_first(accelerator, lambda: already_finished(run, recipe, watch)):
         return
-    with locked(run.folder, "run") if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process:
-            run.clear_leftovers()
+    with starting(run, recipe) if accelerator.is_main_process else nullcontext():
         trial = build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)  # mistakes are told now
         if recipe.reads_stages:
             trial.stage_widths()
@@ -79,6 +77,34 @@ def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelera
             require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(lesson.catalogue)), "the run")
             run.update_card(student=student.facts(recipe.student))
         train(recipe, run, lesson, student, accelerator, watch)
+
+
+def already_finished(run: Run, recipe: Recipe, watch: Watch) -> bool:
+    """Tell whether a run is finished, and whether its images have changed since; or refuse it before it is touched."""
+    require_own_folder(run.folder, recipe)
+    if not (run.finished and run.weights.exists()) or differences(run, recipe):
+        return False
+    start_run(run.folder, recipe)
+    watch.note(f"{run.folder} is finished already")
+    tell_changes(run, recipe, watch)
+    return True
+
+
+@contextmanager
+def starting(run: Run, recipe: Recipe) -> Iterator[None]:
+    """Hold a folder as the run of ``recipe``; where it fails before anything was done, the folder is as it was."""
+    new, made = not run.recipe_file.exists(), not run.folder.exists()
+    with locked(run.folder, "run"):
+        try:
+            start_run(run.folder, recipe)
+            run.clear_leftovers()
+            yield
+        except Exception:
+            if new and not run.used:
+                run.forget()
+                if made:
+                    shutil.rmtree(run.folder, ignore_errors=True)
+            raise
 
 
 def check_trackers(page: Training) -> None:
@@ -135,22 +161,33 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
     model, stepper = accelerator.prepare(torch.compile(student) if page.compile else student, optimizer)
     accelerator.init_trackers(run.name)
 
-    plan = batches(lesson, page, recipe.views.count, batch_size, range(progress.step, total), accelerator)
-    loaded = load_batches(Rendered(lesson.catalogue, student.preprocessing, recipe.views), plan, workers=page.workers)
-    labelled = labelled_batches(lesson, student, recipe, range(progress.step, total), accelerator)
+    first, rendered = progress.step, Rendered(lesson.catalogue, student.preprocessing, recipe.views)
     watch.start("student", total * batch_size, "img")
-    watch.advance(progress.step * batch_size)
+    watch.advance(first * batch_size)
     clock = Clock(progress.seconds)
 
+    def save() -> None:
+        if accelerator.is_main_process and progress.step > first:
+            progress.seconds = clock.seconds()
+            state.save(run)
+
     with stopping() as signals:
-        for step in range(progress.step, total):
-            batch = next(loaded)
+        plan = batches(lesson, page, recipe.views.count, batch_size, range(first, total), accelerator)
+        loaded = load_batches(rendered, plan, workers=page.workers, stop=signals)
+        labelled = labelled_batches(lesson, student, recipe, range(first, total), accelerator, signals)
+        if progress.steps_in_epoch == steps:  # what failed before was the judging
+            finish_epoch(run, lesson, state, accelerator, page)
+        fetched, failure = fetch(loaded, labelled) if first < total else None, None
+        for step in range(first, total):
+            if fetched is None:  # stopped while the first batch was waited for
+                raise interrupted(run, progress, page)
+            batch, few = fetched
             pixels = batch.pixels[:, 0].to(device, non_blocking=True)
             teacher = lesson.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), device)
             if page.mixup is not None:
                 pixels, teacher = mixed(pixels, teacher, page.mixup, seed=(page.seed, step, accelerator.process_index))
-            if labelled is not None:
-                pixels, teacher = beside(pixels, teacher, *next(labelled))
+            if few is not None:
+                pixels, teacher = beside(pixels, teacher, *few)
             model.train()
             with autocast():
                 answer = model(pixels)
@@ -173,22 +210,22 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
             epoch_ends = progress.steps_in_epoch == steps
             if epoch_ends:
                 progress.seconds = clock.seconds()
-                finish_epoch(run, lesson, state, accelerator, page)
-            stop = stop_requested(signals, accelerator)
-            if accelerator.is_main_process and (epoch_ends or stop or clock.due(page.checkpoint_minutes)):
-                progress.seconds = clock.seconds()
-                state.save(run)
+                with saving_first(save):
+                    finish_epoch(run, lesson, state, accelerator, page)
+            if step + 1 < total:
+                try:
+                    fetched = fetch(loaded, labelled)
+                except Exception as error:  # raised when all processes have stopped, and what they did is saved
+                    fetched, failure = None, error
+            stop = stop_requested(bool(signals) or fetched is None, accelerator)
+            if epoch_ends or stop or clock.due(page.checkpoint_minutes):
+                save()
             if stop:
                 accelerator.wait_for_everyone()  # a launcher ends them all as soon as one has ended
-                raise Interrupted(
-                    f"stopped in epoch {min(progress.epoch + 1, page.epochs)} of {page.epochs}; "
-                    "everything up to here is saved",
-                    where=run.folder,
-                    fix="the same command goes on from here",
-                )
+                raise failure or interrupted(run, progress, page)
     accelerator.wait_for_everyone()
     if not run.weights.exists():  # deleted since, as it was damaged; the last average takes its place
-        judge(run, lesson, state, accelerator, page)
+        judge(run, lesson, state, accelerator, page, epoch=progress.epoch)
     if accelerator.is_main_process:
         rate = total * batch_size / max(progress.seconds, 1e-9)
         best = {"epoch": progress.best_epoch, "agreement": progress.best_agreement}
@@ -215,13 +252,41 @@ def batches(
 
 
 def labelled_batches(
-    lesson: Lesson, student: Student, recipe: Recipe, steps: range, accelerator: Accelerator
+    lesson: Lesson, student: Student, recipe: Recipe, steps: range, accelerator: Accelerator, stop: Sequence[int]
 ) -> Iterator[tuple[Tensor, TeacherSide]] | None:
     """Return the labelled images of each step, where an objective of the recipe reads any."""
     if lesson.labelled is None:
         return None
     share = (accelerator.process_index, accelerator.num_processes)
-    return lesson.labelled.shown(student.preprocessing, recipe.training, recipe.views, steps, *share)
+    return lesson.labelled.shown(student.preprocessing, recipe.training, recipe.views, steps, *share, stop)
+
+
+def fetch(
+    loaded: Iterator[Batch], labelled: Iterator[tuple[Tensor, TeacherSide]] | None
+) -> tuple[Batch, tuple[Tensor, TeacherSide] | None] | None:
+    """Return what the next step learns from; None where a stop was asked for while it was waited for."""
+    batch = next(loaded, None)
+    few = next(labelled, None) if labelled is not None and batch is not None else None
+    return None if batch is None or (few is None and labelled is not None) else (batch, few)
+
+
+@contextmanager
+def saving_first(save: Callable[[], None]) -> Iterator[None]:
+    """Save what was learned before an error goes on its way."""
+    try:
+        yield
+    except Exception:
+        save()
+        raise
+
+
+def interrupted(run: Run, progress: Progress, page: Training) -> Interrupted:
+    """Build the notice of a run that was stopped."""
+    return Interrupted(
+        f"stopped in epoch {min(progress.epoch + 1, page.epochs)} of {page.epochs}; everything up to here is saved",
+        where=run.folder,
+        fix="the same command goes on from here",
+    )
 
 
 def learned_in(lesson: Lesson, page: Training, epoch: int, count: int) -> NDArray[np.int64]:
@@ -261,24 +326,26 @@ def decide_precision(run: Run, student: Student, page: Training, accelerator: Ac
 def finish_epoch(run: Run, lesson: Lesson, state: TrainingState, accelerator: Accelerator, page: Training) -> None:
     """Judge the student and write the epoch's metrics."""
     progress = state.progress
-    means = progress.means()
-    progress.end_epoch()
-    agreement = judge(run, lesson, state, accelerator, page)
+    epoch = progress.epoch + 1
+    agreement = judge(run, lesson, state, accelerator, page, epoch=epoch)
     if accelerator.is_main_process:
-        record = {"epoch": progress.epoch, **means, "agreement": agreement, "seconds": round(progress.seconds, 1)}
+        record = {"epoch": epoch, **progress.means(), "agreement": agreement, "seconds": round(progress.seconds, 1)}
         run.append_metrics(record)
-        accelerator.log({name: value for name, value in record.items() if name != "epoch"}, step=progress.epoch)
+        accelerator.log({name: value for name, value in record.items() if name != "epoch"}, step=epoch)
+    progress.end_epoch()  # an epoch that could not be judged is not over
 
 
-def judge(run: Run, lesson: Lesson, state: TrainingState, accelerator: Accelerator, page: Training) -> float:
+def judge(
+    run: Run, lesson: Lesson, state: TrainingState, accelerator: Accelerator, page: Training, *, epoch: int
+) -> float:
     """Judge the averaged student without labels and keep it if it is the best so far; of equals, the later one."""
     progress, average = state.progress, state.average.student
     if lesson.labelled is not None:
         choose_vote(average, lesson.labelled, page)
     agreement = agreement_with_teacher(average, lesson, page, accelerator)
     if accelerator.is_main_process and (agreement >= progress.best_agreement or not run.weights.exists()):
-        progress.best_epoch, progress.best_agreement = progress.epoch, agreement
-        save_tensors(run.weights, average.state_dict(), {"epoch": progress.epoch, "agreement": agreement})
+        progress.best_epoch, progress.best_agreement = epoch, agreement
+        save_tensors(run.weights, average.state_dict(), {"epoch": epoch, "agreement": agreement})
     return agreement
 
 
@@ -296,11 +363,11 @@ def agreement_with_teacher(student: Student, lesson: Lesson, page: Training, acc
     return float(round(100 * agreeing / images, 4))
 
 
-def stop_requested(signals: list[int], accelerator: Accelerator) -> bool:
+def stop_requested(asked: bool, accelerator: Accelerator) -> bool:
     """Return whether any process was asked to stop, so that all stop after the same step."""
     if accelerator.num_processes == 1:
-        return bool(signals)
-    if signals:
+        return asked
+    if asked:
         accelerator.set_trigger()
     return bool(accelerator.check_trigger())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class PrgkitError(Exception):
@@ -47,6 +47,10 @@ class RunError(PrgkitError):
     """A run folder that is missing, unfinished or was made from something else."""
 
 
+class WorkerError(PrgkitError):
+    """A process that worked ahead and is no more; what it worked for can go on with the same command."""
+
+
 class ExportError(PrgkitError):
     """A model that cannot be exported as asked."""
 
@@ -76,6 +80,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     by_lower = {candidate.lower(): candidate for candidate in known}
     found = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.5)
     return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first three names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def one_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from prgkit.context import load_context
 from prgkit.devices import best_device, probe_precision
 from prgkit.distill import check_trackers
 from prgkit.files import free_bytes, readable_bytes, require_space
-from prgkit.images import ENOUGH, Images, UnreadableImage, open_images
+from prgkit.images import ENOUGH, Images, UnreadableImage, gauge, open_images
 from prgkit.labels import class_indices
 from prgkit.pictures import PICTURES, room_bytes
 from prgkit.recipe import Recipe, TeacherPage
@@ -48,11 +48,15 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
     require_own_folder(folder, recipe)
     device = best_device()
     stored = [existing_store(page, recipe.views, targets_root) for page in recipe.teacher]
-    images = open_images(recipe.data.images)
+    images = gauged(open_images(recipe.data.images, note=watch.note))
+    if images.left_out:
+        watch.note(f"{images.spec}: {images.left_out}")
     images_missing = count_missing(images, stored)
     pictures_bytes = len(images) * mean_picture_bytes(images)
-    judged = open_matched(recipe, recipe.data.evaluation, recipe.data.evaluation_labels)
-    few = open_matched(recipe, recipe.data.labelled, recipe.data.labelled_labels) if recipe.learns_labels else None
+    judged = open_matched(recipe, recipe.data.evaluation, recipe.data.evaluation_labels, watch)
+    few_labelled = recipe.data.labelled if recipe.learns_labels else None
+    few = open_matched(recipe, few_labelled, recipe.data.labelled_labels, watch)
+    judged, few = (one.with_grey(images.grey) if one else None for one in (judged, few))
     judged_missing = count_missing(judged, stored) if judged else [0] * len(stored)
     if judged:
         mean_picture_bytes(judged)  # one of them at least can be read
@@ -88,17 +92,26 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
     return {**figures, "told": told(recipe, figures, device, free_bytes(folder))}
 
 
-def open_matched(recipe: Recipe, spec: str | None, labels: str | None) -> Images | None:
+def gauged(images: Images) -> Images:
+    """Return the images with a range for deep greys where the first few have any: their keys depend on it."""
+    sample = sample_of(images)
+    deep = gauge(images, sample) if gauge(images, sample[:SAMPLE_PICTURES]) else None
+    return images.with_grey(deep.grey if deep else None)
+
+
+def open_matched(recipe: Recipe, spec: str | None, labels: str | None, watch: Watch) -> Images | None:
     """Open labelled images, where there are any; their labels are only matched with the classes."""
     if not spec:
         return None
-    images = open_images(spec, labels=Path(labels) if labels else None)
+    images = open_images(spec, labels=Path(labels) if labels else None, label_format=recipe.data.label_format)
     numbers = range(len(images))
     class_indices(
-        [images.label(number) for number in numbers],
+        images.labels(numbers, recipe.classes, note=watch.note),
         recipe.classes,
         names=[images.name(number) for number in numbers],
         where=images.spec,
+        first_number=images.first_number,
+        note=watch.note,
     )
     return images
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from prgkit.errors import DiskFullError, PrgkitError
 
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike, NDArray
+
 LARGEST_TEXT_BYTES = 2 << 20  # of a recipe or a list of classes: ImageNet-21k's names are a quarter of this
 REMAKE = "delete it and run the command again that made it"
+# How a disk says that it does not know what it is asked for: to flush, to set a file's mode, to map it into memory.
+NOT_THERE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENODEV)
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # the only way to read it is to set it
 
 
 def read_text(path: Path, *, most_bytes: int = LARGEST_TEXT_BYTES) -> str:
-    """Read a text file that people write: UTF-8, with or without a byte order mark.
+    """Read a text file that people write: UTF-8, with or without a byte order mark, or UTF-16 with one.
 
     Raises:
         OSError: it cannot be read.
@@ -33,8 +42,9 @@ def read_text(path: Path, *, most_bytes: int = LARGEST_TEXT_BYTES) -> str:
         )
     if (size := path.stat().st_size) > most_bytes:
         raise ValueError(f"it is {readable_bytes(size)}, and the limit is {readable_bytes(most_bytes)}")
+    data = path.read_bytes()
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError("it is not UTF-8 text") from error
 
@@ -51,8 +61,9 @@ def writing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write files that only their owner can read
+            flush(file)
+            with where_there():
+                os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write files that only their owner can read
         os.replace(temporary, path)
     except Exception as error:
         if is_disk_full(error):
@@ -60,6 +71,33 @@ def writing(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(file: BinaryIO | TextIO) -> None:
+    """Bring what was written to an open file onto the disk, where the disk can be asked for it."""
+    if file.writable():
+        file.flush()
+    with where_there():
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def where_there() -> Iterator[None]:
+    """Do without what a disk does not know (FAT, SMB, 9p, FUSE), where that only makes things safer or faster."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
+
+
+def mapped(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return a file's numbers, mapped from the disk and not to be written to; read where the disk cannot map."""
+    import numpy as np  # which the command line's help does not wait for
+
+    with where_there():
+        return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+    return np.fromfile(path, dtype=dtype, count=math.prod(shape)).reshape(shape)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -113,6 +151,16 @@ def read_sealed(path: Path, *, fix: str = REMAKE) -> dict[str, Any]:
     return value
 
 
+def cache_folder(*parts: str) -> Path:
+    """Return a folder for what can be made again: in the user's cache, or where nobody is at home, in the system's."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        root = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and no entry for the user: many containers
+        root = Path(tempfile.gettempdir())
+    return root.joinpath("prgkit", *parts)
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, as hex."""
     digest = hashlib.sha256()
@@ -150,9 +198,12 @@ def require_space(
 
 
 def free_bytes(folder: Path) -> int:
-    """Return what is free on the disk of a folder that may not be there yet."""
+    """Return what is free on the disk of a folder that may not be there yet; a disk that cannot tell holds anything."""
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    return shutil.disk_usage(existing).free
+    with where_there():
+        usage = shutil.disk_usage(existing)
+        return usage.free if usage.total else sys.maxsize
+    return sys.maxsize
 
 
 @contextmanager

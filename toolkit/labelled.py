@@ -5,7 +5,7 @@ One in four of them is learned from by no one: those decide how the two heads of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,14 @@ class Labelled:
     first: int  # the number of the first one, after those without a label
 
     def shown(
-        self, preprocessing: Preprocessing, page: Training, views: Views, steps: range, process: int, processes: int
+        self,
+        preprocessing: Preprocessing,
+        page: Training,
+        views: Views,
+        steps: range,
+        process: int,
+        processes: int,
+        stop: Sequence[int] = (),
     ) -> Iterator[tuple[Tensor, TeacherSide]]:
         """Yield pixels [n, S, S, 3] and the teacher's side, with the truth, of this process's share of each step.
 
@@ -53,7 +60,7 @@ class Labelled:
             for step, part in zip(steps, mine, strict=True)
         )
         rendered = Rendered(self.lesson.catalogue, preprocessing, views)
-        for batch in load_batches(rendered, plan, workers=page.workers):
+        for batch in load_batches(rendered, plan, workers=page.workers, stop=stop):
             positions = batch.positions.numpy()
             side = self.lesson.answer(positions, batch.views[:, 0].numpy(), torch.device("cpu"))
             truth = torch.from_numpy(self.labels[positions])

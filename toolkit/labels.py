@@ -1,114 +1,40 @@
-"""Labels of evaluation images: read from a CSV, matched with the class names; training never comes here."""
+"""Labels of images, matched with the class names; only evaluation, and what says that it learns labels, comes here."""
 
 from __future__ import annotations
 
-import csv
-import os
 import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.errors import ImagesError, nearest
-from prgkit.files import read_text
+from prgkit.errors import ImagesError, nearest, some
+from prgkit.namelist import WORDNET_ID
 from prgkit.prompts import canonical
-from prgkit.sources import Source
+from prgkit.watch import silent
 
-FILE_HEADERS = frozenset({"file", "filename", "file_name", "image", "path", "name"})
-LABEL_HEADERS = frozenset({"label", "class", "category", "class_name"})
-LARGEST_TABLE_BYTES = 256 << 20  # some ten million rows
-WORDNET_ID = re.compile(r"n\d{8}")
+NUMBER = re.compile(r"([0-9]+)(?:\.0*)?")  # a spreadsheet writes 3 as 3.0
+NUMBERED = re.compile(r"(?:\d+|n\d{8})[\s._-]+(?=.*[^\W\d])(.+)")  # 001.Black_footed_Albatross, n02085620-Chihuahua
 
-
-def read_label_table(path: Path, source: Source) -> dict[int, str]:
-    """Read ``file,label`` rows, with or without a header, into labels by image index.
-
-    A file is named by its path below the source or, where only one image has it, by its base name. Rows for images
-    that are not there are passed over: a table may cover more than this source.
-
-    Raises:
-        ImagesError: the table is missing, not a table, ambiguous, contradicts itself, or names none of the images.
-    """
-    rows = read_rows(path)
-    indices = index_by_name(source)
-    found: dict[int, str] = {}
-    for line, file, label in rows:
-        matches = indices.get(file.replace("\\", "/").removeprefix("./"), [])
-        if len(matches) > 1:
-            what = f"{file!r} could be any of {some([source.name(index) for index in matches])}"
-            raise ImagesError(what, where=f"{path}, line {line}", fix="write the whole path")
-        for index in matches:
-            if found.setdefault(index, label) != label:
-                what = f"{file!r} is labelled {found[index]!r} and {label!r}"
-                raise ImagesError(what, where=f"{path}, line {line}", fix="keep one of the two rows")
-    if not found:
-        named = f"{rows[0][1]!r}" if rows else "nothing"
-        raise ImagesError(
-            f"no row of {path.name} names an image: it has {named}, the images {source.name(0)!r}",
-            where=path,
-            fix="write paths relative to the images, as in: folder/picture.jpg,label",
-        )
-    return found
-
-
-def read_rows(path: Path) -> list[tuple[int, str, str]]:
-    """Return line number, file and label of every row that has both."""
-    try:
-        text = read_text(path, most_bytes=LARGEST_TABLE_BYTES)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        what = f"the labels in {path.name} cannot be read: {reason}"
-        raise ImagesError(what, where=path, fix="give a CSV file of file,label rows") from error
-    lines = text.splitlines()
-    delimiter = max(",;\t", key=(lines[0] if lines else "").count)
-    reader = csv.reader(lines, delimiter=delimiter)
-    try:
-        rows = [
-            (reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)
-        ]
-    except csv.Error as error:
-        fix = "give a CSV file of file,label rows"
-        raise ImagesError(
-            f"{path.name} is no CSV file: {error}", where=f"{path}, line {reader.line_num}", fix=fix
-        ) from error
-    narrow = next((line for line, row in rows if len(row) < 2), None)
-    if narrow is not None:
-        fix = "write two columns: file,label"
-        raise ImagesError(f"{path.name} has a row without a label column", where=f"{path}, line {narrow}", fix=fix)
-    file_column, label_column = 0, 1
-    header = [cell.lower() for cell in rows[0][1]] if rows else []
-    if FILE_HEADERS.intersection(header) and LABEL_HEADERS.intersection(header):
-        file_column = next(column for column, cell in enumerate(header) if cell in FILE_HEADERS)
-        label_column = next(column for column, cell in enumerate(header) if cell in LABEL_HEADERS)
-        rows = rows[1:]
-    widest = max(file_column, label_column)
-    wide = ((line, row) for line, row in rows if len(row) > widest)
-    return [(line, row[file_column], row[label_column]) for line, row in wide if row[label_column]]
-
-
-def index_by_name(source: Source) -> dict[str, list[int]]:
-    """Map every way to name an image, whole path to base name, to the images it could mean."""
-    indices: dict[str, list[int]] = {}
-    for index in range(len(source)):
-        name = source.name(index)
-        inside_shard = name.partition("/")[2] if ".tar/" in name else name
-        for spelling in {name, inside_shard, os.path.basename(name)}:
-            indices.setdefault(spelling, []).append(index)
-    # A whole path is never ambiguous, even where another image deeper down has it as its base name.
-    for index in range(len(source)):
-        indices[source.name(index)] = [index]
-    return indices
+Label = str | int  # a number as a library hands it out counts from 0; one that people wrote is text
 
 
 def class_indices(
-    labels: Sequence[str | int | None], class_names: Sequence[str], *, names: Sequence[str], where: str
+    labels: Sequence[Label | None],
+    class_names: Sequence[str],
+    *,
+    names: Sequence[str],
+    where: str,
+    first_number: int | None = None,
+    note: Callable[[str], None] = silent,
 ) -> NDArray[np.int64]:
-    """Turn labels into class indices [images]; labels are class names, in any case, or numbers from 0.
+    """Turn labels into class indices [images]; labels are class names, in any spelling, or numbers in their order.
+
+    ``first_number`` is what the first class's number is; None: found from the numbers, and always said.
 
     Raises:
-        ImagesError: an image has no label, or a label is no class.
+        ImagesError: an image has no label, a label is no class, or numbers could count from 0 as well as from 1.
     """
     unlabelled = [name for name, label in zip(names, labels, strict=True) if label is None]
     if unlabelled:
@@ -117,49 +43,110 @@ def class_indices(
             where=where,
             fix="put the images into folders named by class, or give a CSV of file,label rows",
         )
-    distinct = {label for label in labels if label is not None}
-    found = lookup(distinct, class_names)
-    strangers = sorted((label for label in distinct if label not in found), key=str)
+    examples = {label: name for name, label in zip(reversed(names), reversed(labels), strict=True) if label is not None}
+    found = by_name(examples, class_names)
+    if not found and (numbers := as_numbers(examples)) is not None:
+        written = any(isinstance(label, str) for label in examples)
+        first = counted_from(numbers, examples, class_names, first_number, where=where) if written else 0
+        found = {label: number - first for label, number in numbers.items() if 0 <= number - first < len(class_names)}
+        if len(found) == len(examples):
+            note(numbers_told({numbers[label] for label in found}, first, class_names))
+    else:
+        found |= {label: label for label in examples if isinstance(label, int) and 0 <= label < len(class_names)}
+    strangers = sorted((label for label in examples if label not in found), key=str)
     if strangers:
         hints = [f"{label!r}{hint(label, class_names)}" for label in strangers[:3]]
         more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        last = (first_number or 0) + len(class_names) - 1
         raise ImagesError(
-            f"{len(strangers)} of {len(distinct)} labels match no class: {', '.join(hints)}{more}",
+            f"{len(strangers)} of {len(examples)} labels match no class: {', '.join(hints)}{more}",
             where=where,
-            fix=f"label with the class names, or with numbers from 0 to {len(class_names) - 1} in their order",
+            fix=f"label with the class names, or with numbers from {first_number or 0} to {last} in their order",
         )
     return np.array([found[label] for label in labels if label is not None], dtype=np.int64)
 
 
-def lookup(labels: Iterable[str | int], class_names: Sequence[str]) -> dict[str | int, int]:
-    """Find each label's class index; a label without one is left out.
+def lookup(labels: Iterable[Label], class_names: Sequence[str]) -> dict[Label, int]:
+    """Find each label's class index, numbers counted from 0; a label without one is left out.
 
     Text is a name before it is a number: digits as text are indices only where none of the labels is a name.
     """
-    distinct = list(labels)
-    texts = [label for label in distinct if isinstance(label, str)]
+    distinct = set(labels)
+    found = by_name(distinct, class_names)
+    numbers = as_numbers(label for label in distinct if not found or isinstance(label, int)) or {}
+    return found | {label: number for label, number in numbers.items() if number < len(class_names)}
+
+
+def by_name(labels: Iterable[Label], class_names: Sequence[str]) -> dict[Label, int]:
+    """Return the class index of each label that is a class's name: as it is, in another spelling, or after a number."""
+    texts = [label for label in labels if isinstance(label, str)]
     if len(class_names) == len(texts) == 1000 and all(WORDNET_ID.fullmatch(text) for text in texts):
         return {text: index for index, text in enumerate(sorted(texts))}  # ImageNet's folders: its order is theirs
     exact = {name: index for index, name in enumerate(class_names)}
     loose = {canonical(name): index for index, name in enumerate(class_names)}
-    found: dict[str | int, int] = {}
-    for text in texts:
-        spellings = (canonical(text), canonical(text.replace("/", " ")))  # SUN397 writes "apse/indoor"
-        index = exact.get(text, next((loose[one] for one in spellings if one in loose), None))
-        if index is not None:
-            found[text] = index
-    if not found and all(text.isdecimal() for text in texts):
-        found.update({text: int(text) for text in texts if int(text) < len(class_names)})
-    found.update({label: label for label in distinct if isinstance(label, int) and 0 <= label < len(class_names)})
-    return found
+
+    def find(text: str) -> int | None:
+        whole = NUMBER.fullmatch(text)
+        spellings = (text, text.replace("/", " "), whole[1] if whole else text)  # SUN397 writes "apse/indoor"
+        return exact.get(text, next((loose[key] for one in spellings if (key := canonical(one)) in loose), None))
+
+    found: dict[Label, int] = {text: index for text in texts if (index := find(text)) is not None}
+    # A number in front is only passed over where it could not be what tells two labels apart.
+    bare = {text: index for text in texts if text not in found and (index := find(unnumbered(text))) is not None}
+    named = Counter([*found.values(), *bare.values()])
+    return found | {text: index for text, index in bare.items() if named[index] == 1}
 
 
-def hint(label: str | int, class_names: Sequence[str]) -> str:
+def unnumbered(text: str) -> str:
+    """Return a label without the number or WordNet id in front of it, if any."""
+    match = NUMBERED.fullmatch(text)
+    return match[1] if match else text
+
+
+def as_numbers(labels: Iterable[Label]) -> dict[Label, int] | None:
+    """Return what number each label is, or None where one of them is none."""
+    matches = {label: NUMBER.fullmatch(str(label)) for label in labels}
+    sizes = {label: int(match[1]) for label, match in matches.items() if match and len(match[1]) < 10}
+    return sizes if len(sizes) == len(matches) else None
+
+
+def counted_from(
+    numbers: dict[Label, int],
+    examples: dict[Label, str],
+    class_names: Sequence[str],
+    first_number: int | None,
+    *,
+    where: str,
+) -> int:
+    """Return whether numbers that people wrote count from 0 or from 1, or refuse where it cannot be known."""
+    used, count = set(numbers.values()), len(class_names)
+    if first_number is not None or 0 in used or max(used) > count:
+        return first_number or 0
+    if count in used:
+        return 1
+    shown = [(label, number) for label, number in sorted(numbers.items(), key=lambda pair: pair[1])][:3]
+    ways = "".join(
+        f"\n    from {first}: "
+        + ", ".join(f"{label} is {class_names[number - first]} ({examples[label]})" for label, number in shown)
+        for first in (0, 1)
+    )
+    raise ImagesError(
+        f"the labels are numbers from {min(used)} to {max(used)}, and could count from 0 as well as from 1:{ways}",
+        where=where,
+        fix="say which: --set data.label_format.first_number=0, or 1; or label with the class names",
+    )
+
+
+def numbers_told(used: Collection[int], first: int, class_names: Sequence[str]) -> str:
+    """Say what the numbers were read as."""
+    pairs = [f"{number} is {name}" for number, name in enumerate(class_names, first)]
+    shown = pairs if len(pairs) <= 4 else [*pairs[:2], "...", pairs[-1]]
+    missing = [str(number) for number in range(first, first + len(class_names)) if number not in used]
+    none = f"; no image has {some(missing)}" if missing else ""
+    return f"labels are numbers, read from {first}: {', '.join(shown)}{none}"
+
+
+def hint(label: Label, class_names: Sequence[str]) -> str:
     """Return `` (did you mean 'x'?)`` where a class name is close."""
     close = nearest(label, class_names).removeprefix("; ") if isinstance(label, str) else ""
     return f" ({close})" if close else ""
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first three names."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

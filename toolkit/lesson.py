@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from prgkit.answers import Answers, no_correction
 from prgkit.context import load_context
+from prgkit.decoding import GreyRange
 from prgkit.devices import best_device
 from prgkit.errors import ImagesError
 from prgkit.files import fingerprint
-from prgkit.images import Catalogue, catalogue, match_labels, open_images
+from prgkit.images import NEARLY_BLACK, Catalogue, as_grey_range, catalogue, labelled, nearly_black, open_images
 from prgkit.joint import AnyTargets, existing_targets, open_targets
 from prgkit.keep import images_an_epoch
 from prgkit.labelled import VALIDATION, Labelled
+from prgkit.members import keep_members, only_members
 from prgkit.objectives import TeacherSide
 from prgkit.pictures import PICTURES, Pictures
 from prgkit.recipe import Recipe, TeacherPage
@@ -85,8 +87,14 @@ class Lesson:
         return (sums / counts.clamp(min=1)[:, None]).float()
 
 
-def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = None) -> Lesson:
-    """Read the images, split off the held-out ones, and have the teacher see what it has not seen yet."""
+def prepare(
+    recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = None, *, like: Run | None = None
+) -> Lesson:
+    """Read the images, split off the held-out ones, and have the teacher see what it has not seen yet.
+
+    What is found is written into ``run``. Where that has begun to learn, these are the images that it was made from, or
+    it is refused; where ``like`` has, they are those of its images that are still there.
+    """
 
     @cache
     def teacher(page: TeacherPage) -> Teacher:  # loaded once, and only if something is missing
@@ -97,7 +105,12 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
         check_teacher(page)
         load_context(page)
     stored, pictures = existing_targets(recipe, targets_root), Pictures(targets_root / PICTURES)
-    images = read_catalogue(recipe.data.images, recipe, watch, known=stored or (), pictures=pictures)
+    same = next((one for one in (run, like) if one is not None and one.begun), None)
+    grey = grey_of(same) if same is not None else None
+    images = read_catalogue(recipe.data.images, recipe, watch, known=stored or (), pictures=pictures, grey=grey)
+    tell_reading(images, watch)
+    if same is not None:
+        images = only_members(images, same, watch, all_needed=same is run)
     targets = stored or open_targets(recipe, targets_root, teacher)
     for store in targets.stores:
         for place in store.damaged:
@@ -105,8 +118,13 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
     for place in pictures.damaged:
         watch.note(f"damaged in {pictures.folder}: {place}; what was in it is decoded again")
     evaluation = read_evaluation(recipe, images, targets, watch) if recipe.data.evaluation else None
-    few = read_labelled(recipe, evaluation, targets, watch) if recipe.learns_labels else None
+    few = read_labelled(recipe, images, evaluation, targets, watch) if recipe.learns_labels else None
+    if few is not None and same is not None:
+        kept = only_members(few[0], same, watch, all_needed=same is run, labelled=True)
+        few = kept, few[1][np.isin(few[0].keys, kept.keys)]
     if run is not None:
+        if same is None:
+            keep_members(run, images, few[0] if few else None)
         judged = facts_of(evaluation) if evaluation else None
         run.update_card(images=facts_of(images), evaluation=judged, teacher=targets.facts())
     prompts = targets.prompts(recipe.classes, recipe.templates, teacher, watch)  # names are refused before the hours
@@ -132,20 +150,28 @@ def prepare(recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = 
         tell_quality(lesson, recipe, watch, run)
     tell_learned(lesson, recipe.data.keep, watch, run)
     if few is not None:
-        lesson = with_labelled(lesson, few, recipe, teacher, watch)
+        lesson = with_labelled(lesson, *few, recipe, teacher, watch)
     return lesson
 
 
 def read_catalogue(
-    spec: str, recipe: Recipe, watch: Watch, *, known: Container[str] = (), pictures: Pictures | None = None
+    spec: str,
+    recipe: Recipe,
+    watch: Watch,
+    *,
+    known: Container[str] = (),
+    pictures: Pictures | None = None,
+    grey: GreyRange | None = None,
 ) -> Catalogue:
     """Read every image of ``spec`` once: which are readable, which are the same, and the content key of each.
 
     An image that is ``known``, since the teacher has seen it, is not decoded; what is decoded is kept in ``pictures``.
+    ``grey`` is the range of deep greys where other images have settled it.
     """
     data = recipe.data
     labels = {data.labelled: data.labelled_labels, data.evaluation: data.evaluation_labels}.get(spec)
-    images = open_images(spec, labels=Path(labels) if labels else None)
+    table = Path(labels) if labels else None
+    images = open_images(spec, labels=table, label_format=data.label_format, note=watch.note).with_grey(grey)
     watch.start("images", len(images), "img")
     found = catalogue(images, workers=default_workers(), progress=watch.advance, known=known, pictures=pictures)
     if found.unreadable:
@@ -154,29 +180,56 @@ def read_catalogue(
     return found
 
 
+def grey_of(run: Run) -> GreyRange | None:
+    """Return which values of a deep grey were black and white in the images that a run learned from."""
+    return as_grey_range(run.card.get("images", {}).get("grey_range"))
+
+
+def tell_reading(images: Catalogue, watch: Watch) -> None:
+    """Say what was passed over, how deep greys are read, and whether all that is seen is black."""
+    if images.images.left_out:
+        watch.note(f"{images.images.spec}: {images.images.left_out}")
+    if images.deep:
+        watch.note(str(images.deep))
+    if nearly_black(images):
+        watch.note(
+            f"{images.images.spec} is nearly black: 999 of 1,000 values are at most {NEARLY_BLACK} of 255. 12 bits in "
+            "a file of 16 look like this in colour, or where single values are white: scale the images to 8 bits"
+        )
+
+
 def read_evaluation(recipe: Recipe, learned: Catalogue, targets: AnyTargets, watch: Watch) -> Catalogue:
     """Read the labelled images, and say now rather than after training if their labels fit no class.
 
     Nothing of a label goes any further: the teacher will see these images, and the student only when it is measured.
     """
-    evaluation = read_catalogue(recipe.data.evaluation or "", recipe, watch, known=targets)
-    match_labels(evaluation, recipe.classes)
+    found = read_catalogue(recipe.data.evaluation or "", recipe, watch, known=targets, grey=learned.images.grey)
+    tell_reading(found, watch)
+    evaluation, _ = labelled(found, recipe.classes, note=watch.note)
     if shared := len(set(evaluation.keys) & set(learned.keys)):
         watch.note(f"{shared} evaluation images are also among those to learn from: accuracy on them flatters")
     return evaluation
 
 
-def read_labelled(recipe: Recipe, evaluation: Catalogue | None, targets: AnyTargets, watch: Watch) -> Catalogue:
+def read_labelled(
+    recipe: Recipe, learned: Catalogue, evaluation: Catalogue | None, targets: AnyTargets, watch: Watch
+) -> tuple[Catalogue, NDArray[np.int64]]:
     """Read the few images whose labels are learned from, and say now rather than after the teacher what is wrong."""
-    few = read_catalogue(recipe.data.labelled or "", recipe, watch, known=targets)
-    match_labels(few, recipe.classes)
+    found = read_catalogue(recipe.data.labelled or "", recipe, watch, known=targets, grey=learned.images.grey)
+    tell_reading(found, watch)
+    few, labels = labelled(found, recipe.classes, note=watch.note)
     if evaluation is not None and (shared := len(set(evaluation.keys) & set(few.keys))):
         watch.note(f"{shared} evaluation images are also among the labelled ones: accuracy on them flatters")
-    return few
+    return few, labels
 
 
 def with_labelled(
-    lesson: Lesson, few: Catalogue, recipe: Recipe, teacher: Callable[[TeacherPage], Teacher], watch: Watch
+    lesson: Lesson,
+    few: Catalogue,
+    labels: NDArray[np.int64],
+    recipe: Recipe,
+    teacher: Callable[[TeacherPage], Teacher],
+    watch: Watch,
 ) -> Lesson:
     """Return the lesson with a few labelled images, which the teacher sees like the others.
 
@@ -202,7 +255,7 @@ def with_labelled(
         learned=lesson.learned[kept],
         shares=None if lesson.shares is None else lesson.shares[kept],
         held_out=lesson.held_out[without(lesson.catalogue, lesson.held_out, set(few.keys))],
-        labelled=Labelled(own, match_labels(few, recipe.classes), first=len(lesson.catalogue)),
+        labelled=Labelled(own, labels, first=len(lesson.catalogue)),
     )
 
 
@@ -220,6 +273,8 @@ def facts_of(images: Catalogue) -> dict[str, Any]:
         "used": len(images),
         "duplicates": images.duplicates,
         "unreadable": unreadable,
+        "left_out": images.images.left_out,
+        "grey_range": images.images.grey,
     }
 
 

@@ -59,7 +59,7 @@ def relabel_bundle(session: Session, place: Path | None, classes: str) -> dict[s
     from prgkit.prompts import load_classes
     from prgkit.run import standing_where_it_started
 
-    names = load_classes(classes)
+    names = load_classes(classes, note=session.terminal.note)
     bundle, run = settled_bundle(session.folder or place)
     session.folder = bundle  # what follows works on it, and does not export the run again
     if run is None:

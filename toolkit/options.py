@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prgkit.chain import Session
+from prgkit.chain import Session, refuse_twice
 
 if TYPE_CHECKING:
     from prgkit.recipe import Recipe
@@ -44,7 +44,14 @@ def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Ca
         click.argument("recipe", required=False),
         click.option("--images", metavar="SOURCE", help="Unlabelled images: a folder, a .zip or tar shards."),
         click.option("--classes", metavar="FILE", help="One class name a line, or the name of a known list."),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe."),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            callback=each_key_once,
+            help="Change one value of the recipe.",
+        ),
         click.option(
             "--targets",
             "targets_root",
@@ -261,7 +268,9 @@ def choose_recipe(session: Session, given: dict[str, Any]) -> tuple[Recipe, Path
     """Return the recipe that was meant and the folder of its run."""
     from prgkit.recipe import load_recipe
     from prgkit.run import RUNS, find_run, run_name, standing_where_it_started
+    from prgkit.watch import silent
 
+    note = silent if session.asked else session.terminal.note  # said once in a chain
     named = ("recipe", "images", "classes")
     if session.asked and not any(given[key] for key in named):
         given = {**given, **{key: session.asked[key] for key in named}}
@@ -271,14 +280,14 @@ def choose_recipe(session: Session, given: dict[str, Any]) -> tuple[Recipe, Path
     if not (name or images or classes):
         found = find_run(given["folder"] or session.folder)
         run = click.get_current_context().with_resource(standing_where_it_started(found))
-        return load_recipe(str(run.recipe_file), overrides=given["overrides"]), run.folder
+        return load_recipe(str(run.recipe_file), overrides=given["overrides"], note=note), run.folder
     if not name and not (images and classes):
         raise click.UsageError("Name a RECIPE, or give both --images and --classes.", click.get_current_context())
     # JSON is YAML, and keeps a path with a colon or a hash in one piece.
     sources = [
         f"data.{key}={json.dumps(given[key], ensure_ascii=False)}" for key in ("images", "classes") if given[key]
     ]
-    recipe = load_recipe(name or "custom", overrides=[*sources, *given["overrides"]])
+    recipe = load_recipe(name or "custom", overrides=[*sources, *given["overrides"]], note=note)
     return recipe, given["folder"] or session.folder or RUNS / run_name(name or images)
 
 
@@ -354,6 +363,14 @@ def gpu_generations(ctx: click.Context, option: click.Parameter, text: str | Non
     return tuple(f"SM{number}" for number in dict.fromkeys(numbers))
 
 
+def each_key_once(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse two values for one key: the first would be passed over in silence."""
+    for key in {text.partition("=")[0].strip() for text in texts}:
+        values = [text.partition("=")[2].strip() for text in texts if text.partition("=")[0].strip() == key]
+        refuse_twice(f"{option.opts[-1]} {key}", values, ctx)
+    return texts
+
+
 def names(ctx: click.Context, option: click.Parameter, text: str) -> list[str]:
     """Read ``ce,kd,prg``, each once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
@@ -364,6 +381,7 @@ def swept_values(ctx: click.Context, option: click.Parameter, texts: tuple[str, 
     from prgkit.errors import RecipeError
     from prgkit.page import parse
 
+    each_key_once(ctx, option, texts)
     sweeps = []
     for text in texts:
         key, _, values = text.partition("=")

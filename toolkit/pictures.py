@@ -10,7 +10,6 @@ They only save time: a picture that is not here is decoded from its file, to the
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import DiskFullError, RunError
-from prgkit.files import free_bytes, is_disk_full
+from prgkit.files import flush, free_bytes, is_disk_full, mapped
 from prgkit.locks import locked
 from prgkit.run import append_line, numbered_lines
 
@@ -63,7 +62,7 @@ class Pictures:
             return None
         offset, height, width = place
         if self._map is None or len(self._map) < offset + 3 * height * width:
-            self._map = np.asarray(np.memmap(self._file, dtype=np.uint8, mode="r"))
+            self._map = np.asarray(mapped(self._file, np.uint8, (self._file.stat().st_size,)))
         return self._map[offset : offset + 3 * height * width].reshape(height, width, 3)
 
     @contextmanager
@@ -107,8 +106,7 @@ class Pictures:
         with open(self._file, "r+b" if self._file.exists() else "w+b") as file:
             file.seek(self._end)
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         append_line(self.folder / "journal.jsonl", block)
         self._journalled += 1
         self._end += len(content)

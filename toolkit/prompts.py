@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
-from prgkit.errors import RecipeError, nearest
+from prgkit.errors import RecipeError, nearest, some
 from prgkit.files import read_text
+from prgkit.namelist import like_ids, read_names
+from prgkit.watch import silent
 
 LISTS = Path(str(resources.files("prgkit.recipes"))) / "classes"  # one name a line, in label order
 LISTED = (
@@ -97,23 +100,31 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 NAMED_CLASSES = tuple(sorted((*LISTED, "digits", "imagenet1k")))
-LIST_SUFFIXES = (".txt", ".names", ".list", ".csv")
+LIST_SUFFIXES = (".txt", ".names", ".list", ".csv", ".json")
 NAMES_FIX = f"give a text file with one name a line, or one of {', '.join(NAMED_CLASSES)}"
 NAMED_TEMPLATES = tuple(sorted((*TEMPLATES, "digits", "imagenet")))
 
 
-def load_classes(value: str | Sequence[str], *, folder: Path | None = None) -> tuple[str, ...]:
-    """Return class names: a named list, a text file with one name a line (relative to ``folder``), or the names given.
+def load_classes(
+    value: str | Sequence[str], *, folder: Path | None = None, note: Callable[[str], None] = silent
+) -> tuple[str, ...]:
+    """Return class names: a named list, a file of names (relative to ``folder``), or the names given.
+
+    ``note`` is told what a file has besides names, which is left out, and which names look like ids.
 
     Raises:
         RecipeError: there is no such list or file, or its names are empty, repeated or fewer than two.
     """
     if not isinstance(value, str):
         entries = [(f"entry {number}", name) for number, name in enumerate(value, 1)]
-        return checked_classes(entries, where="the class names")
-    if value in NAMED_CLASSES:
+        names = checked_classes(entries, where="the class names")
+    elif value in NAMED_CLASSES:
         return named_classes(value)
-    return listed_classes(find_file(value, folder))
+    else:
+        names = listed_classes(find_file(value, folder), note)
+    if odd := like_ids(names):
+        note(f"class names look like ids: {some(odd)}; the teacher reads them as words")
+    return names
 
 
 def load_templates(value: str | Sequence[str]) -> tuple[str, ...]:
@@ -145,8 +156,12 @@ def fill(templates: Sequence[str], classes: Sequence[str]) -> list[list[str]]:
 
 
 def canonical(name: str) -> str:
-    """Return the form in which two spellings of a class are one: CLIP's tokenizer sees neither case nor spacing."""
-    return " ".join(name.replace("_", " ").split()).casefold()
+    """Return the form in which two spellings of a class are one: CLIP's tokenizer sees neither case nor spacing.
+
+    Accents are composed (NFC); what has no shape, as a mark of direction or a soft hyphen, is left out.
+    """
+    shown = "".join(letter for letter in name.replace("_", " ") if unicodedata.category(letter) != "Cf")
+    return unicodedata.normalize("NFC", " ".join(shown.split()).casefold())
 
 
 def named_classes(name: str) -> tuple[str, ...]:
@@ -165,10 +180,19 @@ def named_classes(name: str) -> tuple[str, ...]:
     return listed_classes(LISTS / f"{name}.txt")
 
 
-def listed_classes(path: Path) -> tuple[str, ...]:
-    """Return the names in a file, one a line; a line that begins with # is a comment."""
-    names = [(f"line {number}", line.strip()) for number, line in enumerate(read_lines(path), 1)]
-    return checked_classes([(at, name) for at, name in names if name and not name.startswith("#")], where=path)
+def listed_classes(path: Path, note: Callable[[str], None] = silent) -> tuple[str, ...]:
+    """Return the names in a file, in any of the forms that other tools write; ``note`` is told what was taken off."""
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        what = f"{path.name} cannot be read: {reason}"
+        raise RecipeError(what, where=path, fix="save it as a UTF-8 text file") from error
+    entries, remarks = read_names(text, path)
+    names = checked_classes(entries, where=path)
+    for remark in remarks:
+        note(remark)
+    return names
 
 
 def named_templates(name: str) -> tuple[str, ...]:
@@ -197,7 +221,7 @@ def checked_classes(names: Iterable[tuple[str, object]], *, where: object) -> tu
         earlier = first_at.setdefault(canonical(name), at)
         if earlier != at:
             repeated.append(f"{name.strip()!r} ({earlier} and {at})")
-        accepted.append(name.strip())
+        accepted.append(unicodedata.normalize("NFC", name.strip()))
     if repeated:
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
         what = f"class names repeat: {', '.join(repeated[:5])}{more}"
@@ -238,13 +262,3 @@ def require_list(path: Path) -> Path:
         what = f"{path.name} is not a class list by its name: its lines would travel in every bundle"
         raise RecipeError(what, where=path, fix=f"give a text file that ends in {', '.join(LIST_SUFFIXES)}")
     return path
-
-
-def read_lines(path: Path) -> list[str]:
-    """Read a UTF-8 text file, with or without a byte order mark."""
-    try:
-        return read_text(path).splitlines()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        what = f"{path.name} cannot be read: {reason}"
-        raise RecipeError(what, where=path, fix="save it as a UTF-8 text file") from error

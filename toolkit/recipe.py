@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +26,7 @@ from prgkit.page import parse, read_page, write_page
 from prgkit.parameters import OBJECTIVES, AnyObjective, Page
 from prgkit.prompts import LEARNED, load_classes, load_templates
 from prgkit.sizes import Size, sides, size_of
+from prgkit.watch import silent
 
 
 def _shape(value: Any) -> str:
@@ -55,6 +56,19 @@ class Keep(Page):
         return self.weighted or self.min_confidence > 0
 
 
+class LabelFormat(Page):
+    """How labels are to be read, where a table or numbers do not say it for certain themselves."""
+
+    image_column: str | None = None  # of a table: its name in the header, or its number, counted from 1
+    label_column: str | None = None
+    first_number: Literal[0, 1] | None = None  # what the first class's number is, where labels are numbers
+
+    @field_validator("image_column", "label_column", mode="before")
+    @classmethod
+    def _number_as_text(cls, column: Any) -> Any:
+        return str(column) if type(column) is int else column
+
+
 class Data(Page):
     """Where the images come from, and what may be in them."""
 
@@ -63,6 +77,7 @@ class Data(Page):
     evaluation_labels: str | None = None  # a CSV of file,label where folders or .cls members do not say it
     labelled: str | None = None  # a few labelled images; only objectives and commands that say so read them
     labelled_labels: str | None = None  # their CSV, as evaluation_labels is
+    label_format: LabelFormat = LabelFormat()
     classes: Words  # a named list, a file with one name a line, or the names
     prompts: Words = "photo"  # a named template set, or templates with one {} each
     held_out: float = Field(0.05, gt=0, lt=0.5)  # share of the unlabelled images that selects the checkpoint
@@ -156,10 +171,17 @@ class Training(Page):
 class Export(Page):
     """What leaves for the device."""
 
-    opset: int = Field(20, ge=19)
+    opset: int = 20  # the oldest ONNX Runtime that runs it: 17 1.12, 18 1.15, 19 1.16, 20 1.17, 21 1.18, 22 1.21
     batch: tuple[int, int, int] = (1, 1, 32)  # [min, opt, max] of a TensorRT profile; opt is the deployed batch
     evaluation_images: int = Field(2000, ge=1)
     fidelity: float = Field(98.0, ge=90, lt=100)  # percent of those on which INT8 must surely give FP32's answer
+
+    @field_validator("opset")
+    @classmethod
+    def _writable(cls, opset: int) -> int:
+        if not 17 <= opset <= 23:
+            raise ValueError("must be 17 to 23; ONNX Runtime 1.12 and newer run 17, 1.15 18, 1.16 19, 1.17 20")
+        return opset
 
     @field_validator("batch")
     @classmethod
@@ -171,7 +193,7 @@ class Export(Page):
 
 # What may change in a run that was started: how it is judged, exported and watched.
 NOT_LEARNED_FROM: dict[str, Any] = {
-    "data": {"evaluation", "evaluation_labels"},
+    "data": {"evaluation", "evaluation_labels", "label_format"},
     "training": {"workers", "checkpoint_minutes", "trackers"},
     "export": True,
 }
@@ -276,11 +298,14 @@ class Recipe(Page):
         """The objective in a word: ``prg``, or ``kd + prg`` for a list."""
         return " + ".join(objective.name for objective in self.objective)
 
-    def resolved(self) -> Recipe:
-        """Return the recipe with every class name and template written out, so that a run needs no other file."""
+    def resolved(self, note: Callable[[str], None] = silent) -> Recipe:
+        """Return the recipe with every class name and template written out, so that a run needs no other file.
+
+        ``note`` is told what was taken off the class names, and which look odd.
+        """
         data = self.data.model_copy(
             update={
-                "classes": load_classes(self.data.classes),
+                "classes": load_classes(self.data.classes, note=note),
                 "prompts": load_templates(self.data.prompts),
             }
         )
@@ -296,11 +321,11 @@ class Recipe(Page):
         What is not set leaves no trace, so that a run outlives new keys.
         """
         page = self.model_dump(mode="json", exclude=NOT_LEARNED_FROM, exclude_none=True)
-        contexts = [Path(teacher.context).expanduser() for teacher in self.teacher if teacher.context]
+        contexts = [Path(os.path.expanduser(teacher.context)) for teacher in self.teacher if teacher.context]
         return fingerprint([page, *(sha256(path) for path in contexts if path.is_file())] if contexts else page)
 
 
-def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, *, overrides: Sequence[str] = (), note: Callable[[str], None] = silent) -> Recipe:
     """Read a shipped recipe by name or a YAML file by path, apply ``key=value`` overrides, and resolve it.
 
     Raises:
@@ -311,7 +336,7 @@ def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(raw, override)
     where = f"{path}, with {', '.join(overrides)}" if overrides else path
-    return validate(raw, where=where).resolved()
+    return validate(raw, where=where).resolved(note)
 
 
 def find_recipe(name: str) -> Path:
@@ -386,7 +411,7 @@ def validate(raw: Mapping[str, Any], *, where: object) -> Recipe:
         fields = {name: field.annotation for name, field in Recipe.model_fields.items()}
         fields["teacher"] = TeacherPage
         sections = {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Page)}
-        sections.update({"": Recipe, "data.keep": Keep})
+        sections.update({"": Recipe, "data.keep": Keep, "data.label_format": LabelFormat})
         listed = {name for name in ONE_OR_MANY if isinstance(raw.get(name), list)}
         mistakes = [explain(mistake, sections, OBJECTIVES, listed=listed) for mistake in error.errors()]
         count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import zipfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 
 from prgkit import __version__
 from prgkit.errors import PrgkitError, RunError
-from prgkit.files import guarding_space, read_json, read_sealed, sha256, write_sealed, write_text
+from prgkit.files import flush, guarding_space, read_json, read_sealed, sha256, write_sealed, write_text
 from prgkit.page import parse
 from prgkit.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
 
@@ -37,12 +38,14 @@ class Run:
         self.quality_file = folder / "quality.json"
         self.answers_file = folder / "answers.json"  # how the teacher's answers were put right
         self.confidence_file = folder / "confidence.npy"  # of the teacher in them, where images are chosen by it
+        self.members_file = folder / "images.npz"  # which images it was made from
         self.metrics_file = folder / "metrics.jsonl"
         self.ticks_file = folder / TICKS
         self.sample_file = self.ticks_file.with_name("sample.json")  # which images are on the sheet, and why those
         self.sheet_file = self.ticks_file.with_name("sheet.html")
         self.bundle = folder / "bundle"
         self.bench = folder / "bench"
+        self.trackers = folder / "trackers"
 
     @property
     def name(self) -> str:
@@ -83,6 +86,32 @@ class Run:
                 leftover.unlink()
 
     @property
+    def begun(self) -> bool:
+        """Whether anything was learned in it."""
+        return any(file.exists() for file in (self.state, self.weights, self.metrics_file))
+
+    @property
+    def used(self) -> bool:
+        """Whether anything was done in it that another recipe's run must not replace."""
+        return self.begun or any(
+            place.exists() for place in (self.ticks_file, self.sample_file, self.bundle, self.bench)
+        )
+
+    def forget(self) -> None:
+        """Remove what a start leaves in a run in which nothing was done; the recipe goes last."""
+        for place in (self.state.parent, self.trackers):
+            shutil.rmtree(place, ignore_errors=True)
+        for file in (
+            self.quality_file,
+            self.answers_file,
+            self.confidence_file,
+            self.members_file,
+            self.card_file,
+            self.recipe_file,
+        ):
+            file.unlink(missing_ok=True)
+
+    @property
     def finished(self) -> bool:
         """Whether the student is trained."""
         return self.card_file.exists() and bool(self.card.get("finished"))
@@ -108,18 +137,23 @@ class Run:
         """Drop the records after ``epochs``: they came after the checkpoint that training goes on from."""
         kept = [record for record in self.metrics() if record["epoch"] <= epochs]
         text = "".join(json.dumps(record) + "\n" for record in kept)
-        if self.metrics_file.exists() and self.metrics_file.read_text() != text:
+        if self.metrics_file.exists() and self.metrics_file.read_text(encoding="utf-8") != text:
             write_text(self.metrics_file, text)
 
 
 def start_run(folder: Path, recipe: Recipe) -> Run:
     """Open ``folder`` as the run of ``recipe``: a new one, or the same one to go on with.
 
+    One of another recipe in which nothing was done becomes a new one. To be called by the holder of the run's lock, but
+    for a run that is this recipe's already.
+
     Raises:
         RunError: the folder holds a run of another recipe, or something else.
     """
     require_own_folder(folder, recipe)
     run = Run(folder)
+    if run.recipe_file.exists() and differences(run, recipe):
+        run.forget()
     base = {
         "schema": "prgkit.run/1",
         "prgkit": __version__,
@@ -146,10 +180,7 @@ def require_own_folder(folder: Path, recipe: Recipe) -> None:
     """
     run = Run(folder)
     if run.recipe_file.exists():
-        changed = changed_keys(run.recipe, recipe)
-        if any(page.context for page in recipe.teacher) and run.card["fingerprint"] != recipe.fingerprint():
-            changed = changed or ["what teacher.context holds"]
-        if changed:
+        if run.used and (changed := differences(run, recipe)):
             raise RunError(
                 f"this run was made from another recipe; it differs in {', '.join(changed)}",
                 where=folder,
@@ -159,6 +190,14 @@ def require_own_folder(folder: Path, recipe: Recipe) -> None:
         raise RunError(
             "the folder is not empty and holds no run", where=folder, fix="give --run a new or an empty folder"
         )
+
+
+def differences(run: Run, recipe: Recipe) -> list[str]:
+    """Return the keys in which a run's recipe is another one than ``recipe``."""
+    changed = changed_keys(run.recipe, recipe)
+    if not changed and any(page.context for page in recipe.teacher) and run.card_file.exists():
+        return [] if run.card["fingerprint"] == recipe.fingerprint() else ["what teacher.context holds"]
+    return changed
 
 
 def find_run(given: Path | None) -> Run:
@@ -252,7 +291,7 @@ def run_name(source: str) -> str:
     spelled = colon and scheme in ("torchvision", "hf", "demo")
     # What follows decides where a run is written, and may be a stranger's recipe: one part of a path, no more.
     words = rest if spelled else os.path.basename(os.path.abspath(os.path.expanduser(source.replace("\0", ""))))
-    stem = re.sub(r"\.(yaml|yml|zip|tar)$", "", words)
+    stem = re.sub(r"\.(yaml|yml|zip|tar(\.\w+)?|tgz)$", "", words)
     name = re.sub(r"[^\w.-]+", "-", stem).encode()[:LONGEST_NAME_BYTES].decode(errors="ignore")
     return name.strip("-.") or "run"
 
@@ -263,8 +302,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     drop_torn_line(path)
     with guarding_space(path, len(line)), open(path, "a", encoding="utf-8") as file:
         file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
 
 
 def drop_torn_line(path: Path) -> None:
@@ -306,7 +344,7 @@ def numbered_lines(path: Path) -> list[tuple[int, dict[str, Any] | None]]:
 
 def is_leftover(path: Path) -> bool:
     """Tell whether a file is what a kill left behind: a half-written one, or a lock."""
-    return path.name == ".lock" or (path.name.startswith(".") and path.name.endswith(".part"))
+    return path.name.startswith(".lock") or (path.name.startswith(".") and path.name.endswith(".part"))
 
 
 class Interrupted(PrgkitError):  # noqa: N818 - nothing went wrong

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import pickle
 from collections.abc import Collection, Iterable
 from functools import cache
@@ -330,7 +331,7 @@ def _require_equal(model: nn.Module, again: nn.Module, heads: tuple[str, ...]) -
 
 def _start_from(model: nn.Module, page: StudentPage) -> None:
     """Load every weight but the head's from a file of the same timm model."""
-    path, heads = Path(page.initial).expanduser(), _heads(page.model)
+    path, heads = Path(os.path.expanduser(page.initial)), _heads(page.model)
     _require_weights(path, page.initial)
     try:
         weights = _read_weights(path, model.state_dict().keys())

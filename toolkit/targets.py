@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,9 @@ from prgkit.context import load_context
 from prgkit.errors import TargetsError
 from prgkit.files import (
     fingerprint,
+    flush,
     guarding_space,
+    mapped,
     read_sealed,
     read_text,
     require_space,
@@ -144,8 +145,7 @@ class Targets:
             with guarding_space(path, features.nbytes), open(path, "r+b" if path.exists() else "w+b") as file:
                 file.seek(self._end * self.width * 2)
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+                flush(file)
             digests.append(_digest(content))
         append_line(self._journal, {"row": self._end, "keys": list(keys), "digests": digests})
         self._journalled += 1
@@ -214,7 +214,7 @@ class Targets:
         if known is None or len(known) <= last_row:
             path = self._view_file(view)
             rows = path.stat().st_size // (2 * self.width)
-            self._maps[view] = np.memmap(path, dtype=np.float16, mode="r", shape=(rows, self.width))
+            self._maps[view] = mapped(path, np.float16, (rows, self.width))
         return self._maps[view]
 
     def _take_in(self, block: dict[str, Any]) -> None:

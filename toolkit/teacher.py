@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import pickle
 import warnings
 from collections.abc import Iterator, Sequence
@@ -318,7 +319,7 @@ def _local_folder(model: str) -> Path | None:
         return Path(demo.__file__).with_name("teacher")
     if not model.startswith("local-dir:"):
         return None
-    folder = Path(model.removeprefix("local-dir:")).expanduser()
+    folder = Path(os.path.expanduser(model.removeprefix("local-dir:")))
     if not (folder / "open_clip_config.json").is_file():
         raise TeacherError(
             "the teacher's folder holds no open_clip_config.json" if folder.is_dir() else "there is no such folder",

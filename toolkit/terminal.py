@@ -48,8 +48,13 @@ class Terminal:
 
     def verbatim(self, text: str) -> None:
         """Print text as it is, to the last space."""
-        if not self.out.quiet:
-            self.out.file.write(text)
+        self.end_stage()
+        self.out.out(text, end="")
+
+    def document(self, text: str) -> None:
+        """Print a document in place of all results; a pipe that is closed early is no error of ours."""
+        self.end_stage()
+        Console(highlight=False).out(text)
 
     def listing(self, rows: Mapping[str, str]) -> None:
         """Print names and what is said of each in two columns, wrapped."""

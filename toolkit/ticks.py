@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from prgkit.delimited import LARGEST_TABLE_BYTES, ways
 from prgkit.errors import ImagesError
-from prgkit.files import read_sealed, write_bytes
+from prgkit.files import read_sealed, read_text, write_bytes
 from prgkit.labels import hint, lookup
 from prgkit.run import Run
 
@@ -62,8 +63,8 @@ def cells(*values: str) -> str:
     """Return values as CSV; one that a spreadsheet would run as a formula starts with an apostrophe."""
     line = io.StringIO()
     guarded = [f"'{value}" if value.startswith(FORMULA) else value for value in values]
-    csv.writer(line, lineterminator="").writerow(guarded)
-    return "" if values == ("",) else line.getvalue()
+    csv.writer(line).writerow(guarded)  # what it is to end a line with is what it quotes in a cell
+    return "" if values == ("",) else line.getvalue().removesuffix("\r\n")
 
 
 def read_ticks(path: Path, classes: Sequence[str]) -> list[Tick]:
@@ -90,12 +91,13 @@ def read_ticks(path: Path, classes: Sequence[str]) -> list[Tick]:
 
 def read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
     """Return line number and cells by column name of every row that is not empty."""
-    text = read_text(path)
-    stated = re.match(r"sep=(.)\r?\n", text)  # Excel's way to state the delimiter
-    delimiter = stated[1] if stated else max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.reader(io.StringIO(text[stated.end() :] if stated else text, newline=""), delimiter=delimiter)
     try:
-        rows = [(reader.line_num + bool(stated), [cell.strip(" ") for cell in row]) for row in reader if any(row)]
+        by_delimiter, at_spaces = ways(read_text(path, most_bytes=LARGEST_TABLE_BYTES))
+        rows = [*by_delimiter, *at_spaces][0]()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        fix = 'save it from the sheet, or from a spreadsheet as "CSV UTF-8"'
+        raise ImagesError(f"the ticks in {path.name} cannot be read: {reason}", where=path, fix=fix) from error
     except csv.Error as error:
         raise ImagesError(f"{path.name} is no CSV: {error}", where=path, fix="prgkit audit writes a new one") from error
     header = [cell.lower() for cell in rows[0][1]] if rows else []
@@ -104,17 +106,6 @@ def read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
         raise ImagesError(f"{path.name} has no column {', '.join(missing)}", where=path, fix=fix)
     blank = dict.fromkeys(COLUMNS, "")
     return [(line, {**blank, **dict(zip(header, map(without_guard, row), strict=False))}) for line, row in rows[1:]]
-
-
-def read_text(path: Path) -> str:
-    """Return the file's text, as UTF-8 or as the UTF-16 that some spreadsheets save."""
-    try:
-        data = path.read_bytes()
-        return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        fix = 'save it from the sheet, or from a spreadsheet as "CSV UTF-8"'
-        raise ImagesError(f"the ticks in {path.name} cannot be read: {reason}", where=path, fix=fix) from error
 
 
 def without_guard(cell: str) -> str:

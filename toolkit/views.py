@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from prgkit.errors import ImagesError
 from prgkit.images import ENOUGH, Catalogue, Preprocessing, UnreadableImage
 from prgkit.recipe import Views
 from prgkit.sizes import Size, sides
+from prgkit.workers import work_ahead
 
 
 @dataclass(frozen=True)
@@ -71,25 +70,31 @@ class Batch(NamedTuple):
     views: torch.Tensor  # [images, views]
 
 
-class Rendered(Dataset[Any]):
-    """The views of catalogued images as one model wants them; an item is (position in the catalogue, its views)."""
+Item = tuple[int, Sequence[int]]  # a position in the catalogue, and which views of its image
+
+
+class Rendered:
+    """The views of catalogued images as one model wants them."""
 
     def __init__(self, catalogue: Catalogue, preprocessing: Preprocessing, page: Views) -> None:
         self.catalogue = catalogue
         self.preprocessing = preprocessing
         self.page = page
 
-    def __getitems__(self, items: Sequence[tuple[int, Sequence[int]]]) -> Batch | UnreadableImage:
-        """Render a batch in one piece; all its images are wanted in as many views."""
-        shape = (*sides(self.preprocessing.image_size), 3)
-        pixels = torch.empty(len(items), len(items[0][1]), *shape, dtype=torch.uint8)
-        try:
-            for into, (position, numbers) in zip(pixels.numpy(), items, strict=True):
-                self.render_into(into, position, numbers)
-        except UnreadableImage as error:  # returned, since a worker's exception arrives as a text with its traceback
-            return error
-        positions, views = zip(*items, strict=True)
-        return Batch(pixels, torch.tensor(positions), torch.tensor([list(numbers) for numbers in views]))
+    def shape(self, items: Sequence[Item]) -> tuple[int, ...]:
+        """Return [images, views, H, W, 3] of some images that are all wanted in as many views."""
+        return len(items), len(items[0][1]), *sides(self.preprocessing.image_size), 3
+
+    def fill(self, items: Sequence[Item], pixels: NDArray[np.uint8]) -> None:
+        """Render ``items`` into ``pixels`` of their shape."""
+        for into, (position, numbers) in zip(pixels, items, strict=True):
+            self.render_into(into, position, numbers)
+
+    def batch(self, items: Sequence[Item]) -> Batch:
+        """Render ``items`` here and now."""
+        pixels = np.empty(self.shape(items), dtype=np.uint8)
+        self.fill(items, pixels)
+        return batch_of(items, torch.from_numpy(pixels))
 
     def render_into(self, into: NDArray[np.uint8], position: int, numbers: Sequence[int]) -> None:
         """Write the views ``numbers`` of one image into [views, S, S, 3]; it is decoded once for all of them."""
@@ -108,27 +113,40 @@ class Rendered(Dataset[Any]):
 
 
 def load_batches(
-    rendered: Rendered, batches: Iterable[Sequence[tuple[int, Sequence[int]]]], *, workers: int | None = None
+    rendered: Rendered,
+    batches: Iterable[Sequence[Item]],
+    *,
+    workers: int | None = None,
+    stop: Sequence[int] = (),
 ) -> Iterator[Batch]:
-    """Decode and render ``batches`` of (position, views) in worker processes, in order and ahead of their use."""
-    count = default_workers() if workers is None else workers
-    loader = DataLoader(
-        rendered,
-        batch_sampler=cast(Any, batches),
-        num_workers=count,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
-        multiprocessing_context="fork" if count and hasattr(os, "fork") else None,
-        collate_fn=_as_it_is,
-    )
-    for batch in loader:
-        if isinstance(batch, UnreadableImage):
-            raise ImagesError(
-                f"{batch.name} could be read before and no longer can: {batch.reason}",
-                where=rendered.catalogue.images.spec,
-                fix="put it back, or start a new run without it",
-            )
-        yield batch
+    """Decode and render ``batches`` in worker processes, in order and ahead of their use.
+
+    Once ``stop`` holds something, a batch that is not ready yet is not waited for, and none comes any more.
+
+    Raises:
+        ImagesError: an image can no longer be read.
+        WorkerError: a worker was killed.
+    """
+    count, on_gpu = default_workers() if workers is None else workers, torch.cuda.is_available()
+    try:
+        if count == 0:
+            yield from map(rendered.batch, batches)
+            return
+        for items, made in work_ahead(rendered.fill, rendered.shape, batches, workers=count, stop=stop):
+            pixels = torch.empty(made.shape, dtype=torch.uint8, pin_memory=on_gpu)
+            yield batch_of(items, pixels.copy_(torch.from_numpy(made)))
+    except UnreadableImage as error:
+        raise ImagesError(
+            f"{error.name} could be read before and no longer can: {error.reason}",
+            where=rendered.catalogue.images.spec,
+            fix="put it back, or start a new run without it",
+        ) from error
+
+
+def batch_of(items: Sequence[Item], pixels: torch.Tensor) -> Batch:
+    """Put pixels together with what they show."""
+    positions, views = zip(*items, strict=True)
+    return Batch(pixels, torch.tensor(positions), torch.tensor([list(numbers) for numbers in views]))
 
 
 def evaluation_views(
@@ -140,18 +158,6 @@ def evaluation_views(
     return load_batches(Rendered(catalogue, preprocessing, Views()), plan, workers=workers)
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch  # a lambda could not be sent to a worker that is spawned
-
-
 def default_workers() -> int:
     """Return how many processes decode: half the cores, since the other half trains where there is no GPU."""
     return max(1, min(8, (os.cpu_count() or 2) // 2))
-
-
-def _start_worker(_worker: int) -> None:
-    torch.set_num_threads(1)
-    # Ctrl-C, and often SIGTERM, reach the whole process group; the training process alone decides what they mean, and
-    # a worker that died of one would take the checkpoint with it. Workers end when they are told or left alone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -18,6 +18,10 @@ class Watch(Protocol):
         """Something worth a line of its own."""
 
 
+def silent(text: str) -> None:
+    """Tell no one."""
+
+
 class Unwatched:
     """Nobody watches."""
 

@@ -1,6 +1,6 @@
-"""Train the demo's teacher: a tiny open_clip model that reads digits it has only ever seen drawn by this package.
+"""Train the demo's teacher: a tiny open_clip model that reads digits it has only ever seen drawn by these files.
 
-    python -m prgkit.demo.train_teacher --out teacher/ --threads 1 --report     (made the shipped weights)
+    python tools/demo_teacher/train_teacher.py --out teacher/ --threads 1 --report     (made the shipped weights)
 
 Both towers learn together, by CLIP's contrastive loss, from pictures rendered by ``glyphs.py`` and captions made of
 words. No real digit takes part, with or without its label: training uses rendered pictures, the best epoch is the one
@@ -24,13 +24,13 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from glyphs import render_set
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prgkit.demo.digits import CLASSES, TEMPLATES, load_digits
-from prgkit.demo.glyphs import render_set
 from prgkit.files import write_json, writing
 
 IMAGE_SIZE = 32

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-
-from prgkit.demo.strokes import write
+from strokes import write
 
 Picture = NDArray[np.uint8]  # [8, 8], 0..16
 
