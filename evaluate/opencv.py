@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from prgkit.export.bundle import Bundle
 from prgkit.export.lossless import read_png
 from prgkit.export.runners import Runner
 from prgkit.images import Preprocessing, margins
+from prgkit.sizes import sides
 
 FLAGS = {"nearest": "INTER_NEAREST", "bilinear": "INTER_LINEAR", "bicubic": "INTER_CUBIC"}
 
@@ -42,17 +42,15 @@ def opencv_notes(bundle: Bundle, runner: Runner) -> list[str]:
 
 
 def prepare(cv2: Any, picture: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Resize and crop a picture [height, width, 3] to [S, S, 3] as `Preprocessing.prepare` does, with cv2.resize."""
-    size, flag = preprocessing.image_size, getattr(cv2, FLAGS[preprocessing.interpolation])
-    height, width = picture.shape[:2]
-    left, top = margins((width, height))
-    picture = picture[top : height - top, left : width - left]
+    """Resize and crop a picture [height, width, 3] to [H, W, 3] as `Preprocessing.prepare` does, with cv2.resize."""
+    flag = getattr(cv2, FLAGS[preprocessing.interpolation])
+    left, top = margins((picture.shape[1], picture.shape[0]))
+    picture = picture[top : picture.shape[0] - top, left : picture.shape[1] - left]
+    height, width = sides(preprocessing.image_size)
     if preprocessing.squash:
-        return np.asarray(cv2.resize(picture, (size, size), interpolation=flag), dtype=np.uint8)
-    height, width = picture.shape[:2]
-    short = math.floor(size / preprocessing.crop)
-    new_width, new_height = (int(short * side / min(width, height)) for side in (width, height))
-    if (new_width, new_height) != (width, height):
-        picture = cv2.resize(picture, (new_width, new_height), interpolation=flag)
-    left, top = (round((side - size) / 2) for side in (new_width, new_height))
-    return np.asarray(picture[top : top + size, left : left + size], dtype=np.uint8)
+        return np.asarray(cv2.resize(picture, (width, height), interpolation=flag), dtype=np.uint8)
+    scaled = preprocessing.scaled(picture.shape[1], picture.shape[0])
+    if scaled != (picture.shape[1], picture.shape[0]):
+        picture = cv2.resize(picture, scaled, interpolation=flag)
+    left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
+    return np.asarray(picture[top : top + height, left : left + width], dtype=np.uint8)

@@ -10,6 +10,7 @@ import numpy as np
 
 from prgkit.evaluate.standings import spelled
 from prgkit.evaluate.wording import counted
+from prgkit.sizes import size_told
 
 CANDIDATES = (
     *("repvit_m0_9", "repvit_m1_0", "repvit_m1_1", "repvit_m1_5", "repvit_m2_3"),
@@ -63,7 +64,7 @@ def headline(found: dict[str, Any]) -> str:
     """Return what was ranked in a sentence."""
     sizes = " and ".join(map(str, sorted(set(found["batches"]))))
     return (
-        f"{counted(len(found['rows']), 'untrained student')} at {found['image_size']} px, "
+        f"{counted(len(found['rows']), 'untrained student')} at {size_told(found['image_size'])} px, "
         f"{counted(len(found['seeds']), 'initialisation')}, {len(found['batches'])} "
         f"batch{'' if len(found['batches']) == 1 else 'es'} of {sizes} images; the most like the teacher first"
     )

@@ -33,6 +33,7 @@ from prgkit.evaluate.standings import spread
 from prgkit.files import write_json
 from prgkit.lesson import Lesson, prepare
 from prgkit.recipe import Recipe, StudentPage
+from prgkit.sizes import sides
 from prgkit.student import Student, build_student, reparameterised, student_preprocessing
 from prgkit.views import evaluation_views
 from prgkit.watch import Watch
@@ -102,9 +103,9 @@ def untrained(page: StudentPage, lesson: Lesson, seed: int) -> Student:
 @torch.no_grad()
 def cost(student: Student) -> dict[str, int]:
     """Return the parameters and the multiplications of one image, both as they are deployed: with branches fused."""
-    model, size = reparameterised(student.model), student.preprocessing.image_size
+    model = reparameterised(student.model)
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, size, size))
+        model(torch.zeros(1, 3, *sides(student.preprocessing.image_size)))
     macs = counter.get_total_flops() // 2  # a multiplication and an addition each
     return {"parameters": sum(parameter.numel() for parameter in model.parameters()), "macs": macs}
 

@@ -20,6 +20,7 @@ from prgkit.evaluate.parts import cell, document, grid, heading, section
 from prgkit.evaluate.report import cell as plain
 from prgkit.evaluate.report import grid as text_grid
 from prgkit.files import write_json, write_text
+from prgkit.sizes import size_told
 
 SCHEMA = "prgkit.comparison/1"
 # Student's t at 97.5 % for 1 to 30 degrees of freedom; beyond, 2.042 is on the safe side.
@@ -140,13 +141,19 @@ def headline(found: dict[str, Any]) -> str:
     """Return what was compared in a sentence: sizes first, since no figure means anything without them."""
     teacher, seeds = found["teacher"], len(found["seeds"])
     said = f"{told(found['images'])} images, {told(found['epochs'])} epoch{'' if found['epochs'] == 1 else 's'}, "
-    said += f"{told(found['image_size'])} px, {seeds} seed{'' if seeds == 1 else 's'}"
+    said += f"{sizes_told(found['image_size'])} px, {seeds} seed{'' if seeds == 1 else 's'}"
     if found["labelled"] and isinstance(teacher, dict):
         said += (
             f"; {told(found['evaluation']['images'])} labelled images; the teacher is right on {teacher['top1']:.1f} %"
         )
         said += f" of them, with uniform prompts on {teacher['top1_uniform']:.1f} %"
     return said
+
+
+def sizes_told(size: Any) -> str:
+    """Return the students' input size, or the several sizes of a comparison: 224, or [height, width], or a list."""
+    several = isinstance(size, list) and (len(size) != 2 or any(isinstance(one, list) for one in size))
+    return ", ".join(map(size_told, size)) if several else size_told(size)
 
 
 def told(value: Any) -> str:

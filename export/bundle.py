@@ -21,6 +21,7 @@ from prgkit.export.readme import readme
 from prgkit.export.runners import Runner
 from prgkit.files import read_sealed, sha256, write_bytes, write_sealed, write_text, writing
 from prgkit.images import Preprocessing
+from prgkit.sizes import sides
 
 SCHEMA = "prgkit.bundle/1"
 NCHW = "onnx-nchw"  # the format of an ONNX file for other runtimes: normalised floats in, never run or measured by us
@@ -298,10 +299,14 @@ def describe_artifact(
 
 def contract(preprocessing: Preprocessing, classes: Sequence[str]) -> dict[str, Any]:
     """Return the manifest's part that says what goes in and what comes out."""
-    size = preprocessing.image_size
     return {
         "classes": list(classes),
         "preprocessing": json.loads(json.dumps(preprocessing.to_dict())),
-        "input": {"name": "pixels", "dtype": "uint8", "layout": "NHWC", "shape": ["batch", size, size, 3]},
+        "input": {
+            "name": "pixels",
+            "dtype": "uint8",
+            "layout": "NHWC",
+            "shape": ["batch", *sides(preprocessing.image_size), 3],
+        },
         "output": {"name": "logits", "dtype": "float32", "shape": ["batch", len(classes)]},
     }

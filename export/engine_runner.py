@@ -51,7 +51,7 @@ class TensorRTRunner:
         self.min_batch: int = card.batch[0]
         self.max_batch: int | None = card.batch[2]
         self._input, self._output = card.input["name"], card.output["name"]
-        self._pixel_shape = tuple(card.input["shape"][1:])  # (S, S, 3)
+        self._pixel_shape = tuple(card.input["shape"][1:])  # (H, W, 3)
         self._classes = int(card.output["shape"][1])
         self._pinned: list[int] = []
         self._device_buffers: list[int] = []

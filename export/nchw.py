@@ -17,6 +17,7 @@ from prgkit.export.graph import normalised_input, rename, save
 from prgkit.export.parity import require_agreement, run_batches
 from prgkit.export.runners import OnnxRunner
 from prgkit.images import Preprocessing
+from prgkit.sizes import sides
 
 FILE = "model.nchw.onnx"
 INPUT = "images"
@@ -73,8 +74,8 @@ def write_nchw(fp32_path: Path, path: Path, preprocessing: Preprocessing) -> Non
         rename(node.input, "pixels", INPUT)  # of which only the batch is read; it comes first in both layouts
     used = {name for node in inside for name in node.input}
     weights = [initializer for initializer in graph.initializer if initializer.name in used]
-    batch, size, _, _ = graph.input[0].type.tensor_type.shape.dim
-    shape = [batch.dim_param, 3, size.dim_value, size.dim_value]
+    batch, height, width, _ = graph.input[0].type.tensor_type.shape.dim
+    shape = [batch.dim_param, 3, height.dim_value, width.dim_value]
     del graph.node[:], graph.initializer[:], graph.input[:]
     graph.node.extend(inside)
     graph.initializer.extend(weights)
@@ -85,12 +86,11 @@ def write_nchw(fp32_path: Path, path: Path, preprocessing: Preprocessing) -> Non
 
 def float_contract(preprocessing: Preprocessing) -> dict[str, Any]:
     """Return what the file takes, as the manifest and its own metadata say it."""
-    size = preprocessing.image_size
     return {
         "name": INPUT,
         "dtype": "float32",
         "layout": "NCHW",
-        "shape": ["batch", 3, size, size],
+        "shape": ["batch", 3, *sides(preprocessing.image_size)],
         "values": "(RGB / 255 - mean) / std",
         "mean": list(preprocessing.mean),
         "std": list(preprocessing.std),

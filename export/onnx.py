@@ -22,6 +22,7 @@ from prgkit.export.graph import normalised_input, rename, save
 from prgkit.export.open_vocabulary import FEATURES, append_scoring, half_scoring, scoring_nodes
 from prgkit.export.parity import FP32_RELATIVE_TOLERANCE
 from prgkit.heads import OpenVocabulary, pooled
+from prgkit.sizes import Size, sides
 from prgkit.student import reparameterised
 
 FP16_MAX = 65504.0  # the largest finite float16
@@ -97,12 +98,12 @@ def export_onnx(
     module: Deployable,
     path: Path,
     *,
-    image_size: int,
+    image_size: Size,
     classes: Sequence[str],
     preprocessing: dict[str, Any],
     opset: int,
 ) -> None:
-    """Write ``module`` as one FP32 ONNX file: input ``pixels`` [batch, S, S, 3] uint8, output ``logits`` float32."""
+    """Write ``module`` as one FP32 ONNX file: input ``pixels`` [batch, H, W, 3] uint8, output ``logits`` float32."""
     if isinstance(network := module.network, OpenVocabulary):
         embedding = copy.deepcopy(module)
         embedding.network = Embedding(network)
@@ -173,9 +174,9 @@ def rehearse_fp16(module: nn.Module, pixels: Tensor) -> Tensor:
     return torch.cat([half_value(rounded(batch), "the logits") for batch in torch.split(pixels, 32)])
 
 
-def trace(module: Deployable, *, image_size: int, opset: int, output: str = "logits") -> onnx.ModelProto:
+def trace(module: Deployable, *, image_size: Size, opset: int, output: str = "logits") -> onnx.ModelProto:
     """Run the dynamo exporter, quietly; two example images keep the batch dimension symbolic."""
-    example = torch.zeros((2, image_size, image_size, 3), dtype=torch.uint8)
+    example = torch.zeros((2, *sides(image_size), 3), dtype=torch.uint8)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

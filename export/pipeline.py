@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ from prgkit.export.tensorrt import check_batch, choose_backend
 from prgkit.files import readable_bytes, require_space
 from prgkit.heads import OpenVocabulary
 from prgkit.images import Preprocessing
+from prgkit.sizes import sides
 
 WRITERS = ("timm", "onnx", "onnxscript", "onnxruntime")  # besides torch: what writes ONNX files, and compares them
 FP16_SCALES_OPSET = 19
@@ -340,5 +342,5 @@ def expected_bytes(student: nn.Module, preprocessing: Preprocessing, held_out: H
     """Estimate the bundle's size from above."""
     weights = 4 * sum(parameter.numel() for parameter in student.parameters())
     copies = (1.0 + 0.5 * options.fp16 + 2.0 * options.int8) * (1.0 + 1.4 * options.trt) + 1.0 * options.float_input
-    pictures = len(held_out.teacher_logits) * preprocessing.image_size**2 * 3
+    pictures = len(held_out.teacher_logits) * math.prod(sides(preprocessing.image_size)) * 3
     return int(weights * copies) + pictures + (16 << 20)

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from prgkit.images import LONGEST
+from prgkit.sizes import Size, sides, size_told
 
 BATCH = (1, 1, 32)  # of the engine that trtexec builds, where the recipe says nothing
 OLDEST_ONNXRUNTIME = {17: "1.12", 18: "1.15", 19: "1.16", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23"}  # by opset
@@ -19,6 +20,7 @@ hold their class vectors: `prgkit export --open-vocabulary --trt`, where the stu
 def readme(manifest: dict[str, Any]) -> str:
     """Return the bundle's README: what it is, how to run it with onnxruntime and TensorRT, and what lies beside it."""
     size, classes = manifest["preprocessing"]["image_size"], len(manifest["classes"])
+    height, width = sides(size)
     teacher = str(manifest["teacher"]["model"])
     if teacher.startswith("local-dir:"):
         teacher = PurePath(teacher).name  # where it lay is nobody's business
@@ -38,10 +40,11 @@ def readme(manifest: dict[str, Any]) -> str:
     others = [TWO_INPUTS if takes_vectors else cpp_sections(size, manifest), *map(float_section, floats)]
     if scoring:
         others.append(vocabulary_section(scoring, takes_vectors=takes_vectors))
-    return f"""# {manifest["student"]["model"]}, {classes} classes, {size} px
+    return f"""# {manifest["student"]["model"]}, {classes} classes, {size_told(size)} px
 
-Made by prgkit from the teacher {teacher}. Input `pixels` [batch, {size}, {size}, 3] uint8 RGB{second}, output `logits`
-[batch, {classes}] float32. Mean and standard deviation are applied inside; class names are in the file, as JSON.
+Made by prgkit from the teacher {teacher}. Input `pixels` [batch, {height}, {width}, 3] uint8 RGB{second}, output
+`logits` [batch, {classes}] float32. Mean and standard deviation are applied inside; class names are in the file, as
+JSON.
 
 | file | precision | runs with | executed where it was made |
 |---|---|---|---|
@@ -69,7 +72,7 @@ and the student's logits. `prgkit bench` in this folder checks the first and mea
 """
 
 
-def cpp_sections(size: int, manifest: dict[str, Any]) -> str:
+def cpp_sections(size: Size, manifest: dict[str, Any]) -> str:
     """Return how the student runs in C++ and as an engine."""
     return f"""## C++, with onnxruntime
 
@@ -77,7 +80,7 @@ def cpp_sections(size: int, manifest: dict[str, Any]) -> str:
 {onnxruntime_lines(size)}
 ```
 
-It reads prepared pixels, {size * size * 3:,} bytes, from standard input. Some to try it with:
+It reads prepared pixels, {math.prod(sides(size)) * 3:,} bytes, from standard input. Some to try it with:
 
 ```console
 $ python -c "import sys; from PIL import Image; sys.stdout.buffer.write(Image.open(sys.argv[1]).tobytes())" \\
@@ -157,16 +160,21 @@ if low >= 0 and not high / 2 < low < high:  # as many bits as hold the largest; 
 
 def resizing(facts: dict[str, Any]) -> str:
     """Return the lines that bring an image to the input's size, as `Preprocessing.prepare` does."""
-    size, filter_ = facts["image_size"], f"Image.Resampling.{facts['interpolation'].upper()}"
+    (height, width), filter_ = sides(facts["image_size"]), f"Image.Resampling.{facts['interpolation'].upper()}"
     if facts.get("squash"):
-        return f"image = image.resize(({size}, {size}), {filter_})"
-    return f"""size = tuple(int({math.floor(size / facts["crop"])} * side / min(image.size)) for side in image.size)
-left, top = (round((side - {size}) / 2) for side in size)
-image = image.resize(size, {filter_}).crop((left, top, left + {size}, top + {size}))"""
+        return f"image = image.resize(({width}, {height}), {filter_})"
+    tall, wide = (math.floor(side / facts["crop"]) for side in (height, width))
+    size = f"tuple(int({tall} * side / min(image.size)) for side in image.size)"
+    if tall != wide:
+        size = f"tuple(round(side / min(image.width / {wide}, image.height / {tall})) for side in image.size)"
+    return f"""size = {size}
+left, top = round((size[0] - {width}) / 2), round((size[1] - {height}) / 2)
+image = image.resize(size, {filter_}).crop((left, top, left + {width}, top + {height}))"""
 
 
-def onnxruntime_lines(size: int) -> str:
+def onnxruntime_lines(size: Size) -> str:
     """Return a program in C++17 that names what is in prepared pixels."""
+    height, width = sides(size)
     return f"""// g++ -std=c++17 name.cpp -I ORT/include -L ORT/lib -lonnxruntime -o name
 #include <algorithm>
 #include <array>
@@ -177,9 +185,9 @@ def onnxruntime_lines(size: int) -> str:
 int main() {{
   Ort::Env env;
   Ort::Session session(env, ORT_TSTR("model.onnx"), Ort::SessionOptions());
-  std::vector<uint8_t> pixels({size} * {size} * 3);  // rows of RGB
+  std::vector<uint8_t> pixels({height} * {width} * 3);  // rows of RGB
   if (std::fread(pixels.data(), 1, pixels.size(), stdin) != pixels.size()) return 1;
-  const std::array<int64_t, 4> shape{{1, {size}, {size}, 3}};
+  const std::array<int64_t, 4> shape{{1, {height}, {width}, 3}};
   auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   auto input = Ort::Value::CreateTensor<uint8_t>(memory, pixels.data(), pixels.size(), shape.data(), shape.size());
   const char* input_name = "pixels";
@@ -195,17 +203,18 @@ int main() {{
 
 def trtexec_line(manifest: dict[str, Any]) -> str:
     """Return the command that builds an FP32 engine with TensorRT's own tool, for the recipe's batch sizes."""
-    size = manifest["preprocessing"]["image_size"]
+    height, width = sides(manifest["preprocessing"]["image_size"])
     batch = manifest["recipe"].get("export", {}).get("batch", BATCH)
     shapes = " ".join(
-        f"--{bound}Shapes=pixels:{count}x{size}x{size}x3"
+        f"--{bound}Shapes=pixels:{count}x{height}x{width}x3"
         for bound, count in zip(("min", "opt", "max"), batch, strict=True)
     )
     return f"$ trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped --noTF32 {shapes}"
 
 
-def tensorrt_lines(size: int, classes: int) -> str:
+def tensorrt_lines(size: Size, classes: int) -> str:
     """Return a program in C++17 for TensorRT 10 and 11 that names what is in prepared pixels."""
+    height, width = sides(size)
     return f"""// g++ -std=c++17 name.cpp -I CUDA/include -L CUDA/lib64 -lnvinfer -lcudart -o name
 #include <algorithm>
 #include <cstdint>
@@ -229,7 +238,7 @@ int main() {{
   std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime->deserializeCudaEngine(bytes.data(), bytes.size()));
   if (!engine) return 1;  // it was built for another GPU or another TensorRT
   std::unique_ptr<nvinfer1::IExecutionContext> context(engine->createExecutionContext());
-  std::vector<uint8_t> pixels({size} * {size} * 3);  // rows of RGB
+  std::vector<uint8_t> pixels({height} * {width} * 3);  // rows of RGB
   std::vector<float> logits({classes});
   if (std::fread(pixels.data(), 1, pixels.size(), stdin) != pixels.size()) return 1;
   void *input, *output;
@@ -237,7 +246,7 @@ int main() {{
   cudaStreamCreate(&stream);
   cudaMalloc(&input, pixels.size());
   cudaMalloc(&output, logits.size() * sizeof(float));
-  context->setInputShape("pixels", nvinfer1::Dims4(1, {size}, {size}, 3));
+  context->setInputShape("pixels", nvinfer1::Dims4(1, {height}, {width}, 3));
   context->setTensorAddress("pixels", input);
   context->setTensorAddress("logits", output);
   cudaMemcpyAsync(input, pixels.data(), pixels.size(), cudaMemcpyHostToDevice, stream);

@@ -15,6 +15,7 @@ from prgkit.errors import BackendError, ExportError, one_line
 from prgkit.export.contents import MATRIX, VECTORS
 from prgkit.export.engine_runner import TensorRTRunner
 from prgkit.export.lossless import read_array
+from prgkit.sizes import Size, sides
 
 EXPORT_AGAIN = "export it again: prgkit export"
 GPU_BUILD = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
@@ -84,7 +85,7 @@ class TorchRunner:
         self._module = None
 
 
-def compiled(module: Any, image_size: int) -> Any:
+def compiled(module: Any, image_size: Size) -> Any:
     """Compile a module of uint8 pixels [batch, S, S, 3] with inductor, for one picture and for any other number.
 
     It is done anew each time: a cache of an earlier compilation would make the load time a matter of luck.
@@ -95,7 +96,7 @@ def compiled(module: Any, image_size: int) -> Any:
     fast = torch.compile(module.eval())
     with torch.inference_mode():
         for batch in (1, 2):  # the second size makes the batch a variable; then no run waits for a compiler
-            fast(torch.zeros((batch, image_size, image_size, 3), dtype=torch.uint8))
+            fast(torch.zeros((batch, *sides(image_size), 3), dtype=torch.uint8))
     return fast
 
 

@@ -483,6 +483,29 @@ def test_distill_names_the_run_and_says_what_it_learned(prgkit: Call, standing: 
     assert "of the held-out images (epoch 1 of 1; 24 images; " in said.out
 
 
+def test_a_student_that_is_not_square_goes_all_the_way(prgkit: Call, standing: Path) -> None:
+    said = prgkit("distill tiny.yaml --run runs/tall --set student.image_size=[48,32] --json")
+    assert said.code == 0, said.err
+    said = prgkit("export --run runs/tall --float-input bench --run runs/tall --seconds 0.1 --json")
+    assert said.code == 0, said.err
+    manifest = said.json["export"]
+    assert manifest["input"]["shape"] == ["batch", 48, 32, 3]
+    assert (manifest["preprocessing"]["image_size"], manifest["student"]["image_size"]) == ([48, 32], [48, 32])
+    assert {row["status"] for row in said.json["bench"]["rows"] if row["artifact"] != "onnx-fp16"} == {"measured"}
+    bundle = standing / "runs/tall/bundle"
+    read = (bundle / "README.md").read_text()
+    assert "3 classes, 48x32 px" in read
+    assert "optShapes=pixels:1x48x32x3" in read
+    assert "{1, 48, 32, 3}" in read
+    assert "shape [batch, 3, 48, 32]" in read or "[batch, 3, 48, 32] float32" in read
+    picture = sorted((standing / "photos").iterdir())[0]
+    answer = prgkit(f"predict {picture} --run runs/tall --json").json
+    code = read.split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code, str(picture)], cwd=bundle, capture_output=True, text=True)
+    assert done.stdout.strip() in json.dumps(answer)
+    assert done.stdout.strip()
+
+
 def test_a_finished_run_goes_on_with_the_chain(prgkit: Call, standing: Path) -> None:
     said = prgkit("distill tiny.yaml --run runs/tiny export predict photos/00.png --json")
     assert said.code == 0

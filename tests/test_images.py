@@ -903,7 +903,9 @@ def test_load_image(tmp_path: Path) -> None:
 # --- preprocessing ---
 
 
-def preprocessing(image_size: int = 24, crop: float = 1.0, interpolation: str = "bicubic") -> Preprocessing:
+def preprocessing(
+    image_size: int | tuple[int, int] = 24, crop: float = 1.0, interpolation: str = "bicubic"
+) -> Preprocessing:
     return Preprocessing(image_size, crop, interpolation, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
@@ -953,6 +955,49 @@ def test_prepare_equals_open_clip() -> None:
     for size in ((31, 57), (57, 31), (24, 24), (301, 200)):
         reference = (expected(noise(1, size)) * 255).round().byte().permute(1, 2, 0).numpy()
         assert (preprocessing().prepare(noise(1, size)) == reference).all()
+
+
+TALL = [(48, 24), (24, 48), (128, 64), (40, 39), (25, 60)]
+SHAPES = [(31, 57), (57, 31), (24, 48), (48, 24), (47, 24), (7, 200), (301, 200), (64, 128), (1, 1), (90, 33)]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("crop", [1.0, 0.875, 0.95])
+@pytest.mark.parametrize("image_size", TALL)
+def test_what_is_not_square_is_prepared_as_timm_does(
+    interpolation: str, image_size: tuple[int, int], crop: float
+) -> None:
+    create_transform = pytest.importorskip("timm.data").create_transform
+    expected = create_transform(
+        (3, *image_size), interpolation=interpolation, crop_pct=crop, mean=(0,) * 3, std=(1,) * 3
+    )
+    for shape in SHAPES:
+        reference = (expected(noise(1, shape)) * 255).round().byte().permute(1, 2, 0).numpy()
+        prepared = preprocessing(image_size, crop, interpolation).prepare(noise(1, shape))
+        assert prepared.shape == (*image_size, 3)
+        assert (prepared == reference).all(), shape
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+@pytest.mark.parametrize("image_size", TALL)
+def test_what_is_not_square_is_prepared_as_open_clip_does(mode: str, image_size: tuple[int, int]) -> None:
+    open_clip_transform = pytest.importorskip("open_clip.transform")
+    expected = open_clip_transform.image_transform(
+        image_size, is_train=False, mean=(0,) * 3, std=(1,) * 3, resize_mode=mode
+    )
+    made = Preprocessing(image_size, 1.0, "bicubic", (0.5,) * 3, (0.25,) * 3, mode == "squash")
+    for shape in SHAPES:
+        reference = (expected(noise(1, shape)) * 255).round().byte().permute(1, 2, 0).numpy()
+        assert (made.prepare(noise(1, shape)) == reference).all(), shape
+
+
+def test_a_size_that_is_not_square_travels_as_json() -> None:
+    made = preprocessing((128, 64))
+    assert json.loads(json.dumps(made.to_dict()))["image_size"] == [128, 64]
+    assert Preprocessing.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert Preprocessing.from_dict({**made.to_dict(), "image_size": [64, 64]}) == preprocessing(64)
+    with pytest.raises(ImagesError, match="cannot prepare images with image_size"):
+        preprocessing((128, 0))
 
 
 def test_preprocessing_travels_as_json() -> None:

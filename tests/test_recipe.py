@@ -107,6 +107,26 @@ def test_lists_and_single_words_are_read_alike(tmp_path: Path) -> None:
     assert from_file.resolved().templates == ("a {}",)
 
 
+def test_a_size_is_a_number_or_height_and_width(mine: str) -> None:
+    square = load_recipe(mine, overrides=["student.image_size=64"])
+    same = load_recipe(mine, overrides=["student.image_size=[64, 64]"])
+    assert (same.student.image_size, same.fingerprint()) == (64, square.fingerprint())
+    assert square.views.aspect is None
+    tall = load_recipe(mine, overrides=["student.image_size=[128, 64]"])
+    assert tall.student.image_size == (128, 64)
+    assert tall.views.aspect == 0.5  # crops are drawn in the student's shape
+    assert tall.model_dump(mode="json")["student"]["image_size"] == [128, 64]
+    assert load_recipe(mine, overrides=["student.image_size=[128, 64]", "views.aspect=1"]).views.aspect == 1
+    for wrong, told in (
+        ("[128]", "student.image_size[1]: missing"),
+        ("[128, 8]", "student.image_size[1]: must be greater than or equal to 16, not 8"),
+        ("8", "student.image_size: must be greater than or equal to 16, not 8"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(mine, overrides=[f"student.image_size={wrong}"])
+        assert told in caught.value.what
+
+
 # How mistakes are told.
 
 
@@ -383,6 +403,7 @@ def test_everything_else_changes_it(mine: str) -> None:
         "teacher.precision": "bf16",
         "teacher.weights": "b",
         "views.crop_scale": [0.3, 1.0],
+        "views.aspect": 0.5,
         "data.keep.min_confidence": 0.5,
         "targets.debias": 0.5,
         "targets.entropy": 0.3,

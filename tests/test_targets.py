@@ -122,7 +122,7 @@ def test_a_teacher_of_random_weights_is_doubted_aloud(photos: Path, tmp_path: Pa
     untrained = open_clip.create_model(f"local-dir:{folder}", load_weights=False).state_dict()
     save_file({name: tensor.contiguous() for name, tensor in untrained.items()}, folder / "open_clip_model.safetensors")
     prepare(recipe_for(photos, teacher={"model": f"local-dir:{folder}"}), tmp_path / "targets", Told())
-    assert any(line.startswith("the teacher's answers look like chance: nearly even odds") for line in said)
+    assert any(line.startswith("the teacher's answers look like chance: ") for line in said)
     said.clear()
     prepare(recipe_for(photos), tmp_path / "targets", Told())
     assert not any("chance" in line for line in said)

@@ -282,6 +282,28 @@ def test_preprocessing_is_open_clips_own(teacher: Teacher, theirs: tuple[Any, An
     assert np.abs(prepared - expected).mean() < 0.05
 
 
+@pytest.mark.parametrize("family", PAGES)
+@pytest.mark.parametrize("stated", ["bicubic", "bilinear", "random"])
+def test_a_teacher_that_is_not_square_sees_what_open_clip_shows_it(tmp_path: Path, family: str, stated: str) -> None:
+    page: Any = json.loads(json.dumps(PAGES[family]))
+    page["model_cfg"]["vision_cfg"]["image_size"] = [48, 24]
+    page["preprocess_cfg"] |= {"interpolation": stated, "mean": 0.5}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(page))
+    model = open_clip.create_model(f"local-dir:{tmp_path}", load_weights=False)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    teacher = load_teacher(local(tmp_path), CPU)
+    theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    assert teacher.shape == (48, 24, 3)
+    for size in ((61, 37), (37, 61), (200, 33), (24, 48), (300, 301)):
+        image = Image.fromarray(pictures(1, size=200, seed=5)[0]).resize(size)
+        with torch.no_grad():
+            expected = theirs.eval().encode_image(transform(image)[None], normalize=True)
+        seen = teacher.embed_images(torch.from_numpy(teacher.preprocessing.prepare(image))[None])
+        torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_families_prepare_differently(folders: dict[str, Path]) -> None:
     assert not load_teacher(local(folders["clip"]), CPU).preprocessing.squash
     assert load_teacher(local(folders["siglip"]), CPU).preprocessing.squash

@@ -54,6 +54,26 @@ def test_a_view_is_a_function_of_seed_image_and_number() -> None:
     assert len({view.left, *(other.left for other in others)}) == 4
 
 
+def test_crops_have_the_students_shape_on_average() -> None:
+    def shapes(aspect: float | None) -> np.ndarray:
+        page = Views(crop_scale=(0.1, 0.2), aspect=aspect)  # small ones: none is cut at the image's edge
+        drawn = [seeded_view(key, 1, 3000, 3000, page) for key in keys(200)]
+        return np.array([(view.right - view.left) / (view.bottom - view.top) for view in drawn])
+
+    np.testing.assert_allclose(shapes(0.5), 0.5 * shapes(None))
+    assert (shapes(0.5) > 0.5 * 0.749).all()
+    assert (shapes(0.5) < 0.5 * 1.334).all()
+    assert "aspect" not in Views().model_dump(exclude_none=True)  # a store of square crops keeps its name
+
+
+def test_a_view_that_is_not_square_is_a_part_of_the_picture() -> None:
+    picture = np.asarray(photo(300, 400))
+    whole = render(picture, View(0, 0, 1, 1, False), (40, 30), "bicubic")
+    assert whole.shape == (40, 30, 3)
+    reference = np.asarray(Image.fromarray(picture).resize((30, 40), Image.Resampling.BICUBIC))
+    assert np.abs(whole.astype(int) - reference).max() <= 1
+
+
 def test_a_view_never_changes() -> None:
     """Stored targets are worth nothing if a later version draws other crops."""
     view = seeded_view("00" * 16, 1, 640, 480, Views())

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from prgkit.run import Interrupted
+from prgkit.sizes import sides
 from prgkit.student import Student
 
 PROBE_STEPS = 3
@@ -72,8 +73,8 @@ def probe_precision(student: Student, device: torch.device, batch_size: int) -> 
     On a CPU, bf16 can halve a step or double it, depending on the model and the image size, so it is measured. The
     outcome is written down before it is used, and a resumed run reads it instead of measuring again.
     """
-    size = student.preprocessing.image_size
-    pixels = torch.randint(0, 256, (min(batch_size, 32), size, size, 3), dtype=torch.uint8, device=device)
+    shape = (min(batch_size, 32), *sides(student.preprocessing.image_size), 3)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     trial = copy.deepcopy(student).to(device).train()
     times: dict[str, list[float]] = {"fp32": [], "bf16": []}
     for step in range(PROBE_STEPS + 1):

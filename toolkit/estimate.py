@@ -20,6 +20,7 @@ from prgkit.labels import class_indices
 from prgkit.pictures import PICTURES, room_bytes
 from prgkit.recipe import Recipe, TeacherPage
 from prgkit.run import require_own_folder
+from prgkit.sizes import size_told
 from prgkit.student import build_student
 from prgkit.targets import Targets, existing_store
 from prgkit.teacher import Teacher, load_teacher
@@ -161,9 +162,8 @@ def sample_of(images: Images) -> list[int]:
 
 def views_per_s(teacher: Teacher) -> float:
     """Return how many views a second the teacher embeds, measured for PROBE_SECONDS after one batch of warming up."""
-    size = teacher.preprocessing.image_size
     count = CPU_PROBE_BATCH if teacher.device.type == "cpu" else teacher.batch_size
-    batch = torch.zeros(count, size, size, 3, dtype=torch.uint8)
+    batch = torch.zeros(count, *teacher.shape, dtype=torch.uint8)
     teacher.embed_images(batch)
     started, done, seconds = time.perf_counter(), 0, 0.0
     while done == 0 or seconds < PROBE_SECONDS:
@@ -189,8 +189,8 @@ def told(recipe: Recipe, figures: dict[str, Any], device: torch.device, free: in
         "classes": f"{len(recipe.classes)}, {templates}",
         "teacher": f"{recipe.teacher_name}, {figures['views']} views an image, "
         f"about {duration(figures['teacher_s'])}{each_teacher(figures['teachers'])}",
-        "student": f"{recipe.student.model} at {recipe.student.image_size} px, {recipe.training.epochs} epochs, "
-        f"{most} {duration(figures['student_s'])} on {device}",
+        "student": f"{recipe.student.model} at {size_told(recipe.student.image_size)} px, "
+        f"{recipe.training.epochs} epochs, {most} {duration(figures['student_s'])} on {device}",
         "disk": f"{readable_bytes(figures['targets_bytes'])} of targets, "
         f"up to {readable_bytes(figures['pictures_bytes'])} of decoded pictures, "
         f"{readable_bytes(figures['run_bytes'])} for the run; {readable_bytes(free)} are free",

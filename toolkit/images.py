@@ -38,6 +38,7 @@ from prgkit.decoding import (
 from prgkit.errors import ImagesError, some
 from prgkit.labels import Label, class_indices
 from prgkit.pictures import Adder, Pictures
+from prgkit.sizes import Size, sides, size_of
 from prgkit.sources import Source, open_path, read_span, require
 from prgkit.table import LabelTable, read_label_table
 from prgkit.watch import silent
@@ -447,43 +448,52 @@ def load_image(image: str | os.PathLike[str] | bytes, *, grey: GreyRange | None 
 class Preprocessing:
     """How a picture becomes a model's input; mean and std are applied inside the models."""
 
-    image_size: int
+    image_size: Size
     crop: float  # share of the resized shorter side that the centre crop keeps (timm's crop_pct)
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    squash: bool = False  # resize both sides to S whatever the shape, as SigLIP does; crop then plays no part
+    squash: bool = False  # resize both sides to theirs whatever the shape, as SigLIP does; crop then plays no part
     grey_range: GreyRange | None = None  # of deep greys, black and white; None: each by its own values
 
     def __post_init__(self) -> None:
-        if self.image_size < 1 or not 0 < self.crop <= 1 or self.interpolation not in INTERPOLATIONS:
+        if min(sides(self.image_size)) < 1 or not 0 < self.crop <= 1 or self.interpolation not in INTERPOLATIONS:
             raise ImagesError(
                 f"cannot prepare images with image_size {self.image_size}, crop {self.crop}, {self.interpolation!r}",
                 fix=f"image_size from 1, crop in (0, 1], interpolation one of {', '.join(INTERPOLATIONS)}",
             )
 
     def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Resize the shorter side, crop the centre: [S, S, 3], pixel for pixel what torchvision and timm do.
+        """Resize until it covers the crop, crop the centre: [H, W, 3], pixel for pixel as torchvision and timm do.
 
         Of a picture that is more than `LONGEST` times as long as it is short, the middle is resized.
         """
         rgb = trimmed(image if image.mode == "RGB" else to_rgb(image, self.grey_range))
+        height, width = sides(self.image_size)
         if self.squash:
-            return np.array(rgb.resize((self.image_size, self.image_size), INTERPOLATIONS[self.interpolation]))
-        shorter, longer = sorted(rgb.size)
-        scaled = math.floor(self.image_size / self.crop)  # timm floors, so 224 / 0.95 is 235
-        other = int(scaled * longer / shorter)
-        size = (scaled, other) if rgb.width <= rgb.height else (other, scaled)
+            return np.array(rgb.resize((width, height), INTERPOLATIONS[self.interpolation]))
+        size = self.scaled(*rgb.size)
         if size != rgb.size:
             rgb = rgb.resize(size, INTERPOLATIONS[self.interpolation])
-        left, top = (round((side - self.image_size) / 2) for side in rgb.size)
-        box = (left, top, left + self.image_size, top + self.image_size)
+        left, top = round((rgb.width - width) / 2), round((rgb.height - height) / 2)
+        box = (left, top, left + width, top + height)
         return np.array(rgb.crop(box))  # a copy: torch wants memory it may write to
+
+    def scaled(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (width, height) to which a picture of these is resized before it is cropped."""
+        tall, wide = (math.floor(side / self.crop) for side in sides(self.image_size))  # so 224 / 0.95 is 235
+        if tall == wide:
+            short = min(width, height)
+            return int(tall * width / short), int(tall * height / short)
+        ratio = min(height / tall, width / wide)  # timm and open_clip round here, and floor there
+        return round(width / ratio), round(height / ratio)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
+        size = self.image_size if isinstance(self.image_size, int) else list(self.image_size)
         grey = list(self.grey_range) if self.grey_range else None
-        return asdict(self) | {"mean": list(self.mean), "std": list(self.std), "grey_range": grey}
+        own = {"image_size": size, "mean": list(self.mean), "std": list(self.std), "grey_range": grey}
+        return asdict(self) | own
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Preprocessing:
@@ -496,7 +506,7 @@ class Preprocessing:
             mean, std = (tuple(float(value) for value in values[key]) for key in ("mean", "std"))
             (red, green, blue), (red_std, green_std, blue_std) = mean, std
             return Preprocessing(
-                image_size=int(values["image_size"]),
+                image_size=size_of(values["image_size"]),
                 crop=float(values["crop"]),
                 interpolation=str(values["interpolation"]),
                 mean=(red, green, blue),

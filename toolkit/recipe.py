@@ -25,6 +25,7 @@ from prgkit.mistakes import ONE_OR_MANY, explain
 from prgkit.page import parse, read_page, write_page
 from prgkit.parameters import OBJECTIVES, AnyObjective, Page
 from prgkit.prompts import LEARNED, load_classes, load_templates
+from prgkit.sizes import Size, sides, size_of
 from prgkit.watch import silent
 
 
@@ -34,6 +35,13 @@ def _shape(value: Any) -> str:
 
 # Told apart by their shape, so that a mistake in a list is not also told as a list that is no word.
 Words = Annotated[Annotated[str, Tag("one word")] | Annotated[tuple[str, ...], Tag("a list")], Discriminator(_shape)]
+
+
+# The same of an image's size: one side of a square, or [height, width].
+Side = Annotated[int, Field(ge=16)]
+InputSize = Annotated[
+    Annotated[Side, Tag("one word")] | Annotated[tuple[Side, Side], Tag("a list")], Discriminator(_shape)
+]
 
 
 class Keep(Page):
@@ -102,6 +110,8 @@ class Views(Page):
     crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
     flip: bool = True
     seed: int = 0
+    # Width / height that crops have on average; None: the student's, whose input is then filled without squashing.
+    aspect: float | None = Field(None, gt=0)
 
     @field_validator("crop_scale")
     @classmethod
@@ -127,10 +137,15 @@ class StudentPage(Page):
     """Any timm model: a name of timm's, ``hf-hub:owner/name``, or ``local-dir:path`` of a folder in the hub's form."""
 
     model: str
-    image_size: int = Field(224, ge=16)
+    image_size: InputSize = 224  # pixels: one side of a square, or [height, width]
     initial: str = "random"  # random, pretrained, or a weights file of the same timm model
     # The share that the centre crop keeps; None: 1, or timm's own where the start is pretrained.
     crop: float | None = Field(None, gt=0, le=1)
+
+    @field_validator("image_size")
+    @classmethod
+    def _square_is_a_number(cls, size: Size) -> Size:
+        return size_of(size)
 
 
 class Training(Page):
@@ -294,7 +309,11 @@ class Recipe(Page):
                 "prompts": load_templates(self.data.prompts),
             }
         )
-        return self.model_copy(update={"data": data})
+        height, width = sides(self.student.image_size)
+        if height == width or self.views.aspect is not None:
+            return self.model_copy(update={"data": data})
+        views = self.views.model_copy(update={"aspect": round(width / height, 6)})
+        return self.model_copy(update={"data": data, "views": views})
 
     def fingerprint(self) -> str:
         """Return what decides the trained weights: everything but NOT_LEARNED_FROM, and what learned contexts hold.

@@ -26,6 +26,7 @@ from prgkit.images import Preprocessing
 from prgkit.objectives.sides import StudentSide
 from prgkit.recipe import StudentPage
 from prgkit.run import Run
+from prgkit.sizes import Size, sides, size_told
 from prgkit.tensors import load_facts, load_tensors
 
 if TYPE_CHECKING:
@@ -101,8 +102,7 @@ class Student(Normalised):
         Raises:
             StudentError: timm does not know the model's stages.
         """
-        size = self.preprocessing.image_size
-        image = torch.zeros(1, 3, size, size, device=self.mean.device)
+        image = torch.zeros(1, 3, *sides(self.preprocessing.image_size), device=self.mean.device)
         try:
             maps: list[Tensor] = copy.deepcopy(self.model).eval().forward_intermediates(image)[1]  # type: ignore[operator]
         except (AttributeError, TypeError) as error:
@@ -160,7 +160,7 @@ def build_student(page: StudentPage, *, classes: int, teacher_width: int) -> Stu
         student = Student(model, preprocessing, teacher_width)
     except (AttributeError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise StudentError(
-            f"{page.model} cannot be a student at {page.image_size} px: {error}",
+            f"{page.model} cannot be a student at {size_told(page.image_size)} px: {error}",
             where="student",
             fix="choose another image_size, or a model of the RepViT or EfficientNet family",
         ) from error
@@ -388,10 +388,11 @@ def _read_weights(path: Path, wanted: Collection[str]) -> dict[str, Tensor]:
     return inner if len(inner.keys() & wanted) > len(state.keys() & wanted) else state
 
 
-def _feature_width(model: nn.Module, image_size: int) -> int:
+def _feature_width(model: nn.Module, image_size: Size) -> int:
     """Return D_s by running one image, which also shows that the model takes this size and ends in one head."""
     model.eval()
-    image = torch.linspace(-1, 1, 3 * image_size**2).view(1, 3, image_size, image_size)
+    height, width = sides(image_size)
+    image = torch.linspace(-1, 1, 3 * height * width).view(1, 3, height, width)
     with torch.inference_mode():
         pooled = model.forward_head(model.forward_features(image), pre_logits=True)  # type: ignore[operator]
         if not isinstance(pooled, Tensor) or pooled.dim() != 2:

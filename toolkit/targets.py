@@ -288,7 +288,7 @@ def origin_of(page: TeacherPage, views: Views) -> dict[str, Any]:
     return {
         "schema": "prgkit.targets/2",
         "teacher": teacher_identity(page),
-        "views": views.model_dump(mode="json", exclude={"count"}),
+        "views": views.model_dump(mode="json", exclude={"count"}, exclude_none=True),
     }
 
 

@@ -22,6 +22,7 @@ from prgkit.errors import TeacherError, nearest, one_line
 from prgkit.files import sha256
 from prgkit.images import Preprocessing
 from prgkit.recipe import TeacherPage
+from prgkit.sizes import sides, size_of
 
 TEXTS_AT_ONCE = 128  # whose activations are kept for a gradient
 # The names under which open_clip looks for a folder's weights, the first it finds before the others.
@@ -207,8 +208,8 @@ class Teacher:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Return the pixels of one image as it is shown to the teacher: (S, S, 3)."""
-        return (self.preprocessing.image_size, self.preprocessing.image_size, 3)
+        """Return the pixels of one image as it is shown to the teacher: (H, W, 3)."""
+        return (*sides(self.preprocessing.image_size), 3)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast_to_bf16)
@@ -297,17 +298,19 @@ def imagenet_templates() -> tuple[str, ...]:
 
 def _preprocessing(config: dict[str, Any]) -> Preprocessing:
     """Translate open_clip's preprocessing: ``shortest`` crops the middle, ``squash`` keeps it all out of shape."""
-    size = config["size"]
+    size, squash = size_of(config["size"]), config["resize_mode"] == "squash"
     if config["resize_mode"] == "longest":
         raise TeacherError("the teacher letterboxes its images (resize_mode longest), which is not supported")
-    return Preprocessing(
-        image_size=size if isinstance(size, int) else size[0],
-        crop=1.0,
-        interpolation=config["interpolation"] if config["interpolation"] != "random" else "bicubic",
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        squash=config["resize_mode"] == "squash",
-    )
+    # What is random in training is bicubic afterwards; so is, whatever is said, open_clip's way to what is not square.
+    bicubic = config["interpolation"] == "random" or not (squash or isinstance(size, int))
+    mean, std = (_of_channels(config[key]) for key in ("mean", "std"))
+    return Preprocessing(size, 1.0, "bicubic" if bicubic else config["interpolation"], mean, std, squash)
+
+
+def _of_channels(value: Any) -> tuple[float, float, float]:
+    """Return three numbers, one a channel; a configuration may give one for all."""
+    red, green, blue = value if isinstance(value, list | tuple) else (value, value, value)
+    return float(red), float(green), float(blue)
 
 
 def _local_folder(model: str) -> Path | None:

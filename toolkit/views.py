@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from prgkit.errors import ImagesError
 from prgkit.images import ENOUGH, Catalogue, Preprocessing, UnreadableImage
 from prgkit.recipe import Views
+from prgkit.sizes import Size, sides
 from prgkit.workers import work_ahead
 
 
@@ -35,21 +36,21 @@ def seeded_view(key: str, number: int, width: int, height: int, page: Views) -> 
     """Return view ``number`` >= 1 of the image with content ``key``: a function of (seed, image, view) alone.
 
     A random resized crop (Szegedy et al., 2015) in closed form: the area's share is uniform in ``crop_scale``, the
-    aspect ratio log-uniform in [3/4, 4/3], and a side that would leave the image is cut to it.
+    aspect ratio log-uniform in [3/4, 4/3] times ``aspect``, and a side that would leave the image is cut to it.
     """
     digest = hashlib.blake2b(f"{page.seed}/{key}/{number}".encode(), digest_size=40).digest()
     area_at, ratio_at, x_at, y_at, flip_at = (np.frombuffer(digest, dtype="<u8") / 2.0**64).tolist()
     low, high = page.crop_scale
     area = (low + (high - low) * area_at) * width * height
-    ratio = math.exp((2 * ratio_at - 1) * math.log(4 / 3))
+    ratio = (page.aspect or 1.0) * math.exp((2 * ratio_at - 1) * math.log(4 / 3))
     crop_width = min(math.sqrt(area * ratio), width) / width
     crop_height = min(math.sqrt(area / ratio), height) / height
     left, top = x_at * (1 - crop_width), y_at * (1 - crop_height)
     return View(left, top, left + crop_width, top + crop_height, page.flip and flip_at < 0.5)
 
 
-def render(picture: NDArray[np.uint8], view: View, size: int, interpolation: str) -> NDArray[np.uint8]:
-    """Cut ``view`` out of ``picture`` [height, width, 3], to the pixel, and resize it to [size, size, 3]."""
+def render(picture: NDArray[np.uint8], view: View, size: Size, interpolation: str) -> NDArray[np.uint8]:
+    """Cut ``view`` out of ``picture`` [height, width, 3], to the pixel, and resize it to [H, W, 3] of ``size``."""
     height, width = picture.shape[:2]
     left, top = min(round(view.left * width), width - 1), min(round(view.top * height), height - 1)
     right, bottom = max(round(view.right * width), left + 1), max(round(view.bottom * height), top + 1)
@@ -57,7 +58,7 @@ def render(picture: NDArray[np.uint8], view: View, size: int, interpolation: str
     crop = torch.from_numpy(np.array(picture[None, top:bottom, left:right])).permute(0, 3, 1, 2)  # [1, 3, h, w]
     # Several times as fast as Pillow's resize, and the same to one level of grey.
     mode, antialias = ("nearest-exact", False) if interpolation == "nearest" else (interpolation, True)
-    resized = F.interpolate(crop, size=(size, size), mode=mode, antialias=antialias)
+    resized = F.interpolate(crop, size=sides(size), mode=mode, antialias=antialias)
     return (resized.flip(3) if view.flip else resized)[0].permute(1, 2, 0).numpy()
 
 
@@ -81,9 +82,8 @@ class Rendered:
         self.page = page
 
     def shape(self, items: Sequence[Item]) -> tuple[int, ...]:
-        """Return [images, views, S, S, 3] of some images that are all wanted in as many views."""
-        size = self.preprocessing.image_size
-        return len(items), len(items[0][1]), size, size, 3
+        """Return [images, views, H, W, 3] of some images that are all wanted in as many views."""
+        return len(items), len(items[0][1]), *sides(self.preprocessing.image_size), 3
 
     def fill(self, items: Sequence[Item], pixels: NDArray[np.uint8]) -> None:
         """Render ``items`` into ``pixels`` of their shape."""
