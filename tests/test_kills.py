@@ -213,7 +213,13 @@ def stage(said: str) -> str:
 
 
 def is_finished(folder: Path, line: str) -> bool:
-    return Run(folder / "run").finished if line == DISTILL else bool(list((folder / "store").glob("*/prompts-*.npy")))
+    if line == DISTILL:
+        return Run(folder / "run").finished
+    journals = [path for path in (folder / "store").glob("*/journal.jsonl") if path.parent.name != "pictures"]
+    seen = {
+        key for path in journals for block in path.read_bytes().split(b"\n")[:-1] for key in json.loads(block)["keys"]
+    }
+    return len(seen) == 600
 
 
 def killed_then_repeated(place: Place, name: str, line: str, **how: Any) -> tuple[str, str]:
