@@ -80,7 +80,7 @@ def test_class_file(tmp_path: Path) -> None:
 
 ABC = ("apple", "bus", "oak tree")
 LEFT_OUT = "class names begin with ids, which are left out"
-NUMBERED = "class names are numbered: 0 is apple, 1 is bus, ..., 2 is oak tree"
+NUMBERED = "class names are numbered: 0 is apple, 1 is bus, 2 is oak tree"
 FORMS = {
     "0 apple\n1 bus\n2 oak tree\n": f"{LEFT_OUT}: '0 apple' is read as 'apple'",
     "0\tapple\n1\tbus\n2\toak tree\n": "class names seem to be column 2 of names.txt: apple, bus, oak tree",
@@ -96,7 +96,11 @@ FORMS = {
     "n07739125-apple\nn02924116-bus\nn12268246-oak tree\n": f"{LEFT_OUT}: 'n07739125-apple' is read as 'apple'",
     "apple,0\nbus,1\noak tree,2\n": "class names seem to end with ids, which are left out: 'apple,0' is read as 'apple'",
     "- apple\n- bus\n- oak tree\n": "class names begin with the marks of a list, which are left out: '- apple' is read as 'apple'",
-    "names:\n  0: apple\n  1: bus\n  2: oak tree\n": f"{LEFT_OUT}: '0: apple' is read as 'apple'",
+    "names:\n  0: apple\n  1: bus\n  2: oak tree\n": "class names are numbered: 0 is apple, 1 is bus, 2 is oak tree",
+    "path: ../data\nnc: 3\nnames: ['apple', 'bus', 'oak tree']\n": (
+        "class names look like a list, and are read as one: 'apple', 'bus', ..."
+    ),
+    "0 -> apple\n1 -> bus\n2 -> oak tree\n": f"{LEFT_OUT}: '0 -> apple' is read as 'apple'",
     "'apple',\n'bus',\n'oak tree'\n": "class names begin and end with quotes, which are left out: \"'apple'\" is read as 'apple'",
     "apple, bus, oak tree\n": "class names seem to stand in one line, and are parted at ',': apple, bus, oak tree",
     '["apple", "bus", "oak tree"]': "class names look like a list, and are read as one: 'apple', 'bus', ...",
@@ -108,7 +112,7 @@ FORMS = {
     '{"id2label": {"0": "apple", "1": "bus", "2": "oak tree"}}': NUMBERED,
     '{"categories": [{"id": 2, "name": "oak tree"}, {"id": 0, "name": "apple"}, {"id": 1, "name": "bus"}]}': NUMBERED,
     "2 oak tree\n0 apple\n1 bus\n":
-        "class names are numbered, and put in the order of their numbers: 0 is apple, 1 is bus, ..., 2 is oak tree",
+        "class names are numbered, and put in the order of their numbers: 0 is apple, 1 is bus, 2 is oak tree",
 }  # fmt: skip
 
 
@@ -196,6 +200,15 @@ def test_names_that_look_like_ids_are_told() -> None:
     ]
     assert all(told("cat", one) for one in odd)
     assert told("707-320", "A330-200", "decade", "facade", "4x4", "Formula 1") == []
+    # ids with gaps, as those of a part of a list, and ids behind; "2 wheeler" and "4 wheeler" are names
+    assert told("1 apple", "3 bus", "7 oak tree") == [
+        "class names look like ids: 1 apple, 3 bus, 7 oak tree; the teacher reads them as words"
+    ]
+    assert told("apple 4", "bus 7") == ["class names look like ids: apple 4, bus 7; the teacher reads them as words"]
+    assert told("2 wheeler", "4 wheeler") == []
+    assert told("**apple**", "black &amp; white", "./train/bus", "oak tree") == [
+        "class names look odd: **apple**, black &amp; white, ./train/bus; the teacher reads them as they are"
+    ]
 
 
 def test_shipped_lists_are_read_as_they_are() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from prgkit.delimited import Row, rows, ways
 from prgkit.errors import RecipeError, some
+from prgkit.page import plain_yaml
 
 Entry = tuple[str, object]  # where a name stands, and the name
 Numbered = tuple[str, str]  # an id and a name
@@ -21,7 +22,7 @@ Numbered = tuple[str, str]  # an id and a name
 # A number or WordNet id in front of a name, in brackets or after a word such as "class", and what parts the two.
 IN_FRONT = re.compile(
     r"(?P<open>[\[(]?(?:(?:class|label|id|no\.?|index)\s*)?)(?P<id>\d+|n\d{8})"
-    r"(?:(?P<mark>\s*[\])]?\s*(?:[:.,–-](?:\s+|(?!\d))|[=|;]\s*)|\s*[\])]\s*)|\s+)(?P<name>\S.*)",
+    r"(?:(?P<mark>\s*(?:[-=]+>|→)\s*|\s*[\])]?\s*(?:[:.,–-](?:\s+|(?!\d))|[=|;]\s*)|\s*[\])]\s*)|\s+)(?P<name>\S.*)",
     re.IGNORECASE,
 )
 # Behind one there has to be a mark: "channel 1" is a name.
@@ -29,8 +30,13 @@ BEHIND = re.compile(r"(?P<open>)(?P<name>\S.*?)(?P<mark>\s*(?:[:=|,;\t]|\()\s*)(
 BULLET = re.compile(r"([-*+•–—])\s+(\S.*)")
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»"}
 NAME_TITLES = ("name", "names", "classname", "class", "classes", "label", "labels", "category", "categories", "species")
-LISTS = ("names", "classes", "categories", "labels", "id2label", "label2id", "class_to_idx", "idx_to_class")
+LISTS = {"names", "classes", "categories", "labels", "id2label", "label2id", "class_to_idx", "idx_to_class"}
+KEYED = re.compile(r"^(names|classes)[ \t]*:", re.MULTILINE)  # Ultralytics' data.yaml, say
 WORDNET_ID = re.compile(r"n\d{8}")
+# A number without a mark, in front or behind: an id, where it differs from name to name as the words do.
+BESIDE = (re.compile(r"(?P<id>\d+)\s+(?P<name>\D.*)"), re.compile(r"(?P<name>\S.*?)\s+(?P<id>\d+)"))
+# Nobody writes a picture's caption so: HTML's and Markdown's marks, paths, addresses, the lines of a configuration.
+ODD = re.compile(r"&#?\w+;|[<>{}\\*`|]|^[./~]+/|://|^\w+:(\s|$)|\.(jpe?g|png|txt)$", re.IGNORECASE)
 LIKE_ID = re.compile(
     r"\d+|n\d{8}|(?:class|label|category|cls|id|item)[ _-]?\d+"
     r"|(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{8,}|[0-9a-f]{8}(?:-[0-9a-f]+){4}",
@@ -46,6 +52,8 @@ def read_names(text: str, path: Path) -> tuple[list[Entry], list[str]]:
     """
     is_json = path.suffix.lower() == ".json"
     value = parsed(text) if is_json or text.lstrip()[:1] in ("[", "{") else None
+    if value is None and KEYED.search(text) and isinstance(page := plain_yaml(text), dict):
+        value = page if any(isinstance(page.get(key), list | dict) for key in LISTS) else None
     if value is not None or is_json:
         return from_value(value, path)
     lines = [(f"line {number}", line.strip()) for number, line in enumerate(re.split("\r\n|\r|\n", text), 1)]
@@ -60,10 +68,24 @@ def read_names(text: str, path: Path) -> tuple[list[Entry], list[str]]:
 
 
 def like_ids(names: Sequence[str]) -> list[str]:
-    """Return the names that no teacher can know: numbers, codes, and numbers in front of a name."""
+    """Return the names that no teacher can know: numbers, codes, and numbers beside a name."""
+    for form in BESIDE:
+        matches = [match for match in map(form.fullmatch, names) if match]
+        if (
+            len(matches)
+            == len({match["id"] for match in matches})
+            == len({match["name"] for match in matches})
+            == len(names)
+        ):
+            return list(names)
     fronts = [IN_FRONT.fullmatch(name) for name in names]
     marked = [bool(front and front["mark"] and front["mark"].strip() not in ("-", "–")) for front in fronts]
     return [name for name, odd in zip(names, marked, strict=True) if odd or LIKE_ID.fullmatch(name)]
+
+
+def odd_names(names: Sequence[str]) -> list[str]:
+    """Return the names that hold what no caption does: marks of HTML or Markdown, paths, keys of a configuration."""
+    return [name for name in names if ODD.search(name)]
 
 
 def parsed(text: str) -> Any:
@@ -267,9 +289,10 @@ def in_order(entries: list[Entry], numbers: Sequence[str]) -> tuple[list[Entry],
 
 def numbered_told(pairs: Sequence[Numbered], *, moved: bool) -> str:
     """Say which number is which name."""
-    told = [f"{number} is {name}" for number, name in (*pairs[:2], pairs[-1])]
+    told = [f"{number} is {name}" for number, name in pairs]
+    shown = told if len(told) <= 3 else [*told[:2], "...", told[-1]]
     order = ", and put in the order of their numbers" if moved else ""
-    return f"class names are numbered{order}: {', '.join(told[:2])}, ..., {told[2]}"
+    return f"class names are numbered{order}: {', '.join(shown)}"
 
 
 def plain(title: str) -> str:

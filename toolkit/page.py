@@ -40,6 +40,14 @@ def parse(text: str, *, where: object) -> dict[str, Any]:
     return raw
 
 
+def plain_yaml(text: str) -> Any:
+    """Read any YAML without tags; None where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+
+
 def write_page(values: Mapping[str, Any], path: Path) -> None:
     """Write a mapping as YAML, in its own order."""
     write_text(path, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120))

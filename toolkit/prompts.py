@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prgkit.errors import RecipeError, nearest, some
 from prgkit.files import as_on_disk, composed, read_text
-from prgkit.namelist import like_ids, read_names
+from prgkit.namelist import like_ids, odd_names, read_names
 from prgkit.watch import silent
 
 LISTS = Path(str(resources.files("prgkit.recipes"))) / "classes"  # one name a line, in label order
@@ -124,6 +124,8 @@ def load_classes(
         names = listed_classes(find_file(value, folder), note)
     if odd := like_ids(names):
         note(f"class names look like ids: {some(odd)}; the teacher reads them as words")
+    elif odd := odd_names(names):
+        note(f"class names look odd: {some(odd)}; the teacher reads them as they are")
     return names
 
 
