@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.evaluate.accuracy import wilson
 from prgkit.export.bundle import Bundle, Evaluation
+from prgkit.metrics import wilson
 from prgkit.run import TICKS, Run
 from prgkit.ticks import Tick, read_ticks, ticked
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from prgkit.errors import BenchError
 from prgkit.evaluate import wording
-from prgkit.evaluate.accuracy import wilson
 from prgkit.evaluate.reading import read_report, report_file
 from prgkit.evaluate.wording import Report, Row
+from prgkit.metrics import wilson
 
 # Of what runs the artifacts.
 VERSIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino", "tensorrt", "tensorrt_rtx")

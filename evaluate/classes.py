@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from prgkit.evaluate import wording
-from prgkit.evaluate.accuracy import wilson
 from prgkit.evaluate.bars import Share, class_shares
 from prgkit.evaluate.parts import cell, grid, heading, section
 from prgkit.evaluate.wording import Report, Row
 from prgkit.export.bundle import Evaluation
+from prgkit.metrics import wilson
 
 PerClass = dict[str, Any]
 MOST_AT_ONCE = 20  # so many classes are shown whole; of more, the worst and a few of the best

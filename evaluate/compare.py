@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from prgkit.devices import best_device
 from prgkit.distill import distill
 from prgkit.errors import ImagesError, PrgkitError, RecipeError, RunError, nearest
-from prgkit.evaluate.accuracy import scores, top1
 from prgkit.evaluate.novel import Novel, halves, judge_novel, require_two_halves
 from prgkit.evaluate.standings import standings, write_standings
 from prgkit.export.run import teacher_logits
@@ -27,6 +26,7 @@ from prgkit.images import Catalogue, labelled
 from prgkit.joint import existing_targets
 from prgkit.lesson import hold_out, read_catalogue
 from prgkit.members import members_of
+from prgkit.metrics import scores, top1
 from prgkit.parameters import OBJECTIVES
 from prgkit.recipe import Recipe, validate
 from prgkit.run import Run

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from prgkit.devices import best_device
 from prgkit.errors import RecipeError
-from prgkit.evaluate.accuracy import top1
 from prgkit.export.run import teacher_logits
 from prgkit.images import Catalogue
 from prgkit.joint import open_targets
+from prgkit.metrics import top1
 from prgkit.recipe import Recipe, TeacherPage
 from prgkit.run import Run
 from prgkit.student import load_student, student_logits

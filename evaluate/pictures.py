@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from prgkit.evaluate.accuracy import log_softmax
 from prgkit.evaluate.gallery import Picture
 from prgkit.export.bundle import Evaluation
+from prgkit.metrics import log_softmax
 
 OF_EACH = 24
 

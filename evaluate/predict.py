@@ -13,11 +13,11 @@ from PIL import Image
 
 from prgkit.decoding import GreyRange
 from prgkit.errors import PrgkitError
-from prgkit.evaluate.accuracy import log_softmax
 from prgkit.evaluate.choice import chosen_artifact
 from prgkit.export.bundle import open_bundle
 from prgkit.export.runners import open_runner
 from prgkit.images import load_image, open_images
+from prgkit.metrics import log_softmax
 from prgkit.sources import TAR, is_archive
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from prgkit.evaluate.accuracy import wilson
 from prgkit.evaluate.choice import findings
 from prgkit.evaluate.plots import milliseconds
+from prgkit.metrics import wilson
 
 Report = dict[str, Any]
 Row = dict[str, Any]

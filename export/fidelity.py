@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.export.floor import Facts, fidelity
-from prgkit.export.parity import divergences, run_batches
+from prgkit.export.parity import run_batches
 from prgkit.export.quantize import Block, Layout, write_int8
 from prgkit.export.ranges import TAILS, Spread
 from prgkit.export.runners import OnnxRunner
+from prgkit.metrics import divergences
 
 SCAN_IMAGES = 96
 

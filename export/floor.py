@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prgkit.evaluate.accuracy import wilson
+from prgkit.metrics import wilson
 
 NAMED = 4  # blocks at the most in a sentence; the manifest has them all
 WANTED_IMAGES = 2000  # with fewer, the lower bound lies far below the share itself

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from prgkit.errors import ParityError
 from prgkit.export.runners import Runner
+from prgkit.metrics import agreement, kl
 
 FP32_RELATIVE_TOLERANCE = (
     1e-4  # of max(1, largest reference logit): rounding in another order of summation stays below it
@@ -71,28 +72,11 @@ def compare(reference_logits: NDArray[np.float32], logits: NDArray[np.float32], 
         images=len(reference),
         max_abs_difference=float(np.abs(reference - other).max()),
         tolerance=tolerance,
-        top1_agreement=100.0 * float((reference.argmax(axis=1) == other.argmax(axis=1)).mean()),
-        kl=float(divergences(reference, other).mean()),
+        top1_agreement=agreement(reference, other),
+        kl=kl(reference, other),
     )
-
-
-def divergences(reference: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Return KL(reference || other) of the softmax over logits [images, classes] for each image, in nats.
-
-    It is never below zero, where rounding would take it.
-    """
-    log_p, log_q = (log_softmax(logits.astype(np.float64)) for logits in (reference, other))  # [images, classes]
-    found: NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    return np.maximum(found, 0)
 
 
 def run_batches(runner: Runner, pixels: NDArray[np.uint8], *, batch: int = 32) -> NDArray[np.float32]:
     """Run any number of images [n, S, S, 3] in batches, so that memory does not grow with n; returns [n, classes]."""
     return np.concatenate([runner.run(pixels[start : start + batch]) for start in range(0, len(pixels), batch)])
-
-
-def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the log of the softmax over the last axis."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result

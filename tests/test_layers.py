@@ -13,7 +13,7 @@ PACKAGES: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())[
 
 # One owner for each heavy dependency.
 OWNERS = {
-    "open_clip": {"prgkit.teacher"},
+    "open_clip": {"prgkit.prompts", "prgkit.teacher"},
     "timm": {"prgkit.student"},
     "click": {"prgkit.cli", "prgkit.chain", "prgkit.options"},
     "yaml": {"prgkit.page"},

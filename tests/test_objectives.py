@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from prgkit import parameters
+from prgkit.answers import prompt_logits, weighted_logits
 from prgkit.objectives import PARTS, Objectives, Space, StudentSide, TeacherSide
 from prgkit.objectives.ce import CE
 from prgkit.objectives.crd import CRD
@@ -19,7 +20,7 @@ from prgkit.objectives.kd import KD
 from prgkit.objectives.nd import ND
 from prgkit.objectives.ofa import OFA, enhanced
 from prgkit.objectives.pld import PLD
-from prgkit.objectives.prg import PRG, correlate, nodes, pearson, prompt_logits, weighted_logits
+from prgkit.objectives.prg import PRG, correlate, nodes, pearson
 from prgkit.objectives.rkd import RKD, angles, distances
 
 BATCH, CLASSES, WIDTH = 12, 4, 6

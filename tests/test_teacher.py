@@ -20,8 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from prgkit.errors import TeacherError
+from prgkit.prompts import named_classes, named_templates
 from prgkit.recipe import TeacherPage
-from prgkit.teacher import Teacher, check_teacher, imagenet_classes, imagenet_templates, load_teacher, teacher_identity
+from prgkit.teacher import Teacher, check_teacher, load_teacher, teacher_identity
 
 CPU = torch.device("cpu")
 SIZE, WIDTH = 32, 24
@@ -589,8 +590,8 @@ def test_a_hub_model_that_cannot_be_fetched() -> None:
 
 
 def test_imagenets_words_are_open_clips() -> None:
-    classes, templates = imagenet_classes(), imagenet_templates()
-    assert (len(classes), len(set(classes)) > 990, len(templates)) == (1000, True, 80)
+    classes, templates = named_classes("imagenet1k"), named_templates("imagenet")
+    assert (len(classes), len(set(classes)), len(templates)) == (1000, 1000, 80)
     assert classes[:2] == ("tench", "goldfish")
     assert templates[0] == "a bad photo of a {}."
     assert all(template.count("{}") == 1 for template in templates)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from prgkit.errors import RunError, TargetsError
 from prgkit.files import read_sealed
-from prgkit.objectives.prg import prompt_logits, weighted_logits
 from prgkit.recipe import Recipe, TargetsPage
 from prgkit.run import Run
 
@@ -94,6 +93,31 @@ class Answers:
         """Return the same answers, given on another device."""
         moved = replace(self.correction, log_prior=self.correction.log_prior.to(device))
         return replace(self, prompts=self.prompts.to(device), correction=moved)
+
+
+def prompt_logits(features: Tensor, prompts: Tensor, scale: float) -> Tensor:
+    """Return each template's logits W_m = s * I * T_m^T: features [B, D], prompts [M, C, D] -> [B, M, C]."""
+    logits: Tensor = scale * torch.einsum("bd,mcd->bmc", features, prompts)
+    return logits
+
+
+def weighted_logits(logits: Tensor, weighting: str) -> Tensor:
+    """Combine the templates' logits [B, M, C] into the teacher's answer W [B, C].
+
+    ``max`` weights a template by its largest logit, a_m = max(0, max_c W_m), normalised over templates: a template
+    that speaks of nothing in the image counts little. The clamp keeps the weights finite where every logit of an
+    image is near zero or below; where no template has a positive logit they count alike. ``softmax`` is the softmax
+    of a_m, ``mean`` counts all alike.
+    """
+    if weighting == "mean" or logits.shape[1] == 1:
+        return logits.mean(dim=1)
+    strengths = logits.amax(dim=2).clamp(min=0)  # a [B, M]
+    if weighting == "softmax":
+        weights = strengths.softmax(dim=1)
+    else:
+        total = strengths.sum(dim=1, keepdim=True)
+        weights = torch.where(total > 0, strengths / total.clamp(min=1e-12), 1 / logits.shape[1])
+    return torch.einsum("bm,bmc->bc", weights, logits)
 
 
 def answers_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float) -> Answers:

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prgkit.evaluate.accuracy import log_softmax
 from prgkit.images import Preprocessing
+from prgkit.metrics import log_softmax
 from prgkit.objectives.sides import TeacherSide
 from prgkit.recipe import Training, Views
 from prgkit.student import Student

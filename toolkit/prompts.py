@@ -169,12 +169,12 @@ def canonical(name: str) -> str:
 def named_classes(name: str) -> tuple[str, ...]:
     """Return one of NAMED_CLASSES in label order."""
     if name == "imagenet1k":
-        from prgkit.teacher import imagenet_classes
+        from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
         # OpenAI's list gives two classes each the same name, and a teacher cannot tell the same sentence apart.
         # Their WordNet names can: 744 is a projectile, 836 a sunglass (a burning lens).
         renamed = {744: "projectile", 836: "sunglass"}
-        return tuple(renamed.get(index, given) for index, given in enumerate(imagenet_classes()))
+        return tuple(renamed.get(index, given) for index, given in enumerate(IMAGENET_CLASSNAMES))
     if name == "digits":
         from prgkit.demo.digits import CLASSES
 
@@ -200,9 +200,9 @@ def listed_classes(path: Path, note: Callable[[str], None] = silent) -> tuple[st
 def named_templates(name: str) -> tuple[str, ...]:
     """Return one of NAMED_TEMPLATES."""
     if name == "imagenet":
-        from prgkit.teacher import imagenet_templates
+        from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
-        return tuple(imagenet_templates())
+        return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
     if name == "digits":
         from prgkit.demo import digits
 

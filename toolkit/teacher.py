@@ -282,20 +282,6 @@ def teacher_identity(page: TeacherPage) -> dict[str, Any]:
     return {**identity, "model": page.model, "weights": page.weights}
 
 
-def imagenet_classes() -> tuple[str, ...]:
-    """Return ImageNet-1K's class names as CLIP's authors cleaned them, in label order."""
-    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-
-    return tuple(IMAGENET_CLASSNAMES)
-
-
-def imagenet_templates() -> tuple[str, ...]:
-    """Return the 80 prompt templates of CLIP's ImageNet evaluation, with ``{}`` for the class."""
-    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
-
-    return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
-
-
 def _preprocessing(config: dict[str, Any]) -> Preprocessing:
     """Translate open_clip's preprocessing: ``shortest`` crops the middle, ``squash`` keeps it all out of shape."""
     size, squash = size_of(config["size"]), config["resize_mode"] == "squash"

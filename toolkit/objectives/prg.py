@@ -107,28 +107,3 @@ def centre(rows: Tensor) -> Tensor:
 def standardise(rows: Tensor) -> Tensor:
     """Return rows [B, N] with mean zero and standard deviation one."""
     return math.sqrt(rows.shape[1]) * F.normalize(centre(rows), dim=1)
-
-
-def prompt_logits(features: Tensor, prompts: Tensor, scale: float) -> Tensor:
-    """Return each template's logits W_m = s * I * T_m^T: features [B, D], prompts [M, C, D] -> [B, M, C]."""
-    logits: Tensor = scale * torch.einsum("bd,mcd->bmc", features, prompts)
-    return logits
-
-
-def weighted_logits(logits: Tensor, weighting: str) -> Tensor:
-    """Combine the templates' logits [B, M, C] into the teacher's answer W [B, C].
-
-    ``max`` weights a template by its largest logit, a_m = max(0, max_c W_m), normalised over templates: a template
-    that speaks of nothing in the image counts little. The clamp keeps the weights finite where every logit of an
-    image is near zero or below; where no template has a positive logit they count alike. ``softmax`` is the softmax
-    of a_m, ``mean`` counts all alike.
-    """
-    if weighting == "mean" or logits.shape[1] == 1:
-        return logits.mean(dim=1)
-    strengths = logits.amax(dim=2).clamp(min=0)  # a [B, M]
-    if weighting == "softmax":
-        weights = strengths.softmax(dim=1)
-    else:
-        total = strengths.sum(dim=1, keepdim=True)
-        weights = torch.where(total > 0, strengths / total.clamp(min=1e-12), 1 / logits.shape[1])
-    return torch.einsum("bm,bmc->bc", weights, logits)

@@ -1,4 +1,4 @@
-"""How right a model is where labels exist, and how faithful to its teacher where none do."""
+"""How right a model is where labels exist, and how faithful to another where none do; shares are in percent."""
 
 from __future__ import annotations
 
@@ -65,11 +65,19 @@ def wilson(hits: int, count: int, *, z: float = 1.959964) -> tuple[float, float]
     return 0.0 if hits == 0 else low, 100.0 if hits == count else high  # to the last bit
 
 
-def kl(teacher: Logits, student: Logits) -> float:
-    """Return the mean over images of KL(teacher || student) between their softmaxes, in nats."""
-    log_teacher, log_student = log_softmax(teacher), log_softmax(student)  # [images, classes]
-    per_image = (np.exp(log_teacher) * (log_teacher - log_student)).sum(axis=1)  # [images]
-    return max(0.0, float(per_image.mean()))
+def kl(reference: Logits, other: Logits) -> float:
+    """Return the mean over images of KL(reference || other) between their softmaxes, in nats."""
+    return float(divergences(reference, other).mean())
+
+
+def divergences(reference: Logits, other: Logits) -> NDArray[np.float64]:
+    """Return KL(reference || other) of the softmax over classes for each image [images], in nats.
+
+    It is never below zero, where rounding would take it.
+    """
+    log_p, log_q = log_softmax(reference), log_softmax(other)  # [images, classes]
+    found: NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return np.maximum(found, 0)
 
 
 def calibration_error(logits: Logits, labels: Labels, *, bins: int = 15) -> float:
