@@ -13,7 +13,8 @@ import numpy as np
 
 import prgkit
 from prgkit.errors import BenchError, PrgkitError
-from prgkit.evaluate import accuracy, latency, machine
+from prgkit import metrics
+from prgkit.evaluate import latency, machine
 from prgkit.evaluate.audit import audit, find_ticks
 from prgkit.evaluate.baseline import Gate, against, require_comparable
 from prgkit.evaluate.choice import choose, int8_notes, write_choice
@@ -223,7 +224,7 @@ def fill(row: Row, one: Measured, evaluation: Evaluation, *, floor: float) -> No
                 f"its logits are not finite on {len(broken)} of {len(one.logits)} images, first on image {broken[0]}"
             )
         else:
-            row |= accuracy.scores(
+            row |= metrics.scores(
                 one.logits, teacher=evaluation.teacher_logits, fp32=evaluation.logits, labels=evaluation.labels
             )
             if row["precision"] == "int8":

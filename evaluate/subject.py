@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from prgkit.evaluate import accuracy
+from prgkit import metrics
 from prgkit.export.bundle import NCHW, Bundle, Evaluation
 from prgkit.export.card import load_card
 from prgkit.files import fingerprint
@@ -21,11 +21,11 @@ NOT_TRAINING = {"learning_rate", "seconds", "images_per_s", "step"}
 def subject(bundle: Bundle, evaluation: Evaluation, rows: Sequence[Row]) -> dict[str, Any]:
     """Return the report's parts on the run, the evaluation set, the teacher and the student."""
     manifest, labels = bundle.manifest, evaluation.labels
-    teacher = accuracy.scores(evaluation.teacher_logits, labels=labels)
-    uniform = accuracy.scores(evaluation.teacher_uniform_logits, labels=labels)
+    teacher = metrics.scores(evaluation.teacher_logits, labels=labels)
+    uniform = metrics.scores(evaluation.teacher_uniform_logits, labels=labels)
     # The student's figures are its FP32 file's as measured here; where that could not run, as exported.
     reference = next((row for row in rows if row["artifact"] == "onnx-fp32" and row["status"] == "measured"), None)
-    student = reference or accuracy.scores(evaluation.logits, teacher=evaluation.teacher_logits, labels=labels)
+    student = reference or metrics.scores(evaluation.logits, teacher=evaluation.teacher_logits, labels=labels)
     name = " ".join(str(manifest["teacher"][key]) for key in ("model", "weights") if manifest["teacher"].get(key))
     if name.startswith("local-dir:"):
         name = PurePath(name).name  # where it lay is nobody's business

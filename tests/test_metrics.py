@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from prgkit.evaluate import accuracy
+from prgkit import metrics
 
 # Four images, three classes; the answers are 0, 1, 2 and 0.
 LOGITS = np.array([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 1.0, 4.0], [2.0, 1.0, 0.0]], dtype=np.float32)
@@ -15,32 +15,32 @@ LOGITS = np.array([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 1.0, 4.0], [2.0, 1.0,
 
 def test_top_k_counts_the_label_among_the_highest() -> None:
     labels = np.array([0, 2, 2, 2])
-    assert accuracy.top1(LOGITS, labels) == 50.0  # images 0 and 2
-    assert accuracy.top_k(LOGITS, labels, k=2) == 75.0  # and image 1, whose label comes second
-    assert accuracy.top5(LOGITS, labels) == 100.0
+    assert metrics.top1(LOGITS, labels) == 50.0  # images 0 and 2
+    assert metrics.top_k(LOGITS, labels, k=2) == 75.0  # and image 1, whose label comes second
+    assert metrics.top5(LOGITS, labels) == 100.0
 
 
 def test_a_model_that_says_nothing_is_not_right_by_ties() -> None:
     labels = np.arange(10)
-    assert accuracy.top1(np.zeros((10, 10)), labels) == 10.0
-    assert accuracy.top5(np.zeros((10, 10)), labels) == 50.0
+    assert metrics.top1(np.zeros((10, 10)), labels) == 10.0
+    assert metrics.top5(np.zeros((10, 10)), labels) == 50.0
 
 
 def test_agreement_compares_answers_not_logits() -> None:
     other = np.array([[9.0, 0.0, 0.0], [0.0, 0.1, 0.0], [5.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
-    assert accuracy.agreement(LOGITS, other) == 75.0
+    assert metrics.agreement(LOGITS, other) == 75.0
 
 
 def test_wilson_interval() -> None:
     # By hand, z = 1.96: centre (0.5 + 1.9208 / 100) / (1 + 3.8415 / 100) = 0.5, half-width 0.0962
-    assert accuracy.wilson(50, 100) == pytest.approx((40.383, 59.617), abs=1e-3)
+    assert metrics.wilson(50, 100) == pytest.approx((40.383, 59.617), abs=1e-3)
     # Newcombe (1998), table I: 81 of 263 is 25.5 % to 36.6 %, 0 of 20 is 0 to 16.1 %
-    assert accuracy.wilson(81, 263) == pytest.approx((25.53, 36.62), abs=0.01)
-    assert accuracy.wilson(0, 20) == pytest.approx((0.0, 16.11), abs=0.01)
-    low, high = accuracy.wilson(20, 20)
+    assert metrics.wilson(81, 263) == pytest.approx((25.53, 36.62), abs=0.01)
+    assert metrics.wilson(0, 20) == pytest.approx((0.0, 16.11), abs=0.01)
+    low, high = metrics.wilson(20, 20)
     assert (low, high) == pytest.approx((83.89, 100.0), abs=0.01)
     assert high <= 100.0
-    ends = [(accuracy.wilson(0, count)[0], accuracy.wilson(count, count)[1]) for count in range(1, 2500)]
+    ends = [(metrics.wilson(0, count)[0], metrics.wilson(count, count)[1]) for count in range(1, 2500)]
     assert set(ends) == {(0.0, 100.0)}, "or the same share again were a better or a worse one"
 
 
@@ -48,30 +48,30 @@ def test_kl_of_two_coins() -> None:
     teacher = np.log(np.array([[0.5, 0.5], [0.9, 0.1]]))
     student = np.log(np.array([[0.9, 0.1], [0.9, 0.1]]))
     first = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)  # 0.5108
-    assert accuracy.kl(teacher, student) == pytest.approx(first / 2)
-    assert accuracy.kl(teacher, teacher) == 0.0
+    assert metrics.kl(teacher, student) == pytest.approx(first / 2)
+    assert metrics.kl(teacher, teacher) == 0.0
     # The teacher's distribution weighs the difference: the other way round it is another number.
-    assert accuracy.kl(student, teacher) == pytest.approx((0.9 * math.log(1.8) + 0.1 * math.log(0.2)) / 2)
+    assert metrics.kl(student, teacher) == pytest.approx((0.9 * math.log(1.8) + 0.1 * math.log(0.2)) / 2)
 
 
 def test_kl_survives_large_logits_and_ignores_their_offset() -> None:
     teacher = np.array([[1000.0, 0.0]], dtype=np.float32)
-    assert accuracy.kl(teacher, teacher + 500) == 0.0
-    assert accuracy.kl(teacher, -teacher) == pytest.approx(1000.0)
+    assert metrics.kl(teacher, teacher + 500) == 0.0
+    assert metrics.kl(teacher, -teacher) == pytest.approx(1000.0)
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
     # Two images at confidence 0.9, one right: the gap in that bin is 0.4. Two at 0.6, both right: also 0.4.
     logits = np.log(np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]))
-    assert accuracy.calibration_error(logits, np.array([0, 1, 0, 0])) == pytest.approx(40.0)
+    assert metrics.calibration_error(logits, np.array([0, 1, 0, 0])) == pytest.approx(40.0)
     # In one bin the gaps cancel: mean confidence 0.75, accuracy 0.75.
-    assert accuracy.calibration_error(logits, np.array([0, 1, 0, 0]), bins=1) == pytest.approx(0.0, abs=1e-9)
+    assert metrics.calibration_error(logits, np.array([0, 1, 0, 0]), bins=1) == pytest.approx(0.0, abs=1e-9)
     certain = np.array([[100.0, 0.0]])
-    assert accuracy.calibration_error(certain, np.array([0])) == pytest.approx(0.0, abs=1e-9)
+    assert metrics.calibration_error(certain, np.array([0])) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_scores_say_what_can_be_known_and_no_more() -> None:
-    unlabelled = accuracy.scores(LOGITS, teacher=LOGITS, fp32=LOGITS)
+    unlabelled = metrics.scores(LOGITS, teacher=LOGITS, fp32=LOGITS)
     assert (
         unlabelled["top1"]
         is unlabelled["top5"]
@@ -81,7 +81,7 @@ def test_scores_say_what_can_be_known_and_no_more() -> None:
     )
     assert unlabelled["agreement_teacher"] == unlabelled["agreement_fp32"] == 100.0
     assert unlabelled["kl_teacher"] == 0.0
-    labelled = accuracy.scores(LOGITS, labels=np.array([0, 1, 2, 2]))
+    labelled = metrics.scores(LOGITS, labels=np.array([0, 1, 2, 2]))
     assert labelled["top1"] == 75.0
     assert labelled["top5"] is None  # of three classes, five are always enough
     assert labelled["agreement_teacher"] is labelled["agreement_teacher_interval"] is labelled["kl_teacher"] is None
