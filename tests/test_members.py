@@ -206,6 +206,10 @@ def test_a_failed_first_start_leaves_nothing(
     with pytest.raises(PrgkitError):
         distill(recipe_for(photos, **wrong), folder, tmp_path / "targets", Unwatched())
     assert folder.exists() == empty
+    if "student" not in wrong:
+        with pytest.raises(PrgkitError):
+            audit(recipe_for(photos, **wrong), folder, tmp_path / "targets", count=5, watch=Unwatched())
+        assert folder.exists() == empty
     assert distill(recipe_for(photos), folder, tmp_path / "targets", Unwatched()).finished
 
 
@@ -244,6 +248,16 @@ def test_an_audit_keeps_its_recipe_and_a_busy_run_too(photos: Path, tmp_path: Pa
                     audit(other, tmp_path / "run", tmp_path / "targets", count=5, watch=Unwatched())
                 self.said.append("refused")
 
+    class Auditing(Heard):
+        def start(self, stage: str, total: int, unit: str) -> None:
+            if stage == "images":
+                with pytest.raises(RunError, match=r"another process .* is working on this audit"):
+                    distill(other, tmp_path / "audits", tmp_path / "targets", Unwatched())
+                self.said.append("refused")
+
+    auditing = Auditing()
+    audit(recipe_for(photos), tmp_path / "audits", tmp_path / "targets", count=5, watch=auditing)
+    assert "refused" in auditing.said
     heard = Meanwhile()
     assert distill(recipe_for(photos), tmp_path / "run", tmp_path / "targets", heard).finished
     assert "refused" in heard.said

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from prgkit.devices import best_device
+from prgkit.errors import RunError
 from prgkit.evaluate.audit import teacher_share
 from prgkit.evaluate.sheet import Card, sheet
 from prgkit.files import fingerprint, read_sealed, write_sealed, write_text
 from prgkit.lesson import Lesson, prepare
 from prgkit.locks import locked
 from prgkit.recipe import Recipe
-from prgkit.run import Run, differences, require_own_folder, start_run
+from prgkit.run import Run, differences, require_own_folder, start_run, undoing
 from prgkit.ticks import Tick, carried, read_ticks, set_aside, ticked, write_ticks
 from prgkit.watch import Watch
 
@@ -49,10 +50,21 @@ def audit(recipe: Recipe, folder: Path, targets_root: Path, *, count: int | None
     """
     require_own_folder(folder, recipe)
     run = Run(folder)
+    undo = undoing(run)
     # A run that is this recipe's may be training meanwhile.
     own = run.recipe_file.exists() and not differences(run, recipe)
-    with nullcontext() if own else locked(folder, "run"):
-        start_run(folder, recipe)
+    try:
+        with nullcontext() if own else locked(folder, "run"):
+            start_run(folder, recipe)
+        return drawn(run, recipe, targets_root, count=count, watch=watch)
+    except Exception:
+        with suppress(RunError), locked(folder, "run"):
+            undo()
+        raise
+
+
+def drawn(run: Run, recipe: Recipe, targets_root: Path, *, count: int | None, watch: Watch) -> dict[str, Any]:
+    """Draw the sample, or go on with the one that is there, and write what is to be ticked."""
     with locked(run.ticks_file.parent, "audit"):
         earlier = read_ticks(run.ticks_file, recipe.classes) if run.ticks_file.exists() else []
         before = read_sealed(run.sample_file) if run.sample_file.exists() else None

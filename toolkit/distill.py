@@ -7,7 +7,6 @@ has not learned from.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,7 +33,7 @@ from prgkit.members import tell_changes
 from prgkit.mixup import mixed
 from prgkit.objectives import Objectives, Space, TeacherSide
 from prgkit.recipe import Recipe, Training
-from prgkit.run import Interrupted, Run, differences, require_own_folder, start_run, stopping
+from prgkit.run import Interrupted, Run, differences, require_own_folder, start_run, stopping, undoing
 from prgkit.student import Student, build_student
 from prgkit.tensors import save_tensors
 from prgkit.views import Batch, Rendered, evaluation_views, load_batches
@@ -93,17 +92,14 @@ def already_finished(run: Run, recipe: Recipe, watch: Watch) -> bool:
 @contextmanager
 def starting(run: Run, recipe: Recipe) -> Iterator[None]:
     """Hold a folder as the run of ``recipe``; where it fails before anything was done, the folder is as it was."""
-    new, made = not run.recipe_file.exists(), not run.folder.exists()
+    undo = undoing(run)
     with locked(run.folder, "run"):
         try:
             start_run(run.folder, recipe)
             run.clear_leftovers()
             yield
         except Exception:
-            if new and not run.used:
-                run.forget()
-                if made:
-                    shutil.rmtree(run.folder, ignore_errors=True)
+            undo()
             raise
 
 

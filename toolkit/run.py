@@ -9,8 +9,8 @@ import shlex
 import shutil
 import signal
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from prgkit import __version__
 from prgkit.errors import PrgkitError, RunError
 from prgkit.files import flush, guarding_space, read_json, read_sealed, sha256, write_sealed, write_text
+from prgkit.locks import locked
 from prgkit.page import parse
 from prgkit.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
 
@@ -98,17 +99,16 @@ class Run:
         )
 
     def forget(self) -> None:
-        """Remove what a start leaves in a run in which nothing was done; the recipe goes last."""
-        for place in (self.state.parent, self.trackers):
-            shutil.rmtree(place, ignore_errors=True)
-        for file in (
-            self.quality_file,
-            self.answers_file,
-            self.confidence_file,
-            self.members_file,
-            self.card_file,
-            self.recipe_file,
-        ):
+        """Remove what a start leaves in a run in which nothing was done; the recipe goes last.
+
+        Raises:
+            RunError: another process draws a sample of it to tick.
+        """
+        sample, files = self.ticks_file.parent, (self.quality_file, self.answers_file, self.confidence_file)
+        with locked(sample, "audit"):
+            for place in (self.state.parent, self.trackers, sample):
+                shutil.rmtree(place, ignore_errors=True)
+        for file in (*files, self.members_file, self.card_file, self.recipe_file):
             file.unlink(missing_ok=True)
 
     @property
@@ -190,6 +190,21 @@ def require_own_folder(folder: Path, recipe: Recipe) -> None:
         raise RunError(
             "the folder is not empty and holds no run", where=folder, fix="give --run a new or an empty folder"
         )
+
+
+def undoing(run: Run) -> Callable[[], None]:
+    """Return what undoes a start, from before it: where nothing was done, the folder is left as it is now."""
+    new, made = not run.recipe_file.exists(), not run.folder.exists()
+
+    def undo() -> None:
+        if not new or run.used:
+            return
+        with suppress(RunError):
+            run.forget()
+            if made:
+                shutil.rmtree(run.folder, ignore_errors=True)
+
+    return undo
 
 
 def differences(run: Run, recipe: Recipe) -> list[str]:
