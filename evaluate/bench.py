@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 import prgkit
-from prgkit.errors import BenchError, PrgkitError
 from prgkit import metrics
+from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate import latency, machine
 from prgkit.evaluate.audit import audit, find_ticks
 from prgkit.evaluate.baseline import Gate, against, require_comparable
