@@ -25,9 +25,7 @@ LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 def recipe_keys() -> str:
     """Return a heading, a sentence and a table of keys for each section of a recipe."""
-    return "\n\n".join(
-        f"## `{name}`\n\n{first_line(model)}\n\n{table(model, prefix=f'{name}.')}" for name, model in sections(Recipe)
-    )
+    return "\n\n".join(f"## `{name}`\n\n{first_line(model)}\n\n{table(model)}" for name, model in sections(Recipe))
 
 
 def objective_keys() -> str:
@@ -40,7 +38,7 @@ def objective_keys() -> str:
 
 def commands() -> str:
     """Return what `prgkit COMMAND --help` prints, for every command."""
-    with click.Context(cli, info_name="prgkit", terminal_width=100) as group:
+    with click.Context(cli, info_name="prgkit", terminal_width=80, **cli.context_settings) as group:
         return "\n\n".join(
             f"## `prgkit {name}`\n\n```text\n{help_of(command, name, group)}\n```"
             for name, command in cli.commands.items()
@@ -58,8 +56,8 @@ def dependency_owners() -> str:
 
 
 def help_of(command: click.Command, name: str, group: click.Context) -> str:
-    """Return one command's help, 100 columns wide."""
-    with click.Context(command, parent=group, info_name=name, terminal_width=100) as context:
+    """Return one command's help, 80 columns wide."""
+    with click.Context(command, parent=group, info_name=name, terminal_width=80) as context:
         return command.get_help(context)
 
 
@@ -84,15 +82,15 @@ def section_of(field: FieldInfo) -> type[Page] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Page)), None)
 
 
-def table(model: type[Page], *, prefix: str = "", hidden: set[str] | frozenset[str] = frozenset()) -> str:
+def table(model: type[Page], *, hidden: set[str] | frozenset[str] = frozenset()) -> str:
     """Return a Markdown table of a model's keys: type, limits, default, and the comment that stands beside it."""
     notes = comments(model)
     rows = [
-        f"| `{prefix}{name}` | {kind(field.annotation)}{limits(field)} | {default(field)} | {notes.get(name, '')} |"
+        f"| `{name}` | {kind(field.annotation)}{limits(field)} | {default(field)} | {notes.get(name, '')} |"
         for name, field in model.model_fields.items()
         if name not in hidden and section_of(field) is None
     ]
-    return "\n".join(["| key | value | default | |", "|---|---|---|---|", *rows])
+    return "\n".join(["| key | value | default | about |", "|---|---|---|---|", *rows])
 
 
 def kind(annotation: Any) -> str:

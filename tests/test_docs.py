@@ -27,13 +27,13 @@ def generate() -> ModuleType:
 @pytest.mark.parametrize(
     "row",
     [
-        "| `data.images` | text | required | a folder, a .zip,",
-        "| `data.keep.min_confidence` | number, ≥ 0, < 1 | `0.0` | images below it are not learned from |",
-        "| `student.image_size` | whole number or \\[whole number, whole number\\] | `224` |",
+        "| `images` | text | required | a folder, a .zip,",
+        "| `min_confidence` | number, ≥ 0, < 1 | `0.0` | images below it are not learned from |",
+        "| `image_size` | whole number or \\[whole number, whole number\\] | `224` |",
         # A comment above the field, and YAML's word for Python's None.
-        "| `views.aspect` | number or null, > 0 | `null` | Width / height that crops have on average; null: the",
-        "| `training.warmup_epochs` | number, ≥ 0 | `1.0` |",
-        "| `training.trackers` | list of `tensorboard`, `wandb` | `[]` |",
+        "| `aspect` | number or null, > 0 | `null` | Width / height that crops have on average; null: the",
+        "| `warmup_epochs` | number, ≥ 0 | `1.0` |",
+        "| `trackers` | list of `tensorboard`, `wandb` | `[]` |",
     ],
 )
 def test_a_recipe_key_has_its_value_default_and_comment(generate: ModuleType, row: str) -> None:
@@ -54,5 +54,5 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run([*command, str(DOCS), str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     recipe = (tmp_path / "reference" / "recipe.html").read_text()
-    assert "training.epochs" in recipe
+    assert "warmup_epochs" in recipe
     assert "@recipe_keys@" not in recipe
