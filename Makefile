@@ -51,7 +51,7 @@ clean:
 
 .venv/dev.stamp: pyproject.toml | .venv/bin/python
 	$(VENV)/python $(PIP) -e '.[dev]'
-	touch $@ .venv/demo.stamp
+	touch $@ .venv/demo.stamp .venv/docs.stamp
 
 .venv/docs.stamp: pyproject.toml | .venv/bin/python
 	$(VENV)/python $(PIP) -e '.[docs]'
