@@ -1,14 +1,15 @@
 # Two commands do all their own set-up, on a machine with Python 3.11 and nothing else:
 #   make demo    install, then distil, export and bench the embedded digits; ends in a table and a report
 #   make test    install, then ruff, mypy and every test
-# Two more:
+# Three more:
+#   make docs    install, then build the site in build/docs; a broken link or reference fails
 #   make soak    install, then some fifty kills and ten thousand hostile inputs
 #   make dist    build wheel and source archive, check them, and try the wheel without extras in an environment of its own
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = -m pip install --quiet --disable-pip-version-check
 VENV = .venv/bin
 
-.PHONY: demo test soak dist clean
+.PHONY: demo test docs soak dist clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -18,6 +19,10 @@ test: .venv/dev.stamp .venv-base/base.stamp
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/python -m pytest
+
+docs: .venv/docs.stamp
+	$(VENV)/python -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs build/docs
+	@echo "the site is build/docs/index.html"
 
 soak: .venv/dev.stamp .venv-base/base.stamp
 	$(VENV)/python -m pytest -m soak -o faulthandler_timeout=3600
@@ -35,7 +40,7 @@ dist:
 	rm -rf .venv-dist
 
 clean:
-	rm -rf .venv .venv-base .venv-dist dist runs targets
+	rm -rf .venv .venv-base .venv-dist build dist runs targets
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -46,7 +51,11 @@ clean:
 
 .venv/dev.stamp: pyproject.toml | .venv/bin/python
 	$(VENV)/python $(PIP) -e '.[dev]'
-	touch $@ .venv/demo.stamp
+	touch $@ .venv/demo.stamp .venv/docs.stamp
+
+.venv/docs.stamp: pyproject.toml | .venv/bin/python
+	$(VENV)/python $(PIP) -e '.[docs]'
+	touch $@
 
 # The device's install: no torch. Tests prove there what must run without it.
 .venv-base/base.stamp: pyproject.toml

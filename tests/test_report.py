@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from prgkit.evaluate import accuracy, classes, plots, svg, wording
+from prgkit import metrics
+from prgkit.evaluate import classes, plots, svg, wording
 from prgkit.evaluate.gallery import Picture
 from prgkit.evaluate.page import latencies_ms, page
 from prgkit.evaluate.report import markdown, write_report
@@ -495,7 +496,7 @@ def test_shares_by_class_are_of_the_labels_images() -> None:
     cat, dog, hen = found["classes"]
     assert (cat["images"], cat["student"], cat["teacher"]) == (4, 50.0, 75.0)
     assert (dog["images"], dog["student"], dog["teacher"]) == (3, pytest.approx(66.667, abs=1e-3), dog["student"])
-    assert dog["student_interval"] == list(accuracy.wilson(2, 3))
+    assert dog["student_interval"] == list(metrics.wilson(2, 3))
     assert hen == {
         "class": "hen", "images": 0, "student": None, "student_interval": None, "teacher": None, "teacher_interval": None
     }  # fmt: skip

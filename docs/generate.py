@@ -1,0 +1,158 @@
+"""The reference, made from the code: recipe keys, objectives and commands as Markdown. Needs no torch."""
+
+import ast
+import inspect
+import io
+import json
+import tokenize
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from prgkit.cli import cli
+from prgkit.parameters import OBJECTIVES, ObjectivePage, Page
+from prgkit.recipe import Recipe
+
+LAYERS = Path(__file__).parents[1] / "tests" / "test_layers.py"
+WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}
+LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def recipe_keys() -> str:
+    """Return a heading, a sentence and a table of keys for each section of a recipe."""
+    return "\n\n".join(f"## `{name}`\n\n{first_line(model)}\n\n{table(model)}" for name, model in sections(Recipe))
+
+
+def objective_keys() -> str:
+    """Return a heading, a sentence and a table of its own keys for each objective."""
+    common = f"## Every objective\n\n{table(ObjectivePage)}"
+    return "\n\n".join(
+        [common, *(f"## `{name}`\n\n{first_line(model)}\n\n{own_keys(model)}" for name, model in OBJECTIVES.items())]
+    )
+
+
+def commands() -> str:
+    """Return what `prgkit COMMAND --help` prints, for every command."""
+    with click.Context(cli, info_name="prgkit", terminal_width=80, **cli.context_settings) as group:
+        return "\n\n".join(
+            f"## `prgkit {name}`\n\n```text\n{help_of(command, name, group)}\n```"
+            for name, command in cli.commands.items()
+            if not command.hidden
+        )
+
+
+def dependency_owners() -> str:
+    """Return a table of the heavy dependencies and the modules that may import them, as the tests hold it."""
+    tree = ast.parse(LAYERS.read_text(encoding="utf-8"))
+    values = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    owners: dict[str, set[str]] = ast.literal_eval(values["OWNERS"])
+    rows = [f"| `{name}` | {', '.join(f'`{module}`' for module in sorted(owners[name]))} |" for name in owners]
+    return "\n".join(["| dependency | modules that may import it |", "|---|---|", *rows])
+
+
+def help_of(command: click.Command, name: str, group: click.Context) -> str:
+    """Return one command's help, 80 columns wide."""
+    with click.Context(command, parent=group, info_name=name, terminal_width=80) as context:
+        return command.get_help(context)
+
+
+def own_keys(model: type[Page]) -> str:
+    """Return the table of an objective's keys without those that all have."""
+    hidden = {"name", *ObjectivePage.model_fields}
+    return table(model, hidden=hidden) if model.model_fields.keys() - hidden else "It has no keys of its own."
+
+
+def sections(model: type[Page]) -> Iterator[tuple[str, type[Page]]]:
+    """Yield the sections of a recipe by name; one within another comes after it, as ``data.keep``."""
+    for name, field in model.model_fields.items():
+        inner = section_of(field)
+        if inner is not None:
+            yield name, inner
+            yield from ((f"{name}.{deeper}", page) for deeper, page in sections(inner))
+
+
+def section_of(field: FieldInfo) -> type[Page] | None:
+    """Return the model of a section, of which a list may stand there too; None for a plain value."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Page)), None)
+
+
+def table(model: type[Page], *, hidden: set[str] | frozenset[str] = frozenset()) -> str:
+    """Return a Markdown table of a model's keys: type, limits, default, and the comment that stands beside it."""
+    notes = comments(model)
+    rows = [
+        f"| `{name}` | {kind(field.annotation)}{limits(field)} | {default(field)} | {notes.get(name, '')} |"
+        for name, field in model.model_fields.items()
+        if name not in hidden and section_of(field) is None
+    ]
+    return "\n".join(["| key | value | default | about |", "|---|---|---|---|", *rows])
+
+
+def kind(annotation: Any) -> str:
+    """Return a type in the words of someone who writes YAML."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return kind(inner[0])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in inner)
+    if origin in (Union, types.UnionType):
+        return " or ".join(kind(one) for one in inner)
+    if origin is tuple and inner[-1] is Ellipsis:
+        return f"list of {kind(inner[0])}"
+    if origin is tuple:
+        return f"\\[{', '.join(kind(one) for one in inner)}\\]"
+    return WORDS[annotation]
+
+
+def limits(field: FieldInfo) -> str:
+    """Return what a number must hold, as ``, ≥ 0, < 1``."""
+    return "".join(
+        f", {sign} {getattr(limit, name)}"
+        for limit in field.metadata
+        for name, sign in LIMITS.items()
+        if hasattr(limit, name)
+    )
+
+
+def default(field: FieldInfo) -> str:
+    """Return a default as YAML has it."""
+    return "required" if field.default is PydanticUndefined else f"`{json.dumps(field.default)}`"
+
+
+def comments(model: type[Page]) -> dict[str, str]:
+    """Return the comment at the end of each field's line, or else the comment lines above it."""
+    found: dict[str, str] = {}
+    above: list[str] = []
+    name = ""
+    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(model)).readline):
+        if token.type == tokenize.COMMENT:
+            text = token.string.lstrip("# ")
+            if token.line.lstrip().startswith("#"):
+                above.append(text)
+            elif name:
+                found[name] = text
+        elif token.type == tokenize.NAME and token.start[1] == 4 and token.line[token.end[1] :].startswith(":"):
+            name = token.string
+            if above:
+                found[name] = " ".join(above)
+        elif token.type == tokenize.NEWLINE:
+            above, name = [], ""
+    return {key: text.replace("|", "\\|").replace("None:", "null:") for key, text in found.items()}
+
+
+def first_line(model: type[Page]) -> str:
+    """Return the first line of a docstring, its double backquotes as Markdown has them."""
+    return (model.__doc__ or "").splitlines()[0].replace("``", "`")
+
+
+MARKS: dict[str, Callable[[], str]] = {
+    "@recipe_keys@": recipe_keys,
+    "@objective_keys@": objective_keys,
+    "@commands@": commands,
+    "@dependency_owners@": dependency_owners,
+}
