@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from prgkit.evaluate.style import CSS
+from prgkit.evaluate.templating import asset
 
 
 def document(title: str, parts: Sequence[str]) -> str:
@@ -14,7 +14,7 @@ def document(title: str, parts: Sequence[str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{asset('report.css')}</style></head><body>{''.join(parts)}</body></html>\n"
     )
 
 

@@ -18,8 +18,8 @@ from prgkit.evaluate import classes, plots, svg, wording
 from prgkit.evaluate.gallery import Picture
 from prgkit.evaluate.page import latencies_ms, page
 from prgkit.evaluate.report import markdown, write_report
-from prgkit.evaluate.style import CSS
 from prgkit.evaluate.tables import report_table
+from prgkit.evaluate.templating import asset
 
 VOID = {"meta", "img", "br", "link"}
 EVIL = '<script>alert("x")</script>'
@@ -583,9 +583,11 @@ def contrast(a: str, b: str) -> float:
 def test_every_colour_is_defined_for_light_and_dark_and_can_be_read_there() -> None:
     light, dark = (
         dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
-        for block in re.findall(r":root \{(.*?)\n *\}", CSS, re.DOTALL)[:2]
+        for block in re.findall(r":root \{(.*?)\n *\}", asset("report.css"), re.DOTALL)[:2]
     )
-    used = set(re.findall(r"var\(--([\w-]+)", CSS)) | {f"series-{index + 1}" for index in range(len(svg.COLOURS))}
+    used = set(re.findall(r"var\(--([\w-]+)", asset("report.css"))) | {
+        f"series-{index + 1}" for index in range(len(svg.COLOURS))
+    }
     for scheme in (light, dark):
         assert used <= scheme.keys()
         for name in ("ink", "muted", "accent", "good", "warn", "bad"):  # WCAG AA: text
