@@ -60,7 +60,7 @@ class LabelFormat(Page):
     """How labels are to be read, where a table or numbers do not say it for certain themselves."""
 
     image_column: str | None = None  # of a table: its name in the header, or its number, counted from 1
-    label_column: str | None = None
+    label_column: str | None = None  # the same of the labels
     first_number: Literal[0, 1] | None = None  # what the first class's number is, where labels are numbers
 
     @field_validator("image_column", "label_column", mode="before")
@@ -90,7 +90,7 @@ class TeacherPage(Page):
     model: str
     weights: str | None = None  # its tag; of a folder with several files of weights, one file's name
     context: str | None = None  # a file of prgkit adapt-teacher: what it learned is read in place of data.prompts
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"  # of its own pass
     batch_size: int = Field(64, ge=1)  # fixed, since a feature varies a little with the batch it is computed in
 
     @property
@@ -106,9 +106,9 @@ class TeacherPage(Page):
 class Views(Page):
     """The random crops and flips that teacher and student both see."""
 
-    count: int = Field(8, ge=1, le=255)
+    count: int = Field(8, ge=1, le=255)  # random views of an image; each epoch shows the student the next one
     crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
-    flip: bool = True
+    flip: bool = True  # half of them mirrored
     seed: int = 0
     # Width / height that crops have on average; None: the student's, whose input is then filled without squashing.
     aspect: float | None = Field(None, gt=0)
@@ -153,19 +153,19 @@ class Training(Page):
 
     epochs: int = Field(100, ge=1)
     batch_size: int = Field(256, ge=2)  # over all processes
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(0.001, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    warmup_epochs: float = Field(1.0, ge=0)
-    gradient_clip: float | None = Field(5.0, gt=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd has a momentum of 0.9
+    learning_rate: float = Field(0.001, gt=0)  # at the end of the warm-up; it falls to zero along a cosine
+    weight_decay: float = Field(0.05, ge=0)  # of matrices and kernels; biases and norms have none
+    warmup_epochs: float = Field(1.0, ge=0)  # over which the rate rises, at most a fifth of the run
+    gradient_clip: float | None = Field(5.0, gt=0)  # of the gradient's norm; null: none
     mixup: float | None = Field(None, gt=0)  # of Beta(mixup, mixup), by which two images are mixed, and their targets
     ema: float = Field(0.9998, ge=0, lt=1)  # warms up: min(ema, (1 + t) / (10 + t))
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto times both for a few steps and writes down which won
-    compile: bool = False
+    compile: bool = False  # with torch.compile
     seed: int = 0
     workers: int | None = Field(None, ge=0)  # processes that decode images; None: chosen from the CPU count
-    checkpoint_minutes: float = Field(5.0, gt=0)
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    checkpoint_minutes: float = Field(5.0, gt=0)  # between two checkpoints within an epoch; each epoch ends with one
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where the metrics go besides metrics.jsonl
 
 
 class Export(Page):
@@ -173,7 +173,7 @@ class Export(Page):
 
     opset: int = 20  # the oldest ONNX Runtime that runs it: 17 1.12, 18 1.15, 19 1.16, 20 1.17, 21 1.18, 22 1.21
     batch: tuple[int, int, int] = (1, 1, 32)  # [min, opt, max] of a TensorRT profile; opt is the deployed batch
-    evaluation_images: int = Field(2000, ge=1)
+    evaluation_images: int = Field(2000, ge=1)  # that travel in the bundle, of the held-out or labelled ones
     fidelity: float = Field(98.0, ge=90, lt=100)  # percent of those on which INT8 must surely give FP32's answer
 
     @field_validator("opset")
