@@ -31,6 +31,7 @@ from prgkit.images import (
     Preprocessing,
     catalogue,
     content_key,
+    labelled,
     load_image,
     match_labels,
     nearly_black,
@@ -734,8 +735,10 @@ def test_real_shards() -> None:
     assert not found.unreadable
     assert len(found) + found.duplicates == 5000
     names = (REAL / "classes.txt").read_text().split("\n")[:100]
-    indices = match_labels(found, names)
-    assert len(indices) == len(found)
+    notes: list[str] = []
+    kept, indices = labelled(found, names, note=notes.append)
+    assert (len(kept), len(indices)) == (len(found) - 1, len(found) - 1)  # CIFAR-100 has one picture in two classes
+    assert notes[-1].startswith("1 image has two labels, and is left out: ")
     assert set(indices.tolist()) == set(range(100))
 
 
