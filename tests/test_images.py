@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from prgkit import images as image_module
 from prgkit.decoding import UnreadableImage, decode, grey_range, image_suffixes
 from prgkit.errors import ImagesError
 from prgkit.images import (
@@ -31,7 +32,6 @@ from prgkit.images import (
     Preprocessing,
     catalogue,
     content_key,
-    labelled,
     load_image,
     match_labels,
     nearly_black,
@@ -736,7 +736,7 @@ def test_real_shards() -> None:
     assert len(found) + found.duplicates == 5000
     names = (REAL / "classes.txt").read_text().split("\n")[:100]
     notes: list[str] = []
-    kept, indices = labelled(found, names, note=notes.append)
+    kept, indices = image_module.labelled(found, names, note=notes.append)
     assert (len(kept), len(indices)) == (len(found) - 1, len(found) - 1)  # CIFAR-100 has one picture in two classes
     assert notes[-1].startswith("1 image has two labels, and is left out: ")
     assert set(indices.tolist()) == set(range(100))
