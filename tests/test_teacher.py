@@ -458,6 +458,32 @@ def test_a_checkpoint_beside_the_weights_is_left_alone(folders: dict[str, Path],
     (folder / "results.jsonl").write_text("{}\n")
     assert same_as(load_teacher(local(folder), CPU).model, load_file(folder / "open_clip_model.safetensors"))
     assert teacher_identity(local(folder)) == teacher_identity(local(folders["clip"]))
+    notes: list[str] = []
+    check_teacher(local(folder), note=notes.append)
+    check_teacher(local(folders["clip"]), note=notes.append)
+    assert notes == [
+        f"the teacher is open_clip_model.safetensors of {folder}, and not epoch_3.pt beside it: "
+        "teacher.weights names another"
+    ]
+
+
+def test_a_mean_of_0_to_255_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["clip"], tmp_path / "teacher"))
+    page = json.loads((folder / "open_clip_config.json").read_text())
+    page["preprocess_cfg"] = {**page.get("preprocess_cfg", {}), "mean": [123.675, 116.28, 103.53]}
+    (folder / "open_clip_config.json").write_text(json.dumps(page))
+    with pytest.raises(
+        TeacherError, match=r"a mean or std of \[123.675, 116.28, 103.53\], and pictures go from 0 to 1"
+    ):
+        load_teacher(local(folder), CPU)
+
+
+def test_a_tensor_that_the_model_has_no_place_for_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["clip"], tmp_path / "teacher"))
+    weights = load_file(folder / "open_clip_model.safetensors")
+    save_file({**weights, "logit_bias": torch.tensor(-10.0)}, folder / "open_clip_model.safetensors")
+    with pytest.raises(TeacherError, match=r"the model has no place for 1 of its tensors, e\.g\. logit_bias"):
+        load_teacher(local(folder), CPU)
 
 
 def test_one_of_several_files_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -484,7 +510,7 @@ def test_a_folder_without_weights_is_refused_before_anything_is_loaded(
     with pytest.raises(TeacherError, match="holds a configuration and no weights") as caught:
         check_teacher(local(folder))
     assert caught.value.where == folder
-    assert "checkpoint of open_clip's training (.safetensors, .bin, .pt, .pth)" in str(caught.value.fix)
+    assert "checkpoint of open_clip's training (.safetensors, .bin, .pt, .pth, .ckpt)" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, watch: 
     """
     page = only_teacher(recipe)
     recipe = recipe.model_copy(update={"teacher": (page,)})
-    check_teacher(page)
+    check_teacher(page, note=watch.note)
 
     @cache
     def teacher(page: TeacherPage) -> Teacher:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from prgkit.checkpoint import Average, Progress, TrainingState, expected_bytes
 from prgkit.devices import first_goes_on, from_first, join_processes, probe_precision, seed_everything
-from prgkit.errors import BackendError, RunError
+from prgkit.errors import BackendError, RunError, TeacherError
 from prgkit.files import require_space
+from prgkit.joint import teacher_fingerprint
 from prgkit.keep import systematic_sample
 from prgkit.labelled import beside, choose_vote
 from prgkit.lesson import Lesson, prepare
 from prgkit.locks import locked
-from prgkit.members import tell_changes
+from prgkit.members import anew, tell_changes
 from prgkit.mixup import mixed
 from prgkit.objectives import Objectives, Space, TeacherSide
 from prgkit.recipe import Recipe, Training
@@ -86,6 +87,9 @@ def already_finished(run: Run, recipe: Recipe, watch: Watch) -> bool:
     start_run(run.folder, recipe)
     watch.note(f"{run.folder} is finished already")
     tell_changes(run, recipe, watch)
+    with suppress(TeacherError):  # it is gone, and needed no more
+        if teacher_fingerprint(recipe) != run.card["teacher"]["fingerprint"]:
+            watch.note(f"the teacher is not the one that it learned from any more; to learn from this one: {anew(run)}")
     return True
 
 

@@ -146,10 +146,11 @@ class Images:
         found = self._table.labels(class_names, note=note) if self._table is not None else None
         return [self._source.label(index) if found is None else found.get(index) for index in indices]
 
-    def files(self) -> list[int]:
-        """Return a number for each image's name and size in bytes: other images have others, and none is read."""
-        size = getattr(self._source, "size", lambda _: 0)
-        told = (f"{size(index)} {self.name(index)}".encode() for index in range(len(self)))
+    def files(self, *, dated: bool = False) -> list[int]:
+        """Return a number for each image's name and size in bytes, and its date where asked; none is read for it."""
+        size, date = (getattr(self._source, name, lambda _: 0) for name in ("size", "date"))
+        indices = range(len(self))
+        told = (f"{size(one)} {date(one) if dated else ''} {self.name(one)}".encode() for one in indices)
         return [int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "little") for one in told]
 
     def read(self, index: int, *, enough: int | None = None) -> Image.Image:

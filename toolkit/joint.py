@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prgkit.answers import Answers, no_correction
+from prgkit.context import load_context
 from prgkit.errors import TargetsError
 from prgkit.files import fingerprint
 from prgkit.recipe import Recipe
 from prgkit.targets import Load, Targets, existing_store, open_store
+from prgkit.teacher import teacher_identity
 from prgkit.watch import SILENT, Watch
 
 
@@ -86,6 +88,19 @@ class JointTargets:
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([weight * part for weight, part in zip(self._weights, parts, strict=True)], dim=-1)
+
+
+def teacher_fingerprint(recipe: Recipe) -> str:
+    """Return what ``facts`` say of the recipe's teachers as their files are now.
+
+    Raises:
+        TeacherError: one of them is gone.
+    """
+    each = []
+    for page in recipe.teacher:
+        identity, context = teacher_identity(page), load_context(page)
+        each.append(fingerprint([identity, context.digest] if context else identity))
+    return each[0] if len(each) == 1 else fingerprint(each)
 
 
 AnyTargets: TypeAlias = Targets | JointTargets

@@ -102,7 +102,7 @@ def prepare(
         return load_teacher(page, best_device())
 
     for page in recipe.teacher:
-        check_teacher(page)
+        check_teacher(page, note=watch.note)
         load_context(page)
     stored, pictures = existing_targets(recipe, targets_root), Pictures(targets_root / PICTURES)
     same = next((one for one in (run, like) if one is not None and one.begun), None)

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from prgkit.errors import ImagesError, RunError
 from prgkit.files import write_bytes
-from prgkit.images import Catalogue, lies_in_files, open_images
+from prgkit.images import Catalogue, Images, as_grey_range, lies_in_files, open_images
 from prgkit.recipe import Recipe
 from prgkit.run import Run
 from prgkit.watch import Watch
 
 KEY_BYTES = 16
+MOST_READ = 1000
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -29,15 +30,18 @@ class Members(NamedTuple):
     images: frozenset[str]  # content keys
     labelled: frozenset[str]  # those of the few images whose labels are learned from
     files: NDArray[np.uint64]  # a number for each file's name and size, sorted
+    dated: NDArray[np.uint64]  # the same of its date as well
 
 
 def keep_members(run: Run, images: Catalogue, labelled: Catalogue | None) -> None:
     """Write into a run that has learned nothing yet what it is going to learn from and be judged on."""
-    files = images.images.files() if lies_in_files(images.images.spec) else []
+    known = lies_in_files(images.images.spec)
+    files, dated = ((images.images.files(dated=each) if known else []) for each in (False, True))
     arrays: Arrays = {
         "images": packed(images.keys),
         "labelled": packed(labelled.keys if labelled else ()),
         "files": np.sort(np.array(files, dtype=np.uint64)),
+        "dated": np.sort(np.array(dated, dtype=np.uint64)),
     }
     sealed: dict[str, Any] = {**arrays, "digest": digest_of(arrays)}
     buffer = io.BytesIO()
@@ -57,7 +61,7 @@ def members_of(run: Run) -> Members | None:
         return None
     try:
         with np.load(run.members_file, allow_pickle=False) as found:
-            arrays = {name: found[name] for name in ("images", "labelled", "files")}
+            arrays = {name: found[name] for name in ("images", "labelled", "files", "dated")}
             whole = bytes(found["digest"]) == bytes(digest_of(arrays))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         whole = False
@@ -68,7 +72,7 @@ def members_of(run: Run) -> Members | None:
             fix="delete it; the images that are there now are then taken to be those",
         )
     images, labelled = (frozenset(bytes(key).hex() for key in arrays[name]) for name in ("images", "labelled"))
-    return Members(images, labelled, arrays["files"])
+    return Members(images, labelled, arrays["files"], arrays["dated"])
 
 
 def only_members(
@@ -110,17 +114,22 @@ def only_members(
 
 
 def tell_changes(run: Run, recipe: Recipe, watch: Watch) -> None:
-    """Say of a finished run whether its images are others now, by their names and sizes; none of them is read."""
+    """Say of a finished run whether its images are others now, by their names and sizes.
+
+    Of those that have another date than then, up to `MOST_READ` are read: a copied folder has new dates and old images.
+    """
     members, spec = members_of(run), recipe.data.images
     if members is None or not lies_in_files(spec):
         return
     try:
-        images = open_images(spec)
+        images = open_images(spec).with_grey(as_grey_range(run.card["images"]["grey_range"]))
     except ImagesError as error:
         watch.note(f"the images that it was made from are not there any more: {error.what}")
         return
     files = np.array(images.files(), dtype=np.uint64)
     new = np.flatnonzero(~np.isin(files, members.files))
+    touched = np.setdiff1d(np.flatnonzero(~np.isin(images.files(dated=True), members.dated)), new)[:MOST_READ]
+    new = np.union1d(new, [place for place in touched.tolist() if is_other(images, place, members)]).astype(np.int64)
     gone = len(np.setdiff1d(members.files, files))
     changes = [f"{len(new):,} files are new or changed, e.g. {images.name(int(new[0]))}"] if len(new) else []
     changes += [f"{gone:,} that were there are gone or changed"] if gone else []
@@ -129,6 +138,14 @@ def tell_changes(run: Run, recipe: Recipe, watch: Watch) -> None:
             f"{spec} is not what the run was made from any more: {'; '.join(changes)}. It has not learned from what is "
             f"new; to learn from all: {anew(run)}"
         )
+
+
+def is_other(images: Images, index: int, members: Members) -> bool:
+    """Tell whether an image's content is none that the run was made from."""
+    try:
+        return images.key(index) not in members.images
+    except ImagesError:  # it can no longer be read
+        return True
 
 
 def anew(run: Run) -> str:

@@ -117,8 +117,15 @@ class FolderSource:
 
     def size(self, index: int) -> int:
         """Return the file's size [bytes]; -1 where it is gone."""
+        return self._status(index, "st_size")
+
+    def date(self, index: int) -> int:
+        """Return when the file was changed [ns]; -1 where it is gone."""
+        return self._status(index, "st_mtime_ns")
+
+    def _status(self, index: int, part: str) -> int:
         try:
-            return os.stat(self.root / self.paths[index]).st_size
+            return int(getattr(os.stat(self.root / self.paths[index]), part))
         except OSError:
             return -1
 

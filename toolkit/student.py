@@ -341,6 +341,8 @@ def _start_from(model: nn.Module, page: StudentPage) -> None:
         strangers += [name for name in found.unexpected_keys if "head_dist" not in name]
         if strangers:
             raise ValueError(f"{len(strangers)} weights are in one of the two only, e.g. {strangers[0]}")
+        if broken := [name for name, tensor in kept.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{len(broken)} of its weights hold values that are no numbers, e.g. {broken[0]}")
     except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, EOFError) as error:
         raise StudentError(
             f"the file cannot start {page.model}: {one_line(error)[:300]}",
@@ -375,6 +377,8 @@ def _read_weights(path: Path, wanted: Collection[str]) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training keeps its arguments in one
             state: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
+        wrapped = state.get("model_state_dict", state)  # as PyTorch's tutorial saves it
+        state = wrapped if isinstance(wrapped, dict) else state
     except (pickle.UnpicklingError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "weights_only" not in str(error):
             raise

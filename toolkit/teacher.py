@@ -8,7 +8,7 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from prgkit import demo
-from prgkit.errors import TeacherError, nearest, one_line
+from prgkit.errors import TeacherError, nearest, one_line, some
 from prgkit.files import sha256
 from prgkit.images import Preprocessing
 from prgkit.recipe import TeacherPage
 from prgkit.sizes import sides, size_of
+from prgkit.watch import silent
 
 TEXTS_AT_ONCE = 128  # whose activations are kept for a gradient
 # The names under which open_clip looks for a folder's weights, the first it finds before the others.
@@ -36,7 +37,7 @@ WEIGHTS = (
     "pytorch_model.pth",
     "model.pth",
 )
-WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 DECIDING_SUFFIXES = (".json", ".txt", ".model")  # a configuration, and what a tokenizer knows
 
 
@@ -245,10 +246,17 @@ def load_teacher(page: TeacherPage, device: torch.device) -> Teacher:
     return Teacher(model, tokenizer, device, page)
 
 
-def check_teacher(page: TeacherPage) -> None:
-    """Refuse a name, a tag or a folder that no teacher can be loaded from, without loading it."""
+def check_teacher(page: TeacherPage, *, note: Callable[[str], None] = silent) -> None:
+    """Refuse a name, a tag or a folder that no teacher can be loaded from, without loading it.
+
+    ``note`` is told where other files in a folder may be its weights as well.
+    """
     if (folder := _local_folder(page.model)) is not None:
-        _weights_file(folder, page.weights)
+        chosen = _weights_file(folder, page.weights)
+        others = [path.name for path in _weights_files(folder) if path.name not in (chosen.name, *WEIGHTS)]
+        if others and page.weights != chosen.name:
+            beside = f"and not {some(others)} beside it: teacher.weights names another"
+            note(f"the teacher is {chosen.name} of {folder}, {beside}")
     elif not page.model.startswith("hf-hub:"):
         _check_names(page.model, page.weights)
 
@@ -296,6 +304,12 @@ def _preprocessing(config: dict[str, Any]) -> Preprocessing:
 def _of_channels(value: Any) -> tuple[float, float, float]:
     """Return three numbers, one a channel; a configuration may give one for all."""
     red, green, blue = value if isinstance(value, list | tuple) else (value, value, value)
+    if max(red, green, blue) > 1:
+        raise TeacherError(
+            f"the teacher's preprocess_cfg has a mean or std of {value}, and pictures go from 0 to 1",
+            where="open_clip_config.json",
+            fix="divide it by 255",
+        )
     return float(red), float(green), float(blue)
 
 
@@ -320,7 +334,7 @@ def _weights_file(folder: Path, named: str | None) -> Path:
 
     A tag is no file: it may be left from the named model whose place the folder takes, and says nothing here.
     """
-    found = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS_SUFFIXES and path.is_file())
+    found = _weights_files(folder)
     names = [path.name for path in found]
     if named and not _is_tag(named):
         if named in names:
@@ -344,6 +358,10 @@ def _weights_file(folder: Path, named: str | None) -> Path:
         where=folder,
         fix=f"put {WEIGHTS[0]} or a checkpoint of open_clip's training ({', '.join(WEIGHTS_SUFFIXES)}) into it",
     )
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS_SUFFIXES and path.is_file())
 
 
 def _is_tag(weights: str) -> bool:
@@ -375,10 +393,23 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
     try:
         open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
     except Exception as error:
-        raise _files_error(path.parent, f"{path.name}: {_why_not_read(error)}", path.name) from error
+        # Where a model has no bias of its logits, open_clip stumbles over a file's.
+        stranger = _strangers(model, path) if isinstance(error, AttributeError) else ""
+        raise _files_error(path.parent, f"{path.name}: {stranger or _why_not_read(error)}", path.name) from error
     if lost := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         reason = f"{len(lost)} of its tensors are missing or hold values that are no numbers, e.g. {lost[0]}"
         raise _files_error(path.parent, f"{path.name}: {reason}", path.name)
+
+
+def _strangers(model: torch.nn.Module, path: Path) -> str:
+    """Say which tensors of a file the model has no place for; nothing where there is none, or it cannot be read."""
+    from open_clip.factory import load_state_dict
+
+    try:
+        names = load_state_dict(str(path), weights_only=True).keys() - model.state_dict().keys()
+    except Exception:  # what is wrong with the file is told by who failed to load it
+        return ""
+    return f"the model has no place for {len(names)} of its tensors, e.g. {min(names)}" if names else ""
 
 
 def _files_error(folder: Path, reason: str, weights: str) -> TeacherError:
