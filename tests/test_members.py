@@ -15,8 +15,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from prgkit import demo
 from prgkit.audit import audit
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.distill import distill
@@ -90,6 +91,19 @@ def recipe_for(images: Path, **changed: Any) -> Recipe:
         **changed,
     }
     return validate(page, where="test").resolved()
+
+
+def test_a_finished_run_says_that_its_teacher_is_another_now(photos: Path, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(Path(demo.__file__).with_name("teacher"), tmp_path / "teacher"))
+    recipe = recipe_for(put(photos, tmp_path / "pics", FEW), teacher={"model": f"local-dir:{teacher}", "batch_size": 8})
+    arguments, heard = (recipe, tmp_path / "run", tmp_path / "targets"), Heard()
+    distill(*arguments, Unwatched())
+    weights = load_file(teacher / "open_clip_model.safetensors")
+    save_file({**weights, "logit_scale": weights["logit_scale"] + 1}, teacher / "open_clip_model.safetensors")
+    distill(*arguments, heard)
+    assert heard.said[-1].startswith(
+        "the teacher is not the one that it learned from any more; to learn from this one: "
+    )
 
 
 @pytest.mark.parametrize("name", ["pics", "pics.tar", "pics.zip"])

@@ -196,12 +196,13 @@ def wrapped(form: str, weights: dict[str, torch.Tensor]) -> Any:
         "ema": {"state_dict": blank, "state_dict_ema": weights},
         "model": {"model": weights, "optimizer": {}},
         "parallel": {"state_dict": {f"module.{name}": tensor for name, tensor in weights.items()}},
+        "tutorial": {"epoch": 3, "model_state_dict": weights},
         "lightning": {"state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}},
         "ours": {**{f"model.{name}": tensor for name, tensor in weights.items()}, "projector.weight": torch.ones(2, 2)},
     }[form]
 
 
-@pytest.mark.parametrize("form", ["plain", "state_dict", "ema", "model", "parallel", "lightning", "ours"])
+@pytest.mark.parametrize("form", ["plain", "state_dict", "ema", "model", "parallel", "tutorial", "lightning", "ours"])
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".pth.tar"])
 def test_a_checkpoint_starts_the_backbone_whatever_it_is_wrapped_in(form: str, suffix: str, tmp_path: Path) -> None:
     saved = timm.create_model("test_resnet").state_dict()
@@ -223,6 +224,7 @@ def test_a_checkpoint_that_is_not_all_of_the_backbone_is_refused(tmp_path: Path)
     for held, told in (
         ({}, "it holds no tensors by name"),
         ({"state_dict": {}}, "it holds no tensors by name"),
+        ({**saved, "conv1.0.weight": saved["conv1.0.weight"] * torch.nan}, "no numbers, e.g. conv1.0.weight"),
         ({"epoch": 3, "optimizer": {}}, "it holds no tensors by name"),
         ({name: tensor for name, tensor in saved.items() if name != "conv1.0.weight"}, "e.g. conv1.0.weight"),
         ([1, 2], "'list' object"),
