@@ -124,6 +124,7 @@ FORMS = {
         "class names end with colors, which are left out: 'apple:128,0,0::' is read as 'apple'",
     "CLASSES = [\n    'apple',\n    'bus',\n    'oak tree',\n]\n":
         "class names look like a list, and are read as one: 'apple', 'bus', ...",
+    "CLASSES: list[str] = ['apple', 'bus', 'oak tree']": "class names look like a list, and are read as one: 'apple', 'bus', ...",
     'const names = ["apple", "bus", "oak tree"];': "class names look like a list, and are read as one: 'apple', 'bus', ...",
     '("apple", "bus", "oak tree")': "class names look like a list, and are read as one: 'apple', 'bus', ...",
     "apple/\nbus/\noak tree/\n": "class names end with slashes, which are left out: 'apple/' is read as 'apple'",
@@ -208,6 +209,7 @@ def test_names_that_have_numbers_and_marks_of_their_own_keep_them(tmp_path: Path
         ("names.csv", '"apple\nbus\n', "names.csv is no CSV file: unexpected end of data"),
         ("names.json", '{"names": ["a", "b"], "classes": ["b", "a"]}',
          "names.json has other class names in 'classes' than in 'names'"),
+        ("names.txt", "# a\n# b\n", "every line of names.txt is a comment, as it begins with #"),
         ("names.yaml.txt", "names:\n  0: a\n  1: b\n  1: c\n", "a key stands twice"),
         ("names.txt", "0: apple\n1: apple\n", "class names repeat: 'apple' (line 1 and line 2)"),
     ],
@@ -225,6 +227,7 @@ def test_class_files_that_do_not_say_it_are_refused(tmp_path: Path, file: str, t
     [
         (("tench, Tinca tinca", "goldfish, Carassius auratus"),
          "class names have commas, and each line is one class: tench, Tinca tinca; ..."),
+        (('"apple", "bus"', '"car", "dog"'), "class names have commas"),
         (("apse/indoor", "apse/outdoor"), "look odd"),
         (("apple", ".DS_Store"), "look odd"),
         (("total 8", "drwxr-xr-x 2 me me 4096 May  1 10:00 apple"), "look odd"),

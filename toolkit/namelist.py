@@ -33,7 +33,7 @@ NAME_TITLES = ("name", "names", "classname", "class", "classes", "label", "label
 TITLES = {*NAME_TITLES, "id", "ids", "index", "idx", "number", "no", "wnid", "synset"}
 # "labels" comes last: beside another it can be the labels of images.
 LISTS = ("names", "classes", "categories", "id2label", "idx_to_class", "label2id", "class_to_idx", "labels")
-ASSIGNED = re.compile(r"\A(?:\s*#.*\n)*\s*(?:(?:const|let|var)\s+)?\w+\s*=\s*(?=[\[({])")  # Python's or JavaScript's
+ASSIGNED = re.compile(r"\A(?:\s*#.*\n)*\s*(?:(?:const|let|var)\s+)?\w+\s*(?::[^=\n]*)?=\s*(?=[\[({])")
 KEYED = re.compile(r"^(names|classes)[ \t]*:", re.MULTILINE)  # Ultralytics' data.yaml, say
 WORDNET_ID = re.compile(r"n\d{8}")
 # A number without a mark, in front or behind: an id, where it differs from name to name as the words do.
@@ -77,6 +77,9 @@ def read_names(text: str, path: Path) -> tuple[list[Entry], list[str]]:
         lines = [(at, line.removeprefix("#").strip()) for at, line in lines]
     comments = [line for _, line in lines if line.startswith("#")]
     entries = [(at, line) for at, line in lines if not line.startswith("#")]
+    if len(comments) > 1 and not entries:
+        what = f"every line of {path.name} is a comment, as it begins with #"
+        raise RecipeError(what, where=path, fix="write the names without #, one a line")
     found, remarks = from_text(text, entries, path)
     if comments:
         count = "1 line is a comment, and is" if len(comments) == 1 else f"{len(comments)} lines are comments, and are"
@@ -103,9 +106,8 @@ def from_text(text: str, entries: Sequence[tuple[str, str]], path: Path) -> tupl
 def is_header(lines: Sequence[str]) -> bool:
     """Tell whether the first line is the title of the others: the word for a name, or words above ids and names."""
     words = re.findall(r"[^\W_]+", lines[0].casefold()) if len(lines) > 2 else []
-    if not words or not TITLES.issuperset(words):
-        return False
-    return set(words) <= set(NAME_TITLES) or (without_ids(list(lines[1:])) is not None)
+    said = bool(words) and TITLES.issuperset(words)
+    return said and (set(words) <= set(NAME_TITLES) or without_ids(list(lines[1:])) is not None)
 
 
 def like_ids(names: Sequence[str]) -> list[str]:
@@ -151,18 +153,14 @@ def from_value(value: Any, path: Path) -> tuple[list[Entry], list[str]]:
     if len(readings) > 1:
         readings.pop("labels", None)
     first, *others = readings or [""]
-    if differing := next((key for key in others if names_in(readings[key]) != names_in(readings[first])), None):
+    names = {key: [name for _, name in found[0]] for key, found in readings.items() if found}
+    if differing := next((key for key in others if names[key] != names[first]), None):
         what = f"{path.name} has other class names in {differing!r} than in {first!r}"
         raise RecipeError(what, where=path, fix="keep one of the two")
     if found := readings.get(first):
         return found[0], [*([f"class names are those in {first!r}"] if len(keys) > 1 else []), *found[1]]
     what = f"{path.name} is no list of class names, nor a mapping of numbers to names"
     raise RecipeError(what, where=path, fix='write ["apple", "bus"], or {"0": "apple", "1": "bus"}, or one name a line')
-
-
-def names_in(found: tuple[list[Entry], list[str]] | None) -> list[object]:
-    """Return names without their places."""
-    return [name for _, name in found[0]] if found else []
 
 
 def listed(value: Any) -> tuple[list[Entry], list[str]] | None:
@@ -315,8 +313,9 @@ def without_colors(names: list[str]) -> tuple[list[str], str, list[str]] | None:
 
 
 def without_quotes(names: list[str]) -> tuple[list[str], str, list[str]] | None:
-    """Take off quotes around every name."""
-    if not all(len(name) > 2 and QUOTES.get(name[0]) == name[-1] for name in names):
+    """Take off quotes around every name; a line of several quoted names stays as it is."""
+    several = any(re.search(r"""["']\s*,\s*["']""", name) for name in names)
+    if several or not all(len(name) > 2 and QUOTES.get(name[0]) == name[-1] for name in names):
         return None
     return [name[1:-1].strip() for name in names], "begin and end with quotes", []
 
