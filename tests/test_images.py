@@ -827,11 +827,23 @@ def test_labels_out_of_range_or_missing(tmp_path: Path) -> None:
 
 
 def test_imagenet_folders_are_in_wordnet_order(tmp_path: Path) -> None:
-    from prgkit.labels import lookup
+    from prgkit.labels import IMAGENET, class_indices, lookup
+    from prgkit.prompts import load_classes
 
     folders = [f"n{number:08d}" for number in range(5000, 6000)]
-    found = lookup(random.Random(0).sample(folders, 1000), [f"class {number}" for number in range(1000)])
+    names = [IMAGENET.get(number, f"class {number}") for number in range(1000)]
+    shuffled = random.Random(0).sample(folders, 1000)
+    found = lookup(shuffled, names)
     assert [found[folder] for folder in folders] == list(range(1000))
+    notes: list[str] = []
+    class_indices(shuffled, names, names=shuffled, where="here", note=notes.append)
+    assert notes == ["labels are WordNet ids, read in their order: n00005000 is tench, n00005999 is toilet"]
+    assert lookup(folders, names[::-1]) == {}  # another order, as Caffe's: which id is which class is not known
+    with pytest.raises(ImagesError, match=r"1000 of 1000 labels match no class(.|\n)*data.classes: imagenet1k"):
+        class_indices(folders, names[::-1], names=folders, where="here")
+    assert lookup(folders, shuffled) == {folder: shuffled.index(folder) for folder in folders}
+    pytest.importorskip("open_clip")
+    assert len(lookup(folders, load_classes("imagenet1k"))) == 1000
 
 
 # --- what a user can get wrong, word for word ---

@@ -254,6 +254,27 @@ def test_folders_with_numbers_in_front_of_names(tmp_path: Path) -> None:
     assert lookup(["1_cat", "2_cat"], ["cat", "dog"]) == {}  # it would make one of two
 
 
+def test_label_studios_names_are_those_before_the_upload(flat: Path) -> None:
+    rows = table("/data/upload/1/a1b2c3d4-{base},{name}", "image,choice")
+    assert read(flat, rows) == TRUTH
+    picture(flat / "old" / "x.png", 9)  # of two with that name none is meant
+    assert refused(flat, rows).what == "1 of 5 images have no label: old/x.png"
+    assert refused(flat, table("20240131-{base},{name}")).what.startswith("no row of labels.csv names an image")
+    error = refused(flat, "annotation_id,choice,image\n7,bus,/data/upload/1/a1b2c3d4-far.png\n")
+    assert error.what == (
+        "no row of labels.csv names an image: it has '/data/upload/1/a1b2c3d4-far.png', the images '1.png'"
+    )
+
+
+@pytest.mark.parametrize("text", ['[{"file": "x.png", "label": "bus"}]', '{"file": "x.png", "label": "bus"}\n'])
+def test_json_is_no_table(flat: Path, text: str) -> None:
+    error = refused(flat, text)
+    assert (error.what, error.fix) == (
+        "labels.csv is a JSON file, and no table of labels",
+        "give a CSV file of file,label rows",
+    )
+
+
 def test_a_picture_with_two_labels_is_left_out_and_said(tmp_path: Path) -> None:
     for name, seed in {"apple/x.png": 1, "apple/z.png": 2, "bus/y.png": 1, "bus/w.png": 3, "bus/v.png": 3}.items():
         picture(tmp_path / "in" / name, seed)

@@ -113,6 +113,32 @@ FORMS = {
     '{"categories": [{"id": 2, "name": "oak tree"}, {"id": 0, "name": "apple"}, {"id": 1, "name": "bus"}]}': NUMBERED,
     "2 oak tree\n0 apple\n1 bus\n":
         "class names are numbered, and put in the order of their numbers: 0 is apple, 1 is bus, 2 is oak tree",
+    "0_apple\n1_bus\n2_oak tree\n": f"{LEFT_OUT}: '0_apple' is read as 'apple'",
+    "01_apple\n02_bus\n03_oak tree\n": f"{LEFT_OUT}: '01_apple' is read as 'apple'",
+    "class_0 apple\nclass_1 bus\nclass_2 oak tree\n": f"{LEFT_OUT}: 'class_0 apple' is read as 'apple'",
+    "n07739125_apple\nn02924116_bus\nn12268246_oak tree\n": f"{LEFT_OUT}: 'n07739125_apple' is read as 'apple'",
+    "label\napple\nbus\noak tree\n": "class names begin below a header: 'label' is none of them",
+    "class_name\napple\nbus\noak tree\n": "class names begin below a header: 'class_name' is none of them",
+    "id name\n0 apple\n1 bus\n2 oak tree\n": "class names begin below a header: 'id name' is none of them",
+    "# label:color_rgb:parts:actions\napple:128,0,0::\nbus:0,128,0::\noak tree:0,0,128::\n":
+        "class names end with colors, which are left out: 'apple:128,0,0::' is read as 'apple'",
+    "CLASSES = [\n    'apple',\n    'bus',\n    'oak tree',\n]\n":
+        "class names look like a list, and are read as one: 'apple', 'bus', ...",
+    "CLASSES: list[str] = ['apple', 'bus', 'oak tree']": "class names look like a list, and are read as one: 'apple', 'bus', ...",
+    'const names = ["apple", "bus", "oak tree"];': "class names look like a list, and are read as one: 'apple', 'bus', ...",
+    '("apple", "bus", "oak tree")': "class names look like a list, and are read as one: 'apple', 'bus', ...",
+    "apple/\nbus/\noak tree/\n": "class names end with slashes, which are left out: 'apple/' is read as 'apple'",
+    "apple;\nbus;\noak tree;\n": "class names end with semicolons, which are left out: 'apple;' is read as 'apple'",
+    "data/train/apple\ndata/train/bus\ndata/train/oak tree\n":
+        "class names begin with a folder, which are left out: 'data/train/apple' is read as 'apple'",
+    "- [ ] apple\n- [x] bus\n- [ ] oak tree\n":
+        "class names begin with the marks of a list, which are left out: '- [ ] apple' is read as 'apple'",
+    "#0 apple\n#1 bus\n#2 oak tree\n": f"{LEFT_OUT}: '0 apple' is read as 'apple'",
+    "# apple\n# pear\napple\nbus\noak tree\n": "2 lines are comments, and are left out of the class names: '# apple'",
+    '{"label2id": {"apple": "0", "oak tree": "2", "bus": "1"}}': NUMBERED,
+    '{"labels": {"img1": 1, "img2": 0, "img3": 2}, "classes": ["apple", "bus", "oak tree"]}':
+        "class names are those in 'classes'",
+    '{"id2label": {"0": "apple", "1": "bus", "2": "oak tree"}, "label2id": {"apple": 0, "bus": 1, "oak tree": 2}}': NUMBERED,
 }  # fmt: skip
 
 
@@ -154,7 +180,11 @@ def test_class_tables(tmp_path: Path, text: str) -> None:
         ("channel 1", "channel 2"),
         ("707-320", "727-200"),
         ("1.5 tonne", "2.5 tonne"),
-        ("tench, Tinca tinca", "goldfish, Carassius auratus"),
+        ("tench, Tinca tinca", "goldfish"),
+        ("2_wheeler", "4_wheeler"),
+        ("1_wheeler", "2_wheeler", "3_wheeler"),
+        ("apse/indoor", "F/A-18"),
+        ("label maker", "name tag"),
         ("3D printer", "2D plot"),
         ('5" disk', "floppy"),
         ("[unknown]", "cat"),
@@ -177,6 +207,10 @@ def test_names_that_have_numbers_and_marks_of_their_own_keep_them(tmp_path: Path
         ("names.csv", "apple,fruit\nbus,vehicle\n", "which column of names.csv holds the class names is not certain:"),
         ("names.csv", "apple\nSedan, compact\nbus\n", "names.csv has rows of different lengths"),
         ("names.csv", '"apple\nbus\n', "names.csv is no CSV file: unexpected end of data"),
+        ("names.json", '{"names": ["a", "b"], "classes": ["b", "a"]}',
+         "names.json has other class names in 'classes' than in 'names'"),
+        ("names.txt", "# a\n# b\n", "every line of names.txt is a comment, as it begins with #"),
+        ("names.yaml.txt", "names:\n  0: a\n  1: b\n  1: c\n", "a key stands twice"),
         ("names.txt", "0: apple\n1: apple\n", "class names repeat: 'apple' (line 1 and line 2)"),
     ],
 )  # fmt: skip
@@ -186,6 +220,31 @@ def test_class_files_that_do_not_say_it_are_refused(tmp_path: Path, file: str, t
     assert error.splitlines()[0] == what
     assert "secret" not in error
     assert "fix: " in error
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (("tench, Tinca tinca", "goldfish, Carassius auratus"),
+         "class names have commas, and each line is one class: tench, Tinca tinca; ..."),
+        (('"apple", "bus"', '"car", "dog"'), "class names have commas"),
+        (("apse/indoor", "apse/outdoor"), "look odd"),
+        (("apple", ".DS_Store"), "look odd"),
+        (("total 8", "drwxr-xr-x 2 me me 4096 May  1 10:00 apple"), "look odd"),
+        (("apple  # a fruit", "bus"), "look odd"),
+        (("apple #ff0000", "bus #00ff00"), "look odd"),
+        (("apple (1200)", "bus (37)"), "look like ids"),
+        (("1200 apple", "37 bus"), "look like ids"),
+        (("5 apple", "5 bus", "9 oak tree"), "look like ids"),
+        (("-1 background", "0 apple", "1 bus"), "look like ids"),
+    ],
+)  # fmt: skip
+def test_names_that_are_kept_with_what_they_have_are_told(tmp_path: Path, lines: tuple[str, ...], told: str) -> None:
+    (tmp_path / "names.txt").write_text("\n".join(lines))
+    notes: list[str] = []
+    assert load_classes("names.txt", folder=tmp_path, note=notes.append) == tuple(" ".join(x.split()) for x in lines)
+    assert len(notes) == 1
+    assert told in notes[0]
 
 
 def test_names_that_look_like_ids_are_told() -> None:

@@ -16,6 +16,11 @@ from prgkit.watch import silent
 
 NUMBER = re.compile(r"([0-9]+)(?:\.0*)?")  # a spreadsheet writes 3 as 3.0
 NUMBERED = re.compile(r"(?:\d+|n\d{8})[\s._-]+(?=.*[^\W\d])(.+)")  # 001.Black_footed_Albatross, n02085620-Chihuahua
+# Some of ImageNet's classes, in every wording of them, and their places in the order of its WordNet ids.
+IMAGENET = {
+    0: "tench", 1: "goldfish", 105: "koala", 207: "golden retriever", 340: "zebra", 388: "panda", 497: "church",
+    574: "golf ball", 701: "parachute", 805: "soccer ball", 954: "banana", 999: "toilet",
+}  # fmt: skip
 
 Label = str | int  # a number as a library hands it out counts from 0; one that people wrote is text
 
@@ -45,6 +50,9 @@ def class_indices(
         )
     examples = {label: name for name, label in zip(reversed(names), reversed(labels), strict=True) if label is not None}
     found = by_name(examples, class_names)
+    if in_wordnet_order(examples, class_names):
+        ends = f"{min(map(str, examples))} is {class_names[0]}, {max(map(str, examples))} is {class_names[-1]}"
+        note(f"labels are WordNet ids, read in their order: {ends}")
     if not found and (numbers := as_numbers(examples)) is not None:
         written = any(isinstance(label, str) for label in examples)
         first = counted_from(numbers, examples, class_names, first_number, where=where) if written else 0
@@ -58,10 +66,13 @@ def class_indices(
         hints = [f"{label!r}{hint(label, class_names)}" for label in strangers[:3]]
         more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
         last = (first_number or 0) + len(class_names) - 1
+        fix = f"label with the class names, or with numbers from {first_number or 0} to {last} in their order"
+        if len(class_names) == 1000 and all(WORDNET_ID.fullmatch(str(label)) for label in strangers):
+            fix = "name the classes as ImageNet does, in the order of its ids (data.classes: imagenet1k), or " + fix
         raise ImagesError(
             f"{len(strangers)} of {len(examples)} labels match no class: {', '.join(hints)}{more}",
             where=where,
-            fix=f"label with the class names, or with numbers from {first_number or 0} to {last} in their order",
+            fix=fix,
         )
     return np.array([found[label] for label in labels if label is not None], dtype=np.int64)
 
@@ -80,7 +91,7 @@ def lookup(labels: Iterable[Label], class_names: Sequence[str]) -> dict[Label, i
 def by_name(labels: Iterable[Label], class_names: Sequence[str]) -> dict[Label, int]:
     """Return the class index of each label that is a class's name: as it is, in another spelling, or after a number."""
     texts = [label for label in labels if isinstance(label, str)]
-    if len(class_names) == len(texts) == 1000 and all(WORDNET_ID.fullmatch(text) for text in texts):
+    if in_wordnet_order(texts, class_names):
         return {text: index for index, text in enumerate(sorted(texts))}  # ImageNet's folders: its order is theirs
     exact = {name: index for index, name in enumerate(class_names)}
     loose = {canonical(name): index for index, name in enumerate(class_names)}
@@ -95,6 +106,15 @@ def by_name(labels: Iterable[Label], class_names: Sequence[str]) -> dict[Label, 
     bare = {text: index for text in texts if text not in found and (index := find(unnumbered(text))) is not None}
     named = Counter([*found.values(), *bare.values()])
     return found | {text: index for text, index in bare.items() if named[index] == 1}
+
+
+def in_wordnet_order(labels: Collection[Label], class_names: Sequence[str]) -> bool:
+    """Tell whether labels are the ids of ImageNet's 1,000 classes, and the classes those, in the order of the ids."""
+    return (
+        len(class_names) == len(labels) == 1000
+        and all(WORDNET_ID.fullmatch(str(label)) for label in labels)
+        and all(name in canonical(class_names[index]) for index, name in IMAGENET.items())
+    )
 
 
 def unnumbered(text: str) -> str:

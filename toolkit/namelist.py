@@ -21,22 +21,36 @@ Numbered = tuple[str, str]  # an id and a name
 
 # A number or WordNet id in front of a name, in brackets or after a word such as "class", and what parts the two.
 IN_FRONT = re.compile(
-    r"(?P<open>[\[(]?(?:(?:class|label|id|no\.?|index)\s*)?)(?P<id>\d+|n\d{8})"
-    r"(?:(?P<mark>\s*(?:[-=]+>|→)\s*|\s*[\])]?\s*(?:[:.,–-](?:\s+|(?!\d))|[=|;]\s*)|\s*[\])]\s*)|\s+)(?P<name>\S.*)",
+    r"(?P<open>[\[(]?(?:(?:class|label|id|no\.?|index)[\s_]*)?)(?P<id>\d+|n\d{8})"
+    r"(?:(?P<mark>\s*(?:[-=]+>|→)\s*|\s*[\])]?\s*(?:[:.,–-](?:\s+|(?!\d))|[=|;]\s*)|\s*[\])]\s*)|[\s_]+)(?P<name>\S.*)",
     re.IGNORECASE,
 )
 # Behind one there has to be a mark: "channel 1" is a name.
 BEHIND = re.compile(r"(?P<open>)(?P<name>\S.*?)(?P<mark>\s*(?:[:=|,;\t]|\()\s*)(?P<id>\d+|n\d{8})\)?")
-BULLET = re.compile(r"([-*+•–—])\s+(\S.*)")
+BULLET = re.compile(r"([-*+•–—])\s+(?:\[[ xX]\]\s+)?(\S.*)")  # with Markdown's box to tick, too
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»"}
 NAME_TITLES = ("name", "names", "classname", "class", "classes", "label", "labels", "category", "categories", "species")
-LISTS = {"names", "classes", "categories", "labels", "id2label", "label2id", "class_to_idx", "idx_to_class"}
+TITLES = {*NAME_TITLES, "id", "ids", "index", "idx", "number", "no", "wnid", "synset"}
+# "labels" comes last: beside another it can be the labels of images.
+LISTS = ("names", "classes", "categories", "id2label", "idx_to_class", "label2id", "class_to_idx", "labels")
+ASSIGNED = re.compile(r"\A(?:\s*#.*\n)*\s*(?:(?:const|let|var)\s+)?\w+\s*(?::[^=\n]*)?=\s*(?=[\[({])")
 KEYED = re.compile(r"^(names|classes)[ \t]*:", re.MULTILINE)  # Ultralytics' data.yaml, say
 WORDNET_ID = re.compile(r"n\d{8}")
 # A number without a mark, in front or behind: an id, where it differs from name to name as the words do.
-BESIDE = (re.compile(r"(?P<id>\d+)\s+(?P<name>\D.*)"), re.compile(r"(?P<name>\S.*?)\s+(?P<id>\d+)"))
-# Nobody writes a picture's caption so: HTML's and Markdown's marks, paths, addresses, the lines of a configuration.
-ODD = re.compile(r"&#?\w+;|[<>{}\\*`|]|^[./~]+/|://|^\w+:(\s|$)|\.(jpe?g|png|txt)$", re.IGNORECASE)
+BESIDE = (re.compile(r"(?P<id>-?\d+)[\s_]+(?P<name>\D.*)"), re.compile(r"(?P<name>\S.*?)[\s_]+(?P<id>\d+)"))
+# How many there are: in front as `uniq -c` writes it, or in brackets; names that differ in nothing else keep theirs.
+COUNTED = (BESIDE[0], re.compile(r"(?P<name>\S.*?)\s*[\[(][\d.,]+[\])]"))
+COLORED = re.compile(r"(?P<name>[^:]+):\d+,\d+,\d+:[^:]*:[^:]*")  # CVAT's labelmap.txt
+BELOW = re.compile(
+    r"(?P<folder>(?:.*/)?(?:train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?|images|data(?:set)?)/)(?P<name>[^/]+)"
+)
+# Nobody writes a picture's caption so: marks of HTML, Markdown and programs, comments, paths, addresses, the lines of a
+# configuration or of `ls -l`, hidden files.
+ODD = re.compile(
+    r"[<>{}\\*`|;=]|^[./~]+/|^\.\w|/$|://|^\w+:(\s|$)|\s#|^\W+$|^\[[ x]?\]\s|^[-dl][-rwx]{9}|^total \d+$"
+    r"|\.(jpe?g|png|txt|db|ini)$",
+    re.IGNORECASE,
+)
 LIKE_ID = re.compile(
     r"\d+|n\d{8}|(?:class|label|category|cls|id|item)[ _-]?\d+"
     r"|(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{8,}|[0-9a-f]{8}(?:-[0-9a-f]+){4}",
@@ -51,32 +65,57 @@ def read_names(text: str, path: Path) -> tuple[list[Entry], list[str]]:
         RecipeError: it is JSON of another kind, or a table in which the column of names is not certain.
     """
     is_json = path.suffix.lower() == ".json"
-    value = parsed(text) if is_json or text.lstrip()[:1] in ("[", "{") else None
+    written = ASSIGNED.sub("", text, count=1)
+    value = parsed(written) if is_json or written.lstrip()[:1] in ("[", "{", "(") else None
     if value is None and KEYED.search(text) and isinstance(page := plain_yaml(text), dict):
         value = page if any(isinstance(page.get(key), list | dict) for key in LISTS) else None
     if value is not None or is_json:
         return from_value(value, path)
     lines = [(f"line {number}", line.strip()) for number, line in enumerate(re.split("\r\n|\r|\n", text), 1)]
-    entries = [(at, line) for at, line in lines if line and not line.startswith("#")]
+    lines = [(at, line) for at, line in lines if line]
+    if len(lines) > 1 and all(re.match(r"#\s*\d+\W", line) for _, line in lines):  # numbers, not comments
+        lines = [(at, line.removeprefix("#").strip()) for at, line in lines]
+    comments = [line for _, line in lines if line.startswith("#")]
+    entries = [(at, line) for at, line in lines if not line.startswith("#")]
+    if len(comments) > 1 and not entries:
+        what = f"every line of {path.name} is a comment, as it begins with #"
+        raise RecipeError(what, where=path, fix="write the names without #, one a line")
+    found, remarks = from_text(text, entries, path)
+    if comments:
+        count = "1 line is a comment, and is" if len(comments) == 1 else f"{len(comments)} lines are comments, and are"
+        remarks = [f"{count} left out of the class names: {comments[0][:80]!r}", *remarks]
+    return found, remarks
+
+
+def from_text(text: str, entries: Sequence[tuple[str, str]], path: Path) -> tuple[list[Entry], list[str]]:
+    """Return the names in the lines of a file that are no comments."""
     if len(entries) == 1:
         return from_one_line(entries[0][1])
     if table := table_of(text, entries, path):
         found, remarks = from_table(table, path)
         quoted = without_quotes([line for _, line in entries])  # as CSV has them, so that none is left
         return found, [f"class names {quoted[1]}, which are left out", *remarks] if quoted else remarks
-    return from_lines(entries)
+    header = [entries[0][1]] if is_header([line for _, line in entries]) else []
+    found, remarks = from_lines(entries[len(header) :])
+    with_commas = [name for _, name in found if "," in str(name)]
+    if len(with_commas) > 1:
+        remarks.append(f"class names have commas, and each line is one class: {with_commas[0]}; ...")
+    return found, [f"class names begin below a header: {title!r} is none of them" for title in header] + remarks
+
+
+def is_header(lines: Sequence[str]) -> bool:
+    """Tell whether the first line is the title of the others: the word for a name, or words above ids and names."""
+    words = re.findall(r"[^\W_]+", lines[0].casefold()) if len(lines) > 2 else []
+    said = bool(words) and TITLES.issuperset(words)
+    return said and (set(words) <= set(NAME_TITLES) or without_ids(list(lines[1:])) is not None)
 
 
 def like_ids(names: Sequence[str]) -> list[str]:
     """Return the names that no teacher can know: numbers, codes, and numbers beside a name."""
-    for form in BESIDE:
+    for form in (*COUNTED, BESIDE[1]):
         matches = [match for match in map(form.fullmatch, names) if match]
-        if (
-            len(matches)
-            == len({match["id"] for match in matches})
-            == len({match["name"] for match in matches})
-            == len(names)
-        ):
+        differ = form in COUNTED or len({match["id"] for match in matches}) == len(matches)
+        if differ and len(matches) == len({match["name"] for match in matches}) == len(names):
             return list(names)
     fronts = [IN_FRONT.fullmatch(name) for name in names]
     marked = [bool(front and front["mark"] and front["mark"].strip() not in ("-", "–")) for front in fronts]
@@ -85,14 +124,15 @@ def like_ids(names: Sequence[str]) -> list[str]:
 
 def odd_names(names: Sequence[str]) -> list[str]:
     """Return the names that hold what no caption does: marks of HTML or Markdown, paths, keys of a configuration."""
-    return [name for name in names if ODD.search(name)]
+    folders = {name.rpartition("/")[0] for name in names}
+    return [name for name in names if ODD.search(name) or (len(folders) == 1 != len(names) and "/" in name)]
 
 
 def parsed(text: str) -> Any:
     """Read JSON, or a list or mapping as Python prints it; None where it is neither."""
     for read in (partial(json.loads, object_pairs_hook=each_once), ast.literal_eval):
         try:
-            return read(text.strip())
+            return read(text.strip().removesuffix(";"))
         except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
             continue
     return None
@@ -108,14 +148,32 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def from_value(value: Any, path: Path) -> tuple[list[Entry], list[str]]:
     """Return the names in a list or mapping; nothing of any other file is shown, as it could hold anything."""
-    if isinstance(value, dict) and (key := next((key for key in LISTS if key in value), None)):
-        value = value[key]
+    keys = [key for key in LISTS if key in value] if isinstance(value, dict) else []
+    readings = {key: found for key in keys if (found := listed(value[key]))} if keys else {"": listed(value)}
+    if len(readings) > 1:
+        readings.pop("labels", None)
+    first, *others = readings or [""]
+    names = {key: [name for _, name in found[0]] for key, found in readings.items() if found}
+    if differing := next((key for key in others if names[key] != names[first]), None):
+        what = f"{path.name} has other class names in {differing!r} than in {first!r}"
+        raise RecipeError(what, where=path, fix="keep one of the two")
+    if found := readings.get(first):
+        return found[0], [*([f"class names are those in {first!r}"] if len(keys) > 1 else []), *found[1]]
+    what = f"{path.name} is no list of class names, nor a mapping of numbers to names"
+    raise RecipeError(what, where=path, fix='write ["apple", "bus"], or {"0": "apple", "1": "bus"}, or one name a line')
+
+
+def listed(value: Any) -> tuple[list[Entry], list[str]] | None:
+    """Return the names in a list, or in a mapping of numbers to names or of names to numbers; None where it is none."""
     if isinstance(value, list | tuple) and value and all(isinstance(one, dict) and "name" in one for one in value):
         numbers = [one.get("id") for one in value]
         known = len({number for number in numbers if type(number) is int}) == len(value)
         value = {
             number: one["name"] for number, one in zip(numbers if known else range(len(value)), value, strict=True)
         }
+    if isinstance(value, dict) and not all(str(key).isdecimal() for key in value):  # numbers as text: names in front
+        texts = [number for number in value.values() if isinstance(number, str) and re.fullmatch(r"[0-9]{1,9}", number)]
+        value = {name: int(number) for name, number in value.items()} if len(texts) == len(value) else value
     if isinstance(value, dict) and value and all(type(number) is int for number in value.values()):
         value = {number: name for name, number in value.items()} if len(set(value.values())) == len(value) else None
     if isinstance(value, dict) and value and all(re.fullmatch(r"\d{1,9}", str(key)) for key in value):
@@ -130,8 +188,7 @@ def from_value(value: Any, path: Path) -> tuple[list[Entry], list[str]]:
         return [(f"entry {n}", one) for n, one in enumerate(value, 1)], [
             f"class names look like a list, and are read as one{first}"
         ]
-    what = f"{path.name} is no list of class names, nor a mapping of numbers to names"
-    raise RecipeError(what, where=path, fix='write ["apple", "bus"], or {"0": "apple", "1": "bus"}, or one name a line')
+    return None
 
 
 def behind_id(name: Any) -> Any:
@@ -219,7 +276,7 @@ def from_lines(entries: Sequence[tuple[str, str]]) -> tuple[list[Entry], list[st
     if found and re.fullmatch(r"(names|classes)\s*:", found[0][1], re.IGNORECASE):
         found = found[1:]
     taken: list[Callable[[list[str]], tuple[list[str], str, list[str]] | None]] = [
-        without_commas, without_quotes, without_bullets, without_ids,
+        without_commas, without_quotes, without_bullets, without_folder, without_colors, without_ids,
     ]  # fmt: skip
     while step := next((step for take in taken if len(found) > 1 and (step := take([n for _, n in found]))), None):
         names, what, numbers = step
@@ -234,15 +291,31 @@ def from_lines(entries: Sequence[tuple[str, str]]) -> tuple[list[Entry], list[st
 
 
 def without_commas(names: list[str]) -> tuple[list[str], str, list[str]] | None:
-    """Take off the comma at the end of every line but the last."""
-    if not all(name.endswith(",") for name in names[:-1]):
+    """Take off the comma, semicolon or slash at the end of every line but the last."""
+    for mark, what in {",": "commas", ";": "semicolons", "/": "slashes"}.items():
+        if all(name.endswith(mark) for name in names[:-1]):
+            return [name.removesuffix(mark).strip() for name in names], f"end with {what}", []
+    return None
+
+
+def without_folder(names: list[str]) -> tuple[list[str], str, list[str]] | None:
+    """Take off the folder of a split, as ``train/``, that all names stand in; "apse/indoor" is a name."""
+    matches = [match for match in map(BELOW.fullmatch, names) if match]
+    if len(matches) < len(names) or len({match["folder"] for match in matches}) > 1:
         return None
-    return [name.removesuffix(",").strip() for name in names], "end with commas", []
+    return [match["name"] for match in matches], "begin with a folder", []
+
+
+def without_colors(names: list[str]) -> tuple[list[str], str, list[str]] | None:
+    """Take off the colors, parts and actions behind every name."""
+    matches = [match for match in map(COLORED.fullmatch, names) if match]
+    return ([match["name"] for match in matches], "end with colors", []) if len(matches) == len(names) else None
 
 
 def without_quotes(names: list[str]) -> tuple[list[str], str, list[str]] | None:
-    """Take off quotes around every name."""
-    if not all(len(name) > 2 and QUOTES.get(name[0]) == name[-1] for name in names):
+    """Take off quotes around every name; a line of several quoted names stays as it is."""
+    several = any(re.search(r"""["']\s*,\s*["']""", name) for name in names)
+    if several or not all(len(name) > 2 and QUOTES.get(name[0]) == name[-1] for name in names):
         return None
     return [name[1:-1].strip() for name in names], "begin and end with quotes", []
 

@@ -41,9 +41,9 @@ def parse(text: str, *, where: object) -> dict[str, Any]:
 
 
 def plain_yaml(text: str) -> Any:
-    """Read any YAML without tags; None where it is none."""
+    """Read any YAML without tags; None where it is none. A key that stands twice is refused: one would be lost."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Plain)
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
 
@@ -55,6 +55,16 @@ def write_page(values: Mapping[str, Any], path: Path) -> None:
 
 class _Refused(yaml.MarkedYAMLError):
     """Valid YAML that a recipe has no use for."""
+
+
+class _Plain(yaml.SafeLoader):
+    """Any YAML without tags in which no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        if len({str(key.value) for key, _ in node.value}) < len(node.value):
+            fix = "keep one of each"
+            raise RecipeError("a key stands twice", where=f"line {node.start_mark.line + 1} and below", fix=fix)
+        return super().construct_mapping(node, deep=deep)
 
 
 class _Loader(yaml.SafeLoader):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from prgkit.sources import printable
 
 SPLITS = {"train": 0, "training": 0, "test": 1, "testing": 1, "val": 2, "valid": 2, "validation": 2, "dev": 3}
+UPLOADED = re.compile(r"(^|[/\\])(?!(?:19|20)\d{6})[0-9a-f]{8}-(?=[^/\\]+$)")  # Label Studio's, and not a date
 Index = dict[str, list[int]]
 
 
@@ -57,7 +59,9 @@ class Paths:
                 for spelling in spellings:
                     if match := self._match(parts(spelling.casefold() if fold else spelling), fold, bare):
                         return match
-        return None
+        inner = UPLOADED.sub(r"\1", text)
+        match = self._search(inner) if inner != text else None
+        return match if match and len(match.images) == 1 else None
 
     def _match(self, path: list[str], fold: bool, bare: bool) -> Match | None:
         count, wholes = len(path), self._whole(fold, bare)

@@ -121,7 +121,8 @@ def load_classes(
     elif value in NAMED_CLASSES:
         return named_classes(value)
     else:
-        names = listed_classes(find_file(value, folder), note)
+        path = find_file(value, folder)
+        names = listed_classes(path, silent if path.parent == LISTS else note)
     if odd := like_ids(names):
         note(f"class names look like ids: {some(odd)}; the teacher reads them as words")
     elif odd := odd_names(names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -260,11 +261,14 @@ def read_label_table(path: Path, spec: str, source: Source, label_format: LabelF
 def read_ways(path: Path) -> tuple[list[Way], list[Way]]:
     """Return the ways to read a table, as `prgkit.delimited.ways` does."""
     try:
-        return ways(read_text(as_on_disk(path), most_bytes=LARGEST_TABLE_BYTES))
+        text = read_text(as_on_disk(path), most_bytes=LARGEST_TABLE_BYTES)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         what = f"the labels in {path.name} cannot be read: {reason}"
         raise ImagesError(what, where=path, fix=GIVE_ROWS) from error
+    if path.suffix.lower() in (".json", ".jsonl", ".ndjson") or re.match(r'\s*(\{\s*"|\[\s*[\[{"])', text):
+        raise ImagesError(f"{path.name} is a JSON file, and no table of labels", where=path, fix=GIVE_ROWS)
+    return ways(text)
 
 
 def most_named(
@@ -414,7 +418,9 @@ def none_named(path: Path, rows: Sequence[Row], source: Source, asked: tuple[str
         if name and place_of(name, cells, len(cells)) is None:
             what = f"{path.name} has no column {name!r}{nearest(name, cells)}"
             return ImagesError(what, where=path, fix=f"its columns are {some(cells)}")
-    named = repr(body[0][1][0]) if body else "nothing"
+    seen = [cell for _, row in body[:2] for cell in row]  # the first can be a header
+    pictures = [cell for cell in seen if os.path.splitext(cell)[1].lower() in image_suffixes()]
+    named = repr([*pictures, *seen][0]) if seen else "nothing"
     return ImagesError(
         f"no row of {path.name} names an image: it has {named}, the images {source.name(0)!r}",
         where=path,
