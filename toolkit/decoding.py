@@ -112,7 +112,8 @@ def hides_nothing(image: Image.Image, over: Image.Image) -> bool:
 
     A fourth band may be near infrared: what it is, ExtraSamples says.
     """
-    return over.getextrema()[3][1] <= 1 or tags_of(image).get(338, (0,))[0] not in (1, 2)
+    largest = int(np.asarray(over.getchannel("A")).max())
+    return largest <= 1 or tags_of(image).get(338, (0,))[0] not in (1, 2)
 
 
 def tags_of(image: Image.Image) -> Mapping[int, Any]:
