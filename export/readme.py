@@ -7,6 +7,7 @@ import textwrap
 from pathlib import PurePath
 from typing import Any
 
+from prgkit.decoding import LARGEST, NO_DATA
 from prgkit.images import LONGEST
 from prgkit.sizes import Size, sides, size_told
 
@@ -118,12 +119,10 @@ def python_lines(facts: dict[str, Any], *, takes_vectors: bool = False) -> str:
     given = '"pixels": np.asarray(image)[None]'
     if takes_vectors:
         given += ', "class_vectors": np.load("class_vectors.npy")'
-    return f"""import json, sys
-import numpy as np, onnxruntime
+    return f"""import json, sys, numpy as np, onnxruntime
 from PIL import Image, ImageChops, ImageOps
-session = onnxruntime.InferenceSession("model.onnx")
+image, session = Image.open(sys.argv[1]), onnxruntime.InferenceSession("model.onnx")
 classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-image = Image.open(sys.argv[1])
 {reading(facts)}
 {resizing(facts)}
 print(classes[session.run(None, {{{given}}})[0][0].argmax()])"""
@@ -133,17 +132,18 @@ def reading(facts: dict[str, Any]) -> str:
     """Return the lines that bring an image of any kind to upright 8-bit RGB, as `prgkit.decoding.upright_rgb` does."""
     return f"""if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
     image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for Adobe's inverted kind
-image = ImageOps.exif_transpose(image)
+tags, image = getattr(image, "tag_v2", {{262: 1, 338: (2,)}}), ImageOps.exif_transpose(image)  # the tags of a TIFF
 if image.mode[0] in "IF":  # grey of more than 8 bits
     values = np.asarray(image).astype(np.float32)
+    real = (np.abs(values) < {LARGEST!r}) & ~np.isin(values, {NO_DATA})
 {textwrap.indent(range_of_deep_grey(facts), "    ")}
-    values = np.nan_to_num(values, nan=low, posinf=low, neginf=low)
-    image = Image.fromarray(np.clip(np.rint((values - low) * (255 / (high - low or 1))), 0, 255).astype(np.uint8))
-if image.has_transparency_data:
+    low, high = (high, low) if tags.get(262) == 0 else (low, high)  # white is 0
+    values = np.rint(np.where(real, values - low, 0) * (255 / (high - low or 1)))
+    image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+if image.has_transparency_data and tags.get(338, (0,))[0] in (1, 2) and image.convert("RGBA").getextrema()[3][1] > 1:
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-image = image.convert("RGB")
 left, top = (max(0, side - {LONGEST} * min(image.size)) // 2 for side in image.size)  # of a line, the middle
-image = image.crop((left, top, image.width - left, image.height - top))"""
+image = image.convert("RGB").crop((left, top, image.width - left, image.height - top))"""
 
 
 def range_of_deep_grey(facts: dict[str, Any]) -> str:
@@ -151,8 +151,9 @@ def range_of_deep_grey(facts: dict[str, Any]) -> str:
     if facts.get("grey_range"):
         low, high = facts["grey_range"]
         return f"low, high = {low!r}, {high!r}  # black and white in the images that were learned from"
-    return """numbers = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
-low, high = float(numbers.min()), float(numbers.max())
+    return """numbers = np.sort(values[real]) if real.any() else np.zeros(1)
+low, high = numbers[[numbers.size // 1000, -1 - numbers.size // 1000]].tolist()  # a few lie far from all others
+low, high = numbers[np.abs(numbers - (low + high) / 2) <= 1.5 * (high - low)][[0, -1]].tolist()
 if low >= 0 and not high / 2 < low < high:  # as many bits as hold the largest; a narrow band is stretched
     depths = [top for top in (255, 1023, 4095, 16383, 65535) if high <= top and image.mode != "F"]
     low, high = 0, 1 if image.mode == "F" and 0.25 < high <= 1 else (depths or [high])[0]"""

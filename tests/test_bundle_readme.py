@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,6 +94,14 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def infrared(rgba: Image.Image) -> bytes:
+    """Return a TIFF whose fourth band is none of transparency: ExtraSamples (338, one SHORT) says 0 in place of 2."""
+    data = encoded(rgba, "TIFF")
+    entry = struct.pack("<HHIHH", 338, 3, 1, 2, 0)
+    assert data.count(entry) == 1
+    return data.replace(entry, struct.pack("<HHIHH", 338, 3, 1, 0, 0))
+
+
 def zoo() -> dict[str, bytes]:
     """One picture of each kind, with transparent parts, deep values and orientations that show if they are lost."""
     grain = np.random.default_rng(3).integers(0, 256, (40, 72, 4), dtype=np.uint8)
@@ -112,7 +121,15 @@ def zoo() -> dict[str, bytes]:
     }
     floats = {"one": ramp, "metres": ramp * 10, "below": ramp - 0.5, "dim": ramp / 16, "kelvin": 290 + 20 * ramp}
     holes = np.where(ramp > 0.9, np.nan, ramp * 40).astype(np.float32)
+    dead = deep["twelve"].copy()
+    dead[3, 5] = 65535
     return {
+        "dead.png": encoded(Image.fromarray(dead)),
+        "map.tif": encoded(Image.fromarray(np.where(ramp > 0.8, -9999, ramp * 40).astype(np.float32)), "TIFF"),
+        "inverted.tif": encoded(Image.fromarray(deep["twelve"]), "TIFF", tiffinfo={262: 0}),
+        "clear.png": encoded(Image.fromarray(grain * np.array([1, 1, 1, 0], np.uint8))),
+        "nearly-clear.png": encoded(Image.fromarray(np.minimum(grain, np.array([255, 255, 255, 1], np.uint8)))),
+        "infrared.tif": infrared(rgba),
         **{f"{name}.png": encoded(Image.fromarray(values)) for name, values in deep.items()},
         **{f"{name}.tif": encoded(Image.fromarray(values), "TIFF") for name, values in floats.items()},
         "holes.tif": encoded(Image.fromarray(holes), "TIFF"),

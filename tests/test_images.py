@@ -24,7 +24,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from prgkit import images as image_module
-from prgkit.decoding import UnreadableImage, decode, grey_range, image_suffixes
+from prgkit.decoding import UnreadableImage, decode, extremes, grey_range, image_suffixes
 from prgkit.errors import ImagesError
 from prgkit.images import (
     Catalogue,
@@ -36,6 +36,7 @@ from prgkit.images import (
     match_labels,
     nearly_black,
     open_images,
+    plain,
 )
 from prgkit.sources import expand_braces
 
@@ -158,6 +159,43 @@ def test_32_bit_grey() -> None:
 )
 def test_the_range_of_a_deep_grey(low: float, high: float, whole: bool, expected: tuple[float, float]) -> None:
     assert grey_range(low, high, whole=whole) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "stray", "count", "expected"),
+    [
+        ((0, 4000), 65535, 4, (0, 4000)),  # dead pixels in 12 bits: 4 of 4,096 are one in a thousand
+        ((0, 4000), 65535, 20, (0, 65535)),  # bright objects, 0.5 %
+        ((7000, 9500), 0, 1, (7000, 9500)),
+        ((0, 4000), 4100, 1, (0, 4100)),  # not far from the others
+        ((0, 40), -9999, 2000, (0, 40)),  # what no satellite saw
+        ((0, 40), -3.4028235e38, 2000, (0, 40)),
+        ((-300, 40), -32768, 2000, (-300, 40)),
+    ],
+)
+def test_values_that_lie_apart(values: tuple[int, int], stray: float, count: int, expected: tuple[int, int]) -> None:
+    picture = np.linspace(*values, 4096, dtype=np.float32)
+    picture[1000 : 1000 + count] = stray  # the ends of the ramp stay
+    assert extremes(picture.reshape(64, 64)) == expected
+
+
+def test_no_transparency_is_not_taken_for_it() -> None:
+    for alpha in (0, 1):
+        clear = Image.new("RGBA", (2, 1), (9, 80, 200, alpha))
+        assert pixels(decode(encode(clear), "a.png"))[0].tolist() == [[9, 80, 200]] * 2
+    clear.putpixel((0, 0), (9, 80, 200, 2))
+    assert pixels(decode(encode(clear), "a.png"))[0].tolist() == [[253, 254, 255], [254, 254, 255]]
+    kinds = {2: [254, 254, 255], 0: [9, 80, 200]}  # ExtraSamples: transparency, or a band of something else
+    data = encode(clear, "TIFF")
+    entry = struct.pack("<HHIHH", 338, 3, 1, 2, 0)
+    for kind, expected in kinds.items():
+        read = pixels(decode(data.replace(entry, struct.pack("<HHIHH", 338, 3, 1, kind, 0)), "a.tif"))
+        assert read[0, 1].tolist() == expected
+
+
+def test_where_white_is_0_deep_greys_are_inverted() -> None:
+    inverted = encode(Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16)), "TIFF", tiffinfo={262: 0})
+    assert pixels(decode(inverted, "a.tif"))[0, :, 0].tolist() == [255, 254, 0]
 
 
 def test_palette_with_and_without_transparency() -> None:
@@ -558,6 +596,41 @@ def test_a_folder_of_pictures_says_nothing_and_looks_into_none(tmp_path: Path, m
     assert images.left_out == "passed over 1 file that is no picture: 1 .txt"
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_what_systems_keep_beside_pictures_is_left_out(tmp_path: Path, kind: str) -> None:
+    theirs = ["@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg", "cat/@eaDir/b.jpg", "$RECYCLE.BIN/c.png", "__MACOSX/d.png"]
+    write = {"folder": write_folder, "zip": write_zip, "tar": write_tar}[kind]
+    path = tmp_path / ("in" if kind == "folder" else f"in.{kind}")
+    images = open_images(str(write(path, MEMBERS | dict.fromkeys(theirs, JPEG))))
+    assert len(images) == len(MEMBERS)
+    assert images.left_out == (
+        "passed over 4 in folders of thumbnails or of the system's: 2 in @eaDir, 1 in $RECYCLE.BIN, 1 in __MACOSX"
+    )
+
+
+def test_links_in_a_tar(tmp_path: Path) -> None:
+    def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
+        info = tarfile.TarInfo(name)
+        info.linkname, info.type = target, kind
+        return info
+
+    hard = [link("bus/a.png", "./cat/a.png", tarfile.LNKTYPE), link("bus/b.png", "bus/a.png", tarfile.LNKTYPE)]
+    soft = [link(f"dog/{n}.png", "../cat/a.png", tarfile.SYMTYPE) for n in range(2)]
+    lost = link("dog/9.png", "elsewhere.png", tarfile.LNKTYPE)
+    with tarfile.open(write_tar(tmp_path / "in.tar", MEMBERS), "a") as tar:
+        for info in [*hard, *soft, lost]:
+            tar.addfile(info)
+    images = open_images(str(tmp_path / "in.tar"))
+    found = {images.name(i): (images.label(i), images.key(i)) for i in range(len(images))}
+    assert len(found) == len(MEMBERS) + 2
+    assert found["in.tar/bus/b.png"] == ("bus", found["in.tar/cat/a.png"][1])
+    assert images.left_out == "passed over 3 files that are no pictures: 3 links (pack with tar -h)"
+    with tarfile.open(tmp_path / "links.tar", "w") as tar:
+        for info in soft:
+            tar.addfile(info)
+    assert "fix: it holds 2 links (pack with tar -h); images end in" in error_text(tmp_path / "links.tar")
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_what_prgkit_wrote_is_not_learned_from(tmp_path: Path, kind: str) -> None:
     run, bundle = b'{\n  "schema": "prgkit.run/1"', b'{\n  "schema": "prgkit.bundle/1"'
@@ -696,8 +769,18 @@ def test_what_is_nearly_black_is_found(tmp_path: Path) -> None:
     write_folder(tmp_path, {f"{n}.png": encode(Image.fromarray(dark - np.uint8(n))) for n in range(5)})
     assert nearly_black(catalogue(open_images(str(tmp_path)), workers=1))
     dark[0] = 16
-    write_folder(tmp_path, {"more.png": encode(Image.fromarray(dark))})
+    write_folder(tmp_path, {f"more{n}.png": encode(Image.fromarray(dark + np.uint8(n))) for n in range(5)})
+    assert nearly_black(catalogue(open_images(str(tmp_path)), workers=1))  # half are
+    write_folder(tmp_path, {"more5.png": encode(Image.fromarray(dark + np.uint8(5)))})
     assert not nearly_black(catalogue(open_images(str(tmp_path)), workers=1))
+
+
+def test_what_is_of_one_colour_is_found(tmp_path: Path) -> None:
+    members = {f"{n}.png": encode(Image.new("RGB", (8, 6), (n, 255, 0))) for n in range(2)}
+    members |= {f"more{n}.png": encode(noise(n)) for n in range(2)}
+    assert plain(catalogue(open_images(str(write_folder(tmp_path, members))), workers=1))
+    write_folder(tmp_path, {"more2.png": encode(noise(2))})
+    assert not plain(catalogue(open_images(str(tmp_path)), workers=1))
 
 
 def test_names_places_and_containers_change_nothing(tmp_path: Path) -> None:

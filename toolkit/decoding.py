@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +32,8 @@ HEAD_BYTES = 32
 
 GreyRange = tuple[float, float]  # the values of a deep grey that are black and white
 SIXTEEN_BITS: GreyRange = (0.0, 65535.0)
+LARGEST = 3.4e38
+NO_DATA = (-9999.0, -32768.0)  # what maps write where they know nothing, besides NaN and the largest float
 DEPTHS = {2.0**bits - 1: bits for bits in (8, 10, 12, 14, 16)}  # the largest value of each that cameras and files have
 
 UPRIGHT = {
@@ -97,8 +101,24 @@ def to_rgb(image: Image.Image, grey: GreyRange | None = None) -> Image.Image:
         image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for Adobe's inverted kind
     if image.has_transparency_data:
         over = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+        if not hides_nothing(image, over):
+            over = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+        return over.convert("RGB")
     return image.convert("RGB")
+
+
+def hides_nothing(image: Image.Image, over: Image.Image) -> bool:
+    """Tell whether the alpha of an RGBA ``over`` is none: 0 or 1 throughout, or a TIFF's band of another kind.
+
+    A fourth band may be near infrared: what it is, ExtraSamples says.
+    """
+    largest = int(np.asarray(over.getchannel("A")).max())
+    return largest <= 1 or tags_of(image).get(338, (0,))[0] not in (1, 2)
+
+
+def tags_of(image: Image.Image) -> Mapping[int, Any]:
+    """Return a TIFF's tags; of other formats those of a TIFF with alpha in which 0 is black."""
+    return getattr(image, "tag_v2", {262: 1, 338: (2,)})
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -123,7 +143,9 @@ def grey_to_8_bits(image: Image.Image, grey: GreyRange | None = None) -> Image.I
     """Bring 16-bit, 32-bit or floating-point grey to 8 bits; what is no number becomes black."""
     values = np.asarray(image).astype(np.float32)
     low, high = grey or grey_range(*extremes(values), whole=image.mode != "F")
-    values = np.nan_to_num(values, nan=low, posinf=low, neginf=low)
+    if tags_of(image).get(262) == 0:  # WhiteIsZero, which Pillow inverts in 8 bits alone
+        low, high = high, low
+    values = np.where(is_known(values), values, low)
     scaled = (values - low) * (255 / (high - low or 1))
     return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
 
@@ -143,9 +165,23 @@ def grey_range(low: float, high: float, *, whole: bool) -> GreyRange:
 
 
 def extremes(values: NDArray[np.float32]) -> tuple[float, float]:
-    """Return the least and the largest value that is a number; 0 and 0 where none is."""
-    numbers = values[np.isfinite(values)]
-    return (float(numbers.min()), float(numbers.max())) if numbers.size else (0.0, 0.0)
+    """Return the least and the largest value that is known, lone ones aside; 0 and 0 where none is.
+
+    Lone are those of one pixel in a thousand that lie further from all others than these from each other: a dead pixel.
+    """
+    known = values[is_known(values)]
+    if not known.size:
+        return 0.0, 0.0
+    places = [known.size // 1000, known.size - 1 - known.size // 1000]
+    low, high = (float(value) for value in np.partition(known, places)[places])
+    near = known[np.abs(known - (low + high) / 2) <= 1.5 * (high - low)]
+    return float(near.min()), float(near.max())
+
+
+def is_known(values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Tell which values are numbers, and none that stands for an unknown one."""
+    known: NDArray[np.bool_] = (np.abs(values) < LARGEST) & ~np.isin(values, NO_DATA)
+    return known
 
 
 def read_orientation(image: Image.Image) -> int | None:

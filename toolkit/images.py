@@ -67,7 +67,7 @@ INTERPOLATIONS = {
 IMAGES_PER_TASK = 32  # small pictures decode faster than a task is handed over
 ENOUGH = 512  # pixels of the shorter side that crops are cut from; it can be up to twice as many
 GREYS_LOOKED_AT = 256  # of a set's deep greys, to find the range they are in
-BLACKS_LOOKED_AT = 32
+LOOKED_AT = 32  # of a catalogue, to say before training what is wrong with most
 NEARLY_BLACK = 15  # of 255: what is left of 12 bits where a format of 16 keeps its upper byte
 LONGEST = 100  # times the shorter side that is resized: 1 pixel by 60,000 would be scaled to 224 by 13 million
 
@@ -367,9 +367,19 @@ def examine(
 
 
 def nearly_black(images: Catalogue) -> bool:
-    """Tell whether some images, taken from all over the catalogue, are black but for a bright value in a thousand."""
-    places = np.unique(np.linspace(0, len(images) - 1, BLACKS_LOOKED_AT).astype(int)).tolist()
-    return all(np.percentile(images.read_enough(place), 99.9) <= NEARLY_BLACK for place in places)
+    """Tell whether half of the images looked at or more are black but for a bright value in a thousand."""
+    return half_are(images, lambda pixels: bool(np.percentile(pixels, 99.9) <= NEARLY_BLACK))
+
+
+def plain(images: Catalogue) -> bool:
+    """Tell whether half of the images looked at or more are of one colour throughout."""
+    return half_are(images, lambda pixels: bool((pixels == pixels[:1, :1]).all()))
+
+
+def half_are(images: Catalogue, test: Callable[[NDArray[np.uint8]], bool]) -> bool:
+    """Tell whether half of some images or more, taken from all over the catalogue, pass a test of their pixels."""
+    places = np.unique(np.linspace(0, len(images) - 1, LOOKED_AT).astype(int)).tolist()
+    return bool(np.mean([test(images.read_enough(place)) for place in places]) >= 0.5)
 
 
 def none_readable(images: Images, unreadable: Sequence[Unreadable]) -> ImagesError:

@@ -18,7 +18,7 @@ from prgkit.decoding import GreyRange
 from prgkit.devices import best_device
 from prgkit.errors import ImagesError
 from prgkit.files import fingerprint
-from prgkit.images import NEARLY_BLACK, Catalogue, as_grey_range, catalogue, labelled, nearly_black, open_images
+from prgkit.images import NEARLY_BLACK, Catalogue, as_grey_range, catalogue, labelled, nearly_black, open_images, plain
 from prgkit.joint import AnyTargets, existing_targets, open_targets
 from prgkit.keep import images_an_epoch
 from prgkit.labelled import VALIDATION, Labelled
@@ -193,8 +193,13 @@ def tell_reading(images: Catalogue, watch: Watch) -> None:
         watch.note(str(images.deep))
     if nearly_black(images):
         watch.note(
-            f"{images.images.spec} is nearly black: 999 of 1,000 values are at most {NEARLY_BLACK} of 255. 12 bits in "
-            "a file of 16 look like this in colour, or where single values are white: scale the images to 8 bits"
+            f"{images.images.spec} is nearly black: 999 of 1,000 values are at most {NEARLY_BLACK} of 255. So is half "
+            "of what was looked at or more. 12 bits in a file of 16 look like this in colour, or where single values "
+            "are white: scale the images to 8 bits"
+        )
+    elif plain(images):
+        watch.note(
+            f"{images.images.spec}: half of the images looked at or more are of one colour throughout: view them"
         )
 
 

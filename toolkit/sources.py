@@ -43,6 +43,12 @@ LABEL_KEYS = ("label", "class_name", "class", "cls", "category", "target")  # of
 OURS = re.compile(rb'"schema": "prgkit\.(run|bundle|targets)/')
 CARDS = ("card.json", "manifest.json")
 STORE = "pictures.u8"
+# Where systems keep thumbnails, deleted files and finds of their own beside somebody's pictures, in lower case.
+SYSTEM_FOLDERS = frozenset(
+    {"@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx"}
+    | {"thumbs", "thumbnails"}
+)
+LINKS = "links (pack with tar -h)"
 # Controls, line and paragraph separators, and what changes the direction of text (bidirectional marks).
 ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 KINDS = "a folder, a .zip, tar shards such as shards-{000..004}.tar, torchvision:NAME/split or hf:owner/name/split"
@@ -145,7 +151,7 @@ class TarSource:
         label_places: list[tuple[int, int]] = []
         self.left_out = LeftOut()
         for number, shard in enumerate(self.shards):
-            members = list_tar(shard, shards[number])
+            members, links = list_tar(shard, shards[number])
             spans = {name: (offset, size) for name, offset, size in members}
             kept, left_out = pictures_among(list(spans), partial(read_member_head, shard, spans), labels=TAR_LABELS)
             chosen = frozenset(kept)
@@ -154,7 +160,7 @@ class TarSource:
                     self.names.append(name)
                     places.append((number, offset, size))
                     label_places.append(next((spans[one] for one in label_members(name) if one in spans), (0, 0)))
-            self.left_out = self.left_out.and_(left_out)
+            self.left_out = self.left_out.and_(left_out).and_(LeftOut(Counter({LINKS: links} if links else {})))
         if not self.names:
             raise no_images(spec, shards[0].parent, self.left_out)
         # Arrays, not objects: ImageNet has 1.3 million members.
@@ -270,12 +276,27 @@ def read_span(path: Path, name: str, *, offset: int = 0, size: int | None = None
     return data
 
 
-def list_tar(path: Path, shard: Path) -> list[tuple[str, int, int]]:
-    """Return the name, offset and size of every plain file in the uncompressed tar of ``shard``."""
+def list_tar(path: Path, shard: Path) -> tuple[list[tuple[str, int, int]], int]:
+    """Return name, offset and size of every plain file in the uncompressed tar of ``shard``, and how many links it has.
+
+    A hard link to a file before it is that file again.
+    """
+    files: list[tuple[str, int, int]] = []
+    spans: dict[str, tuple[int, int]] = {}
+    links = 0
     try:
         with tarfile.open(path, "r:") as tar:
-            files = [member for member in tar if member.isreg() and not member.issparse()]
-            return [(posix(member.name), member.offset_data, member.size) for member in files]
+            for member in tar:
+                name, target = posix(member.name), posix(member.linkname)
+                if member.isreg() and not member.issparse():
+                    spans[name] = (member.offset_data, member.size)
+                elif member.islnk() and target in spans:
+                    spans[name] = spans[target]
+                else:
+                    links += (member.issym() or member.islnk()) and not is_hidden(name)
+                    continue
+                files.append((name, *spans[name]))
+        return files, links
     except (tarfile.TarError, *DAMAGES) as error:
         fix = "copy or download it again"
         raise ImagesError(f"{shard.name} is not a whole tar file: {error}", where=shard, fix=fix) from error
@@ -337,25 +358,29 @@ class LeftOut:
 
     kinds: Counter[str] = field(default_factory=Counter)  # how many files of each
     own: tuple[str, ...] = ()  # folders that prgkit wrote
+    system: Counter[str] = field(default_factory=Counter)  # how many files in each of `SYSTEM_FOLDERS`
 
     def and_(self, other: LeftOut) -> LeftOut:
         """Return both together."""
-        return LeftOut(self.kinds + other.kinds, self.own + other.own)
+        return LeftOut(self.kinds + other.kinds, self.own + other.own, self.system + other.system)
 
     def __str__(self) -> str:
         parts = []
         if count := self.kinds.total():
             what = "file that is no picture" if count == 1 else "files that are no pictures"
-            parts.append(f"passed over {count:,} {what}: {self.most()}")
+            parts.append(f"passed over {count:,} {what}: {most(self.kinds)}")
+        if count := self.system.total():
+            parts.append(f"passed over {count:,} in folders of thumbnails or of the system's: {most(self.system)}")
         if self.own:
             what = "folder" if len(self.own) == 1 else "folders"
             parts.append(f"passed over {len(self.own):,} {what} that prgkit wrote: {some(self.own)}")
         return "; ".join(parts)
 
-    def most(self) -> str:
-        """Return the most frequent kinds with their counts."""
-        kinds = sorted(self.kinds.items(), key=lambda kind: (-kind[1], kind[0]))
-        return some([f"{count:,} {kind}" for kind, count in kinds], 6)
+
+def most(counts: Counter[str]) -> str:
+    """Return the most frequent kinds with their counts."""
+    kinds = sorted(counts.items(), key=lambda kind: (-kind[1], kind[0]))
+    return some([f"{count:,} {kind}" for kind, count in kinds], 6)
 
 
 def pictures_among(
@@ -370,15 +395,23 @@ def pictures_among(
     inside = tuple(f"{folder}/" for folder in own)
     kept: list[str] = []
     kinds: Counter[str] = Counter()
+    system: Counter[str] = Counter()
     for name in names:
         suffix = suffix_of(name)
         if name.startswith(inside) or is_hidden(name):
             continue
-        if suffix in suffixes or (suffix not in SIDECARS and is_picture(head_of(name), name)):
+        if folder := system_folder(name):
+            system[f"in {folder}"] += 1
+        elif suffix in suffixes or (suffix not in SIDECARS and is_picture(head_of(name), name)):
             kept.append(name)
         elif suffix not in labels:
             kinds[kind_of(suffix)] += 1
-    return kept, LeftOut(kinds, own)
+    return kept, LeftOut(kinds, own, system)
+
+
+def system_folder(name: str) -> str | None:
+    """Return the first part of a path that is one of `SYSTEM_FOLDERS`; None where none is."""
+    return next((part for part in name.split("/")[:-1] if part.lower() in SYSTEM_FOLDERS), None)
 
 
 def own_folders(names: Iterable[str], head_of: Callable[[str], bytes]) -> tuple[str, ...]:
@@ -444,6 +477,8 @@ def walk(root: Path) -> Iterator[str]:
     """Give the files below ``root``, hidden ones aside, as paths relative to it; linked folders are followed once."""
 
     def refuse(error: OSError) -> None:
+        if os.path.basename(error.filename).lower() in SYSTEM_FOLDERS:  # nobody but the system may look into some
+            return
         raise ImagesError(f"a folder cannot be listed: {error.strerror}", where=error.filename, fix="allow reading it")
 
     seen = set()
@@ -494,7 +529,7 @@ def require(path: Path, spec: str, *, fix: str = f"give {KINDS}") -> Path:
 
 def no_images(spec: str, where: Path, left_out: LeftOut) -> ImagesError:
     """Build the error for a place without images, telling what it holds instead."""
-    found = [left_out.most()] if left_out.kinds else []
+    found = [most(counts) for counts in (left_out.kinds, left_out.system) if counts]
     found += [f"what prgkit wrote ({some(left_out.own)})"] if left_out.own else []
     fix = (
         f"it holds {', '.join(found)}; images end in .jpg, .png, .webp, .tif" if found else "it is empty: name another"
