@@ -215,7 +215,10 @@ def test_the_command_line_relabels(
     monkeypatch.setattr(sys, "argv", ["prgkit", "relabel", "--classes", "new.txt", "--run", "photos"])
     with pytest.raises(SystemExit):
         main()
-    assert capsys.readouterr().err.startswith("Error: this is no run folder")
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "1 line is a comment, and is left out of the class names: '# a remark'",
+        "Error: this is no run folder: it has no recipe.yaml",
+    ]
 
 
 @pytest.mark.parametrize("count", [2, 10])
