@@ -48,7 +48,6 @@ from prgkit.teacher import Teacher, teacher_identity
 from prgkit.views import Rendered, load_batches
 from prgkit.watch import SILENT, Watch
 
-TARGETS = Path("targets")
 BLOCK_IMAGES = 256  # what a kill can lose at most
 LOST_CARD = "delete it, and the same command writes it again; what the teacher has seen is kept"
 NOTHING: dict[str, Any] = {"row": 0, "keys": [], "digests": []}
