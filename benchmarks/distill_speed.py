@@ -31,23 +31,23 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from prgkit.answers import Answers, no_correction
-from prgkit.checkpoint import Average
-from prgkit.devices import best_device, probe_precision, seed_everything
-from prgkit.distill import build_optimizer
-from prgkit.evaluate import machine
-from prgkit.images import Catalogue, Preprocessing, catalogue, open_images
-from prgkit.lesson import Lesson
+from prgkit.config.objectives import CE, PRG
+from prgkit.config.recipe import Recipe, StudentPage, TeacherPage, Training, Views, validate
+from prgkit.data.augment import Batch, Rendered, load_batches
+from prgkit.data.cache import Pictures
+from prgkit.data.index import Catalogue, Preprocessing, catalogue, open_images
+from prgkit.evaluate import system
 from prgkit.objectives import Objectives, Space, TeacherSide
-from prgkit.objectives.sides import StudentSide
-from prgkit.parameters import CE, PRG
-from prgkit.pictures import Pictures
-from prgkit.recipe import Recipe, StudentPage, TeacherPage, Training, Views, validate
-from prgkit.student import build_student
-from prgkit.targets import embed, open_store
-from prgkit.teacher import Teacher
-from prgkit.views import Batch, Rendered, load_batches
-from prgkit.watch import Unwatched
+from prgkit.objectives.outputs import StudentSide
+from prgkit.progress import Unwatched
+from prgkit.student.model import build_student
+from prgkit.teacher.clip import Teacher
+from prgkit.teacher.feature_store import embed, open_store
+from prgkit.teacher.zero_shot import Answers, no_correction
+from prgkit.training.checkpoint import Average
+from prgkit.training.dataset import Lesson
+from prgkit.training.distill import build_optimizer
+from prgkit.training.distributed import best_device, probe_precision, seed_everything
 
 CLASSES, TEMPLATES = 100, 7
 BATCH = 64  # of the loaders
@@ -76,7 +76,7 @@ def main(photos: Path, thumbnails: Path, only: str, **options: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(Path(scratch), photos, thumbnails, **options)
         found = {name: parts[name](bench) for name in only.split(",")}
-    facts = machine.describe()
+    facts = system.describe()
     here = {key: facts[key] for key in ("cpu", "cores", "os", "versions")}
     click.echo(json.dumps({"options": options, "threads": torch.get_num_threads(), "machine": here, **found}, indent=2))
 
@@ -193,7 +193,7 @@ def loop(
     width: int,
     bf16: bool,
 ) -> Iterator[None]:
-    """Train as `prgkit.distill.train` does, one step at a time."""
+    """Train as `prgkit.training.distill.train` does, one step at a time."""
     training = Training()
     student = build_student(bench.page, classes=CLASSES, teacher_width=width).to(bench.device)
     objective = Objectives((page,), space(CLASSES, width)).to(bench.device)

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--images", type=int, default=48)
     asked = parser.parse_args()
-    from prgkit.export.bundle import read_evaluation  # here, since an emulated Python has no prgkit
+    from prgkit.export.bundle.bundle import read_evaluation  # here, since an emulated Python has no prgkit
 
     artifacts = json.loads((asked.bundle / "manifest.json").read_text())["artifacts"]
     files = {one["name"]: one["file"] for one in artifacts if one["format"] == "onnx" and one["precision"] != "fp16"}

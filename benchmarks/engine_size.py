@@ -17,13 +17,13 @@ from unittest.mock import patch
 import click
 
 from prgkit.errors import NotWorthItError
-from prgkit.export import precision
-from prgkit.export.bundle import QDQ, Bundle, open_bundle
-from prgkit.export.engines import buildable
-from prgkit.export.tensorrt import Backend, build_engine, choose_backend
+from prgkit.export.bundle.bundle import QDQ, Bundle, open_bundle
+from prgkit.export.formats import tensorrt_precision
+from prgkit.export.formats.engines import buildable
+from prgkit.export.formats.tensorrt import Backend, build_engine, choose_backend
 
 BATCHES = ((1, 1, 32), (1, 1, 1))  # a range with the recipe's default, and a fixed size
-LEAST = (1, 150_000, precision.LEAST_INT8_WEIGHTS)  # every convolution, what was the rule, and what is
+LEAST = (1, 150_000, tensorrt_precision.LEAST_INT8_WEIGHTS)  # every convolution, what was the rule, and what is
 
 
 def sizes(bundle: Bundle, backend: Backend, folder: Path) -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ def sizes(bundle: Bundle, backend: Backend, folder: Path) -> list[dict[str, Any]
             for least in LEAST:
                 row = {"file": source["file"], "batch": batch, "least_weights": least, "fp16_bytes": fp16}
                 try:
-                    with patch.object(precision, "LEAST_INT8_WEIGHTS", least):
+                    with patch.object(tensorrt_precision, "LEAST_INT8_WEIGHTS", least):
                         card = build_engine(bundle.folder / source["file"], folder, precision="int8", **common)
                 except NotWorthItError as error:
                     rows.append({**row, "int8_bytes": None, "why": error.what})
@@ -53,7 +53,7 @@ def sizes(bundle: Bundle, backend: Backend, folder: Path) -> list[dict[str, Any]
 def main(folder: Path) -> None:
     """Print as JSON what every engine weighs."""
     backend = choose_backend("tensorrt_rtx")
-    found = {"tensorrt_rtx": backend.version, "rule": precision.LEAST_INT8_WEIGHTS, "students": {}}
+    found = {"tensorrt_rtx": backend.version, "rule": tensorrt_precision.LEAST_INT8_WEIGHTS, "students": {}}
     for run in sorted(path for path in folder.iterdir() if (path / "bundle").is_dir()):
         with tempfile.TemporaryDirectory() as work:
             found["students"][run.name] = sizes(open_bundle(run / "bundle"), backend, Path(work))

@@ -30,17 +30,17 @@ import onnxruntime
 import torch
 from timm.utils.onnx import onnx_export
 
-from prgkit.evaluate import machine
-from prgkit.evaluate.latency import SETTLE_S
-from prgkit.evaluate.runs import timed_runs
-from prgkit.evaluate.worker import Worker
-from prgkit.export.bundle import Bundle, open_bundle, read_evaluation
-from prgkit.export.floor import told
-from prgkit.export.nchw import normalised
+from prgkit.evaluate import system
+from prgkit.evaluate.bench.latency import SETTLE_S
+from prgkit.evaluate.bench.timing import timed_runs
+from prgkit.evaluate.bench.worker import Worker
+from prgkit.export.bundle.bundle import Bundle, open_bundle, read_evaluation
+from prgkit.export.formats.onnx_nchw import normalised
+from prgkit.export.int8.floor import told
 from prgkit.export.parity import compare, require_agreement
-from prgkit.export.runners import OnnxRunner
-from prgkit.run import Run
-from prgkit.student import load_student, reparameterised
+from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.storage.run import Run
+from prgkit.student.model import load_student, reparameterised
 
 PEERS = ("timm", "timm_reparam", "timm_reparam_dynamo", "onnxslim", "onnxslim_reparam")
 OURS, FLOAT = "prgkit", "prgkit_float"
@@ -111,7 +111,7 @@ def main(runs: Path, students: str | None, only: str, **options: Any) -> None:
                     click.echo(f"{name}: {part}, threads: {count}", err=True)
                     row[part].append(PARTS[part](student, count, **how))
             rows.append(row)
-    facts = machine.describe()
+    facts = system.describe()
     here = {key: facts[key] for key in ("cpu", "cores", "os", "load_average", "versions")}
     here["versions"] |= {peer: metadata.version(peer) for peer in ("timm", "onnxslim", "openvino") if installed(peer)}
     click.echo(json.dumps({"options": options, "machine": here, "students": rows}, indent=2))

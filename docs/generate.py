@@ -14,9 +14,9 @@ import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from prgkit.cli import cli
-from prgkit.parameters import OBJECTIVES, ObjectivePage, Page
-from prgkit.recipe import Recipe
+from prgkit.cli.main import cli
+from prgkit.config.objectives import OBJECTIVES, ObjectivePage, Page
+from prgkit.config.recipe import Recipe
 
 LAYERS = Path(__file__).parents[1] / "tests" / "test_layers.py"
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prgkit.decoding import GreyRange
+from prgkit.data.decode import GreyRange
+from prgkit.data.index import load_image, open_images
+from prgkit.data.sources import TAR, is_archive
 from prgkit.errors import PrgkitError
-from prgkit.evaluate.choice import chosen_artifact
-from prgkit.export.bundle import open_bundle
-from prgkit.export.runners import open_runner
-from prgkit.images import load_image, open_images
+from prgkit.evaluate.selection import chosen_artifact
+from prgkit.export.bundle.bundle import open_bundle
+from prgkit.export.runtimes.base import open_runner
 from prgkit.metrics import log_softmax
-from prgkit.sources import TAR, is_archive
 
 
 def predict(

@@ -12,16 +12,16 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from prgkit.export.bundle import NCHW
-from prgkit.export.contents import MATRIX
-from prgkit.export.finished import Artifact
-from prgkit.export.graph import rename, save
-from prgkit.export.lossless import write_array
-from prgkit.export.nchw import NormalisingRunner
+from prgkit.data.index import Preprocessing
+from prgkit.export.bundle.artifact_cache import Artifact
+from prgkit.export.bundle.bundle import NCHW
+from prgkit.export.bundle.checksums import MATRIX
+from prgkit.export.formats.onnx_graph import rename, save
+from prgkit.export.formats.onnx_nchw import NormalisingRunner
 from prgkit.export.parity import require_agreement, run_batches
-from prgkit.export.runners import OnnxRunner
-from prgkit.files import sha256
-from prgkit.images import Preprocessing
+from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.storage.atomic import sha256
+from prgkit.storage.reproducible import write_array
 
 FEATURES = "features"  # [batch, D], what the network ends in
 UNIT = "unit_features"  # [batch, D], the same of unit length

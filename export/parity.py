@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import ParityError
-from prgkit.export.runners import Runner
+from prgkit.export.runtimes.base import Runner
 from prgkit.metrics import agreement, kl
 
 FP32_RELATIVE_TOLERANCE = (

@@ -21,8 +21,11 @@ from PIL import Image
 from torch import nn
 
 import prgkit
+from prgkit.config.image_size import sides
+from prgkit.data.index import Preprocessing
 from prgkit.errors import DiskFullError, ExportError
-from prgkit.export.bundle import (
+from prgkit.export.bundle.artifact_cache import Artifact, Finished, building
+from prgkit.export.bundle.bundle import (
     contract,
     describe_artifact,
     read_evaluation,
@@ -30,23 +33,20 @@ from prgkit.export.bundle import (
     write_golden,
     write_manifest,
 )
-from prgkit.export.contents import MATRIX, VECTORS, digests
-from prgkit.export.engines import make_engines
-from prgkit.export.finished import Artifact, Finished, building
-from prgkit.export.floor import Facts
-from prgkit.export.int8 import Learned, Network, Quantiser, calibration_of, quantise
-from prgkit.export.lossless import write_array
-from prgkit.export.nchw import NAME as NCHW_NAME
-from prgkit.export.nchw import nchw_artifact
-from prgkit.export.onnx import Deployable, deployable, export_onnx, rehearse_fp16, write_fp16
+from prgkit.export.bundle.checksums import MATRIX, VECTORS, digests
+from prgkit.export.formats.engines import make_engines
+from prgkit.export.formats.onnx import Deployable, deployable, export_onnx, rehearse_fp16, write_fp16
+from prgkit.export.formats.onnx_nchw import NAME as NCHW_NAME
+from prgkit.export.formats.onnx_nchw import nchw_artifact
+from prgkit.export.formats.tensorrt import check_batch, choose_backend
+from prgkit.export.int8.floor import Facts
+from prgkit.export.int8.pipeline import Learned, Network, Quantiser, calibration_of, quantise
 from prgkit.export.open_vocabulary import FeatureRunner, answers_told, keep_features, taking_class_vectors
 from prgkit.export.parity import require_agreement, run_batches
-from prgkit.export.runners import OnnxRunner, TorchRunner
-from prgkit.export.tensorrt import check_batch, choose_backend
-from prgkit.files import readable_bytes, require_space
-from prgkit.heads import OpenVocabulary
-from prgkit.images import Preprocessing
-from prgkit.sizes import sides
+from prgkit.export.runtimes.base import OnnxRunner, TorchRunner
+from prgkit.storage.atomic import readable_bytes, require_space
+from prgkit.storage.reproducible import write_array
+from prgkit.student.heads import OpenVocabulary
 
 WRITERS = ("timm", "onnx", "onnxscript", "onnxruntime")  # besides torch: what writes ONNX files, and compares them
 FP16_SCALES_OPSET = 19

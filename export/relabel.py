@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prgkit.answers import Answers, no_correction
-from prgkit.devices import best_device
+from prgkit.config.prompts import canonical
+from prgkit.config.recipe import Recipe, TeacherPage, validate
 from prgkit.errors import ExportError, ParityError, RunError
-from prgkit.export.bundle import (
+from prgkit.export.bundle.artifact_cache import RELABELLED, Artifact, alone_in, building, files_of, link, put_back
+from prgkit.export.bundle.bundle import (
     GOLDEN_TOLERANCE,
     Bundle,
     contract,
@@ -28,20 +29,19 @@ from prgkit.export.bundle import (
     open_bundle,
     write_manifest,
 )
-from prgkit.export.card import load_card
-from prgkit.export.contents import PARTS, VECTORS, digests, require_unchanged
-from prgkit.export.finished import RELABELLED, Artifact, alone_in, building, files_of, link, put_back
-from prgkit.export.lossless import read_array, read_png, write_array
+from prgkit.export.bundle.checksums import PARTS, VECTORS, digests, require_unchanged
+from prgkit.export.from_run import said
 from prgkit.export.open_vocabulary import Matrix, answers_told, scored, write_classes
-from prgkit.export.run import said
-from prgkit.export.runners import OnnxRunner
-from prgkit.joint import open_targets
-from prgkit.locks import locked
-from prgkit.prompts import canonical
-from prgkit.recipe import Recipe, TeacherPage, validate
-from prgkit.run import Run, find_bundle, find_run
-from prgkit.teacher import Teacher, load_teacher
-from prgkit.watch import Watch
+from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.runtimes.engine_metadata import load_card
+from prgkit.progress import Watch
+from prgkit.storage.locks import locked
+from prgkit.storage.reproducible import read_array, read_png, write_array
+from prgkit.storage.run import Run, find_bundle, find_run
+from prgkit.teacher.clip import Teacher, load_teacher
+from prgkit.teacher.ensemble import open_targets
+from prgkit.teacher.zero_shot import Answers, no_correction
+from prgkit.training.distributed import best_device
 
 OPEN = "prgkit export --open-vocabulary"
 # Of an INT8 file: all else of how it was quantised was found with the old classes; bench judges it by the new ones.

@@ -25,8 +25,8 @@ SIZE = 64
 class Exported:
     """A student with random weights and its files."""
 
-    student: Any  # prgkit.student.Deployed, unfused
-    module: Any  # prgkit.export.onnx.Deployable, fused
+    student: Any  # prgkit.student.model.Deployed, unfused
+    module: Any  # prgkit.export.formats.onnx.Deployable, fused
     fp32: Path
     fp16: Path
     pixels: NDArray[np.uint8]  # [256, 64, 64, 3]
@@ -68,9 +68,9 @@ def export_family(model: str, folder: Path) -> Exported:
         return _done[model]
     import torch
 
-    from prgkit.export.onnx import deployable, export_onnx, write_fp16
-    from prgkit.recipe import StudentPage
-    from prgkit.student import build_student
+    from prgkit.config.recipe import StudentPage
+    from prgkit.export.formats.onnx import deployable, export_onnx, write_fp16
+    from prgkit.student.model import build_student
 
     torch.manual_seed(0)
     threads = torch.get_num_threads()

@@ -67,10 +67,10 @@ def set_trap(place: str, call: int, when: str) -> None:
 
 
 def main() -> None:
-    import prgkit.cli
-    import prgkit.distill
-    import prgkit.evaluate.bench
-    import prgkit.export.run
+    import prgkit.cli.main
+    import prgkit.evaluate.bench.bench
+    import prgkit.export.from_run
+    import prgkit.training.distill
 
     print("ready", flush=True)
     for text in sys.stdin:
@@ -85,7 +85,7 @@ def main() -> None:
             sys.argv = ["prgkit", *order["line"]]
             code = 0
             try:
-                prgkit.cli.main()
+                prgkit.cli.main.main()
             except SystemExit as end:
                 code = int(end.code or 0)
             except BaseException:

@@ -14,18 +14,18 @@ import pytest
 import torch
 from PIL import ImageOps
 
-from prgkit import adapt as adapting
-from prgkit.adapt import Shots, adapt, draw, learn, told, worth
-from prgkit.context import Context, load_context, save_context
+from prgkit.config.recipe import Recipe, validate
+from prgkit.data.index import catalogue, match_labels, open_images
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import ImagesError, PrgkitError, RecipeError, TeacherError
-from prgkit.files import sha256
-from prgkit.images import catalogue, match_labels, open_images
-from prgkit.lesson import prepare
-from prgkit.recipe import Recipe, validate
-from prgkit.teacher import Teacher, load_teacher
-from prgkit.tensors import load_tensors
-from prgkit.watch import Unwatched
+from prgkit.progress import Unwatched
+from prgkit.storage.atomic import sha256
+from prgkit.storage.tensors import load_tensors
+from prgkit.teacher import prompt_tuning as adapting
+from prgkit.teacher.clip import Teacher, load_teacher
+from prgkit.teacher.prompt_context import Context, load_context, save_context
+from prgkit.teacher.prompt_tuning import Shots, adapt, draw, learn, told, worth
+from prgkit.training.dataset import prepare
 
 SHOTS = 8
 

@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from prgkit.answers import (
+from prgkit.config.recipe import Recipe, TargetsPage, validate
+from prgkit.demo.digits import load_digits
+from prgkit.errors import PrgkitError, RunError, TargetsError
+from prgkit.export.from_run import teacher_logits
+from prgkit.progress import Unwatched
+from prgkit.storage.run import Run, start_run
+from prgkit.teacher.zero_shot import (
     Answers,
     Correction,
     answers_of,
@@ -21,13 +27,7 @@ from prgkit.answers import (
     mean_entropy,
     no_correction,
 )
-from prgkit.demo.digits import load_digits
-from prgkit.errors import PrgkitError, RunError, TargetsError
-from prgkit.export.run import teacher_logits
-from prgkit.lesson import Lesson, prepare
-from prgkit.recipe import Recipe, TargetsPage, validate
-from prgkit.run import Run, start_run
-from prgkit.watch import Unwatched
+from prgkit.training.dataset import Lesson, prepare
 
 CLASSES = 10
 BIAS = torch.linspace(-2, 2, CLASSES)  # what the simulated teacher adds to its logits

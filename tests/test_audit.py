@@ -14,19 +14,19 @@ from PIL import Image
 
 pytest.importorskip("torch")
 
-from prgkit.audit import audit, draw
+from prgkit.annotation.audit import audit, draw
+from prgkit.config.recipe import load_recipe
+from prgkit.data.index import catalogue, open_images
+from prgkit.data.ticks import Tick, read_ticks, ticked, write_ticks
 from prgkit.errors import ImagesError
-from prgkit.evaluate.audit import audit as report_on
-from prgkit.evaluate.audit import teacher_share
-from prgkit.export.bundle import Evaluation
-from prgkit.export.run import evaluation_positions
-from prgkit.images import catalogue, open_images
-from prgkit.lesson import hold_out
-from prgkit.locks import locked
-from prgkit.recipe import load_recipe
-from prgkit.run import Run, start_run
-from prgkit.ticks import Tick, read_ticks, ticked, write_ticks
-from prgkit.watch import Unwatched
+from prgkit.evaluate.accuracy.ticked import audit as report_on
+from prgkit.evaluate.accuracy.ticked import teacher_share
+from prgkit.export.bundle.bundle import Evaluation
+from prgkit.export.from_run import evaluation_positions
+from prgkit.progress import Unwatched
+from prgkit.storage.locks import locked
+from prgkit.storage.run import Run, start_run
+from prgkit.training.dataset import hold_out
 
 CLASSES = ["one", "two", "three"]
 

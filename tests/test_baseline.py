@@ -11,8 +11,17 @@ from typing import Any
 import pytest
 
 from prgkit.errors import BenchError
-from prgkit.evaluate.baseline import Gate, about, against, cells, notes, open_gate, regressions, require_comparable
-from prgkit.evaluate.reading import read_report
+from prgkit.evaluate.report.load import read_report
+from prgkit.evaluate.report.regression import (
+    Gate,
+    about,
+    against,
+    cells,
+    notes,
+    open_gate,
+    regressions,
+    require_comparable,
+)
 
 Report = dict[str, Any]
 MACHINE = {

@@ -14,12 +14,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from prgkit.data.index import Preprocessing
+from prgkit.data.ticks import Tick, write_ticks
 from prgkit.errors import BenchError, ExportError
-from prgkit.evaluate import plan
-from prgkit.evaluate.bench import bench
-from prgkit.evaluate.pictures import choose_pictures
-from prgkit.evaluate.subject import identity, training, trust
-from prgkit.export.bundle import (
+from prgkit.evaluate.accuracy.examples import choose_pictures
+from prgkit.evaluate.bench import cases
+from prgkit.evaluate.bench.bench import bench
+from prgkit.evaluate.bench.metadata import identity, training, trust
+from prgkit.export.bundle.bundle import (
     Evaluation,
     contract,
     describe_artifact,
@@ -28,10 +30,8 @@ from prgkit.export.bundle import (
     write_golden,
     write_manifest,
 )
-from prgkit.export.card import SCHEMA, EngineCard, write_card
-from prgkit.files import sha256
-from prgkit.images import Preprocessing
-from prgkit.ticks import Tick, write_ticks
+from prgkit.export.runtimes.engine_metadata import SCHEMA, EngineCard, write_card
+from prgkit.storage.atomic import sha256
 
 onnx = pytest.importorskip("onnx", reason="the model under test is made with the onnx package")
 
@@ -92,10 +92,10 @@ def card(engine: Path) -> EngineCard:
 @pytest.fixture(autouse=True)
 def _onnx_runtime_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure with the runtime that is everywhere; what else may be installed is told apart in test_plan.py."""
-    monkeypatch.setattr(plan, "runtimes", lambda facts: RUNTIMES[:1])
+    monkeypatch.setattr(cases, "runtimes", lambda facts: RUNTIMES[:1])
 
 
-RUNTIMES = plan.runtimes({"gpus": []})
+RUNTIMES = cases.runtimes({"gpus": []})
 
 
 def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> Path:

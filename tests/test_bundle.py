@@ -17,22 +17,24 @@ import pytest
 import torch
 from PIL import Image
 
+from prgkit.config.recipe import shipped_recipes
+from prgkit.config.yaml_io import parse
 from prgkit.errors import BackendError, DiskFullError, ExportError, ParityError, PrgkitError, RunError
 from prgkit.evaluate.predict import predict
-from prgkit.export import bundle as bundle_module
-from prgkit.export import engines, lossless, pipeline
-from prgkit.export.bundle import check_golden, open_bundle, read_evaluation, write_evaluation
-from prgkit.export.card import load_card
-from prgkit.export.engines import build_engines
-from prgkit.export.finished import building
-from prgkit.export.int8 import Learned
+from prgkit.export import pipeline
+from prgkit.export.bundle import bundle as bundle_module
+from prgkit.export.bundle.artifact_cache import building
+from prgkit.export.bundle.bundle import check_golden, open_bundle, read_evaluation, write_evaluation
+from prgkit.export.formats import engines
+from prgkit.export.formats.engines import build_engines
+from prgkit.export.formats.tensorrt import available_backends
+from prgkit.export.int8.pipeline import Learned
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
-from prgkit.export.runners import OnnxRunner, open_runner
-from prgkit.export.tensorrt import available_backends
-from prgkit.files import read_json, write_sealed
-from prgkit.locks import locked
-from prgkit.page import parse
-from prgkit.recipe import shipped_recipes
+from prgkit.export.runtimes.base import OnnxRunner, open_runner
+from prgkit.export.runtimes.engine_metadata import load_card
+from prgkit.storage import reproducible
+from prgkit.storage.atomic import read_json, write_sealed
+from prgkit.storage.locks import locked
 
 needs_rtx = pytest.mark.skipif(
     not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
@@ -164,7 +166,7 @@ def test_equal_images_make_equal_bytes(repvit, tmp_path):
 
 
 def test_beyond_a_hundred_thousand_images_each_keeps_its_logits(tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle_module, "member", lambda name: lossless.member(f"{int(name[:-4]) + 99_998:05}.png"))
+    monkeypatch.setattr(bundle_module, "member", lambda name: reproducible.member(f"{int(name[:-4]) + 99_998:05}.png"))
     pixels = np.arange(4 * 3, dtype=np.uint8).reshape(4, 1, 1, 3)
     given = dict.fromkeys(("teacher_logits", "teacher_uniform_logits"), np.zeros((4, 3), np.float32))
     write_evaluation(tmp_path, iter(pixels), **given, labels=None, student=lambda batch: batch[:, 0, 0].astype("f4"))
@@ -623,7 +625,7 @@ def test_a_build_that_fails_leaves_the_engine_before_it(copy, monkeypatch):
     def full(path, data):
         raise DiskFullError("no disk space left", where=path)
 
-    monkeypatch.setattr("prgkit.export.tensorrt.write_bytes", full)
+    monkeypatch.setattr("prgkit.export.formats.tensorrt.write_bytes", full)
     with pytest.raises(DiskFullError):
         build_engines(copy, **build, batch=(1, 1, 4))
     assert open_bundle(copy).artifacts == before
@@ -645,7 +647,7 @@ def test_a_kill_as_an_engine_takes_its_place_leaves_a_bundle_that_opens(copy):
 def test_an_engine_of_another_system_is_not_taken_for_this_ones(copy, monkeypatch):
     build = {"fp16": False, "batch": (1, 1, 2), "backend": "tensorrt_rtx", "note": lambda _: None}
     build_engines(copy, **build)
-    for module in (engines, sys.modules["prgkit.export.tensorrt"]):
+    for module in (engines, sys.modules["prgkit.export.formats.tensorrt"]):
         monkeypatch.setattr(module, "this_platform", lambda: "Windows AMD64")
     build_engines(copy, **build)
     assert load_card(copy / "model.fp32.tensorrt_rtx.engine").platform == "Windows AMD64"

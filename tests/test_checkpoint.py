@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from prgkit.checkpoint import Average, Progress, TrainingState, expected_bytes
-from prgkit.distill import build_optimizer
+from prgkit.config.objectives import OBJECTIVES
+from prgkit.config.recipe import StudentPage, Training
 from prgkit.errors import DiskFullError, RunError
 from prgkit.objectives import Objectives, Space, TeacherSide
-from prgkit.parameters import OBJECTIVES
-from prgkit.recipe import StudentPage, Training
-from prgkit.run import Run
-from prgkit.student import Student, build_student
-from prgkit.tensors import save_tensors
+from prgkit.storage.run import Run
+from prgkit.storage.tensors import save_tensors
+from prgkit.student.model import Student, build_student
+from prgkit.training.checkpoint import Average, Progress, TrainingState, expected_bytes
+from prgkit.training.distill import build_optimizer
 
 CLASSES, WIDTH = 3, 8
 
@@ -181,7 +181,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("prgkit.tensors.save_file", full)
+    monkeypatch.setattr("prgkit.storage.tensors.save_file", full)
     train(state, 1, seed=6)
     with pytest.raises(DiskFullError, match=r"no disk space left for checkpoint\.safetensors; it needed \d"):
         state.save(run)

@@ -23,12 +23,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prgkit import cli
-from prgkit.chain import split_at_commands
-from prgkit.cli import main
+from prgkit.cli.chain import split_at_commands
+from prgkit.cli.main import cli, main
+from prgkit.config.objectives import OBJECTIVES
+from prgkit.config.recipe import shipped_recipes
 from prgkit.errors import PrgkitError
-from prgkit.parameters import OBJECTIVES
-from prgkit.recipe import shipped_recipes
 
 HELP = """\
 Usage: prgkit [OPTIONS] COMMAND [ARGS]...
@@ -122,10 +121,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 
         return note
 
-    for name, command in cli.cli.commands.items():
+    for name, command in cli.commands.items():
         monkeypatch.setattr(command, "callback", noting(name))
-    monkeypatch.setattr("prgkit.export.tensorrt.choose_backend", lambda name=None: SimpleNamespace(name="none"))
-    monkeypatch.setattr("prgkit.export.tensorrt.choose_targets", lambda backend, asked: asked)
+    monkeypatch.setattr("prgkit.export.formats.tensorrt.choose_backend", lambda name=None: SimpleNamespace(name="none"))
+    monkeypatch.setattr("prgkit.export.formats.tensorrt.choose_targets", lambda backend, asked: asked)
     return made
 
 
@@ -309,7 +308,7 @@ def test_recipes(prgkit: Call) -> None:
 
 
 def test_doctor_is_aligned_and_tells_extras_with_their_brackets(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    import prgkit.doctor as doctor
+    import prgkit.cli.doctor as doctor
 
     versions = dict.fromkeys(doctor.PACKAGES) | {"onnxruntime": "1.20", "onnxruntime-gpu": "1.20"}
     monkeypatch.setattr(doctor, "version_of", versions.get)
@@ -328,24 +327,24 @@ def test_doctor_is_aligned_and_tells_extras_with_their_brackets(prgkit: Call, mo
 
 
 def test_doctor_tells_building_engines_from_running_them(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prgkit.export.tensorrt import Backend, Gpu
+    from prgkit.export.formats.tensorrt import Backend, Gpu
 
     found = {"tensorrt": Backend("tensorrt", None, "not installed; pip"), "tensorrt_rtx": Backend("rtx", "1.7", None)}
-    monkeypatch.setattr("prgkit.doctor.available_backends", lambda: found)
-    monkeypatch.setattr("prgkit.doctor.torch_backends", lambda versions: [])
+    monkeypatch.setattr("prgkit.cli.doctor.available_backends", lambda: found)
+    monkeypatch.setattr("prgkit.cli.doctor.torch_backends", lambda versions: [])
 
     def engines() -> dict[str, str]:
         rows = prgkit("doctor", "--json").json["doctor"]["backends"]
         return {row["name"]: row["detail"] for row in rows if "engines" in row["name"]}
 
-    monkeypatch.setattr("prgkit.export.engine_runner.find_gpu", lambda: None)
+    monkeypatch.setattr("prgkit.export.runtimes.tensorrt.find_gpu", lambda: None)
     assert engines() == {
         "tensorrt: build engines": "not installed; pip",
         "tensorrt: run engines": "not installed; pip",
         "tensorrt_rtx: build engines": "",
         "tensorrt_rtx: run engines": "it needs an NVIDIA GPU and its driver",
     }
-    monkeypatch.setattr("prgkit.export.engine_runner.find_gpu", lambda: Gpu("some GPU", "SM89"))
+    monkeypatch.setattr("prgkit.export.runtimes.tensorrt.find_gpu", lambda: Gpu("some GPU", "SM89"))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     assert engines()["tensorrt_rtx: run engines"].startswith("cuda-python is not installed: pip install cuda-python")
@@ -353,7 +352,7 @@ def test_doctor_tells_building_engines_from_running_them(prgkit: Call, monkeypat
 
 def test_doctor_survives_a_broken_onnxruntime(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr("prgkit.doctor.torch_backends", lambda versions: [])
+    monkeypatch.setattr("prgkit.cli.doctor.torch_backends", lambda versions: [])
     said = prgkit("doctor")
     assert said.code == 0
     assert "no   onnxruntime " in said.out
@@ -389,8 +388,10 @@ def test_a_terminal_that_is_not_utf_8_loses_nothing_and_ends_nothing(
     prgkit: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = {"käse – 3 × 2 ± 1 …": "5 µs → 日\udce9 ┃━"}
-    monkeypatch.setattr("prgkit.recipe.shipped_recipes", lambda: {name: Path(text) for name, text in lines.items()})
-    monkeypatch.setattr("prgkit.recipe.summary_line", str)
+    monkeypatch.setattr(
+        "prgkit.config.recipe.shipped_recipes", lambda: {name: Path(text) for name, text in lines.items()}
+    )
+    monkeypatch.setattr("prgkit.config.recipe.summary_line", str)
     said = {}
     for encoding in ("ascii", "latin-1", "cp1252"):
         for option in ("", "--json"):
@@ -451,23 +452,23 @@ def ending(error: BaseException) -> Callable[..., Any]:
     ],
 )  # fmt: skip
 def test_exit_codes(prgkit: Call, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, told: str) -> None:
-    monkeypatch.setattr(cli.cli.commands["doctor"], "callback", ending(error))
+    monkeypatch.setattr(cli.commands["doctor"], "callback", ending(error))
     assert prgkit("doctor") == Said(code, "", told)
 
 
 @pytest.mark.parametrize("bug", [ValueError("a bug"), OSError(errno.EACCES, "denied"), EOFError("a bug")])
 def test_a_bug_keeps_its_traceback(prgkit: Call, monkeypatch: pytest.MonkeyPatch, bug: Exception) -> None:
-    monkeypatch.setattr(cli.cli.commands["doctor"], "callback", ending(bug))
+    monkeypatch.setattr(cli.commands["doctor"], "callback", ending(bug))
     with pytest.raises(type(bug)) as caught:
         prgkit("doctor")
     assert caught.value is bug
 
 
 def test_being_stopped_is_no_error(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prgkit.run import Interrupted
+    from prgkit.storage.run import Interrupted
 
     stopped = Interrupted("stopped in epoch 1 of 2; everything up to here is saved", fix="the same command goes on")
-    monkeypatch.setattr(cli.cli.commands["doctor"], "callback", ending(stopped))
+    monkeypatch.setattr(cli.commands["doctor"], "callback", ending(stopped))
     told = "Stopped in epoch 1 of 2; everything up to here is saved\n  fix: the same command goes on\n"
     assert prgkit("doctor") == Said(130, "", told)
 
@@ -538,8 +539,8 @@ def test_parity_is_checked_on_distinct_images_and_their_number_is_said(prgkit: C
 
 
 def test_golden_images_are_of_moderate_size(standing: Path) -> None:
-    from prgkit.export.run import golden_pictures
-    from prgkit.images import catalogue, open_images
+    from prgkit.data.index import catalogue, open_images
+    from prgkit.export.from_run import golden_pictures
 
     for number in range(3):
         Image.new("RGB", (1500 + number, 1300)).save(standing / f"photos/large{number}.png")
@@ -556,7 +557,7 @@ def test_golden_images_are_of_moderate_size(standing: Path) -> None:
 
 
 def test_two_exports_of_one_run_do_not_meet(prgkit: Call, standing: Path) -> None:
-    from prgkit.locks import locked
+    from prgkit.storage.locks import locked
 
     with locked(standing / "runs/tiny", "run"):
         said = prgkit("export")
@@ -589,7 +590,7 @@ def test_a_run_from_another_recipe_is_refused_by_the_keys_that_differ(prgkit: Ca
 
 def test_what_is_not_learned_from_may_change(prgkit: Call, standing: Path) -> None:
     assert prgkit("distill", "tiny.yaml", "--set", "export.batch=[1, 4, 4]").code == 0
-    from prgkit.run import Run
+    from prgkit.storage.run import Run
 
     assert Run(Path("runs/tiny")).recipe.export.batch == (1, 4, 4)
 
@@ -622,7 +623,7 @@ def test_a_run_and_its_bundle_can_be_stood_in(prgkit: Call, standing: Path, monk
 
 
 def test_a_bundle_leaves_as_one_file(prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prgkit.run import Run
+    from prgkit.storage.run import Run
 
     (standing / "runs/tiny/bundle/bench").mkdir()
     document = prgkit("export --float-input --evaluation-images 3 --zip --json").json["export"]
@@ -636,7 +637,7 @@ def test_a_bundle_leaves_as_one_file(prgkit: Call, standing: Path, monkeypatch: 
     assert said.out.splitlines()[-1].startswith("runs/tiny/tiny.zip (")
     assert said.out.endswith("iB) is ready to travel\n")
     assert said.err == "tiny.zip: without bench, which this machine made or you put there\n"
-    monkeypatch.setattr("prgkit.export.run.export_best", lambda *_: document)
+    monkeypatch.setattr("prgkit.export.from_run.export_best", lambda *_: document)
     assert prgkit("export").err == "tiny.zip is still the bundle before this one; --zip packs it again\n"
     shutil.unpack_archive(archive, standing)
     predicted = prgkit("predict photos/00.png --json").json
@@ -647,7 +648,7 @@ def test_fewer_evaluation_images_than_asked_for_are_said(
     prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = {"run": {"name": "tiny"}, "artifacts": [], "evaluation": {"images": 12}}
-    monkeypatch.setattr("prgkit.export.run.export_best", lambda *_: made)
+    monkeypatch.setattr("prgkit.export.from_run.export_best", lambda *_: made)
     assert prgkit("export --evaluation-images 13").err == ("there are 12 images to evaluate on; 13 were asked for\n")
     assert prgkit("export --evaluation-images 12").err == ""
     assert prgkit("export").err == ""
@@ -685,8 +686,8 @@ def test_bench_is_given_the_run_or_the_bundle_alone(
         seen.append({"bundle": bundle, **given})
         return {"rows": []}
 
-    monkeypatch.setattr("prgkit.evaluate.bench.bench", measure)
-    monkeypatch.setattr("prgkit.evaluate.tables.report_table", lambda report: "the table")
+    monkeypatch.setattr("prgkit.evaluate.bench.bench.bench", measure)
+    monkeypatch.setattr("prgkit.evaluate.report.terminal.report_table", lambda report: "the table")
     said = prgkit("bench", "--threads", "1", "--batches", "4,2", "--seconds", "1")
     assert said.out.startswith("the table\nreport: runs/tiny/bench/")
     shutil.copytree("runs/tiny/bundle", "device")
@@ -703,7 +704,7 @@ def test_bench_is_given_the_run_or_the_bundle_alone(
 def test_a_bench_that_is_worse_than_its_baseline_tells_all_and_exits_1(
     prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prgkit.evaluate import latency
+    from prgkit.evaluate.bench import latency
 
     really, found = latency.measure, list[latency.Session]()
 
@@ -911,7 +912,7 @@ def test_targets_then_distill_are_about_the_same_recipe(prgkit: Call, standing: 
     assert said.json["targets"]["images"] == 24
     assert said.json["targets"]["bytes"] > 0
     assert said.json["distill"]["run"] == "runs/two"
-    from prgkit.run import Run
+    from prgkit.storage.run import Run
 
     assert Run(Path("runs/two")).recipe.views.count == 2
 
@@ -964,7 +965,7 @@ def test_an_audit_stands_between_the_targets_and_the_training(
         asked.append((recipe.views.count, folder))
         raise SystemExit
 
-    monkeypatch.setattr("prgkit.distill.distill", distil)
+    monkeypatch.setattr("prgkit.training.distill.distill", distil)
     assert prgkit("audit tiny.yaml --set views.count=2 --run runs/new distill export").code == 0
     assert prgkit("targets tiny.yaml audit distill").code == 0
     assert asked == [(2, Path("runs/new")), (1, Path("runs/tiny"))]
@@ -973,7 +974,7 @@ def test_an_audit_stands_between_the_targets_and_the_training(
 
 def test_images_and_classes_need_no_recipe(prgkit: Call, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    monkeypatch.setattr("prgkit.estimate.PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("prgkit.cli.dry_run.PROBE_SECONDS", 0.0)
     photos(place / "my photos")
     (place / "names.txt").write_text("one\ntwo\n")
     tiny = ["teacher={model: 'demo:digits'}", "student={model: test_efficientnet, image_size: 32}"]
@@ -1001,7 +1002,7 @@ def test_images_and_classes_need_no_recipe(prgkit: Call, place: Path, monkeypatc
 def test_a_rehearsal_refuses_what_the_work_would_refuse(
     prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    monkeypatch.setattr("prgkit.estimate.PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("prgkit.cli.dry_run.PROBE_SECONDS", 0.0)
     (standing / "mine").mkdir()
     (standing / "mine/thesis.tex").touch()
     for line, told in (
@@ -1024,7 +1025,7 @@ def test_a_rehearsal_refuses_what_the_work_would_refuse(
 def test_a_rehearsal_counts_the_evaluation_images_for_the_teacher_too(
     prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prgkit.estimate.PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("prgkit.cli.dry_run.PROBE_SECONDS", 0.0)
     photos(standing / "judged/two", 30)  # 24 of them are those of photos/
     line = "distill tiny.yaml --run new --set data.evaluation=judged --dry-run --json"
     found = prgkit(line).json["distill"]
@@ -1115,8 +1116,8 @@ def test_a_truncated_onnx_file_is_named(prgkit: Call, standing: Path, command: s
 
 
 def test_a_truncated_engine_is_named(prgkit: Call, standing: Path) -> None:
-    from prgkit.export.bundle import describe_artifact
-    from prgkit.files import read_sealed, write_sealed
+    from prgkit.export.bundle.bundle import describe_artifact
+    from prgkit.storage.atomic import read_sealed, write_sealed
 
     bundle = standing / "runs/tiny/bundle"
     engine = bundle / "model.fp32.tensorrt_rtx.engine"
@@ -1159,7 +1160,7 @@ def test_a_disk_that_fills_up_is_told_with_what_was_needed(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr("prgkit.tensors.save_file", full)
+        patch.setattr("prgkit.storage.tensors.save_file", full)
         said = prgkit("distill", "tiny.yaml")
     assert said.code == 1
     error = said.err[said.err.index("Error: ") :].splitlines()
@@ -1186,9 +1187,7 @@ def test_the_base_install_says_which_extra_a_command_needs(place: Path, line: st
     (place / "run").mkdir()
     (place / "run/recipe.yaml").write_text(TINY)
     (place / "run/card.json").write_text("{}")
-    code = (
-        f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {line.split()}; from prgkit.cli import main; main()"
-    )
+    code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {line.split()}; from prgkit.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert Said(done.returncode, done.stdout, done.stderr) == Said(
         1,
@@ -1218,8 +1217,8 @@ def test_a_distillation_after_adapt_teacher_uses_its_context(
         (place / "labelled" / name).mkdir(parents=True)
         Image.new("L", (8, 8), 80 * grey).save(place / "labelled" / name / "1.png")
     (place / "tiny.yaml").write_text(TINY)
-    monkeypatch.setattr("prgkit.adapt.EPOCHS", 1)
-    monkeypatch.setattr("prgkit.distill.distill", distil)
+    monkeypatch.setattr("prgkit.teacher.prompt_tuning.EPOCHS", 1)
+    monkeypatch.setattr("prgkit.training.distill.distill", distil)
     line = "adapt-teacher tiny.yaml --shots 1 --set data.labelled=labelled --out 'here/a #1.safetensors'"
     said = prgkit(line)
     assert said.out.startswith("here/a #1.safetensors: the teacher names ")
@@ -1243,20 +1242,20 @@ def test_only_the_first_of_several_processes_asks_the_teacher(
         raise SystemExit  # as every process but the first ends
 
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("prgkit.lesson.prepare", ending(AssertionError("a second writer")))
-    monkeypatch.setattr("prgkit.distill.distill", distil)
+    monkeypatch.setattr("prgkit.training.dataset.prepare", ending(AssertionError("a second writer")))
+    monkeypatch.setattr("prgkit.training.distill.distill", distil)
     assert prgkit("targets tiny.yaml --set views.count=2") == Said(0, "", "")
     assert prgkit("targets tiny.yaml --set views.count=2 distill") == Said(0, "", "")
     assert prgkit("audit tiny.yaml --set views.count=2 --run x distill") == Said(0, "", "")
     assert asked[0].views.count == 2  # it goes on with the same recipe, and waits for the first there
-    monkeypatch.setattr("prgkit.estimate.estimate", ending(AssertionError("a second probe")))
+    monkeypatch.setattr("prgkit.cli.dry_run.estimate", ending(AssertionError("a second probe")))
     assert prgkit("distill tiny.yaml --dry-run") == Said(0, "", "")
 
 
 def test_a_terminal_shows_a_bar_that_long_facts_do_not_push_away(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prgkit.terminal import Terminal
+    from prgkit.cli.terminal import Terminal
 
     monkeypatch.setenv("COLUMNS", "80")
 
@@ -1279,10 +1278,10 @@ def test_a_terminal_shows_a_bar_that_long_facts_do_not_push_away(
 def test_where_no_bar_can_move_a_line_comes_every_30_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prgkit.terminal import Terminal
+    from prgkit.cli.terminal import Terminal
 
     clock = iter([100.0, 110.0, 129.9, 130.0, 150.0, 3760.0])
-    monkeypatch.setattr("prgkit.terminal.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("prgkit.cli.terminal.time.monotonic", lambda: next(clock))
     with Terminal(says_results=True, shows_progress=True) as terminal:
         terminal.start("student", 100_000, "img")
         terminal.advance(40_000)  # a stage that goes on where another process stopped
@@ -1301,6 +1300,6 @@ def test_where_no_bar_can_move_a_line_comes_every_30_seconds(
 
 
 def test_options_say_what_they_take() -> None:
-    for command in cli.cli.commands.values():
+    for command in cli.commands.values():
         for option in command.params:
             assert isinstance(option, click.Argument) or option.help, option.name

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from prgkit.config.recipe import Recipe, validate
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import ImagesError, RecipeError, RunError
-from prgkit.evaluate import compare as comparing
-from prgkit.evaluate.compare import LADDER, cells_of, compare
-from prgkit.evaluate.standings import difference, html, markdown, spread, standings
-from prgkit.files import sha256
-from prgkit.recipe import Recipe, validate
-from prgkit.run import Run
-from prgkit.tensors import save_tensors
-from prgkit.watch import Unwatched
+from prgkit.evaluate.compare import trials as comparing
+from prgkit.evaluate.compare.aggregate import difference, html, markdown, spread, standings
+from prgkit.evaluate.compare.trials import LADDER, cells_of, compare
+from prgkit.progress import Unwatched
+from prgkit.storage.atomic import sha256
+from prgkit.storage.run import Run
+from prgkit.storage.tensors import save_tensors
 
 
 @pytest.fixture(scope="module")

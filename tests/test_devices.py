@@ -12,12 +12,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from prgkit import devices, distill
-from prgkit.devices import best_device, from_first, probe_precision, seed_everything
+from prgkit.config.recipe import StudentPage, Training
 from prgkit.errors import BackendError
-from prgkit.recipe import StudentPage, Training
-from prgkit.run import Run
-from prgkit.student import Student, build_student
+from prgkit.storage.run import Run
+from prgkit.student.model import Student, build_student
+from prgkit.training import distill, distributed
+from prgkit.training.distributed import best_device, from_first, probe_precision, seed_everything
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, *, fp32_ms: float, bf16_ms: float) ->
     """Let each step seem to take as long as its precision says; of the first of each, only the start is read."""
     steps = itertools.cycle([(0.0, fp32_ms / 1000), (0.0, bf16_ms / 1000)])
     ticks = itertools.chain([0.0, 0.0], itertools.chain.from_iterable(steps))
-    monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(distributed, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
 
 
 @pytest.mark.parametrize(

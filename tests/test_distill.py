@@ -18,18 +18,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prgkit import pictures, workers
+from prgkit.config.recipe import Recipe, validate
+from prgkit.data import cache, workers
+from prgkit.data.augment import Rendered
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.distill import distill, schedule
 from prgkit.errors import ImagesError, PrgkitError, RunError, StudentError, WorkerError
-from prgkit.files import read_sealed, sha256, write_sealed
-from prgkit.lesson import hold_out
-from prgkit.recipe import Recipe, validate
-from prgkit.run import Interrupted, Run
-from prgkit.student import load_student
-from prgkit.tensors import load_tensors
-from prgkit.views import Rendered
-from prgkit.watch import Unwatched
+from prgkit.progress import Unwatched
+from prgkit.storage.atomic import read_sealed, sha256, write_sealed
+from prgkit.storage.run import Interrupted, Run
+from prgkit.storage.tensors import load_tensors
+from prgkit.student.model import load_student
+from prgkit.training.dataset import hold_out
+from prgkit.training.distill import distill, schedule
 
 EPOCHS = 3
 
@@ -188,7 +188,7 @@ def test_a_worker_killed_while_the_epoch_is_judged_costs_no_step(
         raise RunError("a worker died")
 
     with monkeypatch.context() as patch:
-        patch.setattr("prgkit.distill.agreement_with_teacher", fail)
+        patch.setattr("prgkit.training.distill.agreement_with_teacher", fail)
         with pytest.raises(RunError, match="a worker died"):
             distill(*arguments, Unwatched())
     _, facts = load_tensors(Run(tmp_path / "run").state)
@@ -199,7 +199,7 @@ def test_a_worker_killed_while_the_epoch_is_judged_costs_no_step(
 def test_a_worker_killed_while_the_teacher_looks_costs_no_block(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prgkit.targets.BLOCK_IMAGES", 16)
+    monkeypatch.setattr("prgkit.teacher.feature_store.BLOCK_IMAGES", 16)
     arguments = (recipe_for(photos, workers=1), tmp_path / "run", tmp_path / "targets")
     with pytest.raises(WorkerError, match="a process that decodes images was ended by SIGKILL"):
         distill(*arguments, KillWorkers("teacher", 32))
@@ -289,8 +289,8 @@ def test_a_stopped_run_with_corrected_answers_and_chosen_images_goes_on_bit_for_
     if lost:  # found again, the same
         (tmp_path / "run" / lost).unlink()
     else:  # what was found before is read, and not found again
-        monkeypatch.setattr("prgkit.trust.fit_correction", lambda *_: pytest.fail("fitted again"))
-        monkeypatch.setattr("prgkit.trust.ask_confidence", lambda *_: pytest.fail("asked again"))
+        monkeypatch.setattr("prgkit.training.pseudo_labels.fit_correction", lambda *_: pytest.fail("fitted again"))
+        monkeypatch.setattr("prgkit.training.pseudo_labels.ask_confidence", lambda *_: pytest.fail("asked again"))
     assert_same(distill(*arguments, Unwatched()), whole)
 
 
@@ -360,7 +360,7 @@ class Vanish(Unwatched):
 def test_an_image_that_vanishes_while_training_is_named(
     photos: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "MOST_BYTES", 0)
+    monkeypatch.setattr(cache, "MOST_BYTES", 0)
     images = Path(shutil.copytree(photos, tmp_path / "images"))
     with pytest.raises(ImagesError, match=r"\d{3}\.png could be read before and no longer can: "):
         distill(recipe_for(images, workers=workers), tmp_path / "run", tmp_path / "targets", Vanish(images))
@@ -371,7 +371,7 @@ def test_kept_pictures_are_all_that_training_needs_and_change_nothing(
 ) -> None:
     images = Path(shutil.copytree(photos, tmp_path / "images"))
     assert_same(distill(recipe_for(images), tmp_path / "run", tmp_path / "targets", Vanish(images)), finished)
-    monkeypatch.setattr(pictures, "MOST_BYTES", 0)
+    monkeypatch.setattr(cache, "MOST_BYTES", 0)
     assert_same(distill(recipe_for(photos), tmp_path / "bare", tmp_path / "bare-targets", Unwatched()), finished)
 
 

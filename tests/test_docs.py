@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from prgkit.cli import cli
-from prgkit.parameters import OBJECTIVES
+from prgkit.cli.main import cli
+from prgkit.config.objectives import OBJECTIVES
 
 DOCS = Path(__file__).parents[1] / "docs"
 

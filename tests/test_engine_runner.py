@@ -20,11 +20,11 @@ except ImportError:
     cudart = None
 
 from prgkit.errors import BackendError
-from prgkit.export import engine_runner
-from prgkit.export.card import EngineCard, write_card
-from prgkit.export.engine_runner import TensorRTRunner, require_match, why_not_here
-from prgkit.export.tensorrt import Gpu, available_backends, build_engine, this_platform
-from prgkit.files import sha256
+from prgkit.export.formats.tensorrt import Gpu, available_backends, build_engine, this_platform
+from prgkit.export.runtimes import tensorrt
+from prgkit.export.runtimes.engine_metadata import EngineCard, write_card
+from prgkit.export.runtimes.tensorrt import TensorRTRunner, require_match, why_not_here
+from prgkit.storage.atomic import sha256
 
 CARD = EngineCard(
     schema="prgkit.engine/1",
@@ -201,8 +201,8 @@ def gpu(request, monkeypatch, tmp_path):
     cudart = Cudart()
     trt = Module(cudart, own_graphs=backend == "tensorrt_rtx")
     modules = {backend: trt, "cuda.bindings.runtime": cudart}
-    monkeypatch.setattr(engine_runner, "find_gpu", lambda: Gpu("RTX 4090", "SM89"))
-    monkeypatch.setattr(engine_runner.importlib, "import_module", modules.__getitem__)
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("RTX 4090", "SM89"))
+    monkeypatch.setattr(tensorrt.importlib, "import_module", modules.__getitem__)
     path = tmp_path / "model.engine"
     path.write_bytes(b"engine")
     card = replace(CARD, backend=backend, gpu="RTX 4090", file=path.name, bytes=6, sha256=sha256(path), batch=(1, 1, 4))
@@ -329,7 +329,7 @@ def test_tensorrt_for_rtx_has_all_that_the_runner_calls():
     assert hasattr(trt.CudaGraphStrategy, "WHOLE_GRAPH_CAPTURE")
 
 
-@pytest.mark.skipif(engine_runner.find_gpu() is not None, reason="there is a GPU")
+@pytest.mark.skipif(tensorrt.find_gpu() is not None, reason="there is a GPU")
 @pytest.mark.skipif(not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed")
 def test_a_real_engine_without_a_gpu_says_what_it_needs(repvit, tmp_path):
     card = build_engine(repvit.fp16, tmp_path, precision="fp16", batch=(1, 1, 8), backend="tensorrt_rtx")
@@ -396,8 +396,8 @@ def test_the_command_that_rebuilds_an_engine_has_its_options(monkeypatch, tmp_pa
     with pytest.raises(BackendError) as caught:
         require_match(card, tmp_path / card.file)
     assert caught.value.fix == command
-    from prgkit.chain import builds_engines
-    from prgkit.cli import cli
+    from prgkit.cli.chain import builds_engines
+    from prgkit.cli.main import cli
 
     with cli.commands["export"].make_context("export", command.split()[2:]) as parsed:
         assert builds_engines(parsed.params)
@@ -433,5 +433,5 @@ def on_a_gpu(monkeypatch, *, missing=None, gpu=Gpu("RTX 4090", "SM89")):  # noqa
             raise ImportError(name)
         return Module
 
-    monkeypatch.setattr(engine_runner, "find_gpu", lambda: gpu)
-    monkeypatch.setattr(engine_runner.importlib, "import_module", import_module)
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(tensorrt.importlib, "import_module", import_module)

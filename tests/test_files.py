@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from prgkit.errors import PrgkitError
-from prgkit.files import cache_folder, mapped, read_sealed, require_space, write_json, write_sealed
-from prgkit.run import append_line
+from prgkit.storage.atomic import cache_folder, mapped, read_sealed, require_space, write_json, write_sealed
+from prgkit.storage.run import append_line
 
 
 def flips(path: Path, read: Any, *errors: type[Exception]) -> tuple[int, int]:
@@ -56,7 +56,7 @@ def test_any_flipped_bit_of_a_file_of_tensors_is_found(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from safetensors import SafetensorError
 
-    from prgkit.tensors import load_tensors, save_tensors
+    from prgkit.storage.tensors import load_tensors, save_tensors
 
     path = tmp_path / "state.safetensors"
     tensors = {"a": torch.arange(60.0).view(3, 20), "b": torch.tensor(7), "c": torch.ones(9, dtype=torch.bool)}

@@ -21,15 +21,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from prgkit.config.prompts import load_classes
+from prgkit.config.recipe import Recipe, load_recipe, shipped_recipes, validate
+from prgkit.config.yaml_io import parse
+from prgkit.data.index import Images, catalogue, load_image, open_images
+from prgkit.data.label_table import read_label_table, read_ways
+from prgkit.data.labels import class_indices
+from prgkit.data.sources import printable
 from prgkit.errors import ImagesError, PrgkitError, RecipeError
-from prgkit.images import Images, catalogue, load_image, open_images
-from prgkit.labels import class_indices
-from prgkit.page import parse
-from prgkit.prompts import load_classes
-from prgkit.recipe import Recipe, load_recipe, shipped_recipes, validate
-from prgkit.run import RUNS, run_name
-from prgkit.sources import printable
-from prgkit.table import read_label_table, read_ways
+from prgkit.storage.run import RUNS, run_name
 
 QUICK, SOAK = 150, 1500  # inputs to each of the ten tests below
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from prgkit.config.prompts import load_classes
+from prgkit.config.recipe import load_recipe
+from prgkit.config.yaml_io import parse, read_page
+from prgkit.data.index import open_images
+from prgkit.data.label_table import read_ways
 from prgkit.errors import ImagesError, PrgkitError, RecipeError
-from prgkit.images import open_images
-from prgkit.page import parse, read_page
-from prgkit.prompts import load_classes
-from prgkit.recipe import load_recipe
-from prgkit.run import run_name
-from prgkit.table import read_ways
+from prgkit.storage.run import run_name
 
 # A recipe may point at ../photos, since it is its user's; what is refused is what would leave the machine, or not end.
 

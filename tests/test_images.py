@@ -23,10 +23,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from prgkit import images as image_module
-from prgkit.decoding import UnreadableImage, decode, extremes, grey_range, image_suffixes
-from prgkit.errors import ImagesError
-from prgkit.images import (
+from prgkit.data import index as image_module
+from prgkit.data.decode import UnreadableImage, decode, extremes, grey_range, image_suffixes
+from prgkit.data.index import (
     Catalogue,
     Images,
     Preprocessing,
@@ -38,7 +37,8 @@ from prgkit.images import (
     open_images,
     plain,
 )
-from prgkit.sources import expand_braces
+from prgkit.data.sources import expand_braces
+from prgkit.errors import ImagesError
 
 REAL = Path(os.environ.get("PRGKIT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data") / "cifar100"
 
@@ -590,7 +590,7 @@ def test_the_content_decides_what_is_a_picture(tmp_path: Path, kind: str) -> Non
 
 def test_a_folder_of_pictures_says_nothing_and_looks_into_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path, MEMBERS | {"cat/a.txt": b"0 1 1 2 2"})
-    monkeypatch.setattr("prgkit.sources.read_head", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr("prgkit.data.sources.read_head", lambda path: pytest.fail(f"{path} was opened"))
     images = open_images(str(tmp_path))
     assert len(images) == 4
     assert images.left_out == "passed over 1 file that is no picture: 1 .txt"
@@ -910,8 +910,8 @@ def test_labels_out_of_range_or_missing(tmp_path: Path) -> None:
 
 
 def test_imagenet_folders_are_in_wordnet_order(tmp_path: Path) -> None:
-    from prgkit.labels import IMAGENET, class_indices, lookup
-    from prgkit.prompts import load_classes
+    from prgkit.config.prompts import load_classes
+    from prgkit.data.labels import IMAGENET, class_indices, lookup
 
     folders = [f"n{number:08d}" for number in range(5000, 6000)]
     names = [IMAGENET.get(number, f"class {number}") for number in range(1000)]

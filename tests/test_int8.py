@@ -15,28 +15,29 @@ onnx = pytest.importorskip("onnx")
 
 from onnx import numpy_helper  # noqa: E402
 
+from prgkit.config.recipe import load_recipe  # noqa: E402
+from prgkit.data.index import Preprocessing  # noqa: E402
 from prgkit.errors import ExportError, TargetsError  # noqa: E402
-from prgkit.evaluate.choice import choose, int8_notes, write_choice  # noqa: E402
 from prgkit.evaluate.predict import predict  # noqa: E402
-from prgkit.evaluate.wording import lead_row, refused  # noqa: E402
-from prgkit.export import int8, precision  # noqa: E402
-from prgkit.export.bundle import open_bundle  # noqa: E402
-from prgkit.export.engines import build_engines, buildable, engine_name  # noqa: E402
-from prgkit.export.fidelity import find_fewest, hold_floor, logits_of, median_kl, root_kl, scan_blocks  # noqa: E402
-from prgkit.export.floor import apart, told, too_few  # noqa: E402
-from prgkit.export.int8 import Learned  # noqa: E402
-from prgkit.export.onnx import Deployable, export_onnx  # noqa: E402
+from prgkit.evaluate.report.formatting import lead_row, refused  # noqa: E402
+from prgkit.evaluate.selection import choose, int8_notes, write_choice  # noqa: E402
+from prgkit.export.bundle.bundle import open_bundle  # noqa: E402
+from prgkit.export.formats import tensorrt_precision  # noqa: E402
+from prgkit.export.formats.engines import build_engines, buildable, engine_name  # noqa: E402
+from prgkit.export.formats.onnx import Deployable, export_onnx  # noqa: E402
+from prgkit.export.formats.tensorrt import Backend, available_backends, build_engine  # noqa: E402
+from prgkit.export.from_run import evaluation_positions, learned_images  # noqa: E402
+from prgkit.export.int8 import pipeline  # noqa: E402
+from prgkit.export.int8.accuracy_control import find_fewest, hold_floor, logits_of, median_kl, root_kl, scan_blocks  # noqa: E402
+from prgkit.export.int8.calibration import Spread, measure_spreads  # noqa: E402
+from prgkit.export.int8.floor import apart, told, too_few  # noqa: E402
+from prgkit.export.int8.pipeline import Learned  # noqa: E402
+from prgkit.export.int8.qdq import Block, block_name, find_blocks, tensors_of, weight_scales, write_int8  # noqa: E402
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student  # noqa: E402
-from prgkit.export.quantize import Block, block_name, find_blocks, tensors_of, weight_scales, write_int8  # noqa: E402
-from prgkit.export.ranges import Spread, measure_spreads  # noqa: E402
-from prgkit.export.run import evaluation_positions, learned_images  # noqa: E402
-from prgkit.export.tensorrt import Backend, available_backends, build_engine  # noqa: E402
-from prgkit.files import read_sealed, sha256, write_sealed  # noqa: E402
-from prgkit.images import Preprocessing  # noqa: E402
-from prgkit.lesson import hold_out, read_catalogue  # noqa: E402
-from prgkit.recipe import load_recipe  # noqa: E402
-from prgkit.run import Run  # noqa: E402
-from prgkit.watch import Unwatched  # noqa: E402
+from prgkit.progress import Unwatched  # noqa: E402
+from prgkit.storage.atomic import read_sealed, sha256, write_sealed  # noqa: E402
+from prgkit.storage.run import Run  # noqa: E402
+from prgkit.training.dataset import hold_out, read_catalogue  # noqa: E402
 
 needs_rtx = pytest.mark.skipif(
     not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
@@ -294,8 +295,8 @@ def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
 
 def test_the_most_sensitive_blocks_do_not_choose_the_clipping(monkeypatch):
     asked = []
-    monkeypatch.setattr(int8, "choose_tail", lambda fp32, blocks, *rest: asked.extend(blocks) or 0.04)
-    network = int8.Network("model.onnx", np.zeros((1, 8, 8, 3), np.uint8), print)
+    monkeypatch.setattr(pipeline, "choose_tail", lambda fp32, blocks, *rest: asked.extend(blocks) or 0.04)
+    network = pipeline.Network("model.onnx", np.zeros((1, 8, 8, 3), np.uint8), print)
     blocks = [Block(f"block {number}", ()) for number in range(10)]
     scan = [{"block": f"block {number}"} for number in (7, 2, 0, 1, 3, 4, 5, 6, 8, 9)]  # the most sensitive first
     network.__dict__.update(blocks=blocks, scan=scan, spreads={})  # as if measured
@@ -361,7 +362,7 @@ def test_an_int8_engine_comes_from_an_int8_file_and_no_other(quantised, tmp_path
 def few_blocks():
     """Quantise a few blocks only, two of them of little arithmetic: a scan of them tells the same, sooner."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int8, "find_blocks", lambda path: find_blocks(path)[7:12])
+        patch.setattr(pipeline, "find_blocks", lambda path: find_blocks(path)[7:12])
         yield
 
 
@@ -424,7 +425,7 @@ def test_the_heavy_file_leaves_the_blocks_of_little_arithmetic_in_float(bundle):
 
 def test_where_every_light_block_is_in_float_anyway_there_is_no_heavy_file(bundle, repvit, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int8, "HEAVY_WORK", 60)
+        patch.setattr(pipeline, "HEAVY_WORK", 60)
         manifest = export(repvit, tmp_path / "bundle", [], count=192, int8=True, fidelity=60.0)
     assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32", "onnx-int8"]
 
@@ -433,7 +434,7 @@ def test_where_every_light_block_is_in_float_anyway_there_is_no_heavy_file(bundl
 def test_each_runtime_has_its_two_files_and_what_makes_the_same_engine_of_both_builds_one(
     bundle, repvit, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(precision, "LEAST_INT8_WEIGHTS", 1)
+    monkeypatch.setattr(tensorrt_precision, "LEAST_INT8_WEIGHTS", 1)
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     manifest = export(repvit, tmp_path / "bundle", [], count=192, int8=True, fidelity=60.0, trt=True)
     files = {entry["name"]: entry["file"] for entry in manifest["artifacts"]}
@@ -485,7 +486,7 @@ def test_an_int8_engine_that_would_be_larger_than_fp16s_is_not_kept_and_that_is_
         return [path.name for path in (tmp_path / "bundle").glob("*int8*.engine")], [one["name"] for one in kept]
 
     with monkeypatch.context() as patch:
-        patch.setattr(precision, "LEAST_INT8_WEIGHTS", 1)
+        patch.setattr(tensorrt_precision, "LEAST_INT8_WEIGHTS", 1)
         assert build((1, 1, 1)) == (["model.int8-heavy.tensorrt_rtx.engine"], [])
     assert build((2, 2, 2)) == ([], ["tensorrt_rtx-int8-heavy"])
     assert notes[-1] == f"tensorrt_rtx-int8-heavy: {why}"
@@ -537,7 +538,7 @@ def test_int8_that_was_not_kept_is_not_tried_again_before_something_changes(bund
         found = {"kept": False, "floor": floor, "blocks": 5, "float_blocks": ["a"], "tried": [], "tail": 0.0}
         return {**found, "images": 192, "agreement": 50.0, "interval": [40.0, 60.0]}
 
-    monkeypatch.setattr(int8, "hold_floor", missed)
+    monkeypatch.setattr(pipeline, "hold_floor", missed)
     said = []
     for floor in (70.0, 70.0, 71.0):
         notes = []

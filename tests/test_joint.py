@@ -13,21 +13,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from prgkit.cli.dry_run import estimate
+from prgkit.config.recipe import Recipe, save_recipe, validate
+from prgkit.data.index import catalogue, open_images
 from prgkit.demo.digits import load_digits
-from prgkit.distill import distill
 from prgkit.errors import PrgkitError, RecipeError
-from prgkit.estimate import estimate
-from prgkit.export.run import teacher_logits
-from prgkit.images import catalogue, open_images
-from prgkit.joint import JointTargets
-from prgkit.lesson import prepare
-from prgkit.quality import differing, disagreement
-from prgkit.recipe import Recipe, save_recipe, validate
-from prgkit.run import Run
-from prgkit.stores import list_stores
-from prgkit.teacher import Teacher
-from prgkit.trust import labels_alone
-from prgkit.watch import Unwatched
+from prgkit.export.from_run import teacher_logits
+from prgkit.progress import Unwatched
+from prgkit.storage.run import Run
+from prgkit.teacher.clip import Teacher
+from prgkit.teacher.ensemble import JointTargets
+from prgkit.teacher.stores import list_stores
+from prgkit.training.dataset import prepare
+from prgkit.training.distill import distill
+from prgkit.training.pseudo_labels import labels_alone
+from prgkit.training.statistics import differing, disagreement
 
 IMAGES = 24
 TINY = {
@@ -196,7 +196,7 @@ def test_a_student_of_two_teachers_is_trained_judged_and_keeps_both_stores(
     assert any(note.startswith("  teachers    they name different classes on ") for note in watch.notes)
 
     images = catalogue(open_images(recipe.data.images), workers=1)
-    monkeypatch.setattr("prgkit.export.run.load_teacher", lambda *_: pytest.fail("nothing is new to a teacher"))
+    monkeypatch.setattr("prgkit.export.from_run.load_teacher", lambda *_: pytest.fail("nothing is new to a teacher"))
     weighted, _ = teacher_logits(run, recipe, images, np.arange(len(images)), Unwatched())
     lesson = prepare(recipe, Path("targets"), Unwatched())
     said = lesson.answer(np.arange(len(images)), np.zeros(len(images), dtype=int), torch.device("cpu"))
@@ -214,7 +214,7 @@ class Noting(Unwatched):
 def test_a_rehearsal_tells_what_each_teacher_takes(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prgkit.estimate.PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("prgkit.cli.dry_run.PROBE_SECONDS", 0.0)
     prepare(recipe_for(place, digits()), tmp_path, Unwatched())
     found = estimate(recipe_for(place, digits(), tiny(place)), tmp_path / "run", tmp_path, Unwatched())
     seen, new = found["teachers"]

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from prgkit.config.recipe import Keep
 from prgkit.errors import TargetsError
-from prgkit.keep import images_an_epoch, sure_enough, systematic_sample
-from prgkit.recipe import Keep
+from prgkit.training.selection import images_an_epoch, sure_enough, systematic_sample
 
 SHARES = np.random.default_rng(0).uniform(0.02, 1, 500).astype(np.float32)
 

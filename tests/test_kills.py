@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.run import Run
+from prgkit.storage.run import Run
 
 pytest.importorskip("torch")
 
@@ -33,25 +33,28 @@ TARGETS = "targets recipe.yaml --targets store"
 # What a trap kills, of which command, and where: a function, which of its calls, and before, after or within it.
 Trap = tuple[str, int, str]
 POINTS: dict[str, tuple[str, Trap]] = {
-    "targets: the card is not there yet": (TARGETS, ("prgkit.targets:write_sealed", 1, "before")),
-    "targets: while embedding": (TARGETS, ("prgkit.teacher:Teacher.embed_images", 6, "before")),
-    "targets: block written, not journalled": (TARGETS, ("prgkit.targets:append_line", 2, "before")),
-    "targets: half a journal line": (TARGETS, ("prgkit.targets:append_line", 2, "within")),
-    "targets: block journalled": (TARGETS, ("prgkit.targets:append_line", 3, "after")),
-    "targets: prompts not written": (TARGETS, ("prgkit.targets:Targets.prompts", 1, "before")),
-    "distill: recipe written, no card": (DISTILL, ("prgkit.run:write_sealed", 1, "before")),
-    "distill: recipe written, not renamed": (DISTILL, ("prgkit.files:os.replace", 1, "before")),
-    "distill: block written, not journalled": (DISTILL, ("prgkit.targets:append_line", 2, "before")),
-    "distill: during the quality stage": (DISTILL, ("prgkit.quality:assess", 1, "before")),
-    "distill: quality told, not written": (DISTILL, ("prgkit.quality:summary", 1, "after")),
-    "distill: before the first step": (DISTILL, ("prgkit.distill:train", 1, "before")),
-    "distill: within an epoch": (DISTILL, ("prgkit.checkpoint:Average.update", 6, "after")),
-    "distill: in the middle of a checkpoint": (DISTILL, ("prgkit.tensors:save_file", 3, "within")),
-    "distill: checkpoint written, not renamed": (DISTILL, ("prgkit.checkpoint:save_tensors", 3, "before")),
-    "distill: best student written, no metrics": (DISTILL, ("prgkit.distill:judge", 1, "after")),
-    "distill: half a line of metrics": (DISTILL, ("prgkit.run:append_line", 2, "within")),
-    "distill: an epoch's end, metrics but no checkpoint": (DISTILL, ("prgkit.distill:finish_epoch", 2, "after")),
-    "distill: trained, not yet said to be": (DISTILL, ("prgkit.distill:finish_epoch", 3, "after")),
+    "targets: the card is not there yet": (TARGETS, ("prgkit.teacher.feature_store:write_sealed", 1, "before")),
+    "targets: while embedding": (TARGETS, ("prgkit.teacher.clip:Teacher.embed_images", 6, "before")),
+    "targets: block written, not journalled": (TARGETS, ("prgkit.teacher.feature_store:append_line", 2, "before")),
+    "targets: half a journal line": (TARGETS, ("prgkit.teacher.feature_store:append_line", 2, "within")),
+    "targets: block journalled": (TARGETS, ("prgkit.teacher.feature_store:append_line", 3, "after")),
+    "targets: prompts not written": (TARGETS, ("prgkit.teacher.feature_store:Targets.prompts", 1, "before")),
+    "distill: recipe written, no card": (DISTILL, ("prgkit.storage.run:write_sealed", 1, "before")),
+    "distill: recipe written, not renamed": (DISTILL, ("prgkit.storage.atomic:os.replace", 1, "before")),
+    "distill: block written, not journalled": (DISTILL, ("prgkit.teacher.feature_store:append_line", 2, "before")),
+    "distill: during the quality stage": (DISTILL, ("prgkit.training.statistics:assess", 1, "before")),
+    "distill: quality told, not written": (DISTILL, ("prgkit.training.statistics:summary", 1, "after")),
+    "distill: before the first step": (DISTILL, ("prgkit.training.distill:train", 1, "before")),
+    "distill: within an epoch": (DISTILL, ("prgkit.training.checkpoint:Average.update", 6, "after")),
+    "distill: in the middle of a checkpoint": (DISTILL, ("prgkit.storage.tensors:save_file", 3, "within")),
+    "distill: checkpoint written, not renamed": (DISTILL, ("prgkit.training.checkpoint:save_tensors", 3, "before")),
+    "distill: best student written, no metrics": (DISTILL, ("prgkit.training.distill:judge", 1, "after")),
+    "distill: half a line of metrics": (DISTILL, ("prgkit.storage.run:append_line", 2, "within")),
+    "distill: an epoch's end, metrics but no checkpoint": (
+        DISTILL,
+        ("prgkit.training.distill:finish_epoch", 2, "after"),
+    ),
+    "distill: trained, not yet said to be": (DISTILL, ("prgkit.training.distill:finish_epoch", 3, "after")),
 }
 QUICK = [
     "targets: block written, not journalled",
@@ -249,7 +252,7 @@ def test_a_kill_at_a_bad_moment_loses_nothing(place: Place, name: str) -> None:
 
 def test_a_teacher_that_is_asked_to_stop_says_how_to_go_on(place: Place) -> None:
     folder = place.fresh("asked")
-    end = place.launcher.run(TARGETS, folder, ("prgkit.teacher:Teacher.embed_images", 18, "stop"))
+    end = place.launcher.run(TARGETS, folder, ("prgkit.teacher.clip:Teacher.embed_images", 18, "stop"))
     assert end.code == 130, end.said
     assert end.said.splitlines()[-1] == "Stopped. What was finished is kept; the same command goes on from there."
     assert on_disk(folder).startswith(("1 blocks", "2 blocks")), on_disk(folder)
@@ -316,15 +319,15 @@ LATER: dict[str, tuple[str, Trap]] = {
     "export: fp32 finished, fp16 not": (EXPORT, ("prgkit.export.pipeline:write_fp16", 1, "after")),
     "export: both finished, no images": (EXPORT, ("prgkit.export.pipeline:write_evaluation", 1, "before")),
     "export: manifest written, not renamed": (EXPORT, ("prgkit.export.pipeline:write_manifest", 1, "after")),
-    "bench: warming up": (BENCH, ("prgkit.evaluate.worker:Worker.warm_up", 2, "after")),
-    "bench: in the third round": (BENCH, ("prgkit.evaluate.worker:Worker.measure", 8, "after")),
-    "bench: swept, nothing predicted": (BENCH, ("prgkit.evaluate.worker:Worker.predict", 1, "before")),
-    "bench: in the second scope": (BENCH, ("prgkit.evaluate.worker:Worker.measure_scope", 2, "after")),
+    "bench: warming up": (BENCH, ("prgkit.evaluate.bench.worker:Worker.warm_up", 2, "after")),
+    "bench: in the third round": (BENCH, ("prgkit.evaluate.bench.worker:Worker.measure", 8, "after")),
+    "bench: swept, nothing predicted": (BENCH, ("prgkit.evaluate.bench.worker:Worker.predict", 1, "before")),
+    "bench: in the second scope": (BENCH, ("prgkit.evaluate.bench.worker:Worker.measure_scope", 2, "after")),
     # Three artifacts take ten rounds and two batch sizes (36 calls), the sweep's four go on from there.
-    "bench: in the thread sweep": (LONGER, ("prgkit.evaluate.worker:Worker.measure", 50, "after")),
-    "bench: in the paced part": (LONGER, ("prgkit.evaluate.worker:Worker.paced", 5, "after")),
-    "bench: in the soak": (LONGER, ("prgkit.evaluate.soak:told_of", 5, "after")),
-    "bench: the report is half written": (BENCH, ("prgkit.evaluate.report:markdown", 1, "before")),
+    "bench: in the thread sweep": (LONGER, ("prgkit.evaluate.bench.worker:Worker.measure", 50, "after")),
+    "bench: in the paced part": (LONGER, ("prgkit.evaluate.bench.worker:Worker.paced", 5, "after")),
+    "bench: in the soak": (LONGER, ("prgkit.evaluate.bench.soak:told_of", 5, "after")),
+    "bench: the report is half written": (BENCH, ("prgkit.evaluate.report.write:markdown", 1, "before")),
 }
 
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prgkit.config.recipe import Recipe, StudentPage, validate
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.distill import distill
 from prgkit.errors import RecipeError
-from prgkit.files import read_sealed
-from prgkit.heads import ClassVectors, TwoHeads
-from prgkit.labelled import best_vote
-from prgkit.lesson import prepare
-from prgkit.mixup import mixed
 from prgkit.objectives import TeacherSide
-from prgkit.recipe import Recipe, StudentPage, validate
-from prgkit.run import Run
-from prgkit.student import build_student, load_student, reparameterised
-from prgkit.watch import Unwatched
+from prgkit.progress import Unwatched
+from prgkit.storage.atomic import read_sealed
+from prgkit.storage.run import Run
+from prgkit.student.heads import ClassVectors, TwoHeads
+from prgkit.student.model import build_student, load_student, reparameterised
+from prgkit.training.dataset import prepare
+from prgkit.training.distill import distill
+from prgkit.training.few_shot import best_vote
+from prgkit.training.mixup import mixed
 
 
 @pytest.fixture(scope="module")

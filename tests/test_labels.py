@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prgkit.config.recipe import LabelFormat
+from prgkit.data.index import Catalogue, catalogue, labelled, match_labels, open_images
 from prgkit.errors import ImagesError
-from prgkit.images import Catalogue, catalogue, labelled, match_labels, open_images
-from prgkit.recipe import LabelFormat
 
 NAMES = ("apple", "bus", "fire engine", "Löwe")
 TRUTH = {"x.png": 0, "y.png": 3, "z.png": 2, "1.png": 1}  # file, class
@@ -235,7 +235,7 @@ def test_numbers_that_could_count_from_0_or_1_are_refused(tmp_path: Path) -> Non
 
 
 def test_what_a_library_hands_out_counts_from_0() -> None:
-    from prgkit.labels import class_indices
+    from prgkit.data.labels import class_indices
 
     notes: list[str] = []
     found = class_indices([1, 2], NAMES, names=["a", "b"], where="here", note=notes.append)
@@ -246,7 +246,7 @@ def test_what_a_library_hands_out_counts_from_0() -> None:
 
 
 def test_folders_with_numbers_in_front_of_names(tmp_path: Path) -> None:
-    from prgkit.labels import lookup
+    from prgkit.data.labels import lookup
 
     names = ["Black footed Albatross", "Chihuahua", "2 wheeler", "4 wheeler", "wheeler"]
     folders = ["001.Black_footed_Albatross", "n02085620-Chihuahua", "2_wheeler"]
@@ -312,7 +312,7 @@ def test_names_in_two_unicode_forms_are_one(tmp_path: Path) -> None:
 def test_paths_that_are_typed_in_another_unicode_form_are_found(tmp_path: Path) -> None:
     import unicodedata
 
-    from prgkit.prompts import load_classes
+    from prgkit.config.prompts import load_classes
 
     folder = tmp_path / unicodedata.normalize("NFD", "Bücher") / "é"
     picture(folder / "a.png", 1)
@@ -325,7 +325,7 @@ def test_paths_that_are_typed_in_another_unicode_form_are_found(tmp_path: Path) 
 
 
 def test_file_names_with_characters_that_act(tmp_path: Path) -> None:
-    from prgkit.sources import printable
+    from prgkit.data.sources import printable
 
     assert printable("a\nb\t\x1b[2J\u202e\u2028.png") == r"a\nb\t\x1b[2J\u202e\u2028.png"
     picture(tmp_path / "in" / "a\nb.png", 1)

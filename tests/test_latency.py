@@ -14,10 +14,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from prgkit.evaluate import latency
-from prgkit.evaluate.runs import timed_runs
-from prgkit.evaluate.worker import Resident, Worker, WorkerFailedError, reason
-from prgkit.images import Preprocessing
+from prgkit.data.index import Preprocessing
+from prgkit.evaluate.bench import latency
+from prgkit.evaluate.bench.timing import timed_runs
+from prgkit.evaluate.bench.worker import Resident, Worker, WorkerFailedError, reason
 
 onnx = pytest.importorskip("onnx", reason="the models under test are made with the onnx package")
 

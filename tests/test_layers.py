@@ -13,38 +13,43 @@ PACKAGES: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())[
 
 # One owner for each heavy dependency.
 OWNERS = {
-    "open_clip": {"prgkit.prompts", "prgkit.teacher"},
-    "timm": {"prgkit.student"},
-    "click": {"prgkit.cli", "prgkit.chain", "prgkit.options"},
-    "yaml": {"prgkit.page"},
-    "rich": {"prgkit.terminal", "prgkit.evaluate.tables"},
-    "accelerate": {"prgkit.devices", "prgkit.distill"},
-    "tensorrt": {"prgkit.export.tensorrt", "prgkit.export.engine_runner"},
-    "tensorrt_rtx": {"prgkit.export.tensorrt", "prgkit.export.engine_runner"},
-    "onnxruntime": {"prgkit.export.runners", "prgkit.export.ranges", "prgkit.evaluate.bench", "prgkit.doctor"},
-    "onnx": {
-        "prgkit.export.onnx",
-        "prgkit.export.graph",
-        "prgkit.export.nchw",
-        "prgkit.export.open_vocabulary",
-        "prgkit.export.quantize",
-        "prgkit.export.ranges",
+    "open_clip": {"prgkit.config.prompts", "prgkit.teacher.clip"},
+    "timm": {"prgkit.student.model"},
+    "click": {"prgkit.cli.main", "prgkit.cli.chain", "prgkit.cli.options"},
+    "yaml": {"prgkit.config.yaml_io"},
+    "rich": {"prgkit.cli.terminal", "prgkit.evaluate.report.terminal"},
+    "accelerate": {"prgkit.training.distributed", "prgkit.training.distill"},
+    "tensorrt": {"prgkit.export.formats.tensorrt", "prgkit.export.runtimes.tensorrt"},
+    "tensorrt_rtx": {"prgkit.export.formats.tensorrt", "prgkit.export.runtimes.tensorrt"},
+    "onnxruntime": {
+        "prgkit.export.runtimes.base",
+        "prgkit.export.int8.calibration",
+        "prgkit.evaluate.bench.bench",
+        "prgkit.cli.doctor",
     },
-    "datasets": {"prgkit.datasets"},
-    "torchvision": {"prgkit.datasets"},
+    "onnx": {
+        "prgkit.export.formats.onnx",
+        "prgkit.export.formats.onnx_graph",
+        "prgkit.export.formats.onnx_nchw",
+        "prgkit.export.open_vocabulary",
+        "prgkit.export.int8.qdq",
+        "prgkit.export.int8.calibration",
+    },
+    "datasets": {"prgkit.data.hub"},
+    "torchvision": {"prgkit.data.hub"},
     "sklearn": {"prgkit.demo.digits"},
 }
 # Modules that import torch, or onnx that comes with it, at their top, besides the objectives; all else needs no more than
 # the base install.
 NEEDS_TORCH = {
-    "prgkit.adapt", "prgkit.answers", "prgkit.audit", "prgkit.checkpoint", "prgkit.context",
-    "prgkit.devices", "prgkit.distill", "prgkit.estimate", "prgkit.evaluate.compare",
-    "prgkit.evaluate.novel", "prgkit.evaluate.similarity", "prgkit.export.fidelity", "prgkit.export.graph",
-    "prgkit.export.int8", "prgkit.export.nchw", "prgkit.export.onnx", "prgkit.export.open_vocabulary",
-    "prgkit.export.pipeline", "prgkit.export.quantize", "prgkit.export.ranges",
-    "prgkit.export.relabel", "prgkit.export.run", "prgkit.heads",
-    "prgkit.joint", "prgkit.labelled", "prgkit.lesson", "prgkit.mixup", "prgkit.student", "prgkit.targets",
-    "prgkit.teacher", "prgkit.tensors", "prgkit.trust", "prgkit.views",
+    "prgkit.teacher.prompt_tuning", "prgkit.teacher.zero_shot", "prgkit.annotation.audit", "prgkit.training.checkpoint", "prgkit.teacher.prompt_context",
+    "prgkit.training.distributed", "prgkit.training.distill", "prgkit.cli.dry_run", "prgkit.evaluate.compare.trials",
+    "prgkit.evaluate.compare.base_to_novel", "prgkit.evaluate.compare.diswot", "prgkit.export.int8.accuracy_control", "prgkit.export.formats.onnx_graph",
+    "prgkit.export.int8.pipeline", "prgkit.export.formats.onnx_nchw", "prgkit.export.formats.onnx", "prgkit.export.open_vocabulary",
+    "prgkit.export.pipeline", "prgkit.export.int8.qdq", "prgkit.export.int8.calibration",
+    "prgkit.export.relabel", "prgkit.export.from_run", "prgkit.student.heads",
+    "prgkit.teacher.ensemble", "prgkit.training.few_shot", "prgkit.training.dataset", "prgkit.training.mixup", "prgkit.student.model", "prgkit.teacher.feature_store",
+    "prgkit.teacher.clip", "prgkit.storage.tensors", "prgkit.training.pseudo_labels", "prgkit.data.augment",
 }  # fmt: skip
 
 
@@ -55,7 +60,7 @@ def modules() -> dict[str, Path]:
         "prgkit.objectives": "toolkit/objectives",
         "prgkit.demo": "toolkit/demo",
     }.items():
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             found[package if path.stem == "__init__" else f"{package}.{path.stem}"] = path
     return found
 
@@ -111,7 +116,7 @@ def test_every_module_says_in_one_sentence_what_it_is() -> None:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from prgkit.cli import cli\n"
+        "from prgkit.cli.main import cli\n"
         "try: cli.main(['--help'], prog_name='prgkit')\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'numpy', 'onnxruntime', 'PIL', 'timm', 'open_clip', 'pydantic', 'rich'} & set(sys.modules)\n"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from prgkit.config.recipe import load_recipe
 from prgkit.errors import RunError
-from prgkit.locks import locked
-from prgkit.recipe import load_recipe
-from prgkit.run import require_own_folder, start_run
+from prgkit.storage.locks import locked
+from prgkit.storage.run import require_own_folder, start_run
 
 
 def test_the_holder_is_named(tmp_path: Path) -> None:

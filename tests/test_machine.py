@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from prgkit.evaluate import machine, sensors
+from prgkit.evaluate import sensors, system
 
 
 def test_describe_is_json_and_names_the_processor() -> None:
-    facts = machine.describe()
+    facts = system.describe()
     json.dumps(facts, allow_nan=False)
     assert facts["cpu"]
     assert 1 <= facts["usable_cores"] <= facts["cores"]
     assert "numpy" in facts["versions"]
     assert facts["busy_cores"] is None or 0 <= facts["busy_cores"] <= facts["cores"]
-    assert machine.slug(facts).replace("-", "").isalnum()
+    assert system.slug(facts).replace("-", "").isalnum()
 
 
 def test_versions_are_read_without_importing_what_they_are_of() -> None:
@@ -35,21 +35,21 @@ def test_versions_are_read_without_importing_what_they_are_of() -> None:
 
 def test_cpu_names_lose_their_ornaments(monkeypatch: pytest.MonkeyPatch) -> None:
     def pretend(text: str) -> None:
-        monkeypatch.setattr(machine, "read", lambda path: text if str(path) == "/proc/cpuinfo" else None)
+        monkeypatch.setattr(system, "read", lambda path: text if str(path) == "/proc/cpuinfo" else None)
 
     pretend("processor\t: 0\nmodel name\t: Intel(R) Xeon(R) CPU E5-2690 v4 @ 2.60GHz\n")
-    assert machine.cpu_model() == "Intel Xeon E5-2690 v4"
+    assert system.cpu_model() == "Intel Xeon E5-2690 v4"
     pretend("processor\t: 0\nmodel name\t: AMD EPYC 7B13 64-Core Processor\n")
-    assert machine.cpu_model() == "AMD EPYC 7B13 64-Core"
+    assert system.cpu_model() == "AMD EPYC 7B13 64-Core"
     pretend("processor\t: 0\nModel\t\t: Raspberry Pi 4 Model B Rev 1.4\n")
-    assert machine.cpu_model() == "Raspberry Pi 4 Model B Rev 1.4"
+    assert system.cpu_model() == "Raspberry Pi 4 Model B Rev 1.4"
 
 
 def test_gpus_come_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        machine, "output", lambda *command: "Orin (nvgpu), 540.4.0, [N/A], [N/A], [N/A], 41, 0\nbroken line"
+        system, "output", lambda *command: "Orin (nvgpu), 540.4.0, [N/A], [N/A], [N/A], 41, 0\nbroken line"
     )
-    assert machine.gpus() == [
+    assert system.gpus() == [
         {
             "name": "Orin (nvgpu)",
             "driver": "540.4.0",
@@ -60,8 +60,8 @@ def test_gpus_come_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
             "busy_percent": 0.0,
         }
     ]
-    monkeypatch.setattr(machine, "output", lambda *command: None)
-    assert machine.gpus() == []
+    monkeypatch.setattr(system, "output", lambda *command: None)
+    assert system.gpus() == []
 
 
 def test_clocks_are_read_where_linux_shows_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -72,13 +72,13 @@ def test_clocks_are_read_where_linux_shows_them(monkeypatch: pytest.MonkeyPatch,
         (policy / "scaling_min_freq").write_text("800000\n")
         (policy / "scaling_max_freq").write_text("3500000\n")
         (policy / "scaling_governor").write_text("schedutil\n")
-    monkeypatch.setattr(machine, "CPUFREQ", tmp_path)
-    assert machine.clock_mhz() == 2500
-    assert machine.clock_range_mhz() == [800, 3500]
-    assert machine.clocks_locked() is False
-    assert machine.governor() == "schedutil"
+    monkeypatch.setattr(system, "CPUFREQ", tmp_path)
+    assert system.clock_mhz() == 2500
+    assert system.clock_range_mhz() == [800, 3500]
+    assert system.clocks_locked() is False
+    assert system.governor() == "schedutil"
     (tmp_path / "policy0" / "scaling_min_freq").write_text("3500000\n")
-    assert machine.clocks_locked() is True
+    assert system.clocks_locked() is True
 
 
 def test_remarks_name_what_spoils_a_measurement() -> None:
@@ -89,11 +89,11 @@ def test_remarks_name_what_spoils_a_measurement() -> None:
         "clocks_mhz": [3000, 3010],
         "stolen_percent": 0.0,
     }
-    assert machine.remarks(quiet) == []
+    assert system.remarks(quiet) == []
     loud = {**quiet, "busy_cores": 1.9, "stolen_percent": 3.2, "clocks_locked": False, "clock_range_mhz": [800, 3500]}
     loud["gpus"] = [{"name": "Orin", "busy_percent": 0.0}, {"name": "L4", "busy_percent": 97.0}]
     loud |= {"governor": "powersave", "clocks_mhz": [1500, 3000], "throttling": ["GPU power cap", "GPU too hot"]}
-    assert machine.remarks(loud) == [
+    assert system.remarks(loud) == [
         "Machine busy before the measurement: 1.9 of 2 cores.",
         "L4 busy before the measurement: 97 % of the time.",
         "The hypervisor took 3.2 % of the processor time during the measurement.",
@@ -102,16 +102,16 @@ def test_remarks_name_what_spoils_a_measurement() -> None:
         "The clock moved between 1500 and 3000 MHz during the measurement.",
         "The device held itself back during the measurement: GPU power cap, GPU too hot.",
     ]
-    assert machine.how_to_lock({"power_mode": "15W", "gpus": []}) == "jetson_clocks"
-    assert machine.remarks({**quiet, "clocks_locked": None, "virtual": True}) == [
+    assert system.how_to_lock({"power_mode": "15W", "gpus": []}) == "jetson_clocks"
+    assert system.remarks({**quiet, "clocks_locked": None, "virtual": True}) == [
         "Clocks cannot be read or locked here (virtual machine)."
     ]
 
 
 def test_a_watch_reports_what_was_stolen(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([[0] * 8, [50, 0, 0, 40, 0, 0, 0, 10]])
-    monkeypatch.setattr(machine, "cpu_times", lambda: next(times))
-    assert machine.Watch().facts()["stolen_percent"] == 10.0
+    monkeypatch.setattr(system, "cpu_times", lambda: next(times))
+    assert system.Watch().facts()["stolen_percent"] == 10.0
 
 
 @pytest.fixture
@@ -212,8 +212,8 @@ class Driver:
 def test_a_gpu_is_asked_through_its_driver(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver, gpu = Driver(), ctypes.c_void_p(7)
     monkeypatch.setattr(sensors, "nvml", lambda: (driver, gpu))
-    monkeypatch.setattr(machine, "temperature_c", lambda: 41.0)
-    assert machine.look("cuda") == {"clock_mhz": 1980, "temperature_c": 41.0}  # the board's, where the GPU has none
+    monkeypatch.setattr(system, "temperature_c", lambda: 41.0)
+    assert system.look("cuda") == {"clock_mhz": 1980, "temperature_c": 41.0}  # the board's, where the GPU has none
     assert driver.asked == [(gpu, 1)]
     assert sensors.energy_j(gpu=True) == (1 << 40) / 1e3
     assert sensors.throttling(gpu=True) == {"GPU power cap", "GPU too hot"}

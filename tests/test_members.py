@@ -18,14 +18,14 @@ pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file
 
 from prgkit import demo
-from prgkit.audit import audit
+from prgkit.annotation.audit import audit
+from prgkit.config.recipe import Recipe, validate
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.distill import distill
 from prgkit.errors import PrgkitError, RunError
-from prgkit.export.run import export_run
-from prgkit.recipe import Recipe, validate
-from prgkit.run import Interrupted, Run
-from prgkit.watch import Unwatched
+from prgkit.export.from_run import export_run
+from prgkit.progress import Unwatched
+from prgkit.storage.run import Interrupted, Run
+from prgkit.training.distill import distill
 
 FEW, ALL = 40, 60
 OTHERS = "that this run was not made from, e.g. "

@@ -11,9 +11,9 @@ import onnx
 import onnxruntime
 import pytest
 
+from prgkit.data.index import Preprocessing
 from prgkit.errors import ParityError
-from prgkit.export.nchw import normalised, write_nchw
-from prgkit.images import Preprocessing
+from prgkit.export.formats.onnx_nchw import normalised, write_nchw
 
 
 def session(path: Path) -> Any:
@@ -64,9 +64,9 @@ def test_the_file_says_what_it_takes_and_what_it_names(exported: Any, tmp_path: 
 
 def test_another_normalisation_does_not_pass(repvit: Any, tmp_path: Path) -> None:
     """Logits are PyTorch's; a file that is given unnormalised pixels must not agree with them."""
-    from prgkit.export.nchw import nchw_artifact
+    from prgkit.export.formats.onnx_nchw import nchw_artifact
     from prgkit.export.parity import run_batches
-    from prgkit.export.runners import TorchRunner
+    from prgkit.export.runtimes.base import TorchRunner
 
     (tmp_path / "model.onnx").write_bytes(repvit.fp32.read_bytes())
     pixels = repvit.pixels[:16]

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prgkit import parameters
-from prgkit.answers import prompt_logits, weighted_logits
+from prgkit.config import objectives
 from prgkit.objectives import PARTS, Objectives, Space, StudentSide, TeacherSide
 from prgkit.objectives.ce import CE
 from prgkit.objectives.crd import CRD
@@ -22,6 +21,7 @@ from prgkit.objectives.ofa import OFA, enhanced
 from prgkit.objectives.pld import PLD
 from prgkit.objectives.prg import PRG, correlate, nodes, pearson
 from prgkit.objectives.rkd import RKD, angles, distances
+from prgkit.teacher.zero_shot import prompt_logits, weighted_logits
 
 BATCH, CLASSES, WIDTH = 12, 4, 6
 SPACE = Space(
@@ -36,7 +36,7 @@ SPACE = Space(
     stages=lambda: (3, 5),
 )
 ONE = torch.tensor([0])  # a batch of the first image
-CEPage, KDPage, PRGPage = parameters.CE, parameters.KD, parameters.PRG
+CEPage, KDPage, PRGPage = objectives.CE, objectives.KD, objectives.PRG
 
 
 def sides(seed: int = 0, classes: int = CLASSES) -> tuple[StudentSide, TeacherSide]:
@@ -252,10 +252,10 @@ def test_two_processes_hold_the_proxies_and_banks_of_one(tmp_path) -> None:  # t
                 torch.testing.assert_close(theirs[name], buffer)
 
 
-@pytest.mark.parametrize("name", parameters.OBJECTIVES)
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_every_objective_of_a_recipe_teaches_the_student_and_nothing_else(name: str) -> None:
     student, teacher = sides()
-    page = parameters.OBJECTIVES[name](name=name)  # type: ignore[call-arg]
+    page = objectives.OBJECTIVES[name](name=name)  # type: ignore[call-arg]
     if page.learns_labels:
         student = student._replace(heads=(0.5 * student.logits, 2 * student.logits))
     if page.scores_by_text:
@@ -269,7 +269,7 @@ def test_every_objective_of_a_recipe_teaches_the_student_and_nothing_else(name: 
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
     assert (student.features.grad is not None) == objective.uses_features
-    assert sorted(PARTS) == sorted(parameters.OBJECTIVES)
+    assert sorted(PARTS) == sorted(objectives.OBJECTIVES)
 
 
 def test_dkd_by_hand() -> None:
@@ -292,14 +292,14 @@ def test_dkd_whose_other_classes_count_by_their_share_is_kd(temperature: float) 
 @pytest.mark.parametrize("epochs", [None, 2.0])
 def test_dkd_grows_to_its_full_weight_within_a_fifth_of_the_run_or_as_asked(epochs: float | None) -> None:
     student, teacher = sides()
-    dkd = DKD(parameters.DKD(name="dkd", warmup_epochs=epochs), SPACE)  # of 10 epochs of 3 steps: 6 steps
+    dkd = DKD(objectives.DKD(name="dkd", warmup_epochs=epochs), SPACE)  # of 10 epochs of 3 steps: 6 steps
     told = [dkd(student, teacher)["tckd"].item() for _ in range(8)]
     np.testing.assert_allclose(np.array(told) / told[-1], [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1, 1], rtol=1e-6)
 
 
 def test_dist_asks_for_correlation_alone() -> None:
     student, teacher = sides()
-    dist = DIST(parameters.DIST(name="dist", temperature=1.0), SPACE)
+    dist = DIST(objectives.DIST(name="dist", temperature=1.0), SPACE)
     equal = dist(StudentSide(student.features, teacher.logits), teacher)
     torch.testing.assert_close(torch.stack([equal["inter"], equal["intra"]]), torch.zeros(2), atol=1e-6, rtol=0)
     halved = (0.5 * teacher.logits.softmax(dim=1) + 0.5 / CLASSES).log()  # other probabilities, correlated with them
@@ -309,7 +309,7 @@ def test_dist_asks_for_correlation_alone() -> None:
 
 def test_dist_by_numpy() -> None:
     student, teacher = sides()
-    terms = DIST(parameters.DIST(name="dist", inter_weight=2.0, intra_weight=3.0, temperature=2.0), SPACE)(
+    terms = DIST(objectives.DIST(name="dist", inter_weight=2.0, intra_weight=3.0, temperature=2.0), SPACE)(
         student, teacher
     )
     answer, wanted = ((logits.detach() / 2).softmax(dim=1).numpy() for logits in (student.logits, teacher.logits))
@@ -330,7 +330,7 @@ def test_rkd_by_hand() -> None:
 def test_rkd_does_not_change_when_features_are_turned_and_scaled() -> None:
     student, teacher = sides()
     turn, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH))
-    rkd = RKD(parameters.RKD(name="rkd"), SPACE)
+    rkd = RKD(objectives.RKD(name="rkd"), SPACE)
     before = rkd(student, teacher)
     after = rkd(StudentSide(7 * student.features @ turn + 3, student.logits), teacher)
     for term in ("distance", "angle"):
@@ -345,7 +345,7 @@ def test_nd_by_hand() -> None:
     labels = torch.tensor([0, 0, 1])
     teacher = TeacherSide(torch.tensor([[0.0, 1.0]] * 3), torch.zeros(3, 2), labels, torch.arange(3))
     features = torch.tensor([[6.0, 8.0], [0.3, 0.4], [0.0, 9.0]])  # long and along; half as long; at a right angle
-    terms = ND(parameters.ND(name="nd"), space)(StudentSide(features, torch.zeros(3, 2)), teacher)
+    terms = ND(objectives.ND(name="nd"), space)(StudentSide(features, torch.zeros(3, 2)), teacher)
     assert terms["nd"].item() == pytest.approx((0 + 0.5 + 1) / 3)
     assert terms["kl"].item() == pytest.approx(0, abs=1e-7)
     assert terms["ce"].item() == pytest.approx(math.log(2))
@@ -353,7 +353,7 @@ def test_nd_by_hand() -> None:
 
 def test_pld_by_hand_and_at_its_optimum() -> None:
     teacher = TeacherSide(torch.zeros(1, 2), torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([1]), ONE)
-    pld = PLD(parameters.PLD(name="pld", temperature=1.0), SPACE)
+    pld = PLD(objectives.PLD(name="pld", temperature=1.0), SPACE)
 
     def loss(logits: list[float]) -> float:
         return float(pld(StudentSide(torch.zeros(1, 2), torch.tensor([logits])), teacher)["pld"])
@@ -368,16 +368,16 @@ def test_ofa_by_hand() -> None:
     wanted = torch.tensor([[0.5, 0.25, 0.25]])
     teacher = TeacherSide(torch.zeros(1, WIDTH), wanted.log(), ONE, ONE)
     flat, sure = torch.zeros(1, 3), torch.tensor([[0.8, 0.1, 0.1]]).log()
-    page = parameters.OFA(name="ofa", gamma=2.0)  # weights: 1.5^2 - 1 of the label, 0.25^2 of the others
+    page = objectives.OFA(name="ofa", gamma=2.0)  # weights: 1.5^2 - 1 of the label, 0.25^2 of the others
     assert enhanced(flat, teacher, page).item() == pytest.approx((1.25 + 2 * 0.0625) * math.log(3))
     assert enhanced(sure, teacher, page).item() == pytest.approx(-1.25 * math.log(0.8) - 2 * 0.0625 * math.log(0.1))
-    plain = enhanced(sure, teacher, parameters.OFA(name="ofa"))  # gamma 1: cross-entropy with p_t itself
+    plain = enhanced(sure, teacher, objectives.OFA(name="ofa"))  # gamma 1: cross-entropy with p_t itself
     torch.testing.assert_close(plain, F.cross_entropy(sure, wanted))
 
 
 def test_ofa_teaches_an_exit_after_each_stage_and_resizes_its_maps() -> None:
     student, teacher = sides()
-    ofa = OFA(parameters.OFA(name="ofa"), SPACE)
+    ofa = OFA(objectives.OFA(name="ofa"), SPACE)
     terms = ofa(student, teacher)
     exits = [way(maps) for way, maps in zip(ofa.exits, student.stages, strict=True)]
     assert [tuple(one.shape) for one in exits] == [(BATCH, CLASSES)] * 2
@@ -392,7 +392,7 @@ def test_dho_by_hand() -> None:
     student = StudentSide(torch.zeros(3, 2), half, heads=(quarter.expand(3, 2), half.expand(3, 2)))
     truth, numbers = torch.tensor([0, -1, 1]), torch.arange(3)
     teacher = TeacherSide(torch.zeros(3, 2), half.expand(3, 2), torch.tensor([0, 0, 0]), numbers, truth)
-    dho = DHO(parameters.DHO(name="dho"), SPACE)
+    dho = DHO(objectives.DHO(name="dho"), SPACE)
     terms = dho(student, teacher)
     assert terms["ce"].item() == pytest.approx(-0.25 * (math.log(0.25) + math.log(0.75)))  # half the mean of two
     assert terms["kl"].item() == pytest.approx(0, abs=1e-7)
@@ -406,7 +406,7 @@ def test_dho_by_hand() -> None:
 def crd_of(images: int, **page: object) -> CRD:
     """Return CRD whose heads leave features as they are, in a space of two dimensions; its banks are always the same."""
     torch.manual_seed(3)
-    crd = CRD(parameters.CRD(name="crd", width=2, temperature=1.0, **page), SPACE._replace(width=2, images=images))  # type: ignore[arg-type]
+    crd = CRD(objectives.CRD(name="crd", width=2, temperature=1.0, **page), SPACE._replace(width=2, images=images))  # type: ignore[arg-type]
     for head in (crd.student_head, crd.teacher_head):
         head.weight.data, head.bias.data = torch.eye(2), torch.zeros(2)
     return crd
@@ -449,7 +449,7 @@ def test_crd_holds_no_image_against_another_with_its_pseudo_label() -> None:
 def test_class_vectors_are_shared(name: str, weight: float) -> None:
     vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     space = SPACE._replace(classes=2, width=2, class_vectors=vectors, logit_scale=2.0)
-    part = PARTS[name](parameters.OBJECTIVES[name](name=name), space)  # type: ignore[call-arg]
+    part = PARTS[name](objectives.OBJECTIVES[name](name=name), space)  # type: ignore[call-arg]
     teacher = TeacherSide(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), ONE, ONE)  # 2 * <I, V> is 0 and 1.6
     shares = np.array([1, math.exp(1.6)]) / (1 + math.exp(1.6))
     terms = part(StudentSide(torch.tensor([[3.0, 0.0]]), torch.zeros(1, 2)), teacher)

@@ -18,7 +18,7 @@ onnx = pytest.importorskip("onnx")
 
 import prgkit  # noqa: E402
 from prgkit.errors import ExportError  # noqa: E402
-from prgkit.export.onnx import (  # noqa: E402
+from prgkit.export.formats.onnx import (  # noqa: E402
     Deployable,
     deployable,
     export_onnx,
@@ -28,7 +28,7 @@ from prgkit.export.onnx import (  # noqa: E402
 )
 from prgkit.export.parity import compare, require_agreement, run_batches  # noqa: E402
 from prgkit.export.pipeline import ExportOptions, check_opset  # noqa: E402
-from prgkit.export.runners import OnnxRunner, TorchRunner  # noqa: E402
+from prgkit.export.runtimes.base import OnnxRunner, TorchRunner  # noqa: E402
 
 
 def logits_of(module, pixels):
@@ -59,14 +59,14 @@ def test_fusing_leaves_the_student_as_it_was(exported):
 
 def test_a_fusion_that_changes_the_logits_is_refused(repvit, monkeypatch):
     def broken(model):
-        from prgkit.student import reparameterised
+        from prgkit.student.model import reparameterised
 
         fused = reparameterised(model)
         with torch.no_grad():
             next(iter(fused.parameters())).mul_(1.01)
         return fused
 
-    monkeypatch.setattr("prgkit.export.onnx.reparameterised", broken)
+    monkeypatch.setattr("prgkit.export.formats.onnx.reparameterised", broken)
     with pytest.raises(ExportError, match=r"on 16 images: max abs difference \d.*\(allowed .*\), top-1 agreement"):
         deployable(repvit.student, torch.from_numpy(repvit.pixels[:16]))
 

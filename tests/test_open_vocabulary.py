@@ -22,33 +22,33 @@ pytest.importorskip("sklearn")
 
 from onnx import numpy_helper  # noqa: E402
 
-from prgkit.cli import main  # noqa: E402
+from prgkit.cli.main import main  # noqa: E402
+from prgkit.config.prompts import load_classes  # noqa: E402
+from prgkit.config.recipe import StudentPage, validate  # noqa: E402
 from prgkit.demo.digits import CLASSES, load_digits  # noqa: E402
-from prgkit.distill import distill  # noqa: E402
 from prgkit.errors import BackendError, ExportError, RecipeError, RunError  # noqa: E402
-from prgkit.evaluate.plan import plan  # noqa: E402
+from prgkit.evaluate.bench.cases import plan  # noqa: E402
+from prgkit.evaluate.bench.worker import opener  # noqa: E402
 from prgkit.evaluate.predict import predict  # noqa: E402
-from prgkit.evaluate.worker import opener  # noqa: E402
 from prgkit.export import relabel as relabelling  # noqa: E402
-from prgkit.export.bundle import open_bundle, read_evaluation  # noqa: E402
-from prgkit.export.onnx import deployable, export_onnx, write_fp16  # noqa: E402
+from prgkit.export.bundle.archive import pack  # noqa: E402
+from prgkit.export.bundle.bundle import open_bundle, read_evaluation  # noqa: E402
+from prgkit.export.formats.onnx import deployable, export_onnx, write_fp16  # noqa: E402
+from prgkit.export.formats.tensorrt import available_backends, build_engine  # noqa: E402
+from prgkit.export.from_run import check_vocabulary, export_run  # noqa: E402
+from prgkit.export.int8.calibration import measure_spreads  # noqa: E402
+from prgkit.export.int8.qdq import find_blocks, tensors_of, write_int8  # noqa: E402
 from prgkit.export.open_vocabulary import make_input, scored, write_classes  # noqa: E402
-from prgkit.export.packing import pack  # noqa: E402
 from prgkit.export.parity import run_batches  # noqa: E402
 from prgkit.export.pipeline import ExportOptions  # noqa: E402
-from prgkit.export.quantize import find_blocks, tensors_of, write_int8  # noqa: E402
-from prgkit.export.ranges import measure_spreads  # noqa: E402
 from prgkit.export.relabel import relabel, settled_bundle  # noqa: E402
-from prgkit.export.run import check_vocabulary, export_run  # noqa: E402
-from prgkit.export.runners import OnnxRunner, TorchRunner  # noqa: E402
-from prgkit.export.tensorrt import available_backends, build_engine  # noqa: E402
-from prgkit.files import read_json, write_sealed  # noqa: E402
-from prgkit.locks import locked  # noqa: E402
-from prgkit.prompts import load_classes  # noqa: E402
-from prgkit.recipe import StudentPage, validate  # noqa: E402
-from prgkit.run import Run  # noqa: E402
-from prgkit.student import build_student, load_student  # noqa: E402
-from prgkit.watch import Unwatched  # noqa: E402
+from prgkit.export.runtimes.base import OnnxRunner, TorchRunner  # noqa: E402
+from prgkit.progress import Unwatched  # noqa: E402
+from prgkit.storage.atomic import read_json, write_sealed  # noqa: E402
+from prgkit.storage.locks import locked  # noqa: E402
+from prgkit.storage.run import Run  # noqa: E402
+from prgkit.student.model import build_student, load_student  # noqa: E402
+from prgkit.training.distill import distill  # noqa: E402
 
 BASE = Path(__file__).parents[1] / ".venv-base" / "bin" / "python"
 LEARNED = CLASSES[:4]
@@ -245,7 +245,7 @@ def test_there_may_be_more_or_fewer_classes(run: Run, count: int) -> None:
 def test_no_image_is_read_and_a_known_name_costs_no_teacher(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     relabel(run.bundle, ["five", "six"], run=run, watch=Unwatched())
     monkeypatch.setattr(relabelling, "load_teacher", lambda *_: pytest.fail("the teacher was asked again"))
-    monkeypatch.setattr("prgkit.teacher.Teacher.embed_images", lambda *_: pytest.fail("the teacher saw an image"))
+    monkeypatch.setattr("prgkit.teacher.clip.Teacher.embed_images", lambda *_: pytest.fail("the teacher saw an image"))
     relabel(run.bundle, LEARNED, run=run, watch=Unwatched())
     relabel(run.bundle, ["five", "six"], run=run, watch=Unwatched())
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prgkit.evaluate.paced import HEADER, Frames, paced, paced_about, paced_lines, paced_said, summary
-from prgkit.evaluate.remarks import apart_notes
-from prgkit.evaluate.runs import paced_runs
+from prgkit.evaluate.bench.fixed_rate import HEADER, Frames, paced, paced_about, paced_lines, paced_said, summary
+from prgkit.evaluate.bench.notes import apart_notes
+from prgkit.evaluate.bench.timing import paced_runs
 
 MS = 1_000_000
 SPEC = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}

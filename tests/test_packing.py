@@ -14,11 +14,11 @@ from PIL import Image
 
 from prgkit.errors import ExportError
 from prgkit.evaluate.predict import predict
-from prgkit.export.bundle import check_golden, open_bundle, read_evaluation
-from prgkit.export.contents import PARTS, require_unchanged
-from prgkit.export.packing import left_out, pack
-from prgkit.export.runners import open_runner
-from prgkit.files import read_json, write_sealed
+from prgkit.export.bundle.archive import left_out, pack
+from prgkit.export.bundle.bundle import check_golden, open_bundle, read_evaluation
+from prgkit.export.bundle.checksums import PARTS, require_unchanged
+from prgkit.export.runtimes.base import open_runner
+from prgkit.storage.atomic import read_json, write_sealed
 
 
 def export(repvit: Any, folder: Path) -> list[str]:
@@ -164,7 +164,7 @@ def test_the_float_file_is_in_the_manifest_and_in_nobodys_way(bundle: Path) -> N
 
 
 def test_it_is_not_measured(bundle: Path) -> None:
-    from prgkit.evaluate.bench import plan
+    from prgkit.evaluate.bench.bench import plan
 
     rows, _ = plan(open_bundle(bundle), None, {"gpus": []}, threads=1)
     assert {row["file"] for row in rows} == {"model.onnx"}

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prgkit import decoding, pictures
-from prgkit.images import Images, catalogue, open_images
-from prgkit.locks import locked
-from prgkit.pictures import Pictures
+from prgkit.data import cache, decode
+from prgkit.data.cache import Pictures
+from prgkit.data.index import Images, catalogue, open_images
+from prgkit.storage.locks import locked
 
 
 @pytest.fixture
@@ -31,13 +31,13 @@ def photos(tmp_path: Path) -> Images:
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
-    upright = decoding.upright_rgb
+    upright = decode.upright_rgb
 
-    def count(image: Image.Image, *grey: decoding.GreyRange | None) -> Image.Image:
+    def count(image: Image.Image, *grey: decode.GreyRange | None) -> Image.Image:
         names.append(str(image.size))
         return upright(image, *grey)
 
-    monkeypatch.setattr(decoding, "upright_rgb", count)
+    monkeypatch.setattr(decode, "upright_rgb", count)
     return names
 
 
@@ -69,7 +69,7 @@ def test_a_known_image_is_decoded_for_keeping_only(photos: Images, tmp_path: Pat
 
 
 def test_there_is_a_limit(photos: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str]) -> None:
-    monkeypatch.setattr(pictures, "MOST_BYTES", 5 * 30 * 30 * 3)
+    monkeypatch.setattr(cache, "MOST_BYTES", 5 * 30 * 30 * 3)
     kept = fill(photos, tmp_path / "kept")
     assert 4 <= len(kept) < 9
     assert (tmp_path / "kept" / "pictures.u8").stat().st_size <= 5 * 30 * 30 * 3
@@ -81,7 +81,7 @@ def test_there_is_a_limit(photos: Images, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_flipped_byte_is_named_and_its_block_decoded_again(
     photos: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "BLOCK_BYTES", 5000)  # two or three pictures
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 5000)  # two or three pictures
     folder = tmp_path / "kept"
     fill(photos, folder)
     content = bytearray((folder / "pictures.u8").read_bytes())
@@ -97,7 +97,7 @@ def test_a_flipped_byte_is_named_and_its_block_decoded_again(
 
 
 def test_a_torn_tail_loses_one_block(photos: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 5000)
     folder = tmp_path / "kept"
     fill(photos, folder)
     with open(folder / "journal.jsonl", "rb+") as journal:

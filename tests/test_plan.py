@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from prgkit.evaluate import latency, wording
-from prgkit.evaluate import plan as plan_module
-from prgkit.evaluate.plan import COMPILED_FROM_S, plan
-from prgkit.export.bundle import NCHW, QDQ
-from prgkit.run import Run
+from prgkit.evaluate.bench import cases as plan_module
+from prgkit.evaluate.bench import latency
+from prgkit.evaluate.bench.cases import COMPILED_FROM_S, plan
+from prgkit.evaluate.report import formatting
+from prgkit.export.bundle.bundle import NCHW, QDQ
+from prgkit.storage.run import Run
 
 FILES = [("onnx", "fp32"), ("onnx", "fp16"), ("onnx", "int8"), (QDQ, "int8"), (NCHW, "fp32")]
 EVERY_PROVIDER = [
@@ -56,10 +57,10 @@ def test_each_runtime_runs_what_it_computes_as_it_stands() -> None:
         ("onnxruntime-openvino", "cpu"): [FP32, SYMMETRIC],
         ("openvino", "cpu"): [FP32, SYMMETRIC],
     }
-    for key in (wording.row_key, wording.row_name):
+    for key in (formatting.row_key, formatting.row_name):
         assert len({key(row) for row in rows}) == len(rows)
-    assert [latency.label(spec) for spec in specs if spec] == [wording.row_name(row) for row in rows]
-    assert [wording.row_name(row) for row in rows if row["artifact"] == FP32] == [
+    assert [latency.label(spec) for spec in specs if spec] == [formatting.row_name(row) for row in rows]
+    assert [formatting.row_name(row) for row in rows if row["artifact"] == FP32] == [
         *("onnx-fp32", "onnx-fp32 (cuda)", "onnx-fp32 (TensorRT EP, cuda)"),
         *("onnx-fp32 (OpenVINO EP)", "onnx-fp32 (OpenVINO)"),
     ]
@@ -98,7 +99,7 @@ def test_openvino_has_a_row_of_its_own_and_its_own_samples(repvit: Any) -> None:
     session = latency.measure(
         opened, repvit.pixels[:8], seconds=0.2, batches=[3], predict=[repvit.pixels[:4]], rounds=3
     )
-    assert [wording.row_name(row) for row in rows] == ["onnx-fp32", "onnx-fp32 (OpenVINO)"]
+    assert [formatting.row_name(row) for row in rows] == ["onnx-fp32", "onnx-fp32 (OpenVINO)"]
     for found in session.measured:
         assert (found.failed, found.unmeasured, list(found.sweep_ns)) == (None, {}, [3])
     ours, theirs = (found.logits for found in session.measured)

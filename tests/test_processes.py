@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.run import Run
+from prgkit.storage.run import Run
 
 EPOCHS = 2
 # `--` ends torchrun's own options: it would take --run for its --run-path.
@@ -27,7 +27,8 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 # The same two processes in a third of the time: torch is imported once.
 FORK = ["-c", """
 import os
-from prgkit import cli, distill
+from prgkit.cli import main
+from prgkit.training import distill
 rank = "0" if (other := os.fork()) else "1"
 os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 cli.main()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from prgkit.config.prompts import LISTS, NAMED_CLASSES, NAMED_TEMPLATES, canonical, fill, load_classes, load_templates
 from prgkit.errors import RecipeError
-from prgkit.prompts import LISTS, NAMED_CLASSES, NAMED_TEMPLATES, canonical, fill, load_classes, load_templates
 
 REAL = Path(os.environ.get("PRGKIT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data") / "cifar100"
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from prgkit.quality import assess, changes, doubts, kappa, mean_cosine, read_as_one, summary
+from prgkit.training.statistics import assess, changes, doubts, kappa, mean_cosine, read_as_one, summary
 
 CLASSES = ("cat", "dog", "cow", "owl")
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from prgkit.evaluate.ranking import about, candidates, correlations, proof, rank_correlation
+from prgkit.evaluate.compare.ranking import about, candidates, correlations, proof, rank_correlation
 
 torch = pytest.importorskip("torch")
 
-from prgkit.cli import main  # noqa: E402
+from prgkit.cli.main import main  # noqa: E402
 from prgkit.demo.digits import CLASSES, load_digits  # noqa: E402
-from prgkit.evaluate.similarity import class_activations, dissimilarity  # noqa: E402
+from prgkit.evaluate.compare.diswot import class_activations, dissimilarity  # noqa: E402
 
 
 def test_three_images_by_hand() -> None:

@@ -8,10 +8,10 @@ import click
 import pytest
 import tomllib
 
-from prgkit.chain import split_at_commands
-from prgkit.cli import cli
-from prgkit.page import parse
-from prgkit.recipe import validate
+from prgkit.cli.chain import split_at_commands
+from prgkit.cli.main import cli
+from prgkit.config.recipe import validate
+from prgkit.config.yaml_io import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from prgkit.errors import RecipeError
-from prgkit.images import ImagesError, open_images
-from prgkit.prompts import load_classes
-from prgkit.recipe import (
+from prgkit.config.prompts import load_classes
+from prgkit.config.recipe import (
     NOT_LEARNED_FROM,
     Recipe,
     find_recipe,
@@ -21,6 +19,8 @@ from prgkit.recipe import (
     shipped_recipes,
     validate,
 )
+from prgkit.data.index import ImagesError, open_images
+from prgkit.errors import RecipeError
 
 PAGE = """
 data: {images: photos/, classes: [cat, dog]}

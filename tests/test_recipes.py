@@ -14,12 +14,12 @@ from PIL import Image
 
 pytest.importorskip("torch", reason="a rehearsal times the teacher and the student")
 
-from prgkit.cli import main
-from prgkit.datasets import split_options
-from prgkit.images import open_images
-from prgkit.labels import class_indices
-from prgkit.prompts import load_classes
-from prgkit.recipe import load_recipe, shipped_recipes
+from prgkit.cli.main import main
+from prgkit.config.prompts import load_classes
+from prgkit.config.recipe import load_recipe, shipped_recipes
+from prgkit.data.hub import split_options
+from prgkit.data.index import open_images
+from prgkit.data.labels import class_indices
 
 # Quick on a CPU; the demo rehearses with a student of the family that most of the others have.
 STAND_IN = "test_efficientnet"
@@ -41,8 +41,8 @@ def test_a_shipped_recipe_rehearses(
     name: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("prgkit.estimate.PROBE_SECONDS", 0.0)
-    monkeypatch.setattr("prgkit.devices.PROBE_STEPS", 1)
+    monkeypatch.setattr("prgkit.cli.dry_run.PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("prgkit.training.distributed.PROBE_STEPS", 1)
     page = load_recipe(name, overrides=["data.classes=[cat, dog]"])
     stand_in = page.student.model if name == "demo" else STAND_IN
     overrides = {

@@ -14,12 +14,14 @@ import pytest
 from rich.console import Console
 
 from prgkit import metrics
-from prgkit.evaluate import classes, plots, svg, wording
-from prgkit.evaluate.gallery import Picture
-from prgkit.evaluate.page import latencies_ms, page
-from prgkit.evaluate.report import markdown, write_report
-from prgkit.evaluate.tables import report_table
-from prgkit.evaluate.templating import asset
+from prgkit.evaluate.accuracy import per_class
+from prgkit.evaluate.report import formatting
+from prgkit.evaluate.report.examples import Picture
+from prgkit.evaluate.report.html_report import latencies_ms, page
+from prgkit.evaluate.report.plots import figures, svg
+from prgkit.evaluate.report.templating import asset
+from prgkit.evaluate.report.terminal import report_table
+from prgkit.evaluate.report.write import markdown, write_report
 
 VOID = {"meta", "img", "br", "link"}
 EVIL = '<script>alert("x")</script>'
@@ -142,7 +144,7 @@ def made_up(*, labelled: bool = True) -> dict[str, Any]:
 def samples_of(report: dict[str, Any]) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     rows = []
-    for one in wording.measured(report):
+    for one in formatting.measured(report):
         spread = generator.lognormal(0, 0.04, size=(10, 260)) + (generator.random((10, 260)) < 0.01) * generator.random(
             (10, 260)
         )
@@ -258,17 +260,17 @@ def test_an_audit_is_told_in_a_line_a_table_and_a_section_and_bounds_stay_bounds
     bounded = {"images": 60, "top1": 64.5, "top1_at_most": 69.4, "top1_interval": [52.1, 79.5]}
     rows = [{"artifact": EVIL, "device": "cpu", **bounded}, {"artifact": "onnx-fp16", "device": "cuda", **of_all}]
     report["audit"] = {"images": 100, "ticked": 62, "teacher": of_all, "rows": rows}
-    assert wording.audit_summary(report) == [
+    assert formatting.audit_summary(report) == [
         "Audit, right on ticked images (95 % interval): the teacher 80.6 % (69.1–88.6 %) of 62; "
         f"{EVIL} 64.5–69.4 % (52.1–79.5 %) of 60; onnx-fp16 (cuda) 80.6 % (69.1–88.6 %) of 62."
     ]
-    assert wording.audit_summary(report)[0] in " ".join(terminal(report).split())
+    assert formatting.audit_summary(report)[0] in " ".join(terminal(report).split())
     html = page(report, samples=samples_of(report), pictures=[])
     assert "script" not in read(html).tags
     assert "On 62 ticked images of a sample of 100, in which" in html
     assert "| 64.5–69.4 % | 52.1–79.5 % | 60 |" in markdown(report)
     report["audit"]["rows"] = []  # none of the ticked images travelled
-    assert wording.audit_summary(report)[0].endswith("the teacher 80.6 % (69.1–88.6 %) of 62.")
+    assert formatting.audit_summary(report)[0].endswith("the teacher 80.6 % (69.1–88.6 %) of 62.")
 
 
 def terminal(report: dict[str, Any], width: int = 400) -> str:
@@ -280,44 +282,44 @@ def terminal(report: dict[str, Any], width: int = 400) -> str:
 def test_the_headline_says_what_is_kept_and_how_fast() -> None:
     report = made_up()
     assert (
-        wording.headline(report)
+        formatting.headline(report)
         == "RepViT-M0.9 keeps 98.0 % of its teacher's accuracy at 1.90 ms an image on 2 threads of AMD EPYC"
     )
     report["rows"][0].update(top1=63.0, top1_interval=[61.3, 64.7])
-    assert "beats its teacher's accuracy" in wording.headline(report)
+    assert "beats its teacher's accuracy" in formatting.headline(report)
     report["rows"][0]["top1_interval"] = [61.1, 64.9]  # so much more could be chance
-    assert wording.headline(report).startswith(
+    assert formatting.headline(report).startswith(
         "RepViT-M0.9 matches its teacher's accuracy (63.0 % against 61.2 %) at 1.90 ms"
     )
-    assert wording.headline(made_up(labelled=False)).startswith(
+    assert formatting.headline(made_up(labelled=False)).startswith(
         "RepViT-M0.9 gives its teacher's answer on 79.4 % of the images at"
     )
     report["rows"] = report["rows"][3:]
-    assert wording.headline(report) == "RepViT-M0.9: nothing could be measured on this machine"
+    assert formatting.headline(report) == "RepViT-M0.9: nothing could be measured on this machine"
 
 
 def test_a_student_of_a_teacher_that_answers_by_chance_is_not_praised() -> None:
     report = made_up(labelled=False)
     report["quality"] = {"doubts": ["nearly even odds for every class"]}
-    for said in (wording.headline(report), markdown(report)):
+    for said in (formatting.headline(report), markdown(report)):
         assert "teacher's answers look like chance" in said
         assert "gives its teacher" not in said
     report = made_up()
     report["quality"] = {"doubts": ["nearly even odds for every class"]}
-    assert "keeps 98.0 %" in wording.headline(report)  # the labels say that the teacher is right
+    assert "keeps 98.0 %" in formatting.headline(report)  # the labels say that the teacher is right
     report["teacher"]["top1"] = 1.4  # of 2,000 images: at least 0.97 %
-    assert wording.headline(report) == (
+    assert formatting.headline(report) == (
         "RepViT-M0.9 at 1.90 ms an image on 2 threads of AMD EPYC: its teacher's answers look like chance, so keeping "
         "to them means nothing (right on 1.4 % of 2,000 labelled images, where chance gives 1.0 %)"
     )
     report["teacher"]["top1"] = 1.6
-    assert "look like chance" not in wording.headline(report)
+    assert "look like chance" not in formatting.headline(report)
 
 
 def test_the_row_to_speak_of_is_the_fastest_that_loses_less_than_a_point() -> None:
     report = made_up()
     report["rows"] = [row("slow", 4.0, 60.0), row("fast-but-wrong", 1.0, 40.0), row("fast", 2.0, 59.4)]
-    assert wording.lead_row(report) is report["rows"][2]
+    assert formatting.lead_row(report) is report["rows"][2]
 
 
 def test_one_file_on_two_runtimes_is_told_apart_everywhere() -> None:
@@ -328,7 +330,7 @@ def test_one_file_on_two_runtimes_is_told_apart_everywhere() -> None:
     series = latencies_ms(report["rows"], taken)
     assert list(series) == names
     assert np.median(series[names[0]]) > 1.5 > np.median(series[names[1]])
-    assert wording.headline(report).endswith(" at 1.00 ms an image on 2 threads of AMD EPYC, with OpenVINO")
+    assert formatting.headline(report).endswith(" at 1.00 ms an image on 2 threads of AMD EPYC, with OpenVINO")
     for text in (markdown(report), page(report, samples=taken, pictures=[])):
         assert all(text.count(name) >= 2 for name in names)
 
@@ -344,7 +346,7 @@ def test_what_was_unstable_says_so_where_its_figures_stand() -> None:
 
 def test_model_names() -> None:
     names = ["repvit_m0_9", "repvit_m1_1.dist_450e_in1k", "efficientnet_b0", "resnet50", "vit_tiny_patch16_224"]
-    assert [wording.model_name(name) for name in names] == [
+    assert [formatting.model_name(name) for name in names] == [
         "RepViT-M0.9",
         "RepViT-M1.1",
         "EfficientNet-B0",
@@ -354,7 +356,7 @@ def test_model_names() -> None:
 
 
 def test_almost_everything_is_not_everything() -> None:
-    assert [wording.percent(value) for value in (100.0, 99.97, 99.94, 99.85, 0.0, None)] == [
+    assert [formatting.percent(value) for value in (100.0, 99.97, 99.94, 99.85, 0.0, None)] == [
         "100.0 %",
         "99.9 %",
         "99.9 %",
@@ -413,13 +415,13 @@ def test_ticks_are_round_and_inside() -> None:
 
 def test_the_pareto_front_holds_what_nothing_beats() -> None:
     made = [(1.0, 50.0), (2.0, 60.0), (3.0, 55.0), (4.0, 60.0), (5.0, 70.0)]
-    points = [plots.Point(str(i), ms, (ms, ms), score, None, i) for i, (ms, score) in enumerate(made)]
-    assert [point.label for point in plots.pareto(points)] == ["0", "1", "4"]
+    points = [figures.Point(str(i), ms, (ms, ms), score, None, i) for i, (ms, score) in enumerate(made)]
+    assert [point.label for point in figures.pareto(points)] == ["0", "1", "4"]
 
 
 def test_labels_of_equal_points_do_not_cover_each_other() -> None:
-    points = [plots.Point(f"artifact-{i}", 2.0 + i / 100, (1.99, 2.02), 60.0, (58.0, 62.0), i) for i in range(4)]
-    root = ElementTree.fromstring(plots.accuracy_latency(points, score_name="Top-1, %", reference=("teacher", 61.2)))
+    points = [figures.Point(f"artifact-{i}", 2.0 + i / 100, (1.99, 2.02), 60.0, (58.0, 62.0), i) for i in range(4)]
+    root = ElementTree.fromstring(figures.accuracy_latency(points, score_name="Top-1, %", reference=("teacher", 61.2)))
     boxes = []
     for node in root.iter():
         if node.tag.endswith("text") and (node.text or "").startswith("artifact-"):
@@ -429,12 +431,12 @@ def test_labels_of_equal_points_do_not_cover_each_other() -> None:
             assert left + width <= svg.WIDTH
             boxes.append((left, y - svg.FONT, left + width, y + 3))
     assert len(boxes) == 4
-    assert not any(plots.overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(figures.overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_a_long_name_does_not_lie_under_the_figures_of_its_lane() -> None:
     name = "onnx-int8-heavy-tensorrt (OpenVINO)"
-    root = ElementTree.fromstring(plots.latency_distribution({name: [0.376] * 1200, "torch": [45.3] * 1200}))
+    root = ElementTree.fromstring(figures.latency_distribution({name: [0.376] * 1200, "torch": [45.3] * 1200}))
     told = [node.text or "" for node in root.iter() if node.tag.endswith("text") and "p50" in (node.text or "")]
     assert told[1] == "p50 45.3 · p90 45.3 · p99 45.3 · slowest 45.3"
     assert told[0].startswith("p50 0.376")
@@ -443,21 +445,21 @@ def test_a_long_name_does_not_lie_under_the_figures_of_its_lane() -> None:
 
 def test_of_many_points_no_labels_overlap_and_the_front_keeps_its_own() -> None:
     made = [(0.5 + i / 50, 60.0 + (i == 3)) for i in range(30)]
-    points = [plots.Point(f"artifact-{i} (cuda)", ms, (ms, ms), score, None, i) for i, (ms, score) in enumerate(made)]
-    root = ElementTree.fromstring(plots.accuracy_latency(points, score_name="Top-1, %"))
+    points = [figures.Point(f"artifact-{i} (cuda)", ms, (ms, ms), score, None, i) for i, (ms, score) in enumerate(made)]
+    root = ElementTree.fromstring(figures.accuracy_latency(points, score_name="Top-1, %"))
     labels = [node for node in root.iter() if node.tag.endswith("text") and (node.text or "").startswith("artifact-")]
     boxes = []
     for node in labels:
         x, y, width = float(node.attrib["x"]), float(node.attrib["y"]), svg.text_width(node.text or "")
         left = x if node.attrib["text-anchor"] == "start" else x - width
         boxes.append((left, y - svg.FONT, left + width, y + 3))
-    assert not any(plots.overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(figures.overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
     bold = {node.text for node in labels if "font-weight" in node.attrib}
-    assert bold == {point.label for point in plots.pareto(points)} == {"artifact-0 (cuda)", "artifact-3 (cuda)"}
+    assert bold == {point.label for point in figures.pareto(points)} == {"artifact-0 (cuda)", "artifact-3 (cuda)"}
 
 
 def test_the_distribution_shows_the_slowest_run() -> None:
-    drawing = plots.latency_distribution({"a": [1.0] * 2000 + [250.0], "b": [2.0, 2.1]})
+    drawing = figures.latency_distribution({"a": [1.0] * 2000 + [250.0], "b": [2.0, 2.1]})
     assert "slowest 250" in drawing
     assert "p99 1.00" in drawing
     assert drawing.count("p99") == 1  # two samples have no 99th percentile
@@ -465,21 +467,21 @@ def test_the_distribution_shows_the_slowest_run() -> None:
 
 
 def test_values_that_leave_no_room_still_make_axes() -> None:
-    same = plots.Point("only", 2.0, (2.0, 2.0), 100.0, None, 0)
-    ElementTree.fromstring(plots.accuracy_latency([same], score_name="Top-1, %"))
-    ElementTree.fromstring(plots.latency_distribution({"a": [1.0, 1.0]}))
+    same = figures.Point("only", 2.0, (2.0, 2.0), 100.0, None, 0)
+    ElementTree.fromstring(figures.accuracy_latency([same], score_name="Top-1, %"))
+    ElementTree.fromstring(figures.latency_distribution({"a": [1.0, 1.0]}))
     zero = [{"epoch": e, "loss": 0.0, "agreement": 0.0} for e in (1, 2)]
-    for drawing in plots.training_curves(zero):
+    for drawing in figures.training_curves(zero):
         ElementTree.fromstring(drawing)
-    assert plots.training_curves([{"epoch": 1, "loss": 1.0, "agreement": None}]) == []
+    assert figures.training_curves([{"epoch": 1, "loss": 1.0, "agreement": None}]) == []
 
 
 def test_a_corrected_teacher_is_said_to_be_corrected() -> None:
     report = {**made_up(), "quality": None}
-    plain = [line[0] for line in wording.teacher_and_student(report)[:2]]
+    plain = [line[0] for line in formatting.teacher_and_student(report)[:2]]
     assert plain[1] == "Teacher, prompts weighted equally"
     report["quality"] = {"correction": {"debias": 0.5, "entropy": None, "temperature": 1.0}}
-    corrected = [line[0] for line in wording.teacher_and_student(report)[:2]]
+    corrected = [line[0] for line in formatting.teacher_and_student(report)[:2]]
     assert corrected == [f"{plain[0]}, corrected", f"{plain[1]}, uncorrected"]
 
 
@@ -491,7 +493,7 @@ NAMES = ("cat", "dog", "hen")
 
 
 def test_shares_by_class_are_of_the_labels_images() -> None:
-    found = classes.by_class(STUDENT, TEACHER, LABELS, NAMES)
+    found = per_class.by_class(STUDENT, TEACHER, LABELS, NAMES)
     assert found["measure"] == "recall"
     cat, dog, hen = found["classes"]
     assert (cat["images"], cat["student"], cat["teacher"]) == (4, 50.0, 75.0)
@@ -507,7 +509,7 @@ def test_shares_by_class_are_of_the_labels_images() -> None:
 
 
 def test_without_labels_shares_by_class_are_of_the_teachers_answers() -> None:
-    found = classes.by_class(STUDENT, TEACHER, None, NAMES)
+    found = per_class.by_class(STUDENT, TEACHER, None, NAMES)
     assert found["measure"] == "agreement"
     assert [(one["images"], one["student"], one["teacher"]) for one in found["classes"]] == [
         *((4, 50.0, None), (3, pytest.approx(66.667, abs=1e-3), None), (0, None, None)),
@@ -526,7 +528,7 @@ def many(count: int, *, labelled: bool = True) -> dict[str, Any]:
     )
     student[:10] = count - 1
     names = [f"{EVIL}|{index}" for index in range(count)]
-    return {"artifact": EVIL, **classes.by_class(student, teacher, truth if labelled else None, names)}
+    return {"artifact": EVIL, **per_class.by_class(student, teacher, truth if labelled else None, names)}
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -547,13 +549,13 @@ def test_few_classes_are_shown_whole_and_of_many_the_worst_and_the_best(labelled
         assert len(re.findall(r"\| \d+ \| \d+\.\d % \|", "\n".join(lines))) == shown
         tables = [[len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")]]
         assert set(tables[0]) == ({7, 5} if labelled else {5, 4})
-    assert classes.worst_first(report["per_class"])[0]["student"] == 0
+    assert per_class.worst_first(report["per_class"])[0]["student"] == 0
 
 
 def test_a_report_of_an_earlier_version_has_no_classes() -> None:
     report = made_up()
     assert "Class by class" not in page(report, samples={}, pictures=[]) + markdown(report)
-    nothing = classes.by_class(*(np.zeros(0, int),) * 3, NAMES)  # no class has an image
+    nothing = per_class.by_class(*(np.zeros(0, int),) * 3, NAMES)  # no class has an image
     report["per_class"] = {"artifact": "onnx-fp32", **nothing}
     assert "Class by class" not in page(report, samples={}, pictures=[]) + markdown(report)
 
@@ -563,10 +565,10 @@ def test_the_classes_are_those_of_the_artifact_that_the_headline_speaks_of() -> 
     logits = np.eye(3)[STUDENT]
     given = [(one, logits if one is report["rows"][0] else None) for one in report["rows"]]
     evaluation: Any = type("Evaluation", (), {"teacher_logits": np.eye(3)[TEACHER], "labels": LABELS})
-    found = classes.per_class(evaluation, given, report, NAMES)
+    found = per_class.per_class(evaluation, given, report, NAMES)
     assert found is not None
     assert (found["artifact"], found["classes"][0]["student"]) == ("onnx-fp32", 50.0)
-    assert classes.per_class(evaluation, given[1:], report, NAMES) is None
+    assert per_class.per_class(evaluation, given[1:], report, NAMES) is None
 
 
 def luminance(colour: str) -> float:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from prgkit.errors import BackendError, ExportError
-from prgkit.evaluate.worker import opener, reason
-from prgkit.export import runners
-from prgkit.export.runners import (
+from prgkit.evaluate.bench.worker import opener, reason
+from prgkit.export.runtimes import base
+from prgkit.export.runtimes.base import (
     PROVIDERS,
     OnnxRunner,
     OpenVinoRunner,
@@ -134,7 +134,7 @@ def openvino():
 
 
 def test_what_opening_needs_is_imported_before_its_time_is_taken(tmp_path, monkeypatch):
-    needed = "prgkit.export.engine_runner"
+    needed = "prgkit.export.runtimes.tensorrt"
     monkeypatch.delitem(sys.modules, needed)
     path = tmp_path / "none.onnx"
     opening = opener({"kind": "onnx", "path": str(path), "provider": "CPUExecutionProvider", "threads": 1})
@@ -144,7 +144,7 @@ def test_what_opening_needs_is_imported_before_its_time_is_taken(tmp_path, monke
 
 
 def test_openvino_gives_onnx_runtimes_answer(openvino, exported, monkeypatch):
-    monkeypatch.setattr(runners, "SHAPES", 2)
+    monkeypatch.setattr(base, "SHAPES", 2)
     runner = opener({"kind": "openvino", "path": str(exported.fp32), "threads": 1})()
     assert (runner.name, runner.backend, runner.device) == ("model.onnx", "openvino", "cpu")
     reference = OnnxRunner(exported.fp32, threads=1)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from prgkit.evaluate.sheet import Card, sheet
-from prgkit.ticks import Tick, read_ticks, write_ticks
+from prgkit.annotation.sheet import Card, sheet
+from prgkit.data.ticks import Tick, read_ticks, write_ticks
 
 EVIL = "=1+1,\"><script>document.title = 'evil'</script>\n'&.jpg"
 CLASSES = ("cat", 'a "dog", <b>big</b>', "-fox", "Löwe")

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from prgkit.errors import BenchError, RunError
-from prgkit.evaluate import latency, sittings
-from prgkit.evaluate import paced as paced_module
-from prgkit.evaluate.latency import Pictures
-from prgkit.evaluate.paced import paced
-from prgkit.evaluate.sittings import Sittings, conditions, read_records, sitting
-from prgkit.evaluate.sweep import thread_sweep
-from prgkit.evaluate.worker import WarmUp, WorkerFailedError
-from prgkit.locks import locked
+from prgkit.evaluate.bench import fixed_rate as paced_module
+from prgkit.evaluate.bench import journal, latency
+from prgkit.evaluate.bench.fixed_rate import paced
+from prgkit.evaluate.bench.journal import Sittings, conditions, read_records, sitting
+from prgkit.evaluate.bench.latency import Pictures
+from prgkit.evaluate.bench.thread_sweep import thread_sweep
+from prgkit.evaluate.bench.worker import WarmUp, WorkerFailedError
+from prgkit.storage.locks import locked
 
 SPECS: list[dict[str, Any]] = [{"artifact": name, "backend": "onnxruntime", "device": "cpu"} for name in ("a", "b")]
 PIXELS = np.zeros((4, 2, 2, 3), dtype=np.uint8)
@@ -220,7 +220,7 @@ def test_what_does_not_belong_is_set_aside_and_never_used(
         measure(Told(4), kept, monkeypatch)
     if change == "time":
         now = time.time()
-        monkeypatch.setattr(sittings.time, "time", lambda: now + sittings.SITTING_S + 1)
+        monkeypatch.setattr(journal.time, "time", lambda: now + journal.SITTING_S + 1)
     again = Told()
     with sitting(tmp_path, {"a": 1 if change == "time" else 2}, lambda text: None) as kept:
         measure(again, kept, monkeypatch)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from prgkit.errors import BenchError
-from prgkit.evaluate import soak as module
-from prgkit.evaluate.sittings import Sittings
-from prgkit.evaluate.soak import Soaked, check_minutes, soak, soak_lead, summary
-from prgkit.evaluate.soak_told import HEADER, soak_about, soak_lines, soak_said, soak_section
-from prgkit.evaluate.worker import WarmUp, WorkerFailedError
+from prgkit.evaluate.bench import soak as module
+from prgkit.evaluate.bench.journal import Sittings
+from prgkit.evaluate.bench.soak import Soaked, check_minutes, soak, soak_lead, summary
+from prgkit.evaluate.bench.worker import WarmUp, WorkerFailedError
+from prgkit.evaluate.report.soak_section import HEADER, soak_about, soak_lines, soak_said, soak_section
 
 MS = 1_000_000
 SPEC = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}

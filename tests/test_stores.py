@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from prgkit.files import write_json, write_sealed
-from prgkit.locks import locked
-from prgkit.stores import list_stores, prune, told
+from prgkit.storage.atomic import write_json, write_sealed
+from prgkit.storage.locks import locked
+from prgkit.teacher.stores import list_stores, prune, told
 
 
 def make_store(folder: Path, images: int, *, views: int, teacher: str) -> None:

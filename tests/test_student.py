@@ -15,11 +15,10 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from prgkit.checkpoint import save_tensors
+from prgkit.config.recipe import StudentPage, validate
 from prgkit.errors import StudentError
-from prgkit.recipe import StudentPage, validate
-from prgkit.run import Run, start_run
-from prgkit.student import (
+from prgkit.storage.run import Run, start_run
+from prgkit.student.model import (
     build_student,
     load_student,
     reparameterised,
@@ -27,6 +26,7 @@ from prgkit.student import (
     student_preprocessing,
     timm_config,
 )
+from prgkit.training.checkpoint import save_tensors
 
 CLASSES, WIDTH = 7, 12
 MODELS = [

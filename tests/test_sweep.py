@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prgkit.evaluate.latency import Measured
-from prgkit.evaluate.scopes import described, golden_pictures, scope_about, scope_block, scope_header, scope_lines
-from prgkit.evaluate.sweep import sweep_header, sweep_lines, sweep_said, thread_sweep
-from prgkit.export.bundle import write_golden
-from prgkit.images import Preprocessing
+from prgkit.data.index import Preprocessing
+from prgkit.evaluate.bench.latency import Measured
+from prgkit.evaluate.bench.stages import described, golden_pictures, scope_about, scope_block, scope_header, scope_lines
+from prgkit.evaluate.bench.thread_sweep import sweep_header, sweep_lines, sweep_said, thread_sweep
+from prgkit.export.bundle.bundle import write_golden
 
 SQUARE = Preprocessing(16, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 

@@ -17,18 +17,18 @@ import torch
 from safetensors.torch import save_file
 
 from prgkit import demo
-from prgkit import lesson as teaching
-from prgkit import targets as storing
+from prgkit.config.recipe import Recipe, validate
+from prgkit.data.augment import Rendered
+from prgkit.data.index import catalogue, open_images
 from prgkit.demo.digits import load_digits
 from prgkit.errors import DiskFullError, PrgkitError, TeacherError
-from prgkit.images import catalogue, open_images
-from prgkit.lesson import prepare
-from prgkit.locks import locked
-from prgkit.recipe import Recipe, validate
-from prgkit.targets import Targets, embed
-from prgkit.teacher import Teacher, load_teacher
-from prgkit.views import Rendered
-from prgkit.watch import Unwatched
+from prgkit.progress import Unwatched
+from prgkit.storage.locks import locked
+from prgkit.teacher import feature_store as storing
+from prgkit.teacher.clip import Teacher, load_teacher
+from prgkit.teacher.feature_store import Targets, embed
+from prgkit.training import dataset as teaching
+from prgkit.training.dataset import prepare
 
 IMAGES = 40
 
@@ -389,7 +389,7 @@ def test_a_disk_that_fills_up_at_a_block_loses_that_block_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        patch.setattr("prgkit.pictures.Adder.add", lambda *_: None)  # pictures would be flushed, too
+        patch.setattr("prgkit.data.cache.Adder.add", lambda *_: None)  # pictures would be flushed, too
         with pytest.raises(DiskFullError, match=r"no disk space left for (view-001\.f16|journal\.jsonl)") as caught:
             see(recipe, tmp_path / "cut")
     assert caught.value.fix == "free some space and run the same command again: finished work is kept"

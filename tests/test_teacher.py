@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from prgkit.config.prompts import named_classes, named_templates
+from prgkit.config.recipe import TeacherPage
 from prgkit.errors import TeacherError
-from prgkit.prompts import named_classes, named_templates
-from prgkit.recipe import TeacherPage
-from prgkit.teacher import Teacher, check_teacher, load_teacher, teacher_identity
+from prgkit.teacher.clip import Teacher, check_teacher, load_teacher, teacher_identity
 
 CPU = torch.device("cpu")
 SIZE, WIDTH = 32, 24
@@ -168,7 +168,7 @@ def test_a_contexts_gradient_is_the_same_in_chunks(folders: dict[str, Path], mon
     teacher, gradients = load_teacher(local(folders["clip"]), CPU), []
     sentences = teacher.sentences([f"a photo of a {thing}." for thing in NAMES[:9]], "a photo of a")
     for chunk in (128, 4):
-        monkeypatch.setattr("prgkit.teacher.TEXTS_AT_ONCE", chunk)
+        monkeypatch.setattr("prgkit.teacher.clip.TEXTS_AT_ONCE", chunk)
         vectors = teacher.embed_words(sentences).clone().requires_grad_()
         (teacher.embed_sentences(sentences, vectors)[:, 0] * torch.arange(9)).sum().backward()
         gradients.append(vectors.grad)

@@ -13,13 +13,20 @@ import click
 import numpy as np
 import pytest
 
+from prgkit.cli.options import gpu_generations
 from prgkit.errors import BackendError, ExportError
-from prgkit.export import tensorrt, timing
-from prgkit.export.card import card_path, load_card
-from prgkit.export.precision import LEAST_INT8_WEIGHTS, constant, layers_of, leave_small_in_fp16
-from prgkit.export.tensorrt import Gpu, available_backends, build_engine, choose_backend, choose_targets, find_gpu
-from prgkit.files import read_sealed, sha256, write_sealed
-from prgkit.options import gpu_generations
+from prgkit.export.formats import tensorrt, timing_cache
+from prgkit.export.formats.tensorrt import (
+    Gpu,
+    available_backends,
+    build_engine,
+    choose_backend,
+    choose_targets,
+    find_gpu,
+)
+from prgkit.export.formats.tensorrt_precision import LEAST_INT8_WEIGHTS, constant, layers_of, leave_small_in_fp16
+from prgkit.export.runtimes.engine_metadata import card_path, load_card
+from prgkit.storage.atomic import read_sealed, sha256, write_sealed
 
 needs_rtx = pytest.mark.skipif(
     not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
@@ -202,8 +209,8 @@ def test_80_plus_is_every_generation_from_ampere_on():
 def test_an_int8_engine_is_smaller_than_the_fp16_one(repvit, tmp_path):
     """RepViT-M0.9 at 224 px; with every convolution in INT8 its engine was 1.4 times as large as FP16's."""
     onnx = pytest.importorskip("onnx")
-    from prgkit.export.quantize import find_blocks, tensors_of, write_int8
-    from prgkit.export.ranges import measure_spreads
+    from prgkit.export.int8.calibration import measure_spreads
+    from prgkit.export.int8.qdq import find_blocks, tensors_of, write_int8
 
     blocks = find_blocks(repvit.fp32)
     spreads = measure_spreads(repvit.fp32, tensors_of(repvit.fp32, blocks), repvit.pixels[:4])
@@ -223,8 +230,8 @@ def test_an_int8_engine_is_smaller_than_the_fp16_one(repvit, tmp_path):
 @needs_rtx
 def test_a_small_convolution_of_an_int8_network_is_fp16_throughout(repvit, tmp_path):
     onnx = pytest.importorskip("onnx")
-    from prgkit.export.quantize import find_blocks, tensors_of, write_int8
-    from prgkit.export.ranges import measure_spreads
+    from prgkit.export.int8.calibration import measure_spreads
+    from prgkit.export.int8.qdq import find_blocks, tensors_of, write_int8
 
     blocks = find_blocks(repvit.fp32)
     spreads = measure_spreads(repvit.fp32, tensors_of(repvit.fp32, blocks), repvit.pixels[:4])
@@ -289,8 +296,8 @@ def test_a_level_of_compatibility_that_tensorrt_does_not_have_is_an_error():
 def test_timings_that_cannot_be_written_cost_no_engine(tmp_path):
     (tmp_path / "file").touch()
     config = SimpleNamespace(get_timing_cache=lambda: SimpleNamespace(serialize=lambda: b"timings"))
-    timing.keep_cache(config, tmp_path / "file" / "cache")
-    timing.keep_cache(config, tmp_path / "cache")
+    timing_cache.keep_cache(config, tmp_path / "file" / "cache")
+    timing_cache.keep_cache(config, tmp_path / "cache")
     assert (tmp_path / "cache").read_bytes() == b"timings"
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from prgkit.data.ticks import NO, YES, Tick, bring_ticks, carried, read_ticks, set_aside, write_ticks
 from prgkit.errors import ImagesError
-from prgkit.ticks import NO, YES, Tick, bring_ticks, carried, read_ticks, set_aside, write_ticks
 
 CLASSES = ("cat", "fire engine", "Löwe")
 HEADER = "number,file,key,teacher,confidence,right,class\n"

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("torch")
 
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.run import Run
+from prgkit.storage.run import Run
 
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
 # A user's own mount of a small disk, in a name space that ends with the command; not every system lets one.
@@ -130,18 +130,18 @@ def test_a_store_on_a_disk_that_fills_up_goes_on_when_there_is_space(folder: Pat
     """
     # Between the check of the space and the last block, something else takes it: the check cannot see that.
     (folder / "fill.py").write_text(
-        "import sys, prgkit.targets, prgkit.cli\n"
-        "prgkit.targets.require_space = lambda *_, **__: None\n"
+        "import sys, prgkit.teacher.feature_store, prgkit.cli.main\n"
+        "prgkit.teacher.feature_store.require_space = lambda *_, **__: None\n"
         "block = open('disk/more', 'wb')\n"
-        "append = prgkit.targets.Targets.append\n"
+        "append = prgkit.teacher.feature_store.Targets.append\n"
         "def filling(self, *arguments):\n"
         "    if self._end:\n"
         "        try: block.write(bytes(10_000_000)); block.flush()\n"
         "        except OSError: pass\n"
         "    append(self, *arguments)\n"
-        "prgkit.targets.Targets.append = filling\n"
+        "prgkit.teacher.feature_store.Targets.append = filling\n"
         "sys.argv = ['prgkit', 'targets', 'recipe.yaml', '--targets', sys.argv[1]]\n"
-        "try: prgkit.cli.main()\n"
+        "try: prgkit.cli.main.main()\n"
         "except SystemExit as end: print('ended with', end.code)\n"
         "finally: block.close(); __import__('os').unlink('disk/more')\n"
     )

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from prgkit.images import Catalogue, Preprocessing, catalogue, open_images
-from prgkit.pictures import Pictures
-from prgkit.recipe import Views
-from prgkit.views import Batch, Rendered, View, default_workers, load_batches, render, seeded_view
+from prgkit.config.recipe import Views
+from prgkit.data.augment import Batch, Rendered, View, default_workers, load_batches, render, seeded_view
+from prgkit.data.cache import Pictures
+from prgkit.data.index import Catalogue, Preprocessing, catalogue, open_images
 
 PAGE = Views(count=3, crop_scale=(0.3, 0.8), seed=5)
 PREPROCESSING = Preprocessing(24, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))

@@ -1,5 +1,5 @@
 """``python -m prgkit`` is ``prgkit``; torchrun needs it."""
 
-from prgkit.cli import main
+from prgkit.cli.main import main
 
 main()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prgkit import parameters
+from prgkit.config import objectives
 from prgkit.objectives.ce import CE
 from prgkit.objectives.clipkd import CLIPKD
 from prgkit.objectives.crd import CRD
@@ -17,11 +17,11 @@ from prgkit.objectives.dkd import DKD
 from prgkit.objectives.kd import KD
 from prgkit.objectives.nd import ND
 from prgkit.objectives.ofa import OFA
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide
 from prgkit.objectives.pld import PLD
 from prgkit.objectives.prg import PRG
 from prgkit.objectives.promptkd import PromptKD
 from prgkit.objectives.rkd import RKD
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide
 
 __all__ = ["Objectives", "Space", "StudentSide", "TeacherSide"]
 
@@ -46,7 +46,7 @@ PARTS: dict[str, Any] = {
 class Objectives(nn.Module):
     """A recipe's objectives, each with its weight; always in float32, whatever the student was run in."""
 
-    def __init__(self, pages: Sequence[parameters.AnyObjective], space: Space) -> None:
+    def __init__(self, pages: Sequence[objectives.AnyObjective], space: Space) -> None:
         super().__init__()
         self.weights = [page.weight for page in pages]
         parts = [PARTS[page.name](page, space) for page in pages]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prgkit import parameters
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide
+from prgkit.config import objectives
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide
 
 
 class CE(nn.Module):
@@ -14,7 +14,7 @@ class CE(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: parameters.CE, space: Space) -> None:
+    def __init__(self, page: objectives.CE, space: Space) -> None:
         super().__init__()
 
     def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prgkit import parameters
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.config import objectives
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
 
 
 class CLIPKD(nn.Module):
@@ -19,7 +19,7 @@ class CLIPKD(nn.Module):
     uses_features = True
     class_vectors: Tensor
 
-    def __init__(self, page: parameters.CLIPKD, space: Space) -> None:
+    def __init__(self, page: objectives.CLIPKD, space: Space) -> None:
         super().__init__()
         self.page, self.scale = page, space.logit_scale
         self.register_buffer("class_vectors", space.class_vectors)

@@ -9,8 +9,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prgkit import parameters
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide
+from prgkit.config import objectives
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide
 
 
 class CRD(nn.Module):
@@ -28,7 +28,7 @@ class CRD(nn.Module):
     step: Tensor
     partition: Tensor
 
-    def __init__(self, page: parameters.CRD, space: Space) -> None:
+    def __init__(self, page: objectives.CRD, space: Space) -> None:
         super().__init__()
         self.page, self.steps_per_epoch = page, space.steps_per_epoch
         self.student_head = nn.Linear(space.width, page.width)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prgkit import parameters
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.config import objectives
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
 
 
 class DHO(nn.Module):
     """loss = ce_weight * CE(L1, truth) over the labelled images + kl_weight * T^2 * KL(W / T || L2 / T) over all.
 
-    How the heads vote is chosen afterwards, on labelled images that neither learned from (`prgkit.labelled`).
+    How the heads vote is chosen afterwards, on labelled images that neither learned from (`prgkit.training.few_shot`).
     """
 
     uses_features = False
 
-    def __init__(self, page: parameters.DHO, space: Space) -> None:
+    def __init__(self, page: objectives.DHO, space: Space) -> None:
         super().__init__()
         self.page = page
 

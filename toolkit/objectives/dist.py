@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prgkit import parameters
+from prgkit.config import objectives
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide
 from prgkit.objectives.prg import pearson
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide
 
 
 class DIST(nn.Module):
@@ -18,7 +18,7 @@ class DIST(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: parameters.DIST, space: Space) -> None:
+    def __init__(self, page: objectives.DIST, space: Space) -> None:
         super().__init__()
         self.page = page
 

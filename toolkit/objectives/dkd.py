@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prgkit import parameters
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide
+from prgkit.config import objectives
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide
 
 
 class DKD(nn.Module):
@@ -16,7 +16,7 @@ class DKD(nn.Module):
     uses_features = False
     steps: Tensor
 
-    def __init__(self, page: parameters.DKD, space: Space) -> None:
+    def __init__(self, page: objectives.DKD, space: Space) -> None:
         super().__init__()
         self.page = page
         # The paper's 20 epochs are a twelfth of its 240: a short run is more than its warm-up.

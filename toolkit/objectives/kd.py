@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prgkit import parameters
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.config import objectives
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
 
 
 class KD(nn.Module):
@@ -14,7 +14,7 @@ class KD(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: parameters.KD, space: Space) -> None:
+    def __init__(self, page: objectives.KD, space: Space) -> None:
         super().__init__()
         self.page = page
 

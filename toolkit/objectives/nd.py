@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prgkit import parameters
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.config import objectives
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
 
 
 class ND(nn.Module):
@@ -18,7 +18,7 @@ class ND(nn.Module):
     uses_features = True
     class_means: Tensor
 
-    def __init__(self, page: parameters.ND, space: Space) -> None:
+    def __init__(self, page: objectives.ND, space: Space) -> None:
         super().__init__()
         self.page = page
         self.register_buffer("class_means", F.normalize(space.class_means(), dim=1))  # e [C, D]

@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prgkit import parameters
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide
+from prgkit.config import objectives
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide
 
 
 class OFA(nn.Module):
@@ -20,7 +20,7 @@ class OFA(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: parameters.OFA, space: Space) -> None:
+    def __init__(self, page: objectives.OFA, space: Space) -> None:
         super().__init__()
         self.page = page
         widths = space.stages()
@@ -38,7 +38,7 @@ class OFA(nn.Module):
         }
 
 
-def enhanced(logits: Tensor, teacher: TeacherSide, page: parameters.OFA) -> Tensor:
+def enhanced(logits: Tensor, teacher: TeacherSide, page: objectives.OFA) -> Tensor:
     """Return the batch mean of -sum over c of [(p_t + 1_y)^gamma - 1_y] * log p_s: logits [B, C] -> scalar."""
     target = (teacher.logits / page.temperature).softmax(dim=1)  # p_t [B, C]
     label = F.one_hot(teacher.labels, target.shape[1])  # 1_y [B, C]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from prgkit import parameters
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide
+from prgkit.config import objectives
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide
 
 
 class PLD(nn.Module):
@@ -16,7 +16,7 @@ class PLD(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: parameters.PLD, space: Space) -> None:
+    def __init__(self, page: objectives.PLD, space: Space) -> None:
         super().__init__()
         self.page = page
 

@@ -13,8 +13,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prgkit import parameters
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.config import objectives
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
 
 
 class PRG(nn.Module):
@@ -25,7 +25,7 @@ class PRG(nn.Module):
     student_proxies: Tensor
     seen: Tensor
 
-    def __init__(self, page: parameters.PRG, space: Space) -> None:
+    def __init__(self, page: objectives.PRG, space: Space) -> None:
         super().__init__()
         self.page = page
         # No gradient reaches a proxy; as buffers they are saved with the checkpoint.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from prgkit import parameters
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.config import objectives
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
 
 
 class PromptKD(nn.Module):
@@ -17,7 +17,7 @@ class PromptKD(nn.Module):
     uses_features = True
     class_vectors: Tensor
 
-    def __init__(self, page: parameters.PromptKD, space: Space) -> None:
+    def __init__(self, page: objectives.PromptKD, space: Space) -> None:
         super().__init__()
         self.page, self.scale = page, space.logit_scale
         self.register_buffer("class_vectors", space.class_vectors)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prgkit import parameters
-from prgkit.objectives.sides import Space, StudentSide, TeacherSide
+from prgkit.config import objectives
+from prgkit.objectives.outputs import Space, StudentSide, TeacherSide
 
 
 class RKD(nn.Module):
@@ -15,7 +15,7 @@ class RKD(nn.Module):
 
     uses_features = True
 
-    def __init__(self, page: parameters.RKD, space: Space) -> None:
+    def __init__(self, page: objectives.RKD, space: Space) -> None:
         super().__init__()
         self.page = page
 

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prgkit.demo.digits import CLASSES, TEMPLATES, load_digits
-from prgkit.files import write_json, writing
+from prgkit.storage.atomic import write_json, writing
 
 IMAGE_SIZE = 32
 CONFIG: dict[str, Any] = {

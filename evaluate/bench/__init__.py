@@ -1,0 +1,1 @@
+"""`prgkit bench`: what is measured on this machine, and how."""

@@ -1,0 +1,150 @@
+"""Frames at the rate of a camera: how long each takes from when it is due, and how many are late.
+
+Between two frames the processor rests, its clocks drop and its caches are taken by others: a run can take longer there
+than in a tight loop. A frame is late when it is answered after the next one is due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from prgkit.evaluate.bench.journal import Sittings
+from prgkit.evaluate.bench.latency import P99_SAMPLES, recording_failure, rotate
+from prgkit.evaluate.bench.worker import Pixels, Spec, Worker
+from prgkit.evaluate.report import formatting
+from prgkit.evaluate.report.formatting import NONE, Report
+
+ROUNDS = 5
+WARM_UP_S = 1.0
+HEADER = ["frames", "p50 ms", "p99 ms", "slowest ms", "run p50 ms", "late"]
+
+
+@dataclass
+class Frames:
+    """What was measured of one artifact's frames; ``failed`` says why the rest is missing."""
+
+    spec: Spec
+    failed: str | None = None
+    responses_ns: list[list[int]] = field(default_factory=list)  # [rounds][frames], since each was due
+    runs_ns: list[list[int]] = field(default_factory=list)  # [rounds][frames], of the run alone
+
+
+def paced(
+    specs: Sequence[Spec],
+    images: Pixels,
+    fps: float | None,
+    *,
+    seconds: float,
+    note: Callable[[str], None],
+    kept: Sittings | None = None,
+    between_rounds: Callable[[int], None] = lambda round_: None,
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Give every artifact frames at ``fps`` for ``seconds``, in turns; return the report's section and all samples.
+
+    Args:
+        specs: what the bench opened.
+        images: real images [images, height, width, 3] that the frames take in turn.
+        fps: frames a second; None measures nothing.
+        seconds: the time of each artifact, in `ROUNDS` turns.
+        note: told what is being done.
+        kept: what an earlier sitting measured at this rate, gone on with and added to, turn by turn.
+        between_rounds: called before each round with its number.
+    """
+    if fps is None:
+        return None, []
+    note(f"paced: {fps:g} frames a second")
+    found = [Frames(spec) for spec in specs]
+    own = (kept or Sittings()).part(f"{fps:g} frames/s")
+    done = take_over(found, own)
+    with ExitStack() as stack:
+        workers: dict[int, Worker] = {}
+        for index, one in enumerate(found):
+            if one.failed is not None:
+                continue
+            with recording_failure(one, own, index):
+                workers[index] = stack.enter_context(Worker(one.spec, images, patience_s=max(600.0, 20 * seconds)))
+                workers[index].warm_up(batch=1, window_s=WARM_UP_S / 8, cap_s=WARM_UP_S)
+        for round_ in range(ROUNDS):
+            between_rounds(round_)
+            for index in rotate([index for index, one in enumerate(found) if one.failed is None], round_):
+                if (round_, index) in done:
+                    continue
+                with recording_failure(found[index], own, index):
+                    responses, runs = workers[index].paced(fps=fps, seconds=seconds / ROUNDS)
+                    found[index].responses_ns.append(responses)
+                    found[index].runs_ns.append(runs)
+                    own.add("turn", round=round_, artifact=index, responses=responses, runs=runs)
+    samples = [{**named(one), "responses": one.responses_ns, "runs": one.runs_ns} for one in found]
+    return {"fps": fps, "deadline_ms": 1000 / fps, "rows": [summary(one, fps=fps) for one in found]}, samples
+
+
+def take_over(found: Sequence[Frames], kept: Sittings) -> set[tuple[int, int]]:
+    """Put what an earlier sitting found into its place; return the turns that were taken, as (round, artifact)."""
+    for record in kept.of("failed"):
+        found[record["artifact"]].failed = record["why"]
+    for record in kept.of("turn"):
+        found[record["artifact"]].responses_ns.append(record["responses"])
+        found[record["artifact"]].runs_ns.append(record["runs"])
+    return {(record["round"], record["artifact"]) for record in kept.of("turn")}
+
+
+def named(one: Frames) -> dict[str, Any]:
+    """Return whose frames they are."""
+    return {key: one.spec[key] for key in ("artifact", "backend", "device")}
+
+
+def summary(one: Frames, *, fps: float) -> dict[str, Any]:
+    """Return what an artifact's frames took, in ms, and how many were late."""
+    if one.failed is not None:
+        return {**named(one), "failed": one.failed}
+    responses_ms, runs_ms = (np.concatenate(rounds) / 1e6 for rounds in (one.responses_ns, one.runs_ns))
+    return {
+        **named(one),
+        "failed": None,
+        "frames": len(responses_ms),
+        "p50_ms": float(np.median(responses_ms)),
+        "p99_ms": float(np.percentile(responses_ms, 99)) if len(responses_ms) >= P99_SAMPLES else None,
+        "max_ms": float(responses_ms.max()),
+        "run_p50_ms": float(np.median(runs_ms)),
+        "late": int((responses_ms > 1000 / fps).sum()),
+    }
+
+
+def paced_lines(report: Report) -> list[list[str]]:
+    """Return a line for each artifact; none where no frames were paced."""
+    lines = []
+    for one in (report.get("paced") or {"rows": []})["rows"]:
+        name = formatting.row_name(one)
+        if one["failed"] is not None:
+            lines.append([name, "failed", *[NONE] * (len(HEADER) - 2)])
+            continue
+        figures = [formatting.ms(one[key]) for key in ("p50_ms", "p99_ms", "max_ms", "run_p50_ms")]
+        lines.append([name, *figures, f"{one['late']:,} of {one['frames']:,}"])
+    return lines
+
+
+def paced_said(report: Report) -> list[str]:
+    """Return the frames in a sentence for each artifact, for the terminal."""
+    found = report.get("paced")
+    if not found:
+        return []
+    rate = f"at {found['fps']:g} frames/s"
+    return [
+        f"{name} {rate}: " + ("failed." if p50 == "failed" else f"p50 {p50} ms, slowest {slowest} ms, late {late}.")
+        for name, p50, _, slowest, _, late in paced_lines(report)
+    ]
+
+
+def paced_about(report: Report) -> str:
+    """Return what the figures are figures of."""
+    found = report["paced"]
+    return (
+        f"{found['fps']:g} frames a second, each timed from when it was due, so with waiting for the one before; late "
+        f"after {formatting.ms(found['deadline_ms'])} ms. Clocks drop between frames, so a run may take longer here "
+        f"than in the tight loop that gives the artifacts' latency. p99 needs {P99_SAMPLES:,} frames."
+    )

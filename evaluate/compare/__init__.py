@@ -1,0 +1,1 @@
+"""`prgkit compare`: several objectives, students, seeds or devices side by side."""

@@ -1,0 +1,119 @@
+"""Several reports become one comparison: of devices, of students, or of a device before and after. Measures nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import prgkit
+from prgkit.errors import BenchError
+from prgkit.evaluate.compare.devices import comparison_page, markdown
+from prgkit.evaluate.report import formatting
+from prgkit.evaluate.report.formatting import Report, Row
+from prgkit.evaluate.report.load import read_report, report_file
+from prgkit.evaluate.report.regression import machine_name, same_images
+from prgkit.storage.atomic import write_json, write_text
+
+SCHEMA = "prgkit.comparison/1"
+KEPT = (
+    *("artifact", "backend", "device", "precision", "threads", "status", "reason", "size_mib", "latency"),
+    *("top1", "top1_interval", "agreement_teacher", "agreement_teacher_interval", "agreement_fp32"),
+)
+
+
+def merge(paths: Sequence[Path], *, out: Path, command: str) -> dict[str, Any]:
+    """Lay reports side by side, write them as comparison.json, .md and .html into ``out``, and return the first.
+
+    Args:
+        paths: report.json files, or the folders that they lie in; the order stays.
+        out: the folder that the comparison goes to.
+        command: what the user typed.
+
+    Raises:
+        BenchError: a report cannot be read, is given twice, or nothing in any of them was measured.
+    """
+    reports = [read_report(path) for path in paths]
+    for path, count in Counter(report_file(path).resolve() for path in paths).items():
+        if count > 1:
+            raise BenchError("a report is given twice", where=path, fix="name each report once")
+    names = names_of(reports)
+    rows = [
+        {
+            "report": index,
+            **{key: row.get(key) for key in KEPT},
+            "best": formatting.best_throughput(row),
+            "refused": formatting.refused(report.get("int8"), row),
+        }
+        for index, report in enumerate(reports)
+        for row in report["rows"]
+    ]
+    if not any(row["status"] == "measured" for row in rows):
+        raise BenchError("nothing was measured in any of these reports", fix="measure some: prgkit bench")
+    found = {
+        "schema": SCHEMA,
+        "prgkit": prgkit.__version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "reports": [
+            {
+                "name": name,
+                "file": str(path),
+                **{key: report[key] for key in ("created", "run", "evaluation", "teacher")},
+                "machine": machine_name(report["machine"]),
+                "system": report["machine"].get("os"),
+                "versions": report["machine"].get("versions", {}),
+                "notes": report.get("notes", []),
+            }
+            for name, path, report in zip(names, paths, reports, strict=True)
+        ],
+        "rows": rows,
+        "notes": cautions(reports),
+    }
+    write_text(out / "comparison.md", markdown(found))
+    write_text(out / "comparison.html", comparison_page(found))
+    write_json(out / "comparison.json", found)
+    return found
+
+
+def names_of(reports: Sequence[Report]) -> list[str]:
+    """Return a name for each report that no other has: its machine, where needed with the run, time or a number."""
+    names = [machine_name(report["machine"]) for report in reports]
+    runs = [str(report["run"]["name"]) for report in reports]
+    times = [report["created"][:16].replace("T", " ") for report in reports]
+    numbers = [f"report {number}" for number in range(1, len(reports) + 1)]
+    for more in (runs, times, numbers):
+        groups: dict[str, list[int]] = {}
+        for index, name in enumerate(names):
+            groups.setdefault(name, []).append(index)
+        for name, members in groups.items():
+            if len({more[index] for index in members}) > 1:
+                for index in members:
+                    names[index] = f"{name}, {more[index]}"
+    return names
+
+
+def cautions(reports: Sequence[Report]) -> list[str]:
+    """Return what must be known before figures of different reports are compared."""
+    first, told = reports[0], []
+    if not all(same_images(first["evaluation"], other["evaluation"]) for other in reports[1:]):
+        told.append("Accuracy and agreement were not measured on the same images everywhere.")
+    elif any(report["evaluation"].get("digest") is None for report in reports):
+        told.append("Not every report says which images it was measured on: they are taken to be the same.")
+    if any(report["teacher"] != first["teacher"] for report in reports):
+        told.append("The teacher is not the same everywhere: agreement is with different answers.")
+    if any(row["device"] == "cpu" for row in all_rows(reports)) and len(thread_counts(reports)) > 1:
+        told.append("The processors were not measured with the same number of threads; each row says its own.")
+    return told
+
+
+def thread_counts(reports: Sequence[Report]) -> set[int]:
+    """Return the numbers of threads that any row ran with."""
+    return {row["threads"] for row in all_rows(reports) if row["threads"]}
+
+
+def all_rows(reports: Sequence[Report]) -> list[Row]:
+    """Return the rows of all reports."""
+    return [row for report in reports for row in report["rows"]]

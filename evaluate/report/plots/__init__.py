@@ -1,0 +1,1 @@
+"""Plots as inline SVG: a device has no matplotlib."""

@@ -1,0 +1,312 @@
+"""The folder that travels to the device: models, images to check and measure them with, and a manifest of it all."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from prgkit.config.image_size import sides
+from prgkit.data.index import Preprocessing
+from prgkit.errors import ExportError, ParityError, PrgkitError
+from prgkit.export.bundle.checksums import VECTORS, require_unchanged
+from prgkit.export.bundle.readme import readme
+from prgkit.export.runtimes.base import Runner
+from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed, write_text, writing
+from prgkit.storage.reproducible import Pixels, as_pixels, member, png, read_array, read_png, write_array
+
+SCHEMA = "prgkit.bundle/1"
+NCHW = "onnx-nchw"  # the format of an ONNX file for other runtimes: normalised floats in, never run or measured by us
+QDQ = "onnx-tensorrt"  # the format of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
+REMAKE = {
+    "onnx": "prgkit export",
+    "engine": "prgkit export --trt",
+    NCHW: "prgkit export --float-input",
+    QDQ: "prgkit export --int8 --trt",
+}
+ARTIFACT_KEYS = {"name", "file", "format", "precision", "backend", "bytes", "sha256", "executed", "note", "parity"}
+KEYS = ("run", "recipe", "teacher", "student", "classes", "preprocessing", "input", "output", "artifacts", "evaluation")
+GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}  # of the largest logit: other processors sum in other orders
+STUDENT_BATCH = 32
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: everything a device needs to run, check and measure the student."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    artifacts: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out images at the student's input size, with what teacher and student say of them."""
+
+    pixels: Pixels  # [n, S, S, 3]
+    teacher_logits: Logits  # [n, classes], weighted prompts
+    teacher_uniform_logits: Logits  # [n, classes], every prompt counting the same
+    logits: Logits  # [n, classes], of the FP32 ONNX student
+    labels: NDArray[np.int64] | None  # [n]
+    keys: tuple[str, ...] | None = None  # n content keys; bundles of earlier versions have none
+
+
+def open_bundle(folder: Path, *, verify: Sequence[str] = ("onnx", "engine", NCHW, QDQ)) -> Bundle:
+    """Open a bundle and verify that its artifacts of the formats in ``verify`` are the ones its manifest describes.
+
+    Raises:
+        ExportError: there is no bundle, or something in it is missing, truncated or changed; names what remakes it.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        raise ExportError("there is no bundle here", where=folder, fix="make one: prgkit export")
+    try:
+        manifest = read_sealed(path)
+    except PrgkitError as error:
+        raise ExportError(error.what, where=path, fix="make the bundle again: prgkit export") from error
+    schema = manifest.get("schema")
+    if schema != SCHEMA:
+        raise ExportError(
+            f"{path.name} has schema {schema!r}, not {SCHEMA!r}", where=path, fix="export again: prgkit export"
+        )
+    if missing := [key for key in KEYS if key not in manifest]:
+        raise ExportError(f"{path.name} lacks {', '.join(missing)}", where=path, fix="export again: prgkit export")
+    for artifact in manifest["artifacts"]:
+        require_artifact(artifact, path)
+        if artifact["format"] in verify:
+            verify_artifact(folder, artifact)
+    require_unchanged(folder, VECTORS)
+    return Bundle(
+        folder=folder,
+        manifest=manifest,
+        classes=tuple(manifest["classes"]),
+        preprocessing=Preprocessing.from_dict(manifest["preprocessing"]),
+        artifacts=tuple(manifest["artifacts"]),
+    )
+
+
+def require_artifact(artifact: dict[str, Any], path: Path) -> None:
+    """Refuse an entry that is none, or whose file would lie outside the bundle."""
+    fix = "copy the bundle again, or make it again: prgkit export"
+    if not isinstance(artifact, dict) or not artifact.keys() >= ARTIFACT_KEYS:
+        raise ExportError(f"{path.name} has an artifact that lacks facts: {artifact}", where=path, fix=fix)
+    file = artifact["file"]
+    if file in ("", ".", "..") or PurePosixPath(file).name != file or PureWindowsPath(file).name != file:
+        raise ExportError(f"{path.name} names a file outside the bundle: {file!r}", where=path, fix=fix)
+
+
+def fp32_onnx(bundle: Bundle) -> dict[str, Any]:
+    """Return the entry of the FP32 ONNX file, the one that every bundle has.
+
+    Raises:
+        ExportError: this one has none.
+    """
+    for artifact in bundle.artifacts:
+        if (artifact["format"], artifact["precision"]) == ("onnx", "fp32"):
+            return artifact
+    raise ExportError("the bundle has no fp32 ONNX file", where=bundle.folder, fix="export again: prgkit export")
+
+
+def verify_artifact(folder: Path, artifact: dict[str, Any]) -> None:
+    """Compare a file's size and hash with the manifest's."""
+    path = folder / artifact["file"]
+    more = f" --{artifact['precision']}" if artifact["precision"] != "fp32" and artifact["format"] != QDQ else ""
+    fix = f"copy the bundle again, or make the file again: {REMAKE.get(artifact['format'], 'prgkit export')}{more}"
+    if not path.exists():
+        raise ExportError(f"{path.name} is missing from the bundle", where=folder, fix=fix)
+    size = path.stat().st_size
+    if size != artifact["bytes"]:
+        is_short = "truncated" if size < artifact["bytes"] else "not the file that was exported"
+        raise ExportError(f"{path.name} is {is_short}: {size} of {artifact['bytes']} bytes", where=path, fix=fix)
+    if sha256(path) != artifact["sha256"]:
+        raise ExportError(f"{path.name} is damaged: its content is not what was exported", where=path, fix=fix)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest and the README that goes with it."""
+    write_text(folder / "README.md", readme(manifest))
+    write_sealed(folder / "manifest.json", {"schema": SCHEMA, **manifest})
+
+
+def write_golden(folder: Path, pictures: Sequence[Image.Image], prepared: Pixels, logits: Logits) -> None:
+    """Write the golden images: source picture, prepared input [n, S, S, 3] and expected logits [n, classes]."""
+    golden = folder / "golden"
+    for number, (picture, pixels) in enumerate(zip(pictures, prepared, strict=True)):
+        write_bytes(golden / f"{number:02}.png", png(picture))
+        write_bytes(golden / f"{number:02}.input.png", png(Image.fromarray(pixels)))
+    write_array(golden / "logits.npy", logits.astype(np.float32))
+
+
+def check_golden(bundle: Bundle, runner: Runner, *, precision: str) -> None:
+    """Run the golden images through this machine's preprocessing and ``runner``.
+
+    Raises:
+        ExportError: a golden file is missing or damaged.
+        ParityError: names the stage that differs, preprocessing or model, and the image.
+    """
+    require_unchanged(bundle.folder, "golden")
+    golden = bundle.folder / "golden"
+    expected = read_array(golden / "logits.npy")
+    inputs = np.stack([read_png(golden / f"{number:02}.input.png") for number in range(len(expected))])
+    for number, pixels in enumerate(inputs):
+        with Image.open(golden / f"{number:02}.png") as picture:
+            here = bundle.preprocessing.prepare(picture.convert("RGB"))
+        if not np.array_equal(here, pixels):
+            furthest = int(np.abs(here.astype(int) - pixels.astype(int)).max())
+            raise ParityError(
+                f"preprocessing differs from where the student was exported: golden image {number:02}, "
+                f"by up to {furthest} of 255",
+                where=golden,
+                fix="install the Pillow version of the export, or report both versions",
+            )
+    logits = runner.run(inputs)
+    scale = max(1.0, float(np.abs(expected).max()))
+    tolerance = GOLDEN_TOLERANCE[precision]
+    differences = np.abs(logits - expected).max(axis=1)
+    if not differences.max() <= tolerance * scale:
+        worst = int(np.nan_to_num(differences, nan=np.inf).argmax())
+        raise ParityError(
+            f"{runner.name} differs from the exported logits on golden image {worst:02}: "
+            f"by {differences[worst]:.3g}, allowed {tolerance * scale:.3g}; "
+            "its input is identical, so the model stage differs",
+            where=golden,
+        )
+
+
+def write_evaluation(
+    folder: Path,
+    prepared: Iterable[Pixels],
+    *,
+    teacher_logits: Logits,
+    teacher_uniform_logits: Logits,
+    labels: NDArray[np.int64] | None,
+    student: Callable[[Pixels], Logits],
+    keys: Sequence[str] | None = None,
+) -> Logits:
+    """Write the held-out images, what the teacher says of them, and what ``student`` says, which is returned.
+
+    ``prepared`` gives [S, S, 3] images in the order of the logits; it is read once, a batch at a time.
+    """
+    evaluation = folder / "evaluation"
+    logits: list[Logits] = []
+    size = 0
+    with (
+        writing(evaluation / "images.zip") as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        for batch in batches(prepared, STUDENT_BATCH):
+            for pixels in batch:
+                archive.writestr(member(f"{size:05}.png"), png(Image.fromarray(pixels)))
+                size += 1
+            logits.append(student(batch))
+    if size != len(teacher_logits):
+        raise ExportError(f"{size} evaluation images were given, and teacher logits for {len(teacher_logits)}")
+    student_logits = np.concatenate(logits)
+    write_array(evaluation / "teacher_logits.npy", teacher_logits.astype(np.float32))
+    write_array(evaluation / "teacher_uniform_logits.npy", teacher_uniform_logits.astype(np.float32))
+    write_array(evaluation / "logits.npy", student_logits)
+    if labels is not None:
+        write_array(evaluation / "labels.npy", labels.astype(np.int64))
+    if keys is not None:
+        write_text(evaluation / "keys.txt", "".join(f"{key}\n" for key in keys))
+    return student_logits
+
+
+def read_evaluation(folder: Path, *, limit: int | None = None) -> Evaluation:
+    """Read a bundle's evaluation images, the first ``limit`` of them or all.
+
+    Raises:
+        ExportError: a file is missing or damaged.
+    """
+    evaluation = folder / "evaluation"
+    try:
+        with zipfile.ZipFile(evaluation / "images.zip") as archive:
+            pixels = np.stack([as_pixels(archive.read(name)) for name in archive.namelist()[:limit]])
+    except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, SyntaxError, zlib.error) as error:
+        raise ExportError(
+            f"the evaluation images cannot be read: {error}",
+            where=evaluation / "images.zip",
+            fix="copy the bundle again, or make it again: prgkit export",
+        ) from error
+    teacher, uniform, student = (
+        read_array(evaluation / f"{name}.npy")[:limit]
+        for name in ("teacher_logits", "teacher_uniform_logits", "logits")
+    )
+    labels_path = evaluation / "labels.npy"
+    labels = read_array(labels_path)[:limit] if labels_path.exists() else None
+    keys_path = evaluation / "keys.txt"
+    keys = tuple(keys_path.read_text("ascii", "replace").split()[:limit]) if keys_path.exists() else None
+    counts = {len(values) for values in (pixels, teacher, uniform, student, labels, keys) if values is not None}
+    if len(counts) != 1:
+        raise ExportError(
+            "the evaluation's images, keys, logits and labels differ in number", where=evaluation, fix=REMAKE["onnx"]
+        )
+    require_unchanged(folder, "evaluation")
+    return Evaluation(pixels, teacher, uniform, student, labels, keys)
+
+
+def batches(images: Iterable[Pixels], size: int) -> Iterator[Pixels]:
+    """Stack images [S, S, 3] into batches [size, S, S, 3]."""
+    waiting: list[Pixels] = []
+    for image in images:
+        waiting.append(image)
+        if len(waiting) == size:
+            yield np.stack(waiting)
+            waiting = []
+    if waiting:
+        yield np.stack(waiting)
+
+
+def describe_artifact(
+    folder: Path,
+    file: str,
+    *,
+    name: str,
+    format_: str,
+    precision: str,
+    backend: str,
+    executed: bool,
+    note: str | None,
+    parity: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the manifest's entry for a file that lies in ``folder``."""
+    path = folder / file
+    return {
+        "name": name,
+        "file": file,
+        "format": format_,
+        "precision": precision,
+        "backend": backend,
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+        "executed": executed,
+        "note": note,
+        "parity": parity,
+    }
+
+
+def contract(preprocessing: Preprocessing, classes: Sequence[str]) -> dict[str, Any]:
+    """Return the manifest's part that says what goes in and what comes out."""
+    return {
+        "classes": list(classes),
+        "preprocessing": json.loads(json.dumps(preprocessing.to_dict())),
+        "input": {
+            "name": "pixels",
+            "dtype": "uint8",
+            "layout": "NHWC",
+            "shape": ["batch", *sides(preprocessing.image_size), 3],
+        },
+        "output": {"name": "logits", "dtype": "float32", "shape": ["batch", len(classes)]},
+    }

@@ -1,0 +1,60 @@
+"""What an ONNX file of ours begins with, and how one is written; nothing here needs torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from prgkit.errors import ExportError
+from prgkit.storage.atomic import write_bytes
+
+PROTOBUF_LIMIT = 2**31  # a larger model would need its weights in a second file
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Check the model as a whole and write it as one file.
+
+    It says the lowest IR version that its opset allows: runtimes refuse a newer one, whatever is in the file.
+
+    Raises:
+        ExportError: it is too large, or has what its opset does not know.
+    """
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
+    if model.ByteSize() >= PROTOBUF_LIMIT:
+        raise ExportError(
+            "this student is larger than the 2 GB that one ONNX file can hold", fix="choose a smaller student"
+        )
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        opset = model.opset_import[0].version
+        raise ExportError(
+            f"{path.name} would be no valid ONNX file of opset {opset}: {str(error).strip().splitlines()[0]}",
+            fix="--set export.opset=20 writes the default one",
+        ) from error
+    write_bytes(path, model.SerializeToString(deterministic=True))
+
+
+def normalised_input(graph: onnx.GraphProto) -> tuple[str, list[onnx.NodeProto]]:
+    """Follow the input through cast, scale, offset and transpose: the name of the network's input, and those nodes."""
+    edge, before = "pixels", []
+    while True:
+        consumers = [node for node in graph.node if edge in node.input and node.op_type != "Shape"]
+        if len(consumers) != 1 or consumers[0].op_type not in ("Cast", "Mul", "Add", "Transpose"):
+            break
+        before.append(consumers[0])
+        edge = consumers[0].output[0]
+    if "Transpose" not in [node.op_type for node in before]:
+        raise ExportError(
+            "this ONNX file does not begin with prgkit's preprocessing", fix="export it with: prgkit export"
+        )
+    return edge, before
+
+
+def rename(names: Any, old: str, new: str) -> None:
+    """Replace ``old`` by ``new`` in a repeated field of names."""
+    for position, name in enumerate(names):
+        if name == old:
+            names[position] = new

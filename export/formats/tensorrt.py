@@ -1,0 +1,368 @@
+"""ONNX to a TensorRT engine, with the facts of the build in a card beside it."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from prgkit.errors import BackendError, ExportError, nearest
+from prgkit.export.bundle.checksums import MATRIX
+from prgkit.export.formats.tensorrt_precision import (
+    inspect,
+    layer_dtypes,
+    leave_small_in_fp16,
+    refuse_tf32,
+    require_precision,
+)
+from prgkit.export.formats.timing_cache import attach_cache, cache_path, keep_cache
+from prgkit.export.runtimes.engine_metadata import SCHEMA, EngineCard, write_card
+from prgkit.storage.atomic import sha256, write_bytes
+
+BACKENDS = ("tensorrt", "tensorrt_rtx")  # in the order of preference
+AMPERE_PLUS = "SM80+"  # compute capability 8.0 and all above
+INSTALL = {
+    "tensorrt": "pip install 'prgkit[trt]' (its libraries come from NVIDIA's own index, pypi.nvidia.com, which must be "
+    "reachable; on a Jetson use JetPack's: python3 -m venv --system-site-packages)",
+    "tensorrt_rtx": "pip install 'prgkit[rtx]'",
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first NVIDIA GPU of this machine."""
+
+    name: str
+    capability: str  # "SM89"
+    driver: str | None = None  # the newest CUDA that its driver runs, as "13.0"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One TensorRT, as it is or is not on this machine."""
+
+    name: str
+    version: str | None  # None where it is not installed
+    problem: str | None  # why it cannot build here, and what it needs
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can build an engine here."""
+        return self.problem is None
+
+
+def available_backends() -> dict[str, Backend]:
+    """Return both TensorRTs with their version, or with what each needs to be usable here."""
+    return {name: probe_backend(name) for name in BACKENDS}
+
+
+def choose_backend(name: str | None = None) -> Backend:
+    """Return the backend asked for, or the best that is usable: tensorrt where a GPU is, else tensorrt_rtx.
+
+    Raises:
+        BackendError: there is none; says what each one needs.
+    """
+    if name is not None and name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}{nearest(name, BACKENDS)}", fix=f"one of: {', '.join(BACKENDS)}")
+    candidates = [probe_backend(known) for known in ((name,) if name else BACKENDS)]
+    for candidate in candidates:
+        if candidate.usable:
+            return candidate
+    problems = "\n".join(f"  {candidate.name}: {candidate.problem}" for candidate in candidates)
+    fixes = "; or ".join(INSTALL[candidate.name] for candidate in reversed(candidates))
+    raise BackendError(f"no TensorRT can build an engine here\n{problems}", fix=fixes)
+
+
+def choose_targets(backend: str, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the GPU generations an engine is for, as "SM89", or "SM80+" for that one and all that follow.
+
+    They are those asked for, or all that tensorrt_rtx builds for. tensorrt builds for the GPU at hand, for its
+    generation where that is asked for by name, or for "SM80+".
+
+    Raises:
+        BackendError: the backend does not build for one of them.
+    """
+    if backend == "tensorrt":
+        gpu = find_gpu()
+        here = (gpu.capability,) if gpu else ()
+        if asked and tuple(asked) not in (here, (AMPERE_PLUS,)):
+            raise BackendError(
+                f"tensorrt builds for the GPU at hand ({', '.join(here)}), not for {', '.join(asked)}",
+                fix="build on the device itself without --sm, for every GPU from 80 on with --sm 80+, "
+                "or for other GPUs with --backend tensorrt_rtx",
+            )
+        return tuple(asked or here)
+    if asked and tuple(asked) == (AMPERE_PLUS,):
+        asked = None
+    known = generations(backend)
+    if unknown := [name for name in asked or () if name not in known]:
+        raise BackendError(f"{backend} cannot build for {', '.join(unknown)}", fix=f"it knows {', '.join(known)}")
+    # Turing (SM75) must be asked for: TensorRT-RTX 1.7 has no FP32 matrix product for it, and would refuse them all.
+    return tuple(asked or (name for name in known if name != "SM75"))
+
+
+def generations(backend: str) -> list[str]:
+    """Return the GPU generations that TensorRT for RTX builds for, as "SM89"."""
+    names = importlib.import_module(backend).ComputeCapability.__members__
+    return sorted((name for name in names if name not in ("NONE", "CURRENT")), key=lambda name: int(name[2:]))
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def leaving_nothing(work: Callable[P, R]) -> Callable[P, R]:
+    """Let what ``work`` holds die with it, also where it fails.
+
+    A traceback keeps the objects of its frames until the garbage collector finds it. That can be while TensorRT tells
+    its logger something during a later build: destroying a builder there waits for a lock of TensorRT's, for ever.
+    """
+
+    @wraps(work)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return work(*args, **kwargs)
+        except BaseException as error:
+            one: BaseException | None = error
+            while one is not None:
+                traceback.clear_frames(one.__traceback__)
+                one = one.__cause__ or one.__context__
+            raise
+
+    return wrapped
+
+
+@leaving_nothing
+def build_engine(
+    onnx_path: Path,
+    folder: Path,
+    *,
+    precision: str,
+    batch: tuple[int, int, int],
+    backend: str | None = None,
+    sm: Sequence[str] | None = None,
+) -> EngineCard:
+    """Build an engine in ``folder``, and its card (the same name with .json).
+
+    Its name is ``<onnx stem>.<kind>.<backend>.engine``; the kind is the ONNX file's, as in ``model.int8-heavy.onnx``,
+    or where that has none the precision.
+
+    The network is strongly typed: the types come from the ONNX file alone, and are checked against ``precision`` before
+    anything is built. ``batch`` is [min, opt, max]; three equal numbers make a static engine.
+
+    Raises:
+        BackendError: no usable TensorRT, or it cannot build for those compute capabilities.
+        ExportError: the file is damaged or holds another precision, or the build failed; with TensorRT's own words.
+        NotWorthItError: of an INT8 file tensorrt_rtx would make a larger engine than of FP16's.
+    """
+    chosen = choose_backend(backend)
+    trt = importlib.import_module(chosen.name)
+    check_batch(batch)
+    logger = quiet_logger(trt)
+    started = time.perf_counter()
+    builder = trt.Builder(logger)
+    network, parser = parse(trt, builder, logger, onnx_path)
+    types = layer_dtypes(network)
+    require_precision(types, precision, onnx_path)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    tf32 = refuse_tf32(trt, config)
+    targets = choose_targets(chosen.name, sm)
+    compatibility = set_targets(trt, config, chosen.name, targets, asked=bool(sm))
+    set_batch(builder, config, network, batch)
+    int8, alive = None, None
+    if precision == "int8" and chosen.name == "tensorrt_rtx":
+        int8, alive = leave_small_in_fp16(trt, network)
+    gpu, timings = find_gpu(), None
+    if chosen.name == "tensorrt" and gpu:  # TensorRT for RTX times nothing
+        timings = cache_path(str(chosen.version), gpu.name)
+    known = timings and attach_cache(config, timings)
+    serialized = builder.build_serialized_network(network, config)
+    del alive
+    if serialized is None:
+        raise ExportError(f"{chosen.name} could not build an engine: {logger.reason()}", where=onnx_path)
+    plan = bytes(serialized)
+    build_s = time.perf_counter() - started
+    del parser
+    if timings:
+        keep_cache(config, timings)
+    inspected = inspect(trt, logger, plan, precision, onnx_path) if gpu else None
+    stem, kind = (*onnx_path.name.split("."), "")[:2]
+    kind = kind if kind.startswith(precision) else precision  # model.int8-heavy.tensorrt.onnx
+    path = folder / f"{stem}.{kind}.{chosen.name}.engine"
+    write_bytes(path, plan)
+    card = EngineCard(
+        schema=SCHEMA,
+        file=path.name,
+        bytes=len(plan),
+        sha256=sha256(path),
+        onnx=onnx_path.name,
+        onnx_sha256=sha256(onnx_path),
+        backend=chosen.name,
+        backend_version=str(chosen.version),
+        precision=precision,
+        tf32=tf32,
+        batch=batch,
+        compute_capabilities=targets,
+        gpu=gpu.name if gpu else None,
+        input=tensor_facts(network.get_input(0)),
+        output=tensor_facts(network.get_output(0)),
+        layer_dtypes=types,
+        inspected_dtypes=inspected,
+        build_s=round(build_s, 3),
+        executed=False,
+        note="built and never executed here",
+        driver=gpu.driver if gpu else None,
+        platform=this_platform(),
+        hardware_compatibility=compatibility,
+        timing_cache=("used" if known else "new") if timings else None,
+        int8_convolutions=int8,
+    )
+    write_card(path, card)
+    return card
+
+
+def this_platform() -> str:
+    """Return the operating system and processor that an engine is bound to, as "Linux x86_64"."""
+    return f"{platform.system()} {platform.machine()}"
+
+
+def find_gpu() -> Gpu | None:
+    """Ask the driver itself for its first GPU: no CUDA package is needed for that."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    device, count = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return None
+    if driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    name, version = ctypes.create_string_buffer(256), []
+    driver.cuDeviceGetName(name, len(name), device)
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        version.append(str(value.value))
+    newest = ctypes.c_int()  # CUDA 13.1 is 13010
+    known = driver.cuDriverGetVersion(ctypes.byref(newest)) == 0
+    cuda = f"{newest.value // 1000}.{newest.value % 1000 // 10}" if known else None
+    return Gpu(name.value.decode(errors="replace"), "SM" + "".join(version), cuda)
+
+
+def probe_backend(name: str) -> Backend:
+    """Import one TensorRT and say whether it can build here."""
+    try:
+        version = str(importlib.import_module(name).__version__)
+    except Exception as error:  # a placeholder wheel, a missing library, a driver too old: each raises its own kind
+        why = (
+            "not installed"
+            if isinstance(error, ModuleNotFoundError) and error.name == name
+            else f"cannot be imported ({error})"
+        )
+        return Backend(name, None, f"{why}; {INSTALL[name]}")
+    if name == "tensorrt" and find_gpu() is None:
+        return Backend(name, version, "installed, but it builds only where an NVIDIA GPU and its driver are")
+    return Backend(name, version, None)
+
+
+def check_batch(batch: tuple[int, int, int]) -> None:
+    """Refuse a batch profile that no engine can have."""
+    if len(batch) != 3 or not 1 <= batch[0] <= batch[1] <= batch[2]:
+        raise ExportError(f"a batch profile is [min, opt, max] with 1 <= min <= opt <= max, not {list(batch)}")
+
+
+def quiet_logger(trt: Any) -> Any:
+    """Return a TensorRT logger that keeps what it is told and prints nothing."""
+
+    class QuietLogger(trt.ILogger):  # type: ignore[misc]
+        """Keeps warnings and errors."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            """Receive one line from TensorRT."""
+            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                self.errors.append(message.strip())
+
+        def reason(self) -> str:
+            """Return the errors so far, each once."""
+            return "; ".join(dict.fromkeys(self.errors)) or "TensorRT gave no reason"
+
+    return QuietLogger()
+
+
+def parse(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> tuple[Any, Any]:
+    """Parse a file into a strongly typed network; the parser is returned because it owns the weights."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # gone where nothing else is left
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, logger)
+    fix = "export it again: prgkit export"
+    if not onnx_path.exists():
+        raise ExportError(f"there is no {onnx_path.name} to build an engine from", where=onnx_path.parent, fix=fix)
+    data = onnx_path.read_bytes()
+    if not data:  # the parser takes it for a model without layers
+        raise ExportError(f"{onnx_path.name} is empty", where=onnx_path, fix=fix)
+    if not parser.parse(data):
+        said = [parser.get_error(number).desc() for number in range(parser.num_errors)]
+        reason = "; ".join(dict.fromkeys(said)) or logger.reason()
+        raise ExportError(f"TensorRT's parser refused {onnx_path.name}: {reason}", where=onnx_path, fix=fix)
+    if MATRIX in [network.get_input(number).name for number in range(network.num_inputs)]:
+        raise ExportError(
+            f"{onnx_path.name} takes its class vectors as an input, and an engine holds them",
+            where=onnx_path,
+            fix="export it where the student was trained: prgkit export --open-vocabulary --trt",
+        )
+    if (network.num_inputs, network.num_outputs) != (1, 1):
+        raise ExportError(
+            f"{onnx_path.name} is not an export of ours: one input and one output expected", where=onnx_path, fix=fix
+        )
+    return network, parser
+
+
+def set_targets(trt: Any, config: Any, backend: str, targets: Sequence[str], *, asked: bool) -> str | None:
+    """Tell a builder the GPU generations that an engine is for; returns tensorrt's level of hardware compatibility.
+
+    Without one, an engine of tensorrt is for the GPU model that it was built on.
+
+    Raises:
+        BackendError: this TensorRT has no such level.
+    """
+    if backend == "tensorrt":
+        level = "NONE" if not asked else "AMPERE_PLUS" if targets[0] == AMPERE_PLUS else "SAME_COMPUTE_CAPABILITY"
+        levels = trt.HardwareCompatibilityLevel.__members__
+        if level not in levels:
+            raise BackendError(f"tensorrt {trt.__version__} cannot build for {targets[0]}", fix="build without --sm")
+        config.hardware_compatibility_level = levels[level]
+        return level
+    config.num_compute_capabilities = len(targets)
+    for position, name in enumerate(targets):
+        config.set_compute_capability(trt.ComputeCapability.__members__[name], position)
+    return None
+
+
+def set_batch(builder: Any, config: Any, network: Any, batch: tuple[int, int, int]) -> None:
+    """Fix the batch dimension, or give the range it may take: static engines can be faster."""
+    pixels = network.get_input(0)
+    rest = tuple(pixels.shape)[1:]
+    if batch[0] == batch[2]:
+        pixels.shape = (batch[0], *rest)
+        return
+    profile = builder.create_optimization_profile()
+    profile.set_shape(pixels.name, *((size, *rest) for size in batch))
+    config.add_optimization_profile(profile)
+
+
+def tensor_facts(tensor: Any) -> dict[str, Any]:
+    """Return a network tensor's name, type and shape; -1 is the batch."""
+    return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}

@@ -1,0 +1,314 @@
+"""What an export takes from a run: its best student, images it never learned from, the teacher's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import replace
+from functools import cache
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from prgkit.config.objectives import OBJECTIVES
+from prgkit.config.recipe import Recipe, TeacherPage
+from prgkit.data.index import Catalogue, Preprocessing, labelled, trimmed
+from prgkit.data.snapshot import only_members
+from prgkit.data.ticks import audited_keys, bring_ticks
+from prgkit.errors import ExportError
+from prgkit.export.bundle.artifact_cache import alone_in
+from prgkit.export.int8.pipeline import Learned
+from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
+from prgkit.progress import Watch
+from prgkit.storage.atomic import sha256
+from prgkit.storage.locks import locked
+from prgkit.storage.run import TICKS, Run
+from prgkit.student.model import load_student, student_facts
+from prgkit.teacher.clip import Teacher, load_teacher
+from prgkit.teacher.ensemble import existing_targets, open_targets
+from prgkit.teacher.feature_store import embed
+from prgkit.teacher.zero_shot import Answers, answers_of, no_correction
+from prgkit.training.dataset import grey_of, hold_out, read_catalogue
+from prgkit.training.distributed import best_device
+from prgkit.training.pseudo_labels import confidence_of
+from prgkit.training.selection import sure_enough
+
+PARITY_IMAGES = 256
+GOLDEN_IMAGES = 16
+GOLDEN_CANDIDATES = 64
+GOLDEN_SIDE = 1024  # of the shorter side: sixteen photographs of 24 megapixels would be most of a bundle
+
+
+def export_run(
+    run: Run,
+    *,
+    fp16: bool,
+    trt: bool,
+    backend: str | None = None,
+    batch: tuple[int, int, int] | None = None,
+    sm: tuple[str, ...] | None = None,
+    int8: bool = False,
+    float_input: bool = False,
+    evaluation_images: int | None = None,
+    open_vocabulary: str | None = None,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Export a run's best student into ``<run>/bundle`` and return the manifest.
+
+    ``backend``, ``batch`` (by default the recipe's) and ``sm`` are for the engines. ``evaluation_images`` takes the
+    place of the recipe's, also in the recipe that the manifest holds. ``open_vocabulary`` puts class vectors in the
+    place of the class head, as an ``initializer`` of the ONNX files or an ``input``; None: as the student was trained.
+
+    Raises:
+        PrgkitError: the run has no student or is being worked on, an artifact disagrees with PyTorch, or a backend is
+            missing.
+    """
+    with locked(run.folder, "run"), alone_in(run.bundle):
+        recipe = run.recipe
+        if evaluation_images is not None:
+            page = recipe.export.model_copy(update={"evaluation_images": evaluation_images})
+            recipe = recipe.model_copy(update={"export": page})
+        page = recipe.export
+        options = ExportOptions(
+            page.opset,
+            fp16=fp16,
+            int8=int8,
+            fidelity=page.fidelity,
+            float_input=float_input,
+            trt=trt,
+            batch=batch or page.batch,
+            backend=backend,
+            sm=sm,
+            class_vectors=open_vocabulary,
+        )
+        check_vocabulary(recipe, options)
+        manifest = export_best(run, recipe, options, watch)
+    there = manifest["evaluation"]["images"]
+    if evaluation_images is not None and there < evaluation_images:
+        watch.note(f"there are {there} images to evaluate on; {evaluation_images} were asked for")
+    return manifest
+
+
+def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) -> dict[str, Any]:
+    """Gather what the bundle is made from, and make it."""
+    card = run.card
+    student = load_student(run)
+    learned = student_facts(run.weights)
+    if not run.finished:
+        watch.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
+    seen = existing_targets(recipe, run.target_stores[0].parent) or ()
+    grey, classes = grey_of(run), None
+    if recipe.data.evaluation:
+        found = read_catalogue(recipe.data.evaluation, recipe, watch, known=seen, grey=grey)
+        images, classes = labelled(found, recipe.classes, note=watch.note)
+    else:
+        images = images_of(run, recipe, seen, watch)
+    positions = evaluation_positions(images, recipe, first=audited_keys(run))
+    labels = None if classes is None else classes[positions]
+    taught = ask_teacher(run, recipe, images, positions, watch)
+    if options.class_vectors and student.scorer is None:
+        student.score_by(taught.answers.class_vectors(), taught.answers.logit_scale)
+    facts = card["student"] if student.scorer is None else student.facts(recipe.student)
+    vocabulary = {"teacher": card["teacher"]["fingerprint"], "templates": list(recipe.templates)}
+    preprocessing = replace(student.preprocessing, grey_range=grey)
+    prepare = preprocessing.prepare
+    checked = [prepare(picture) for picture in parity_pictures(run, images, positions, recipe, seen, watch)]
+    if len(checked) < PARITY_IMAGES:
+        watch.note(f"there are {len(checked)} images to compare the exports on; {PARITY_IMAGES} would be better")
+
+    manifest = export_student(
+        student.deployed(),
+        run.bundle,
+        pixels=np.stack(checked),
+        golden=golden_pictures(images, positions),
+        held_out=HeldOut(
+            prepared=(prepare(images.read(int(position))) for position in positions),
+            teacher_logits=taught.weighted,
+            teacher_uniform_logits=taught.uniform,
+            labels=labels,
+            source=images.images.spec,
+            keys=tuple(images.keys[position] for position in positions),
+            teacher_features=taught.features if student.scorer else None,
+        ),
+        classes=recipe.classes,
+        preprocessing=preprocessing,
+        facts={
+            "run": {
+                "name": run.name,
+                "fingerprint": card["fingerprint"],
+                "student_sha256": sha256(run.weights),
+                "objective": recipe.objective_name,
+                "learned_labels": recipe.learns_labels or any(page.context for page in recipe.teacher),
+                "epochs": recipe.training.epochs,
+                "best_epoch": learned["epoch"],
+                "images": card["images"]["used"],
+                "training": run.metrics(),
+                "quality": run.quality(),
+            },
+            "recipe": recipe.model_dump(mode="json"),
+            "teacher": {key: card["teacher"][key] for key in ("model", "weights", "fingerprint")},
+            "student": {
+                **{key: facts[key] for key in ("model", "initial", "parameters")},
+                "image_size": recipe.student.image_size,
+            },
+            **({"open_vocabulary": vocabulary} if student.scorer else {}),
+        },
+        options=options,
+        learned=cache(lambda: learned_images(run, images, positions, preprocessing, recipe, seen, watch)),
+        note=watch.note,
+    )
+    bring_ticks(run.ticks_file, run.bundle / TICKS, recipe.classes)
+    return manifest
+
+
+def evaluation_positions(images: Catalogue, recipe: Recipe, *, first: Container[str] = ()) -> NDArray[np.int64]:
+    """Return which images travel: labelled ones where the recipe names them, else those held out from training.
+
+    Where there are more than travel, those with the keys in ``first`` go before the others. The catalogue is ordered by
+    content key, so the first ones are a random sample.
+    """
+    chosen = np.arange(len(images)) if recipe.data.evaluation else hold_out(images.keys, recipe.data.held_out)
+    before = np.array([images.keys[position] in first for position in chosen], dtype=bool)
+    return np.sort(np.concatenate([chosen[before], chosen[~before]])[: recipe.export.evaluation_images])
+
+
+def images_of(run: Run, recipe: Recipe, seen: Container[str], watch: Watch) -> Catalogue:
+    """Read the images that a run was made from, as far as they are still there."""
+    return only_members(read_catalogue(recipe.data.images, recipe, watch, known=seen, grey=grey_of(run)), run, watch)
+
+
+def parity_pictures(
+    run: Run, images: Catalogue, positions: NDArray[np.int64], recipe: Recipe, seen: Container[str], watch: Watch
+) -> Iterator[Image.Image]:
+    """Yield up to `PARITY_IMAGES` distinct pictures: the ones that travel, then others, then ones learned from.
+
+    Two runtimes are compared on them, not a student and a truth, so having learned from them does no harm.
+    """
+    order = [*positions.tolist(), *np.setdiff1d(np.arange(len(images)), positions).tolist()][:PARITY_IMAGES]
+    for position in order:
+        yield images.read(position)
+    if len(order) < PARITY_IMAGES and recipe.data.evaluation:
+        taken = set(images.keys)
+        learned = images_of(run, recipe, seen, watch)
+        others = (position for position, key in enumerate(learned.keys) if key not in taken)
+        for position in islice(others, PARITY_IMAGES - len(order)):
+            yield learned.read(position)
+
+
+def learned_images(
+    run: Run,
+    images: Catalogue,
+    positions: NDArray[np.int64],
+    preprocessing: Preprocessing,
+    recipe: Recipe,
+    seen: Container[str],
+    watch: Watch,
+) -> Learned:
+    """Return the images that the student learned from, for INT8's ranges.
+
+    None of them travels, and none selected the student: INT8 is judged on images that it was not fitted to.
+    """
+    catalogue, apart = images, {images.keys[position] for position in positions.tolist()}
+    if recipe.data.evaluation:
+        catalogue = images_of(run, recipe, seen, watch)
+    places = np.setdiff1d(np.arange(len(catalogue)), hold_out(catalogue.keys, recipe.data.held_out))
+    if recipe.data.keep.asks:
+        places = places[sure_enough(confidence_of(run, images=len(places)), recipe.data.keep)]
+    chosen = [place for place in places.tolist() if catalogue.keys[place] not in apart]
+    return Learned(
+        images=len(chosen),
+        read=lambda places: np.stack([preprocessing.prepare(catalogue.read(chosen[place])) for place in places]),
+    )
+
+
+def golden_pictures(images: Catalogue, positions: NDArray[np.int64]) -> list[Image.Image]:
+    """Return `GOLDEN_IMAGES` pictures of moderate size; where there are too few of those, large ones are shrunk."""
+    moderate: list[Image.Image] = []
+    shrunk: list[Image.Image] = []
+    for position in positions[:GOLDEN_CANDIDATES].tolist():
+        picture = trimmed(images.read(position))
+        factor = GOLDEN_SIDE / min(picture.size)
+        if factor >= 1:
+            moderate.append(picture)
+        elif len(shrunk) < GOLDEN_IMAGES:
+            width, height = (max(1, round(factor * side)) for side in picture.size)
+            shrunk.append(picture.resize((width, height), Image.Resampling.LANCZOS))
+        if len(moderate) == GOLDEN_IMAGES:
+            break
+    return [*moderate, *shrunk][:GOLDEN_IMAGES]
+
+
+def teacher_logits(
+    run: Run, recipe: Recipe, images: Catalogue, positions: NDArray[np.int64], watch: Watch
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return W [n, C] of the evaluation view twice: as the student learned it, and as the teacher says it by itself."""
+    taught = ask_teacher(run, recipe, images, positions, watch)
+    return taught.weighted, taught.uniform
+
+
+class Taught(NamedTuple):
+    """What the teacher says of n images, and what it says it with."""
+
+    weighted: NDArray[np.float32]  # W [n, C] as the student learned it, corrected where the run corrects
+    uniform: NDArray[np.float32]  # W [n, C] as the teacher says it by itself, its prompts weighted equally
+    features: NDArray[np.float32]  # I [n, D]
+    answers: Answers
+
+
+def ask_teacher(run: Run, recipe: Recipe, images: Catalogue, positions: NDArray[np.int64], watch: Watch) -> Taught:
+    """Return what the teacher says of the evaluation view of some images."""
+
+    @cache
+    def teacher(page: TeacherPage) -> Teacher:  # asked only where the run's targets are gone
+        watch.note(f"loading the teacher {page.model}")
+        return load_teacher(page, best_device())
+
+    targets = open_targets(recipe, run.target_stores[0].parent, teacher)
+    if targets.facts()["fingerprint"] != run.card["teacher"]["fingerprint"]:
+        raise ExportError(
+            f"the teacher, or its learned context, is not the one that the student learned from: {recipe.teacher_name}",
+            where=run.folder,
+            fix="put the old one back, or distil again into a new run",
+        )
+    for store in targets.stores:
+        embed(store, images, views=np.ones(len(images), dtype=int), recipe=recipe, teacher=teacher, watch=watch)
+    prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
+    answers = answers_of(run, recipe, prompts, targets.logit_scale)
+    rows = targets.rows([images.keys[position] for position in positions], views=1)
+    features = targets.features(rows, np.zeros(len(rows), dtype=int))
+    return Taught(*said(answers, features), features.numpy(), answers)
+
+
+def said(answers: Answers, features: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the teacher's answer W [n, C] to features I [n, D] twice: as it is given, and as said by itself."""
+    classes = answers.prompts.shape[1]
+    by_itself = replace(answers, prompt_weighting="mean", correction=no_correction(classes))
+    parts = torch.split(features, 256)
+    weighted, uniform = ([one.logits(part) for part in parts] for one in (answers, by_itself))
+    return torch.cat(weighted).numpy(), torch.cat(uniform).numpy()
+
+
+def check_vocabulary(recipe: Recipe, options: ExportOptions) -> None:
+    """Refuse class vectors where the student's features are not the teacher's, or as an input of engines.
+
+    A projector that was trained is not enough: rkd and crd hold relations between images, in any space. On the demo's
+    digits their class heads were right on 92.8 and 91.6 %, their features scored by class vectors on 3.2 and 18.8 %.
+
+    Raises:
+        ExportError: says what to do instead.
+    """
+    if options.class_vectors and not any(page.aligns_features for page in recipe.objective):
+        able = [name for name, page in OBJECTIVES.items() if page(name=name).aligns_features]  # type: ignore[call-arg]
+        raise ExportError(
+            f"{recipe.objective_name} does not draw the student's features to the teacher's, so class vectors cannot "
+            "score them",
+            fix=f"distil with one of {', '.join(able)}, or export without --open-vocabulary",
+        )
+    if options.class_vectors == "input" and options.trt:
+        raise ExportError(
+            "engines hold their class vectors; they cannot take them as an input",
+            fix="export --open-vocabulary --trt; after prgkit relabel, export --trt in the bundle builds them again",
+        )

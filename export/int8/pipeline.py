@@ -1,0 +1,223 @@
+"""The INT8 part of an export: calibrate and scan once, then the files for each runtime that hold the fidelity floor.
+
+There are two for each: one with as many blocks in INT8 as hold the floor, and one in which those with little arithmetic
+for each value stay in float. Which is faster is for the device to say; `prgkit bench` asks it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prgkit.errors import ExportError
+from prgkit.export.bundle.artifact_cache import Artifact, Finished
+from prgkit.export.bundle.bundle import QDQ, describe_artifact
+from prgkit.export.int8.accuracy_control import Logits, Pixels, choose_tail, hold_floor, logits_of, scan_blocks
+from prgkit.export.int8.calibration import Spread, measure_spreads
+from prgkit.export.int8.floor import Facts, told, too_few
+from prgkit.export.int8.qdq import HEAVY_WORK, Block, Layout, find_blocks, tensors_of
+from prgkit.export.parity import compare
+from prgkit.storage.atomic import fingerprint
+
+CALIBRATION_IMAGES = 256
+ENOUGH = 0.8  # of the blocks, the least sensitive ones, decide how much of each tensor's spread is clipped
+SCAN_TAIL = 0.02  # the share of the images that is clipped while blocks are scanned
+Result = tuple[Artifact | None, Facts]  # a file's entry, None where it is not kept, and what was found of it
+FOR_TENSORRT = "TensorRT's layout; its fidelity is that of this file in ONNX Runtime"
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Images that the student learned from, none of them held out."""
+
+    images: int
+    read: Callable[[NDArray[np.int64]], Pixels]  # places [n], each below `images`, to pixels [n, S, S, 3]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One INT8 file of a bundle."""
+
+    name: str
+    file: str
+    layout: Layout
+    heavy: bool  # blocks below `HEAVY_WORK` stay in float
+
+    def left(self, blocks: Sequence[Block]) -> tuple[str, ...]:
+        """Return which of a network's blocks stay in float in any case."""
+        return tuple(block.name for block in blocks if self.heavy and block.work < HEAVY_WORK)
+
+
+VARIANTS: Mapping[Layout, tuple[Variant, Variant]] = {
+    "onnxruntime": (
+        Variant("onnx-int8", "model.int8.onnx", "onnxruntime", heavy=False),
+        Variant("onnx-int8-heavy", "model.int8-heavy.onnx", "onnxruntime", heavy=True),
+    ),
+    "tensorrt": (
+        Variant("onnx-int8-tensorrt", "model.int8.tensorrt.onnx", "tensorrt", heavy=False),
+        Variant("onnx-int8-heavy-tensorrt", "model.int8-heavy.tensorrt.onnx", "tensorrt", heavy=True),
+    ),
+}
+
+
+def quantise(
+    quantiser: Quantiser,
+    folder: Path,
+    *,
+    half: Callable[[], Path],
+    made_from: dict[str, Any],
+    finished: Finished,
+    engines: Callable[[list[Artifact]], tuple[list[Artifact], list[Facts]]] | None,
+) -> tuple[list[Artifact], list[Facts]]:
+    """Make the INT8 files of ONNX Runtime in ``folder`` and, where ``engines`` builds from them, TensorRT's.
+
+    Returns the entries of what is kept, and what was found of those that are not. ``half`` gives the FP16 file, over
+    which TensorRT's layout is made: over FP32 its engine could be larger than one without INT8.
+    """
+    results = quantiser.make_all("onnxruntime", lambda: quantiser.network.fp32, folder, made_from, finished)
+    if engines is not None:
+        results += quantiser.make_all("tensorrt", half, folder, made_from, finished)
+    kept = [entry for entry, _ in results if entry is not None]
+    not_kept = [found for entry, found in results if entry is None]
+    if engines is not None:
+        built, not_built = engines([entry for entry in kept if entry["format"] == QDQ])
+        kept, not_kept = kept + built, not_kept + not_built
+    return kept, not_kept
+
+
+@dataclass(frozen=True)
+class Network:
+    """An FP32 file and all that must be known to quantise it; calibration and scan happen once, when first needed."""
+
+    fp32: Path
+    calibration: Pixels  # [n, S, S, 3]
+    note: Callable[[str], None]
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """What can be quantised."""
+        return find_blocks(self.fp32)
+
+    @cached_property
+    def spreads(self) -> dict[str, Spread]:
+        """How the values of every tensor spread on the calibration images."""
+        self.note(f"INT8: calibrating on {len(self.calibration)} images")
+        return measure_spreads(self.fp32, tensors_of(self.fp32, self.blocks), self.calibration)
+
+    @cached_property
+    def tail(self) -> float:
+        """On which share of the images each tensor is clipped: what suits the blocks that may be in INT8 best.
+
+        The most sensitive ones would decide it, and most likely they are the ones that will be in float.
+        """
+        floating = {row["block"] for row in self.scan[: len(self.scan) - math.ceil(ENOUGH * len(self.scan))]}
+        blocks = [block for block in self.blocks if block.name not in floating]
+        return choose_tail(self.fp32, blocks, self.spreads, self.calibration)
+
+    @cached_property
+    def scan(self) -> list[Facts]:
+        """What each block costs, the most sensitive first."""
+        self.note(f"INT8: scanning {len(self.blocks)} blocks")
+        return scan_blocks(self.fp32, self.blocks, self.spreads, SCAN_TAIL, self.calibration)
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """What INT8 files are made from and judged on."""
+
+    network: Network  # calibrated on images none of which are among those that it is judged on
+    pixels: Pixels  # [n, S, S, 3], held out
+    logits: Logits  # [n, classes], of the FP32 file
+    floor: float  # percent
+    compared: tuple[Pixels, Callable[[], Logits]]  # images and PyTorch's logits, for the parity of the manifest
+    note: Callable[[str], None]
+
+    def make_all(
+        self, layout: Layout, source: Callable[[], Path], folder: Path, made_from: dict[str, Any], finished: Finished
+    ) -> list[Result]:
+        """Return what `make` returns of a layout's files; of the heavy one only where the other has light blocks."""
+        full, heavy = VARIANTS[layout]
+        results = [self.make(full, source, folder, made_from, finished)]
+        if (found := results[0][1])["kept"]:
+            left = set(heavy.left(self.network.blocks))
+            if len(left) < len(self.network.blocks) and not left <= set(found["float_blocks"]):
+                results.append(self.make(heavy, source, folder, made_from, finished))
+        return results
+
+    def make(
+        self, variant: Variant, source: Callable[[], Path], folder: Path, made_from: dict[str, Any], finished: Finished
+    ) -> Result:
+        """Return the entry of a file, or None where it is not kept; and what was found of it."""
+        name, path, layout = variant.name, folder / variant.file, variant.layout
+        seen = [digest(self.network.calibration), digest(self.pixels)]
+        made_from = {**made_from, "int8": [name, self.floor, *seen]}
+        if entry := finished.take(name, made_from):
+            self.note(f"{entry['file']}: finished before, and made from the same; it is kept")
+            return entry, entry["quantization"]
+        if found := finished.not_kept(name, made_from):
+            self.note(f"{path.name}: {told(found)} (found before, from the same)")
+            return None, found
+        found = too_few(len(self.pixels), self.floor)
+        if found is None:
+            found = self.hold(source(), path, layout, variant.left(self.network.blocks))
+        calibrated = len(self.network.calibration)
+        found = {"name": name, "layout": layout, "calibration_images": calibrated, **found}
+        self.note(f"{path.name}: {told(found)}")
+        if not found["kept"]:
+            again = found["agreement"] is None  # too few images: it costs nothing to find that out again
+            return None, {**found, **({} if again else {"made_from": fingerprint(made_from)})}
+        images, reference = self.compared
+        entry = describe_artifact(
+            folder,
+            path.name,
+            name=name,
+            format_=QDQ if layout == "tensorrt" else "onnx",
+            precision="int8",
+            backend=layout,
+            executed=True,
+            note=FOR_TENSORRT if layout == "tensorrt" else None,
+            parity=compare(reference(), logits_of(path, images), precision="int8").to_dict(),
+        )
+        return finished.add({**entry, "quantization": found}, made_from), found
+
+    def hold(self, source: Path, path: Path, layout: Layout, left: tuple[str, ...]) -> Facts:
+        """Write ``path`` with as many of the network's blocks in INT8 as hold the floor; see `hold_floor`."""
+        network = self.network
+        return hold_floor(
+            source,
+            path,
+            blocks=[block for block in network.blocks if block.name not in left],
+            scan=[row for row in network.scan if row["block"] not in left],
+            spreads=network.spreads,
+            tail=network.tail,
+            layout=layout,
+            pixels=self.pixels,
+            logits=self.logits,
+            floor=self.floor,
+            left=left,
+            note=self.note,
+        )
+
+
+def calibration_of(learned: Learned) -> Pixels:
+    """Return up to `CALIBRATION_IMAGES` images [n, S, S, 3] for the ranges of activations.
+
+    Raises:
+        ExportError: there is none.
+    """
+    if not learned.images:
+        raise ExportError("there is no image to calibrate INT8 on that is not held out", fix="export without --int8")
+    return learned.read(np.arange(min(CALIBRATION_IMAGES, learned.images)))
+
+
+def digest(pixels: NDArray[np.uint8]) -> str:
+    """Return the SHA-256 of images."""
+    return hashlib.sha256(pixels.tobytes()).hexdigest()

@@ -1,0 +1,267 @@
+"""INT8 as explicit Q/DQ nodes: what can be quantised in an ONNX file of ours, and the file in which that is so.
+
+Two layouts. ONNX Runtime's x86 kernels want uint8 activations with a zero-point, and quantised inputs and outputs of
+every convolution that shall run in 8 bits. TensorRT wants int8 activations around zero, on the inputs of convolutions
+alone, over a graph whose other types are FP16. Weights are int8, symmetric, with a scale for each output channel.
+
+On x86 without VNNI, ONNX Runtime's kernels add the products of two neighbouring channels in 16 bits, which saturate
+where both activations and both weights are large. So no two neighbours of one sign may sum to more than 128 steps:
+0.4 of the 8 bits on average, where weights of 7 bits, the usual remedy, cost a whole one. Without that rule a
+RepViT-M0.9's logits were off by 0.0087 on average, and by 0.0184 on an (emulated) Haswell; with it they are by 0.0081
+and 0.0079 (benchmarks/results/emulated.json).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from prgkit.errors import ExportError
+from prgkit.export.formats.onnx_graph import normalised_input, save
+from prgkit.export.int8.calibration import Spread
+
+Layout = Literal["onnxruntime", "tensorrt"]
+POOLS = ("ReduceMean", "GlobalAveragePool")
+DENSE_CHANNELS = 32  # into a kernel larger than 1 x 1
+# Products per value that a convolution takes or gives. Below the first rounding costs what INT8 gains; below the second
+# it depends on the machine, even on its threads: benchmarks/results/export_int8.json has RepViT-M0.9 with and without.
+LEAST_WORK = 24
+HEAVY_WORK = 80
+SEGMENTS = 16  # of a graph whose weights have no names to group them by
+LEAST_SCALE = {np.dtype(np.float32): 1e-12, np.dtype(np.float16): 2.0**-14}  # below it float16 loses precision
+MOST_BIAS = 2.0**30  # a bias is int32 in steps of input scale x weight scale
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the network that is quantised as a whole or not at all."""
+
+    name: str
+    nodes: tuple[str, ...]  # convolutions, in the graph's order
+    work: float = math.inf  # the least of them, in products per value
+
+
+def find_blocks(path: Path) -> list[Block]:
+    """Group what can be quantised in an ONNX file of ours by the blocks of the network, in the graph's order.
+
+    That is every dense convolution of feature maps: there the arithmetic is. Depthwise ones, those of few channels and
+    the sums between blocks stay in float: ONNX Runtime's 8-bit kernels for them are slower than its float ones (a
+    whole EfficientNet-B0 in INT8 took 1.3 times FP32's time at 224 px), and their errors are the largest. What works
+    on pooled features (squeeze-excite, the head) takes no time, and its errors reach everything. A block's name is that
+    of the module its weights come from; a graph without such names is cut into `SEGMENTS` parts.
+
+    Raises:
+        ExportError: there is no convolution to quantise, or the file is none of ours.
+    """
+    graph = onnx.load(str(path)).graph
+    weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    _, before = normalised_input(graph)
+    outside = {node.output[0] for node in before} | {graph.output[0].name}
+    pooled: set[str] = set()
+    named: dict[str, str] = {}  # node -> block
+    work: dict[str, float] = {}  # node -> products per value
+    for node in graph.node:
+        activations = [name for name in node.input if name and name not in weights]
+        if node.op_type in POOLS or (activations and all(name in pooled for name in activations)):
+            pooled.update(node.output)
+            continue
+        if node.output[0] in outside:
+            continue
+        if node.op_type == "Conv" and is_dense(node, shape := weights.get(node.input[1], ())):
+            named[node.name], work[node.name] = block_name(node.input[1]), work_of(shape)
+    if not named:
+        raise ExportError(f"{path.name} has no convolution to quantise", where=path, fix="export without --int8")
+    if len(set(named.values())) < 2:
+        parts = np.array_split(np.array(list(named)), min(SEGMENTS, len(named)))
+        named = {str(node): f"part {number}" for number, nodes in enumerate(parts) for node in nodes}
+    nodes = {name: [node for node, block in named.items() if block == name] for name in named.values()}
+    return [Block(name, tuple(those), min(work[node] for node in those)) for name, those in nodes.items()]
+
+
+def is_dense(node: onnx.NodeProto, shape: tuple[int, ...]) -> bool:
+    """Tell whether a convolution with weights of ``shape`` [out, in, height, width] mixes enough channels to gain."""
+    groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+    if len(shape) != 4 or groups != 1:
+        return False
+    return work_of(shape) >= LEAST_WORK if shape[2:] == (1, 1) else shape[1] >= DENSE_CHANNELS
+
+
+def work_of(shape: tuple[int, ...]) -> float:
+    """Return how many products a convolution [out, in, height, width] computes per value that it takes or gives."""
+    return math.prod(shape) / (shape[0] + shape[1])
+
+
+def block_name(weight: str) -> str:
+    """Return the block of a weight's name: the part of a numbered module to which the weight belongs.
+
+    ``network.stages.1.downsample.ffn.conv1.weight`` is of ``stages.1.downsample.ffn``. Numbered modules as a whole
+    would be too much: of RepViT's downsampling only the one convolution that makes the next stage's maps is sensitive.
+    """
+    parts = weight.removeprefix("network.").removeprefix("model.").split(".")[:-1]  # an open vocabulary's is model
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    depth = numbers[1] + 2 if len(numbers) > 1 else numbers[0] + 3 if numbers else 2
+    return ".".join(parts[:depth])
+
+
+def tensors_of(path: Path, blocks: Collection[Block]) -> list[str]:
+    """Return the tensors whose values must be known to quantise ``blocks``: what their nodes take and give."""
+    graph = onnx.load(str(path)).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    chosen = {node for block in blocks for node in block.nodes}
+    names = [name for node in graph.node if node.name in chosen for name in (*node.input, *node.output)]
+    return [name for name in dict.fromkeys(names) if name and name not in weights]
+
+
+def write_int8(
+    source: Path, path: Path, *, nodes: Collection[str], spreads: Mapping[str, Spread], tail: float, layout: Layout
+) -> None:
+    """Write ``source`` with Q/DQ nodes around ``nodes``; input, preprocessing, metadata and output stay what they are.
+
+    ``source`` is the FP32 file for ONNX Runtime, the FP16 file for TensorRT; ``spreads`` are those of the FP32 file; a
+    share of ``tail`` of their images may reach beyond a tensor's range on either side.
+    """
+    model = onnx.load(str(source))
+    graph = model.graph
+    quantised = [node for node in graph.node if node.name in nodes]
+    writer = Writer(graph, spreads, tail, layout)
+    for node in quantised:
+        writer.take(node)
+    if layout == "onnxruntime":
+        for node in quantised:
+            writer.give(node)
+    writer.write(graph)
+    save(model, path)
+
+
+def weight_scales(weight: NDArray[Any], layout: Layout) -> NDArray[Any]:
+    """Return the step of each output channel [out] of a convolution's weights [out, in, h, w].
+
+    For ONNX Runtime no two neighbouring input channels' steps of one sign sum to more than 128: 255 x 128 fits 16 bits.
+    """
+    if layout == "tensorrt":
+        return np.asarray(np.abs(weight).max(axis=(1, 2, 3)) / 127)
+    inner = weight.transpose(0, 2, 3, 1).reshape(len(weight), -1)  # [out, h * w * in], as the kernels multiply it
+    pairs = np.pad(inner, ((0, 0), (0, inner.shape[1] % 2))).reshape(len(weight), -1, 2)
+    sums = np.maximum(np.maximum(pairs, 0).sum(axis=2), np.maximum(-pairs, 0).sum(axis=2))  # [out, pairs]
+    return np.asarray(sums.max(axis=1) / 127)  # each of a pair is rounded by half a step
+
+
+class Writer:
+    """The Q/DQ nodes of one file while it is written, one pair for each tensor."""
+
+    def __init__(self, graph: onnx.GraphProto, spreads: Mapping[str, Spread], tail: float, layout: Layout) -> None:
+        self.spreads, self.tail, self.layout = spreads, tail, layout
+        self.weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        # The FP16 file enters its network through a cast of the tensor that the FP32 file's first layer takes.
+        self.aliases = {node.output[0]: node.input[0] for node in graph.node if node.output[0] == "network_input"}
+        self.consumers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.consumers.setdefault(name, []).append(node)
+        self.after: dict[str, list[onnx.NodeProto]] = {}  # tensor -> the nodes that follow its producer
+        self.first: list[onnx.NodeProto] = []  # what dequantises weights
+        self.added: list[onnx.TensorProto] = []
+        self.scales: dict[str, float] = {}
+
+    def take(self, node: onnx.NodeProto) -> None:
+        """Quantise what a convolution takes: its activations and its weights."""
+        name = node.input[0].removesuffix("_dequantised")
+        self.quantise(name)
+        node.input[0] = f"{name}_dequantised"
+        self.quantise_weights(node)
+
+    def give(self, node: onnx.NodeProto) -> None:
+        """Quantise what a node gives, for all who take it: only then can it run in 8 bits from end to end."""
+        name = node.output[0]
+        self.quantise(name)
+        given, consumers = f"{name}_dequantised", self.consumers.get(name, [])
+        if len(consumers) > 1 and any(consumer.op_type == "Sigmoid" for consumer in consumers):
+            # x * sigmoid(x): ONNX Runtime would dequantise once for each of the two, and then not fuse them into one
+            # pass, which costs more than INT8 gains. It leaves a sum of one term alone.
+            once = helper.make_node("Sum", [given], [f"{name}_once"], f"{name}_once")
+            self.after[name].append(once)
+            given = once.output[0]
+        for consumer in consumers:
+            for place, taken in enumerate(consumer.input):
+                if taken == name:
+                    consumer.input[place] = given
+
+    def quantise(self, name: str) -> None:
+        """Add the pair of nodes that rounds a tensor, once."""
+        if name in self.after:
+            return
+        spread = self.spreads[self.aliases.get(name, name)]
+        kind: Any
+        if self.layout == "onnxruntime":
+            low, high = spread.range(self.tail, symmetric=False)
+            kind, steps = np.uint8, 255
+        else:
+            low, high = spread.range(self.tail, symmetric=True)
+            kind, steps = np.int8, 254
+        scale = self.floating((high - low) / steps or 1.0)
+        zero = kind(np.clip(np.round(-low / float(scale)), 0, 255)) if self.layout == "onnxruntime" else kind(0)
+        self.scales[name] = float(scale)
+        parameters = [self.constant(f"{name}_scale", scale), self.constant(f"{name}_zero_point", np.asarray(zero))]
+        self.after[name] = [
+            helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}_quantised"], f"{name}_quantise"),
+            helper.make_node(
+                "DequantizeLinear", [f"{name}_quantised", *parameters], [f"{name}_dequantised"], f"{name}_dequantise"
+            ),
+        ]
+
+    def quantise_weights(self, node: onnx.NodeProto) -> None:
+        """Replace a convolution's weights [out, in, h, w] by int8 and a scale for each output channel."""
+        activation = node.input[0].removesuffix("_dequantised")
+        weight = self.weights[node.input[1]].astype(np.float64)
+        has_bias = len(node.input) > 2 and node.input[2] in self.weights
+        bias = self.weights[node.input[2]].astype(np.float64) if has_bias else np.zeros(len(weight))
+        scale = weight_scales(weight, self.layout)  # [out]
+        if self.layout == "onnxruntime":  # its biases are int32 in steps of both scales: none may overflow
+            scale = np.maximum(scale, np.abs(bias) / (self.scales[activation] * MOST_BIAS))
+        scales = self.floating(scale)
+        steps = scales.astype(np.float64)
+        rounded = np.clip(np.round(weight / steps[:, None, None, None]), -127, 127).astype(np.int8)
+        node.input[1] = self.dequantised(f"{node.name}_weight", rounded, scales)
+        if self.layout == "onnxruntime" and has_bias:
+            both = (self.scales[activation] * steps).astype(np.float32)
+            node.input[2] = self.dequantised(f"{node.name}_bias", np.round(bias / both).astype(np.int32), both)
+
+    def dequantised(self, name: str, values: NDArray[Any], scales: NDArray[Any]) -> str:
+        """Add a constant in whole numbers, dequantised with a scale for each entry of its first axis."""
+        parameters = [
+            self.constant(f"{name}_quantised", values),
+            self.constant(f"{name}_scale", scales),
+            self.constant(f"{name}_zero_point", np.zeros(len(scales), values.dtype)),
+        ]
+        result = f"{name}_dequantised"
+        self.first.append(helper.make_node("DequantizeLinear", parameters, [result], f"{name}_dequantise", axis=0))
+        return result
+
+    def floating(self, values: Any) -> NDArray[Any]:
+        """Return scales in the type of the graph around them."""
+        kind = np.dtype(np.float32 if self.layout == "onnxruntime" else np.float16)
+        return np.maximum(np.asarray(values, dtype=np.float64), LEAST_SCALE[kind]).astype(kind)
+
+    def constant(self, name: str, values: NDArray[Any]) -> str:
+        """Add an initializer."""
+        self.added.append(numpy_helper.from_array(values, name))
+        return name
+
+    def write(self, graph: onnx.GraphProto) -> None:
+        """Put the new nodes and constants into the graph, in an order in which it can run, and drop unused weights."""
+        nodes = list(self.first)
+        for node in graph.node:
+            nodes += [node, *self.after.get(node.output[0], [])]
+        used = {name for node in nodes for name in node.input}
+        kept = [tensor for tensor in graph.initializer if tensor.name in used]
+        del graph.node[:], graph.initializer[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend([*kept, *self.added])

@@ -1,0 +1,1 @@
+"""One file for each runtime that an artifact is run with."""

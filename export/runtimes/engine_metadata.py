@@ -1,0 +1,97 @@
+"""The card beside an engine: what built it, from what, for which GPU; an engine is code, and not loaded without it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prgkit.errors import ExportError, PrgkitError
+from prgkit.storage.atomic import read_sealed, sha256, write_sealed
+
+SCHEMA = "prgkit.engine/1"
+REBUILD = "prgkit export --trt"
+
+
+@dataclass(frozen=True)
+class EngineCard:
+    """What is known of an engine; an engine without its card is not loaded."""
+
+    schema: str
+    file: str
+    bytes: int
+    sha256: str
+    onnx: str
+    onnx_sha256: str
+    backend: str
+    backend_version: str
+    precision: str
+    tf32: bool  # whether FP32 products may be rounded to TF32's 10 bits
+    batch: tuple[int, int, int]  # min, opt, max
+    compute_capabilities: tuple[str, ...]
+    gpu: str | None  # the GPU it was built on; None where it was built without one
+    input: dict[str, Any]
+    output: dict[str, Any]
+    layer_dtypes: dict[str, dict[str, int]]  # of the parsed network: layer type -> output type -> count
+    inspected_dtypes: dict[str, int] | None  # of the built engine, where a GPU could open it
+    build_s: float
+    executed: bool
+    note: str | None
+    # Cards from before these were written have none of them.
+    driver: str | None = None  # the newest CUDA that the driver of the building machine runs, as "13.0"
+    platform: str | None = None  # that an engine is bound to, as "Linux x86_64"
+    hardware_compatibility: str | None = None  # of tensorrt alone: that GPU model (NONE) or more; None elsewhere
+    timing_cache: str | None = None  # of tensorrt alone: "used", or "new" where there was none for this GPU
+    int8_convolutions: tuple[int, int] | None = None  # how many run in INT8, of how many in the file
+
+
+def write_card(engine_path: Path, card: EngineCard) -> None:
+    """Write the card beside its engine."""
+    write_sealed(card_path(engine_path), asdict(card))
+
+
+def load_card(engine_path: Path) -> EngineCard:
+    """Read an engine's card and verify that the engine is the one it describes.
+
+    Raises:
+        ExportError: no card, no engine, or an engine that is truncated, changed or foreign; names what rebuilds it.
+    """
+    fix = f"build it again: {REBUILD}"
+    if not engine_path.exists():
+        raise ExportError(f"there is no engine {engine_path.name}", where=engine_path.parent, fix=fix)
+    path = card_path(engine_path)
+    if not path.exists():
+        raise ExportError(
+            f"{engine_path.name} has no card ({path.name}): an engine of unknown origin is code, and is not loaded",
+            where=engine_path.parent,
+            fix=fix,
+        )
+    try:
+        facts = read_sealed(path, fix=fix)
+        if facts["schema"] != SCHEMA:
+            raise ExportError(f"{path.name} has schema {facts['schema']!r}, not {SCHEMA!r}", where=path, fix=fix)
+        sequences = {key: tuple(facts[key]) for key in ("batch", "compute_capabilities")}
+        if counts := facts.get("int8_convolutions"):
+            sequences["int8_convolutions"] = tuple(counts)
+        card = EngineCard(**{**facts, **sequences})
+    except (KeyError, TypeError) as error:
+        raise ExportError(f"{path.name} is not an engine card: {error}", where=path, fix=fix) from error
+    except PrgkitError as error:
+        raise ExportError(error.what, where=path, fix=fix) from error
+    fix, size = f"build it again: {rebuild(card)}", engine_path.stat().st_size
+    if size != card.bytes:
+        raise ExportError(f"{engine_path.name} is truncated: {size} of {card.bytes} bytes", where=engine_path, fix=fix)
+    if sha256(engine_path) != card.sha256:
+        raise ExportError(f"{engine_path.name} is not the engine its card describes", where=engine_path, fix=fix)
+    return card
+
+
+def rebuild(card: EngineCard) -> str:
+    """Return the command that builds an engine like this one again, in its bundle and on the machine at hand."""
+    kind = {"fp16": " --fp16", "int8": " --int8"}.get(card.precision, "")
+    return f"{REBUILD}{kind} --backend {card.backend} --batch {','.join(map(str, card.batch))}"
+
+
+def card_path(engine_path: Path) -> Path:
+    """Return where an engine's card is."""
+    return engine_path.with_name(engine_path.name + ".json")

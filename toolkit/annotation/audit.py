@@ -1,0 +1,229 @@
+"""The smallest honest look at accuracy where there are no labels: some of the teacher's answers, for you to tick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prgkit.annotation.sheet import Card, sheet
+from prgkit.config.recipe import Recipe
+from prgkit.data.ticks import Tick, carried, read_ticks, set_aside, ticked, write_ticks
+from prgkit.errors import RunError
+from prgkit.evaluate.accuracy.ticked import teacher_share
+from prgkit.progress import Watch
+from prgkit.storage.atomic import fingerprint, read_sealed, write_sealed, write_text
+from prgkit.storage.locks import locked
+from prgkit.storage.run import Run, differences, require_own_folder, start_run, undoing
+from prgkit.training.dataset import Lesson, prepare
+from prgkit.training.distributed import best_device
+
+IMAGES = 100
+BATCH = 1024
+NEXT_ANSWERS = 2
+FACTS = ("number", "file", "key", "teacher", "confidence")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the teacher says of every image, in the order of the catalogue."""
+
+    classes: NDArray[np.int64]  # [images, 1 + NEXT_ANSWERS], the likeliest first
+    confidence: NDArray[np.float64]  # [images, 1 + NEXT_ANSWERS]
+
+
+def audit(recipe: Recipe, folder: Path, targets_root: Path, *, count: int | None, watch: Watch) -> dict[str, Any]:
+    """Write the sheet and the CSV to tick into the run at ``folder``, and return what they hold and what is ticked.
+
+    A sheet that is there already is kept, with what was ticked; ``count`` None keeps its size, too, and a larger one
+    adds to it. Where the images or the teacher's answers have changed, or fewer images are asked for, the ticks so far
+    are set aside, and those that still hold are on the new sheet. The run may be training meanwhile.
+
+    Raises:
+        PrgkitError: for anything the user can mend.
+    """
+    require_own_folder(folder, recipe)
+    run = Run(folder)
+    undo = undoing(run)
+    # A run that is this recipe's may be training meanwhile.
+    own = run.recipe_file.exists() and not differences(run, recipe)
+    try:
+        with nullcontext() if own else locked(folder, "run"):
+            start_run(folder, recipe)
+        return drawn(run, recipe, targets_root, count=count, watch=watch)
+    except Exception:
+        with suppress(RunError), locked(folder, "run"):
+            undo()
+        raise
+
+
+def drawn(run: Run, recipe: Recipe, targets_root: Path, *, count: int | None, watch: Watch) -> dict[str, Any]:
+    """Draw the sample, or go on with the one that is there, and write what is to be ticked."""
+    with locked(run.ticks_file.parent, "audit"):
+        earlier = read_ticks(run.ticks_file, recipe.classes) if run.ticks_file.exists() else []
+        before = read_sealed(run.sample_file) if run.sample_file.exists() else None
+        lesson = prepare(recipe, targets_root, watch, like=run)
+        said = ask(lesson, watch)
+        made_from = fingerprint([lesson.catalogue.keys, said.classes[:, 0].tolist()])
+        count = min(count or (len(before["images"]) if before else IMAGES), len(lesson.catalogue))
+        if before is None or (before["made_from"], len(before["images"])) != (made_from, count):
+            again = before["images"] if before and before["made_from"] == made_from else []
+            rows = choose(lesson, said, recipe, count, first=[image["key"] for image in again])
+            ticks = carried(rows, earlier)
+            keep_earlier(run, earlier, ticks, same=bool(again), watch=watch)
+            write_ticks(run.ticks_file, ticks)
+            sample = {"schema": "prgkit.audit/1", "made_from": made_from, "drawn_from": len(lesson.catalogue)}
+            write_sealed(run.sample_file, {**sample, "images": [facts(row) for row in rows]})
+        else:
+            rows = [Tick(**image) for image in before["images"]]
+            ticks = carried(rows, earlier)
+            if not run.ticks_file.exists():
+                write_ticks(run.ticks_file, ticks)
+        write_text(run.sheet_file, draw_sheet(run, recipe, lesson, said, ticks, watch))
+    seen = ticked(ticks)
+    return {
+        "run": str(run.folder),
+        "sheet": str(run.sheet_file),
+        "ticks": str(run.ticks_file),
+        "images": len(ticks),
+        "drawn_from": len(lesson.catalogue),
+        "held_out": len({tick.key for tick in ticks} & {lesson.catalogue.keys[place] for place in lesson.held_out}),
+        "ticked": len(seen),
+        "teacher": teacher_share(seen) if seen else None,
+    }
+
+
+def ask(lesson: Lesson, watch: Watch) -> Said:
+    """Return the teacher's first answers to every image's evaluation view."""
+    device, count = best_device(), len(lesson.catalogue)
+    lesson = replace(lesson, answers=lesson.answers.to(device))
+    classes, confidence = [], []
+    watch.start("answers", count, "img")
+    for part in np.array_split(np.arange(count), -(-count // BATCH)):
+        logits = lesson.answer(part, np.zeros(len(part), dtype=int), device).logits
+        best = torch.topk(logits.double().softmax(dim=1), min(1 + NEXT_ANSWERS, logits.shape[1]))
+        classes.append(best.indices.cpu().numpy())
+        confidence.append(best.values.cpu().numpy())
+        watch.advance(len(part))
+    return Said(np.concatenate(classes), np.concatenate(confidence))
+
+
+def choose(lesson: Lesson, said: Said, recipe: Recipe, count: int, *, first: Sequence[str]) -> list[Tick]:
+    """Return the images to tick: those with the keys in ``first``, then others, numbered in an order drawn by chance.
+
+    The held-out images go before the rest, since the student is judged on them. Which images are held out is decided
+    by a hash of their content, so every image had the same chance of being on the sheet; and as those in ``first``
+    were drawn in the same way, so it is when others are added, or when only the first of them are kept. The others'
+    order is that of the content keys, hashes again: whoever ticks the first thirty has ticked a fair thirty.
+    """
+    keys, images = lesson.catalogue.keys, lesson.catalogue.images
+    places = {key: position for position, key in enumerate(keys)}
+    chosen = [places[key] for key in first[:count]]
+    chance = np.random.default_rng([int(fingerprint(keys), 16), len(chosen)])
+    added: list[int] = []
+    for part in (lesson.held_out, np.setdiff1d(np.arange(len(keys)), lesson.held_out)):
+        part = np.setdiff1d(part, chosen)
+        wanted = min(count - len(chosen) - len(added), len(part))
+        added += part[draw(said.classes[part, 0], said.confidence[part, 0], wanted, chance)].tolist()
+    chosen += sorted(added, key=lambda position: keys[position])
+    return [
+        Tick(
+            number=number,
+            file=images.name(int(lesson.catalogue.indices[position])),
+            key=keys[position],
+            teacher=recipe.classes[said.classes[position, 0]],
+            confidence=percent(said.confidence[position, 0]),
+        )
+        for number, position in enumerate(chosen, start=1)
+    ]
+
+
+def draw(
+    labels: NDArray[np.int64], confidence: NDArray[np.float64], count: int, chance: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return ``count`` of the n images, stratified by pseudo-class ``labels`` [n] and by ``confidence`` [n] within it.
+
+    The images stand in a row, class by class and in order of confidence (up in one class, down in the next, so that
+    neighbours across a border are alike), and ordered pivotal sampling walks along it: two images meet, chance decides
+    which one goes on with the probability of both, and each time that adds up to one, an image is taken (Deville and
+    Tillé, "Unequal probability sampling without replacement through a splitting method", Biometrika 85, 1998). Of
+    the first m images in the row it takes m·count/n, rounded down or up, and each with the probability count/n: the
+    sample is self-weighting, and the share of right answers in it unbiased.
+
+    That share never varies more than that of as many independent draws (Chauvet and Ruiz-Gazen, "A comparison of
+    pivotal sampling and unequal probability sampling with replacement", Statistics and Probability Letters 121, 2017),
+    so an interval for those errs on the wide side: Wilson's, here ("Probable inference, the law of succession, and
+    statistical inference", Journal of the American Statistical Association 22, 1927). Systematic sampling spreads as
+    well, but a hundred of 1,200 images have only twelve such samples, and all of them may be unlucky.
+    """
+    total = len(labels)
+    if count in (0, total):
+        return np.arange(count)
+    _, rank = np.unique(labels, return_inverse=True)  # of each image's class among those that occur
+    row = np.lexsort((np.where(rank % 2, -confidence, confidence), labels)).tolist()
+    luck = chance.random(total).tolist()
+    taken = []
+    waiting, weight = row[0], count  # weights are probabilities times ``total``: whole numbers that add up exactly
+    for image, throw in zip(row[1:], luck, strict=False):
+        both = weight + count
+        if both < total:
+            waiting, weight = (image if throw * both < count else waiting), both
+        else:
+            first = throw * (2 * total - both) < total - count
+            taken.append(waiting if first else image)
+            waiting, weight = (image if first else waiting), both - total
+    return np.array(taken)
+
+
+def keep_earlier(run: Run, earlier: list[Tick], ticks: list[Tick], *, same: bool, watch: Watch) -> None:
+    """Where a tick would be lost, keep the ticks so far under another name, and say so."""
+    before, after = ({(tick.key, tick.right, tick.named) for tick in ticked(some)} for some in (earlier, ticks))
+    if before <= after:
+        return
+    kept = set_aside(run.ticks_file)
+    why = "fewer images were asked for" if same else "the images or the teacher's answers have changed"
+    watch.note(
+        f"{why}: the {len(before)} ticks so far are kept as {kept.name}, and {len(after)} of them hold on the new sheet"
+    )
+
+
+def draw_sheet(run: Run, recipe: Recipe, lesson: Lesson, said: Said, ticks: list[Tick], watch: Watch) -> str:
+    """Return the sheet, with every picture in it."""
+    places = {key: position for position, key in enumerate(lesson.catalogue.keys)}
+    watch.start("sheet", len(ticks), "img")
+    cards = []
+    for tick in ticks:
+        position = places[tick.key]
+        others = zip(said.classes[position, 1:], said.confidence[position, 1:], strict=True)
+        next_answers = [(recipe.classes[index], percent(share)) for index, share in others]
+        cards.append(Card(tick, lesson.catalogue.read(position), next_answers))
+        watch.advance(1)
+    about = (
+        f"{len(ticks):,} of {len(lesson.catalogue):,} images, the same share of every class that the teacher named and "
+        f"of every confidence. Each shows the answer of {recipe.teacher_name}, and its next ones."
+    )
+    return sheet(
+        cards,
+        title=f"{run.name}: is the teacher right?",
+        about=about,
+        classes=recipe.classes,
+        ticks_file=str(run.ticks_file),
+        made_from=fingerprint([tick.key for tick in ticks]),
+        base=fingerprint([[tick.key, tick.right, tick.named] for tick in ticks]),
+    )
+
+
+def facts(row: Tick) -> dict[str, Any]:
+    """Return what the sample remembers of an image: all but what is ticked."""
+    return {name: value for name, value in asdict(row).items() if name in FACTS}
+
+
+def percent(share: float) -> str:
+    """Return a probability in percent; what is not certain is never rounded up to it."""
+    return f"{min(100 * share, 99.9) if share < 1 else 100:.1f}"

@@ -1,0 +1,173 @@
+"""Commands that chain on one line, as people type them; the rest of the command line is in cli.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from prgkit.cli.terminal import Terminal
+    from prgkit.errors import PrgkitError
+
+ON_A_RUN = ("audit", "distill", "export", "relabel", "bench", "predict")
+OF_ALL_PROCESSES = ("adapt-teacher", "audit", "distill", "targets")  # each says what all but the first have to do in it
+
+
+class Command(click.Command):
+    """A command whose options are given once each, but for flags and those that say that they take several."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse an option that is given twice: of two values one would be passed over in silence."""
+        if not ctx.resilient_parsing:
+            parser = self.make_parser(ctx)
+            options = [option for option in self.get_params(ctx) if isinstance(option, click.Option)]
+            once = [option for option in options if not (option.is_flag or option.multiple or option.count)]
+            for option in once:
+                parser.add_option(obj=option, opts=option.opts, dest=option.name, action="append", nargs=option.nargs)
+            given, _, _ = parser.parse_args(args=list(args))
+            for option in once:
+                refuse_twice(option.opts[-1], given.get(option.name, []), ctx)
+        return super().parse_args(ctx, args)
+
+
+def refuse_twice(option: str, values: Sequence[Any], ctx: click.Context) -> None:
+    """Refuse more than one value of what has one."""
+    if len(values) > 1:
+        said = " and as ".join(value if isinstance(value, str) else "nothing" for value in values)
+        raise click.UsageError(f"{option} is given {len(values)} times, as {said}; give it once.", ctx)
+
+
+class Chain(click.Group):
+    """A group whose commands chain as people type them: ``distill cifar100 --set a=1 export --trt bench``.
+
+    The arguments are split at command names and every part is parsed by its own command, options in any order, before
+    the first one runs. A file that is named like a command is written ``./export``.
+    """
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order in which they are used."""
+        return list(self.commands)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the parts for `invoke`; click itself sees the first."""
+        head, parts = split_at_commands(args, self.commands)
+        ctx.meta["parts"] = parts
+        return super().parse_args(ctx, head + (parts[0] if parts else []))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Parse every part, then run them in order."""
+        parts = ctx.meta["parts"]
+        if not parts:
+            return super().invoke(ctx)
+        steps = [self.parse_part(ctx, part, following) for part, following in pairwise([*parts, [""]])]
+        check_chain(steps)
+        run_chain(steps)
+        return None
+
+    def parse_part(self, ctx: click.Context, part: list[str], following: list[str]) -> click.Context:
+        """Let a command parse its own arguments."""
+        name, *rest = part
+        try:
+            return self.commands[name].make_context(name, rest, parent=ctx)
+        except (click.BadOptionUsage, click.MissingParameter) as error:
+            if not following[0]:
+                raise
+            hint = f"'{following[0]}' is read as a command; a file of that name is written ./{following[0]}"
+            raise click.UsageError(f"{error.format_message().rstrip('.')}: {hint}.", error.ctx or ctx) from error
+
+
+def split_at_commands(args: Sequence[str], commands: Collection[str]) -> tuple[list[str], list[list[str]]]:
+    """Split arguments at command names: what comes before the first, and one list for each command."""
+    starts = [place for place, word in enumerate(args) if word in commands]
+    if not starts:
+        return list(args), []
+    return list(args[: starts[0]]), [list(args[a:b]) for a, b in pairwise([*starts, len(args)])]
+
+
+def check_chain(steps: Sequence[click.Context]) -> None:
+    """Refuse at once what would otherwise stop a later command, maybe hours from now."""
+    whole = steps[0].parent
+    names = [str(step.info_name) for step in steps]
+    for name in names:
+        if names.count(name) > 1:
+            hint = f"a file that is named like a command is written ./{name}"
+            raise click.UsageError(f"'{name}' stands twice; {hint}.", whole)
+    folders = [step.params["folder"] for step in steps if step.info_name in ON_A_RUN]
+    if any(folder not in (None, folders[0]) for folder in folders):
+        raise click.UsageError("A chain works on one run: give --run to its first command.", whole)
+    for step in steps:
+        if step.info_name == "export" and builds_engines(step.params):
+            from prgkit.export.formats.tensorrt import choose_backend, choose_targets
+
+            choose_targets(choose_backend(step.params["backend"]).name, step.params["sm"])
+        if step.info_name == "bench":
+            check_bench(step)
+
+
+def check_bench(step: click.Context) -> None:
+    """Refuse options of `bench` that mean nothing without another one."""
+    given = step.params
+    if given["tolerance"] is not None and given["baseline"] is None:
+        raise click.UsageError("--tolerance is for --baseline, and there is none.", step)
+    if given["merge"] and len(given["reports"]) < 2:
+        raise click.UsageError("--merge compares two reports or more: bench --merge a.json b.json.", step)
+    if given["merge"] and given["baseline"]:
+        raise click.UsageError("--merge measures nothing that could be held against --baseline.", step)
+    if given["reports"] and not given["merge"]:
+        raise click.UsageError(
+            f"Got unexpected extra argument ({given['reports'][0]}); --merge compares reports.", step
+        )
+
+
+def builds_engines(given: Mapping[str, Any]) -> bool:
+    """Tell whether `export` was asked for engines: what says how to build them asks for them."""
+    return bool(given["trt"] or given["backend"] or given["sm"] or given["batch"])
+
+
+def run_chain(steps: Sequence[click.Context]) -> None:
+    """Run the commands in order; under --json, print one document keyed by command."""
+    from prgkit.cli.streams import takes_any_letter
+    from prgkit.cli.terminal import Terminal
+
+    as_json = any(step.params["as_json"] for step in steps)
+    leads = int(os.environ.get("RANK", "0")) == 0  # the others of torchrun's processes train, and no more
+    results: dict[str, Any] = {}
+    with Terminal(says_results=leads and not as_json, shows_progress=leads) as terminal:
+        session = Session(terminal, leads)
+        # A library that prints must not get into the document.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            for step in steps:
+                name = str(step.info_name)
+                if session.rehearses:
+                    terminal.note(f"then {name}")
+                elif leads or name in OF_ALL_PROCESSES:
+                    step.obj = session
+                    with step:
+                        results[name] = step.command.invoke(step)
+    if as_json and leads:
+        terminal.document(json.dumps(results, indent=2, ensure_ascii=not takes_any_letter()))
+    if session.failure is not None:
+        raise session.failure
+
+
+@dataclass
+class Session:
+    """What the commands of one chain share."""
+
+    terminal: Terminal
+    leads: bool = True  # False in all but the first of the processes that torchrun starts
+    folder: Path | None = None  # the run, or the bundle, that the chain is about
+    asked: dict[str, Any] | None = None  # the recipe options so far, for a command that names no recipe
+    failure: PrgkitError | None = None  # the work was done, its results are told, and the line still fails: a gate
+    rehearses: bool = False  # --dry-run was given: what follows would have nothing to work on

@@ -1,0 +1,123 @@
+"""What an option makes of a command: --zip, --merge, --list and --prune, --dry-run; and a command of few options."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prgkit.cli.chain import Session
+from prgkit.storage.atomic import readable_bytes
+
+if TYPE_CHECKING:
+    from prgkit.config.recipe import Recipe
+
+
+def pack_bundle(session: Session, bundle: Path, manifest: dict[str, Any], *, asked: bool) -> dict[str, Any]:
+    """Pack a bundle and say what was left out; where it was not asked for, say of an older archive that it is one."""
+    from prgkit.export.bundle.archive import archive_of, is_packed_bundle, left_out, pack
+
+    if not asked:
+        if is_packed_bundle(archive := archive_of(bundle, manifest)):
+            session.terminal.note(f"{archive.name} is still the bundle before this one; --zip packs it again")
+        return {}
+    archive = pack(bundle)
+    if others := left_out(bundle):
+        session.terminal.note(f"{archive.name}: without {', '.join(others)}, which this machine made or you put there")
+    return {"zip": str(archive), "zip_bytes": archive.stat().st_size}
+
+
+def tell_bundle(session: Session, bundle: Path, manifest: dict[str, Any], *, packs: bool) -> dict[str, Any]:
+    """Pack a bundle if that was asked for, and say what is in it."""
+    packed = pack_bundle(session, bundle, manifest, asked=packs)
+    for artifact in manifest["artifacts"]:
+        size_mib = artifact["bytes"] / 2**20
+        session.terminal.say(f"  {artifact['file']:<34} {size_mib:7.1f} MiB  {checked(artifact)}".rstrip())
+    if packed:
+        session.terminal.say((packed["zip"], "bold"), f" ({readable_bytes(packed['zip_bytes'])}) is ready to travel")
+    else:
+        session.terminal.say((str(bundle), "bold"), " is ready to travel")
+    return {"bundle": str(bundle), **packed, **manifest}
+
+
+def checked(artifact: dict[str, Any]) -> str:
+    """Say how an artifact was checked."""
+    parity = artifact["parity"]
+    if not parity:
+        return artifact["note"] or ""
+    return (
+        f"max difference {parity['max_abs_difference']:.1e}, same answer on {parity['top1_agreement']:.4g} % "
+        f"of {parity['images']} images"
+    )
+
+
+def relabel_bundle(session: Session, place: Path | None, classes: str) -> dict[str, Any]:
+    """Give a bundle other classes, and say what is in it then."""
+    from prgkit.config.prompts import load_classes
+    from prgkit.export.relabel import relabel, settled_bundle
+    from prgkit.storage.run import standing_where_it_started
+
+    names = load_classes(classes, note=session.terminal.note)
+    bundle, run = settled_bundle(session.folder or place)
+    session.folder = bundle  # what follows works on it, and does not export the run again
+    if run is None:
+        manifest = relabel(bundle.resolve(), names, run=None, watch=session.terminal)
+    else:
+        with standing_where_it_started(run) as there:
+            manifest = relabel(there.bundle, names, run=there, watch=session.terminal)
+    return tell_bundle(session, bundle, manifest, packs=False)
+
+
+def merge_reports(session: Session, reports: tuple[Path, ...], out: Path) -> dict[str, Any]:
+    """Lay the reports of several benches side by side."""
+    from prgkit.evaluate.compare.merge import merge
+    from prgkit.evaluate.report.terminal import comparison_table
+
+    found = merge(reports, out=out, command="prgkit " + shlex.join(sys.argv[1:]))
+    session.terminal.show(comparison_table(found))
+    session.terminal.say("comparison: ", (str(out / "comparison.html"), "bold"))
+    return found
+
+
+def keep_house(session: Session, root: Path, *, prune: bool, rehearse: bool) -> dict[str, Any]:
+    """List the stores, or free those that nothing uses."""
+    from prgkit.teacher import stores
+
+    rows = stores.prune(root, rehearse=rehearse) if prune else stores.list_stores(root)
+    if rows:
+        session.terminal.listing(stores.told(rows))
+    if prune:
+        freed = readable_bytes(sum(row["bytes"] for row in rows))
+        session.terminal.say(f"{freed} would be freed" if rehearse else f"{freed} freed")
+    elif not rows:
+        session.terminal.say(f"there is no target store in {root}")
+    return {"freed" if prune else "stores": rows}
+
+
+def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path) -> dict[str, Any]:
+    """Print what a distillation would take."""
+    session.rehearses = True
+    if not session.leads:
+        return {}
+    from prgkit.cli.dry_run import estimate
+
+    expected = estimate(recipe, folder, targets_root, session.terminal)
+    session.terminal.listing({"run": str(folder), **expected["told"]})
+    return {"run": str(folder), **expected}
+
+
+def adapt_teacher(session: Session, recipe: Recipe, path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Learn a context for the teacher, and let what follows in the chain use it."""
+    use = f"teacher.context={json.dumps(str(path), ensure_ascii=False)}"
+    asked = session.asked or given
+    session.asked = {**asked, "overrides": (*asked["overrides"], use)}
+    if not session.leads:  # the context has one writer
+        return {}
+    from prgkit.teacher.prompt_tuning import adapt, told
+
+    found = adapt(recipe, path, given["targets_root"], shots=given["shots"], watch=session.terminal)
+    session.terminal.say((str(path), "bold"), f": {told(found)}")
+    session.terminal.say("to use it: ", (f"--set teacher.context={shlex.quote(str(path))}", "bold"))
+    return found

@@ -1,0 +1,207 @@
+"""What a distillation would take, told by a short probe: images, disk, and roughly how long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prgkit.cli.terminal import duration
+from prgkit.config.image_size import size_told
+from prgkit.config.recipe import Recipe, TeacherPage
+from prgkit.data.cache import PICTURES, room_bytes
+from prgkit.data.index import ENOUGH, Images, UnreadableImage, gauge, open_images
+from prgkit.data.labels import class_indices
+from prgkit.progress import Watch
+from prgkit.storage.atomic import free_bytes, readable_bytes, require_space
+from prgkit.storage.run import require_own_folder
+from prgkit.student.model import build_student
+from prgkit.teacher.clip import Teacher, load_teacher
+from prgkit.teacher.feature_store import Targets, existing_store
+from prgkit.teacher.prompt_context import load_context
+from prgkit.training.checkpoint import expected_bytes
+from prgkit.training.distill import check_trackers
+from prgkit.training.distributed import best_device, probe_precision
+
+PROBE_SECONDS = 5.0
+CPU_PROBE_BATCH = 8  # a CPU is as fast with few images as with many, and a large teacher takes seconds for each
+SAMPLE_IMAGES = 256
+SAMPLE_PICTURES = 8  # of those, decoded
+
+
+def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> dict[str, Any]:
+    """Count the images, time teacher and student for a moment each, and add it up.
+
+    Neither the run nor the target store is touched. Weights and datasets that are named but not at hand are
+    downloaded to their usual caches, as there is no counting or timing them without.
+
+    Raises:
+        PrgkitError: for whatever would also stop the real work at its start.
+    """
+    check_trackers(recipe.training)
+    for page in recipe.teacher:
+        load_context(page)
+    require_own_folder(folder, recipe)
+    device = best_device()
+    stored = [existing_store(page, recipe.views, targets_root) for page in recipe.teacher]
+    images = gauged(open_images(recipe.data.images, note=watch.note))
+    if images.left_out:
+        watch.note(f"{images.spec}: {images.left_out}")
+    images_missing = count_missing(images, stored)
+    pictures_bytes = len(images) * mean_picture_bytes(images)
+    judged = open_matched(recipe, recipe.data.evaluation, recipe.data.evaluation_labels, watch)
+    few_labelled = recipe.data.labelled if recipe.learns_labels else None
+    few = open_matched(recipe, few_labelled, recipe.data.labelled_labels, watch)
+    judged, few = (one.with_grey(images.grey) if one else None for one in (judged, few))
+    judged_missing = count_missing(judged, stored) if judged else [0] * len(stored)
+    if judged:
+        mean_picture_bytes(judged)  # one of them at least can be read
+
+    watch.note(f"probing {recipe.teacher_name} and {recipe.student.model} for some seconds")
+    views = 1 + recipe.views.count
+    few_missing = count_missing(few, stored) if few else [0] * len(stored)
+    counts = zip(images_missing, judged_missing, few_missing, strict=True)
+    missing = [views * (new + labelled) + new_judged for new, new_judged, labelled in counts]
+    passes = [teacher_pass(page, count, device) for page, count in zip(recipe.teacher, missing, strict=True)]
+    width = sum(one["width"] for one in passes)
+    student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=width)
+    if recipe.reads_stages:
+        student.stage_widths()
+    probe = probe_precision(student, device, recipe.training.batch_size)
+    precision = probe["chosen"] if recipe.training.precision == "auto" else recipe.training.precision
+    student_images_per_s = 1000 * probe["batch_size"] / probe["step_ms"][precision]
+    figures = {
+        "images": len(images),
+        "images_missing": max(images_missing),
+        "evaluation_images": len(judged) if judged else 0,
+        "evaluation_missing": max(judged_missing),
+        "views": views,
+        "teachers": passes,
+        "targets_bytes": sum(one["targets_bytes"] for one in passes),
+        "pictures_bytes": min(pictures_bytes, room_bytes(targets_root / PICTURES)),
+        "run_bytes": expected_bytes(student, recipe.kept_floats * len(images)),
+        "teacher_s": round(sum(one["teacher_s"] for one in passes), 1),
+        "student_s": round(recipe.training.epochs * len(images) / student_images_per_s, 1),
+    }
+    require_space(targets_root, figures["targets_bytes"], "the target store")
+    require_space(folder, figures["run_bytes"], "the run")
+    return {**figures, "told": told(recipe, figures, device, free_bytes(folder))}
+
+
+def gauged(images: Images) -> Images:
+    """Return the images with a range for deep greys where the first few have any: their keys depend on it."""
+    sample = sample_of(images)
+    deep = gauge(images, sample) if gauge(images, sample[:SAMPLE_PICTURES]) else None
+    return images.with_grey(deep.grey if deep else None)
+
+
+def open_matched(recipe: Recipe, spec: str | None, labels: str | None, watch: Watch) -> Images | None:
+    """Open labelled images, where there are any; their labels are only matched with the classes."""
+    if not spec:
+        return None
+    images = open_images(spec, labels=Path(labels) if labels else None, label_format=recipe.data.label_format)
+    numbers = range(len(images))
+    class_indices(
+        images.labels(numbers, recipe.classes, note=watch.note),
+        recipe.classes,
+        names=[images.name(number) for number in numbers],
+        where=images.spec,
+        first_number=images.first_number,
+        note=watch.note,
+    )
+    return images
+
+
+def count_missing(images: Images, stored: Sequence[Targets | None]) -> list[int]:
+    """Return how many images each teacher has not seen yet, judged by a sample."""
+    keys = [images.key(index) for index in sample_of(images)] if any(stored) else []
+    unseen = [1.0 if store is None else float((store.rows(keys, views=1) < 0).mean()) for store in stored]
+    return [round(share * len(images)) for share in unseen]
+
+
+def teacher_pass(page: TeacherPage, views: int, device: torch.device) -> dict[str, Any]:
+    """Return what it takes to have a teacher see so many views, in seconds and bytes, timed for a moment."""
+    teacher = load_teacher(page, device)
+    return {
+        "teacher": page.name,
+        "width": teacher.width,
+        "views_missing": views,
+        "targets_bytes": views * teacher.width * 2,
+        "teacher_s": round(views / views_per_s(teacher), 1),
+    }
+
+
+def mean_picture_bytes(images: Images) -> int:
+    """Return what a decoded picture takes on average, judged by a few; or raise the first one's error if none can."""
+    sizes: list[int] = []
+    first: UnreadableImage | None = None
+    for index in sample_of(images):
+        try:
+            picture = images.read(index, enough=ENOUGH)
+        except UnreadableImage as error:
+            first = first or error
+            continue
+        sizes.append(3 * picture.width * picture.height)
+        if len(sizes) == SAMPLE_PICTURES:
+            break
+    if first and not sizes:
+        raise first
+    return sum(sizes) // len(sizes)
+
+
+def sample_of(images: Images) -> list[int]:
+    """Return evenly spaced images, in an order in which the first few are spread as well."""
+    numbers: list[int] = np.unique(np.linspace(0, len(images) - 1, SAMPLE_IMAGES).astype(int)).tolist()
+    stride = max(1, len(numbers) // SAMPLE_PICTURES)
+    return [number for start in range(stride) for number in numbers[start::stride]]
+
+
+def views_per_s(teacher: Teacher) -> float:
+    """Return how many views a second the teacher embeds, measured for PROBE_SECONDS after one batch of warming up."""
+    count = CPU_PROBE_BATCH if teacher.device.type == "cpu" else teacher.batch_size
+    batch = torch.zeros(count, *teacher.shape, dtype=torch.uint8)
+    teacher.embed_images(batch)
+    started, done, seconds = time.perf_counter(), 0, 0.0
+    while done == 0 or seconds < PROBE_SECONDS:
+        teacher.embed_images(batch).sum().item()  # item() waits for a GPU
+        done += count
+        seconds = time.perf_counter() - started
+    return done / seconds
+
+
+def told(recipe: Recipe, figures: dict[str, Any], device: torch.device, free: int) -> dict[str, str]:
+    """Put the figures into words."""
+    judged, the_teacher = "none", "the teacher" if len(recipe.teacher) == 1 else "a teacher"
+    if recipe.data.evaluation:
+        judged = (
+            f"{figures['evaluation_images']:,} in {recipe.data.evaluation}, "
+            f"{figures['evaluation_missing']:,} new to {the_teacher}"
+        )
+    most = "at most" if recipe.data.keep.asks else "about"  # how many images are kept is known from their features
+    templates = "1 template" if len(recipe.templates) == 1 else f"{len(recipe.templates)} templates"
+    return {
+        "images": f"{figures['images']:,} in {recipe.data.images}, {figures['images_missing']:,} new to {the_teacher}",
+        "evaluation": judged,
+        "classes": f"{len(recipe.classes)}, {templates}",
+        "teacher": f"{recipe.teacher_name}, {figures['views']} views an image, "
+        f"about {duration(figures['teacher_s'])}{each_teacher(figures['teachers'])}",
+        "student": f"{recipe.student.model} at {size_told(recipe.student.image_size)} px, "
+        f"{recipe.training.epochs} epochs, {most} {duration(figures['student_s'])} on {device}",
+        "disk": f"{readable_bytes(figures['targets_bytes'])} of targets, "
+        f"up to {readable_bytes(figures['pictures_bytes'])} of decoded pictures, "
+        f"{readable_bytes(figures['run_bytes'])} for the run; {readable_bytes(free)} are free",
+    }
+
+
+def each_teacher(passes: Sequence[dict[str, Any]]) -> str:
+    """Say what each of several teachers takes; nothing of a single one."""
+    if len(passes) == 1:
+        return ""
+    each = [
+        f"{one['teacher']} {duration(one['teacher_s'])} and {readable_bytes(one['targets_bytes'])}" for one in passes
+    ]
+    return f" ({', '.join(each)})"

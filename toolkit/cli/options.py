@@ -1,0 +1,395 @@
+"""What commands share of the command line: options that several take, the recipe they mean, values in one word."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prgkit.cli.chain import Session, refuse_twice
+
+if TYPE_CHECKING:
+    from prgkit.config.recipe import Recipe
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+PLACE = click.Path(path_type=Path)  # a folder, or a packed bundle, of which the command says what to do with it
+
+
+def run_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --run to a command that works on a run or a bundle."""
+    help_text = "The run, or the bundle, to work on.  [default: the one this chain made, stood in, or the newest]"
+    return click.option("--run", "folder", type=PLACE, metavar="FOLDER", help=help_text)(command)
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --json: one document on stdout in place of text."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of text.")(command)
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what distill and targets share: which recipe, what is different this time, and where its run is."""
+    return which_recipe(
+        command,
+        click.option("--run", "folder", type=FOLDER, metavar="FOLDER", help="The run's folder.  [default: runs/NAME]"),
+        click.option("--dry-run", is_flag=True, help="Say what would run, how much disk and how long; train nothing."),
+    )
+
+
+def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Callable[..., Any]:
+    """Add which recipe, what is different this time and where targets are kept; then ``others`` and --json."""
+    options: list[Callable[..., Any]] = [
+        click.argument("recipe", required=False),
+        click.option("--images", metavar="SOURCE", help="Unlabelled images: a folder, a .zip or tar shards."),
+        click.option("--classes", metavar="FILE", help="One class name a line, or the name of a known list."),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            callback=each_key_once,
+            help="Change one value of the recipe.",
+        ),
+        click.option(
+            "--targets",
+            "targets_root",
+            type=FOLDER,
+            metavar="FOLDER",
+            default="targets",
+            show_default=True,
+            help="Where the teacher's targets are kept, for all runs.",
+        ),
+        *others,
+        json_option,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def adapt_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what adapt-teacher takes: how many labels, and where the context goes."""
+    return which_recipe(
+        command,
+        click.option(
+            "--shots", type=click.IntRange(min=1), default=16, show_default=True, help="Labelled images of each class."
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="Where the context goes.  [default: adapted/NAME.safetensors]",
+        ),
+    )
+
+
+def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what compare takes: the rows and columns of the comparison, and where it goes."""
+    return which_recipe(
+        command,
+        click.option(
+            "--objectives",
+            metavar="LIST",
+            default="ce,kd,prg",
+            show_default=True,
+            callback=names,
+            help="What to learn by; prgkit recipes --objectives says what there is.",
+        ),
+        click.option(
+            "--students",
+            metavar="LIST",
+            default="",
+            callback=names,
+            help="timm models.  [default: the recipe's; for --rank-students also RepViTs and EfficientNets]",
+        ),
+        click.option("--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help="How many of each."),
+        click.option(
+            "--ladder", is_flag=True, help="In place of --objectives: ce, kd, and PRG's nodes, its edges, and both."
+        ),
+        click.option(
+            "--sweep",
+            "sweeps",
+            multiple=True,
+            metavar="KEY=V1,V2,...",
+            callback=swept_values,
+            help="Try these values of an objective's parameter; two sweeps make a heat map of all combinations.",
+        ),
+        click.option(
+            "--base-to-novel",
+            is_flag=True,
+            help="Teach the first half of the classes alone, then ask for the second half by its names.",
+        ),
+        click.option(
+            "--rank-students",
+            is_flag=True,
+            help="Train nothing: score students by how like the teacher they see images before training (DisWOT).",
+        ),
+        click.option(
+            "--out", type=FOLDER, metavar="FOLDER", help="Where runs and result go.  [default: runs/NAME-compared]"
+        ),
+    )
+
+
+def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what export takes: which files are made besides FP32 ONNX, and how."""
+    options: list[Callable[..., Any]] = [
+        click.option("--fp16", is_flag=True, help="Also in 16-bit floats."),
+        click.option("--int8", is_flag=True, help="Also in 8-bit integers, where these keep the recipe's fidelity."),
+        click.option("--trt", is_flag=True, help="Also as TensorRT engines."),
+        click.option(
+            "--backend",
+            type=click.Choice(["tensorrt", "tensorrt_rtx"]),
+            metavar="NAME",
+            help="Build the engines with this one of tensorrt and tensorrt_rtx; implies --trt.  "
+            "[default: tensorrt where it can run, else tensorrt_rtx]",
+        ),
+        click.option(
+            "--batch",
+            metavar="MIN,OPT,MAX",
+            callback=batch_profile,
+            help="Batch sizes of the engines, e.g. 1,1,32; three equal ones make a static engine; implies --trt.  "
+            "[default: the recipe's]",
+        ),
+        click.option(
+            "--sm",
+            metavar="LIST",
+            callback=gpu_generations,
+            help="GPU generations that the engines are for, e.g. 86,89; 80+ is all from Ampere on that the backend "
+            "builds for; implies --trt.  [default: 80+; of tensorrt: this GPU]",
+        ),
+        click.option(
+            "--open-vocabulary",
+            is_flag=False,
+            flag_value="initializer",
+            type=click.Choice(["initializer", "input"]),
+            help="Score images by the teacher's class vectors in place of a class head, so that relabel can change the "
+            "classes; in the ONNX file they are an initializer (without a word), or an input.",
+        ),
+        click.option(
+            "--float-input",
+            is_flag=True,
+            help="Also an ONNX file that takes normalised floats, NCHW, for runtimes that prepare images themselves.",
+        ),
+        click.option(
+            "--evaluation-images",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="How many held-out images travel.  [default: the recipe's, 2000]",
+        ),
+        click.option("--zip", "packs", is_flag=True, help="Also pack the bundle into one file beside it."),
+        run_option,
+        json_option,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def refuse_in_a_bundle(given: dict[str, Any], *, builds: bool) -> None:
+    """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
+    if asked := [key for key in ("float_input", "evaluation_images", "open_vocabulary") if given[key]]:
+        option = "--" + asked[0].replace("_", "-")
+        raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")
+    if given["fp16"] and not builds:
+        raise click.UsageError("--fp16 halves where the student was trained; in a bundle it is for --trt.")
+    if given["int8"] and not builds:
+        raise click.UsageError("--int8 quantises where the student was trained; in a bundle it is for --trt.")
+    if not (builds or given["packs"]):
+        raise click.UsageError("A bundle is exported already; export --trt builds its engines, export --zip packs it.")
+
+
+def bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what bench takes: how to measure, where the report goes, and what to hold it against."""
+    options: list[Callable[..., Any]] = [
+        click.argument("reports", nargs=-1, metavar="[REPORT...]", type=click.Path(path_type=Path)),
+        click.option(
+            "--seconds", type=click.FloatRange(min=0.1), default=10, show_default=True, help="For each artifact."
+        ),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]"),
+        click.option(
+            "--sweep-threads",
+            metavar="LIST",
+            callback=thread_counts,
+            help="Also compare latency at these numbers of CPU threads, e.g. 1,2,4.",
+        ),
+        click.option(
+            "--batches",
+            default="1,8,32",
+            show_default=True,
+            metavar="LIST",
+            callback=batch_sizes,
+            help="Batch sizes for throughput.",
+        ),
+        click.option(
+            "--fps",
+            type=click.FloatRange(0.1, 10_000),
+            metavar="N",
+            help="Also give frames at this rate, as a camera does: response times, and how many frames are late.",
+        ),
+        click.option(
+            "--soak",
+            "soak_minutes",
+            metavar="MINUTES",
+            callback=minutes,
+            help="Also run the best artifact so long without a rest: does this device slow down when it is warm?",
+        ),
+        click.option(
+            "--baseline",
+            type=click.Path(path_type=Path, exists=True),
+            metavar="REPORT",
+            help="An older report.json to hold this one against; exits 1 where latency, size, accuracy or fidelity is "
+            "worse, or an artifact is missing.",
+        ),
+        click.option(
+            "--tolerance",
+            metavar="SHARE",
+            callback=tolerance,
+            help="By how much latency and size may grow over the baseline, as 5% or 0.05.  [default: 5%]",
+        ),
+        click.option(
+            "--out",
+            type=FOLDER,
+            metavar="FOLDER",
+            help="Where the report goes.  [default: bench/MACHINE in the run or bundle, where predict looks for "
+            "what was chosen; with --merge, comparison]",
+        ),
+        click.option("--merge", is_flag=True, help="Compare the REPORTs of several benches; measure nothing."),
+        run_option,
+        json_option,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def choose_recipe(session: Session, given: dict[str, Any]) -> tuple[Recipe, Path]:
+    """Return the recipe that was meant and the folder of its run."""
+    from prgkit.config.recipe import load_recipe
+    from prgkit.progress import silent
+    from prgkit.storage.run import RUNS, find_run, run_name, standing_where_it_started
+
+    note = silent if session.asked else session.terminal.note  # said once in a chain
+    named = ("recipe", "images", "classes")
+    if session.asked and not any(given[key] for key in named):
+        given = {**given, **{key: session.asked[key] for key in named}}
+        given["overrides"] = (*session.asked["overrides"], *given["overrides"])
+    session.asked = given
+    name, images, classes = (given[key] for key in named)
+    if not (name or images or classes):
+        found = find_run(given["folder"] or session.folder)
+        run = click.get_current_context().with_resource(standing_where_it_started(found))
+        return load_recipe(str(run.recipe_file), overrides=given["overrides"], note=note), run.folder
+    if not name and not (images and classes):
+        raise click.UsageError("Name a RECIPE, or give both --images and --classes.", click.get_current_context())
+    # JSON is YAML, and keeps a path with a colon or a hash in one piece.
+    sources = [
+        f"data.{key}={json.dumps(given[key], ensure_ascii=False)}" for key in ("images", "classes") if given[key]
+    ]
+    recipe = load_recipe(name or "custom", overrides=[*sources, *given["overrides"]], note=note)
+    return recipe, given["folder"] or session.folder or RUNS / run_name(name or images)
+
+
+def batch_sizes(ctx: click.Context, option: click.Parameter, text: str) -> list[int]:
+    """Read ``1,8,32``."""
+    try:
+        batches = [int(part) for part in text.split(",")]
+    except ValueError:
+        batches = [0]
+    if min(batches) < 1:
+        raise click.BadParameter(f"write batch sizes as 1,8,32, not {text!r}.", ctx, option)
+    return batches
+
+
+def thread_counts(ctx: click.Context, option: click.Parameter, text: str | None) -> list[int]:
+    """Read ``1,2,4``, in ascending order, each once."""
+    try:
+        counts = sorted({int(part) for part in text.split(",")}) if text is not None else []
+    except ValueError:
+        counts = [0]
+    if counts and counts[0] < 1:
+        raise click.BadParameter(f"write numbers of threads as 1,2,4, not {text!r}.", ctx, option)
+    return counts
+
+
+def minutes(ctx: click.Context, option: click.Parameter, text: str | None) -> float | None:
+    """Read ``30`` or ``0.5``: minutes above none, and up to a day."""
+    try:
+        count = float(text) if text is not None else None
+    except ValueError:
+        count = 0.0
+    if count is not None and not 0 < count <= 24 * 60:
+        raise click.BadParameter(f"write minutes above 0 and up to 1440, a day, as 30; not {text!r}.", ctx, option)
+    return count
+
+
+def tolerance(ctx: click.Context, option: click.Parameter, text: str | None) -> float | None:
+    """Read ``5%`` or ``0.05``; a bare ``5`` could be either, and is refused."""
+    if text is None:
+        return None
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise click.BadParameter(f"write a tolerance as 5% or 0.05, not {text!r}.", ctx, option)
+    return share
+
+
+def batch_profile(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[int, int, int] | None:
+    """Read ``1,1,32``: the least, the usual and the largest batch of an engine."""
+    if text is None:
+        return None
+    try:
+        least, usual, most = map(int, text.split(","))
+    except ValueError:
+        least, usual, most = 0, 0, 0
+    if not 1 <= least <= usual <= most:
+        raise click.BadParameter(f"write the least, the usual and the largest as 1,1,32, not {text!r}.", ctx, option)
+    return least, usual, most
+
+
+def gpu_generations(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    """Read ``86,89``, or ``8.6,8.9``, as ("SM86", "SM89"), and ``80+`` as ("SM80+",)."""
+    if text is None:
+        return None
+    if text.strip().upper().removeprefix("SM").replace(".", "") == "80+":
+        return ("SM80+",)
+    numbers = [part.strip().upper().removeprefix("SM").replace(".", "") for part in text.split(",")]
+    if not all(number.isdecimal() and len(number) in (2, 3) for number in numbers):
+        raise click.BadParameter(f"write compute capabilities as 86,89, not {text!r}.", ctx, option)
+    return tuple(f"SM{number}" for number in dict.fromkeys(numbers))
+
+
+def each_key_once(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse two values for one key: the first would be passed over in silence."""
+    for key in {text.partition("=")[0].strip() for text in texts}:
+        values = [text.partition("=")[2].strip() for text in texts if text.partition("=")[0].strip() == key]
+        refuse_twice(f"{option.opts[-1]} {key}", values, ctx)
+    return texts
+
+
+def names(ctx: click.Context, option: click.Parameter, text: str) -> list[str]:
+    """Read ``ce,kd,prg``, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def swept_values(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> list[tuple[str, list[Any]]]:
+    """Read ``edge_weight=0,1,3`` as a parameter and its values, which are read as YAML."""
+    from prgkit.config.yaml_io import parse
+    from prgkit.errors import RecipeError
+
+    each_key_once(ctx, option, texts)
+    sweeps = []
+    for text in texts:
+        key, _, values = text.partition("=")
+        try:
+            found = parse(f"values: [{values}]", where="--sweep")["values"]
+        except RecipeError:
+            found = []
+        if not key.strip() or not found:
+            raise click.BadParameter(f"write a sweep as edge_weight=0,1,3, not {text!r}.", ctx, option)
+        sweeps.append((key.strip(), found))
+    return sweeps

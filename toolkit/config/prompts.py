@@ -1,0 +1,269 @@
+"""Class names and the sentences they are put into before the teacher reads them."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+
+from prgkit.config.class_names import like_ids, odd_names, read_names
+from prgkit.errors import RecipeError, nearest, some
+from prgkit.progress import silent
+from prgkit.storage.atomic import as_on_disk, composed, read_text
+
+LISTS = Path(str(resources.files("prgkit.recipes"))) / "classes"  # one name a line, in label order
+LISTED = (
+    "caltech101",
+    "cifar10",
+    "cifar100",
+    "dtd",
+    "eurosat",
+    "fgvcaircraft",
+    "flowers102",
+    "food101",
+    "oxfordpets",
+    "stanfordcars",
+    "sun397",
+    "ucf101",
+)
+
+PLAIN = ("a photo of a {}.",)
+LEARNED = ("{context} {}.",)  # how a learned context is told; no teacher reads these words
+# The seven that OpenAI's forward search over its 80 ImageNet templates kept (CLIP, "Prompt Engineering for ImageNet").
+PHOTO = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+# OpenAI's for each dataset (CLIP, data/prompts.md), written out as what they combine.
+# CIFAR-10 and CIFAR-100: nine looks and sizes, each with "a" and with "the".
+LOOKS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+CIFAR = tuple(
+    f"a {look}photo of {article} {size}{{}}."
+    for article in ("a", "the")
+    for look, size in (*((look, "") for look in LOOKS), ("", "small "), ("", "big "))
+)
+# Caltech-101: photographed, made of something or drawn, each with "a" and with "the".
+DEPICTIONS = ("photo", "painting", "sculpture", "sketch", "tattoo", "rendition", "drawing", "doodle")
+MAKES = ("plastic", "toy", "embroidered", "cartoon", "plushie", "origami")
+OBJECTS = tuple(
+    template
+    for article in ("a", "the")
+    for template in (
+        *(f"a {depiction} of {article} {{}}." for depiction in DEPICTIONS),
+        *(f"{article} {make} {{}}." for make in MAKES),
+        f"{article} {{}} in a video game.",
+        f"art of {article} {{}}.",
+        f"graffiti of {article} {{}}.",
+    )
+)
+# UCF101.
+ACTIONS = tuple(
+    f"a {medium} of {article} person {verb}{{}}."
+    for verb in ("", "using ", "doing ", "during ", "performing ", "practicing ")
+    for article in ("a", "the")
+    for medium in ("photo", "video", "example", "demonstration")
+)
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "actions": ACTIONS,
+    "aircraft": ("a photo of a {}, a type of aircraft.", "a photo of the {}, a type of aircraft."),
+    "cars": (
+        "a photo of a {}.",
+        "a photo of the {}.",
+        "a photo of my {}.",
+        "i love my {}!",
+        "a photo of my dirty {}.",
+        "a photo of my clean {}.",
+        "a photo of my new {}.",
+        "a photo of my old {}.",
+    ),
+    "cifar": CIFAR,
+    "flowers": ("a photo of a {}, a type of flower.",),
+    "food": ("a photo of {}, a type of food.",),
+    "objects": OBJECTS,
+    "pets": ("a photo of a {}, a type of pet.",),
+    "photo": PHOTO,
+    "plain": PLAIN,
+    "satellite": tuple(f"a centered satellite photo of {article}{{}}." for article in ("", "a ", "the ")),
+    "scenes": ("a photo of a {}.", "a photo of the {}."),
+    "textures": tuple(
+        f"a photo of {article} {{}} {noun}."
+        for article in ("a", "the")
+        for noun in ("texture", "pattern", "thing", "object")
+    ),
+}
+
+NAMED_CLASSES = tuple(sorted((*LISTED, "digits", "imagenet1k")))
+LIST_SUFFIXES = (".txt", ".names", ".list", ".csv", ".json")
+NAMES_FIX = f"give a text file with one name a line, or one of {', '.join(NAMED_CLASSES)}"
+NAMED_TEMPLATES = tuple(sorted((*TEMPLATES, "digits", "imagenet")))
+
+
+def load_classes(
+    value: str | Sequence[str], *, folder: Path | None = None, note: Callable[[str], None] = silent
+) -> tuple[str, ...]:
+    """Return class names: a named list, a file of names (relative to ``folder``), or the names given.
+
+    ``note`` is told what a file has besides names, which is left out, and which names look like ids.
+
+    Raises:
+        RecipeError: there is no such list or file, or its names are empty, repeated or fewer than two.
+    """
+    if not isinstance(value, str):
+        entries = [(f"entry {number}", name) for number, name in enumerate(value, 1)]
+        names = checked_classes(entries, where="the class names")
+    elif value in NAMED_CLASSES:
+        return named_classes(value)
+    else:
+        path = find_file(value, folder)
+        names = listed_classes(path, silent if path.parent == LISTS else note)
+    if odd := like_ids(names):
+        note(f"class names look like ids: {some(odd)}; the teacher reads them as words")
+    elif odd := odd_names(names):
+        note(f"class names look odd: {some(odd)}; the teacher reads them as they are")
+    return names
+
+
+def load_templates(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Return prompt templates: a named set, or the templates given; each has one ``{}`` for the class name.
+
+    Raises:
+        RecipeError: there is no such set, or a template has no place, or several, for the class name.
+    """
+    if isinstance(value, str) and not set(value) & set(" {}"):
+        if value not in NAMED_TEMPLATES:
+            raise RecipeError(
+                f"there is no template set {value!r}{nearest(value, NAMED_TEMPLATES)}",
+                fix=f"use one of {', '.join(NAMED_TEMPLATES)}, or write templates such as 'a photo of a {{}}.'",
+            )
+        return named_templates(value)
+    templates = (value,) if isinstance(value, str) else tuple(value)
+    if not templates:
+        raise RecipeError("there are no prompt templates", fix="name a set, or write one such as 'a photo of a {}.'")
+    for template in templates:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            fix = "write {} once, where the class name belongs, as in 'a photo of a {}.'"
+            raise RecipeError(f"the template {template!r} has not exactly one {{}}", fix=fix)
+    return templates
+
+
+def fill(templates: Sequence[str], classes: Sequence[str]) -> list[list[str]]:
+    """Return the prompts [templates][classes]; underscores in class names become spaces."""
+    return [[template.replace("{}", name.replace("_", " ")) for name in classes] for template in templates]
+
+
+def canonical(name: str) -> str:
+    """Return the form in which two spellings of a class are one: CLIP's tokenizer sees neither case nor spacing.
+
+    Accents are composed (NFC); what has no shape, as a mark of direction or a soft hyphen, is left out.
+    """
+    shown = "".join(letter for letter in name.replace("_", " ") if unicodedata.category(letter) != "Cf")
+    return composed(" ".join(shown.split()).casefold())
+
+
+def named_classes(name: str) -> tuple[str, ...]:
+    """Return one of NAMED_CLASSES in label order."""
+    if name == "imagenet1k":
+        from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+        # OpenAI's list gives two classes each the same name, and a teacher cannot tell the same sentence apart.
+        # Their WordNet names can: 744 is a projectile, 836 a sunglass (a burning lens).
+        renamed = {744: "projectile", 836: "sunglass"}
+        return tuple(renamed.get(index, given) for index, given in enumerate(IMAGENET_CLASSNAMES))
+    if name == "digits":
+        from prgkit.demo.digits import CLASSES
+
+        return CLASSES
+    return listed_classes(LISTS / f"{name}.txt")
+
+
+def listed_classes(path: Path, note: Callable[[str], None] = silent) -> tuple[str, ...]:
+    """Return the names in a file, in any of the forms that other tools write; ``note`` is told what was taken off."""
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        what = f"{path.name} cannot be read: {reason}"
+        raise RecipeError(what, where=path, fix="save it as a UTF-8 text file") from error
+    entries, remarks = read_names(text, path)
+    names = checked_classes(entries, where=path)
+    for remark in remarks:
+        note(remark)
+    return names
+
+
+def named_templates(name: str) -> tuple[str, ...]:
+    """Return one of NAMED_TEMPLATES."""
+    if name == "imagenet":
+        from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+
+        return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+    if name == "digits":
+        from prgkit.demo import digits
+
+        return digits.TEMPLATES
+    return TEMPLATES[name]
+
+
+def checked_classes(names: Iterable[tuple[str, object]], *, where: object) -> tuple[str, ...]:
+    """Return the names, given with their places, or say what is wrong with them."""
+    first_at: dict[str, str] = {}
+    repeated: list[str] = []
+    accepted: list[str] = []
+    for at, name in names:
+        if not isinstance(name, str):
+            raise RecipeError(f"class name {name!r} is not text ({at})", where=where, fix="put quotes around it")
+        if not canonical(name):
+            raise RecipeError(f"a class name is empty ({at})", where=where, fix="remove it, or write the name")
+        earlier = first_at.setdefault(canonical(name), at)
+        if earlier != at:
+            repeated.append(f"{name.strip()!r} ({earlier} and {at})")
+        if any(unicodedata.category(letter) == "Cc" for letter in " ".join(name.split())):
+            raise RecipeError(f"class name {name!r} has a control character ({at})", where=where, fix="remove it")
+        accepted.append(composed(" ".join(name.split())))
+    if repeated:
+        more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
+        what = f"class names repeat: {', '.join(repeated[:5])}{more}"
+        raise RecipeError(what, where=where, fix="keep one of each; case, spaces and underscores make no difference")
+    if len(accepted) < 2:
+        what = f"there is only one class, {accepted[0]!r}" if accepted else "there are no class names"
+        raise RecipeError(what, where=where, fix="give at least two, or there is nothing to tell apart")
+    return tuple(accepted)
+
+
+def find_file(value: str, folder: Path | None) -> Path:
+    """Return the class file: relative to ``folder`` first, then to where the command runs."""
+    given = Path(os.path.expandvars(os.path.expanduser(value)))
+    candidates = [folder / given, given] if folder else [given]
+    try:
+        found = next((path for path in map(as_on_disk, candidates) if path.exists()), None)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise RecipeError(f"there is no class list {value[:80]!r}: {error.strerror}", fix=NAMES_FIX) from error
+    if found is not None:
+        return require_list(found)
+    parent = candidates[0].parent
+    siblings = [path.name for path in parent.iterdir() if path.is_file()] if parent.is_dir() else []
+    raise RecipeError(
+        f"there is no class list {value!r}{nearest(given.name, [*NAMED_CLASSES, *siblings])}",
+        where=parent.absolute(),
+        fix=NAMES_FIX,
+    )
+
+
+def require_list(path: Path) -> Path:
+    """Return a file that is a list of names by its own name.
+
+    A recipe may point anywhere, ``../photos`` and ``../names.txt`` too: it is its user's. But of all that it points at,
+    this file alone is copied, line for line, into every run and from there into every bundle that is given away. So a
+    page by a stranger that says ``/etc/passwd`` or ``~/.ssh/id_rsa`` here is refused before anything is read or shown.
+    """
+    if path.suffix.lower() not in LIST_SUFFIXES:
+        what = f"{path.name} is not a class list by its name: its lines would travel in every bundle"
+        raise RecipeError(what, where=path, fix=f"give a text file that ends in {', '.join(LIST_SUFFIXES)}")
+    return path

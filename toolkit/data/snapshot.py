@@ -1,0 +1,170 @@
+"""Which images a run was made from: kept in the run, so that what is added to a folder later changes nothing unsaid."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shlex
+import zipfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prgkit.config.recipe import Recipe
+from prgkit.data.index import Catalogue, Images, as_grey_range, lies_in_files, open_images
+from prgkit.errors import ImagesError, RunError
+from prgkit.progress import Watch
+from prgkit.storage.atomic import write_bytes
+from prgkit.storage.run import Run
+
+KEY_BYTES = 16
+MOST_READ = 1000
+Arrays = dict[str, NDArray[Any]]
+
+
+class Members(NamedTuple):
+    """What a run was made from."""
+
+    images: frozenset[str]  # content keys
+    labelled: frozenset[str]  # those of the few images whose labels are learned from
+    files: NDArray[np.uint64]  # a number for each file's name and size, sorted
+    dated: NDArray[np.uint64]  # the same of its date as well
+
+
+def keep_members(run: Run, images: Catalogue, labelled: Catalogue | None) -> None:
+    """Write into a run that has learned nothing yet what it is going to learn from and be judged on."""
+    known = lies_in_files(images.images.spec)
+    files, dated = ((images.images.files(dated=each) if known else []) for each in (False, True))
+    arrays: Arrays = {
+        "images": packed(images.keys),
+        "labelled": packed(labelled.keys if labelled else ()),
+        "files": np.sort(np.array(files, dtype=np.uint64)),
+        "dated": np.sort(np.array(dated, dtype=np.uint64)),
+    }
+    sealed: dict[str, Any] = {**arrays, "digest": digest_of(arrays)}
+    buffer = io.BytesIO()
+    np.savez(buffer, **sealed)
+    if run.members_file.exists():  # of an earlier start, maybe of other images: what was told of those goes
+        run.quality_file.unlink(missing_ok=True)
+    write_bytes(run.members_file, buffer.getvalue())
+
+
+def members_of(run: Run) -> Members | None:
+    """Return what a run was made from; None where that is not known.
+
+    Raises:
+        RunError: the file that says it is damaged.
+    """
+    if not run.members_file.exists():
+        return None
+    try:
+        with np.load(run.members_file, allow_pickle=False) as found:
+            arrays = {name: found[name] for name in ("images", "labelled", "files", "dated")}
+            whole = bytes(found["digest"]) == bytes(digest_of(arrays))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        whole = False
+    if not whole:
+        raise RunError(
+            f"{run.members_file.name}, which says what the run was made from, is damaged",
+            where=run.members_file,
+            fix="delete it; the images that are there now are then taken to be those",
+        )
+    images, labelled = (frozenset(bytes(key).hex() for key in arrays[name]) for name in ("images", "labelled"))
+    return Members(images, labelled, arrays["files"], arrays["dated"])
+
+
+def only_members(
+    found: Catalogue, run: Run, watch: Watch, *, all_needed: bool = False, labelled: bool = False
+) -> Catalogue:
+    """Return those of the images that a run was made from, and say how many others there are, and how many are gone.
+
+    Raises:
+        RunError: some are gone, and ``all_needed``.
+        ImagesError: all are gone.
+    """
+    members = members_of(run)
+    if members is None:
+        return found
+    keys = members.labelled if labelled else members.images
+    places = [place for place, key in enumerate(found.keys) if key in keys]
+    others, gone = len(found) - len(places), len(keys) - len(places)
+    spec, what = found.images.spec, "labelled images" if labelled else "images"
+    if gone and all_needed:
+        raise RunError(
+            f"{gone:,} of the {len(keys):,} {what} that this run was made from are gone from {spec}, or have changed",
+            where=run.folder,
+            fix=f"put them back to go on, or start anew with what is there: {anew(run)}",
+        )
+    if not places:
+        raise ImagesError(
+            f"none of the {len(keys):,} {what} that this run was made from is in {spec} any more", where=spec
+        )
+    if others:
+        stranger = next(place for place, key in enumerate(found.keys) if key not in keys)
+        name = found.images.name(int(found.indices[stranger]))
+        watch.note(
+            f"{spec} holds {others:,} {what} that this run was not made from, e.g. {name}: it does not learn from them "
+            f"and is not judged on them; to learn from all: {anew(run)}"
+        )
+    if gone:
+        watch.note(f"{gone:,} of the {len(keys):,} {what} that this run was made from are gone from {spec}")
+    return found.part(np.array(places, dtype=np.int64)) if others else found
+
+
+def tell_changes(run: Run, recipe: Recipe, watch: Watch) -> None:
+    """Say of a finished run whether its images are others now, by their names and sizes.
+
+    Of those that have another date than then, up to `MOST_READ` are read: a copied folder has new dates and old images.
+    """
+    members, spec = members_of(run), recipe.data.images
+    if members is None or not lies_in_files(spec):
+        return
+    try:
+        images = open_images(spec).with_grey(as_grey_range(run.card["images"]["grey_range"]))
+    except ImagesError as error:
+        watch.note(f"the images that it was made from are not there any more: {error.what}")
+        return
+    files = np.array(images.files(), dtype=np.uint64)
+    new = np.flatnonzero(~np.isin(files, members.files))
+    touched = np.setdiff1d(np.flatnonzero(~np.isin(images.files(dated=True), members.dated)), new)[:MOST_READ]
+    new = np.union1d(new, [place for place in touched.tolist() if is_other(images, place, members)]).astype(np.int64)
+    gone = len(np.setdiff1d(members.files, files))
+    changes = [f"{len(new):,} files are new or changed, e.g. {images.name(int(new[0]))}"] if len(new) else []
+    changes += [f"{gone:,} that were there are gone or changed"] if gone else []
+    if changes:
+        watch.note(
+            f"{spec} is not what the run was made from any more: {'; '.join(changes)}. It has not learned from what is "
+            f"new; to learn from all: {anew(run)}"
+        )
+
+
+def is_other(images: Images, index: int, members: Members) -> bool:
+    """Tell whether an image's content is none that the run was made from."""
+    try:
+        return images.key(index) not in members.images
+    except ImagesError:  # it can no longer be read
+        return True
+
+
+def anew(run: Run) -> str:
+    """Return the command that starts a run from what is there now, and how to begin with this one's student."""
+    recipe, folder = shlex.quote(str(run.recipe_file)), shlex.quote(f"{run.folder}-2")
+    command = f"prgkit distill {recipe} --run {folder}"
+    if not run.weights.exists():
+        return command
+    return f"{command} (and --set student.initial={shlex.quote(str(run.weights))} to begin with this student)"
+
+
+def packed(keys: Sequence[str]) -> NDArray[np.uint8]:
+    """Return content keys as bytes [keys, 16]."""
+    return np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, KEY_BYTES)
+
+
+def digest_of(arrays: Arrays) -> NDArray[np.uint8]:
+    """Return 16 bytes that change with any byte of the arrays."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)

@@ -1,0 +1,1 @@
+"""The student: a timm model, its heads, and its projector."""

@@ -1,0 +1,136 @@
+"""The targets of a recipe's teacher, or of several whose logits are averaged as if they were one teacher's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prgkit.config.recipe import Recipe
+from prgkit.errors import TargetsError
+from prgkit.progress import SILENT, Watch
+from prgkit.storage.atomic import fingerprint
+from prgkit.teacher.clip import teacher_identity
+from prgkit.teacher.feature_store import Load, Targets, existing_store, open_store
+from prgkit.teacher.prompt_context import load_context
+from prgkit.teacher.zero_shot import Answers, no_correction
+
+
+class JointTargets:
+    """The stores of K teachers, read as the store of one; each is its own teacher's, and other runs share it.
+
+    With w_k = sqrt(s_k / sum_j s_j), I = [w_1 I_1, ..., w_K I_K] and T alike are unit vectors of sum_k D_k numbers,
+    and with s = sum_j s_j / K the logits s * I * T^T are the mean of the teachers' s_k * I_k * T_k^T. So a student
+    learns from several teachers as from one, by any objective.
+
+    Raises:
+        TargetsError: two of the teachers are the same.
+    """
+
+    def __init__(self, stores: Sequence[Targets]) -> None:
+        if len({_weights_of(store) for store in stores}) < len(stores):
+            names = ", ".join(store.page.model for store in stores)
+            raise TargetsError(
+                f"two of the recipe's teachers are the same: {names}", where="teacher", fix="name each teacher once"
+            )
+        scales = [store.logit_scale for store in stores]
+        self.stores = tuple(stores)
+        self.width = sum(store.width for store in stores)
+        self.logit_scale = sum(scales) / len(scales)
+        self._weights = [math.sqrt(scale / sum(scales)) for scale in scales]
+
+    def __contains__(self, key: object) -> bool:
+        return all(key in store for store in self.stores)
+
+    @property
+    def name(self) -> str:
+        """What decides the features, in a word."""
+        return "+".join(store.name for store in self.stores)
+
+    def rows(self, keys: Sequence[str], *, views: int) -> NDArray[np.int64]:
+        """Return each image's row in each store [n, K], -1 where fewer than ``views`` of its views are stored."""
+        return np.stack([store.rows(keys, views=views) for store in self.stores], axis=1)
+
+    def features(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
+        """Return the unit features I [n, D] float32 of ``rows`` [n, K] under ``views`` [n]."""
+        return self._joined([store.features(mine, views) for store, mine in zip(self.stores, rows.T, strict=True)])
+
+    def prompts(self, classes: Sequence[str], templates: Sequence[str], teacher: Load, watch: Watch = SILENT) -> Tensor:
+        """Return T [M, C, D] float32; each teacher embeds a set of classes and templates once."""
+        return self._joined([store.prompts(classes, templates, teacher, watch) for store in self.stores])
+
+    def alone(self, answers: Answers) -> list[Answers]:
+        """Return what each teacher says by itself to its part of the features, as `split` gives it."""
+        scale, untouched = len(self.stores) * answers.logit_scale, no_correction(answers.prompts.shape[1])
+        return [Answers(mine, scale, answers.prompt_weighting, untouched) for mine in self.split(answers.prompts)]
+
+    def split(self, vectors: Tensor) -> list[Tensor]:
+        """Return each teacher's part of joint vectors [..., D]: w_k times its own [..., D_k]."""
+        return list(torch.split(vectors, [store.width for store in self.stores], dim=-1))
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a run's card says of its teachers."""
+        each = [store.facts() for store in self.stores]
+        return {
+            "model": " + ".join(store.page.name for store in self.stores),
+            "weights": None,
+            "fingerprint": fingerprint([one["fingerprint"] for one in each]),
+            "targets": [one["targets"] for one in each],
+            "width": self.width,
+            "logit_scale": self.logit_scale,
+        }
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([weight * part for weight, part in zip(self._weights, parts, strict=True)], dim=-1)
+
+
+def teacher_fingerprint(recipe: Recipe) -> str:
+    """Return what ``facts`` say of the recipe's teachers as their files are now.
+
+    Raises:
+        TeacherError: one of them is gone.
+    """
+    each = []
+    for page in recipe.teacher:
+        identity, context = teacher_identity(page), load_context(page)
+        each.append(fingerprint([identity, context.digest] if context else identity))
+    return each[0] if len(each) == 1 else fingerprint(each)
+
+
+AnyTargets: TypeAlias = Targets | JointTargets
+
+
+def open_targets(recipe: Recipe, root: Path, teacher: Load) -> AnyTargets:
+    """Open the stores of the recipe's teachers and views, creating those that are new.
+
+    Raises:
+        TargetsError: a store was made by something else, or two teachers are the same.
+    """
+    return _as_one([open_store(page, recipe.views, root, teacher) for page in recipe.teacher])
+
+
+def existing_targets(recipe: Recipe, root: Path) -> AnyTargets | None:
+    """Open the stores of the recipe's teachers and views where all of them are there.
+
+    Raises:
+        TargetsError: a store was made by something else, or two teachers are the same.
+    """
+    found = [existing_store(page, recipe.views, root) for page in recipe.teacher]
+    stores = [store for store in found if store is not None]
+    return _as_one(stores) if len(stores) == len(found) else None
+
+
+def _weights_of(store: Targets) -> str:
+    """Return what tells teachers apart: not how they compute."""
+    made_from = store.card["teacher"]
+    return fingerprint({key: made_from[key] for key in made_from.keys() - {"precision", "batch_size"}})
+
+
+def _as_one(stores: Sequence[Targets]) -> AnyTargets:
+    return stores[0] if len(stores) == 1 else JointTargets(stores)

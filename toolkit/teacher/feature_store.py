@@ -1,0 +1,388 @@
+"""Targets: what the teacher sees in every view of every image, computed once and kept in a memory-mapped store.
+
+A store holds features, not logits, so that class names, templates, weightings and temperatures can change without a
+teacher pass. It belongs to a teacher and a way of drawing views, not to a dataset: images are known by their content.
+
+    targets/<fingerprint>/
+        card.json        what the store is made from
+        journal.jsonl    one line a block: its first row, its images' keys, how many views they have, a digest a view
+        view-000.f16     [rows, D] float16, one file a view; view 0 is the evaluation view
+        prompts-*.npy    [M, C, D] float32, one file for each set of classes and templates; its name ends in its digest
+        prompts-*.txt    what is to be said of such a set: names that the teacher does not read to their end
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prgkit.config.prompts import fill
+from prgkit.config.recipe import Recipe, TeacherPage, Views
+from prgkit.data.augment import Rendered, load_batches
+from prgkit.data.index import Catalogue, Preprocessing
+from prgkit.errors import TargetsError
+from prgkit.progress import SILENT, Watch
+from prgkit.storage.atomic import (
+    fingerprint,
+    flush,
+    guarding_space,
+    mapped,
+    read_sealed,
+    read_text,
+    require_space,
+    write_bytes,
+    write_sealed,
+    write_text,
+)
+from prgkit.storage.locks import locked
+from prgkit.storage.run import append_line, numbered_lines
+from prgkit.teacher.clip import Teacher, teacher_identity
+from prgkit.teacher.prompt_context import load_context
+
+BLOCK_IMAGES = 256  # what a kill can lose at most
+LOST_CARD = "delete it, and the same command writes it again; what the teacher has seen is kept"
+NOTHING: dict[str, Any] = {"row": 0, "keys": [], "digests": []}
+Load = Callable[[TeacherPage], Teacher]
+UNKNOWN = ""  # stands for the images of a journal line that cannot be read
+
+
+class Targets:
+    """A store of a teacher's features, opened for reading and appending."""
+
+    def __init__(self, folder: Path, page: TeacherPage) -> None:
+        self.folder = folder
+        self.page = page
+        self.context = load_context(page)
+        self.card = read_sealed(folder / "card.json", fix=LOST_CARD)
+        self.width: int = self.card["width"]
+        self.logit_scale: float = self.card["logit_scale"]
+        self.preprocessing = Preprocessing.from_dict(self.card["preprocessing"])
+        self._broken: list[tuple[str, list[str]]] = []  # where, and the keys of the images in it
+        self._rows: dict[str, tuple[int, int]] = {}  # key -> (row, views)
+        self._end = 0
+        self._maps: dict[int, NDArray[np.float16]] = {}
+        self._journalled = 0  # lines taken in
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what has been journalled since, also by another process."""
+        lines = self._lines()
+        for number, block in lines[self._journalled :]:
+            if block is None:
+                self._broken.append((f"{self._journal.name}, line {number}", [UNKNOWN]))
+            else:
+                self._take_in(block)
+        self._journalled = len(lines)
+
+    def mend(self) -> None:
+        """Put an empty block in the place of each journal line that cannot be read: what it told of is lost, and named.
+
+        The number of lines stays, since other processes count them. To be called by the holder of the store's lock.
+        """
+        lines = self._lines()
+        if any(block is None for _, block in lines):
+            write_text(self._journal, "".join(json.dumps(block or NOTHING) + "\n" for _, block in lines))
+        self._broken = [(place, keys) for place, keys in self._broken if UNKNOWN not in keys]
+
+    @property
+    def stores(self) -> tuple[Targets, ...]:
+        """The one store that this is; `JointTargets` are several."""
+        return (self,)
+
+    @property
+    def name(self) -> str:
+        """What decides the features, and what stands in front of the class names, in a word."""
+        return f"{self.folder.name}-{self.context.digest}" if self.context else self.folder.name
+
+    @property
+    def damaged(self) -> list[str]:
+        """Where the store is damaged; of no account once the images in question have been embedded again."""
+        blocks = [place for place, keys in self._broken if any(key not in self._rows for key in keys)]
+        return blocks + [path.name for path in sorted(self.folder.glob("prompts-*.npy")) if not _is_whole(path)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the memory maps behind: another process maps the files itself."""
+        return {**self.__dict__, "_maps": {}}
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
+    def stored_views(self, key: str) -> int:
+        """Return how many views of an image are stored."""
+        return self._rows.get(key, (-1, 0))[1]
+
+    def rows(self, keys: Sequence[str], *, views: int) -> NDArray[np.int64]:
+        """Return the row of each image, -1 where fewer than ``views`` of its views are stored."""
+        absent = (-1, 0)
+        found = [self._rows.get(key, absent) for key in keys]
+        return np.array([row if stored >= views else -1 for row, stored in found], dtype=np.int64)
+
+    def features(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> torch.Tensor:
+        """Return the teacher's unit features I [n, D] float32 of ``rows`` [n] under ``views`` [n]."""
+        gathered = np.empty((len(rows), self.width), dtype=np.float16)
+        for view in np.unique(views):
+            chosen = views == view
+            gathered[chosen] = self._map(int(view), int(rows[chosen].max()))[rows[chosen]]
+        # float16 rounds a unit vector's length by up to 0.05 %.
+        return torch.nn.functional.normalize(torch.from_numpy(gathered).float(), dim=1)
+
+    def append(self, keys: Sequence[str], features: NDArray[np.float16]) -> None:
+        """Append a block [views, images, D]: written and flushed first, journalled after."""
+        digests = []
+        for view, block in enumerate(features):
+            content = np.ascontiguousarray(block).tobytes()
+            path = self._view_file(view)
+            with guarding_space(path, features.nbytes), open(path, "r+b" if path.exists() else "w+b") as file:
+                file.seek(self._end * self.width * 2)
+                file.write(content)
+                flush(file)
+            digests.append(_digest(content))
+        append_line(self._journal, {"row": self._end, "keys": list(keys), "digests": digests})
+        self._journalled += 1
+        self._note(self._end, keys, len(features))
+
+    def prompts(
+        self, classes: Sequence[str], templates: Sequence[str], teacher: Load, watch: Watch = SILENT
+    ) -> torch.Tensor:
+        """Return T [M, C, D] float32; a set of classes and templates is embedded once, by ``teacher(page)``.
+
+        Where the teacher has a learned context, that is its one template.
+
+        Raises:
+            TeacherError: two of the classes are one to the teacher.
+        """
+        context = self.context
+        texts = fill(context.templates if context else templates, classes)
+        stem = f"prompts-{fingerprint([texts, context.digest] if context else texts)}"
+        proofs = self.folder / f"{stem}.txt"  # what is to be said of the names each time, where there is anything
+        if proofs.exists():
+            watch.note(read_text(proofs))
+        for path in self.folder.glob(f"{stem}.*.npy"):
+            if _is_whole(path):
+                loaded: NDArray[np.float32] = np.load(path)
+                return torch.from_numpy(loaded)
+            path.unlink(missing_ok=True)
+        reader = teacher(self.page)
+        if (told := reader.proofread(texts, classes)) and not proofs.exists():
+            write_text(proofs, told)
+            watch.note(told)
+        embedded = (context.read(reader, texts) if context else reader.embed_prompts(texts)).cpu().numpy()
+        buffer = io.BytesIO()
+        np.save(buffer, embedded, allow_pickle=False)
+        write_bytes(self.folder / f"{stem}.{_digest(buffer.getvalue())}.npy", buffer.getvalue())
+        return torch.from_numpy(embedded)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a run's card says of its teacher."""
+        origin = self.card["teacher"]
+        return {
+            "model": self.card["teacher_model"],
+            "weights": self.card["teacher_weights"],
+            "fingerprint": fingerprint([origin, self.context.digest] if self.context else origin),
+            "targets": str(self.folder),
+            "width": self.width,
+            "logit_scale": self.logit_scale,
+            **({"context": self.context.digest} if self.context else {}),
+        }
+
+    @property
+    def _journal(self) -> Path:
+        return self.folder / "journal.jsonl"
+
+    def _lines(self) -> list[tuple[int, dict[str, Any] | None]]:
+        """Return the journal's lines with their numbers; None is one that is damaged."""
+        if not self._journal.exists():
+            return []
+        found = numbered_lines(self._journal)
+        return [(number, block if block and _is_block(block) else None) for number, block in found]
+
+    def _view_file(self, view: int) -> Path:
+        return self.folder / f"view-{view:03d}.f16"
+
+    def _map(self, view: int, last_row: int) -> NDArray[np.float16]:
+        known = self._maps.get(view)
+        if known is None or len(known) <= last_row:
+            path = self._view_file(view)
+            rows = path.stat().st_size // (2 * self.width)
+            self._maps[view] = mapped(path, np.float16, (rows, self.width))
+        return self._maps[view]
+
+    def _take_in(self, block: dict[str, Any]) -> None:
+        """Take a journalled block in, if its content is what was journalled; else its images are embedded again."""
+        row, keys, digests = block["row"], block["keys"], block["digests"]
+        size = len(keys) * self.width * 2
+        for view, digest in enumerate(digests):
+            path = self._view_file(view)
+            content, rows = b"", 0
+            if path.exists():
+                rows = path.stat().st_size // (self.width * 2)
+                with open(path, "rb") as file:
+                    file.seek(row * self.width * 2)
+                    content = file.read(size)
+            if _digest(content) != digest:
+                self._broken.append((f"{path.name}, rows {row} to {row + len(keys) - 1}", keys))
+                self._end = max(self._end, min(row + len(keys), rows))  # the row itself may be what is damaged
+                return
+        self._note(row, keys, len(digests))
+
+    def _note(self, row: int, keys: Sequence[str], views: int) -> None:
+        self._rows.update({key: (row + place, views) for place, key in enumerate(keys)})
+        self._end = max(self._end, row + len(keys))
+
+
+def open_store(page: TeacherPage, views: Views, root: Path, teacher: Load) -> Targets:
+    """Open the store of a teacher and views, creating it when it is new.
+
+    Raises:
+        TargetsError: the store was made by something else.
+    """
+    if (stored := existing_store(page, views, root)) is not None:
+        return stored
+    made_from = origin_of(page, views)
+    folder = root / fingerprint(made_from)
+    seeing = teacher(page)
+    write_sealed(
+        folder / "card.json",
+        {
+            **made_from,
+            "teacher_model": page.model,
+            "teacher_weights": page.weights,
+            "width": seeing.width,
+            "logit_scale": seeing.logit_scale,
+            "preprocessing": seeing.preprocessing.to_dict(),
+        },
+    )
+    return Targets(folder, page)
+
+
+def existing_store(page: TeacherPage, views: Views, root: Path) -> Targets | None:
+    """Open the store of a teacher and views where there is one.
+
+    Raises:
+        TargetsError: the store was made by something else.
+    """
+    made_from = origin_of(page, views)
+    folder = root / fingerprint(made_from)
+    if not (folder / "card.json").exists():
+        return None
+    targets = Targets(folder, page)
+    if any(targets.card.get(key) != value for key, value in made_from.items()):
+        raise TargetsError(
+            "the target store was made from something else than its name says", where=folder, fix="delete it"
+        )
+    return targets
+
+
+def origin_of(page: TeacherPage, views: Views) -> dict[str, Any]:
+    """Return what decides a store's features, and so its name."""
+    return {
+        "schema": "prgkit.targets/2",
+        "teacher": teacher_identity(page),
+        "views": views.model_dump(mode="json", exclude={"count"}, exclude_none=True),
+    }
+
+
+def embed(
+    targets: Targets,
+    catalogue: Catalogue,
+    *,
+    views: NDArray[np.int64],
+    recipe: Recipe,
+    teacher: Load,
+    watch: Watch,
+) -> None:
+    """Let the teacher see each image of ``catalogue`` in its first ``views`` [images] views, where it has not yet.
+
+    Raises:
+        DiskFullError: before the work, or at a block; what is journalled stays.
+    """
+
+    def missing_now() -> NDArray[np.int64]:
+        stored = np.array([targets.stored_views(key) for key in catalogue.keys])
+        return np.flatnonzero(stored < views)
+
+    missing = missing_now()
+    if not len(missing):
+        return
+    require_space(targets.folder, int(views[missing].sum()) * targets.width * 2, "the target store")
+    # Two processes that want the same store mostly want the same images seen: the second goes on with what the first
+    # one stored, so waiting loses nothing, and being refused would only be tried again.
+    with locked(targets.folder, "target store", wait=watch.note):
+        targets.refresh()  # another process may have appended before the lock was ours
+        targets.mend()
+        missing = missing_now()
+        watch.start("teacher", len(missing), "img")
+        for count in np.unique(views[missing]):
+            chosen = missing[views[missing] == count]
+            _embed_views(targets, teacher(targets.page), catalogue, chosen, int(count), recipe, watch)
+
+
+def _embed_views(
+    targets: Targets,
+    teacher: Teacher,
+    catalogue: Catalogue,
+    positions: NDArray[np.int64],
+    views: int,
+    recipe: Recipe,
+    watch: Watch,
+) -> None:
+    """Embed and store the first ``views`` views of ``positions``; each image is decoded once for all of them.
+
+    Batches are full, whatever the number of views. A block ends where a batch does, so that a pass that was killed
+    fills its batches as one that was not.
+    """
+    rendered, size = Rendered(catalogue, teacher.preprocessing, recipe.views), teacher.batch_size
+    even = size // math.gcd(size, views)  # images whose views fill batches to the last place
+    step = max(number for number in range(1, max(1, size // views) + 1) if even % number == 0)
+    chunks = [positions[start : start + step] for start in range(0, len(positions), step)]
+    plan = [[(int(position), range(views)) for position in chunk] for chunk in chunks]
+    keys: list[str] = []
+    seen: list[torch.Tensor] = []
+    waiting = torch.empty(0, *teacher.shape, dtype=torch.uint8)  # [views, S, S, 3]
+    for number, batch in enumerate(load_batches(rendered, plan, workers=recipe.training.workers), start=1):
+        last = number == len(plan)
+        keys += [catalogue.keys[position] for position in batch.positions]
+        waiting = torch.cat([waiting, batch.pixels.flatten(0, 1)])
+        while len(waiting) >= size or (last and len(waiting)):
+            seen.append(_embed_full(teacher, waiting[:size]).half())
+            waiting = waiting[size:]
+        watch.advance(len(batch.positions))
+        if last or (len(keys) >= BLOCK_IMAGES and not len(waiting)):
+            block = torch.cat(seen).view(-1, views, targets.width).transpose(0, 1)  # [views, images, D]
+            targets.append(keys, block.numpy())
+            keys, seen = [], []
+
+
+def _embed_full(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+    """Embed a batch padded to the fixed size: features vary slightly with the size of the batch they are part of."""
+    padding = pixels[-1:].expand(teacher.batch_size - len(pixels), -1, -1, -1)
+    return teacher.embed_images(torch.cat([pixels, padding]))[: len(pixels)].cpu()
+
+
+def _is_block(block: dict[str, Any]) -> bool:
+    """Tell whether a journal line is one that `Targets.append` wrote, as far as its form can tell."""
+    row, keys, digests = (block.get(key) for key in ("row", "keys", "digests"))
+    if not isinstance(row, int) or row < 0 or not isinstance(keys, list) or not isinstance(digests, list):
+        return False
+    return all(isinstance(word, str) for word in (*keys, *digests))
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether a file's content is what its name says."""
+    try:
+        return path.name.split(".")[-2] == _digest(path.read_bytes())
+    except FileNotFoundError:  # another process has just removed it, as it was damaged
+        return False
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -1,0 +1,84 @@
+"""A learned context: a few token embeddings in front of every class name, kept as a file and made for one teacher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from prgkit.config.recipe import TeacherPage
+from prgkit.errors import TeacherError
+from prgkit.storage.tensors import digest_of, load_tensors, save_tensors
+from prgkit.teacher.clip import Teacher, teacher_identity
+
+SCHEMA = "prgkit.context/1"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stands in for the words of a template (CoOp, Zhou et al., 2022)."""
+
+    vectors: Tensor  # [tokens, token width] float32
+    words: str  # whose tokens they started as, and take the places of
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The one template that takes the place of a recipe's, told with the words that the context replaces."""
+        return (f"{self.words} {{}}.",)
+
+    @property
+    def digest(self) -> str:
+        """What changes when the teacher reads something else."""
+        return digest_of({"vectors": self.vectors}, {"words": self.words})
+
+    def read(self, teacher: Teacher, prompts: Sequence[Sequence[str]]) -> Tensor:
+        """Return prompts of `templates` as the teacher reads them, the vectors in the words' places: [M, C, D]."""
+        return teacher.embed_with_context(prompts, self.words, self.vectors)
+
+
+def save_context(path: Path, context: Context, page: TeacherPage, facts: dict[str, Any]) -> None:
+    """Write a context of the teacher ``page``, and how it was learned, as one safetensors file, atomically."""
+    origin = {"schema": SCHEMA, "teacher": _weights_of(page), "teacher_name": page.name, "words": context.words}
+    save_tensors(path, {"vectors": context.vectors}, {**origin, **facts})
+
+
+def load_context(page: TeacherPage) -> Context | None:
+    """Read the context that a recipe gives its teacher, or return None where it gives none.
+
+    Raises:
+        TeacherError: the file is missing, damaged, something else, or of another teacher.
+    """
+    if page.context is None:
+        return None
+    path = Path(os.path.expanduser(page.context))
+    again = "prgkit adapt-teacher RECIPE makes one"
+    try:
+        tensors, facts = load_tensors(path)
+        if facts.get("schema") != SCHEMA:
+            raise ValueError("it is none by its header")
+        context = Context(tensors["vectors"], str(facts["words"]))
+    except FileNotFoundError as error:
+        raise TeacherError(f"there is no learned context {page.context}", where="teacher.context", fix=again) from error
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise TeacherError(f"{path.name} is no whole learned context: {reason}", where=path, fix=again) from error
+    if facts["teacher"] != _weights_of(page):
+        made_for = facts["teacher_name"]
+        other = made_for if made_for != page.name else f"another {made_for}"
+        raise TeacherError(
+            f"{path.name} was learned for the teacher {other}, not for {page.name}",
+            where="teacher.context",
+            fix=f"name that teacher, or learn a context of this one: {again}",
+        )
+    return context
+
+
+def _weights_of(page: TeacherPage) -> dict[str, Any]:
+    """Return what a context depends on of its teacher; how images are batched is no part of it."""
+    identity = teacher_identity(page)
+    return {key: value for key, value in identity.items() if key not in ("precision", "batch_size")}

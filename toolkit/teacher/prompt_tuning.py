@@ -1,0 +1,243 @@
+"""Adapting the teacher to its images: a context learned on a few labelled ones of each class, its weights untouched.
+
+CoOp (Zhou et al., 2022, arXiv 2109.01134) with one context for all classes: the embeddings of "a photo of a" in front
+of each name learn by the cross-entropy of s * I * T^T with the labels, and nothing else of the teacher does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from prgkit import __version__
+from prgkit.config.prompts import fill
+from prgkit.config.recipe import Recipe, TeacherPage
+from prgkit.data.augment import default_workers
+from prgkit.data.decode import GreyRange
+from prgkit.data.index import Catalogue, catalogue, labelled, open_images
+from prgkit.errors import ImagesError, RecipeError, some
+from prgkit.progress import Watch
+from prgkit.teacher.clip import Teacher, check_teacher, load_teacher
+from prgkit.teacher.feature_store import Targets, embed, open_store
+from prgkit.teacher.prompt_context import Context, save_context
+from prgkit.teacher.zero_shot import Answers, no_correction
+from prgkit.training.dataset import read_catalogue
+from prgkit.training.distributed import best_device
+
+WORDS = "a photo of a"  # what a context starts as, and how many tokens it has
+EPOCHS = 20
+STEPS_AN_EPOCH = 10  # a step is a pass of the text tower over every class; images, seen already, cost next to nothing
+LEARNING_RATE = 0.05  # of the words' own embeddings, root mean square: models differ in how large theirs are
+HELD_OUT = 4  # one shot in so many picks the epoch
+
+
+@dataclass(frozen=True)
+class Shots:
+    """The labelled images that are used: their features are in a target store."""
+
+    targets: Targets
+    rows: NDArray[np.int64]  # [images], -1 for an image that is not used
+    labels: NDArray[np.int64]  # [images], among the classes that have any
+    views: int  # stored of each learned image, the evaluation view among them
+    learned: NDArray[np.int64]  # positions of the images that the context learns from
+    held_out: NDArray[np.int64]  # positions of those that pick the epoch
+
+    def batch(
+        self, positions: NDArray[np.int64], views: NDArray[np.int64], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Return the teacher's features I [B, D] of these views, and the labels [B]."""
+        features = self.targets.features(self.rows[positions], views)
+        return features.to(device), torch.from_numpy(self.labels[positions]).to(device)
+
+    def evaluation_views(self, positions: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return features and labels of the images as they are evaluated."""
+        return self.batch(positions, np.zeros(len(positions), dtype=np.int64), device)
+
+
+def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, watch: Watch) -> dict[str, Any]:
+    """Learn a context on up to ``shots`` labelled images of each class, write it to ``path``, and say what it is worth.
+
+    Raises:
+        RecipeError: the recipe names no labelled images, or several teachers.
+        ImagesError: a label is no class, or fewer than two classes have a labelled image.
+    """
+    page = only_teacher(recipe)
+    recipe = recipe.model_copy(update={"teacher": (page,)})
+    check_teacher(page, note=watch.note)
+
+    @cache
+    def teacher(page: TeacherPage) -> Teacher:
+        watch.note(f"loading the teacher {page.model}")
+        return load_teacher(page, best_device())
+
+    targets = open_store(page, recipe.views, targets_root, teacher)
+    images = read_catalogue(recipe.data.labelled or "", recipe, watch, known=targets)
+    images, labels = labelled(images, recipe.classes, note=watch.note)
+    chosen = draw(images, labels, shots, barred=evaluation_keys(recipe, images.images.grey), seed=recipe.training.seed)
+    named = tell_counts(chosen, labels, recipe.classes, shots, watch)
+    held_out = np.concatenate([of_class[len(of_class) - len(of_class) // HELD_OUT :] for of_class in chosen])
+    learned = np.setdiff1d(np.concatenate(chosen), held_out)
+    views = np.zeros(len(images), dtype=np.int64)
+    views[learned], views[held_out] = 1 + recipe.views.count, 1
+    embed(targets, images, views=views, recipe=recipe, teacher=teacher, watch=watch)
+
+    rows = np.where(views > 0, targets.rows(images.keys, views=1), -1)
+    used = Shots(targets, rows, np.searchsorted(named, labels), 1 + recipe.views.count, learned, held_out)
+    prompts = targets.prompts(recipe.classes, recipe.templates, teacher, watch)[:, named]
+    plain = Answers(prompts, targets.logit_scale, recipe.prompt_weighting, no_correction(len(named)))
+    names = [recipe.classes[label] for label in named]
+    context, found = learn(teacher(page), names, used, seed=recipe.training.seed, watch=watch)
+    facts = {
+        "prgkit": __version__,
+        "labelled": images.images.spec,
+        "classes": names,
+        "shots": shots,
+        "seed": recipe.training.seed,
+        "epochs": EPOCHS,
+        "epoch": found["epoch"],
+        "learned": {"images": len(learned), "plain": worth_of(plain, used, learned), "context": found["learned"]},
+        "held_out": {"images": len(held_out), "plain": worth_of(plain, used, held_out), "context": found["held_out"]},
+    }
+    save_context(path, context, page, facts)
+    return {"context": str(path), **facts}
+
+
+def only_teacher(recipe: Recipe) -> TeacherPage:
+    """Return the recipe's one teacher as it is without a context, or say what the recipe has to name."""
+    if recipe.data.labelled is None:
+        raise RecipeError(
+            "the recipe names no labelled images",
+            where="data.labelled",
+            fix="--set data.labelled=FOLDER, with a sub-folder for each class; a few images in each will do",
+        )
+    if len(recipe.teacher) > 1:
+        raise RecipeError(
+            "a context is learned for one teacher, and the recipe names several",
+            where="teacher",
+            fix="adapt one at a time: --set 'teacher={model: ..., weights: ...}'",
+        )
+    return recipe.teacher[0].model_copy(update={"context": None})
+
+
+def evaluation_keys(recipe: Recipe, grey: GreyRange | None) -> frozenset[str]:
+    """Return the keys of the evaluation images: none of them is learned from. Their labels are not asked for."""
+    if recipe.data.evaluation is None:
+        return frozenset()
+
+    class Anything:
+        def __contains__(self, key: object) -> bool:
+            return True
+
+    images = open_images(recipe.data.evaluation).with_grey(grey)
+    return frozenset(catalogue(images, workers=default_workers(), known=Anything()).keys)  # none is decoded
+
+
+def draw(
+    images: Catalogue, labels: NDArray[np.int64], shots: int, *, barred: frozenset[str], seed: int
+) -> list[NDArray[np.int64]]:
+    """Return the positions of up to ``shots`` images of each class that has any, by content and seed alone.
+
+    Fewer shots with the same seed are the first of more.
+
+    Raises:
+        ImagesError: fewer than two classes have an image that is not ``barred``.
+    """
+    ranks = [hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest() for key in images.keys]
+    drawn: dict[int, list[int]] = {}
+    for position in sorted(range(len(ranks)), key=lambda position: ranks[position]):
+        if images.keys[position] not in barred:
+            drawn.setdefault(int(labels[position]), []).append(position)
+    if len(drawn) < 2:
+        left = "; those that are evaluation images do not count" if barred else ""
+        raise ImagesError(
+            f"{('no class has', 'only one class has')[len(drawn)]} labelled images{left}",
+            where=images.images.spec,
+            fix="give a few of each class, and other ones than data.evaluation",
+        )
+    return [np.array(drawn[label][:shots]) for label in sorted(drawn)]
+
+
+def tell_counts(
+    chosen: Sequence[NDArray[np.int64]], labels: NDArray[np.int64], classes: Sequence[str], shots: int, watch: Watch
+) -> NDArray[np.int64]:
+    """Say which classes have fewer images than asked for, or none, and return those that have any, in label order."""
+    counts = {int(labels[of_class[0]]): len(of_class) for of_class in chosen}
+    if few := [f"{classes[label]} ({count})" for label, count in counts.items() if count < shots]:
+        watch.note(f"{len(few)} of {len(classes)} classes have fewer than {shots} labelled images: {some(few)}")
+    if none := [name for label, name in enumerate(classes) if label not in counts]:
+        watch.note(f"{len(none)} of {len(classes)} classes have none; the others' context is theirs too: {some(none)}")
+    return np.array(list(counts))
+
+
+def learn(
+    teacher: Teacher, names: Sequence[str], shots: Shots, *, seed: int, watch: Watch
+) -> tuple[Context, dict[str, Any]]:
+    """Train the context, and return that of the epoch with the least loss on the held-out shots, and what it reaches.
+
+    Without held-out shots that is the last epoch. Epoch 0 is the words as they are.
+    """
+    device, scale = teacher.device, teacher.logit_scale
+    sentences = teacher.sentences(fill([f"{WORDS} {{}}."], names)[0], WORDS)
+    vectors = teacher.embed_words(sentences).clone().requires_grad_()
+    optimizer = torch.optim.Adam([vectors], lr=LEARNING_RATE * float(vectors.detach().square().mean().sqrt()))
+    steps = min(STEPS_AN_EPOCH, len(shots.learned))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * steps)
+    generator = np.random.default_rng(seed)
+
+    def judge(positions: NDArray[np.int64]) -> dict[str, float] | None:
+        features, labels = shots.evaluation_views(positions, device)
+        with torch.no_grad():
+            return worth(scale * features @ teacher.embed_sentences(sentences, vectors).T, labels)
+
+    best, kept, reached = 0, vectors.detach().clone(), judge(shots.held_out)
+    watch.start("context", EPOCHS * steps, "step")
+    for epoch in range(1, EPOCHS + 1):
+        for batch in np.array_split(generator.permutation(shots.learned), steps):
+            features, labels = shots.batch(batch, generator.integers(shots.views, size=len(batch)), device)
+            loss = F.cross_entropy(scale * features @ teacher.embed_sentences(sentences, vectors).T, labels)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            watch.advance(1, f"loss {loss.item():.3f}")
+        now = judge(shots.held_out)
+        if now is None or reached is None or now["loss"] < reached["loss"]:
+            best, kept, reached = epoch, vectors.detach().clone(), now
+    with torch.no_grad():
+        vectors.copy_(kept)
+    return Context(kept.cpu(), WORDS), {"epoch": best, "held_out": reached, "learned": judge(shots.learned)}
+
+
+def worth_of(plain: Answers, shots: Shots, positions: NDArray[np.int64]) -> dict[str, float] | None:
+    """Return what the teacher's plain prompts are worth on these images."""
+    features, labels = shots.evaluation_views(positions, torch.device("cpu"))
+    return worth(plain.logits(features), labels)
+
+
+def worth(logits: Tensor, labels: Tensor) -> dict[str, float] | None:
+    """Return how often the largest of the logits [n, C] is the label's, in percent, and the mean loss; None of none."""
+    if not len(labels):
+        return None
+    right = 100 * float((logits.argmax(dim=1) == labels).double().mean())
+    return {"accuracy": right, "loss": float(F.cross_entropy(logits, labels))}
+
+
+def told(found: dict[str, Any]) -> str:
+    """Put into words what a context is worth."""
+    judged, which = (found["held_out"], "held-out") if found["held_out"]["images"] else (found["learned"], "learned")
+    context, plain = judged["context"], judged["plain"]
+    return (
+        f"the teacher names {context['accuracy']:.1f} % of {judged['images']} {which} labelled images "
+        f"(loss {context['loss']:.3f}), and {plain['accuracy']:.1f} % by the plain prompts ({plain['loss']:.3f}); "
+        f"epoch {found['epoch']} of {found['epochs']}"
+    )

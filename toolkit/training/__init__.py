@@ -1,0 +1,1 @@
+"""Distillation: the training set, the loop, and what happens to pseudo-labels before it."""

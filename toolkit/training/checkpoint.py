@@ -1,0 +1,154 @@
+"""The state of a training run as one file that appears whole or not at all, and comes back bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from prgkit.errors import RunError
+from prgkit.storage.run import Run
+from prgkit.storage.tensors import load_tensors, save_tensors
+from prgkit.student.model import Student
+
+
+@dataclass
+class Progress:
+    """How far a run is: steps and epochs done, this epoch's sums of loss terms, and the best epoch so far."""
+
+    step: int = 0
+    epoch: int = 0
+    steps_in_epoch: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    best_epoch: int = 0
+    best_agreement: float = -1.0
+    made_from: str = ""  # the images learned from and the targets, as a fingerprint
+    seconds: float = 0.0
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Count one step and its loss terms."""
+        self.step += 1
+        self.steps_in_epoch += 1
+        values = torch.stack([term.detach().double() for term in terms.values()]).tolist()
+        for name, value in zip(terms, values, strict=True):
+            if not math.isfinite(value):
+                raise RunError(
+                    f"training came apart: {name} is {value} in step {self.step}, epoch {self.epoch + 1}",
+                    fix="lower training.learning_rate, or objective.edge_weight, in a new run; the targets are kept",
+                )
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """Return this epoch's mean of each loss term."""
+        return {name: total / self.steps_in_epoch for name, total in self.sums.items()}
+
+    def end_epoch(self) -> None:
+        """Count one epoch and start the next one's sums at zero."""
+        self.epoch += 1
+        self.steps_in_epoch = 0
+        self.sums = {}
+
+
+class Average:
+    """The exponential moving average of a student's weights and batch-norm statistics."""
+
+    def __init__(self, student: Student) -> None:
+        self.student = copy.deepcopy(student).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, student: Student, decay: float) -> None:
+        """average <- decay * average + (1 - decay) * student; integers are copied."""
+        mine, theirs = self.student.state_dict(), student.state_dict()
+        floating = [name for name, tensor in mine.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([mine[name] for name in floating], [theirs[name] for name in floating], 1 - decay)
+        for name in mine.keys() - set(floating):
+            mine[name].copy_(theirs[name])
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything a resumed run needs to go on as if it had never stopped."""
+
+    student: Student
+    average: Average
+    optimizer: torch.optim.Optimizer
+    objective: nn.Module
+    progress: Progress
+
+    def save(self, run: Run) -> None:
+        """Write the checkpoint; the one before stays until this one is whole."""
+        tensors = {
+            **_prefixed("student", self.student.state_dict()),
+            **_prefixed("average", self.average.student.state_dict()),
+            **_prefixed("objective", self.objective.state_dict()),
+            **_prefixed("optimizer", _flat(self.optimizer.state_dict()["state"])),
+        }
+        save_tensors(run.state, tensors, self.progress.__dict__)
+
+    def load(self, run: Run) -> None:
+        """Go on from the run's checkpoint, if it has one.
+
+        Raises:
+            RunError: the checkpoint is damaged.
+        """
+        if not run.state.exists():
+            return
+        try:
+            tensors, facts = load_tensors(run.state)
+            self.student.load_state_dict(_part("student", tensors))
+            self.average.student.load_state_dict(_part("average", tensors))
+            self.objective.load_state_dict(_part("objective", tensors))
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": _nested(_part("optimizer", tensors)), "param_groups": groups})
+        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+            raise RunError(
+                f"the checkpoint is damaged: {str(error).splitlines()[0]}",
+                where=run.state,
+                fix="delete it, and the same command trains this run from its start; the targets are kept",
+            ) from error
+        for parameter, slot in self.optimizer.state.items():
+            for name, tensor in slot.items():
+                if tensor.shape == parameter.shape:  # back into the parameter's layout, channels-last or not
+                    slot[name] = torch.empty_like(parameter).copy_(tensor)
+        if facts["made_from"] != self.progress.made_from:
+            raise RunError(
+                "the images, or the teacher, have changed since this run was started",
+                where=run.folder,
+                fix=f"start a new run with --run {run.folder}-2; what the teacher has seen is not lost",
+            )
+        for name, value in facts.items():
+            setattr(self.progress, name, value)
+
+
+def expected_bytes(student: Student, kept_floats: int) -> int:
+    """Return what a run takes on the disk: the best student, and two checkpoints while one replaces the other.
+
+    A checkpoint holds the student, its average, the optimizer's two moments and what objectives keep of the images.
+    """
+    weights = sum(parameter.numel() for parameter in student.parameters())
+    return 4 * (weights + 2 * (4 * weights + kept_floats))
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _part(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.split("/", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}
+
+
+def _flat(state: dict[int, dict[str, Any]]) -> dict[str, Tensor]:
+    return {f"{index}/{name}": torch.as_tensor(value) for index, slot in state.items() for name, value in slot.items()}
+
+
+def _nested(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    nested: dict[int, dict[str, Tensor]] = {}
+    for path, value in flat.items():
+        index, name = path.split("/", 1)
+        nested.setdefault(int(index), {})[name] = value
+    return nested

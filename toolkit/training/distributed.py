@@ -1,0 +1,92 @@
+"""Where the work runs: the processes, the device, its precision, and the seeds."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+
+from prgkit.config.image_size import sides
+from prgkit.storage.run import Interrupted
+from prgkit.student.model import Student
+
+PROBE_STEPS = 3
+T = TypeVar("T")
+
+
+def join_processes(trackers: Sequence[str], trackers_folder: Path) -> Accelerator:
+    """Join the processes of this training: this one, or all that torchrun or ``accelerate launch`` started."""
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),  # unasked, accelerate lets the processes of a CPU work each for itself
+        log_with=list(trackers) or None,
+        project_dir=str(trackers_folder),
+        # The others wait while the first lets the teacher see every image.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+
+
+@contextmanager
+def first_goes_on(accelerator: Accelerator) -> Iterator[None]:
+    """End every process but the first when the work is done or was stopped: one reports it, and goes on."""
+    try:
+        yield
+    except Interrupted as stopped:
+        if accelerator.is_main_process:
+            raise
+        raise SystemExit(stopped.exit_code) from stopped
+    if not accelerator.is_main_process:
+        raise SystemExit
+
+
+def from_first(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """Return what the first process makes, in every process."""
+    made = [make() if accelerator.is_main_process else None]
+    return broadcast_object_list(made)[0]  # type: ignore[no-any-return]
+
+
+def best_device() -> torch.device:
+    """Return the GPU of this process where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what initialises weights; batches and views have seeds of their own."""
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def probe_precision(student: Student, device: torch.device, batch_size: int) -> dict[str, Any]:
+    """Time training steps in float32 and bfloat16, interleaved, and return the faster with both figures (ms).
+
+    On a CPU, bf16 can halve a step or double it, depending on the model and the image size, so it is measured. The
+    outcome is written down before it is used, and a resumed run reads it instead of measuring again.
+    """
+    shape = (min(batch_size, 32), *sides(student.preprocessing.image_size), 3)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    trial = copy.deepcopy(student).to(device).train()
+    times: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    for step in range(PROBE_STEPS + 1):
+        for precision, samples in times.items():
+            started = time.perf_counter()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                side = trial(pixels)
+            (side.logits.float().square().mean() + side.features.float().square().mean()).backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if step:  # the first of each warms up
+                samples.append(1000 * (time.perf_counter() - started))
+    medians = {precision: round(statistics.median(samples), 2) for precision, samples in times.items()}
+    chosen: Literal["bf16", "fp32"] = "bf16" if medians["bf16"] < 0.95 * medians["fp32"] else "fp32"
+    return {"chosen": chosen, "step_ms": medians, "batch_size": len(pixels)}

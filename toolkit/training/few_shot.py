@@ -1,0 +1,101 @@
+"""The few images whose labels are learned from, where an objective reads them: each step sees some beside the others.
+
+One in four of them is learned from by no one: those decide how the two heads of a student vote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prgkit.config.recipe import Training, Views
+from prgkit.data.augment import Rendered, evaluation_views, load_batches
+from prgkit.data.index import Preprocessing
+from prgkit.metrics import log_softmax
+from prgkit.objectives.outputs import TeacherSide
+from prgkit.student.model import Student
+
+if TYPE_CHECKING:
+    from prgkit.training.dataset import Lesson
+
+VALIDATION = 0.25  # of the labelled images
+ALPHAS = np.arange(0.05, 0.96, 0.05)  # never 0 or 1, as their logarithms are taken
+BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled images: the lesson's ``learned`` teach the first head, its ``held_out`` choose the vote."""
+
+    lesson: Lesson
+    labels: NDArray[np.int64]  # [images]
+    first: int  # the number of the first one, after those without a label
+
+    def shown(
+        self,
+        preprocessing: Preprocessing,
+        page: Training,
+        views: Views,
+        steps: range,
+        process: int,
+        processes: int,
+        stop: Sequence[int] = (),
+    ) -> Iterator[tuple[Tensor, TeacherSide]]:
+        """Yield pixels [n, S, S, 3] and the teacher's side, with the truth, of this process's share of each step.
+
+        A step has half as many of them as training.batch_size, or all there are; which ones is a function of the step.
+        """
+        learned = self.lesson.learned
+        size = min(max(processes, page.batch_size // 2), len(learned))
+        drawn = (np.random.default_rng((page.seed, 1, step)).choice(learned, size, replace=False) for step in steps)
+        mine = (chosen[process % size :: processes] for chosen in drawn)  # with fewer images than processes some share
+        plan = (
+            [(int(position), [1 + step % views.count]) for position in part]
+            for step, part in zip(steps, mine, strict=True)
+        )
+        rendered = Rendered(self.lesson.catalogue, preprocessing, views)
+        for batch in load_batches(rendered, plan, workers=page.workers, stop=stop):
+            positions = batch.positions.numpy()
+            side = self.lesson.answer(positions, batch.views[:, 0].numpy(), torch.device("cpu"))
+            truth = torch.from_numpy(self.labels[positions])
+            yield batch.pixels[:, 0], side._replace(images=side.images + self.first, truth=truth)
+
+
+def beside(pixels: Tensor, side: TeacherSide, more: Tensor, labelled: TeacherSide) -> tuple[Tensor, TeacherSide]:
+    """Return a batch and the labelled images beside it; the truth of all others is -1, which is none."""
+    unknown = torch.full_like(side.labels, -1)
+    pairs = zip(side._replace(truth=unknown), labelled, strict=True)
+    joined = (torch.cat([one, other.to(one.device)]) for one, other in pairs if one is not None and other is not None)
+    return torch.cat([pixels, more.to(pixels.device)]), TeacherSide(*joined)
+
+
+@torch.inference_mode()
+def choose_vote(student: Student, labelled: Labelled, page: Training) -> None:
+    """Set alpha and beta of a student's two heads so that the labelled images held out are most probable."""
+    if student.second is None:
+        return
+    places, device = labelled.lesson.held_out, student.mean.device
+    shown = evaluation_views(labelled.lesson.catalogue, student.preprocessing, places, workers=page.workers)
+    heads = [[head.float().cpu() for head in student(batch.pixels[:, 0].to(device)).heads] for batch in shown]
+    first, second = (torch.cat(parts).numpy() for parts in zip(*heads, strict=True))  # [n, C] each
+    alpha, beta = best_vote(first, second, labelled.labels[places])
+    student.second.alpha.fill_(alpha)
+    student.second.beta.fill_(beta)
+
+
+def best_vote(
+    first: NDArray[np.float32], second: NDArray[np.float32], labels: NDArray[np.int64]
+) -> tuple[float, float]:
+    """Return the alpha and beta of which the true labels [n] are most probable, given both heads' logits [n, C]."""
+
+    def told(alpha: float, beta: float) -> float:
+        mixed = alpha * np.exp(log_softmax(first)) + (1 - alpha) * np.exp(log_softmax(second / beta))
+        return float(np.log(mixed[np.arange(len(labels)), labels].clip(min=1e-12)).sum())
+
+    return max(((float(alpha), beta) for alpha in ALPHAS for beta in BETAS), key=lambda pair: told(*pair))
