@@ -36,9 +36,10 @@ from prgkit.config.recipe import Recipe, StudentPage, TeacherPage, Training, Vie
 from prgkit.data.augment import Batch, Rendered, load_batches
 from prgkit.data.cache import Pictures
 from prgkit.data.index import Catalogue, Preprocessing, catalogue, open_images
+from prgkit.device import best_device, seed_everything
 from prgkit.evaluate import system
 from prgkit.objectives import Objectives, Space, TeacherSide
-from prgkit.objectives.outputs import StudentSide
+from prgkit.outputs import StudentSide
 from prgkit.progress import Unwatched
 from prgkit.student.model import build_student
 from prgkit.teacher.clip import Teacher
@@ -47,7 +48,7 @@ from prgkit.teacher.zero_shot import Answers, no_correction
 from prgkit.training.checkpoint import Average
 from prgkit.training.dataset import Lesson
 from prgkit.training.distill import build_optimizer
-from prgkit.training.distributed import best_device, probe_precision, seed_everything
+from prgkit.training.distributed import probe_precision
 
 CLASSES, TEMPLATES = 100, 7
 BATCH = 64  # of the loaders

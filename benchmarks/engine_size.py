@@ -20,7 +20,8 @@ from prgkit.errors import NotWorthItError
 from prgkit.export.bundle.bundle import QDQ, Bundle, open_bundle
 from prgkit.export.formats import tensorrt_precision
 from prgkit.export.formats.engines import buildable
-from prgkit.export.formats.tensorrt import Backend, build_engine, choose_backend
+from prgkit.export.formats.tensorrt import build_engine
+from prgkit.export.runtimes.gpu import Backend, choose_backend
 
 BATCHES = ((1, 1, 32), (1, 1, 1))  # a range with the recipe's default, and a fixed size
 LEAST = (1, 150_000, tensorrt_precision.LEAST_INT8_WEIGHTS)  # every convolution, what was the rule, and what is

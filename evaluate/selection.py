@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prgkit.export.bundle.bundle import Bundle, fp32_onnx
-from prgkit.export.int8.floor import Facts, fidelity, told
+from prgkit.export.runtimes.fidelity import Facts, fidelity, told
 from prgkit.storage.atomic import read_sealed, write_sealed
 
 FILE = "choice.json"  # beside the report

@@ -15,9 +15,10 @@ from PIL import Image
 
 from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import Recipe, TeacherPage
-from prgkit.data.index import Catalogue, Preprocessing, labelled, trimmed
+from prgkit.data.index import Catalogue, Preprocessing, labelled, read_catalogue, trimmed
 from prgkit.data.snapshot import only_members
 from prgkit.data.ticks import audited_keys, bring_ticks
+from prgkit.device import best_device
 from prgkit.errors import ExportError
 from prgkit.export.bundle.artifact_cache import alone_in
 from prgkit.export.int8.pipeline import Learned
@@ -31,8 +32,7 @@ from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.ensemble import existing_targets, open_targets
 from prgkit.teacher.feature_store import embed
 from prgkit.teacher.zero_shot import Answers, answers_of, no_correction
-from prgkit.training.dataset import grey_of, hold_out, read_catalogue
-from prgkit.training.distributed import best_device
+from prgkit.training.prepare import grey_of, hold_out
 from prgkit.training.pseudo_labels import confidence_of
 from prgkit.training.selection import sure_enough
 

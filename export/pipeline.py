@@ -33,17 +33,18 @@ from prgkit.export.bundle.bundle import (
     write_golden,
     write_manifest,
 )
-from prgkit.export.bundle.checksums import MATRIX, VECTORS, digests
+from prgkit.export.bundle.checksums import digests
 from prgkit.export.formats.engines import make_engines
 from prgkit.export.formats.onnx import Deployable, deployable, export_onnx, rehearse_fp16, write_fp16
 from prgkit.export.formats.onnx_nchw import NAME as NCHW_NAME
 from prgkit.export.formats.onnx_nchw import nchw_artifact
-from prgkit.export.formats.tensorrt import check_batch, choose_backend
-from prgkit.export.int8.floor import Facts
+from prgkit.export.formats.open_vocabulary import FeatureRunner, answers_told, keep_features, taking_class_vectors
+from prgkit.export.formats.tensorrt import check_batch
 from prgkit.export.int8.pipeline import Learned, Network, Quantiser, calibration_of, quantise
-from prgkit.export.open_vocabulary import FeatureRunner, answers_told, keep_features, taking_class_vectors
-from prgkit.export.parity import require_agreement, run_batches
-from prgkit.export.runtimes.base import OnnxRunner, TorchRunner
+from prgkit.export.runtimes.base import MATRIX, VECTORS, OnnxRunner, TorchRunner
+from prgkit.export.runtimes.fidelity import Facts
+from prgkit.export.runtimes.gpu import choose_backend
+from prgkit.export.runtimes.parity import require_agreement, run_batches
 from prgkit.storage.atomic import readable_bytes, require_space
 from prgkit.storage.reproducible import write_array
 from prgkit.student.heads import OpenVocabulary

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from prgkit.config.prompts import canonical
 from prgkit.config.recipe import Recipe, TeacherPage, validate
+from prgkit.device import best_device
 from prgkit.errors import ExportError, ParityError, RunError
 from prgkit.export.bundle.artifact_cache import RELABELLED, Artifact, alone_in, building, files_of, link, put_back
 from prgkit.export.bundle.bundle import (
@@ -29,10 +30,10 @@ from prgkit.export.bundle.bundle import (
     open_bundle,
     write_manifest,
 )
-from prgkit.export.bundle.checksums import PARTS, VECTORS, digests, require_unchanged
+from prgkit.export.bundle.checksums import PARTS, digests, require_unchanged
+from prgkit.export.formats.open_vocabulary import Matrix, answers_told, scored, write_classes
 from prgkit.export.from_run import said
-from prgkit.export.open_vocabulary import Matrix, answers_told, scored, write_classes
-from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.runtimes.base import VECTORS, OnnxRunner
 from prgkit.export.runtimes.engine_metadata import load_card
 from prgkit.progress import Watch
 from prgkit.storage.locks import locked
@@ -41,7 +42,6 @@ from prgkit.storage.run import Run, find_bundle, find_run
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.ensemble import open_targets
 from prgkit.teacher.zero_shot import Answers, no_correction
-from prgkit.training.distributed import best_device
 
 OPEN = "prgkit export --open-vocabulary"
 # Of an INT8 file: all else of how it was quantised was found with the old classes; bench judges it by the new ones.

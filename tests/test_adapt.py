@@ -25,7 +25,7 @@ from prgkit.teacher import prompt_tuning as adapting
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.prompt_context import Context, load_context, save_context
 from prgkit.teacher.prompt_tuning import Shots, adapt, draw, learn, told, worth
-from prgkit.training.dataset import prepare
+from prgkit.training.prepare import prepare
 
 SHOTS = 8
 

@@ -27,7 +27,8 @@ from prgkit.teacher.zero_shot import (
     mean_entropy,
     no_correction,
 )
-from prgkit.training.dataset import Lesson, prepare
+from prgkit.training.dataset import Lesson
+from prgkit.training.prepare import prepare
 
 CLASSES = 10
 BIAS = torch.linspace(-2, 2, CLASSES)  # what the simulated teacher adds to its logits

@@ -26,7 +26,7 @@ from prgkit.export.from_run import evaluation_positions
 from prgkit.progress import Unwatched
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Run, start_run
-from prgkit.training.dataset import hold_out
+from prgkit.training.prepare import hold_out
 
 CLASSES = ["one", "two", "three"]
 

@@ -27,11 +27,11 @@ from prgkit.export.bundle.artifact_cache import building
 from prgkit.export.bundle.bundle import check_golden, open_bundle, read_evaluation, write_evaluation
 from prgkit.export.formats import engines
 from prgkit.export.formats.engines import build_engines
-from prgkit.export.formats.tensorrt import available_backends
 from prgkit.export.int8.pipeline import Learned
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
 from prgkit.export.runtimes.base import OnnxRunner, open_runner
 from prgkit.export.runtimes.engine_metadata import load_card
+from prgkit.export.runtimes.gpu import available_backends
 from prgkit.storage import reproducible
 from prgkit.storage.atomic import read_json, write_sealed
 from prgkit.storage.locks import locked

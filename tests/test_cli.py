@@ -123,8 +123,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 
     for name, command in cli.commands.items():
         monkeypatch.setattr(command, "callback", noting(name))
-    monkeypatch.setattr("prgkit.export.formats.tensorrt.choose_backend", lambda name=None: SimpleNamespace(name="none"))
-    monkeypatch.setattr("prgkit.export.formats.tensorrt.choose_targets", lambda backend, asked: asked)
+    monkeypatch.setattr("prgkit.export.runtimes.gpu.choose_backend", lambda name=None: SimpleNamespace(name="none"))
+    monkeypatch.setattr("prgkit.export.runtimes.gpu.choose_targets", lambda backend, asked: asked)
     return made
 
 
@@ -327,7 +327,7 @@ def test_doctor_is_aligned_and_tells_extras_with_their_brackets(prgkit: Call, mo
 
 
 def test_doctor_tells_building_engines_from_running_them(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prgkit.export.formats.tensorrt import Backend, Gpu
+    from prgkit.export.runtimes.gpu import Backend, Gpu
 
     found = {"tensorrt": Backend("tensorrt", None, "not installed; pip"), "tensorrt_rtx": Backend("rtx", "1.7", None)}
     monkeypatch.setattr("prgkit.cli.doctor.available_backends", lambda: found)
@@ -974,7 +974,7 @@ def test_an_audit_stands_between_the_targets_and_the_training(
 
 def test_images_and_classes_need_no_recipe(prgkit: Call, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    monkeypatch.setattr("prgkit.cli.dry_run.PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("prgkit.training.dry_run.PROBE_SECONDS", 0.0)
     photos(place / "my photos")
     (place / "names.txt").write_text("one\ntwo\n")
     tiny = ["teacher={model: 'demo:digits'}", "student={model: test_efficientnet, image_size: 32}"]
@@ -1002,7 +1002,7 @@ def test_images_and_classes_need_no_recipe(prgkit: Call, place: Path, monkeypatc
 def test_a_rehearsal_refuses_what_the_work_would_refuse(
     prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    monkeypatch.setattr("prgkit.cli.dry_run.PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("prgkit.training.dry_run.PROBE_SECONDS", 0.0)
     (standing / "mine").mkdir()
     (standing / "mine/thesis.tex").touch()
     for line, told in (
@@ -1025,7 +1025,7 @@ def test_a_rehearsal_refuses_what_the_work_would_refuse(
 def test_a_rehearsal_counts_the_evaluation_images_for_the_teacher_too(
     prgkit: Call, standing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prgkit.cli.dry_run.PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("prgkit.training.dry_run.PROBE_SECONDS", 0.0)
     photos(standing / "judged/two", 30)  # 24 of them are those of photos/
     line = "distill tiny.yaml --run new --set data.evaluation=judged --dry-run --json"
     found = prgkit(line).json["distill"]
@@ -1242,13 +1242,13 @@ def test_only_the_first_of_several_processes_asks_the_teacher(
         raise SystemExit  # as every process but the first ends
 
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("prgkit.training.dataset.prepare", ending(AssertionError("a second writer")))
+    monkeypatch.setattr("prgkit.training.prepare.prepare", ending(AssertionError("a second writer")))
     monkeypatch.setattr("prgkit.training.distill.distill", distil)
     assert prgkit("targets tiny.yaml --set views.count=2") == Said(0, "", "")
     assert prgkit("targets tiny.yaml --set views.count=2 distill") == Said(0, "", "")
     assert prgkit("audit tiny.yaml --set views.count=2 --run x distill") == Said(0, "", "")
     assert asked[0].views.count == 2  # it goes on with the same recipe, and waits for the first there
-    monkeypatch.setattr("prgkit.cli.dry_run.estimate", ending(AssertionError("a second probe")))
+    monkeypatch.setattr("prgkit.training.dry_run.estimate", ending(AssertionError("a second probe")))
     assert prgkit("distill tiny.yaml --dry-run") == Said(0, "", "")
 
 

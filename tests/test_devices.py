@@ -13,11 +13,12 @@ import torch
 from accelerate import Accelerator
 
 from prgkit.config.recipe import StudentPage, Training
+from prgkit.device import best_device, seed_everything
 from prgkit.errors import BackendError
 from prgkit.storage.run import Run
 from prgkit.student.model import Student, build_student
 from prgkit.training import distill, distributed
-from prgkit.training.distributed import best_device, from_first, probe_precision, seed_everything
+from prgkit.training.distributed import from_first, probe_precision
 
 CPU = torch.device("cpu")
 

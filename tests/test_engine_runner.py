@@ -20,9 +20,10 @@ except ImportError:
     cudart = None
 
 from prgkit.errors import BackendError
-from prgkit.export.formats.tensorrt import Gpu, available_backends, build_engine, this_platform
+from prgkit.export.formats.tensorrt import build_engine
 from prgkit.export.runtimes import tensorrt
 from prgkit.export.runtimes.engine_metadata import EngineCard, write_card
+from prgkit.export.runtimes.gpu import Gpu, available_backends, this_platform
 from prgkit.export.runtimes.tensorrt import TensorRTRunner, require_match, why_not_here
 from prgkit.storage.atomic import sha256
 

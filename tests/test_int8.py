@@ -16,7 +16,7 @@ onnx = pytest.importorskip("onnx")
 from onnx import numpy_helper  # noqa: E402
 
 from prgkit.config.recipe import load_recipe  # noqa: E402
-from prgkit.data.index import Preprocessing  # noqa: E402
+from prgkit.data.index import Preprocessing, read_catalogue  # noqa: E402
 from prgkit.errors import ExportError, TargetsError  # noqa: E402
 from prgkit.evaluate.predict import predict  # noqa: E402
 from prgkit.evaluate.report.formatting import lead_row, refused  # noqa: E402
@@ -25,19 +25,20 @@ from prgkit.export.bundle.bundle import open_bundle  # noqa: E402
 from prgkit.export.formats import tensorrt_precision  # noqa: E402
 from prgkit.export.formats.engines import build_engines, buildable, engine_name  # noqa: E402
 from prgkit.export.formats.onnx import Deployable, export_onnx  # noqa: E402
-from prgkit.export.formats.tensorrt import Backend, available_backends, build_engine  # noqa: E402
+from prgkit.export.formats.tensorrt import build_engine  # noqa: E402
 from prgkit.export.from_run import evaluation_positions, learned_images  # noqa: E402
 from prgkit.export.int8 import pipeline  # noqa: E402
 from prgkit.export.int8.accuracy_control import find_fewest, hold_floor, logits_of, median_kl, root_kl, scan_blocks  # noqa: E402
 from prgkit.export.int8.calibration import Spread, measure_spreads  # noqa: E402
-from prgkit.export.int8.floor import apart, told, too_few  # noqa: E402
 from prgkit.export.int8.pipeline import Learned  # noqa: E402
 from prgkit.export.int8.qdq import Block, block_name, find_blocks, tensors_of, weight_scales, write_int8  # noqa: E402
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student  # noqa: E402
+from prgkit.export.runtimes.fidelity import apart, told, too_few  # noqa: E402
+from prgkit.export.runtimes.gpu import Backend, available_backends  # noqa: E402
 from prgkit.progress import Unwatched  # noqa: E402
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed  # noqa: E402
 from prgkit.storage.run import Run  # noqa: E402
-from prgkit.training.dataset import hold_out, read_catalogue  # noqa: E402
+from prgkit.training.prepare import hold_out  # noqa: E402
 
 needs_rtx = pytest.mark.skipif(
     not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"

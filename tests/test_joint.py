@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prgkit.cli.dry_run import estimate
 from prgkit.config.recipe import Recipe, save_recipe, validate
 from prgkit.data.index import catalogue, open_images
 from prgkit.demo.digits import load_digits
@@ -24,8 +23,9 @@ from prgkit.storage.run import Run
 from prgkit.teacher.clip import Teacher
 from prgkit.teacher.ensemble import JointTargets
 from prgkit.teacher.stores import list_stores
-from prgkit.training.dataset import prepare
 from prgkit.training.distill import distill
+from prgkit.training.dry_run import estimate
+from prgkit.training.prepare import prepare
 from prgkit.training.pseudo_labels import labels_alone
 from prgkit.training.statistics import differing, disagreement
 
@@ -214,7 +214,7 @@ class Noting(Unwatched):
 def test_a_rehearsal_tells_what_each_teacher_takes(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prgkit.cli.dry_run.PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("prgkit.training.dry_run.PROBE_SECONDS", 0.0)
     prepare(recipe_for(place, digits()), tmp_path, Unwatched())
     found = estimate(recipe_for(place, digits(), tiny(place)), tmp_path / "run", tmp_path, Unwatched())
     seen, new = found["teachers"]

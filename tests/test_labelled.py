@@ -20,10 +20,10 @@ from prgkit.storage.atomic import read_sealed
 from prgkit.storage.run import Run
 from prgkit.student.heads import ClassVectors, TwoHeads
 from prgkit.student.model import build_student, load_student, reparameterised
-from prgkit.training.dataset import prepare
 from prgkit.training.distill import distill
 from prgkit.training.few_shot import best_vote
 from prgkit.training.mixup import mixed
+from prgkit.training.prepare import prepare
 
 
 @pytest.fixture(scope="module")

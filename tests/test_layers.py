@@ -1,4 +1,4 @@
-"""The house's plan, read from its imports: who may import what, and what the device's install can live without."""
+"""The house's plan, read from its imports: which folder may import which, and who owns a heavy dependency."""
 
 import ast
 import subprocess
@@ -11,58 +11,63 @@ import tomllib
 ROOT = Path(__file__).parents[1]
 PACKAGES: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
 
-# One owner for each heavy dependency.
+# The folders from low to high: an import points down, or stays within its layer. "" is what lies beside the folders.
+LAYERS = [
+    {"prgkit", "prgkit.demo"},
+    {"prgkit.config", "prgkit.storage"},
+    {"prgkit.data"},
+    {"prgkit.teacher"},
+    {"prgkit.objectives"},
+    {"prgkit.student"},
+    {"prgkit.training"},
+    {"prgkit.export.runtimes"},
+    {"prgkit.export.bundle"},
+    {"prgkit.export.formats", "prgkit.export.int8"},
+    {"prgkit.export"},
+    {"prgkit.evaluate"},
+    {"prgkit.evaluate.report", "prgkit.evaluate.report.plots"},
+    {"prgkit.evaluate.accuracy"},
+    {"prgkit.evaluate.bench"},
+    {"prgkit.evaluate.compare"},
+    {"prgkit.annotation"},
+    {"prgkit.cli"},
+]
+# One owner for each heavy dependency: a folder, or a module where one is enough.
 OWNERS = {
     "open_clip": {"prgkit.config.prompts", "prgkit.teacher.clip"},
     "timm": {"prgkit.student.model"},
-    "click": {"prgkit.cli.main", "prgkit.cli.chain", "prgkit.cli.options"},
+    "click": {"prgkit.cli"},
     "yaml": {"prgkit.config.yaml_io"},
-    "rich": {"prgkit.cli.terminal", "prgkit.evaluate.report.terminal"},
-    "accelerate": {"prgkit.training.distributed", "prgkit.training.distill"},
-    "tensorrt": {"prgkit.export.formats.tensorrt", "prgkit.export.runtimes.tensorrt"},
-    "tensorrt_rtx": {"prgkit.export.formats.tensorrt", "prgkit.export.runtimes.tensorrt"},
-    "onnxruntime": {
-        "prgkit.export.runtimes.base",
-        "prgkit.export.int8.calibration",
-        "prgkit.evaluate.bench.bench",
-        "prgkit.cli.doctor",
-    },
-    "onnx": {
-        "prgkit.export.formats.onnx",
-        "prgkit.export.formats.onnx_graph",
-        "prgkit.export.formats.onnx_nchw",
-        "prgkit.export.open_vocabulary",
-        "prgkit.export.int8.qdq",
-        "prgkit.export.int8.calibration",
-    },
+    "jinja2": {"prgkit.evaluate.report.templating"},
+    "rich": {"prgkit.cli.terminal", "prgkit.evaluate.compare.tables", "prgkit.evaluate.report.terminal"},
+    "accelerate": {"prgkit.training"},
+    "tensorrt": {"prgkit.export.formats", "prgkit.export.runtimes"},
+    "tensorrt_rtx": {"prgkit.export.formats", "prgkit.export.runtimes"},
+    "onnxruntime": {"prgkit.cli.doctor", "prgkit.evaluate.bench", "prgkit.export.int8", "prgkit.export.runtimes"},
+    "onnx": {"prgkit.export.formats", "prgkit.export.int8"},
     "datasets": {"prgkit.data.hub"},
     "torchvision": {"prgkit.data.hub"},
     "sklearn": {"prgkit.demo.digits"},
 }
-# Modules that import torch, or onnx that comes with it, at their top, besides the objectives; all else needs no more than
-# the base install.
-NEEDS_TORCH = {
-    "prgkit.teacher.prompt_tuning", "prgkit.teacher.zero_shot", "prgkit.annotation.audit", "prgkit.training.checkpoint", "prgkit.teacher.prompt_context",
-    "prgkit.training.distributed", "prgkit.training.distill", "prgkit.cli.dry_run", "prgkit.evaluate.compare.trials",
-    "prgkit.evaluate.compare.base_to_novel", "prgkit.evaluate.compare.diswot", "prgkit.export.int8.accuracy_control", "prgkit.export.formats.onnx_graph",
-    "prgkit.export.int8.pipeline", "prgkit.export.formats.onnx_nchw", "prgkit.export.formats.onnx", "prgkit.export.open_vocabulary",
-    "prgkit.export.pipeline", "prgkit.export.int8.qdq", "prgkit.export.int8.calibration",
-    "prgkit.export.relabel", "prgkit.export.from_run", "prgkit.student.heads",
-    "prgkit.teacher.ensemble", "prgkit.training.few_shot", "prgkit.training.dataset", "prgkit.training.mixup", "prgkit.student.model", "prgkit.teacher.feature_store",
-    "prgkit.teacher.clip", "prgkit.storage.tensors", "prgkit.training.pseudo_labels", "prgkit.data.augment",
-}  # fmt: skip
+HEAVY = {"torch", "timm", "open_clip", "accelerate", "onnx"}
+# Folders in which no module needs more than the base install, which has no torch.
+LIGHT = [
+    "prgkit.cli", "prgkit.config", "prgkit.demo", "prgkit.evaluate.accuracy", "prgkit.evaluate.bench",
+    "prgkit.evaluate.report", "prgkit.export.bundle", "prgkit.export.runtimes", "prgkit.evaluate.predict",
+]  # fmt: skip
 
 
 def modules() -> dict[str, Path]:
+    """Return every module of the product by its import name."""
     found = {}
-    for package, folder in {
-        **PACKAGES,
-        "prgkit.objectives": "toolkit/objectives",
-        "prgkit.demo": "toolkit/demo",
-    }.items():
+    for package, folder in PACKAGES.items():
         for path in (ROOT / folder).rglob("*.py"):
-            found[package if path.stem == "__init__" else f"{package}.{path.stem}"] = path
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
     return found
+
+
+MODULES = modules()
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -77,38 +82,69 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
     return names
 
 
+def folder_of(module: str) -> str:
+    return module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+def layer_of(module: str) -> int:
+    folder = "prgkit.cli" if module == "prgkit.__main__" else folder_of(module)
+    return next((number for number, layer in enumerate(LAYERS) if folder in layer), 0)  # recipes/ imports nothing
+
+
+def test_imports_point_down_the_layers() -> None:
+    upwards = [
+        f"{name} imports {used}"
+        for name, path in MODULES.items()
+        for used in imports(path) & MODULES.keys()
+        if layer_of(used) > layer_of(name)
+    ]
+    assert upwards == []
+
+
+def test_no_modules_import_each_other() -> None:
+    reach = {name: imports(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
+    while leaves := {name for name, used in reach.items() if not used & reach.keys()}:
+        reach = {name: used for name, used in reach.items() if name not in leaves}
+    assert sorted(reach) == []
+
+
+def test_a_folder_holds_no_more_than_one_can_read() -> None:
+    folders = [path.parent for path in MODULES.values()]
+    assert {str(folder) for folder in folders if folders.count(folder) > 14} == set()
+
+
 @pytest.mark.parametrize("dependency", OWNERS)
 def test_a_heavy_dependency_has_its_owners(dependency: str) -> None:
     users = {
         name
-        for name, path in modules().items()
+        for name, path in MODULES.items()
         if any(used == dependency or used.startswith(f"{dependency}.") for used in imports(path))
     }
-    assert users <= OWNERS[dependency]
+    assert {name for name in users if not {name, folder_of(name)} & OWNERS[dependency]} == set()
 
 
-def test_only_the_modules_that_say_so_need_torch() -> None:
-    reach = {name: imports(path, top_level_only=True) for name, path in modules().items()}
+@pytest.mark.parametrize("folder", LIGHT)
+def test_the_base_install_is_enough(folder: str) -> None:
+    reach = {name: imports(path, top_level_only=True) for name, path in MODULES.items()}
 
     def needs(name: str, seen: frozenset[str] = frozenset()) -> bool:
-        if any(used.split(".")[0] in ("torch", "timm", "open_clip", "accelerate", "onnx") for used in reach[name]):
+        if any(used.split(".")[0] in HEAVY for used in reach[name]):
             return True
         inner = {used for used in reach[name] if used in reach and used not in seen}
         return any(needs(used, seen | inner) for used in inner)
 
-    objectives = {name for name in reach if name.startswith("prgkit.objectives")}
-    assert {name for name in reach if needs(name)} == NEEDS_TORCH | objectives
+    assert [name for name in MODULES if f"{name}.".startswith(f"{folder}.") and needs(name)] == []
 
 
 def test_only_the_command_line_prints() -> None:
-    for name, path in modules().items():
+    for name, path in MODULES.items():
         calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
         printing = any(isinstance(function, ast.Name) and function.id == "print" for function in calls)
         assert not printing, name
 
 
 def test_every_module_says_in_one_sentence_what_it_is() -> None:
-    for name, path in modules().items():
+    for name, path in MODULES.items():
         docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
         assert docstring.split("\n\n")[0].strip().endswith((".", "?")), name
 

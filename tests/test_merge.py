@@ -15,8 +15,8 @@ from rich.console import Console
 from prgkit.errors import BenchError
 from prgkit.evaluate.compare.devices import latency_groups
 from prgkit.evaluate.compare.merge import cautions, merge, names_of
+from prgkit.evaluate.compare.tables import comparison_table
 from prgkit.evaluate.report.plots.charts import Bar, latency_bars, shortened
-from prgkit.evaluate.report.terminal import comparison_table
 
 Report = dict[str, Any]
 EVIL = '<script>alert("x")</script>'

@@ -65,8 +65,8 @@ def test_the_file_says_what_it_takes_and_what_it_names(exported: Any, tmp_path: 
 def test_another_normalisation_does_not_pass(repvit: Any, tmp_path: Path) -> None:
     """Logits are PyTorch's; a file that is given unnormalised pixels must not agree with them."""
     from prgkit.export.formats.onnx_nchw import nchw_artifact
-    from prgkit.export.parity import run_batches
     from prgkit.export.runtimes.base import TorchRunner
+    from prgkit.export.runtimes.parity import run_batches
 
     (tmp_path / "model.onnx").write_bytes(repvit.fp32.read_bytes())
     pixels = repvit.pixels[:16]

@@ -26,9 +26,9 @@ from prgkit.export.formats.onnx import (  # noqa: E402
     rehearse_fp16,
     write_fp16,
 )
-from prgkit.export.parity import compare, require_agreement, run_batches  # noqa: E402
 from prgkit.export.pipeline import ExportOptions, check_opset  # noqa: E402
 from prgkit.export.runtimes.base import OnnxRunner, TorchRunner  # noqa: E402
+from prgkit.export.runtimes.parity import compare, require_agreement, run_batches  # noqa: E402
 
 
 def logits_of(module, pixels):

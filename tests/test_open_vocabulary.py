@@ -34,15 +34,16 @@ from prgkit.export import relabel as relabelling  # noqa: E402
 from prgkit.export.bundle.archive import pack  # noqa: E402
 from prgkit.export.bundle.bundle import open_bundle, read_evaluation  # noqa: E402
 from prgkit.export.formats.onnx import deployable, export_onnx, write_fp16  # noqa: E402
-from prgkit.export.formats.tensorrt import available_backends, build_engine  # noqa: E402
+from prgkit.export.formats.open_vocabulary import make_input, scored, write_classes  # noqa: E402
+from prgkit.export.formats.tensorrt import build_engine  # noqa: E402
 from prgkit.export.from_run import check_vocabulary, export_run  # noqa: E402
 from prgkit.export.int8.calibration import measure_spreads  # noqa: E402
 from prgkit.export.int8.qdq import find_blocks, tensors_of, write_int8  # noqa: E402
-from prgkit.export.open_vocabulary import make_input, scored, write_classes  # noqa: E402
-from prgkit.export.parity import run_batches  # noqa: E402
 from prgkit.export.pipeline import ExportOptions  # noqa: E402
 from prgkit.export.relabel import relabel, settled_bundle  # noqa: E402
 from prgkit.export.runtimes.base import OnnxRunner, TorchRunner  # noqa: E402
+from prgkit.export.runtimes.gpu import available_backends  # noqa: E402
+from prgkit.export.runtimes.parity import run_batches  # noqa: E402
 from prgkit.progress import Unwatched  # noqa: E402
 from prgkit.storage.atomic import read_json, write_sealed  # noqa: E402
 from prgkit.storage.locks import locked  # noqa: E402

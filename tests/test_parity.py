@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prgkit.errors import ParityError
-from prgkit.export.parity import compare, require_agreement, run_batches
+from prgkit.export.runtimes.parity import compare, require_agreement, run_batches
 
 
 class Fixed:

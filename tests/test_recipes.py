@@ -41,7 +41,7 @@ def test_a_shipped_recipe_rehearses(
     name: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("prgkit.cli.dry_run.PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("prgkit.training.dry_run.PROBE_SECONDS", 0.0)
     monkeypatch.setattr("prgkit.training.distributed.PROBE_STEPS", 1)
     page = load_recipe(name, overrides=["data.classes=[cat, dog]"])
     stand_in = page.student.model if name == "demo" else STAND_IN

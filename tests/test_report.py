@@ -15,7 +15,7 @@ from rich.console import Console
 
 from prgkit import metrics
 from prgkit.evaluate.accuracy import per_class
-from prgkit.evaluate.report import formatting
+from prgkit.evaluate.report import class_section, formatting
 from prgkit.evaluate.report.examples import Picture
 from prgkit.evaluate.report.html_report import latencies_ms, page
 from prgkit.evaluate.report.plots import figures, svg
@@ -549,7 +549,7 @@ def test_few_classes_are_shown_whole_and_of_many_the_worst_and_the_best(labelled
         assert len(re.findall(r"\| \d+ \| \d+\.\d % \|", "\n".join(lines))) == shown
         tables = [[len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")]]
         assert set(tables[0]) == ({7, 5} if labelled else {5, 4})
-    assert per_class.worst_first(report["per_class"])[0]["student"] == 0
+    assert class_section.worst_first(report["per_class"])[0]["student"] == 0
 
 
 def test_a_report_of_an_earlier_version_has_no_classes() -> None:

@@ -11,8 +11,16 @@ from PIL import Image
 
 from prgkit.data.index import Preprocessing
 from prgkit.evaluate.bench.latency import Measured
-from prgkit.evaluate.bench.stages import described, golden_pictures, scope_about, scope_block, scope_header, scope_lines
-from prgkit.evaluate.bench.thread_sweep import sweep_header, sweep_lines, sweep_said, thread_sweep
+from prgkit.evaluate.bench.stages import described, golden_pictures, scope_block
+from prgkit.evaluate.bench.thread_sweep import thread_sweep
+from prgkit.evaluate.report.sections import (
+    scope_about,
+    scope_header,
+    scope_lines,
+    sweep_header,
+    sweep_lines,
+    sweep_said,
+)
 from prgkit.export.bundle.bundle import write_golden
 
 SQUARE = Preprocessing(16, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)

@@ -28,7 +28,7 @@ from prgkit.teacher import feature_store as storing
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.feature_store import Targets, embed
 from prgkit.training import dataset as teaching
-from prgkit.training.dataset import prepare
+from prgkit.training.prepare import prepare
 
 IMAGES = 40
 

@@ -16,16 +16,11 @@ import pytest
 from prgkit.cli.options import gpu_generations
 from prgkit.errors import BackendError, ExportError
 from prgkit.export.formats import tensorrt, timing_cache
-from prgkit.export.formats.tensorrt import (
-    Gpu,
-    available_backends,
-    build_engine,
-    choose_backend,
-    choose_targets,
-    find_gpu,
-)
+from prgkit.export.formats.tensorrt import build_engine
 from prgkit.export.formats.tensorrt_precision import LEAST_INT8_WEIGHTS, constant, layers_of, leave_small_in_fp16
+from prgkit.export.runtimes import gpu
 from prgkit.export.runtimes.engine_metadata import card_path, load_card
+from prgkit.export.runtimes.gpu import Gpu, available_backends, choose_backend, choose_targets, find_gpu
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed
 
 needs_rtx = pytest.mark.skipif(
@@ -188,7 +183,7 @@ def test_gpu_generations_are_refused_before_anything_is_built(monkeypatch):
     with pytest.raises(BackendError, match="tensorrt_rtx cannot build for SM12") as caught:
         choose_targets("tensorrt_rtx", ["SM86", "SM12"])
     assert caught.value.fix.startswith("it knows SM75, SM80, SM86")
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("some GPU", "SM89"))
+    monkeypatch.setattr(gpu, "find_gpu", lambda: Gpu("some GPU", "SM89"))
     assert choose_targets("tensorrt", None) == choose_targets("tensorrt", ["SM89"]) == ("SM89",)
     with pytest.raises(BackendError, match=r"tensorrt builds for the GPU at hand \(SM89\), not for SM86") as caught:
         choose_targets("tensorrt", ["SM86"])
@@ -240,7 +235,7 @@ def test_a_small_convolution_of_an_int8_network_is_fp16_throughout(repvit, tmp_p
     write_int8(repvit.fp16, path, nodes=nodes, spreads=spreads, tail=0, layout="tensorrt")
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
     trt = pytest.importorskip("tensorrt_rtx")
-    logger = tensorrt.quiet_logger(trt)
+    logger = gpu.quiet_logger(trt)
     builder = trt.Builder(logger)
     network, parser = tensorrt.parse(trt, builder, logger, path)
     counts, alive = leave_small_in_fp16(trt, network)
@@ -273,7 +268,7 @@ def test_tensorrt_keeps_its_timings_and_may_build_for_more_than_one_gpu_model(re
     card = build_engine(repvit.fp16, tmp_path, **build)
     assert (card.timing_cache, card.hardware_compatibility) == ("new", "NONE")
     assert (card.gpu, card.compute_capabilities, card.driver) == ("some GPU", ("SM89",), "13.0")
-    assert card.platform == tensorrt.this_platform()
+    assert card.platform == gpu.this_platform()
     (kept,) = (tmp_path / "cache" / "prgkit").iterdir()
     assert (kept.name, kept.read_bytes()) == ("tensorrt-11.4-some-GPU.timing", b"timings")
     card = build_engine(repvit.fp16, tmp_path, sm=["SM89"], **build)
@@ -368,11 +363,11 @@ def test_tensorrt_is_preferred_only_where_a_gpu_is(monkeypatch):
     """Stand-ins for the modules: this is about the choice, not about TensorRT."""
     fakes = {"tensorrt": SimpleNamespace(__version__="11.0"), "tensorrt_rtx": SimpleNamespace(__version__="1.7")}
     monkeypatch.setattr(tensorrt.importlib, "import_module", fakes.__getitem__)
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "find_gpu", lambda: None)
     assert choose_backend().name == "tensorrt_rtx"
     with pytest.raises(BackendError, match="tensorrt: installed, but it builds only where an NVIDIA GPU"):
         choose_backend("tensorrt")
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("some GPU", "SM89"))
+    monkeypatch.setattr(gpu, "find_gpu", lambda: Gpu("some GPU", "SM89"))
     assert choose_backend().name == "tensorrt"
     assert choose_backend("tensorrt_rtx").name == "tensorrt_rtx"
 
@@ -453,7 +448,7 @@ def as_tensorrt(monkeypatch):
     module = SimpleNamespace(**{**vars(rtx), "Builder": Builder, "__version__": "11.4"})
     real = tensorrt.importlib.import_module
     monkeypatch.setattr(tensorrt.importlib, "import_module", lambda name: module if name == "tensorrt" else real(name))
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("some GPU", "SM89", "13.0"))
+    monkeypatch.setattr(gpu, "find_gpu", lambda: Gpu("some GPU", "SM89", "13.0"))
     return told
 
 

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from prgkit.config.recipe import Views
-from prgkit.data.augment import Batch, Rendered, View, default_workers, load_batches, render, seeded_view
+from prgkit.data.augment import Batch, Rendered, View, load_batches, render, seeded_view
 from prgkit.data.cache import Pictures
 from prgkit.data.index import Catalogue, Preprocessing, catalogue, open_images
+from prgkit.data.workers import default_workers
 
 PAGE = Views(count=3, crop_scale=(0.3, 0.8), seed=5)
 PREPROCESSING = Preprocessing(24, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))

@@ -36,3 +36,11 @@ class Unwatched:
 
 
 SILENT = Unwatched()
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: ``3 h 20 min``."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -35,8 +35,8 @@ from prgkit.evaluate.report.regression import Gate, against, require_comparable
 from prgkit.evaluate.report.write import write_report
 from prgkit.evaluate.selection import choose, int8_notes, write_choice
 from prgkit.export.bundle.bundle import Bundle, Evaluation, check_golden, open_bundle, read_evaluation
-from prgkit.export.int8.floor import fidelity
 from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.runtimes.fidelity import fidelity
 from prgkit.storage.atomic import sha256
 from prgkit.storage.run import Run
 

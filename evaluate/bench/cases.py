@@ -8,8 +8,7 @@ from typing import Any
 
 from prgkit.evaluate.bench.worker import Spec
 from prgkit.export.bundle.bundle import NCHW, QDQ, Bundle
-from prgkit.export.bundle.checksums import VECTORS
-from prgkit.export.runtimes.base import PROVIDERS, available_providers, why_no_compiling
+from prgkit.export.runtimes.base import PROVIDERS, VECTORS, available_providers, why_no_compiling
 from prgkit.export.runtimes.engine_metadata import load_card
 from prgkit.export.runtimes.tensorrt import why_not_here
 from prgkit.storage.run import Run

@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 
 from prgkit.evaluate.bench.journal import Sittings
-from prgkit.evaluate.bench.latency import P99_SAMPLES, recording_failure, rotate
+from prgkit.evaluate.bench.latency import recording_failure, rotate
 from prgkit.evaluate.bench.worker import Pixels, Spec, Worker
-from prgkit.evaluate.report import formatting
-from prgkit.evaluate.report.formatting import NONE, Report
+from prgkit.evaluate.report.formatting import P99_SAMPLES
 
 ROUNDS = 5
 WARM_UP_S = 1.0
-HEADER = ["frames", "p50 ms", "p99 ms", "slowest ms", "run p50 ms", "late"]
 
 
 @dataclass
@@ -113,38 +111,3 @@ def summary(one: Frames, *, fps: float) -> dict[str, Any]:
         "run_p50_ms": float(np.median(runs_ms)),
         "late": int((responses_ms > 1000 / fps).sum()),
     }
-
-
-def paced_lines(report: Report) -> list[list[str]]:
-    """Return a line for each artifact; none where no frames were paced."""
-    lines = []
-    for one in (report.get("paced") or {"rows": []})["rows"]:
-        name = formatting.row_name(one)
-        if one["failed"] is not None:
-            lines.append([name, "failed", *[NONE] * (len(HEADER) - 2)])
-            continue
-        figures = [formatting.ms(one[key]) for key in ("p50_ms", "p99_ms", "max_ms", "run_p50_ms")]
-        lines.append([name, *figures, f"{one['late']:,} of {one['frames']:,}"])
-    return lines
-
-
-def paced_said(report: Report) -> list[str]:
-    """Return the frames in a sentence for each artifact, for the terminal."""
-    found = report.get("paced")
-    if not found:
-        return []
-    rate = f"at {found['fps']:g} frames/s"
-    return [
-        f"{name} {rate}: " + ("failed." if p50 == "failed" else f"p50 {p50} ms, slowest {slowest} ms, late {late}.")
-        for name, p50, _, slowest, _, late in paced_lines(report)
-    ]
-
-
-def paced_about(report: Report) -> str:
-    """Return what the figures are figures of."""
-    found = report["paced"]
-    return (
-        f"{found['fps']:g} frames a second, each timed from when it was due, so with waiting for the one before; late "
-        f"after {formatting.ms(found['deadline_ms'])} ms. Clocks drop between frames, so a run may take longer here "
-        f"than in the tight loop that gives the artifacts' latency. p99 needs {P99_SAMPLES:,} frames."
-    )

@@ -14,16 +14,15 @@ from numpy.typing import NDArray
 from prgkit.evaluate.bench.journal import Sittings
 from prgkit.evaluate.bench.worker import Pixels, Spec, WarmUp, Worker, WorkerFailedError
 from prgkit.evaluate.report import formatting
+from prgkit.evaluate.report.formatting import P99_SAMPLES
+from prgkit.evaluate.report.sections import SCOPES
 from prgkit.evaluate.sensors import Meter, midway, power_source
 
 ROUNDS = 10
-P99_SAMPLES = 1000  # below this, the 99th percentile is one or two outliers
 # A runtime's threads spin for a moment after their last run; these untimed runs outlast the previous artifact's.
 SETTLE_S = 0.1
 # How the seconds of an artifact are spent; predicting the evaluation images comes on top.
 WARM_UP_SHARE, LATENCY_SHARE, THROUGHPUT_SHARE = 0.2, 0.55, 0.25
-# A GPU's own time, where it has a clock; from pixels; from a decoded picture; from its file.
-SCOPES = ("compute", "io", "pipeline", "end_to_end")
 SCOPE_SHARE, SCOPE_ROUNDS = 0.2, 5  # of an artifact's seconds, on top of them
 # A model of seconds a run would overstay by whole rounds: past this many times its share it has no further turns.
 OVERSTAY = 1.5

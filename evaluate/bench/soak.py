@@ -20,26 +20,25 @@ from typing import Any
 
 import numpy as np
 
-from prgkit.cli.terminal import duration
 from prgkit.errors import BenchError
 from prgkit.evaluate import system
 from prgkit.evaluate.bench.journal import Sittings
-from prgkit.evaluate.bench.latency import P99_SAMPLES, label, recording_failure
+from prgkit.evaluate.bench.latency import label, recording_failure
 from prgkit.evaluate.bench.worker import Pixels, Spec, Worker
 from prgkit.evaluate.report import formatting
+from prgkit.evaluate.report.formatting import P99_SAMPLES
+from prgkit.evaluate.report.soak_section import MINUTE_S, SLOWER, UNSTABLE, Window, known
 from prgkit.evaluate.sensors import Meter, midway, power_source
+from prgkit.progress import duration
 
 WINDOW_S = 5.0
 LEAST_WINDOWS = 12  # of a soak too short for windows of five seconds
-MINUTE_S = 60.0
 WARM_UP_S = 1.0
 MOST_MINUTES = 24 * 60.0
-SLOWER, UNSTABLE = 1.05, 1.1
 FELL = 0.95  # a clock below this share of what it was explains why it is slower
 NOTES, NOTE_S = 10, 30.0  # a soak says so many times how it goes, and not more often than that
 
 Row = dict[str, Any]
-Window = dict[str, Any]
 
 
 @dataclass
@@ -256,11 +255,6 @@ def minute(end: Sequence[tuple[Window, list[int]]]) -> dict[str, Any]:
     windows = [window for window, _ in end]
     means = {key: mean(known(windows, key)) for key in ("clock_mhz", "temperature_c", "power_w")}
     return {**{key: told[key] for key in ("p50_ms", "p99_ms", "max_ms")}, **means}
-
-
-def known(windows: Sequence[Window], key: str) -> list[float]:
-    """Return what the windows know of something that a device may keep to itself."""
-    return [window[key] for window in windows if window[key] is not None]
 
 
 def mean(values: Sequence[float]) -> float | None:

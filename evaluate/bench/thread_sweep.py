@@ -9,7 +9,6 @@ from prgkit.evaluate.bench import latency
 from prgkit.evaluate.bench.journal import Sittings
 from prgkit.evaluate.bench.worker import Pixels, Spec
 from prgkit.evaluate.report import formatting
-from prgkit.evaluate.report.formatting import Report
 
 
 def thread_sweep(
@@ -65,45 +64,3 @@ def thread_sweep(
 
 def quiet(text: str) -> None:
     """Say nothing: the same artifact is opened once for each number of threads."""
-
-
-def sweep_header(report: Report) -> list[str]:
-    """Return the columns of the sweep's table."""
-    return ["p50 ms", *(f"{count} thread{'' if count == 1 else 's'}" for count in report["threads"]["counts"])]
-
-
-def sweep_lines(report: Report) -> list[list[str]]:
-    """Return each artifact's medians, with the gain over the least number of threads; none without a sweep."""
-    found = report.get("threads")
-    if not found:
-        return []
-    lines = []
-    for row in found["rows"]:
-        base = row["latency"].get(str(min(found["counts"])))
-        cells = [formatting.row_name(row)]
-        for count in map(str, found["counts"]):
-            one = row["latency"].get(count)
-            if one is None:
-                cells.append("failed")
-            elif one is base or base is None:
-                cells.append(formatting.ms(one["p50_ms"]))
-            else:
-                cells.append(f"{formatting.ms(one['p50_ms'])} ({base['p50_ms'] / one['p50_ms']:.2f}×)")
-        lines.append(cells)
-    return lines
-
-
-def sweep_said(report: Report) -> list[str]:
-    """Return the sweep in a sentence for each artifact, for the terminal."""
-    names = sweep_header(report)[1:] if report.get("threads") else []
-    said = []
-    for artifact, *cells in sweep_lines(report):
-        parts = ", ".join(f"{name} {cell}" for name, cell in zip(names, cells, strict=True))
-        said.append(f"{artifact}, p50 ms: {parts}.")
-    return said
-
-
-SWEEP_HOW = (
-    "Latency at batch 1 by the number of CPU threads, in a session of its own in which all take turns; in brackets, "
-    "how many times faster than with the fewest threads."
-)

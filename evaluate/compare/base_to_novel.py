@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from prgkit.config.recipe import Recipe, TeacherPage
 from prgkit.data.augment import evaluation_views
 from prgkit.data.index import Catalogue
+from prgkit.device import best_device
 from prgkit.errors import RecipeError
 from prgkit.export.from_run import teacher_logits
 from prgkit.metrics import top1
@@ -29,7 +30,6 @@ from prgkit.storage.tensors import load_facts
 from prgkit.student.model import load_student, student_logits
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.ensemble import open_targets
-from prgkit.training.distributed import best_device
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from prgkit.config.image_size import sides
 from prgkit.config.recipe import Recipe, StudentPage
 from prgkit.data.augment import evaluation_views
+from prgkit.device import best_device, seed_everything
 from prgkit.evaluate.compare.aggregate import spread
 from prgkit.evaluate.compare.ranking import correlations
 from prgkit.evaluate.compare.trials import Cell, Exam, ProgressOnly, finished
 from prgkit.progress import Watch
 from prgkit.storage.atomic import write_json
 from prgkit.student.model import Student, build_student, reparameterised, student_preprocessing
-from prgkit.training.dataset import Lesson, prepare
-from prgkit.training.distributed import best_device, seed_everything
+from prgkit.training.dataset import Lesson
+from prgkit.training.prepare import prepare
 
 SCHEMA = "prgkit.ranking/1"
 INITIALISATIONS = 4

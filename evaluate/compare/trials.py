@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import Recipe, validate
 from prgkit.data.augment import evaluation_views
-from prgkit.data.index import Catalogue, labelled
+from prgkit.data.index import Catalogue, labelled, read_catalogue
 from prgkit.data.snapshot import members_of
+from prgkit.device import best_device
 from prgkit.errors import ImagesError, PrgkitError, RecipeError, RunError, nearest
 from prgkit.evaluate.compare.aggregate import standings, write_standings
 from prgkit.evaluate.compare.base_to_novel import Novel, halves, judge_novel, require_two_halves
@@ -30,9 +31,8 @@ from prgkit.storage.atomic import fingerprint, read_json, write_json
 from prgkit.storage.run import Run
 from prgkit.student.model import load_student, student_logits
 from prgkit.teacher.ensemble import existing_targets
-from prgkit.training.dataset import hold_out, read_catalogue
 from prgkit.training.distill import distill
-from prgkit.training.distributed import best_device
+from prgkit.training.prepare import hold_out
 
 CELL = "prgkit.cell/1"
 # METHOD's minimum ladder: each rung adds one thing to the one before, or takes one of the two parts of PRG away.

@@ -29,6 +29,9 @@ FAMILIES = {
 }
 
 
+P99_SAMPLES = 1000  # below this, the 99th percentile is one or two outliers
+
+
 def headline(report: Report) -> str:
     """Return the one sentence of the report: how much of the teacher the student keeps, and how fast."""
     row, student = lead_row(report), model_name(report["run"]["student"])

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from prgkit.evaluate.accuracy.per_class import classes_section
-from prgkit.evaluate.bench import fixed_rate, stages, thread_sweep
-from prgkit.evaluate.report import formatting, regression
+from prgkit.evaluate.report import formatting, regression, sections
+from prgkit.evaluate.report.class_section import classes_section
 from prgkit.evaluate.report.examples import Picture, gallery
 from prgkit.evaluate.report.formatting import NONE, Report, Row
 from prgkit.evaluate.report.html import cell, document, grid, heading, section, words
@@ -245,32 +244,34 @@ def beside(*sections: str) -> str:
 
 def by_scope(report: Report) -> str:
     """Return the table of the scopes, where they were measured."""
-    lines = stages.scope_lines(report)
+    lines = sections.scope_lines(report)
     if not lines:
         return ""
-    table = figures_table("Artifact", stages.scope_header(report)[1:], lines, unit="ms")
-    return section("What preprocessing and decoding add", stages.scope_about(report), table)
+    table = figures_table("Artifact", sections.scope_header(report)[1:], lines, unit="ms")
+    return section("What preprocessing and decoding add", sections.scope_about(report), table)
 
 
 def threads(report: Report) -> str:
     """Return the table of the thread sweep, if there was one."""
-    lines = thread_sweep.sweep_lines(report)
+    lines = sections.sweep_lines(report)
     if not lines:
         return ""
     return section(
         "Threads",
-        thread_sweep.SWEEP_HOW,
-        figures_table("Artifact", thread_sweep.sweep_header(report)[1:], lines, unit="ms"),
+        sections.SWEEP_HOW,
+        figures_table("Artifact", sections.sweep_header(report)[1:], lines, unit="ms"),
     )
 
 
 def at_a_rate(report: Report) -> str:
     """Return the table of the frames that came at a rate, where any did."""
-    lines = fixed_rate.paced_lines(report)
+    lines = sections.paced_lines(report)
     if not lines:
         return ""
     return section(
-        "At a camera's rate", fixed_rate.paced_about(report), figures_table("Artifact", fixed_rate.HEADER[1:], lines)
+        "At a camera's rate",
+        sections.paced_about(report),
+        figures_table("Artifact", sections.PACED_HEADER[1:], lines),
     )
 
 

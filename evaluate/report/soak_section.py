@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prgkit.evaluate.bench.soak import MINUTE_S, SLOWER, UNSTABLE, Window, known
 from prgkit.evaluate.report import formatting, html
 from prgkit.evaluate.report.formatting import NONE, Report
 from prgkit.evaluate.report.plots import svg
@@ -13,6 +12,13 @@ from prgkit.evaluate.report.plots.figures import spread_out
 from prgkit.evaluate.report.plots.svg import FONT, WIDTH, Axis
 
 HEADER = ["", "p50 ms", "p99 ms", "slowest ms", "clock MHz", "°C", "W"]
+
+
+MINUTE_S = 60.0
+
+SLOWER, UNSTABLE = 1.05, 1.1
+
+Window = dict[str, Any]
 
 
 def soak_said(report: Report) -> list[str]:
@@ -145,3 +151,8 @@ def chart(name: str, lines: dict[str, list[tuple[float, float]]], title: str) ->
             drawn.append(svg.text(right + 17, end + FONT * 0.35, label))
     said = ", ".join(f"{label} {points[0][1]:.3g} to {points[-1][1]:.3g}" for label, points in lines.items())
     return svg.drawing(bottom + 46, drawn, title=title, description=said)
+
+
+def known(windows: Sequence[Window], key: str) -> list[float]:
+    """Return what the windows know of something that a device may keep to itself."""
+    return [window[key] for window in windows if window[key] is not None]

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from prgkit.evaluate.bench import fixed_rate, thread_sweep
-from prgkit.evaluate.compare import aggregate, devices, ranking
-from prgkit.evaluate.report import formatting, regression, soak_section
+from prgkit.evaluate.report import formatting, regression, sections, soak_section
 from prgkit.evaluate.report.formatting import Report
 
 
 def report_table(report: Report) -> Table:
     """Return the rows as a table for the terminal."""
     labelled = report["evaluation"]["labelled"]
-    said = [*thread_sweep.sweep_said(report), *fixed_rate.paced_said(report), *soak_section.soak_said(report)]
+    said = [*sections.sweep_said(report), *sections.paced_said(report), *soak_section.soak_said(report)]
     said += [*formatting.audit_summary(report), *report["notes"]]
     result = plain_table(formatting.headline(report), said)
     result.add_column("artifact", no_wrap=True)
@@ -70,42 +67,6 @@ def baseline_table(found: regression.Found) -> Table:
 
 
 STYLES = {"worse": "red", "better": "green"}
-
-
-def comparison_table(found: devices.Comparison) -> Table:
-    """Return the artifacts of several reports; a device is named where its lines begin."""
-    result = plain_table(devices.headline(found), found["notes"])
-    for index, name in enumerate(devices.header(found)):
-        result.add_column(name, justify="right" if index >= 2 else "left", no_wrap=index == 1)
-    before = None
-    for row in found["rows"]:
-        device, *cells = devices.line(found, row)
-        style = "" if row["status"] == "measured" else "dim"
-        result.add_row(Text(device if row["report"] != before else ""), *(Text(cell, style=style) for cell in cells))
-        before = row["report"]
-    return result
-
-
-def standings_table(found: dict[str, Any]) -> Table:
-    """Return a comparison of objectives and students; a student is named where its lines begin."""
-    result = plain_table(aggregate.headline(found), [aggregate.about(found)])
-    for index, name in enumerate(aggregate.header(found)):
-        result.add_column(name, justify="left" if index < 2 else "right")
-    before = None
-    for student, *cells in aggregate.lines(found):
-        result.add_row(Text(student if student != before else ""), *map(Text, cells))
-        before = student
-    return result
-
-
-def ranking_table(found: dict[str, Any]) -> Table:
-    """Return untrained students in the order of their score."""
-    result = plain_table(ranking.headline(found), ranking.about(found))
-    for index, name in enumerate(ranking.header(found)):
-        result.add_column(name, justify="right" if index else "left", no_wrap=True)
-    for line in ranking.lines(found):
-        result.add_row(*map(Text, line))
-    return result
 
 
 def plain_table(title: str, notes: Sequence[str]) -> Table:

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prgkit.evaluate.accuracy import per_class
-from prgkit.evaluate.bench import fixed_rate, stages, thread_sweep
-from prgkit.evaluate.report import formatting, regression, soak_section
+from prgkit.evaluate.report import class_section, formatting, regression, sections, soak_section
 from prgkit.evaluate.report.examples import Picture
 from prgkit.evaluate.report.formatting import NONE, Report, Row
 from prgkit.evaluate.report.html_report import page
@@ -105,14 +103,14 @@ def throughput(report: Report) -> list[str]:
 
 def by_scope(report: Report) -> list[str]:
     """Return the table of the scopes, where they were measured."""
-    lines = stages.scope_lines(report)
-    return [grid(stages.scope_header(report), lines), stages.scope_about(report)] if lines else []
+    lines = sections.scope_lines(report)
+    return [grid(sections.scope_header(report), lines), sections.scope_about(report)] if lines else []
 
 
 def at_a_rate(report: Report) -> list[str]:
     """Return the table of the frames that came at a rate, where any did."""
-    lines = fixed_rate.paced_lines(report)
-    return [grid(fixed_rate.HEADER, lines), fixed_rate.paced_about(report)] if lines else []
+    lines = sections.paced_lines(report)
+    return [grid(sections.PACED_HEADER, lines), sections.paced_about(report)] if lines else []
 
 
 def soaked(report: Report) -> list[str]:
@@ -125,28 +123,28 @@ def soaked(report: Report) -> list[str]:
 
 def threads(report: Report) -> list[str]:
     """Return the table of the thread sweep, if there was one."""
-    lines = thread_sweep.sweep_lines(report)
-    return [grid(thread_sweep.sweep_header(report), lines), thread_sweep.SWEEP_HOW] if lines else []
+    lines = sections.sweep_lines(report)
+    return [grid(sections.sweep_header(report), lines), sections.SWEEP_HOW] if lines else []
 
 
 def by_class(report: Report) -> list[str]:
     """Return the classes that the student is worst and best at, and its most frequent mistakes."""
     found = report.get("per_class")
-    if not found or not per_class.worst_first(found):
+    if not found or not class_section.worst_first(found):
         return []
-    worst, best = per_class.shown(found)
-    between = [["…", *[""] * (len(per_class.class_header(found)) - 1)]] if best else []
+    worst, best = class_section.shown(found)
+    between = [["…", *[""] * (len(class_section.class_header(found)) - 1)]] if best else []
     lines = (
-        [per_class.class_line(found, one) for one in worst]
+        [class_section.class_line(found, one) for one in worst]
         + between
-        + [per_class.class_line(found, one) for one in best]
+        + [class_section.class_line(found, one) for one in best]
     )
-    pairs = per_class.pair_lines(found)
+    pairs = class_section.pair_lines(found)
     return [
         "## Class by class",
-        cell(per_class.class_about(found)),
-        grid(per_class.class_header(found), lines),
-        *([grid(per_class.pair_header(found), pairs, names=2)] if pairs else []),
+        cell(class_section.class_about(found)),
+        grid(class_section.class_header(found), lines),
+        *([grid(class_section.pair_header(found), pairs, names=2)] if pairs else []),
     ]
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from prgkit.errors import ExportError
 from prgkit.export.bundle.artifact_cache import files_of
 from prgkit.export.bundle.bundle import Bundle, open_bundle
-from prgkit.export.bundle.checksums import PARTS, VECTORS, require_unchanged
+from prgkit.export.bundle.checksums import PARTS, require_unchanged
+from prgkit.export.runtimes.base import VECTORS
 from prgkit.storage.atomic import require_space, writing
 from prgkit.storage.reproducible import member
 from prgkit.storage.run import run_name

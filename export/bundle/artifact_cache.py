@@ -11,8 +11,8 @@ from typing import Any
 
 from prgkit.errors import ExportError, PrgkitError
 from prgkit.export.bundle.bundle import require_artifact, verify_artifact
-from prgkit.export.int8.floor import Facts
 from prgkit.export.runtimes.engine_metadata import card_path, load_card
+from prgkit.export.runtimes.fidelity import Facts
 from prgkit.storage.atomic import fingerprint, read_sealed, writing
 from prgkit.storage.locks import locked
 from prgkit.storage.run import TICKS, append_line, numbered_lines

@@ -17,9 +17,9 @@ from PIL import Image
 from prgkit.config.image_size import sides
 from prgkit.data.index import Preprocessing
 from prgkit.errors import ExportError, ParityError, PrgkitError
-from prgkit.export.bundle.checksums import VECTORS, require_unchanged
+from prgkit.export.bundle.checksums import require_unchanged
 from prgkit.export.bundle.readme import readme
-from prgkit.export.runtimes.base import Runner
+from prgkit.export.runtimes.base import VECTORS, Runner
 from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed, write_text, writing
 from prgkit.storage.reproducible import Pixels, as_pixels, member, png, read_array, read_png, write_array
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from prgkit.errors import ExportError, PrgkitError
+from prgkit.export.runtimes.base import VECTORS
 from prgkit.storage.atomic import read_json, sha256
 
 PARTS = ("evaluation", "golden")
-MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
-VECTORS = f"{MATRIX}.npy"  # [C, D] float32
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -19,18 +19,12 @@ from prgkit.config.recipe import validate
 from prgkit.errors import ExportError, NotWorthItError
 from prgkit.export.bundle.artifact_cache import Artifact, alone_in, files_of, is_whole
 from prgkit.export.bundle.bundle import QDQ, Bundle, describe_artifact, open_bundle, read_evaluation, write_manifest
-from prgkit.export.formats.tensorrt import (
-    Backend,
-    build_engine,
-    choose_backend,
-    choose_targets,
-    find_gpu,
-    this_platform,
-)
-from prgkit.export.int8.floor import Facts, told
-from prgkit.export.parity import Parity, require_agreement, run_batches
+from prgkit.export.formats.tensorrt import build_engine
 from prgkit.export.runtimes.base import open_runner
 from prgkit.export.runtimes.engine_metadata import EngineCard, card_path, write_card
+from prgkit.export.runtimes.fidelity import Facts, told
+from prgkit.export.runtimes.gpu import Backend, choose_backend, choose_targets, find_gpu, this_platform
+from prgkit.export.runtimes.parity import Parity, require_agreement, run_batches
 from prgkit.export.runtimes.tensorrt import TensorRTRunner, why_not_here
 from prgkit.storage.atomic import fingerprint
 

@@ -16,8 +16,8 @@ from prgkit.config.image_size import sides
 from prgkit.data.index import Preprocessing
 from prgkit.export.bundle.bundle import NCHW, describe_artifact
 from prgkit.export.formats.onnx_graph import normalised_input, rename, save
-from prgkit.export.parity import require_agreement, run_batches
 from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.runtimes.parity import require_agreement, run_batches
 
 FILE = "model.nchw.onnx"
 INPUT = "images"

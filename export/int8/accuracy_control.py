@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.export.int8.calibration import TAILS, Spread
-from prgkit.export.int8.floor import Facts, fidelity
 from prgkit.export.int8.qdq import Block, Layout, write_int8
-from prgkit.export.parity import run_batches
 from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.runtimes.fidelity import Facts, fidelity
+from prgkit.export.runtimes.parity import run_batches
 from prgkit.metrics import divergences
 
 SCAN_IMAGES = 96

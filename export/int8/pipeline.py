@@ -22,9 +22,9 @@ from prgkit.export.bundle.artifact_cache import Artifact, Finished
 from prgkit.export.bundle.bundle import QDQ, describe_artifact
 from prgkit.export.int8.accuracy_control import Logits, Pixels, choose_tail, hold_floor, logits_of, scan_blocks
 from prgkit.export.int8.calibration import Spread, measure_spreads
-from prgkit.export.int8.floor import Facts, told, too_few
 from prgkit.export.int8.qdq import HEAVY_WORK, Block, Layout, find_blocks, tensors_of
-from prgkit.export.parity import compare
+from prgkit.export.runtimes.fidelity import Facts, told, too_few
+from prgkit.export.runtimes.parity import compare
 from prgkit.storage.atomic import fingerprint
 
 CALIBRATION_IMAGES = 256

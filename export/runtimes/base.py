@@ -13,13 +13,17 @@ from numpy.typing import NDArray
 
 from prgkit.config.image_size import Size, sides
 from prgkit.errors import BackendError, ExportError, one_line
-from prgkit.export.bundle.checksums import MATRIX, VECTORS
 from prgkit.export.runtimes.tensorrt import TensorRTRunner
 from prgkit.storage.reproducible import read_array
 
 EXPORT_AGAIN = "export it again: prgkit export"
 GPU_BUILD = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
 SHAPES = 4  # OpenVINO's compiled networks that are kept, each with the weights: one for each batch size
+
+
+MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
+
+VECTORS = f"{MATRIX}.npy"  # [C, D] float32
 
 
 class Provider(NamedTuple):

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BackendError, one_line
-from prgkit.export.formats.tensorrt import AMPERE_PLUS, Gpu, find_gpu, generations, quiet_logger, this_platform
 from prgkit.export.runtimes.engine_metadata import EngineCard, load_card, rebuild
+from prgkit.export.runtimes.gpu import AMPERE_PLUS, Gpu, find_gpu, generations, quiet_logger, this_platform
 
 INSTALL_CUDA = "pip install cuda-python (on a Jetson with JetPack 6: pip install 'cuda-python<13')"
 

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from prgkit.annotation.sheet import Card, sheet
 from prgkit.config.recipe import Recipe
 from prgkit.data.ticks import Tick, carried, read_ticks, set_aside, ticked, write_ticks
+from prgkit.device import best_device
 from prgkit.errors import RunError
 from prgkit.evaluate.accuracy.ticked import teacher_share
 from prgkit.progress import Watch
 from prgkit.storage.atomic import fingerprint, read_sealed, write_sealed, write_text
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Run, differences, require_own_folder, start_run, undoing
-from prgkit.training.dataset import Lesson, prepare
-from prgkit.training.distributed import best_device
+from prgkit.training.dataset import Lesson
+from prgkit.training.prepare import prepare
 
 IMAGES = 100
 BATCH = 1024

@@ -108,7 +108,7 @@ def check_chain(steps: Sequence[click.Context]) -> None:
         raise click.UsageError("A chain works on one run: give --run to its first command.", whole)
     for step in steps:
         if step.info_name == "export" and builds_engines(step.params):
-            from prgkit.export.formats.tensorrt import choose_backend, choose_targets
+            from prgkit.export.runtimes.gpu import choose_backend, choose_targets
 
             choose_targets(choose_backend(step.params["backend"]).name, step.params["sm"])
         if step.info_name == "bench":

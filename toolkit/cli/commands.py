@@ -73,7 +73,7 @@ def relabel_bundle(session: Session, place: Path | None, classes: str) -> dict[s
 def merge_reports(session: Session, reports: tuple[Path, ...], out: Path) -> dict[str, Any]:
     """Lay the reports of several benches side by side."""
     from prgkit.evaluate.compare.merge import merge
-    from prgkit.evaluate.report.terminal import comparison_table
+    from prgkit.evaluate.compare.tables import comparison_table
 
     found = merge(reports, out=out, command="prgkit " + shlex.join(sys.argv[1:]))
     session.terminal.show(comparison_table(found))
@@ -101,7 +101,7 @@ def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path)
     session.rehearses = True
     if not session.leads:
         return {}
-    from prgkit.cli.dry_run import estimate
+    from prgkit.training.dry_run import estimate
 
     expected = estimate(recipe, folder, targets_root, session.terminal)
     session.terminal.listing({"run": str(folder), **expected["told"]})

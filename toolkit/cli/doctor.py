@@ -10,8 +10,8 @@ from importlib import metadata
 from typing import Any
 
 from prgkit.evaluate import system
-from prgkit.export.formats.tensorrt import available_backends, find_gpu
 from prgkit.export.runtimes.base import PROVIDERS, available_providers, why_no_compiling
+from prgkit.export.runtimes.gpu import available_backends, find_gpu
 from prgkit.export.runtimes.tensorrt import why_no_engine_runs
 
 PACKAGES = (

@@ -214,7 +214,7 @@ def targets(session: Session, /, *, listed: bool, prune: bool, **given: Any) -> 
             return rehearse(session, recipe, folder, given["targets_root"])
         if not session.leads:  # the store has one writer
             return {}
-        from prgkit.training.dataset import prepare
+        from prgkit.training.prepare import prepare
     lesson = prepare(recipe, given["targets_root"], session.terminal)
     folders = [store.folder for store in lesson.targets.stores]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
@@ -280,9 +280,9 @@ def compare(session: Session, /, out: Path | None, as_json: bool, **given: Any) 
     with needing("distill"):
         recipe, folder = choose_recipe(session, {**given, "folder": None})
         from prgkit.evaluate.compare.ranking import candidates
+        from prgkit.evaluate.compare.tables import ranking_table, standings_table
         from prgkit.evaluate.compare.trials import cells_of
         from prgkit.evaluate.compare.trials import compare as work
-        from prgkit.evaluate.report.terminal import ranking_table, standings_table
     if given["rank_students"] and not given["students"]:
         given["students"] = candidates(recipe.student.model)
     asked = ("objectives", "students", "seeds", "ladder", "sweeps", "base_to_novel")

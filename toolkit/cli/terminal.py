@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from prgkit.progress import duration
+
 LINE = 80  # columns, where text is wrapped
 PIPED = 120  # a pipe has no width; a file of it should hold whole lines
 SECONDS_A_LINE = 30.0  # between two lines of progress, where no bar can move
@@ -132,11 +134,3 @@ class StageLog:
             rate = f"{speed:,.0f} {self.unit}/s" if speed >= 10 else f"{speed:.2g} {self.unit}/s"
             parts += [rate, f"{duration((self.total - self.done) / speed)} left"]
         return "  ".join([*parts, facts]).rstrip()
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: ``3 h 20 min``."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from prgkit.config.image_size import Size, sides
 from prgkit.config.recipe import Views
 from prgkit.data.index import ENOUGH, Catalogue, Preprocessing, UnreadableImage
-from prgkit.data.workers import work_ahead
+from prgkit.data.workers import default_workers, work_ahead
 from prgkit.errors import ImagesError
 
 
@@ -156,8 +155,3 @@ def evaluation_views(
     parts = (positions[start : start + 256] for start in range(0, len(positions), 256))
     plan = [[(int(position), [0]) for position in part] for part in parts]
     return load_batches(Rendered(catalogue, preprocessing, Views()), plan, workers=workers)
-
-
-def default_workers() -> int:
-    """Return how many processes decode: half the cores, since the other half trains where there is no GPU."""
-    return max(1, min(8, (os.cpu_count() or 2) // 2))

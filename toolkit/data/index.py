@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.config.image_size import Size, sides, size_of
+from prgkit.config.recipe import Recipe
 from prgkit.data.cache import Adder, Pictures
 from prgkit.data.decode import (
     DEPTHS,
@@ -40,8 +41,9 @@ from prgkit.data.hub import open_demo, open_hub, open_torchvision
 from prgkit.data.label_table import LabelTable, read_label_table
 from prgkit.data.labels import Label, class_indices
 from prgkit.data.sources import Source, open_path, read_span, require
+from prgkit.data.workers import default_workers
 from prgkit.errors import ImagesError, some
-from prgkit.progress import silent
+from prgkit.progress import Watch, silent
 
 if TYPE_CHECKING:
     from prgkit.config.recipe import LabelFormat
@@ -581,3 +583,29 @@ def content_key(fetched: bytes | Image.Image, grey: GreyRange | None = None) -> 
         return hashlib.blake2b(fetched + read_as, digest_size=16).hexdigest()
     rgb = upright_rgb(fetched, grey)
     return hashlib.blake2b(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes(), digest_size=16).hexdigest()
+
+
+def read_catalogue(
+    spec: str,
+    recipe: Recipe,
+    watch: Watch,
+    *,
+    known: Container[str] = (),
+    pictures: Pictures | None = None,
+    grey: GreyRange | None = None,
+) -> Catalogue:
+    """Read every image of ``spec`` once: which are readable, which are the same, and the content key of each.
+
+    An image that is ``known``, since the teacher has seen it, is not decoded; what is decoded is kept in ``pictures``.
+    ``grey`` is the range of deep greys where other images have settled it.
+    """
+    data = recipe.data
+    labels = {data.labelled: data.labelled_labels, data.evaluation: data.evaluation_labels}.get(spec)
+    table = Path(labels) if labels else None
+    images = open_images(spec, labels=table, label_format=data.label_format, note=watch.note).with_grey(grey)
+    watch.start("images", len(images), "img")
+    found = catalogue(images, workers=default_workers(), progress=watch.advance, known=known, pictures=pictures)
+    if found.unreadable:
+        first = found.unreadable[0]
+        watch.note(f"{len(found.unreadable)} of {len(images)} images are unreadable, e.g. {first.name}: {first.reason}")
+    return found

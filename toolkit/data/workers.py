@@ -246,3 +246,8 @@ def _end_all() -> None:
 if HAS_FORK:
     os.register_at_fork(after_in_child=_forget)
 atexit.register(_end_all)
+
+
+def default_workers() -> int:
+    """Return how many processes decode: half the cores, since the other half trains where there is no GPU."""
+    return max(1, min(8, (os.cpu_count() or 2) // 2))

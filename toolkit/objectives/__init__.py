@@ -17,11 +17,11 @@ from prgkit.objectives.dkd import DKD
 from prgkit.objectives.kd import KD
 from prgkit.objectives.nd import ND
 from prgkit.objectives.ofa import OFA
-from prgkit.objectives.outputs import Space, StudentSide, TeacherSide
 from prgkit.objectives.pld import PLD
 from prgkit.objectives.prg import PRG
 from prgkit.objectives.promptkd import PromptKD
 from prgkit.objectives.rkd import RKD
+from prgkit.outputs import Space, StudentSide, TeacherSide
 
 __all__ = ["Objectives", "Space", "StudentSide", "TeacherSide"]
 

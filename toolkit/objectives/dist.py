@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.objectives.outputs import Space, StudentSide, TeacherSide
 from prgkit.objectives.prg import pearson
+from prgkit.outputs import Space, StudentSide, TeacherSide
 
 
 class DIST(nn.Module):

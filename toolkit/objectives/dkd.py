@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.objectives.outputs import Space, StudentSide, TeacherSide
+from prgkit.outputs import Space, StudentSide, TeacherSide
 
 
 class DKD(nn.Module):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.objectives.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
 
 
 class ND(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.objectives.outputs import Space, StudentSide, TeacherSide
+from prgkit.outputs import Space, StudentSide, TeacherSide
 
 
 class PLD(nn.Module):

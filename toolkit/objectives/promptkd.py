@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.objectives.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
 
 
 class PromptKD(nn.Module):

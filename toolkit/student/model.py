@@ -24,7 +24,7 @@ from prgkit.config.image_size import Size, sides, size_told
 from prgkit.config.recipe import StudentPage
 from prgkit.data.index import Preprocessing
 from prgkit.errors import StudentError, nearest, one_line
-from prgkit.objectives.outputs import StudentSide
+from prgkit.outputs import StudentSide
 from prgkit.storage.run import Run
 from prgkit.storage.tensors import load_facts, load_tensors
 from prgkit.student.heads import ClassVectors, OpenVocabulary, TwoHeads, Voted

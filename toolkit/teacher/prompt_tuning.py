@@ -22,17 +22,16 @@ from torch.nn import functional as F
 from prgkit import __version__
 from prgkit.config.prompts import fill
 from prgkit.config.recipe import Recipe, TeacherPage
-from prgkit.data.augment import default_workers
 from prgkit.data.decode import GreyRange
-from prgkit.data.index import Catalogue, catalogue, labelled, open_images
+from prgkit.data.index import Catalogue, catalogue, labelled, open_images, read_catalogue
+from prgkit.data.workers import default_workers
+from prgkit.device import best_device
 from prgkit.errors import ImagesError, RecipeError, some
 from prgkit.progress import Watch
 from prgkit.teacher.clip import Teacher, check_teacher, load_teacher
 from prgkit.teacher.feature_store import Targets, embed, open_store
 from prgkit.teacher.prompt_context import Context, save_context
 from prgkit.teacher.zero_shot import Answers, no_correction
-from prgkit.training.dataset import read_catalogue
-from prgkit.training.distributed import best_device
 
 WORDS = "a photo of a"  # what a context starts as, and how many tokens it has
 EPOCHS = 20

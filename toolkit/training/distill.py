@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from prgkit.config.recipe import Recipe, Training
 from prgkit.data.augment import Batch, Rendered, evaluation_views, load_batches
 from prgkit.data.snapshot import anew, tell_changes
+from prgkit.device import seed_everything
 from prgkit.errors import BackendError, RunError, TeacherError
 from prgkit.objectives import Objectives, Space, TeacherSide
 from prgkit.progress import Unwatched, Watch
@@ -34,10 +35,11 @@ from prgkit.storage.tensors import save_tensors
 from prgkit.student.model import Student, build_student
 from prgkit.teacher.ensemble import teacher_fingerprint
 from prgkit.training.checkpoint import Average, Progress, TrainingState, expected_bytes
-from prgkit.training.dataset import Lesson, prepare
-from prgkit.training.distributed import first_goes_on, from_first, join_processes, probe_precision, seed_everything
+from prgkit.training.dataset import Lesson
+from prgkit.training.distributed import first_goes_on, from_first, join_processes, probe_precision
 from prgkit.training.few_shot import beside, choose_vote
 from prgkit.training.mixup import mixed
+from prgkit.training.prepare import prepare
 from prgkit.training.selection import systematic_sample
 
 

@@ -11,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
@@ -52,19 +51,6 @@ def from_first(accelerator: Accelerator, make: Callable[[], T]) -> T:
     """Return what the first process makes, in every process."""
     made = [make() if accelerator.is_main_process else None]
     return broadcast_object_list(made)[0]  # type: ignore[no-any-return]
-
-
-def best_device() -> torch.device:
-    """Return the GPU of this process where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def seed_everything(seed: int) -> None:
-    """Seed what initialises weights; batches and views have seeds of their own."""
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def probe_precision(student: Student, device: torch.device, batch_size: int) -> dict[str, Any]:

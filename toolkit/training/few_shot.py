@@ -18,7 +18,7 @@ from prgkit.config.recipe import Training, Views
 from prgkit.data.augment import Rendered, evaluation_views, load_batches
 from prgkit.data.index import Preprocessing
 from prgkit.metrics import log_softmax
-from prgkit.objectives.outputs import TeacherSide
+from prgkit.outputs import TeacherSide
 from prgkit.student.model import Student
 
 if TYPE_CHECKING:

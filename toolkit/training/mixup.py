@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prgkit.objectives.outputs import TeacherSide
+from prgkit.outputs import TeacherSide
 
 
 def mixed(pixels: Tensor, side: TeacherSide, strength: float, *, seed: tuple[int, ...]) -> tuple[Tensor, TeacherSide]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prgkit.config.recipe import Keep, Recipe
+from prgkit.device import best_device
 from prgkit.errors import TargetsError
 from prgkit.progress import Watch
 from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed
@@ -20,7 +21,6 @@ from prgkit.storage.run import Run
 from prgkit.teacher.ensemble import JointTargets
 from prgkit.teacher.zero_shot import Answers, answers_of, fit_correction
 from prgkit.training import statistics
-from prgkit.training.distributed import best_device
 from prgkit.training.selection import sure_enough
 
 if TYPE_CHECKING:

@@ -15,11 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from prgkit.data.index import Preprocessing
 from prgkit.export.bundle.artifact_cache import Artifact
 from prgkit.export.bundle.bundle import NCHW
-from prgkit.export.bundle.checksums import MATRIX
 from prgkit.export.formats.onnx_graph import rename, save
 from prgkit.export.formats.onnx_nchw import NormalisingRunner
-from prgkit.export.parity import require_agreement, run_batches
-from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.runtimes.base import MATRIX, OnnxRunner
+from prgkit.export.runtimes.parity import require_agreement, run_batches
 from prgkit.storage.atomic import sha256
 from prgkit.storage.reproducible import write_array
 

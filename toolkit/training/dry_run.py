@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from prgkit.cli.terminal import duration
 from prgkit.config.image_size import size_told
 from prgkit.config.recipe import Recipe, TeacherPage
 from prgkit.data.cache import PICTURES, room_bytes
 from prgkit.data.index import ENOUGH, Images, UnreadableImage, gauge, open_images
 from prgkit.data.labels import class_indices
-from prgkit.progress import Watch
+from prgkit.device import best_device
+from prgkit.progress import Watch, duration
 from prgkit.storage.atomic import free_bytes, readable_bytes, require_space
 from prgkit.storage.run import require_own_folder
 from prgkit.student.model import build_student
@@ -25,7 +25,7 @@ from prgkit.teacher.feature_store import Targets, existing_store
 from prgkit.teacher.prompt_context import load_context
 from prgkit.training.checkpoint import expected_bytes
 from prgkit.training.distill import check_trackers
-from prgkit.training.distributed import best_device, probe_precision
+from prgkit.training.distributed import probe_precision
 
 PROBE_SECONDS = 5.0
 CPU_PROBE_BATCH = 8  # a CPU is as fast with few images as with many, and a large teacher takes seconds for each
