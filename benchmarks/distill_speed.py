@@ -32,21 +32,21 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from prgkit.config.objectives import CE, PRG
-from prgkit.config.recipe import Recipe, StudentPage, TeacherPage, Training, Views, validate
-from prgkit.data.augment import Batch, Rendered, load_batches
-from prgkit.data.cache import Pictures
-from prgkit.data.index import Catalogue, Preprocessing, catalogue, open_images
+from prgkit.config.recipe import Recipe, StudentConfig, TeacherConfig, Training, Views, validate
+from prgkit.data.augment import Batch, MultiViewDataset, make_dataloader
+from prgkit.data.cache import DecodedImageCache
+from prgkit.data.index import ImageIndex, Preprocessing, index_images, open_images
 from prgkit.device import best_device, seed_everything
 from prgkit.evaluate import system
-from prgkit.objectives import Objectives, Space, TeacherSide
-from prgkit.outputs import StudentSide
-from prgkit.progress import Unwatched
+from prgkit.objectives import Objectives
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
+from prgkit.progress import NullProgress
 from prgkit.student.model import build_student
 from prgkit.teacher.clip import Teacher
 from prgkit.teacher.feature_store import embed, open_store
-from prgkit.teacher.zero_shot import Answers, no_correction
-from prgkit.training.checkpoint import Average
-from prgkit.training.dataset import Lesson
+from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
+from prgkit.training.checkpoint import ModelEma
+from prgkit.training.dataset import DistillationDataset
 from prgkit.training.distill import build_optimizer
 from prgkit.training.distributed import probe_precision
 
@@ -100,7 +100,7 @@ class Bench:
     ) -> None:
         seed_everything(0)
         self.scratch, self.photos, self.thumbnails = scratch, photos, thumbnails
-        self.page = StudentPage(model=student, image_size=image_size)
+        self.page = StudentConfig(model=student, image_size=image_size)
         self.batch_size, self.rounds, self.teacher_images = batch_size, rounds, teacher_images
         self.teachers = teachers.split(",")
         self.device = best_device()
@@ -109,7 +109,7 @@ class Bench:
         """Build an open_clip model with random weights, in the precision that is faster here."""
         model, _, _ = open_clip.create_model_and_transforms(name, pretrained=None)
         teachers = [
-            Teacher(model, open_clip.get_tokenizer(name), self.device, TeacherPage(model=name, precision=precision))
+            Teacher(model, open_clip.get_tokenizer(name), self.device, TeacherConfig(model=name, precision=precision))
             for precision in ("fp32", "bf16")
         ]
         size = teachers[0].preprocessing.image_size
@@ -159,22 +159,22 @@ def training_loops(bench: Bench, teacher: Teacher) -> tuple[dict[str, Iterator[N
 
     The batches were decoded before, so that the steps alone are compared; every loop is otherwise prgkit's own.
     """
-    lesson = stored_lesson(bench, teacher)
-    batches = rendered_batches(bench, lesson, teacher)
+    dataset = stored_lesson(bench, teacher)
+    batches = rendered_batches(bench, dataset, teacher)
     trial = build_student(bench.page, classes=CLASSES, teacher_width=8)
     precision = probe_precision(trial, bench.device, bench.batch_size)
 
-    def stored(batch: Batch, _seen: Tensor) -> TeacherSide:
-        return lesson.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), bench.device)
+    def stored(batch: Batch, _seen: Tensor) -> TeacherOutput:
+        return dataset.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), bench.device)
 
-    def online(batch: Batch, seen: Tensor) -> TeacherSide:
+    def online(batch: Batch, seen: Tensor) -> TeacherOutput:
         features = teacher.embed_images(seen)
-        logits = lesson.answers.logits(features)
-        return TeacherSide(features, logits, logits.argmax(dim=1), batch.positions)
+        logits = dataset.answers.logits(features)
+        return TeacherOutput(features, logits, logits.argmax(dim=1), batch.positions)
 
-    def hard_labels(batch: Batch, _seen: Tensor) -> TeacherSide:
+    def hard_labels(batch: Batch, _seen: Tensor) -> TeacherOutput:
         labels = batch.positions.to(bench.device) % CLASSES
-        return TeacherSide(torch.empty(0), torch.empty(0), labels, batch.positions)
+        return TeacherOutput(torch.empty(0), torch.empty(0), labels, batch.positions)
 
     train = partial(loop, bench, batches=batches, width=teacher.width, bf16=precision["chosen"] == "bf16")
     loops = {
@@ -188,7 +188,7 @@ def training_loops(bench: Bench, teacher: Teacher) -> tuple[dict[str, Iterator[N
 def loop(
     bench: Bench,
     page: CE | PRG,
-    answer: Callable[[Batch, Tensor], TeacherSide],
+    answer: Callable[[Batch, Tensor], TeacherOutput],
     *,
     batches: list[tuple[Batch, Tensor]],
     width: int,
@@ -199,7 +199,7 @@ def loop(
     student = build_student(bench.page, classes=CLASSES, teacher_width=width).to(bench.device)
     objective = Objectives((page,), space(CLASSES, width)).to(bench.device)
     student.projector.requires_grad_(objective.uses_features)
-    optimizer, average = build_optimizer(student, training), Average(student)
+    optimizer, average = build_optimizer(student, training), ModelEma(student)
     for batch, seen in cycle(batches):
         teacher = answer(batch, seen)
         student.train()
@@ -215,24 +215,26 @@ def loop(
         yield
 
 
-def stored_lesson(bench: Bench, teacher: Teacher) -> Lesson:
+def stored_lesson(bench: Bench, teacher: Teacher) -> DistillationDataset:
     """Fill a store with made-up features of every photo, where they lie as real ones would."""
     folder = Path(tempfile.mkdtemp(dir=bench.scratch))
     recipe = recipe_for(bench)
     targets = open_store(recipe.teacher[0], recipe.views, folder, lambda _page: teacher)
-    images = catalogue(open_images(str(bench.photos)), workers=2, pictures=Pictures(bench.scratch / "pictures"))
+    images = index_images(
+        open_images(str(bench.photos)), workers=2, pictures=DecodedImageCache(bench.scratch / "pictures")
+    )
     generator = np.random.default_rng(0)
     features = generator.standard_normal((2, len(images), teacher.width)).astype(np.float16)
     targets.append(images.keys, features / np.linalg.norm(features.astype(np.float32), axis=2, keepdims=True))
     prompts = torch.nn.functional.normalize(torch.randn(TEMPLATES, CLASSES, teacher.width), dim=2)
-    return Lesson(
-        catalogue=images,
+    return DistillationDataset(
+        image_index=images,
         targets=targets,
         rows=targets.rows(images.keys, views=1),
         held_out=np.arange(1),
         learned=np.arange(1, len(images)),
         shares=None,
-        answers=Answers(prompts.to(bench.device), teacher.logit_scale, "max", no_correction(CLASSES)),
+        answers=ZeroShotClassifier(prompts.to(bench.device), teacher.logit_scale, "max", no_adjustment(CLASSES)),
     )
 
 
@@ -249,23 +251,23 @@ def recipe_for(bench: Bench) -> Recipe:
     return validate(raw, where="benchmark").resolved()
 
 
-def rendered_batches(bench: Bench, lesson: Lesson, teacher: Teacher) -> list[tuple[Batch, Tensor]]:
+def rendered_batches(bench: Bench, dataset: DistillationDataset, teacher: Teacher) -> list[tuple[Batch, Tensor]]:
     """Return some batches in the student's size, and the same crops in the teacher's."""
     student = build_student(bench.page, classes=CLASSES, teacher_width=8)
     size, made = bench.batch_size, []
-    for start in range(0, min(4 * size, len(lesson.learned) - size + 1), size):
-        items = [(int(position), [1]) for position in lesson.learned[start : start + size]]
-        batch = Rendered(lesson.catalogue, student.preprocessing, Views()).__getitems__(items)
-        seen = Rendered(lesson.catalogue, teacher.preprocessing, Views()).__getitems__(items)
+    for start in range(0, min(4 * size, len(dataset.learned) - size + 1), size):
+        items = [(int(position), [1]) for position in dataset.learned[start : start + size]]
+        batch = MultiViewDataset(dataset.image_index, student.preprocessing, Views()).__getitems__(items)
+        seen = MultiViewDataset(dataset.image_index, teacher.preprocessing, Views()).__getitems__(items)
         assert isinstance(batch, Batch)
         assert isinstance(seen, Batch)
         made.append((batch, seen.pixels[:, 0]))
     return made
 
 
-def space(classes: int, width: int) -> Space:
+def space(classes: int, width: int) -> LossContext:
     """Return what an objective is made for here."""
-    return Space(
+    return LossContext(
         classes=classes,
         width=width,
         epochs=1,
@@ -285,7 +287,7 @@ def objective_share(bench: Bench) -> dict[str, Any]:
     objective = Objectives((PRG(name="prg"),), space(classes, width)).to(bench.device)
     features = torch.nn.functional.normalize(torch.randn(batch, width), dim=1).to(bench.device)
     prompts = torch.nn.functional.normalize(torch.randn(TEMPLATES, classes, width), dim=2).to(bench.device)
-    answers = Answers(prompts, 100.0, "max", no_correction(classes))
+    answers = ZeroShotClassifier(prompts, 100.0, "max", no_adjustment(classes))
     pixels = torch.randint(0, 256, (32, bench.page.image_size, bench.page.image_size, 3), dtype=torch.uint8)
     precision = probe_precision(student, bench.device, 32)
 
@@ -296,11 +298,11 @@ def objective_share(bench: Bench) -> dict[str, Any]:
         waited(bench)
 
     def prg() -> None:
-        said = StudentSide(
+        said = StudentOutput(
             torch.randn(batch, width, requires_grad=True), torch.randn(batch, classes, requires_grad=True)
         )
         logits = answers.logits(features)
-        terms = objective(said, TeacherSide(features, logits, logits.argmax(dim=1), torch.arange(batch)))
+        terms = objective(said, TeacherOutput(features, logits, logits.argmax(dim=1), torch.arange(batch)))
         torch.stack(list(terms.values())).sum().backward()
         waited(bench)
 
@@ -324,7 +326,7 @@ def input_pipeline(bench: Bench) -> list[dict[str, Any]]:
     ):
         store = bench.scratch / f"pictures-{name}"
         started = time.perf_counter()
-        kept = catalogue(open_images(str(folder)), workers=1, pictures=Pictures(store))
+        kept = index_images(open_images(str(folder)), workers=1, pictures=DecodedImageCache(store))
         listed = {
             "listing_and_keeping_images_per_s": round(len(kept) / (time.perf_counter() - started)),
             "kept_bytes_an_image": round((store / "pictures.u8").stat().st_size / len(kept)),
@@ -339,7 +341,7 @@ def input_pipeline(bench: Bench) -> list[dict[str, Any]]:
     return found
 
 
-def compare(bench: Bench, kept: Catalogue, peer: DataLoader[Any], size: int, count: int) -> dict[str, Any]:
+def compare(bench: Bench, kept: ImageIndex, peer: DataLoader[Any], size: int, count: int) -> dict[str, Any]:
     """Let the loaders take turns at the same number of images, all with torchvision's default interpolation."""
     bare, workers = replace(kept, pictures=None), peer.num_workers
     rounds = take_turns(
@@ -358,13 +360,13 @@ def compare(bench: Bench, kept: Catalogue, peer: DataLoader[Any], size: int, cou
     }
 
 
-def prgkit_loader(images: Catalogue, size: int, workers: int, count: int) -> Iterator[Tensor]:
+def prgkit_loader(images: ImageIndex, size: int, workers: int, count: int) -> Iterator[Tensor]:
     """Yield batches of crops as the training loop gets them."""
     preprocessing = Preprocessing(size, 1.0, "bilinear", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
-    rendered = Rendered(images, preprocessing, Views())
+    rendered = MultiViewDataset(images, preprocessing, Views())
     order = np.random.default_rng(0).integers(0, len(images), count)
     plan = [[(int(position), [1]) for position in order[start : start + BATCH]] for start in range(0, count, BATCH)]
-    for batch in load_batches(rendered, plan, workers=workers):
+    for batch in make_dataloader(rendered, plan, workers=workers):
         yield batch.pixels[:, 0]
 
 
@@ -399,7 +401,7 @@ def teacher_pass(bench: Bench) -> dict[str, Any]:
     name = bench.teachers[0]
     teacher = bench.teacher(name)
     recipe = recipe_for(bench)
-    whole = catalogue(open_images(str(bench.photos)), workers=2)
+    whole = index_images(open_images(str(bench.photos)), workers=2)
     batch, count = teacher.batch_size, bench.teacher_images // teacher.batch_size * teacher.batch_size
     _, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=None)
     peer_root = bench.scratch / "classes-teacher"
@@ -413,7 +415,7 @@ def teacher_pass(bench: Bench) -> dict[str, Any]:
         store = bench.scratch / f"pass-{next(numbers)}"
         targets = open_store(recipe.teacher[0], recipe.views, store, lambda _page: teacher)
         views = np.ones(count, dtype=int)
-        embed(targets, part, views=views, recipe=recipe, teacher=lambda _page: teacher, watch=Unwatched())
+        embed(targets, part, views=views, recipe=recipe, teacher=lambda _page: teacher, progress=NullProgress())
 
     def open_clips() -> None:
         chosen = torch.utils.data.Subset(files, whole.indices[:count].tolist())

@@ -15,10 +15,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from prgkit.cli.main import cli
-from prgkit.config.objectives import OBJECTIVES, ObjectivePage, Page
+from prgkit.config.objectives import OBJECTIVES, Config, ObjectiveConfig
 from prgkit.config.recipe import Recipe
 
-LAYERS = Path(__file__).parents[1] / "tests" / "test_layers.py"
+LAYERS = Path(__file__).parents[1] / "tests" / "project" / "test_layers.py"
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}
 LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
@@ -30,7 +30,7 @@ def recipe_keys() -> str:
 
 def objective_keys() -> str:
     """Return a heading, a sentence and a table of its own keys for each objective."""
-    common = f"## Every objective\n\n{table(ObjectivePage)}"
+    common = f"## Every objective\n\n{table(ObjectiveConfig)}"
     return "\n\n".join(
         [common, *(f"## `{name}`\n\n{first_line(model)}\n\n{own_keys(model)}" for name, model in OBJECTIVES.items())]
     )
@@ -61,13 +61,13 @@ def help_of(command: click.Command, name: str, group: click.Context) -> str:
         return command.get_help(context)
 
 
-def own_keys(model: type[Page]) -> str:
+def own_keys(model: type[Config]) -> str:
     """Return the table of an objective's keys without those that all have."""
-    hidden = {"name", *ObjectivePage.model_fields}
+    hidden = {"name", *ObjectiveConfig.model_fields}
     return table(model, hidden=hidden) if model.model_fields.keys() - hidden else "It has no keys of its own."
 
 
-def sections(model: type[Page]) -> Iterator[tuple[str, type[Page]]]:
+def sections(model: type[Config]) -> Iterator[tuple[str, type[Config]]]:
     """Yield the sections of a recipe by name; one within another comes after it, as ``data.keep``."""
     for name, field in model.model_fields.items():
         inner = section_of(field)
@@ -76,13 +76,13 @@ def sections(model: type[Page]) -> Iterator[tuple[str, type[Page]]]:
             yield from ((f"{name}.{deeper}", page) for deeper, page in sections(inner))
 
 
-def section_of(field: FieldInfo) -> type[Page] | None:
+def section_of(field: FieldInfo) -> type[Config] | None:
     """Return the model of a section, of which a list may stand there too; None for a plain value."""
     kinds = (field.annotation, *get_args(field.annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Page)), None)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Config)), None)
 
 
-def table(model: type[Page], *, hidden: set[str] | frozenset[str] = frozenset()) -> str:
+def table(model: type[Config], *, hidden: set[str] | frozenset[str] = frozenset()) -> str:
     """Return a Markdown table of a model's keys: type, limits, default, and the comment that stands beside it."""
     notes = comments(model)
     rows = [
@@ -124,7 +124,7 @@ def default(field: FieldInfo) -> str:
     return "required" if field.default is PydanticUndefined else f"`{json.dumps(field.default)}`"
 
 
-def comments(model: type[Page]) -> dict[str, str]:
+def comments(model: type[Config]) -> dict[str, str]:
     """Return the comment at the end of each field's line, or else the comment lines above it."""
     found: dict[str, str] = {}
     above: list[str] = []
@@ -145,7 +145,7 @@ def comments(model: type[Page]) -> dict[str, str]:
     return {key: text.replace("|", "\\|").replace("None:", "null:") for key, text in found.items()}
 
 
-def first_line(model: type[Page]) -> str:
+def first_line(model: type[Config]) -> str:
     """Return the first line of a docstring, its double backquotes as Markdown has them."""
     return (model.__doc__ or "").splitlines()[0].replace("``", "`")
 

@@ -45,7 +45,7 @@ def describe() -> dict[str, Any]:
     }
 
 
-class Watch:
+class SystemMonitor:
     """Samples clocks, temperature and throttling while something is measured, and what the hypervisor took of it."""
 
     def __init__(self, device: str = "cpu") -> None:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.config.objectives import OBJECTIVES
-from prgkit.config.recipe import Recipe, TeacherPage
-from prgkit.data.index import Catalogue, Preprocessing, labelled, read_catalogue, trimmed
+from prgkit.config.recipe import Recipe, TeacherConfig
+from prgkit.data.index import ImageIndex, Preprocessing, labelled, read_image_index, trimmed
 from prgkit.data.snapshot import only_members
 from prgkit.data.ticks import audited_keys, bring_ticks
 from prgkit.device import best_device
@@ -23,7 +23,7 @@ from prgkit.errors import ExportError
 from prgkit.export.bundle.artifact_cache import alone_in
 from prgkit.export.int8.pipeline import Learned
 from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
-from prgkit.progress import Watch
+from prgkit.progress import Progress
 from prgkit.storage.atomic import sha256
 from prgkit.storage.locks import locked
 from prgkit.storage.run import TICKS, Run
@@ -31,7 +31,7 @@ from prgkit.student.model import load_student, student_facts
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.ensemble import existing_targets, open_targets
 from prgkit.teacher.feature_store import embed
-from prgkit.teacher.zero_shot import Answers, answers_of, no_correction
+from prgkit.teacher.zero_shot import ZeroShotClassifier, answers_of, no_adjustment
 from prgkit.training.prepare import grey_of, hold_out
 from prgkit.training.pseudo_labels import confidence_of
 from prgkit.training.selection import sure_enough
@@ -54,7 +54,7 @@ def export_run(
     float_input: bool = False,
     evaluation_images: int | None = None,
     open_vocabulary: str | None = None,
-    watch: Watch,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Export a run's best student into ``<run>/bundle`` and return the manifest.
 
@@ -85,39 +85,39 @@ def export_run(
             class_vectors=open_vocabulary,
         )
         check_vocabulary(recipe, options)
-        manifest = export_best(run, recipe, options, watch)
+        manifest = export_best(run, recipe, options, progress)
     there = manifest["evaluation"]["images"]
     if evaluation_images is not None and there < evaluation_images:
-        watch.note(f"there are {there} images to evaluate on; {evaluation_images} were asked for")
+        progress.note(f"there are {there} images to evaluate on; {evaluation_images} were asked for")
     return manifest
 
 
-def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) -> dict[str, Any]:
+def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Progress) -> dict[str, Any]:
     """Gather what the bundle is made from, and make it."""
     card = run.card
     student = load_student(run)
     learned = student_facts(run.weights)
     if not run.finished:
-        watch.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
+        progress.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
     seen = existing_targets(recipe, run.target_stores[0].parent) or ()
     grey, classes = grey_of(run), None
     if recipe.data.evaluation:
-        found = read_catalogue(recipe.data.evaluation, recipe, watch, known=seen, grey=grey)
-        images, classes = labelled(found, recipe.classes, note=watch.note)
+        found = read_image_index(recipe.data.evaluation, recipe, progress, known=seen, grey=grey)
+        images, classes = labelled(found, recipe.classes, note=progress.note)
     else:
-        images = images_of(run, recipe, seen, watch)
+        images = images_of(run, recipe, seen, progress)
     positions = evaluation_positions(images, recipe, first=audited_keys(run))
     labels = None if classes is None else classes[positions]
-    taught = ask_teacher(run, recipe, images, positions, watch)
+    taught = ask_teacher(run, recipe, images, positions, progress)
     if options.class_vectors and student.scorer is None:
         student.score_by(taught.answers.class_vectors(), taught.answers.logit_scale)
     facts = card["student"] if student.scorer is None else student.facts(recipe.student)
     vocabulary = {"teacher": card["teacher"]["fingerprint"], "templates": list(recipe.templates)}
     preprocessing = replace(student.preprocessing, grey_range=grey)
     prepare = preprocessing.prepare
-    checked = [prepare(picture) for picture in parity_pictures(run, images, positions, recipe, seen, watch)]
+    checked = [prepare(picture) for picture in parity_pictures(run, images, positions, recipe, seen, progress)]
     if len(checked) < PARITY_IMAGES:
-        watch.note(f"there are {len(checked)} images to compare the exports on; {PARITY_IMAGES} would be better")
+        progress.note(f"there are {len(checked)} images to compare the exports on; {PARITY_IMAGES} would be better")
 
     manifest = export_student(
         student.deployed(),
@@ -157,14 +157,14 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, watch: Watch) 
             **({"open_vocabulary": vocabulary} if student.scorer else {}),
         },
         options=options,
-        learned=cache(lambda: learned_images(run, images, positions, preprocessing, recipe, seen, watch)),
-        note=watch.note,
+        learned=cache(lambda: learned_images(run, images, positions, preprocessing, recipe, seen, progress)),
+        note=progress.note,
     )
     bring_ticks(run.ticks_file, run.bundle / TICKS, recipe.classes)
     return manifest
 
 
-def evaluation_positions(images: Catalogue, recipe: Recipe, *, first: Container[str] = ()) -> NDArray[np.int64]:
+def evaluation_positions(images: ImageIndex, recipe: Recipe, *, first: Container[str] = ()) -> NDArray[np.int64]:
     """Return which images travel: labelled ones where the recipe names them, else those held out from training.
 
     Where there are more than travel, those with the keys in ``first`` go before the others. The catalogue is ordered by
@@ -175,13 +175,15 @@ def evaluation_positions(images: Catalogue, recipe: Recipe, *, first: Container[
     return np.sort(np.concatenate([chosen[before], chosen[~before]])[: recipe.export.evaluation_images])
 
 
-def images_of(run: Run, recipe: Recipe, seen: Container[str], watch: Watch) -> Catalogue:
+def images_of(run: Run, recipe: Recipe, seen: Container[str], progress: Progress) -> ImageIndex:
     """Read the images that a run was made from, as far as they are still there."""
-    return only_members(read_catalogue(recipe.data.images, recipe, watch, known=seen, grey=grey_of(run)), run, watch)
+    return only_members(
+        read_image_index(recipe.data.images, recipe, progress, known=seen, grey=grey_of(run)), run, progress
+    )
 
 
 def parity_pictures(
-    run: Run, images: Catalogue, positions: NDArray[np.int64], recipe: Recipe, seen: Container[str], watch: Watch
+    run: Run, images: ImageIndex, positions: NDArray[np.int64], recipe: Recipe, seen: Container[str], progress: Progress
 ) -> Iterator[Image.Image]:
     """Yield up to `PARITY_IMAGES` distinct pictures: the ones that travel, then others, then ones learned from.
 
@@ -192,7 +194,7 @@ def parity_pictures(
         yield images.read(position)
     if len(order) < PARITY_IMAGES and recipe.data.evaluation:
         taken = set(images.keys)
-        learned = images_of(run, recipe, seen, watch)
+        learned = images_of(run, recipe, seen, progress)
         others = (position for position, key in enumerate(learned.keys) if key not in taken)
         for position in islice(others, PARITY_IMAGES - len(order)):
             yield learned.read(position)
@@ -200,31 +202,31 @@ def parity_pictures(
 
 def learned_images(
     run: Run,
-    images: Catalogue,
+    images: ImageIndex,
     positions: NDArray[np.int64],
     preprocessing: Preprocessing,
     recipe: Recipe,
     seen: Container[str],
-    watch: Watch,
+    progress: Progress,
 ) -> Learned:
     """Return the images that the student learned from, for INT8's ranges.
 
     None of them travels, and none selected the student: INT8 is judged on images that it was not fitted to.
     """
-    catalogue, apart = images, {images.keys[position] for position in positions.tolist()}
+    image_index, apart = images, {images.keys[position] for position in positions.tolist()}
     if recipe.data.evaluation:
-        catalogue = images_of(run, recipe, seen, watch)
-    places = np.setdiff1d(np.arange(len(catalogue)), hold_out(catalogue.keys, recipe.data.held_out))
+        image_index = images_of(run, recipe, seen, progress)
+    places = np.setdiff1d(np.arange(len(image_index)), hold_out(image_index.keys, recipe.data.held_out))
     if recipe.data.keep.asks:
         places = places[sure_enough(confidence_of(run, images=len(places)), recipe.data.keep)]
-    chosen = [place for place in places.tolist() if catalogue.keys[place] not in apart]
+    chosen = [place for place in places.tolist() if image_index.keys[place] not in apart]
     return Learned(
         images=len(chosen),
-        read=lambda places: np.stack([preprocessing.prepare(catalogue.read(chosen[place])) for place in places]),
+        read=lambda places: np.stack([preprocessing.prepare(image_index.read(chosen[place])) for place in places]),
     )
 
 
-def golden_pictures(images: Catalogue, positions: NDArray[np.int64]) -> list[Image.Image]:
+def golden_pictures(images: ImageIndex, positions: NDArray[np.int64]) -> list[Image.Image]:
     """Return `GOLDEN_IMAGES` pictures of moderate size; where there are too few of those, large ones are shrunk."""
     moderate: list[Image.Image] = []
     shrunk: list[Image.Image] = []
@@ -242,10 +244,10 @@ def golden_pictures(images: Catalogue, positions: NDArray[np.int64]) -> list[Ima
 
 
 def teacher_logits(
-    run: Run, recipe: Recipe, images: Catalogue, positions: NDArray[np.int64], watch: Watch
+    run: Run, recipe: Recipe, images: ImageIndex, positions: NDArray[np.int64], progress: Progress
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return W [n, C] of the evaluation view twice: as the student learned it, and as the teacher says it by itself."""
-    taught = ask_teacher(run, recipe, images, positions, watch)
+    taught = ask_teacher(run, recipe, images, positions, progress)
     return taught.weighted, taught.uniform
 
 
@@ -255,15 +257,17 @@ class Taught(NamedTuple):
     weighted: NDArray[np.float32]  # W [n, C] as the student learned it, corrected where the run corrects
     uniform: NDArray[np.float32]  # W [n, C] as the teacher says it by itself, its prompts weighted equally
     features: NDArray[np.float32]  # I [n, D]
-    answers: Answers
+    answers: ZeroShotClassifier
 
 
-def ask_teacher(run: Run, recipe: Recipe, images: Catalogue, positions: NDArray[np.int64], watch: Watch) -> Taught:
+def ask_teacher(
+    run: Run, recipe: Recipe, images: ImageIndex, positions: NDArray[np.int64], progress: Progress
+) -> Taught:
     """Return what the teacher says of the evaluation view of some images."""
 
     @cache
-    def teacher(page: TeacherPage) -> Teacher:  # asked only where the run's targets are gone
-        watch.note(f"loading the teacher {page.model}")
+    def teacher(page: TeacherConfig) -> Teacher:  # asked only where the run's targets are gone
+        progress.note(f"loading the teacher {page.model}")
         return load_teacher(page, best_device())
 
     targets = open_targets(recipe, run.target_stores[0].parent, teacher)
@@ -274,7 +278,7 @@ def ask_teacher(run: Run, recipe: Recipe, images: Catalogue, positions: NDArray[
             fix="put the old one back, or distil again into a new run",
         )
     for store in targets.stores:
-        embed(store, images, views=np.ones(len(images), dtype=int), recipe=recipe, teacher=teacher, watch=watch)
+        embed(store, images, views=np.ones(len(images), dtype=int), recipe=recipe, teacher=teacher, progress=progress)
     prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
     answers = answers_of(run, recipe, prompts, targets.logit_scale)
     rows = targets.rows([images.keys[position] for position in positions], views=1)
@@ -282,10 +286,10 @@ def ask_teacher(run: Run, recipe: Recipe, images: Catalogue, positions: NDArray[
     return Taught(*said(answers, features), features.numpy(), answers)
 
 
-def said(answers: Answers, features: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def said(answers: ZeroShotClassifier, features: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the teacher's answer W [n, C] to features I [n, D] twice: as it is given, and as said by itself."""
     classes = answers.prompts.shape[1]
-    by_itself = replace(answers, prompt_weighting="mean", correction=no_correction(classes))
+    by_itself = replace(answers, prompt_weighting="mean", correction=no_adjustment(classes))
     parts = torch.split(features, 256)
     weighted, uniform = ([one.logits(part) for part in parts] for one in (answers, by_itself))
     return torch.cat(weighted).numpy(), torch.cat(uniform).numpy()

@@ -24,7 +24,7 @@ import prgkit
 from prgkit.config.image_size import sides
 from prgkit.data.index import Preprocessing
 from prgkit.errors import DiskFullError, ExportError
-from prgkit.export.bundle.artifact_cache import Artifact, Finished, building
+from prgkit.export.bundle.artifact_cache import Artifact, ArtifactCache, building
 from prgkit.export.bundle.bundle import (
     contract,
     describe_artifact,
@@ -35,7 +35,7 @@ from prgkit.export.bundle.bundle import (
 )
 from prgkit.export.bundle.checksums import digests
 from prgkit.export.formats.engines import make_engines
-from prgkit.export.formats.onnx import Deployable, deployable, export_onnx, rehearse_fp16, write_fp16
+from prgkit.export.formats.onnx import OnnxExportModule, export_onnx, onnx_export_module, rehearse_fp16, write_fp16
 from prgkit.export.formats.onnx_nchw import NAME as NCHW_NAME
 from prgkit.export.formats.onnx_nchw import nchw_artifact
 from prgkit.export.formats.open_vocabulary import FeatureRunner, answers_told, keep_features, taking_class_vectors
@@ -115,8 +115,8 @@ def export_student(
     images = torch.from_numpy(pixels)
 
     @cache
-    def module() -> Deployable:  # asked only where something is not finished yet
-        return deployable(student, images)
+    def module() -> OnnxExportModule:  # asked only where something is not finished yet
+        return onnx_export_module(student, images)
 
     @cache
     def reference_logits() -> NDArray[np.float32]:
@@ -178,7 +178,9 @@ def export_student(
         return backend is not None and (name.startswith("onnx-") or name.startswith(f"{backend.name}-int8"))
 
     with room_for(folder, expected_bytes(student, preprocessing, held_out, options)), building(folder) as new:
-        finished = Finished(new, bundle=folder, note=note)  # by an export that was killed, or in the bundle there is
+        finished = ArtifactCache(
+            new, bundle=folder, note=note
+        )  # by an export that was killed, or in the bundle there is
         made_from = origin_of(student, pixels, classes, preprocessing, options)
         artifacts = [finished.get("onnx-fp32", made_from, fp32)]
         if options.fp16:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from prgkit.config.prompts import canonical
-from prgkit.config.recipe import Recipe, TeacherPage, validate
+from prgkit.config.recipe import Recipe, TeacherConfig, validate
 from prgkit.device import best_device
 from prgkit.errors import ExportError, ParityError, RunError
 from prgkit.export.bundle.artifact_cache import RELABELLED, Artifact, alone_in, building, files_of, link, put_back
@@ -34,14 +34,14 @@ from prgkit.export.bundle.checksums import PARTS, digests, require_unchanged
 from prgkit.export.formats.open_vocabulary import Matrix, answers_told, scored, write_classes
 from prgkit.export.from_run import said
 from prgkit.export.runtimes.base import VECTORS, OnnxRunner
-from prgkit.export.runtimes.engine_metadata import load_card
-from prgkit.progress import Watch
+from prgkit.export.runtimes.engine_metadata import load_engine_metadata
+from prgkit.progress import Progress
 from prgkit.storage.locks import locked
 from prgkit.storage.reproducible import read_array, read_png, write_array
 from prgkit.storage.run import Run, find_bundle, find_run
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.ensemble import open_targets
-from prgkit.teacher.zero_shot import Answers, no_correction
+from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 OPEN = "prgkit export --open-vocabulary"
 # Of an INT8 file: all else of how it was quantised was found with the old classes; bench judges it by the new ones.
@@ -49,7 +49,7 @@ OF_THE_NETWORK = ("name", "layout", "calibration_images", "floor", "blocks", "fl
 UNCOMPARED = "its network was compared with PyTorch when it was exported, with other classes"
 
 
-def relabel(folder: Path, classes: Sequence[str], *, run: Run | None, watch: Watch) -> dict[str, Any]:
+def relabel(folder: Path, classes: Sequence[str], *, run: Run | None, progress: Progress) -> dict[str, Any]:
     """Give the bundle in ``folder`` other classes and return its new manifest.
 
     ``run`` is the run that the bundle lies in, if any: its target store keeps what the teacher has read. The bundle is
@@ -67,12 +67,12 @@ def relabel(folder: Path, classes: Sequence[str], *, run: Run | None, watch: Wat
         for part in PARTS:
             require_unchanged(folder, part)
         recipe = validate(bundle.manifest["recipe"], where=folder)
-        answers = read_names(bundle, recipe, classes, run, watch)
+        answers = read_names(bundle, recipe, classes, run, progress)
         with building(folder, RELABELLED) as new:
             shutil.copytree(folder, new, copy_function=link, dirs_exist_ok=True)
-            manifest = write_relabelled(bundle, new, answers, classes, watch)
+            manifest = write_relabelled(bundle, new, answers, classes, progress)
     if recipe.targets.corrects:
-        watch.note("the teacher's answers to the new classes are its own: the run's correction is of the old ones")
+        progress.note("the teacher's answers to the new classes are its own: the run's correction is of the old ones")
     return manifest
 
 
@@ -111,12 +111,14 @@ def require_open(bundle: Bundle) -> None:
         )
 
 
-def read_names(bundle: Bundle, recipe: Recipe, classes: Sequence[str], run: Run | None, watch: Watch) -> Answers:
+def read_names(
+    bundle: Bundle, recipe: Recipe, classes: Sequence[str], run: Run | None, progress: Progress
+) -> ZeroShotClassifier:
     """Return what turns features into answers about ``classes``: their names as the teacher reads them."""
 
     @cache
-    def teacher(page: TeacherPage) -> Teacher:  # asked only where the store does not hold these names
-        watch.note(f"loading the teacher {page.model}")
+    def teacher(page: TeacherConfig) -> Teacher:  # asked only where the store does not hold these names
+        progress.note(f"loading the teacher {page.model}")
         return load_teacher(page, best_device())
 
     with store_of(run) as root:
@@ -127,8 +129,8 @@ def read_names(bundle: Bundle, recipe: Recipe, classes: Sequence[str], run: Run 
                 where=bundle.folder,
                 fix="relabel where the teacher's own files are",
             )
-        prompts = targets.prompts(classes, recipe.templates, teacher, watch)
-    return Answers(prompts, targets.logit_scale, recipe.prompt_weighting, no_correction(len(classes)))
+        prompts = targets.prompts(classes, recipe.templates, teacher, progress)
+    return ZeroShotClassifier(prompts, targets.logit_scale, recipe.prompt_weighting, no_adjustment(len(classes)))
 
 
 @contextlib.contextmanager
@@ -142,13 +144,13 @@ def store_of(run: Run | None) -> Iterator[Path]:
 
 
 def write_relabelled(
-    bundle: Bundle, new: Path, answers: Answers, classes: Sequence[str], watch: Watch
+    bundle: Bundle, new: Path, answers: ZeroShotClassifier, classes: Sequence[str], progress: Progress
 ) -> dict[str, Any]:
     """Change everything in ``new``, a copy of the bundle, that says something of its classes; return the manifest."""
     vectors: Matrix = answers.class_vectors().numpy()  # [C, D]
     write_array(new / VECTORS, vectors)
     artifacts = [relabelled(new, entry, vectors, classes) for entry in bundle.artifacts if entry["format"] != "engine"]
-    leave_engines(bundle, new, watch)
+    leave_engines(bundle, new, progress)
     for part in PARTS:
         features = read_array(new / part / "features.npy")
         write_array(new / part / "logits.npy", scored(features, vectors, answers.logit_scale))
@@ -156,9 +158,9 @@ def write_relabelled(
     weighted, uniform = said(answers, torch.from_numpy(read_array(evaluation / "teacher_features.npy")))
     write_array(evaluation / "teacher_logits.npy", weighted)
     write_array(evaluation / "teacher_uniform_logits.npy", uniform)
-    labelled = move_labels(evaluation / "labels.npy", bundle.classes, classes, watch)
+    labelled = move_labels(evaluation / "labels.npy", bundle.classes, classes, progress)
     require_same(new, fp32_onnx(bundle))
-    watch.note(answers_told(read_array(evaluation / "logits.npy"), weighted))
+    progress.note(answers_told(read_array(evaluation / "logits.npy"), weighted))
     manifest = {
         **{key: value for key, value in bundle.manifest.items() if key not in ("schema", "not_kept")},
         **contract(bundle.preprocessing, classes),
@@ -196,7 +198,7 @@ def relabelled(new: Path, entry: Artifact, vectors: Matrix, classes: Sequence[st
     return {**kept, **told}
 
 
-def leave_engines(bundle: Bundle, new: Path, watch: Watch) -> None:
+def leave_engines(bundle: Bundle, new: Path, progress: Progress) -> None:
     """Remove what was built from the old classes, and say how it is built again."""
     engines = [entry for entry in bundle.artifacts if entry["format"] == "engine"]
     for entry in engines:
@@ -204,15 +206,15 @@ def leave_engines(bundle: Bundle, new: Path, watch: Watch) -> None:
             path.unlink(missing_ok=True)
     if engines:
         names = ", ".join(entry["file"] for entry in engines)
-        card, made = load_card(bundle.folder / engines[0]["file"]), {entry["precision"] for entry in engines}
+        card, made = load_engine_metadata(bundle.folder / engines[0]["file"]), {entry["precision"] for entry in engines}
         kinds = [f"--{precision}" for precision in ("fp16", "int8") if precision in made]
         batch = ",".join(map(str, card.batch))
         build = ["prgkit", "export", "--trt", *kinds, "--backend", card.backend, "--batch", batch]
         again = shlex.join([*build, "--run", str(bundle.folder)])
-        watch.note(f"{names}: of the old classes, and removed; {again} builds them again")
+        progress.note(f"{names}: of the old classes, and removed; {again} builds them again")
 
 
-def move_labels(path: Path, before: Sequence[str], classes: Sequence[str], watch: Watch) -> bool:
+def move_labels(path: Path, before: Sequence[str], classes: Sequence[str], progress: Progress) -> bool:
     """Rewrite labels [n] for other classes by their names; where one is no class any more, remove them all."""
     if not path.exists():
         return False
@@ -224,7 +226,7 @@ def move_labels(path: Path, before: Sequence[str], classes: Sequence[str], watch
         return True
     lost = len(np.unique(labels[moved < 0]))
     path.unlink()
-    watch.note(f"the evaluation images have no labels any more: {lost} of their classes are not among the new ones")
+    progress.note(f"the evaluation images have no labels any more: {lost} of their classes are not among the new ones")
     return False
 
 

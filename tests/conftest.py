@@ -68,18 +68,18 @@ def export_family(model: str, folder: Path) -> Exported:
         return _done[model]
     import torch
 
-    from prgkit.config.recipe import StudentPage
-    from prgkit.export.formats.onnx import deployable, export_onnx, write_fp16
+    from prgkit.config.recipe import StudentConfig
+    from prgkit.export.formats.onnx import export_onnx, onnx_export_module, write_fp16
     from prgkit.student.model import build_student
 
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    page = StudentPage(model=model, image_size=SIZE, initial="random")
+    page = StudentConfig(model=model, image_size=SIZE, initial="random")
     built = build_student(page, classes=len(CLASSES), teacher_width=8)
     pixels = pictures(256)
     student = settled(built.deployed(), torch.from_numpy(pixels))
-    module = deployable(student, torch.from_numpy(pixels[:64]))
+    module = onnx_export_module(student, torch.from_numpy(pixels[:64]))
     fp32, fp16 = folder / "model.onnx", folder / "model.fp16.onnx"
     export_onnx(
         module,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Space(NamedTuple):
+class LossContext(NamedTuple):
     """What an objective is made for: C classes, features of width D, N images, epochs and the steps of each."""
 
     classes: int
@@ -23,7 +23,7 @@ class Space(NamedTuple):
     stages: Callable[[], tuple[int, ...]]  # the channels that leave each stage of the student
 
 
-class StudentSide(NamedTuple):
+class StudentOutput(NamedTuple):
     """The student's answer: features F [B, D] in the teacher's space, and class logits L [B, C]."""
 
     features: Tensor
@@ -32,7 +32,7 @@ class StudentSide(NamedTuple):
     heads: tuple[Tensor, ...] = ()  # the logits of both heads, where it has two: the one for labels, then the teacher's
 
 
-class TeacherSide(NamedTuple):
+class TeacherOutput(NamedTuple):
     """The teacher's answer: unit features I [B, D], prompt-weighted logits W [B, C], pseudo-labels y [B]."""
 
     features: Tensor

@@ -1,12 +1,12 @@
-"""What long work tells whoever watches it: stages with progress, and notes; the command line draws them."""
+"""How long work reports: stages with progress, and notes; the command line draws them."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 
-class Watch(Protocol):
-    """Someone who watches."""
+class Progress(Protocol):
+    """What long work reports to: the terminal, nobody, or a callback of yours."""
 
     def start(self, stage: str, total: int, unit: str) -> None:
         """A stage of ``total`` units begins; the one before has ended."""
@@ -22,8 +22,8 @@ def silent(text: str) -> None:
     """Tell no one."""
 
 
-class Unwatched:
-    """Nobody watches."""
+class NullProgress:
+    """Reports to nobody."""
 
     def start(self, stage: str, total: int, unit: str) -> None:
         """Tell no one."""
@@ -35,7 +35,7 @@ class Unwatched:
         """Tell no one."""
 
 
-SILENT = Unwatched()
+NULL_PROGRESS = NullProgress()
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from prgkit.export.bundle.bundle import Bundle, Evaluation
 from prgkit.metrics import wilson
 from prgkit.storage.run import TICKS, Run
 
-Answers = NDArray[np.int64]  # [images], class indices
+Predictions = NDArray[np.int64]  # [images], class indices
 
 
 def find_ticks(bundle: Bundle, run_folder: Path | None) -> list[Tick]:
@@ -78,7 +78,7 @@ def teacher_share(seen: Sequence[Tick]) -> dict[str, Any]:
     }
 
 
-def student_share(seen: Sequence[Tick], answers: Answers, classes: Sequence[str]) -> dict[str, Any]:
+def student_share(seen: Sequence[Tick], answers: Predictions, classes: Sequence[str]) -> dict[str, Any]:
     """Return on how many of the ticked images a student is right; ``answers`` are its class indices.
 
     Where the teacher is wrong and nobody said what it is, a student that repeats the teacher is wrong, and one that

@@ -23,7 +23,7 @@ from prgkit.evaluate.accuracy.ticked import audit, find_ticks
 from prgkit.evaluate.bench import latency
 from prgkit.evaluate.bench.cases import Row, plan
 from prgkit.evaluate.bench.fixed_rate import paced
-from prgkit.evaluate.bench.journal import conditions, sitting
+from prgkit.evaluate.bench.journal import conditions, open_journal
 from prgkit.evaluate.bench.latency import Measured
 from prgkit.evaluate.bench.metadata import identity, made_by, subject, training, trust, vocabulary_notes
 from prgkit.evaluate.bench.notes import apart_notes, row_notes
@@ -101,8 +101,8 @@ def bench(
         opened=opened,
         options=[threads, seconds, sorted(set(batches))],
     )
-    with sitting(out, made_from, note) as kept:
-        watch = system.Watch("cuda" if facts["gpus"] else "cpu")
+    with open_journal(out, made_from, note) as kept:
+        monitor = system.SystemMonitor("cuda" if facts["gpus"] else "cpu")
         session = latency.measure(
             opened,
             timed,
@@ -115,9 +115,9 @@ def bench(
             pictures=pictures,
             kept=kept,
             note=note,
-            between_rounds=lambda round_: watch.sample(),
+            between_rounds=lambda round_: monitor.sample(),
         )
-        apart: dict[str, Any] = {"note": note, "kept": kept, "between_rounds": lambda round_: watch.sample()}
+        apart: dict[str, Any] = {"note": note, "kept": kept, "between_rounds": lambda round_: monitor.sample()}
         by_threads, sweep_samples = thread_sweep(opened, timed, sweep_threads, seconds=seconds, **apart)
         at_rate, frames = paced(opened, timed, fps, seconds=seconds, **apart)
         measured = iter(session.measured)
@@ -137,7 +137,7 @@ def bench(
         audited, audit_notes = audit(ticks, evaluation, bundle.classes, zip(ran, logits, strict=True))
         int8 = choose(bundle, rows, images=len(evaluation.pixels))
         soaked, windows = soak_lead(rows, specs, int8, timed, soak_minutes, fps=fps, note=note, kept=kept)
-        facts |= watch.facts()
+        facts |= monitor.facts()
         report = {
             "schema": SCHEMA,
             "prgkit": prgkit.__version__,

@@ -9,7 +9,7 @@ from typing import Any
 from prgkit.evaluate.bench.worker import Spec
 from prgkit.export.bundle.bundle import NCHW, QDQ, Bundle
 from prgkit.export.runtimes.base import PROVIDERS, VECTORS, available_providers, why_no_compiling
-from prgkit.export.runtimes.engine_metadata import load_card
+from prgkit.export.runtimes.engine_metadata import load_engine_metadata
 from prgkit.export.runtimes.tensorrt import why_not_here
 from prgkit.storage.run import Run
 
@@ -41,7 +41,11 @@ def plan(
         path = str(bundle.folder / artifact["file"])
         if artifact["format"] == "engine":
             row = blank(artifact["name"], artifact, device="cuda", threads=None)
-            add(row, {"kind": "engine", "path": path}, why_not_here(load_card(bundle.folder / artifact["file"])))
+            add(
+                row,
+                {"kind": "engine", "path": path},
+                why_not_here(load_engine_metadata(bundle.folder / artifact["file"])),
+            )
             continue
         for runtime in here:
             if suits(runtime["backend"], artifact, bundle):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from prgkit.evaluate.bench.journal import Sittings
+from prgkit.evaluate.bench.journal import BenchJournal
 from prgkit.evaluate.bench.latency import recording_failure, rotate
 from prgkit.evaluate.bench.worker import Pixels, Spec, Worker
 from prgkit.evaluate.report.formatting import P99_SAMPLES
@@ -39,7 +39,7 @@ def paced(
     *,
     seconds: float,
     note: Callable[[str], None],
-    kept: Sittings | None = None,
+    kept: BenchJournal | None = None,
     between_rounds: Callable[[int], None] = lambda round_: None,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """Give every artifact frames at ``fps`` for ``seconds``, in turns; return the report's section and all samples.
@@ -57,7 +57,7 @@ def paced(
         return None, []
     note(f"paced: {fps:g} frames a second")
     found = [Frames(spec) for spec in specs]
-    own = (kept or Sittings()).part(f"{fps:g} frames/s")
+    own = (kept or BenchJournal()).part(f"{fps:g} frames/s")
     done = take_over(found, own)
     with ExitStack() as stack:
         workers: dict[int, Worker] = {}
@@ -81,7 +81,7 @@ def paced(
     return {"fps": fps, "deadline_ms": 1000 / fps, "rows": [summary(one, fps=fps) for one in found]}, samples
 
 
-def take_over(found: Sequence[Frames], kept: Sittings) -> set[tuple[int, int]]:
+def take_over(found: Sequence[Frames], kept: BenchJournal) -> set[tuple[int, int]]:
     """Put what an earlier sitting found into its place; return the turns that were taken, as (round, artifact)."""
     for record in kept.of("failed"):
         found[record["artifact"]].failed = record["why"]

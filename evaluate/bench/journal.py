@@ -44,7 +44,7 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 Record = dict[str, Any]
 
 
-class Sittings:
+class BenchJournal:
     """A journal of samples and logits in a folder; without a folder, it keeps nothing."""
 
     def __init__(self, folder: Path | None = None, conditions: Any = None) -> None:
@@ -68,7 +68,7 @@ class Sittings:
             self.remove()
         self.append({"conditions": made_from})
 
-    def part(self, name: str) -> Sittings:
+    def part(self, name: str) -> BenchJournal:
         """Return the same journal for a part of the bench, whose kinds of records are its own."""
         part = copy.copy(self)  # the records are shared
         part.prefix = f"{self.prefix}{name}: "
@@ -139,14 +139,14 @@ class Sittings:
 
 
 @contextmanager
-def sitting(folder: Path, made_from: Any, note: Callable[[str], None]) -> Iterator[Sittings]:
+def open_journal(folder: Path, made_from: Any, note: Callable[[str], None]) -> Iterator[BenchJournal]:
     """Measure into ``folder``, alone; go on with what a killed bench left there, and keep it until all went well.
 
     Raises:
         RunError: another process is measuring into it.
     """
     with locked(folder, "bench"):
-        kept = Sittings(folder / "unfinished", made_from)
+        kept = BenchJournal(folder / "unfinished", made_from)
         for line in kept.notes:
             note(line)
         try:

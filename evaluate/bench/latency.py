@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.evaluate.bench.journal import Sittings
+from prgkit.evaluate.bench.journal import BenchJournal
 from prgkit.evaluate.bench.worker import Pixels, Spec, WarmUp, Worker, WorkerFailedError
 from prgkit.evaluate.report import formatting
 from prgkit.evaluate.report.formatting import P99_SAMPLES
@@ -80,7 +80,7 @@ def measure(
     rounds: int = ROUNDS,
     predict: Sequence[Pixels] = (),
     pictures: Pictures | None = None,
-    kept: Sittings | None = None,
+    kept: BenchJournal | None = None,
     note: Callable[[str], None] = lambda text: None,
     between_rounds: Callable[[int], None] = lambda round_: None,
 ) -> Session:
@@ -99,7 +99,7 @@ def measure(
         between_rounds: called before each round with its number.
     """
     session = Session([Measured(spec) for spec in specs], [])
-    kept = kept or Sittings()
+    kept = kept or BenchJournal()
     take_over(session, kept)
     with ExitStack() as stack:
         workers: dict[int, Worker] = {}
@@ -121,7 +121,7 @@ def measure(
     return session
 
 
-def take_over(session: Session, kept: Sittings) -> None:
+def take_over(session: Session, kept: BenchJournal) -> None:
     """Put what an earlier sitting measured into its place; how the artifacts opened and warmed up is not part of it.
 
     One that failed has missed turns that it cannot make up for, so it stays failed.
@@ -147,7 +147,7 @@ def take_over(session: Session, kept: Sittings) -> None:
 
 
 def warm_up(
-    session: Session, workers: dict[int, Worker], *, seconds: float, kept: Sittings, note: Callable[[str], None]
+    session: Session, workers: dict[int, Worker], *, seconds: float, kept: BenchJournal, note: Callable[[str], None]
 ) -> None:
     """Bring every artifact to its steady state, and read its memory while it has seen batch 1 only."""
     cap_s = WARM_UP_SHARE * seconds
@@ -166,7 +166,7 @@ def latency_rounds(
     *,
     seconds: float,
     rounds: int,
-    kept: Sittings,
+    kept: BenchJournal,
     note: Callable[[str], None],
     between_rounds: Callable[[int], None],
 ) -> None:
@@ -207,7 +207,7 @@ def throughput_sweep(
     *,
     seconds: float,
     batches: Sequence[int],
-    kept: Sittings,
+    kept: BenchJournal,
     note: Callable[[str], None],
 ) -> None:
     """Run each artifact at each batch size; one that refuses a size (a fixed batch, no memory) keeps the others."""
@@ -248,7 +248,7 @@ def scope_rounds(
     pictures: Pictures,
     *,
     seconds: float,
-    kept: Sittings,
+    kept: BenchJournal,
     note: Callable[[str], None],
 ) -> None:
     """Let the artifacts take turns from pixels, from a decoded picture and from its file; this time comes on top."""
@@ -276,7 +276,7 @@ def predictions(
     workers: dict[int, Worker],
     batches: Sequence[Pixels],
     *,
-    kept: Sittings,
+    kept: BenchJournal,
     note: Callable[[str], None],
 ) -> None:
     """Collect every artifact's logits from the worker that was timed."""
@@ -299,7 +299,7 @@ def alive(session: Session, workers: dict[int, Worker]) -> list[tuple[int, Worke
 
 
 @contextmanager
-def recording_failure(one: Fallible, kept: Sittings | None = None, index: int = 0) -> Iterator[None]:
+def recording_failure(one: Fallible, kept: BenchJournal | None = None, index: int = 0) -> Iterator[None]:
     """Turn a worker's failure inside the block into its row's reason, so that the others go on.
 
     ``kept`` is told of the one with that ``index``, so that a bench that goes on knows.

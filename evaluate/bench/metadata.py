@@ -10,7 +10,7 @@ from typing import Any
 from prgkit import metrics
 from prgkit.config.recipe import Export
 from prgkit.export.bundle.bundle import NCHW, Bundle, Evaluation
-from prgkit.export.runtimes.engine_metadata import load_card
+from prgkit.export.runtimes.engine_metadata import load_engine_metadata
 from prgkit.storage.atomic import fingerprint
 from prgkit.storage.run import Run
 
@@ -67,7 +67,7 @@ def made_by(bundle: Bundle, typed: str) -> list[str]:
     asked = [option for kind, option in options.items() if kind in made]
     again: list[str] = []
     if engines := [one["file"] for one in bundle.artifacts if one["format"] == "engine"]:
-        card = load_card(bundle.folder / engines[0])
+        card = load_engine_metadata(bundle.folder / engines[0])
         built = ["--backend", card.backend, "--batch", ",".join(map(str, card.batch))]
         if (bundle.manifest.get("open_vocabulary") or {}).get("relabelled"):  # which removed those of the old classes
             asked.remove("--trt")

@@ -22,7 +22,7 @@ import numpy as np
 
 from prgkit.errors import BenchError
 from prgkit.evaluate import system
-from prgkit.evaluate.bench.journal import Sittings
+from prgkit.evaluate.bench.journal import BenchJournal
 from prgkit.evaluate.bench.latency import label, recording_failure
 from prgkit.evaluate.bench.worker import Pixels, Spec, Worker
 from prgkit.evaluate.report import formatting
@@ -68,7 +68,7 @@ def soak(
     *,
     fps: float | None,
     note: Callable[[str], None],
-    kept: Sittings | None = None,
+    kept: BenchJournal | None = None,
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Run one artifact for ``minutes`` without a rest; return the report's section, and all windows.
 
@@ -89,7 +89,7 @@ def soak(
     """
     if minutes is None:
         return None, {}
-    journal = (kept or Sittings()).part("soak")
+    journal = (kept or BenchJournal()).part("soak")
     whose = {"artifact": label(spec), "minutes": minutes, "fps": fps}
     stopped = begun(journal)
     latest = [record for record in journal.records if record.get("kind", "").startswith(journal.prefix)][-1:]
@@ -153,7 +153,7 @@ def run_windows(
     span_s: float,
     fps: float | None,
     note: Callable[[str], None],
-    journal: Sittings,
+    journal: BenchJournal,
 ) -> None:
     """Run window after window until ``total_s`` have passed; between two, the worker waits for some milliseconds."""
     device, told_s, began = one.spec["device"], 0.0, time.perf_counter()
@@ -202,7 +202,7 @@ def middle_s(window: Window) -> float:
     return float(window["start_s"] + window["seconds"] / 2)
 
 
-def begun(journal: Sittings) -> list[list[Window]]:
+def begun(journal: BenchJournal) -> list[list[Window]]:
     """Return the windows of each soak that an earlier sitting began."""
     stopped: list[list[Window]] = []
     for record in journal.records:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from prgkit.evaluate.bench import latency
-from prgkit.evaluate.bench.journal import Sittings
+from prgkit.evaluate.bench.journal import BenchJournal
 from prgkit.evaluate.bench.worker import Pixels, Spec
 from prgkit.evaluate.report import formatting
 
@@ -18,7 +18,7 @@ def thread_sweep(
     *,
     seconds: float,
     note: Callable[[str], None],
-    kept: Sittings | None = None,
+    kept: BenchJournal | None = None,
     between_rounds: Callable[[int], None] = lambda round_: None,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """Measure every artifact on the CPU at each number of threads; return the report's section and all samples.
@@ -40,7 +40,7 @@ def thread_sweep(
         return None, []
     note(f"threads: {', '.join(map(str, counts))}")
     each = [{**spec, "threads": count} for spec in swept for count in counts]
-    own = (kept or Sittings()).part(f"threads {','.join(map(str, counts))}")
+    own = (kept or BenchJournal()).part(f"threads {','.join(map(str, counts))}")
     session = latency.measure(
         each, images, seconds=seconds, batches=(), kept=own, note=quiet, between_rounds=between_rounds
     )

@@ -17,14 +17,14 @@ import numpy as np
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from prgkit.config.recipe import Recipe, TeacherPage
+from prgkit.config.recipe import Recipe, TeacherConfig
 from prgkit.data.augment import evaluation_views
-from prgkit.data.index import Catalogue
+from prgkit.data.index import ImageIndex
 from prgkit.device import best_device
 from prgkit.errors import RecipeError
 from prgkit.export.from_run import teacher_logits
 from prgkit.metrics import top1
-from prgkit.progress import Watch
+from prgkit.progress import Progress
 from prgkit.storage.run import Run
 from prgkit.storage.tensors import load_facts
 from prgkit.student.model import load_student, student_logits
@@ -73,10 +73,10 @@ def require_two_halves(recipe: Recipe) -> None:
             )
 
 
-def judge_novel(run: Run, recipe: Recipe, images: Catalogue, novel: Novel, watch: Watch) -> dict[str, Any]:
+def judge_novel(run: Run, recipe: Recipe, images: ImageIndex, novel: Novel, progress: Progress) -> dict[str, Any]:
     """Return how right the student, and the teacher, are among the novel classes, in percent."""
     asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"classes": novel.names})})
-    weighted, _ = teacher_logits(run, asked, images, novel.positions, watch)
+    weighted, _ = teacher_logits(run, asked, images, novel.positions, progress)
     found = {
         "classes": len(novel.names),
         "images": len(novel.positions),
@@ -94,6 +94,6 @@ def judge_novel(run: Run, recipe: Recipe, images: Catalogue, novel: Novel, watch
     return found
 
 
-def load(page: TeacherPage) -> Teacher:
+def load(page: TeacherConfig) -> Teacher:
     """Load the teacher, should what it said be gone again."""
     return load_teacher(page, best_device())

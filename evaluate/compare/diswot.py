@@ -27,16 +27,16 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from prgkit.config.image_size import sides
-from prgkit.config.recipe import Recipe, StudentPage
+from prgkit.config.recipe import Recipe, StudentConfig
 from prgkit.data.augment import evaluation_views
 from prgkit.device import best_device, seed_everything
 from prgkit.evaluate.compare.aggregate import spread
 from prgkit.evaluate.compare.ranking import correlations
-from prgkit.evaluate.compare.trials import Cell, Exam, ProgressOnly, finished
-from prgkit.progress import Watch
+from prgkit.evaluate.compare.trials import EvalSplit, ProgressOnly, Trial, finished
+from prgkit.progress import Progress
 from prgkit.storage.atomic import write_json
 from prgkit.student.model import Student, build_student, reparameterised, student_preprocessing
-from prgkit.training.dataset import Lesson
+from prgkit.training.dataset import DistillationDataset
 from prgkit.training.prepare import prepare
 
 SCHEMA = "prgkit.ranking/1"
@@ -46,7 +46,13 @@ BATCH_IMAGES = 128  # enough for several images of a class, or several classes
 
 
 def rank_students(
-    cells: Sequence[Cell], out: Path, targets_root: Path, watch: Watch, *, command: str, whole: Recipe | None = None
+    cells: Sequence[Trial],
+    out: Path,
+    targets_root: Path,
+    progress: Progress,
+    *,
+    command: str,
+    whole: Recipe | None = None,
 ) -> dict[str, Any]:
     """Rank the students of a comparison without training any, write ``out``/rank.json and return what is in it.
 
@@ -60,15 +66,15 @@ def rank_students(
     recipe = cells[0].recipe
     # Whatever the recipe starts from: DisWOT's score is about random weights.
     pages = {c.recipe.student.model: c.recipe.student.model_copy(update={"initial": "random"}) for c in cells}
-    lesson = prepare(recipe, targets_root, watch)
-    lesson = replace(lesson, answers=lesson.answers.to(best_device()))
+    dataset = prepare(recipe, targets_root, progress)
+    dataset = replace(dataset, answers=dataset.answers.to(best_device()))
     seeds = range(recipe.training.seed, recipe.training.seed + INITIALISATIONS)
-    costs = {name: cost(untrained(page, lesson, seeds[0])) for name, page in pages.items()}
-    batches, trained = some_batches(lesson, recipe.training.seed), measured(cells, out, targets_root, watch, whole)
-    watch.start("ranking", len(pages) * INITIALISATIONS, "students")
+    costs = {name: cost(untrained(page, dataset, seeds[0])) for name, page in pages.items()}
+    batches, trained = some_batches(dataset, recipe.training.seed), measured(cells, out, targets_root, progress, whole)
+    progress.start("ranking", len(pages) * INITIALISATIONS, "students")
     rows = []
     for name, page in pages.items():
-        found = distances(page, lesson, batches, seeds, watch)  # [seeds, batches, 2]
+        found = distances(page, dataset, batches, seeds, progress)  # [seeds, batches, 2]
         rows.append(
             {
                 "student": name,
@@ -95,10 +101,10 @@ def rank_students(
     return ranking
 
 
-def untrained(page: StudentPage, lesson: Lesson, seed: int) -> Student:
+def untrained(page: StudentConfig, dataset: DistillationDataset, seed: int) -> Student:
     """Return a student with the random weights of a seed."""
     seed_everything(seed)
-    return build_student(page, classes=lesson.answers.prompts.shape[1], teacher_width=lesson.targets.width)
+    return build_student(page, classes=dataset.answers.prompts.shape[1], teacher_width=dataset.targets.width)
 
 
 @torch.no_grad()
@@ -111,30 +117,34 @@ def cost(student: Student) -> dict[str, int]:
     return {"parameters": sum(parameter.numel() for parameter in model.parameters()), "macs": macs}
 
 
-def some_batches(lesson: Lesson, seed: int) -> list[NDArray[np.int64]]:
+def some_batches(dataset: DistillationDataset, seed: int) -> list[NDArray[np.int64]]:
     """Return the positions of a few batches of the images that are learned from, none twice."""
-    chosen = np.random.default_rng(seed).permutation(lesson.learned)[: BATCHES * BATCH_IMAGES]
+    chosen = np.random.default_rng(seed).permutation(dataset.learned)[: BATCHES * BATCH_IMAGES]
     return np.array_split(chosen, max(1, len(chosen) // BATCH_IMAGES))
 
 
 @torch.inference_mode()
 def distances(
-    page: StudentPage, lesson: Lesson, batches: Sequence[NDArray[np.int64]], seeds: Sequence[int], watch: Watch
+    page: StudentConfig,
+    dataset: DistillationDataset,
+    batches: Sequence[NDArray[np.int64]],
+    seeds: Sequence[int],
+    progress: Progress,
 ) -> NDArray[np.float64]:
     """Return both distances of a student to its teacher for each initialisation and batch: [seeds, batches, 2]."""
-    device, classes = best_device(), lesson.answers.prompts.shape[1]
+    device, classes = best_device(), dataset.answers.prompts.shape[1]
     shown = student_preprocessing(page)
-    pixels = [view.pixels[:, 0] for b in batches for view in evaluation_views(lesson.catalogue, shown, b, workers=0)]
+    pixels = [view.pixels[:, 0] for b in batches for view in evaluation_views(dataset.image_index, shown, b, workers=0)]
     found = np.empty((len(seeds), len(batches), 2))
     for row, seed in enumerate(seeds):
         # Batch norm takes its statistics from the batch: those of a network that has seen nothing yet mean nothing.
-        student = untrained(page, lesson, seed).to(device).train()
+        student = untrained(page, dataset, seed).to(device).train()
         for column, (batch, seen) in enumerate(zip(batches, pixels, strict=True)):
-            teacher = lesson.answer(batch, np.zeros(len(batch), dtype=np.int64), device)
+            teacher = dataset.answer(batch, np.zeros(len(batch), dtype=np.int64), device)
             maps = student.model.forward_features(student.images(seen.to(device)))  # type: ignore[operator]
             pooled = student.model.forward_head(maps, pre_logits=True)  # type: ignore[operator]
             found[row, column] = dissimilarity(pooled, teacher.features, teacher.labels, classes)
-        watch.advance(1, page.model)
+        progress.advance(1, page.model)
     return found
 
 
@@ -172,17 +182,19 @@ def class_activations(features: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def measured(
-    cells: Sequence[Cell], out: Path, targets_root: Path, watch: Watch, whole: Recipe | None
+    cells: Sequence[Trial], out: Path, targets_root: Path, progress: Progress, whole: Recipe | None
 ) -> dict[str, Any] | None:
     """Return what students already came to, in the row that most of them are finished in; None where none is."""
     files = [(cell, out / "cells" / cell.folder_name / "cell.json") for cell in cells]
     if not any(path.exists() for _, path in files):
         return None
-    exam = Exam.of(whole or cells[0].recipe, targets_root, ProgressOnly(watch), base_to_novel=whole is not None)
-    of = "agreement_teacher" if exam.labels is None else "top1"
+    split = EvalSplit.of(
+        whole or cells[0].recipe, targets_root, ProgressOnly(progress), base_to_novel=whole is not None
+    )
+    of = "agreement_teacher" if split.labels is None else "top1"
     rows: dict[str, dict[str, list[float]]] = {}
     for cell, path in files:
-        if (result := finished(path, cell, exam)) is not None:
+        if (result := finished(path, cell, split)) is not None:
             rows.setdefault(cell.row, {}).setdefault(cell.recipe.student.model, []).append(result[of])
     if not rows:
         return None

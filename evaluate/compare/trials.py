@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import Recipe, validate
 from prgkit.data.augment import evaluation_views
-from prgkit.data.index import Catalogue, labelled, read_catalogue
+from prgkit.data.index import ImageIndex, labelled, read_image_index
 from prgkit.data.snapshot import members_of
 from prgkit.device import best_device
 from prgkit.errors import ImagesError, PrgkitError, RecipeError, RunError, nearest
@@ -26,7 +26,7 @@ from prgkit.evaluate.compare.aggregate import standings, write_standings
 from prgkit.evaluate.compare.base_to_novel import Novel, halves, judge_novel, require_two_halves
 from prgkit.export.from_run import teacher_logits
 from prgkit.metrics import scores, top1
-from prgkit.progress import Watch
+from prgkit.progress import Progress
 from prgkit.storage.atomic import fingerprint, read_json, write_json
 from prgkit.storage.run import Run
 from prgkit.student.model import load_student, student_logits
@@ -46,7 +46,7 @@ LADDER: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One student, one objective and one seed."""
 
     row: str
@@ -59,7 +59,7 @@ class Cell:
         return f"{student}-{self.recipe.objective_name}-{self.recipe.fingerprint()[:12]}"
 
 
-def cells_of(
+def trials_of(
     recipe: Recipe,
     *,
     objectives: Sequence[str],
@@ -68,7 +68,7 @@ def cells_of(
     ladder: bool = False,
     sweeps: Sequence[tuple[str, Sequence[Any]]] = (),
     base_to_novel: bool = False,
-) -> list[Cell]:
+) -> list[Trial]:
     """Return every cell of a comparison, rows together and seeds last.
 
     Args:
@@ -118,7 +118,7 @@ def cells_of(
             "objective": page,
             "training": {**raw["training"], "seed": recipe.training.seed + seed},
         }
-        cells.append(Cell(row, validate(changed, where=f"the comparison's {row}").resolved()))
+        cells.append(Trial(row, validate(changed, where=f"the comparison's {row}").resolved()))
     return cells
 
 
@@ -143,7 +143,13 @@ def swept(
 
 
 def compare(
-    cells: Sequence[Cell], out: Path, targets_root: Path, watch: Watch, *, command: str, whole: Recipe | None = None
+    cells: Sequence[Trial],
+    out: Path,
+    targets_root: Path,
+    progress: Progress,
+    *,
+    command: str,
+    whole: Recipe | None = None,
 ) -> dict[str, Any]:
     """Train and judge every cell that is not finished, write the comparison into ``out`` and return it.
 
@@ -154,26 +160,26 @@ def compare(
         Interrupted: SIGINT or SIGTERM came; the same command goes on.
         PrgkitError: for anything the user can mend; the cells that are finished stay.
     """
-    exam = Exam.of(whole or cells[0].recipe, targets_root, watch, base_to_novel=whole is not None)
-    told: Watch = watch
+    split = EvalSplit.of(whole or cells[0].recipe, targets_root, progress, base_to_novel=whole is not None)
+    told: Progress = progress
     done: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     for number, cell in enumerate(cells, 1):
         recipe, folder = cell.recipe, out / "cells" / cell.folder_name
         name = f"{recipe.student.model}, {cell.row}, seed {recipe.training.seed}"
-        result = finished(folder / "cell.json", cell, exam)
+        result = finished(folder / "cell.json", cell, split)
         if result is None:
-            watch.note(f"cell {number} of {len(cells)}: {name}")
+            progress.note(f"cell {number} of {len(cells)}: {name}")
             try:
                 run = distill(recipe, folder, targets_root, told)
             except RunError as error:
-                watch.note(f"left out: {error}")
+                progress.note(f"left out: {error}")
                 failed.append({"cell": name, "reason": str(error)})
                 continue
-            told = ProgressOnly(watch)
-            if (members := members_of(run)) is not None and members.images != exam.learned:
+            told = ProgressOnly(progress)
+            if (members := members_of(run)) is not None and members.images != split.learned:
                 raise changed(folder)
-            result = judge(run, recipe, exam, watch)
+            result = judge(run, recipe, split, progress)
             write_json(folder / "cell.json", result)
         done.append({"row": cell.row, **result})
     if not done:
@@ -183,7 +189,7 @@ def compare(
     return found
 
 
-def finished(path: Path, cell: Cell, exam: Exam) -> dict[str, Any] | None:
+def finished(path: Path, cell: Trial, split: EvalSplit) -> dict[str, Any] | None:
     """Return what a cell came to, or None where it is not finished, or was judged on other images or labels.
 
     Raises:
@@ -197,9 +203,9 @@ def finished(path: Path, cell: Cell, exam: Exam) -> dict[str, Any] | None:
         return None
     if result.get("schema") != CELL or result.get("fingerprint") != cell.recipe.fingerprint():
         return None
-    if result["learned_from"] != exam.learned_from:
+    if result["learned_from"] != split.learned_from:
         raise changed(path.parent)
-    return result if result["evaluation"]["digest"] == exam.digest else None
+    return result if result["evaluation"]["digest"] == split.digest else None
 
 
 def changed(folder: Path) -> RunError:
@@ -212,25 +218,25 @@ def changed(folder: Path) -> RunError:
 class ProgressOnly:
     """Whoever watches, but not told again what the first cell has told of the images and the teacher's answers."""
 
-    watch: Watch
+    progress: Progress
 
     def start(self, stage: str, total: int, unit: str) -> None:
         """Tell of a stage."""
-        self.watch.start(stage, total, unit)
+        self.progress.start(stage, total, unit)
 
     def advance(self, count: int, facts: str = "") -> None:
         """Tell of progress."""
-        self.watch.advance(count, facts)
+        self.progress.advance(count, facts)
 
     def note(self, text: str) -> None:
         """Tell no one."""
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvalSplit:
     """What students are judged on: the labelled images, or where there are none those held out from training."""
 
-    images: Catalogue
+    images: ImageIndex
     positions: NDArray[np.int64]
     labels: NDArray[np.int64] | None  # [n]
     learned_from: str  # the fingerprint of the images that are learned from,
@@ -238,19 +244,19 @@ class Exam:
     novel: Novel | None = None  # what is asked besides, of names that no one was taught
 
     @classmethod
-    def of(cls, recipe: Recipe, targets_root: Path, watch: Watch, *, base_to_novel: bool = False) -> Exam:
+    def of(cls, recipe: Recipe, targets_root: Path, progress: Progress, *, base_to_novel: bool = False) -> EvalSplit:
         """Read all of them: no device has to carry them here."""
         seen = existing_targets(recipe, targets_root) or ()
-        learned = read_catalogue(recipe.data.images, recipe, watch, known=seen)
+        learned = read_image_index(recipe.data.images, recipe, progress, known=seen)
         origin, keys = fingerprint(learned.keys), frozenset(learned.keys)
         if recipe.data.labelled:
-            few = read_catalogue(recipe.data.labelled, recipe, watch, known=seen, grey=learned.images.grey)
-            few, truth = labelled(few, recipe.classes, note=watch.note)
+            few = read_image_index(recipe.data.labelled, recipe, progress, known=seen, grey=learned.images.grey)
+            few, truth = labelled(few, recipe.classes, note=progress.note)
             origin = fingerprint([origin, few.keys, truth.tolist()])
         if not recipe.data.evaluation:
             return cls(learned, hold_out(learned.keys, recipe.data.held_out), None, origin, keys)
-        images = read_catalogue(recipe.data.evaluation, recipe, watch, known=seen, grey=learned.images.grey)
-        images, labels = labelled(images, recipe.classes, note=watch.note)
+        images = read_image_index(recipe.data.evaluation, recipe, progress, known=seen, grey=learned.images.grey)
+        images, labels = labelled(images, recipe.classes, note=progress.note)
         places = np.arange(len(images))
         if not base_to_novel:
             return cls(images, places, labels, origin, keys)
@@ -274,18 +280,18 @@ class Exam:
         return fingerprint(judged)
 
 
-def judge(run: Run, recipe: Recipe, exam: Exam, watch: Watch) -> dict[str, Any]:
+def judge(run: Run, recipe: Recipe, split: EvalSplit, progress: Progress) -> dict[str, Any]:
     """Return what a finished cell came to, as its file tells it: shares in percent, and every answer."""
-    weighted, uniform = teacher_logits(run, recipe, exam.images, exam.positions, watch)
-    student, card, labels = load_student(run).to(best_device()), run.card, exam.labels
+    weighted, uniform = teacher_logits(run, recipe, split.images, split.positions, progress)
+    student, card, labels = load_student(run).to(best_device()), run.card, split.labels
     workers = recipe.training.workers
-    shown = evaluation_views(exam.images, student.preprocessing, exam.positions, workers=workers)
+    shown = evaluation_views(split.images, student.preprocessing, split.positions, workers=workers)
     logits = student_logits(student, shown)
-    novel = judge_novel(run, recipe, exam.images, exam.novel, watch) if exam.novel else None
+    novel = judge_novel(run, recipe, split.images, split.novel, progress) if split.novel else None
     return {
         "schema": CELL,
         "fingerprint": recipe.fingerprint(),
-        "learned_from": exam.learned_from,
+        "learned_from": split.learned_from,
         "student": recipe.student.model,
         "image_size": recipe.student.image_size,
         "objective": [page.model_dump(mode="json") for page in recipe.objective],
@@ -295,9 +301,9 @@ def judge(run: Run, recipe: Recipe, exam: Exam, watch: Watch) -> dict[str, Any]:
         "images_per_s": card["images_per_s"],
         "selected": card["best"],  # by agreement with the teacher on the held-out images, no label among them
         "evaluation": {
-            "source": exam.images.images.spec,
-            "images": len(exam.positions),
-            "digest": exam.digest,
+            "source": split.images.images.spec,
+            "images": len(split.positions),
+            "digest": split.digest,
         },
         "teacher": {
             "model": recipe.teacher_name,

@@ -11,7 +11,7 @@ from typing import Any
 
 from prgkit.errors import ExportError, PrgkitError
 from prgkit.export.bundle.bundle import require_artifact, verify_artifact
-from prgkit.export.runtimes.engine_metadata import card_path, load_card
+from prgkit.export.runtimes.engine_metadata import engine_metadata_path, load_engine_metadata
 from prgkit.export.runtimes.fidelity import Facts
 from prgkit.storage.atomic import fingerprint, read_sealed, writing
 from prgkit.storage.locks import locked
@@ -23,7 +23,7 @@ JOURNAL = "finished.jsonl"  # in a folder that is being built; in a bundle the m
 Artifact = dict[str, Any]  # a manifest's entry
 
 
-class Finished:
+class ArtifactCache:
     """What is finished in a folder that is being built, and what can be taken over from the bundle it will replace.
 
     An artifact is the same if it was made from the same: its entry carries a fingerprint of the student, the images
@@ -178,7 +178,7 @@ def is_whole(folder: Path, entry: Artifact) -> bool:
         require_artifact(entry, folder)
         verify_artifact(folder, entry)
         if entry["format"] == "engine":
-            load_card(folder / entry["file"])
+            load_engine_metadata(folder / entry["file"])
     except (PrgkitError, OSError):
         return False
     return True
@@ -187,7 +187,7 @@ def is_whole(folder: Path, entry: Artifact) -> bool:
 def files_of(folder: Path, entry: Artifact) -> list[Path]:
     """Return an artifact's file, and with an engine's its card."""
     path = folder / entry["file"]
-    return [path, card_path(path)] if entry["format"] == "engine" else [path]
+    return [path, engine_metadata_path(path)] if entry["format"] == "engine" else [path]
 
 
 def journalled(folder: Path) -> Iterator[Artifact]:

@@ -21,7 +21,7 @@ from prgkit.export.bundle.artifact_cache import Artifact, alone_in, files_of, is
 from prgkit.export.bundle.bundle import QDQ, Bundle, describe_artifact, open_bundle, read_evaluation, write_manifest
 from prgkit.export.formats.tensorrt import build_engine
 from prgkit.export.runtimes.base import open_runner
-from prgkit.export.runtimes.engine_metadata import EngineCard, card_path, write_card
+from prgkit.export.runtimes.engine_metadata import EngineMetadata, engine_metadata_path, write_engine_metadata
 from prgkit.export.runtimes.fidelity import Facts, told
 from prgkit.export.runtimes.gpu import Backend, choose_backend, choose_targets, find_gpu, this_platform
 from prgkit.export.runtimes.parity import Parity, require_agreement, run_batches
@@ -192,7 +192,7 @@ def make_engine(
                 card, work, name=name, pixels=pixels, reference=reference, reference_logits=reference_logits
             )
             giving_way(name)
-            for file in (work / card.file, card_path(work / card.file)):
+            for file in (work / card.file, engine_metadata_path(work / card.file)):
                 file.replace(folder / file.name)
         partly = "" if card.int8_convolutions is None else " in {} of {} convolutions".format(*card.int8_convolutions)
         note(
@@ -227,14 +227,14 @@ def room_in(folder: Path) -> Iterator[Path]:
 
 
 def compared(
-    card: EngineCard,
+    card: EngineMetadata,
     folder: Path,
     *,
     name: str,
     pixels: NDArray[np.uint8],
     reference: str,
     reference_logits: Callable[[], NDArray[np.float32]],
-) -> tuple[EngineCard, Parity | None]:
+) -> tuple[EngineMetadata, Parity | None]:
     """Compare an engine in ``folder`` with the reference where it can run here; return its card, which says so."""
     path, parity = folder / card.file, None
     if reason := why_not_here(card):
@@ -247,7 +247,7 @@ def compared(
         finally:
             runner.close()
         card = replace(card, executed=True, note=None)
-    write_card(path, card)
+    write_engine_metadata(path, card)
     return card, parity
 
 

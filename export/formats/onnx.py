@@ -29,7 +29,7 @@ FP16_MAX = 65504.0  # the largest finite float16
 LEAST_TRACED_OPSET = 18  # of PyTorch's exporter; `lower_opset` goes below it
 
 
-class Deployable(nn.Module):
+class OnnxExportModule(nn.Module):
     """The network that is exported: uint8 NHWC pixels in, float32 logits out.
 
     The pixels are cast before they are transposed, as TensorRT's parser demands, and laid out plainly: torch.export
@@ -66,7 +66,7 @@ class Embedding(nn.Module):
 
 
 @torch.no_grad()
-def deployable(student: nn.Module, pixels: Tensor) -> Deployable:
+def onnx_export_module(student: nn.Module, pixels: Tensor) -> OnnxExportModule:
     """Reparameterise and fuse a copy of ``student`` and assert that it computes what the student computes.
 
     Args:
@@ -77,7 +77,7 @@ def deployable(student: nn.Module, pixels: Tensor) -> Deployable:
         ExportError: fusing changed the logits.
     """
     student = student.eval().cpu()
-    fused = Deployable(
+    fused = OnnxExportModule(
         reparameterised(cast(nn.Module, student.model)), cast(Tensor, student.mean), cast(Tensor, student.std)
     ).eval()
     before = torch.cat([student(batch) for batch in torch.split(pixels, 32)])  # [n, classes]
@@ -95,7 +95,7 @@ def deployable(student: nn.Module, pixels: Tensor) -> Deployable:
 
 
 def export_onnx(
-    module: Deployable,
+    module: OnnxExportModule,
     path: Path,
     *,
     image_size: Size,
@@ -174,7 +174,7 @@ def rehearse_fp16(module: nn.Module, pixels: Tensor) -> Tensor:
     return torch.cat([half_value(rounded(batch), "the logits") for batch in torch.split(pixels, 32)])
 
 
-def trace(module: Deployable, *, image_size: Size, opset: int, output: str = "logits") -> onnx.ModelProto:
+def trace(module: OnnxExportModule, *, image_size: Size, opset: int, output: str = "logits") -> onnx.ModelProto:
     """Run the dynamo exporter, quietly; two example images keep the batch dimension symbolic."""
     example = torch.zeros((2, *sides(image_size), 3), dtype=torch.uint8)
     try:

@@ -20,7 +20,7 @@ from prgkit.export.formats.tensorrt_precision import (
 )
 from prgkit.export.formats.timing_cache import attach_cache, cache_path, keep_cache
 from prgkit.export.runtimes.base import MATRIX
-from prgkit.export.runtimes.engine_metadata import SCHEMA, EngineCard, write_card
+from prgkit.export.runtimes.engine_metadata import SCHEMA, EngineMetadata, write_engine_metadata
 from prgkit.export.runtimes.gpu import (
     AMPERE_PLUS,
     choose_backend,
@@ -65,7 +65,7 @@ def build_engine(
     batch: tuple[int, int, int],
     backend: str | None = None,
     sm: Sequence[str] | None = None,
-) -> EngineCard:
+) -> EngineMetadata:
     """Build an engine in ``folder``, and its card (the same name with .json).
 
     Its name is ``<onnx stem>.<kind>.<backend>.engine``; the kind is the ONNX file's, as in ``model.int8-heavy.onnx``,
@@ -115,7 +115,7 @@ def build_engine(
     kind = kind if kind.startswith(precision) else precision  # model.int8-heavy.tensorrt.onnx
     path = folder / f"{stem}.{kind}.{chosen.name}.engine"
     write_bytes(path, plan)
-    card = EngineCard(
+    card = EngineMetadata(
         schema=SCHEMA,
         file=path.name,
         bytes=len(plan),
@@ -142,7 +142,7 @@ def build_engine(
         timing_cache=("used" if known else "new") if timings else None,
         int8_convolutions=int8,
     )
-    write_card(path, card)
+    write_engine_metadata(path, card)
     return card
 
 

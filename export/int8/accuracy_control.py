@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.export.int8.calibration import TAILS, Spread
+from prgkit.export.int8.calibration import CLIP_QUANTILES, Spread
 from prgkit.export.int8.qdq import Block, Layout, write_int8
 from prgkit.export.runtimes.base import OnnxRunner
 from prgkit.export.runtimes.fidelity import Facts, fidelity
@@ -22,8 +22,8 @@ Pixels = NDArray[np.uint8]  # [images, S, S, 3]
 Logits = NDArray[np.float32]  # [images, classes]
 
 
-def choose_tail(fp32: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], pixels: Pixels) -> float:
-    """Return which of `TAILS` clips best: with ``blocks`` quantised, the root KL on these images is the least.
+def choose_clip_quantile(fp32: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], pixels: Pixels) -> float:
+    """Return which of `CLIP_QUANTILES` clips best: with ``blocks`` quantised, the root KL on these images is the least.
 
     All images are asked: a tail of 2 % is two of the scan's, and which are clipped would be chance.
     """
@@ -36,10 +36,10 @@ def choose_tail(fp32: Path, blocks: Sequence[Block], spreads: Mapping[str, Sprea
             write_int8(fp32, path, nodes=nodes, spreads=spreads, tail=tail, layout="onnxruntime")
             return root_kl(logits, logits_of(path, pixels))
 
-        return min(TAILS, key=cost)
+        return min(CLIP_QUANTILES, key=cost)
 
 
-def scan_blocks(
+def analyse_sensitivity(
     fp32: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], tail: float, pixels: Pixels
 ) -> list[Facts]:
     """Quantise each block by itself and return what that does to the student's logits, the most sensitive block first.
@@ -80,7 +80,7 @@ def median_kl(wanted: Logits, found: Logits) -> float:
     return float(np.median(divergences(wanted, found)))
 
 
-def hold_floor(
+def control_accuracy(
     source: Path,
     path: Path,
     *,

@@ -18,11 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import ExportError
-from prgkit.export.bundle.artifact_cache import Artifact, Finished
+from prgkit.export.bundle.artifact_cache import Artifact, ArtifactCache
 from prgkit.export.bundle.bundle import QDQ, describe_artifact
-from prgkit.export.int8.accuracy_control import Logits, Pixels, choose_tail, hold_floor, logits_of, scan_blocks
+from prgkit.export.int8.accuracy_control import (
+    Logits,
+    Pixels,
+    analyse_sensitivity,
+    choose_clip_quantile,
+    control_accuracy,
+    logits_of,
+)
 from prgkit.export.int8.calibration import Spread, measure_spreads
-from prgkit.export.int8.qdq import HEAVY_WORK, Block, Layout, find_blocks, tensors_of
+from prgkit.export.int8.qdq import COMPUTE_BOUND_WORK, Block, Layout, find_blocks, tensors_of
 from prgkit.export.runtimes.fidelity import Facts, told, too_few
 from prgkit.export.runtimes.parity import compare
 from prgkit.storage.atomic import fingerprint
@@ -53,7 +60,7 @@ class Variant:
 
     def left(self, blocks: Sequence[Block]) -> tuple[str, ...]:
         """Return which of a network's blocks stay in float in any case."""
-        return tuple(block.name for block in blocks if self.heavy and block.work < HEAVY_WORK)
+        return tuple(block.name for block in blocks if self.heavy and block.work < COMPUTE_BOUND_WORK)
 
 
 VARIANTS: Mapping[Layout, tuple[Variant, Variant]] = {
@@ -74,7 +81,7 @@ def quantise(
     *,
     half: Callable[[], Path],
     made_from: dict[str, Any],
-    finished: Finished,
+    finished: ArtifactCache,
     engines: Callable[[list[Artifact]], tuple[list[Artifact], list[Facts]]] | None,
 ) -> tuple[list[Artifact], list[Facts]]:
     """Make the INT8 files of ONNX Runtime in ``folder`` and, where ``engines`` builds from them, TensorRT's.
@@ -120,13 +127,13 @@ class Network:
         """
         floating = {row["block"] for row in self.scan[: len(self.scan) - math.ceil(ENOUGH * len(self.scan))]}
         blocks = [block for block in self.blocks if block.name not in floating]
-        return choose_tail(self.fp32, blocks, self.spreads, self.calibration)
+        return choose_clip_quantile(self.fp32, blocks, self.spreads, self.calibration)
 
     @cached_property
     def scan(self) -> list[Facts]:
         """What each block costs, the most sensitive first."""
         self.note(f"INT8: scanning {len(self.blocks)} blocks")
-        return scan_blocks(self.fp32, self.blocks, self.spreads, SCAN_TAIL, self.calibration)
+        return analyse_sensitivity(self.fp32, self.blocks, self.spreads, SCAN_TAIL, self.calibration)
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,12 @@ class Quantiser:
     note: Callable[[str], None]
 
     def make_all(
-        self, layout: Layout, source: Callable[[], Path], folder: Path, made_from: dict[str, Any], finished: Finished
+        self,
+        layout: Layout,
+        source: Callable[[], Path],
+        folder: Path,
+        made_from: dict[str, Any],
+        finished: ArtifactCache,
     ) -> list[Result]:
         """Return what `make` returns of a layout's files; of the heavy one only where the other has light blocks."""
         full, heavy = VARIANTS[layout]
@@ -153,7 +165,12 @@ class Quantiser:
         return results
 
     def make(
-        self, variant: Variant, source: Callable[[], Path], folder: Path, made_from: dict[str, Any], finished: Finished
+        self,
+        variant: Variant,
+        source: Callable[[], Path],
+        folder: Path,
+        made_from: dict[str, Any],
+        finished: ArtifactCache,
     ) -> Result:
         """Return the entry of a file, or None where it is not kept; and what was found of it."""
         name, path, layout = variant.name, folder / variant.file, variant.layout
@@ -191,7 +208,7 @@ class Quantiser:
     def hold(self, source: Path, path: Path, layout: Layout, left: tuple[str, ...]) -> Facts:
         """Write ``path`` with as many of the network's blocks in INT8 as hold the floor; see `hold_floor`."""
         network = self.network
-        return hold_floor(
+        return control_accuracy(
             source,
             path,
             blocks=[block for block in network.blocks if block.name not in left],

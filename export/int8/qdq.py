@@ -34,7 +34,7 @@ DENSE_CHANNELS = 32  # into a kernel larger than 1 x 1
 # Products per value that a convolution takes or gives. Below the first rounding costs what INT8 gains; below the second
 # it depends on the machine, even on its threads: benchmarks/results/export_int8.json has RepViT-M0.9 with and without.
 LEAST_WORK = 24
-HEAVY_WORK = 80
+COMPUTE_BOUND_WORK = 80
 SEGMENTS = 16  # of a graph whose weights have no names to group them by
 LEAST_SCALE = {np.dtype(np.float32): 1e-12, np.dtype(np.float16): 2.0**-14}  # below it float16 loses precision
 MOST_BIAS = 2.0**30  # a bias is int32 in steps of input scale x weight scale

@@ -14,7 +14,7 @@ REBUILD = "prgkit export --trt"
 
 
 @dataclass(frozen=True)
-class EngineCard:
+class EngineMetadata:
     """What is known of an engine; an engine without its card is not loaded."""
 
     schema: str
@@ -45,12 +45,12 @@ class EngineCard:
     int8_convolutions: tuple[int, int] | None = None  # how many run in INT8, of how many in the file
 
 
-def write_card(engine_path: Path, card: EngineCard) -> None:
+def write_engine_metadata(engine_path: Path, card: EngineMetadata) -> None:
     """Write the card beside its engine."""
-    write_sealed(card_path(engine_path), asdict(card))
+    write_sealed(engine_metadata_path(engine_path), asdict(card))
 
 
-def load_card(engine_path: Path) -> EngineCard:
+def load_engine_metadata(engine_path: Path) -> EngineMetadata:
     """Read an engine's card and verify that the engine is the one it describes.
 
     Raises:
@@ -59,7 +59,7 @@ def load_card(engine_path: Path) -> EngineCard:
     fix = f"build it again: {REBUILD}"
     if not engine_path.exists():
         raise ExportError(f"there is no engine {engine_path.name}", where=engine_path.parent, fix=fix)
-    path = card_path(engine_path)
+    path = engine_metadata_path(engine_path)
     if not path.exists():
         raise ExportError(
             f"{engine_path.name} has no card ({path.name}): an engine of unknown origin is code, and is not loaded",
@@ -73,7 +73,7 @@ def load_card(engine_path: Path) -> EngineCard:
         sequences = {key: tuple(facts[key]) for key in ("batch", "compute_capabilities")}
         if counts := facts.get("int8_convolutions"):
             sequences["int8_convolutions"] = tuple(counts)
-        card = EngineCard(**{**facts, **sequences})
+        card = EngineMetadata(**{**facts, **sequences})
     except (KeyError, TypeError) as error:
         raise ExportError(f"{path.name} is not an engine card: {error}", where=path, fix=fix) from error
     except PrgkitError as error:
@@ -86,12 +86,12 @@ def load_card(engine_path: Path) -> EngineCard:
     return card
 
 
-def rebuild(card: EngineCard) -> str:
+def rebuild(card: EngineMetadata) -> str:
     """Return the command that builds an engine like this one again, in its bundle and on the machine at hand."""
     kind = {"fp16": " --fp16", "int8": " --int8"}.get(card.precision, "")
     return f"{REBUILD}{kind} --backend {card.backend} --batch {','.join(map(str, card.batch))}"
 
 
-def card_path(engine_path: Path) -> Path:
+def engine_metadata_path(engine_path: Path) -> Path:
     """Return where an engine's card is."""
     return engine_path.with_name(engine_path.name + ".json")

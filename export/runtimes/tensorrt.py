@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BackendError, one_line
-from prgkit.export.runtimes.engine_metadata import EngineCard, load_card, rebuild
+from prgkit.export.runtimes.engine_metadata import EngineMetadata, load_engine_metadata, rebuild
 from prgkit.export.runtimes.gpu import AMPERE_PLUS, Gpu, find_gpu, generations, quiet_logger, this_platform
 
 INSTALL_CUDA = "pip install cuda-python (on a Jetson with JetPack 6: pip install 'cuda-python<13')"
@@ -43,7 +43,7 @@ class TensorRTRunner:
             ExportError: the engine has no card, or is not the one its card describes.
             BackendError: no GPU, no cuda-python, or another GPU or TensorRT than the engine was built for.
         """
-        card = load_card(path)
+        card = load_engine_metadata(path)
         require_match(card, path)
         trt = importlib.import_module(card.backend)
         self._cudart = import_cudart()
@@ -121,7 +121,7 @@ class TensorRTRunner:
             raise BackendError(
                 f"{self.backend} cannot load {path.name}: {self._logger.reason()}",
                 where=path,
-                fix=rebuild(load_card(path)),
+                fix=rebuild(load_engine_metadata(path)),
             )
         if cuda_graph and hasattr(trt, "CudaGraphStrategy"):  # TensorRT for RTX from 1.2 on
             config = self._engine.create_runtime_config()
@@ -237,7 +237,7 @@ def why_no_engine_runs(backend: str) -> str | None:
     return None
 
 
-def why_not_here(card: EngineCard) -> str | None:
+def why_not_here(card: EngineMetadata) -> str | None:
     """Return why an engine cannot run on this machine, or None where it can."""
     gpu = find_gpu()
     if gpu is None:
@@ -257,14 +257,14 @@ def why_not_here(card: EngineCard) -> str | None:
     return None
 
 
-def is_for(card: EngineCard, gpu: Gpu) -> bool:
+def is_for(card: EngineMetadata, gpu: Gpu) -> bool:
     """Tell whether an engine is for a GPU's generation."""
     if card.compute_capabilities == (AMPERE_PLUS,):
         return int(gpu.capability.removeprefix("SM")) >= 80
     return gpu.capability in card.compute_capabilities
 
 
-def require_match(card: EngineCard, path: Path) -> None:
+def require_match(card: EngineMetadata, path: Path) -> None:
     """Refuse an engine that is not for this GPU and this TensorRT, with the command that rebuilds it."""
     if reason := why_not_here(card):
         gpu = find_gpu()

@@ -18,11 +18,11 @@ from prgkit.data.ticks import Tick, carried, read_ticks, set_aside, ticked, writ
 from prgkit.device import best_device
 from prgkit.errors import RunError
 from prgkit.evaluate.accuracy.ticked import teacher_share
-from prgkit.progress import Watch
+from prgkit.progress import Progress
 from prgkit.storage.atomic import fingerprint, read_sealed, write_sealed, write_text
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Run, differences, require_own_folder, start_run, undoing
-from prgkit.training.dataset import Lesson
+from prgkit.training.dataset import DistillationDataset
 from prgkit.training.prepare import prepare
 
 IMAGES = 100
@@ -39,7 +39,7 @@ class Said:
     confidence: NDArray[np.float64]  # [images, 1 + NEXT_ANSWERS]
 
 
-def audit(recipe: Recipe, folder: Path, targets_root: Path, *, count: int | None, watch: Watch) -> dict[str, Any]:
+def audit(recipe: Recipe, folder: Path, targets_root: Path, *, count: int | None, progress: Progress) -> dict[str, Any]:
     """Write the sheet and the CSV to tick into the run at ``folder``, and return what they hold and what is ticked.
 
     A sheet that is there already is kept, with what was ticked; ``count`` None keeps its size, too, and a larger one
@@ -57,65 +57,65 @@ def audit(recipe: Recipe, folder: Path, targets_root: Path, *, count: int | None
     try:
         with nullcontext() if own else locked(folder, "run"):
             start_run(folder, recipe)
-        return drawn(run, recipe, targets_root, count=count, watch=watch)
+        return drawn(run, recipe, targets_root, count=count, progress=progress)
     except Exception:
         with suppress(RunError), locked(folder, "run"):
             undo()
         raise
 
 
-def drawn(run: Run, recipe: Recipe, targets_root: Path, *, count: int | None, watch: Watch) -> dict[str, Any]:
+def drawn(run: Run, recipe: Recipe, targets_root: Path, *, count: int | None, progress: Progress) -> dict[str, Any]:
     """Draw the sample, or go on with the one that is there, and write what is to be ticked."""
     with locked(run.ticks_file.parent, "audit"):
         earlier = read_ticks(run.ticks_file, recipe.classes) if run.ticks_file.exists() else []
         before = read_sealed(run.sample_file) if run.sample_file.exists() else None
-        lesson = prepare(recipe, targets_root, watch, like=run)
-        said = ask(lesson, watch)
-        made_from = fingerprint([lesson.catalogue.keys, said.classes[:, 0].tolist()])
-        count = min(count or (len(before["images"]) if before else IMAGES), len(lesson.catalogue))
+        dataset = prepare(recipe, targets_root, progress, like=run)
+        said = ask(dataset, progress)
+        made_from = fingerprint([dataset.image_index.keys, said.classes[:, 0].tolist()])
+        count = min(count or (len(before["images"]) if before else IMAGES), len(dataset.image_index))
         if before is None or (before["made_from"], len(before["images"])) != (made_from, count):
             again = before["images"] if before and before["made_from"] == made_from else []
-            rows = choose(lesson, said, recipe, count, first=[image["key"] for image in again])
+            rows = choose(dataset, said, recipe, count, first=[image["key"] for image in again])
             ticks = carried(rows, earlier)
-            keep_earlier(run, earlier, ticks, same=bool(again), watch=watch)
+            keep_earlier(run, earlier, ticks, same=bool(again), progress=progress)
             write_ticks(run.ticks_file, ticks)
-            sample = {"schema": "prgkit.audit/1", "made_from": made_from, "drawn_from": len(lesson.catalogue)}
+            sample = {"schema": "prgkit.audit/1", "made_from": made_from, "drawn_from": len(dataset.image_index)}
             write_sealed(run.sample_file, {**sample, "images": [facts(row) for row in rows]})
         else:
             rows = [Tick(**image) for image in before["images"]]
             ticks = carried(rows, earlier)
             if not run.ticks_file.exists():
                 write_ticks(run.ticks_file, ticks)
-        write_text(run.sheet_file, draw_sheet(run, recipe, lesson, said, ticks, watch))
+        write_text(run.sheet_file, draw_sheet(run, recipe, dataset, said, ticks, progress))
     seen = ticked(ticks)
     return {
         "run": str(run.folder),
         "sheet": str(run.sheet_file),
         "ticks": str(run.ticks_file),
         "images": len(ticks),
-        "drawn_from": len(lesson.catalogue),
-        "held_out": len({tick.key for tick in ticks} & {lesson.catalogue.keys[place] for place in lesson.held_out}),
+        "drawn_from": len(dataset.image_index),
+        "held_out": len({tick.key for tick in ticks} & {dataset.image_index.keys[place] for place in dataset.held_out}),
         "ticked": len(seen),
         "teacher": teacher_share(seen) if seen else None,
     }
 
 
-def ask(lesson: Lesson, watch: Watch) -> Said:
+def ask(dataset: DistillationDataset, progress: Progress) -> Said:
     """Return the teacher's first answers to every image's evaluation view."""
-    device, count = best_device(), len(lesson.catalogue)
-    lesson = replace(lesson, answers=lesson.answers.to(device))
+    device, count = best_device(), len(dataset.image_index)
+    dataset = replace(dataset, answers=dataset.answers.to(device))
     classes, confidence = [], []
-    watch.start("answers", count, "img")
+    progress.start("answers", count, "img")
     for part in np.array_split(np.arange(count), -(-count // BATCH)):
-        logits = lesson.answer(part, np.zeros(len(part), dtype=int), device).logits
+        logits = dataset.answer(part, np.zeros(len(part), dtype=int), device).logits
         best = torch.topk(logits.double().softmax(dim=1), min(1 + NEXT_ANSWERS, logits.shape[1]))
         classes.append(best.indices.cpu().numpy())
         confidence.append(best.values.cpu().numpy())
-        watch.advance(len(part))
+        progress.advance(len(part))
     return Said(np.concatenate(classes), np.concatenate(confidence))
 
 
-def choose(lesson: Lesson, said: Said, recipe: Recipe, count: int, *, first: Sequence[str]) -> list[Tick]:
+def choose(dataset: DistillationDataset, said: Said, recipe: Recipe, count: int, *, first: Sequence[str]) -> list[Tick]:
     """Return the images to tick: those with the keys in ``first``, then others, numbered in an order drawn by chance.
 
     The held-out images go before the rest, since the student is judged on them. Which images are held out is decided
@@ -123,12 +123,12 @@ def choose(lesson: Lesson, said: Said, recipe: Recipe, count: int, *, first: Seq
     were drawn in the same way, so it is when others are added, or when only the first of them are kept. The others'
     order is that of the content keys, hashes again: whoever ticks the first thirty has ticked a fair thirty.
     """
-    keys, images = lesson.catalogue.keys, lesson.catalogue.images
+    keys, images = dataset.image_index.keys, dataset.image_index.images
     places = {key: position for position, key in enumerate(keys)}
     chosen = [places[key] for key in first[:count]]
     chance = np.random.default_rng([int(fingerprint(keys), 16), len(chosen)])
     added: list[int] = []
-    for part in (lesson.held_out, np.setdiff1d(np.arange(len(keys)), lesson.held_out)):
+    for part in (dataset.held_out, np.setdiff1d(np.arange(len(keys)), dataset.held_out)):
         part = np.setdiff1d(part, chosen)
         wanted = min(count - len(chosen) - len(added), len(part))
         added += part[draw(said.classes[part, 0], said.confidence[part, 0], wanted, chance)].tolist()
@@ -136,7 +136,7 @@ def choose(lesson: Lesson, said: Said, recipe: Recipe, count: int, *, first: Seq
     return [
         Tick(
             number=number,
-            file=images.name(int(lesson.catalogue.indices[position])),
+            file=images.name(int(dataset.image_index.indices[position])),
             key=keys[position],
             teacher=recipe.classes[said.classes[position, 0]],
             confidence=percent(said.confidence[position, 0]),
@@ -182,32 +182,34 @@ def draw(
     return np.array(taken)
 
 
-def keep_earlier(run: Run, earlier: list[Tick], ticks: list[Tick], *, same: bool, watch: Watch) -> None:
+def keep_earlier(run: Run, earlier: list[Tick], ticks: list[Tick], *, same: bool, progress: Progress) -> None:
     """Where a tick would be lost, keep the ticks so far under another name, and say so."""
     before, after = ({(tick.key, tick.right, tick.named) for tick in ticked(some)} for some in (earlier, ticks))
     if before <= after:
         return
     kept = set_aside(run.ticks_file)
     why = "fewer images were asked for" if same else "the images or the teacher's answers have changed"
-    watch.note(
+    progress.note(
         f"{why}: the {len(before)} ticks so far are kept as {kept.name}, and {len(after)} of them hold on the new sheet"
     )
 
 
-def draw_sheet(run: Run, recipe: Recipe, lesson: Lesson, said: Said, ticks: list[Tick], watch: Watch) -> str:
+def draw_sheet(
+    run: Run, recipe: Recipe, dataset: DistillationDataset, said: Said, ticks: list[Tick], progress: Progress
+) -> str:
     """Return the sheet, with every picture in it."""
-    places = {key: position for position, key in enumerate(lesson.catalogue.keys)}
-    watch.start("sheet", len(ticks), "img")
+    places = {key: position for position, key in enumerate(dataset.image_index.keys)}
+    progress.start("sheet", len(ticks), "img")
     cards = []
     for tick in ticks:
         position = places[tick.key]
         others = zip(said.classes[position, 1:], said.confidence[position, 1:], strict=True)
         next_answers = [(recipe.classes[index], percent(share)) for index, share in others]
-        cards.append(Card(tick, lesson.catalogue.read(position), next_answers))
-        watch.advance(1)
+        cards.append(Card(tick, dataset.image_index.read(position), next_answers))
+        progress.advance(1)
     about = (
-        f"{len(ticks):,} of {len(lesson.catalogue):,} images, the same share of every class that the teacher named and "
-        f"of every confidence. Each shows the answer of {recipe.teacher_name}, and its next ones."
+        f"{len(ticks):,} of {len(dataset.image_index):,} images, the same share of every class that the teacher named "
+        f"and of every confidence. Each shows the answer of {recipe.teacher_name}, and its next ones."
     )
     return sheet(
         cards,

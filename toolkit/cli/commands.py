@@ -63,10 +63,10 @@ def relabel_bundle(session: Session, place: Path | None, classes: str) -> dict[s
     bundle, run = settled_bundle(session.folder or place)
     session.folder = bundle  # what follows works on it, and does not export the run again
     if run is None:
-        manifest = relabel(bundle.resolve(), names, run=None, watch=session.terminal)
+        manifest = relabel(bundle.resolve(), names, run=None, progress=session.terminal)
     else:
         with standing_where_it_started(run) as there:
-            manifest = relabel(there.bundle, names, run=there, watch=session.terminal)
+            manifest = relabel(there.bundle, names, run=there, progress=session.terminal)
     return tell_bundle(session, bundle, manifest, packs=False)
 
 
@@ -117,7 +117,7 @@ def adapt_teacher(session: Session, recipe: Recipe, path: Path, given: dict[str,
         return {}
     from prgkit.teacher.prompt_tuning import adapt, told
 
-    found = adapt(recipe, path, given["targets_root"], shots=given["shots"], watch=session.terminal)
+    found = adapt(recipe, path, given["targets_root"], shots=given["shots"], progress=session.terminal)
     session.terminal.say((str(path), "bold"), f": {told(found)}")
     session.terminal.say("to use it: ", (f"--set teacher.context={shlex.quote(str(path))}", "bold"))
     return found

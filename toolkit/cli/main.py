@@ -105,7 +105,7 @@ def export(session: Session, /, folder: Path | None, as_json: bool, **given: Any
             from prgkit.export.from_run import export_run
 
         asked = {key: given[key] for key in ("float_input", "evaluation_images", "open_vocabulary")}
-        manifest = export_run(run, trt=trt, **kinds, **asked, watch=session.terminal)
+        manifest = export_run(run, trt=trt, **kinds, **asked, progress=session.terminal)
         bundle, session.folder = run.bundle, run.folder
     return tell_bundle(session, bundle, manifest, packs=given["packs"])
 
@@ -215,12 +215,12 @@ def targets(session: Session, /, *, listed: bool, prune: bool, **given: Any) -> 
         if not session.leads:  # the store has one writer
             return {}
         from prgkit.training.prepare import prepare
-    lesson = prepare(recipe, given["targets_root"], session.terminal)
-    folders = [store.folder for store in lesson.targets.stores]
+    dataset = prepare(recipe, given["targets_root"], session.terminal)
+    folders = [store.folder for store in dataset.targets.stores]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     for store, size in zip(folders, sizes, strict=True):
-        session.terminal.say((str(store), "bold"), f": {len(lesson.catalogue):,} images, {size / 2**20:,.1f} MiB")
-    return {"targets": lesson.targets.facts()["targets"], "images": len(lesson.catalogue), "bytes": sum(sizes)}
+        session.terminal.say((str(store), "bold"), f": {len(dataset.image_index):,} images, {size / 2**20:,.1f} MiB")
+    return {"targets": dataset.targets.facts()["targets"], "images": len(dataset.image_index), "bytes": sum(sizes)}
 
 
 @cli.command("adapt-teacher", short_help="Fit the teacher to your images by a few labels.")
@@ -261,7 +261,7 @@ def audit(session: Session, /, count: int | None, **given: Any) -> dict[str, Any
             return {}
         from prgkit.annotation.audit import audit as work
         from prgkit.evaluate.report.formatting import audit_so_far
-    found = work(recipe, folder, given["targets_root"], count=count, watch=session.terminal)
+    found = work(recipe, folder, given["targets_root"], count=count, progress=session.terminal)
     session.terminal.say((found["sheet"], "bold"), f": {audit_so_far(found)}")
     return found
 
@@ -281,12 +281,12 @@ def compare(session: Session, /, out: Path | None, as_json: bool, **given: Any) 
         recipe, folder = choose_recipe(session, {**given, "folder": None})
         from prgkit.evaluate.compare.ranking import candidates
         from prgkit.evaluate.compare.tables import ranking_table, standings_table
-        from prgkit.evaluate.compare.trials import cells_of
         from prgkit.evaluate.compare.trials import compare as work
+        from prgkit.evaluate.compare.trials import trials_of
     if given["rank_students"] and not given["students"]:
         given["students"] = candidates(recipe.student.model)
     asked = ("objectives", "students", "seeds", "ladder", "sweeps", "base_to_novel")
-    cells = cells_of(recipe, **{key: given[key] for key in asked})
+    cells = trials_of(recipe, **{key: given[key] for key in asked})
     out = out or folder.with_name(f"{folder.name}-compared")
     command = "prgkit " + shlex.join(sys.argv[1:])
     whole = recipe if given["base_to_novel"] else None

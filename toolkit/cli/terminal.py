@@ -20,7 +20,7 @@ SECONDS_A_LINE = 30.0  # between two lines of progress, where no bar can move
 
 
 class Terminal:
-    """What a chain of commands prints, and the progress bar of the stage it is in (a `prgkit.progress.Watch`)."""
+    """What a chain of commands prints, and the progress bar of the stage it is in (a `prgkit.progress.Progress`)."""
 
     def __init__(self, *, says_results: bool, shows_progress: bool) -> None:
         self.out = Console(

@@ -7,13 +7,13 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class Page(BaseModel):
+class Config(BaseModel):
     """The common ground of every section: immutable, and no key that is not known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ObjectivePage(Page):
+class ObjectiveConfig(Config):
     """What every objective has: its share in a weighted list, and how the prompts are combined (METHOD: W)."""
 
     # Whether the student has no class head of its own: it scores its features by the teacher's class vectors.
@@ -36,13 +36,13 @@ class ObjectivePage(Page):
         return 0
 
 
-class CE(ObjectivePage):
+class CE(ObjectiveConfig):
     """Cross-entropy with the teacher's pseudo-labels."""
 
     name: Literal["ce"]
 
 
-class KD(ObjectivePage):
+class KD(ObjectiveConfig):
     """Knowledge distillation: softened teacher probabilities beside the pseudo-labels (Hinton et al., 2015)."""
 
     name: Literal["kd"]
@@ -50,7 +50,7 @@ class KD(ObjectivePage):
     temperature: float = Field(4.0, gt=0)
 
 
-class DKD(ObjectivePage):
+class DKD(ObjectiveConfig):
     """Decoupled knowledge distillation: the label's share and the other classes apart (Zhao et al., 2022)."""
 
     name: Literal["dkd"]
@@ -61,7 +61,7 @@ class DKD(ObjectivePage):
     warmup_epochs: float | None = Field(None, ge=0)
 
 
-class DIST(ObjectivePage):
+class DIST(ObjectiveConfig):
     """Correlation of probabilities, within an image and within a class over the batch (Huang et al., 2022)."""
 
     name: Literal["dist"]
@@ -70,7 +70,7 @@ class DIST(ObjectivePage):
     temperature: float = Field(4.0, gt=0)
 
 
-class RKD(ObjectivePage):
+class RKD(ObjectiveConfig):
     """Relational distillation: distances and angles between the batch's features (Park et al., 2019)."""
 
     name: Literal["rkd"]
@@ -78,7 +78,7 @@ class RKD(ObjectivePage):
     angle_weight: float = Field(50.0, ge=0)
 
 
-class CRD(ObjectivePage):
+class CRD(ObjectiveConfig):
     """Contrastive distillation: an image's teacher features among those of other images (Tian et al., 2020)."""
 
     name: Literal["crd"]
@@ -94,7 +94,7 @@ class CRD(ObjectivePage):
         return 2 * self.width
 
 
-class ND(ObjectivePage):
+class ND(ObjectiveConfig):
     """Norm and direction: features turned towards the teacher's class means, and grown (Wang et al., 2023)."""
 
     name: Literal["nd"]
@@ -108,14 +108,14 @@ class ND(ObjectivePage):
         return self.nd_weight > 0
 
 
-class PLD(ObjectivePage):
+class PLD(ObjectiveConfig):
     """Plackett-Luce distillation: the teacher's whole ranking of the classes (arXiv 2506.12542)."""
 
     name: Literal["pld"]
     temperature: float = Field(4.0, gt=0)
 
 
-class OFA(ObjectivePage):
+class OFA(ObjectiveConfig):
     """One for all: the label's share enhanced, on the logits and on an exit after each stage (Hao et al., 2023)."""
 
     reads_stages = True
@@ -125,7 +125,7 @@ class OFA(ObjectivePage):
     temperature: float = Field(1.0, gt=0)
 
 
-class PromptKD(ObjectivePage):
+class PromptKD(ObjectiveConfig):
     """Both sides score images by the teacher's class vectors; the student has no class head (Li et al., 2024)."""
 
     scores_by_text = True
@@ -134,7 +134,7 @@ class PromptKD(ObjectivePage):
     temperature: float = Field(1.0, gt=0)
 
 
-class CLIPKD(ObjectivePage):
+class CLIPKD(ObjectiveConfig):
     """The teacher's features as they are, and its scores by class vectors (Yang et al., 2024)."""
 
     scores_by_text = True
@@ -143,7 +143,7 @@ class CLIPKD(ObjectivePage):
     kl_weight: float = Field(1.0, ge=0)
 
 
-class DHO(ObjectivePage):
+class DHO(ObjectiveConfig):
     """Dual-head optimisation: one head for a few labels, one for the teacher, and their vote (arXiv 2505.07675)."""
 
     learns_labels = True
@@ -153,7 +153,7 @@ class DHO(ObjectivePage):
     temperature: float = Field(2.0, gt=0)
 
 
-class PRG(ObjectivePage):
+class PRG(ObjectiveConfig):
     """Proxy relational graph: nodes, class proxies and the edges between them (arXiv 2408.12248, reconstructed)."""
 
     name: Literal["prg"]
@@ -175,7 +175,7 @@ AnyObjective = Annotated[
     PRG | KD | CE | DKD | DIST | RKD | CRD | ND | PLD | OFA | PromptKD | CLIPKD | DHO,
     Field(discriminator="name"),
 ]
-OBJECTIVES: dict[str, type[ObjectivePage]] = {
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "prg": PRG,
     "kd": KD,
     "ce": CE,

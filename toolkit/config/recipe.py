@@ -21,7 +21,7 @@ from pydantic import (
 
 from prgkit.config.image_size import Size, sides, size_of
 from prgkit.config.messages import ONE_OR_MANY, explain
-from prgkit.config.objectives import OBJECTIVES, AnyObjective, Page
+from prgkit.config.objectives import OBJECTIVES, AnyObjective, Config
 from prgkit.config.prompts import LEARNED, load_classes, load_templates
 from prgkit.config.yaml_io import parse, read_page, write_page
 from prgkit.errors import RecipeError, nearest
@@ -44,7 +44,7 @@ InputSize = Annotated[
 ]
 
 
-class Keep(Page):
+class Keep(Config):
     """Which images are learned from, by the teacher's confidence: the largest probability in its answer."""
 
     min_confidence: float = Field(0.0, ge=0, lt=1)  # images below it are not learned from
@@ -56,7 +56,7 @@ class Keep(Page):
         return self.weighted or self.min_confidence > 0
 
 
-class LabelFormat(Page):
+class LabelFormat(Config):
     """How labels are to be read, where a table or numbers do not say it for certain themselves."""
 
     image_column: str | None = None  # of a table: its name in the header, or its number, counted from 1
@@ -69,7 +69,7 @@ class LabelFormat(Page):
         return str(column) if type(column) is int else column
 
 
-class Data(Page):
+class Data(Config):
     """Where the images come from, and what may be in them."""
 
     images: str  # a folder, a .zip, shards-{000..041}.tar, torchvision:NAME/split, hf:owner/name/split
@@ -84,7 +84,7 @@ class Data(Page):
     keep: Keep = Keep()
 
 
-class TeacherPage(Page):
+class TeacherConfig(Config):
     """Any open_clip model: a name with its weights, ``hf-hub:owner/name`` or ``local-dir:path``."""
 
     model: str
@@ -103,7 +103,7 @@ class TeacherPage(Page):
         return " ".join(filter(None, (Path(self.model).name, file)))
 
 
-class Views(Page):
+class Views(Config):
     """The random crops and flips that teacher and student both see."""
 
     count: int = Field(8, ge=1, le=255)  # random views of an image; each epoch shows the student the next one
@@ -121,7 +121,7 @@ class Views(Page):
         return scale
 
 
-class TargetsPage(Page):
+class TargetsConfig(Config):
     """How the teacher's answers are put right before anyone learns from them; without a label, without the teacher."""
 
     debias: float = Field(0.0, ge=0, le=1)  # how much of the teacher's own prior is taken off; 0: none
@@ -133,7 +133,7 @@ class TargetsPage(Page):
         return self.debias > 0 or self.entropy is not None
 
 
-class StudentPage(Page):
+class StudentConfig(Config):
     """Any timm model: a name of timm's, ``hf-hub:owner/name``, or ``local-dir:path`` of a folder in the hub's form."""
 
     model: str
@@ -148,7 +148,7 @@ class StudentPage(Page):
         return size_of(size)
 
 
-class Training(Page):
+class Training(Config):
     """How the student is trained."""
 
     epochs: int = Field(100, ge=1)
@@ -168,7 +168,7 @@ class Training(Page):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where the metrics go besides metrics.jsonl
 
 
-class Export(Page):
+class Export(Config):
     """What leaves for the device."""
 
     opset: int = 20  # the oldest ONNX Runtime that runs it: 17 1.12, 18 1.15, 19 1.16, 20 1.17, 21 1.18, 22 1.21
@@ -199,14 +199,14 @@ NOT_LEARNED_FROM: dict[str, Any] = {
 }
 
 
-class Recipe(Page):
+class Recipe(Config):
     """Everything a run depends on."""
 
     data: Data
-    teacher: tuple[TeacherPage, ...]  # the logits of several are averaged
+    teacher: tuple[TeacherConfig, ...]  # the logits of several are averaged
     views: Views = Views()
-    targets: TargetsPage = TargetsPage()
-    student: StudentPage
+    targets: TargetsConfig = TargetsConfig()
+    student: StudentConfig
     objective: tuple[AnyObjective, ...]
     training: Training = Training()
     export: Export = Export()
@@ -217,7 +217,7 @@ class Recipe(Page):
         return tuple(section) if isinstance(section, list) else (section,)
 
     @field_serializer(*ONE_OR_MANY)
-    def _one_as_mapping(self, section: tuple[Page, ...]) -> Any:
+    def _one_as_mapping(self, section: tuple[Config, ...]) -> Any:
         pages = [page.model_dump(mode="json") for page in section]
         return pages[0] if len(pages) == 1 else pages
 
@@ -409,8 +409,8 @@ def validate(raw: Mapping[str, Any], *, where: object) -> Recipe:
         if not isinstance(error, ValidationError):
             raise RecipeError(f"the recipe cannot be read: {error}", where=where) from error
         fields = {name: field.annotation for name, field in Recipe.model_fields.items()}
-        fields["teacher"] = TeacherPage
-        sections = {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Page)}
+        fields["teacher"] = TeacherConfig
+        sections = {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Config)}
         sections.update({"": Recipe, "data.keep": Keep, "data.label_format": LabelFormat})
         listed = {name for name in ONE_OR_MANY if isinstance(raw.get(name), list)}
         mistakes = [explain(mistake, sections, OBJECTIVES, listed=listed) for mistake in error.errors()]

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from prgkit.config.image_size import Size, sides
 from prgkit.config.recipe import Views
-from prgkit.data.index import ENOUGH, Catalogue, Preprocessing, UnreadableImage
+from prgkit.data.decode import UnreadableImage
+from prgkit.data.index import ENOUGH, ImageIndex, Preprocessing
 from prgkit.data.workers import default_workers, work_ahead
 from prgkit.errors import ImagesError
 
@@ -72,11 +73,11 @@ class Batch(NamedTuple):
 Item = tuple[int, Sequence[int]]  # a position in the catalogue, and which views of its image
 
 
-class Rendered:
+class MultiViewDataset:
     """The views of catalogued images as one model wants them."""
 
-    def __init__(self, catalogue: Catalogue, preprocessing: Preprocessing, page: Views) -> None:
-        self.catalogue = catalogue
+    def __init__(self, image_index: ImageIndex, preprocessing: Preprocessing, page: Views) -> None:
+        self.image_index = image_index
         self.preprocessing = preprocessing
         self.page = page
 
@@ -97,22 +98,22 @@ class Rendered:
 
     def render_into(self, into: NDArray[np.uint8], position: int, numbers: Sequence[int]) -> None:
         """Write the views ``numbers`` of one image into [views, S, S, 3]; it is decoded once for all of them."""
-        preprocessing, key = self.preprocessing, self.catalogue.keys[position]
+        preprocessing, key = self.preprocessing, self.image_index.keys[position]
         picture: NDArray[np.uint8] | None = None
         for place, number in enumerate(numbers):
             if number == 0:  # the evaluation view
-                image = self.catalogue.read(position)
+                image = self.image_index.read(position)
                 into[place] = preprocessing.prepare(image)
                 picture = np.asarray(image) if min(image.size) < 2 * ENOUGH else None  # not reduced any further
                 continue
             if picture is None:
-                picture = self.catalogue.read_enough(position)
+                picture = self.image_index.read_enough(position)
             view = seeded_view(key, number, picture.shape[1], picture.shape[0], self.page)
             into[place] = render(picture, view, preprocessing.image_size, preprocessing.interpolation)
 
 
-def load_batches(
-    rendered: Rendered,
+def make_dataloader(
+    rendered: MultiViewDataset,
     batches: Iterable[Sequence[Item]],
     *,
     workers: int | None = None,
@@ -137,7 +138,7 @@ def load_batches(
     except UnreadableImage as error:
         raise ImagesError(
             f"{error.name} could be read before and no longer can: {error.reason}",
-            where=rendered.catalogue.images.spec,
+            where=rendered.image_index.images.spec,
             fix="put it back, or start a new run without it",
         ) from error
 
@@ -149,9 +150,9 @@ def batch_of(items: Sequence[Item], pixels: torch.Tensor) -> Batch:
 
 
 def evaluation_views(
-    catalogue: Catalogue, preprocessing: Preprocessing, positions: NDArray[np.int64], *, workers: int | None
+    image_index: ImageIndex, preprocessing: Preprocessing, positions: NDArray[np.int64], *, workers: int | None
 ) -> Iterator[Batch]:
     """Render the evaluation view of ``positions``, 256 images at a time."""
     parts = (positions[start : start + 256] for start in range(0, len(positions), 256))
     plan = [[(int(position), [0]) for position in part] for part in parts]
-    return load_batches(Rendered(catalogue, preprocessing, Views()), plan, workers=workers)
+    return make_dataloader(MultiViewDataset(image_index, preprocessing, Views()), plan, workers=workers)

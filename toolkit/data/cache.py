@@ -34,7 +34,7 @@ MOST_BYTES = 8 << 30  # no more than this in one store,
 SHARE_OF_DISK = 0.1  # and of what is free when it is opened
 
 
-class Pictures:
+class DecodedImageCache:
     """A store of pictures, opened for reading; `adding` opens it for more."""
 
     def __init__(self, folder: Path) -> None:
@@ -133,7 +133,7 @@ class Pictures:
 class Adder:
     """Collects pictures from any number of threads and appends them in blocks, as long as there is room."""
 
-    def __init__(self, pictures: Pictures, *, room_bytes: int) -> None:
+    def __init__(self, pictures: DecodedImageCache, *, room_bytes: int) -> None:
         self._pictures = pictures
         self._room_bytes = room_bytes
         self._waiting: dict[str, Picture] = {}

@@ -20,7 +20,7 @@ from PIL import Image
 
 from prgkit.config.image_size import Size, sides, size_of
 from prgkit.config.recipe import Recipe
-from prgkit.data.cache import Adder, Pictures
+from prgkit.data.cache import Adder, DecodedImageCache
 from prgkit.data.decode import (
     DEPTHS,
     SIXTEEN_BITS,
@@ -43,23 +43,10 @@ from prgkit.data.labels import Label, class_indices
 from prgkit.data.sources import Source, open_path, read_span, require
 from prgkit.data.workers import default_workers
 from prgkit.errors import ImagesError, some
-from prgkit.progress import Watch, silent
+from prgkit.progress import Progress, silent
 
 if TYPE_CHECKING:
     from prgkit.config.recipe import LabelFormat
-
-__all__ = [
-    "Catalogue",
-    "Images",
-    "Preprocessing",
-    "Unreadable",
-    "UnreadableImage",
-    "catalogue",
-    "labelled",
-    "load_image",
-    "match_labels",
-    "open_images",
-]
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -69,7 +56,7 @@ INTERPOLATIONS = {
 IMAGES_PER_TASK = 32  # small pictures decode faster than a task is handed over
 ENOUGH = 512  # pixels of the shorter side that crops are cut from; it can be up to twice as many
 GREYS_LOOKED_AT = 256  # of a set's deep greys, to find the range they are in
-LOOKED_AT = 32  # of a catalogue, to say before training what is wrong with most
+LOOKED_AT = 32  # images, to say before training what is wrong with most
 NEARLY_BLACK = 15  # of 255: what is left of 12 bits where a format of 16 keeps its upper byte
 LONGEST = 100  # times the shorter side that is resized: 1 pixel by 60,000 would be scaled to 224 by 13 million
 
@@ -88,7 +75,7 @@ def open_images(
     labels: Path | None = None,
     label_format: LabelFormat | None = None,
     note: Callable[[str], None] = silent,
-) -> Images:
+) -> ImageSource:
     """Open a folder, a .zip, tar shards, ``torchvision:NAME/split``, ``hf:owner/name/split`` or ``demo:digits/split``.
 
     ``labels`` is a table such as a CSV of ``file,label`` rows; without it, labels are those the source itself carries.
@@ -102,10 +89,10 @@ def open_images(
     if len(source) == 0:
         raise ImagesError(f"{spec} holds no images", fix="name another split or source")
     table = read_label_table(Path(os.path.expanduser(labels)), spec, source, label_format) if labels else None
-    return Images(spec, source, table, label_format.first_number if label_format is not None else None)
+    return ImageSource(spec, source, table, label_format.first_number if label_format is not None else None)
 
 
-class Images:
+class ImageSource:
     """Numbered images of one source; threads, forks and pickled copies may read at once."""
 
     def __init__(self, spec: str, source: Source, table: LabelTable | None, first_number: int | None = None) -> None:
@@ -123,7 +110,7 @@ class Images:
         """What the source passed over, in words; empty where that is nothing."""
         return str(getattr(self._source, "left_out", ""))
 
-    def with_grey(self, grey: GreyRange | None) -> Images:
+    def with_grey(self, grey: GreyRange | None) -> ImageSource:
         """Return the same images with the values of a deep grey that are black and white in all of them."""
         ranged = copy(self)
         ranged.grey = grey
@@ -211,7 +198,7 @@ class DeepGreys(NamedTuple):
         )
 
 
-def gauge(images: Images, indices: Sequence[int], run: Callable[..., Iterable[Any]] = map) -> DeepGreys | None:
+def gauge(images: ImageSource, indices: Sequence[int], run: Callable[..., Iterable[Any]] = map) -> DeepGreys | None:
     """Find which values of the deep greys at ``indices`` are black and white, from the first that can be read."""
     seen = [values for values in run(images.values, indices[:GREYS_LOOKED_AT]) if values is not None]
     if not seen:
@@ -230,15 +217,15 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class ImageIndex:
     """The readable, distinct images of a source in the order of their keys, so that names and places change nothing."""
 
-    images: Images
+    images: ImageSource
     indices: NDArray[np.int64]  # [readable], into images
     keys: tuple[str, ...]
     unreadable: tuple[Unreadable, ...]
     copies: NDArray[np.int64]  # [duplicates, (position, index into images)] of each exact copy that was dropped
-    pictures: Pictures | None = None  # some of them, decoded already
+    pictures: DecodedImageCache | None = None  # some of them, decoded already
     deep: DeepGreys | None = None  # where their range was found here
 
     def __len__(self) -> int:
@@ -249,7 +236,7 @@ class Catalogue:
         """How many exact copies were dropped."""
         return len(self.copies)
 
-    def part(self, positions: NDArray[np.int64]) -> Catalogue:
+    def part(self, positions: NDArray[np.int64]) -> ImageIndex:
         """Return the images at ascending positions, and their copies."""
         if len(positions) == len(self):
             return self
@@ -274,20 +261,20 @@ class Catalogue:
         return self.pictures.get(self.keys[position]) if self.pictures is not None else None
 
 
-def catalogue(
-    images: Images,
+def index_images(
+    images: ImageSource,
     *,
     workers: int,
-    progress: Callable[[int], None] | None = None,
+    advance: Callable[[int], None] | None = None,
     known: Container[str] = (),
-    pictures: Pictures | None = None,
-) -> Catalogue:
+    pictures: DecodedImageCache | None = None,
+) -> ImageIndex:
     """Read every image once; list what cannot be decoded and drop exact copies.
 
     Args:
         images: what to read.
         workers: how many threads decode.
-        progress: called with how many more are done.
+        advance: called with how many more are done.
         known: keys of images that were decoded before, and need not be decoded again to know that they can be.
         pictures: keeps what is decoded.
 
@@ -305,7 +292,7 @@ def catalogue(
         def wanted(key: str) -> bool:
             return key not in known or (adder is not None and adder.wants(key))
 
-        def take_in(images: Images, indices: Sequence[int]) -> list[tuple[str, int]]:
+        def take_in(images: ImageSource, indices: Sequence[int]) -> list[tuple[str, int]]:
             """Note key or reason of each image; return the digests of those that have to wait, with their indices."""
             waiting: list[tuple[str, int]] = []
             parts = [indices[start : start + IMAGES_PER_TASK] for start in range(0, len(indices), IMAGES_PER_TASK)]
@@ -320,8 +307,8 @@ def catalogue(
                         waiting.append((outcome.digest, index))
                     elif keys.setdefault(outcome, index) != index:
                         copies.append((outcome, index))
-                if progress:
-                    progress(len(outcomes) - (len(waiting) - before))
+                if advance:
+                    advance(len(outcomes) - (len(waiting) - before))
             return waiting
 
         try:
@@ -336,7 +323,7 @@ def catalogue(
         raise none_readable(images, unreadable)
     ordered = sorted(keys)
     positions = {key: position for position, key in enumerate(ordered)}
-    return Catalogue(
+    return ImageIndex(
         images=images,
         indices=np.array([keys[key] for key in ordered], dtype=np.int64),
         keys=tuple(ordered),
@@ -348,7 +335,7 @@ def catalogue(
 
 
 def examine(
-    images: Images, indices: Sequence[int], wanted: Callable[[str], bool], adder: Adder | None
+    images: ImageSource, indices: Sequence[int], wanted: Callable[[str], bool], adder: Adder | None
 ) -> list[str | Unreadable | Ungauged]:
     """Decode one task's images and return nothing but their keys, so that memory holds one picture a worker."""
     outcomes: list[str | Unreadable | Ungauged] = []
@@ -368,23 +355,23 @@ def examine(
     return outcomes
 
 
-def nearly_black(images: Catalogue) -> bool:
+def nearly_black(images: ImageIndex) -> bool:
     """Tell whether half of the images looked at or more are black but for a bright value in a thousand."""
     return half_are(images, lambda pixels: bool(np.percentile(pixels, 99.9) <= NEARLY_BLACK))
 
 
-def plain(images: Catalogue) -> bool:
+def plain(images: ImageIndex) -> bool:
     """Tell whether half of the images looked at or more are of one colour throughout."""
     return half_are(images, lambda pixels: bool((pixels == pixels[:1, :1]).all()))
 
 
-def half_are(images: Catalogue, test: Callable[[NDArray[np.uint8]], bool]) -> bool:
+def half_are(images: ImageIndex, test: Callable[[NDArray[np.uint8]], bool]) -> bool:
     """Tell whether half of some images or more, taken from all over the catalogue, pass a test of their pixels."""
     places = np.unique(np.linspace(0, len(images) - 1, LOOKED_AT).astype(int)).tolist()
     return bool(np.mean([test(images.read_enough(place)) for place in places]) >= 0.5)
 
 
-def none_readable(images: Images, unreadable: Sequence[Unreadable]) -> ImagesError:
+def none_readable(images: ImageSource, unreadable: Sequence[Unreadable]) -> ImagesError:
     """Build the error for images of which none can be read, with the first reasons."""
     reasons = "; ".join(f"{one.name}: {one.reason}" for one in unreadable[:3])
     return ImagesError(
@@ -395,15 +382,15 @@ def none_readable(images: Images, unreadable: Sequence[Unreadable]) -> ImagesErr
 
 
 def labelled(
-    catalogue: Catalogue, class_names: Sequence[str], *, note: Callable[[str], None] = silent
-) -> tuple[Catalogue, NDArray[np.int64]]:
+    image_index: ImageIndex, class_names: Sequence[str], *, note: Callable[[str], None] = silent
+) -> tuple[ImageIndex, NDArray[np.int64]]:
     """Return the images that have one class, and its index [images]; one whose copies are of two is left out, and said.
 
     Raises:
         ImagesError: an image has no label, a label is no class or could be several, or no image is left.
     """
-    images = catalogue.images
-    places = [*enumerate(catalogue.indices.tolist()), *map(tuple, catalogue.copies.tolist())]
+    images = image_index.images
+    places = [*enumerate(image_index.indices.tolist()), *map(tuple, image_index.copies.tolist())]
     labels = images.labels([index for _, index in places], class_names, note=note)
     known = {position for (position, _), label in zip(places, labels, strict=True) if label is not None}
     # A copy without a label takes that of another.
@@ -416,7 +403,7 @@ def labelled(
         first_number=images.first_number,
         note=note,
     )
-    classes: list[dict[int, str]] = [{} for _ in catalogue.keys]  # by image, those of its copies and one that says so
+    classes: list[dict[int, str]] = [{} for _ in image_index.keys]  # by image, those of its copies and one that says so
     for ((position, index), _), label in zip(told, found.tolist(), strict=True):
         classes[position].setdefault(label, f"{images.name(index)} ({class_names[label]})")
     two = [" is also ".join(copies.values()) for copies in classes if len(copies) > 1]
@@ -426,21 +413,23 @@ def labelled(
     if len(two) == len(classes):
         raise ImagesError(f"every image has two labels: {some(two)}", where=images.spec, fix="keep one copy of each")
     kept = np.flatnonzero([len(copies) == 1 for copies in classes])
-    return catalogue.part(kept), np.array([next(iter(classes[position])) for position in kept], dtype=np.int64)
+    return image_index.part(kept), np.array([next(iter(classes[position])) for position in kept], dtype=np.int64)
 
 
 def match_labels(
-    catalogue: Catalogue, class_names: Sequence[str], *, note: Callable[[str], None] = silent
+    image_index: ImageIndex, class_names: Sequence[str], *, note: Callable[[str], None] = silent
 ) -> NDArray[np.int64]:
     """Return the class index of every image in the catalogue [images].
 
     Raises:
         ImagesError: an image has no label or, by its copies, two; or a label is no class or could be several.
     """
-    kept, labels = labelled(catalogue, class_names, note=note)
-    if len(kept) < len(catalogue):
-        what = f"{len(catalogue) - len(kept)} of {len(catalogue)} images have two labels, one by each of their copies"
-        raise ImagesError(what, where=catalogue.images.spec, fix="keep the copy whose label is right")
+    kept, labels = labelled(image_index, class_names, note=note)
+    if len(kept) < len(image_index):
+        what = (
+            f"{len(image_index) - len(kept)} of {len(image_index)} images have two labels, one by each of their copies"
+        )
+        raise ImagesError(what, where=image_index.images.spec, fix="keep the copy whose label is right")
     return labels
 
 
@@ -585,15 +574,15 @@ def content_key(fetched: bytes | Image.Image, grey: GreyRange | None = None) -> 
     return hashlib.blake2b(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes(), digest_size=16).hexdigest()
 
 
-def read_catalogue(
+def read_image_index(
     spec: str,
     recipe: Recipe,
-    watch: Watch,
+    progress: Progress,
     *,
     known: Container[str] = (),
-    pictures: Pictures | None = None,
+    pictures: DecodedImageCache | None = None,
     grey: GreyRange | None = None,
-) -> Catalogue:
+) -> ImageIndex:
     """Read every image of ``spec`` once: which are readable, which are the same, and the content key of each.
 
     An image that is ``known``, since the teacher has seen it, is not decoded; what is decoded is kept in ``pictures``.
@@ -602,10 +591,12 @@ def read_catalogue(
     data = recipe.data
     labels = {data.labelled: data.labelled_labels, data.evaluation: data.evaluation_labels}.get(spec)
     table = Path(labels) if labels else None
-    images = open_images(spec, labels=table, label_format=data.label_format, note=watch.note).with_grey(grey)
-    watch.start("images", len(images), "img")
-    found = catalogue(images, workers=default_workers(), progress=watch.advance, known=known, pictures=pictures)
+    images = open_images(spec, labels=table, label_format=data.label_format, note=progress.note).with_grey(grey)
+    progress.start("images", len(images), "img")
+    found = index_images(images, workers=default_workers(), advance=progress.advance, known=known, pictures=pictures)
     if found.unreadable:
         first = found.unreadable[0]
-        watch.note(f"{len(found.unreadable)} of {len(images)} images are unreadable, e.g. {first.name}: {first.reason}")
+        progress.note(
+            f"{len(found.unreadable)} of {len(images)} images are unreadable, e.g. {first.name}: {first.reason}"
+        )
     return found

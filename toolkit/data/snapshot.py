@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.config.recipe import Recipe
-from prgkit.data.index import Catalogue, Images, as_grey_range, lies_in_files, open_images
+from prgkit.data.index import ImageIndex, ImageSource, as_grey_range, lies_in_files, open_images
 from prgkit.errors import ImagesError, RunError
-from prgkit.progress import Watch
+from prgkit.progress import Progress
 from prgkit.storage.atomic import write_bytes
 from prgkit.storage.run import Run
 
@@ -33,7 +33,7 @@ class Members(NamedTuple):
     dated: NDArray[np.uint64]  # the same of its date as well
 
 
-def keep_members(run: Run, images: Catalogue, labelled: Catalogue | None) -> None:
+def keep_members(run: Run, images: ImageIndex, labelled: ImageIndex | None) -> None:
     """Write into a run that has learned nothing yet what it is going to learn from and be judged on."""
     known = lies_in_files(images.images.spec)
     files, dated = ((images.images.files(dated=each) if known else []) for each in (False, True))
@@ -76,8 +76,8 @@ def members_of(run: Run) -> Members | None:
 
 
 def only_members(
-    found: Catalogue, run: Run, watch: Watch, *, all_needed: bool = False, labelled: bool = False
-) -> Catalogue:
+    found: ImageIndex, run: Run, progress: Progress, *, all_needed: bool = False, labelled: bool = False
+) -> ImageIndex:
     """Return those of the images that a run was made from, and say how many others there are, and how many are gone.
 
     Raises:
@@ -104,16 +104,16 @@ def only_members(
     if others:
         stranger = next(place for place, key in enumerate(found.keys) if key not in keys)
         name = found.images.name(int(found.indices[stranger]))
-        watch.note(
+        progress.note(
             f"{spec} holds {others:,} {what} that this run was not made from, e.g. {name}: it does not learn from them "
             f"and is not judged on them; to learn from all: {anew(run)}"
         )
     if gone:
-        watch.note(f"{gone:,} of the {len(keys):,} {what} that this run was made from are gone from {spec}")
+        progress.note(f"{gone:,} of the {len(keys):,} {what} that this run was made from are gone from {spec}")
     return found.part(np.array(places, dtype=np.int64)) if others else found
 
 
-def tell_changes(run: Run, recipe: Recipe, watch: Watch) -> None:
+def tell_changes(run: Run, recipe: Recipe, progress: Progress) -> None:
     """Say of a finished run whether its images are others now, by their names and sizes.
 
     Of those that have another date than then, up to `MOST_READ` are read: a copied folder has new dates and old images.
@@ -124,7 +124,7 @@ def tell_changes(run: Run, recipe: Recipe, watch: Watch) -> None:
     try:
         images = open_images(spec).with_grey(as_grey_range(run.card["images"]["grey_range"]))
     except ImagesError as error:
-        watch.note(f"the images that it was made from are not there any more: {error.what}")
+        progress.note(f"the images that it was made from are not there any more: {error.what}")
         return
     files = np.array(images.files(), dtype=np.uint64)
     new = np.flatnonzero(~np.isin(files, members.files))
@@ -134,13 +134,13 @@ def tell_changes(run: Run, recipe: Recipe, watch: Watch) -> None:
     changes = [f"{len(new):,} files are new or changed, e.g. {images.name(int(new[0]))}"] if len(new) else []
     changes += [f"{gone:,} that were there are gone or changed"] if gone else []
     if changes:
-        watch.note(
+        progress.note(
             f"{spec} is not what the run was made from any more: {'; '.join(changes)}. It has not learned from what is "
             f"new; to learn from all: {anew(run)}"
         )
 
 
-def is_other(images: Images, index: int, members: Members) -> bool:
+def is_other(images: ImageSource, index: int, members: Members) -> bool:
     """Tell whether an image's content is none that the run was made from."""
     try:
         return images.key(index) not in members.images

@@ -21,12 +21,10 @@ from prgkit.objectives.pld import PLD
 from prgkit.objectives.prg import PRG
 from prgkit.objectives.promptkd import PromptKD
 from prgkit.objectives.rkd import RKD
-from prgkit.outputs import Space, StudentSide, TeacherSide
-
-__all__ = ["Objectives", "Space", "StudentSide", "TeacherSide"]
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
 
 # An objective is made of its page and the space. It says whether it `uses_features`, and gives its terms weighted.
-PARTS: dict[str, Any] = {
+LOSSES: dict[str, Any] = {
     "prg": PRG,
     "kd": KD,
     "ce": CE,
@@ -46,19 +44,19 @@ PARTS: dict[str, Any] = {
 class Objectives(nn.Module):
     """A recipe's objectives, each with its weight; always in float32, whatever the student was run in."""
 
-    def __init__(self, pages: Sequence[objectives.AnyObjective], space: Space) -> None:
+    def __init__(self, pages: Sequence[objectives.AnyObjective], space: LossContext) -> None:
         super().__init__()
         self.weights = [page.weight for page in pages]
-        parts = [PARTS[page.name](page, space) for page in pages]
+        parts = [LOSSES[page.name](page, space) for page in pages]
         self.parts = nn.ModuleList(parts)
         self.uses_features = any(part.uses_features for part in parts)  # else the projector learns nothing
         self.prefixes = [f"{page.name}." if len(pages) > 1 else "" for page in pages]
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return every part's terms, weighted; with several parts a term is named ``prg.node``."""
         maps = tuple(stage.float() for stage in student.stages)
         heads = tuple(head.float() for head in student.heads)
-        student = StudentSide(student.features.float(), student.logits.float(), maps, heads)
+        student = StudentOutput(student.features.float(), student.logits.float(), maps, heads)
         terms: dict[str, Tensor] = {}
         for weight, part, prefix in zip(self.weights, self.parts, self.prefixes, strict=True):
             terms.update({f"{prefix}{name}": weight * term for name, term in part(student, teacher).items()})

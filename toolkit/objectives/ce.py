@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import Space, StudentSide, TeacherSide
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
 
 
 class CE(nn.Module):
@@ -14,9 +14,9 @@ class CE(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: objectives.CE, space: Space) -> None:
+    def __init__(self, page: objectives.CE, space: LossContext) -> None:
         super().__init__()
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss term ``ce``, a scalar."""
         return {"ce": F.cross_entropy(student.logits, teacher.labels)}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
 
 
 class CLIPKD(nn.Module):
@@ -19,12 +19,12 @@ class CLIPKD(nn.Module):
     uses_features = True
     class_vectors: Tensor
 
-    def __init__(self, page: objectives.CLIPKD, space: Space) -> None:
+    def __init__(self, page: objectives.CLIPKD, space: LossContext) -> None:
         super().__init__()
         self.page, self.scale = page, space.logit_scale
         self.register_buffer("class_vectors", space.class_vectors)
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``features`` and ``kl``, each a scalar."""
         said = self.scale * teacher.features @ self.class_vectors.T  # s * I * V^T [B, C]
         copied = F.mse_loss(F.normalize(student.features, dim=1), teacher.features)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import Space, StudentSide, TeacherSide
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
 
 
 class CRD(nn.Module):
@@ -28,7 +28,7 @@ class CRD(nn.Module):
     step: Tensor
     partition: Tensor
 
-    def __init__(self, page: objectives.CRD, space: Space) -> None:
+    def __init__(self, page: objectives.CRD, space: LossContext) -> None:
         super().__init__()
         self.page, self.steps_per_epoch = page, space.steps_per_epoch
         self.student_head = nn.Linear(space.width, page.width)
@@ -40,7 +40,7 @@ class CRD(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("partition", torch.zeros(2))  # Z of both sides, kept from the first step
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce`` and ``crd``, each a scalar."""
         mine = F.normalize(self.student_head(student.features), dim=1)  # [B, width]
         theirs = F.normalize(self.teacher_head(teacher.features), dim=1)  # [B, width]
@@ -78,7 +78,7 @@ class CRD(nn.Module):
         return (F.softplus(-own_odds) + missed).mean()
 
     @torch.no_grad()
-    def remember(self, mine: Tensor, theirs: Tensor, teacher: TeacherSide) -> None:
+    def remember(self, mine: Tensor, theirs: Tensor, teacher: TeacherOutput) -> None:
         """Average the batch into both banks, over all processes."""
         seen = [(teacher.images, teacher.labels, mine, theirs)]
         if several_processes():

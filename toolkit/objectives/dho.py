@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
 
 
 class DHO(nn.Module):
@@ -17,11 +17,11 @@ class DHO(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: objectives.DHO, space: Space) -> None:
+    def __init__(self, page: objectives.DHO, space: LossContext) -> None:
         super().__init__()
         self.page = page
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce`` and ``kl``, each a scalar; ``ce`` is 0 where no image has a label."""
         for_labels, for_teacher = student.heads
         page, truth = self.page, teacher.truth

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from prgkit.config import objectives
 from prgkit.objectives.prg import pearson
-from prgkit.outputs import Space, StudentSide, TeacherSide
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
 
 
 class DIST(nn.Module):
@@ -18,11 +18,11 @@ class DIST(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: objectives.DIST, space: Space) -> None:
+    def __init__(self, page: objectives.DIST, space: LossContext) -> None:
         super().__init__()
         self.page = page
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``inter`` (classes of an image) and ``intra`` (images of a class), scalars."""
         page = self.page
         answer = (student.logits / page.temperature).softmax(dim=1)  # [B, C]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import Space, StudentSide, TeacherSide
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
 
 
 class DKD(nn.Module):
@@ -16,7 +16,7 @@ class DKD(nn.Module):
     uses_features = False
     steps: Tensor
 
-    def __init__(self, page: objectives.DKD, space: Space) -> None:
+    def __init__(self, page: objectives.DKD, space: LossContext) -> None:
         super().__init__()
         self.page = page
         # The paper's 20 epochs are a twelfth of its 240: a short run is more than its warm-up.
@@ -24,7 +24,7 @@ class DKD(nn.Module):
         self.warmup_steps = epochs * space.steps_per_epoch
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # taken so far; saved with the checkpoint
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``tckd`` and ``nckd``, each a scalar."""
         self.steps += 1
         grown = (self.steps / self.warmup_steps).clamp(max=1) if self.warmup_steps else 1.0

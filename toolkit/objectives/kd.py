@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
 
 
 class KD(nn.Module):
@@ -14,11 +14,11 @@ class KD(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: objectives.KD, space: Space) -> None:
+    def __init__(self, page: objectives.KD, space: LossContext) -> None:
         super().__init__()
         self.page = page
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce`` and ``kl``, each a scalar."""
         softened = soft_cross_entropy(student.logits, teacher.logits, self.page.temperature)
         return {

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
 
 
 class ND(nn.Module):
@@ -18,12 +18,12 @@ class ND(nn.Module):
     uses_features = True
     class_means: Tensor
 
-    def __init__(self, page: objectives.ND, space: Space) -> None:
+    def __init__(self, page: objectives.ND, space: LossContext) -> None:
         super().__init__()
         self.page = page
         self.register_buffer("class_means", F.normalize(space.class_means(), dim=1))  # e [C, D]
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``kl`` and ``nd``, each a scalar."""
         page = self.page
         along = (student.features * self.class_means[teacher.labels]).sum(dim=1)  # <f, e_y> [B]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import Space, StudentSide, TeacherSide
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
 
 
 class OFA(nn.Module):
@@ -20,13 +20,13 @@ class OFA(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: objectives.OFA, space: Space) -> None:
+    def __init__(self, page: objectives.OFA, space: LossContext) -> None:
         super().__init__()
         self.page = page
         widths = space.stages()
         self.exits = nn.ModuleList(exit_after(widths[stage:], space.classes) for stage in range(len(widths)))
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``ofa`` and ``exits``, each a scalar."""
         exits = [
             enhanced(leave(maps), teacher, self.page) for leave, maps in zip(self.exits, student.stages, strict=True)
@@ -38,7 +38,7 @@ class OFA(nn.Module):
         }
 
 
-def enhanced(logits: Tensor, teacher: TeacherSide, page: objectives.OFA) -> Tensor:
+def enhanced(logits: Tensor, teacher: TeacherOutput, page: objectives.OFA) -> Tensor:
     """Return the batch mean of -sum over c of [(p_t + 1_y)^gamma - 1_y] * log p_s: logits [B, C] -> scalar."""
     target = (teacher.logits / page.temperature).softmax(dim=1)  # p_t [B, C]
     label = F.one_hot(teacher.labels, target.shape[1])  # 1_y [B, C]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import Space, StudentSide, TeacherSide
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
 
 
 class PLD(nn.Module):
@@ -16,11 +16,11 @@ class PLD(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: objectives.PLD, space: Space) -> None:
+    def __init__(self, page: objectives.PLD, space: LossContext) -> None:
         super().__init__()
         self.page = page
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss term ``pld``, a scalar."""
         ranking = teacher.logits.argsort(dim=1, descending=True, stable=True)  # pi [B, C]
         sure = (teacher.logits / self.page.temperature).softmax(dim=1).gather(1, ranking)  # q [B, C]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
 
 
 class PRG(nn.Module):
@@ -25,7 +25,7 @@ class PRG(nn.Module):
     student_proxies: Tensor
     seen: Tensor
 
-    def __init__(self, page: objectives.PRG, space: Space) -> None:
+    def __init__(self, page: objectives.PRG, space: LossContext) -> None:
         super().__init__()
         self.page = page
         # No gradient reaches a proxy; as buffers they are saved with the checkpoint.
@@ -34,7 +34,7 @@ class PRG(nn.Module):
         self.register_buffer("student_proxies", torch.zeros(shape))  # P^s [C, D+C]
         self.register_buffer("seen", torch.zeros(space.classes, dtype=torch.bool))
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``supervision``, ``node`` and ``edge``, each a scalar."""
         teacher_nodes = nodes(teacher.features, teacher.logits, self.page.block)  # N^t [B, D+C]
         student_nodes = nodes(student.features, student.logits, self.page.block)  # N^s [B, D+C]

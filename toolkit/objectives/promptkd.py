@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import Space, StudentSide, TeacherSide, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
 
 
 class PromptKD(nn.Module):
@@ -17,12 +17,12 @@ class PromptKD(nn.Module):
     uses_features = True
     class_vectors: Tensor
 
-    def __init__(self, page: objectives.PromptKD, space: Space) -> None:
+    def __init__(self, page: objectives.PromptKD, space: LossContext) -> None:
         super().__init__()
         self.page, self.scale = page, space.logit_scale
         self.register_buffer("class_vectors", space.class_vectors)
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss term ``kl``, a scalar."""
         said = self.scale * teacher.features @ self.class_vectors.T  # s * I * V^T [B, C]
         page = self.page

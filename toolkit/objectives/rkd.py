@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import Space, StudentSide, TeacherSide
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
 
 
 class RKD(nn.Module):
@@ -15,11 +15,11 @@ class RKD(nn.Module):
 
     uses_features = True
 
-    def __init__(self, page: objectives.RKD, space: Space) -> None:
+    def __init__(self, page: objectives.RKD, space: LossContext) -> None:
         super().__init__()
         self.page = page
 
-    def forward(self, student: StudentSide, teacher: TeacherSide) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``distance`` and ``angle``, each a scalar; memory grows with B^2 * D."""
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),

@@ -37,7 +37,7 @@ class OpenVocabulary(nn.Module):
         return logits
 
 
-class TwoHeads(nn.Module):
+class DualHead(nn.Module):
     """A second head and how it votes with the first (DHO, arXiv 2505.07675).
 
     The answer is alpha * softmax(first) + (1 - alpha) * softmax(second / beta), as logits: its logarithm.
@@ -60,10 +60,10 @@ class TwoHeads(nn.Module):
         return larger + (1 + (-apart).exp()).log()
 
 
-class Voted(nn.Module):
+class DualHeadModel(nn.Module):
     """A network whose two heads vote."""
 
-    def __init__(self, model: nn.Module, second: TwoHeads) -> None:
+    def __init__(self, model: nn.Module, second: DualHead) -> None:
         super().__init__()
         self.model, self.second = model, second
 

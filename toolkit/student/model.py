@@ -21,13 +21,13 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from prgkit.config.image_size import Size, sides, size_told
-from prgkit.config.recipe import StudentPage
+from prgkit.config.recipe import StudentConfig
 from prgkit.data.index import Preprocessing
 from prgkit.errors import StudentError, nearest, one_line
-from prgkit.outputs import StudentSide
+from prgkit.outputs import StudentOutput
 from prgkit.storage.run import Run
 from prgkit.storage.tensors import load_facts, load_tensors
-from prgkit.student.heads import ClassVectors, OpenVocabulary, TwoHeads, Voted
+from prgkit.student.heads import ClassVectors, DualHead, DualHeadModel, OpenVocabulary
 
 if TYPE_CHECKING:
     from prgkit.data.augment import Batch
@@ -66,10 +66,10 @@ class Student(Normalised):
         self.width = _feature_width(model, preprocessing.image_size)  # D_s, of the pooled features
         self.projector = nn.Linear(self.width, teacher_width)
         self.scorer: ClassVectors | None = None
-        self.second: TwoHeads | None = None
+        self.second: DualHead | None = None
         self.shows_stages = False
 
-    def forward(self, pixels: Tensor) -> StudentSide:
+    def forward(self, pixels: Tensor) -> StudentOutput:
         """Return F = g(h(x)) [B, D] and L = head(h(x)) [B, C] for uint8 pixels [B, S, S, 3]."""
         images, stages = self.images(pixels).contiguous(memory_format=torch.channels_last), []
         if self.shows_stages:
@@ -79,12 +79,12 @@ class Student(Normalised):
         pooled = self.model.forward_head(maps, pre_logits=True)  # type: ignore[operator]
         features = self.projector(pooled)
         if self.scorer is not None:
-            return StudentSide(features, self.scorer(features), tuple(stages))
+            return StudentOutput(features, self.scorer(features), tuple(stages))
         logits = self.model.get_classifier()(pooled)  # type: ignore[operator]
         if self.second is None:
-            return StudentSide(features, logits, tuple(stages))
+            return StudentOutput(features, logits, tuple(stages))
         heads = (logits, self.second.head(pooled))
-        return StudentSide(features, self.second.vote(*heads), tuple(stages), heads)
+        return StudentOutput(features, self.second.vote(*heads), tuple(stages), heads)
 
     def score_by(self, class_vectors: Tensor, logit_scale: float) -> None:
         """Take the teacher's class vectors [C, D] for a head; the timm model's own learns nothing from here on."""
@@ -93,7 +93,7 @@ class Student(Normalised):
 
     def grow_second_head(self) -> None:
         """Add a head that learns from the teacher, beside the timm model's own, which learns from labels."""
-        self.second = TwoHeads(self.width, int(self.model.num_classes))  # type: ignore[arg-type]
+        self.second = DualHead(self.width, int(self.model.num_classes))  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def stage_widths(self) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ class Student(Normalised):
             ) from error
         return tuple(one.shape[1] for one in maps)
 
-    def facts(self, page: StudentPage) -> dict[str, Any]:
+    def facts(self, page: StudentConfig) -> dict[str, Any]:
         """Return what a run's card says of its student; parameters are counted as they are deployed."""
         network = self.deployed().model
         if isinstance(network, OpenVocabulary):
@@ -131,7 +131,7 @@ class Student(Normalised):
         if self.scorer is not None:
             network = OpenVocabulary(self.model, self.projector, self.scorer)
         elif self.second is not None:
-            network = Voted(self.model, self.second)
+            network = DualHeadModel(self.model, self.second)
         return Deployed(copy.deepcopy(network), self.preprocessing).eval()
 
 
@@ -148,7 +148,7 @@ class Deployed(Normalised):
         return logits
 
 
-def build_student(page: StudentPage, *, classes: int, teacher_width: int) -> Student:
+def build_student(page: StudentConfig, *, classes: int, teacher_width: int) -> Student:
     """Build the timm model with a fresh head for ``classes``, and the projector to ``teacher_width``.
 
     Raises:
@@ -167,7 +167,7 @@ def build_student(page: StudentPage, *, classes: int, teacher_width: int) -> Stu
     return student.to(memory_format=torch.channels_last)
 
 
-def student_preprocessing(page: StudentPage) -> Preprocessing:
+def student_preprocessing(page: StudentConfig) -> Preprocessing:
     """Return how images reach the student: timm's mean, std and interpolation; its crop where it was pretrained."""
     config = timm_config(page.model)
     crop = page.crop or (1.0 if page.initial == "random" else config["crop_pct"])
@@ -284,7 +284,7 @@ def reparameterised(model: nn.Module) -> nn.Module:
     return reparameterize_model(copy.deepcopy(model).eval(), inplace=True)  # type: ignore[no-any-return]
 
 
-def _create(page: StudentPage, classes: int) -> nn.Module:
+def _create(page: StudentConfig, classes: int) -> nn.Module:
     options: dict[str, Any] = {"num_classes": classes}
     if timm_config(page.model).get("architecture", page.model).startswith("repvit"):
         options["distillation"] = False  # one head: the second one is of no use without a CNN teacher
@@ -329,7 +329,7 @@ def _require_equal(model: nn.Module, again: nn.Module, heads: tuple[str, ...]) -
         raise ValueError(f"{len(strangers)} weights are not in the file, e.g. {strangers[0]}")
 
 
-def _start_from(model: nn.Module, page: StudentPage) -> None:
+def _start_from(model: nn.Module, page: StudentConfig) -> None:
     """Load every weight but the head's from a file of the same timm model."""
     path, heads = Path(os.path.expanduser(page.initial)), _heads(page.model)
     _require_weights(path, page.initial)

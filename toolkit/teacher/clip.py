@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prgkit import demo
 from prgkit.config.image_size import sides, size_of
-from prgkit.config.recipe import TeacherPage
+from prgkit.config.recipe import TeacherConfig
 from prgkit.data.index import Preprocessing
 from prgkit.errors import TeacherError, nearest, one_line, some
 from prgkit.progress import silent
@@ -53,7 +53,7 @@ class Sentences:
 class Teacher:
     """A frozen open_clip model, CLIP or SigLIP."""
 
-    def __init__(self, model: Any, tokenizer: Any, device: torch.device, page: TeacherPage) -> None:
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device, page: TeacherConfig) -> None:
         import open_clip
 
         self.model = model.to(device).eval().requires_grad_(False)
@@ -216,7 +216,7 @@ class Teacher:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast_to_bf16)
 
 
-def load_teacher(page: TeacherPage, device: torch.device) -> Teacher:
+def load_teacher(page: TeacherConfig, device: torch.device) -> Teacher:
     """Load an open_clip model with its weights and its tokenizer.
 
     Raises:
@@ -246,7 +246,7 @@ def load_teacher(page: TeacherPage, device: torch.device) -> Teacher:
     return Teacher(model, tokenizer, device, page)
 
 
-def check_teacher(page: TeacherPage, *, note: Callable[[str], None] = silent) -> None:
+def check_teacher(page: TeacherConfig, *, note: Callable[[str], None] = silent) -> None:
     """Refuse a name, a tag or a folder that no teacher can be loaded from, without loading it.
 
     ``note`` is told where other files in a folder may be its weights as well.
@@ -279,7 +279,7 @@ def _in_short(text: str) -> str:
     return repr(text if len(text) <= 70 else f"{text[:40]} ... {text[-25:]}")
 
 
-def teacher_identity(page: TeacherPage) -> dict[str, Any]:
+def teacher_identity(page: TeacherConfig) -> dict[str, Any]:
     """Return what decides the teacher's features, without loading it: names, and the content of local files."""
     identity: dict[str, Any] = {"precision": page.precision, "batch_size": page.batch_size}
     folder = _local_folder(page.model)
@@ -467,7 +467,7 @@ def _trained_with_quick_gelu(model: str, weights: str | None) -> bool:
     return ":" not in model and bool(open_clip.get_pretrained_cfg(model, weights or "").get("quick_gelu"))
 
 
-def _load_error(page: TeacherPage, folder: Path | None, error: Exception) -> TeacherError:
+def _load_error(page: TeacherConfig, folder: Path | None, error: Exception) -> TeacherError:
     """Say which file could not be had, from where, and how to point at a local copy."""
     import open_clip
 

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from prgkit.config.recipe import Recipe
 from prgkit.errors import TargetsError
-from prgkit.progress import SILENT, Watch
+from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import fingerprint
 from prgkit.teacher.clip import teacher_identity
-from prgkit.teacher.feature_store import Load, Targets, existing_store, open_store
+from prgkit.teacher.feature_store import FeatureStore, Load, existing_store, open_store
 from prgkit.teacher.prompt_context import load_context
-from prgkit.teacher.zero_shot import Answers, no_correction
+from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 
-class JointTargets:
+class TeacherEnsemble:
     """The stores of K teachers, read as the store of one; each is its own teacher's, and other runs share it.
 
     With w_k = sqrt(s_k / sum_j s_j), I = [w_1 I_1, ..., w_K I_K] and T alike are unit vectors of sum_k D_k numbers,
@@ -33,7 +33,7 @@ class JointTargets:
         TargetsError: two of the teachers are the same.
     """
 
-    def __init__(self, stores: Sequence[Targets]) -> None:
+    def __init__(self, stores: Sequence[FeatureStore]) -> None:
         if len({_weights_of(store) for store in stores}) < len(stores):
             names = ", ".join(store.page.model for store in stores)
             raise TargetsError(
@@ -61,14 +61,18 @@ class JointTargets:
         """Return the unit features I [n, D] float32 of ``rows`` [n, K] under ``views`` [n]."""
         return self._joined([store.features(mine, views) for store, mine in zip(self.stores, rows.T, strict=True)])
 
-    def prompts(self, classes: Sequence[str], templates: Sequence[str], teacher: Load, watch: Watch = SILENT) -> Tensor:
+    def prompts(
+        self, classes: Sequence[str], templates: Sequence[str], teacher: Load, progress: Progress = NULL_PROGRESS
+    ) -> Tensor:
         """Return T [M, C, D] float32; each teacher embeds a set of classes and templates once."""
-        return self._joined([store.prompts(classes, templates, teacher, watch) for store in self.stores])
+        return self._joined([store.prompts(classes, templates, teacher, progress) for store in self.stores])
 
-    def alone(self, answers: Answers) -> list[Answers]:
+    def alone(self, answers: ZeroShotClassifier) -> list[ZeroShotClassifier]:
         """Return what each teacher says by itself to its part of the features, as `split` gives it."""
-        scale, untouched = len(self.stores) * answers.logit_scale, no_correction(answers.prompts.shape[1])
-        return [Answers(mine, scale, answers.prompt_weighting, untouched) for mine in self.split(answers.prompts)]
+        scale, untouched = len(self.stores) * answers.logit_scale, no_adjustment(answers.prompts.shape[1])
+        return [
+            ZeroShotClassifier(mine, scale, answers.prompt_weighting, untouched) for mine in self.split(answers.prompts)
+        ]
 
     def split(self, vectors: Tensor) -> list[Tensor]:
         """Return each teacher's part of joint vectors [..., D]: w_k times its own [..., D_k]."""
@@ -103,10 +107,10 @@ def teacher_fingerprint(recipe: Recipe) -> str:
     return each[0] if len(each) == 1 else fingerprint(each)
 
 
-AnyTargets: TypeAlias = Targets | JointTargets
+TeacherFeatures: TypeAlias = FeatureStore | TeacherEnsemble
 
 
-def open_targets(recipe: Recipe, root: Path, teacher: Load) -> AnyTargets:
+def open_targets(recipe: Recipe, root: Path, teacher: Load) -> TeacherFeatures:
     """Open the stores of the recipe's teachers and views, creating those that are new.
 
     Raises:
@@ -115,7 +119,7 @@ def open_targets(recipe: Recipe, root: Path, teacher: Load) -> AnyTargets:
     return _as_one([open_store(page, recipe.views, root, teacher) for page in recipe.teacher])
 
 
-def existing_targets(recipe: Recipe, root: Path) -> AnyTargets | None:
+def existing_targets(recipe: Recipe, root: Path) -> TeacherFeatures | None:
     """Open the stores of the recipe's teachers and views where all of them are there.
 
     Raises:
@@ -126,11 +130,11 @@ def existing_targets(recipe: Recipe, root: Path) -> AnyTargets | None:
     return _as_one(stores) if len(stores) == len(found) else None
 
 
-def _weights_of(store: Targets) -> str:
+def _weights_of(store: FeatureStore) -> str:
     """Return what tells teachers apart: not how they compute."""
     made_from = store.card["teacher"]
     return fingerprint({key: made_from[key] for key in made_from.keys() - {"precision", "batch_size"}})
 
 
-def _as_one(stores: Sequence[Targets]) -> AnyTargets:
-    return stores[0] if len(stores) == 1 else JointTargets(stores)
+def _as_one(stores: Sequence[FeatureStore]) -> TeacherFeatures:
+    return stores[0] if len(stores) == 1 else TeacherEnsemble(stores)

@@ -26,11 +26,11 @@ import torch
 from numpy.typing import NDArray
 
 from prgkit.config.prompts import fill
-from prgkit.config.recipe import Recipe, TeacherPage, Views
-from prgkit.data.augment import Rendered, load_batches
-from prgkit.data.index import Catalogue, Preprocessing
+from prgkit.config.recipe import Recipe, TeacherConfig, Views
+from prgkit.data.augment import MultiViewDataset, make_dataloader
+from prgkit.data.index import ImageIndex, Preprocessing
 from prgkit.errors import TargetsError
-from prgkit.progress import SILENT, Watch
+from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import (
     fingerprint,
     flush,
@@ -51,14 +51,14 @@ from prgkit.teacher.prompt_context import load_context
 BLOCK_IMAGES = 256  # what a kill can lose at most
 LOST_CARD = "delete it, and the same command writes it again; what the teacher has seen is kept"
 NOTHING: dict[str, Any] = {"row": 0, "keys": [], "digests": []}
-Load = Callable[[TeacherPage], Teacher]
+Load = Callable[[TeacherConfig], Teacher]
 UNKNOWN = ""  # stands for the images of a journal line that cannot be read
 
 
-class Targets:
+class FeatureStore:
     """A store of a teacher's features, opened for reading and appending."""
 
-    def __init__(self, folder: Path, page: TeacherPage) -> None:
+    def __init__(self, folder: Path, page: TeacherConfig) -> None:
         self.folder = folder
         self.page = page
         self.context = load_context(page)
@@ -94,8 +94,8 @@ class Targets:
         self._broken = [(place, keys) for place, keys in self._broken if UNKNOWN not in keys]
 
     @property
-    def stores(self) -> tuple[Targets, ...]:
-        """The one store that this is; `JointTargets` are several."""
+    def stores(self) -> tuple[FeatureStore, ...]:
+        """The one store that this is; `TeacherEnsemble` are several."""
         return (self,)
 
     @property
@@ -151,7 +151,7 @@ class Targets:
         self._note(self._end, keys, len(features))
 
     def prompts(
-        self, classes: Sequence[str], templates: Sequence[str], teacher: Load, watch: Watch = SILENT
+        self, classes: Sequence[str], templates: Sequence[str], teacher: Load, progress: Progress = NULL_PROGRESS
     ) -> torch.Tensor:
         """Return T [M, C, D] float32; a set of classes and templates is embedded once, by ``teacher(page)``.
 
@@ -165,7 +165,7 @@ class Targets:
         stem = f"prompts-{fingerprint([texts, context.digest] if context else texts)}"
         proofs = self.folder / f"{stem}.txt"  # what is to be said of the names each time, where there is anything
         if proofs.exists():
-            watch.note(read_text(proofs))
+            progress.note(read_text(proofs))
         for path in self.folder.glob(f"{stem}.*.npy"):
             if _is_whole(path):
                 loaded: NDArray[np.float32] = np.load(path)
@@ -174,7 +174,7 @@ class Targets:
         reader = teacher(self.page)
         if (told := reader.proofread(texts, classes)) and not proofs.exists():
             write_text(proofs, told)
-            watch.note(told)
+            progress.note(told)
         embedded = (context.read(reader, texts) if context else reader.embed_prompts(texts)).cpu().numpy()
         buffer = io.BytesIO()
         np.save(buffer, embedded, allow_pickle=False)
@@ -239,7 +239,7 @@ class Targets:
         self._end = max(self._end, row + len(keys))
 
 
-def open_store(page: TeacherPage, views: Views, root: Path, teacher: Load) -> Targets:
+def open_store(page: TeacherConfig, views: Views, root: Path, teacher: Load) -> FeatureStore:
     """Open the store of a teacher and views, creating it when it is new.
 
     Raises:
@@ -261,10 +261,10 @@ def open_store(page: TeacherPage, views: Views, root: Path, teacher: Load) -> Ta
             "preprocessing": seeing.preprocessing.to_dict(),
         },
     )
-    return Targets(folder, page)
+    return FeatureStore(folder, page)
 
 
-def existing_store(page: TeacherPage, views: Views, root: Path) -> Targets | None:
+def existing_store(page: TeacherConfig, views: Views, root: Path) -> FeatureStore | None:
     """Open the store of a teacher and views where there is one.
 
     Raises:
@@ -274,7 +274,7 @@ def existing_store(page: TeacherPage, views: Views, root: Path) -> Targets | Non
     folder = root / fingerprint(made_from)
     if not (folder / "card.json").exists():
         return None
-    targets = Targets(folder, page)
+    targets = FeatureStore(folder, page)
     if any(targets.card.get(key) != value for key, value in made_from.items()):
         raise TargetsError(
             "the target store was made from something else than its name says", where=folder, fix="delete it"
@@ -282,7 +282,7 @@ def existing_store(page: TeacherPage, views: Views, root: Path) -> Targets | Non
     return targets
 
 
-def origin_of(page: TeacherPage, views: Views) -> dict[str, Any]:
+def origin_of(page: TeacherConfig, views: Views) -> dict[str, Any]:
     """Return what decides a store's features, and so its name."""
     return {
         "schema": "prgkit.targets/2",
@@ -292,22 +292,22 @@ def origin_of(page: TeacherPage, views: Views) -> dict[str, Any]:
 
 
 def embed(
-    targets: Targets,
-    catalogue: Catalogue,
+    targets: FeatureStore,
+    image_index: ImageIndex,
     *,
     views: NDArray[np.int64],
     recipe: Recipe,
     teacher: Load,
-    watch: Watch,
+    progress: Progress,
 ) -> None:
-    """Let the teacher see each image of ``catalogue`` in its first ``views`` [images] views, where it has not yet.
+    """Let the teacher see each image of ``image_index`` in its first ``views`` [images] views, where it has not yet.
 
     Raises:
         DiskFullError: before the work, or at a block; what is journalled stays.
     """
 
     def missing_now() -> NDArray[np.int64]:
-        stored = np.array([targets.stored_views(key) for key in catalogue.keys])
+        stored = np.array([targets.stored_views(key) for key in image_index.keys])
         return np.flatnonzero(stored < views)
 
     missing = missing_now()
@@ -316,31 +316,31 @@ def embed(
     require_space(targets.folder, int(views[missing].sum()) * targets.width * 2, "the target store")
     # Two processes that want the same store mostly want the same images seen: the second goes on with what the first
     # one stored, so waiting loses nothing, and being refused would only be tried again.
-    with locked(targets.folder, "target store", wait=watch.note):
+    with locked(targets.folder, "target store", wait=progress.note):
         targets.refresh()  # another process may have appended before the lock was ours
         targets.mend()
         missing = missing_now()
-        watch.start("teacher", len(missing), "img")
+        progress.start("teacher", len(missing), "img")
         for count in np.unique(views[missing]):
             chosen = missing[views[missing] == count]
-            _embed_views(targets, teacher(targets.page), catalogue, chosen, int(count), recipe, watch)
+            _embed_views(targets, teacher(targets.page), image_index, chosen, int(count), recipe, progress)
 
 
 def _embed_views(
-    targets: Targets,
+    targets: FeatureStore,
     teacher: Teacher,
-    catalogue: Catalogue,
+    image_index: ImageIndex,
     positions: NDArray[np.int64],
     views: int,
     recipe: Recipe,
-    watch: Watch,
+    progress: Progress,
 ) -> None:
     """Embed and store the first ``views`` views of ``positions``; each image is decoded once for all of them.
 
     Batches are full, whatever the number of views. A block ends where a batch does, so that a pass that was killed
     fills its batches as one that was not.
     """
-    rendered, size = Rendered(catalogue, teacher.preprocessing, recipe.views), teacher.batch_size
+    rendered, size = MultiViewDataset(image_index, teacher.preprocessing, recipe.views), teacher.batch_size
     even = size // math.gcd(size, views)  # images whose views fill batches to the last place
     step = max(number for number in range(1, max(1, size // views) + 1) if even % number == 0)
     chunks = [positions[start : start + step] for start in range(0, len(positions), step)]
@@ -348,14 +348,14 @@ def _embed_views(
     keys: list[str] = []
     seen: list[torch.Tensor] = []
     waiting = torch.empty(0, *teacher.shape, dtype=torch.uint8)  # [views, S, S, 3]
-    for number, batch in enumerate(load_batches(rendered, plan, workers=recipe.training.workers), start=1):
+    for number, batch in enumerate(make_dataloader(rendered, plan, workers=recipe.training.workers), start=1):
         last = number == len(plan)
-        keys += [catalogue.keys[position] for position in batch.positions]
+        keys += [image_index.keys[position] for position in batch.positions]
         waiting = torch.cat([waiting, batch.pixels.flatten(0, 1)])
         while len(waiting) >= size or (last and len(waiting)):
             seen.append(_embed_full(teacher, waiting[:size]).half())
             waiting = waiting[size:]
-        watch.advance(len(batch.positions))
+        progress.advance(len(batch.positions))
         if last or (len(keys) >= BLOCK_IMAGES and not len(waiting)):
             block = torch.cat(seen).view(-1, views, targets.width).transpose(0, 1)  # [views, images, D]
             targets.append(keys, block.numpy())
@@ -369,7 +369,7 @@ def _embed_full(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _is_block(block: dict[str, Any]) -> bool:
-    """Tell whether a journal line is one that `Targets.append` wrote, as far as its form can tell."""
+    """Tell whether a journal line is one that `FeatureStore.append` wrote, as far as its form can tell."""
     row, keys, digests = (block.get(key) for key in ("row", "keys", "digests"))
     if not isinstance(row, int) or row < 0 or not isinstance(keys, list) or not isinstance(digests, list):
         return False

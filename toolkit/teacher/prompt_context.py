@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from prgkit.config.recipe import TeacherPage
+from prgkit.config.recipe import TeacherConfig
 from prgkit.errors import TeacherError
 from prgkit.storage.tensors import digest_of, load_tensors, save_tensors
 from prgkit.teacher.clip import Teacher, teacher_identity
@@ -20,7 +20,7 @@ SCHEMA = "prgkit.context/1"
 
 
 @dataclass(frozen=True)
-class Context:
+class PromptContext:
     """What stands in for the words of a template (CoOp, Zhou et al., 2022)."""
 
     vectors: Tensor  # [tokens, token width] float32
@@ -41,13 +41,13 @@ class Context:
         return teacher.embed_with_context(prompts, self.words, self.vectors)
 
 
-def save_context(path: Path, context: Context, page: TeacherPage, facts: dict[str, Any]) -> None:
+def save_context(path: Path, context: PromptContext, page: TeacherConfig, facts: dict[str, Any]) -> None:
     """Write a context of the teacher ``page``, and how it was learned, as one safetensors file, atomically."""
     origin = {"schema": SCHEMA, "teacher": _weights_of(page), "teacher_name": page.name, "words": context.words}
     save_tensors(path, {"vectors": context.vectors}, {**origin, **facts})
 
 
-def load_context(page: TeacherPage) -> Context | None:
+def load_context(page: TeacherConfig) -> PromptContext | None:
     """Read the context that a recipe gives its teacher, or return None where it gives none.
 
     Raises:
@@ -61,7 +61,7 @@ def load_context(page: TeacherPage) -> Context | None:
         tensors, facts = load_tensors(path)
         if facts.get("schema") != SCHEMA:
             raise ValueError("it is none by its header")
-        context = Context(tensors["vectors"], str(facts["words"]))
+        context = PromptContext(tensors["vectors"], str(facts["words"]))
     except FileNotFoundError as error:
         raise TeacherError(f"there is no learned context {page.context}", where="teacher.context", fix=again) from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -78,7 +78,7 @@ def load_context(page: TeacherPage) -> Context | None:
     return context
 
 
-def _weights_of(page: TeacherPage) -> dict[str, Any]:
+def _weights_of(page: TeacherConfig) -> dict[str, Any]:
     """Return what a context depends on of its teacher; how images are batched is no part of it."""
     identity = teacher_identity(page)
     return {key: value for key, value in identity.items() if key not in ("precision", "batch_size")}

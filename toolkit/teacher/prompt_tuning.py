@@ -21,17 +21,17 @@ from torch.nn import functional as F
 
 from prgkit import __version__
 from prgkit.config.prompts import fill
-from prgkit.config.recipe import Recipe, TeacherPage
+from prgkit.config.recipe import Recipe, TeacherConfig
 from prgkit.data.decode import GreyRange
-from prgkit.data.index import Catalogue, catalogue, labelled, open_images, read_catalogue
+from prgkit.data.index import ImageIndex, index_images, labelled, open_images, read_image_index
 from prgkit.data.workers import default_workers
 from prgkit.device import best_device
 from prgkit.errors import ImagesError, RecipeError, some
-from prgkit.progress import Watch
+from prgkit.progress import Progress
 from prgkit.teacher.clip import Teacher, check_teacher, load_teacher
-from prgkit.teacher.feature_store import Targets, embed, open_store
-from prgkit.teacher.prompt_context import Context, save_context
-from prgkit.teacher.zero_shot import Answers, no_correction
+from prgkit.teacher.feature_store import FeatureStore, embed, open_store
+from prgkit.teacher.prompt_context import PromptContext, save_context
+from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 WORDS = "a photo of a"  # what a context starts as, and how many tokens it has
 EPOCHS = 20
@@ -44,7 +44,7 @@ HELD_OUT = 4  # one shot in so many picks the epoch
 class Shots:
     """The labelled images that are used: their features are in a target store."""
 
-    targets: Targets
+    targets: FeatureStore
     rows: NDArray[np.int64]  # [images], -1 for an image that is not used
     labels: NDArray[np.int64]  # [images], among the classes that have any
     views: int  # stored of each learned image, the evaluation view among them
@@ -63,7 +63,7 @@ class Shots:
         return self.batch(positions, np.zeros(len(positions), dtype=np.int64), device)
 
 
-def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, watch: Watch) -> dict[str, Any]:
+def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, progress: Progress) -> dict[str, Any]:
     """Learn a context on up to ``shots`` labelled images of each class, write it to ``path``, and say what it is worth.
 
     Raises:
@@ -72,30 +72,30 @@ def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, watch: 
     """
     page = only_teacher(recipe)
     recipe = recipe.model_copy(update={"teacher": (page,)})
-    check_teacher(page, note=watch.note)
+    check_teacher(page, note=progress.note)
 
     @cache
-    def teacher(page: TeacherPage) -> Teacher:
-        watch.note(f"loading the teacher {page.model}")
+    def teacher(page: TeacherConfig) -> Teacher:
+        progress.note(f"loading the teacher {page.model}")
         return load_teacher(page, best_device())
 
     targets = open_store(page, recipe.views, targets_root, teacher)
-    images = read_catalogue(recipe.data.labelled or "", recipe, watch, known=targets)
-    images, labels = labelled(images, recipe.classes, note=watch.note)
+    images = read_image_index(recipe.data.labelled or "", recipe, progress, known=targets)
+    images, labels = labelled(images, recipe.classes, note=progress.note)
     chosen = draw(images, labels, shots, barred=evaluation_keys(recipe, images.images.grey), seed=recipe.training.seed)
-    named = tell_counts(chosen, labels, recipe.classes, shots, watch)
+    named = tell_counts(chosen, labels, recipe.classes, shots, progress)
     held_out = np.concatenate([of_class[len(of_class) - len(of_class) // HELD_OUT :] for of_class in chosen])
     learned = np.setdiff1d(np.concatenate(chosen), held_out)
     views = np.zeros(len(images), dtype=np.int64)
     views[learned], views[held_out] = 1 + recipe.views.count, 1
-    embed(targets, images, views=views, recipe=recipe, teacher=teacher, watch=watch)
+    embed(targets, images, views=views, recipe=recipe, teacher=teacher, progress=progress)
 
     rows = np.where(views > 0, targets.rows(images.keys, views=1), -1)
     used = Shots(targets, rows, np.searchsorted(named, labels), 1 + recipe.views.count, learned, held_out)
-    prompts = targets.prompts(recipe.classes, recipe.templates, teacher, watch)[:, named]
-    plain = Answers(prompts, targets.logit_scale, recipe.prompt_weighting, no_correction(len(named)))
+    prompts = targets.prompts(recipe.classes, recipe.templates, teacher, progress)[:, named]
+    plain = ZeroShotClassifier(prompts, targets.logit_scale, recipe.prompt_weighting, no_adjustment(len(named)))
     names = [recipe.classes[label] for label in named]
-    context, found = learn(teacher(page), names, used, seed=recipe.training.seed, watch=watch)
+    context, found = learn(teacher(page), names, used, seed=recipe.training.seed, progress=progress)
     facts = {
         "prgkit": __version__,
         "labelled": images.images.spec,
@@ -111,7 +111,7 @@ def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, watch: 
     return {"context": str(path), **facts}
 
 
-def only_teacher(recipe: Recipe) -> TeacherPage:
+def only_teacher(recipe: Recipe) -> TeacherConfig:
     """Return the recipe's one teacher as it is without a context, or say what the recipe has to name."""
     if recipe.data.labelled is None:
         raise RecipeError(
@@ -138,11 +138,11 @@ def evaluation_keys(recipe: Recipe, grey: GreyRange | None) -> frozenset[str]:
             return True
 
     images = open_images(recipe.data.evaluation).with_grey(grey)
-    return frozenset(catalogue(images, workers=default_workers(), known=Anything()).keys)  # none is decoded
+    return frozenset(index_images(images, workers=default_workers(), known=Anything()).keys)  # none is decoded
 
 
 def draw(
-    images: Catalogue, labels: NDArray[np.int64], shots: int, *, barred: frozenset[str], seed: int
+    images: ImageIndex, labels: NDArray[np.int64], shots: int, *, barred: frozenset[str], seed: int
 ) -> list[NDArray[np.int64]]:
     """Return the positions of up to ``shots`` images of each class that has any, by content and seed alone.
 
@@ -167,20 +167,26 @@ def draw(
 
 
 def tell_counts(
-    chosen: Sequence[NDArray[np.int64]], labels: NDArray[np.int64], classes: Sequence[str], shots: int, watch: Watch
+    chosen: Sequence[NDArray[np.int64]],
+    labels: NDArray[np.int64],
+    classes: Sequence[str],
+    shots: int,
+    progress: Progress,
 ) -> NDArray[np.int64]:
     """Say which classes have fewer images than asked for, or none, and return those that have any, in label order."""
     counts = {int(labels[of_class[0]]): len(of_class) for of_class in chosen}
     if few := [f"{classes[label]} ({count})" for label, count in counts.items() if count < shots]:
-        watch.note(f"{len(few)} of {len(classes)} classes have fewer than {shots} labelled images: {some(few)}")
+        progress.note(f"{len(few)} of {len(classes)} classes have fewer than {shots} labelled images: {some(few)}")
     if none := [name for label, name in enumerate(classes) if label not in counts]:
-        watch.note(f"{len(none)} of {len(classes)} classes have none; the others' context is theirs too: {some(none)}")
+        progress.note(
+            f"{len(none)} of {len(classes)} classes have none; the others' context is theirs too: {some(none)}"
+        )
     return np.array(list(counts))
 
 
 def learn(
-    teacher: Teacher, names: Sequence[str], shots: Shots, *, seed: int, watch: Watch
-) -> tuple[Context, dict[str, Any]]:
+    teacher: Teacher, names: Sequence[str], shots: Shots, *, seed: int, progress: Progress
+) -> tuple[PromptContext, dict[str, Any]]:
     """Train the context, and return that of the epoch with the least loss on the held-out shots, and what it reaches.
 
     Without held-out shots that is the last epoch. Epoch 0 is the words as they are.
@@ -199,7 +205,7 @@ def learn(
             return worth(scale * features @ teacher.embed_sentences(sentences, vectors).T, labels)
 
     best, kept, reached = 0, vectors.detach().clone(), judge(shots.held_out)
-    watch.start("context", EPOCHS * steps, "step")
+    progress.start("context", EPOCHS * steps, "step")
     for epoch in range(1, EPOCHS + 1):
         for batch in np.array_split(generator.permutation(shots.learned), steps):
             features, labels = shots.batch(batch, generator.integers(shots.views, size=len(batch)), device)
@@ -208,16 +214,16 @@ def learn(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-            watch.advance(1, f"loss {loss.item():.3f}")
+            progress.advance(1, f"loss {loss.item():.3f}")
         now = judge(shots.held_out)
         if now is None or reached is None or now["loss"] < reached["loss"]:
             best, kept, reached = epoch, vectors.detach().clone(), now
     with torch.no_grad():
         vectors.copy_(kept)
-    return Context(kept.cpu(), WORDS), {"epoch": best, "held_out": reached, "learned": judge(shots.learned)}
+    return PromptContext(kept.cpu(), WORDS), {"epoch": best, "held_out": reached, "learned": judge(shots.learned)}
 
 
-def worth_of(plain: Answers, shots: Shots, positions: NDArray[np.int64]) -> dict[str, float] | None:
+def worth_of(plain: ZeroShotClassifier, shots: Shots, positions: NDArray[np.int64]) -> dict[str, float] | None:
     """Return what the teacher's plain prompts are worth on these images."""
     features, labels = shots.evaluation_views(positions, torch.device("cpu"))
     return worth(plain.logits(features), labels)

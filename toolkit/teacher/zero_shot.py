@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prgkit.config.recipe import Recipe, TargetsPage
+from prgkit.config.recipe import Recipe, TargetsConfig
 from prgkit.errors import RunError, TargetsError
 from prgkit.storage.atomic import read_sealed
 from prgkit.storage.run import Run
@@ -26,7 +26,7 @@ HALVINGS = 50
 
 
 @dataclass(frozen=True)
-class Correction:
+class LogitAdjustment:
     """What is done to the logits W [n, C]: (W - log_prior) / temperature."""
 
     log_prior: Tensor  # [C], up to a constant; zeros leave W as it is
@@ -49,25 +49,25 @@ class Correction:
         }
 
     @staticmethod
-    def from_dict(facts: dict[str, Any], classes: Sequence[str]) -> Correction:
+    def from_dict(facts: dict[str, Any], classes: Sequence[str]) -> LogitAdjustment:
         """Return the correction that was written."""
         priors = torch.tensor([facts["log_prior"][name] for name in classes], dtype=torch.float32)
-        return Correction(priors, float(facts["temperature"]))
+        return LogitAdjustment(priors, float(facts["temperature"]))
 
 
-def no_correction(classes: int) -> Correction:
+def no_adjustment(classes: int) -> LogitAdjustment:
     """Return the correction that leaves every logit, to the bit, as it is."""
-    return Correction(torch.zeros(classes), 1.0)
+    return LogitAdjustment(torch.zeros(classes), 1.0)
 
 
 @dataclass(frozen=True)
-class Answers:
+class ZeroShotClassifier:
     """All that turns the teacher's view of an image into its answer."""
 
     prompts: Tensor  # T [M, C, D]
     logit_scale: float  # s
     prompt_weighting: str
-    correction: Correction
+    correction: LogitAdjustment
 
     def class_vectors(self) -> Tensor:
         """Return each class's name as the teacher reads it: the mean over templates, of unit length [C, D]."""
@@ -75,9 +75,9 @@ class Answers:
 
     def logits(self, features: Tensor) -> Tensor:
         """Return the corrected answer W [n, C] to unit features I [n, D]."""
-        return self.correction.apply(self.uncorrected(features))
+        return self.correction.apply(self.raw_logits(features))
 
-    def uncorrected(self, features: Tensor) -> Tensor:
+    def raw_logits(self, features: Tensor) -> Tensor:
         """Return what the teacher says by itself: W of METHOD [n, C]."""
         return self.combine(self.per_prompt(features))
 
@@ -89,7 +89,7 @@ class Answers:
         """Return what the templates [n, M, C] say together, by themselves: W [n, C]."""
         return weighted_logits(per_prompt, self.prompt_weighting)
 
-    def to(self, device: torch.device) -> Answers:
+    def to(self, device: torch.device) -> ZeroShotClassifier:
         """Return the same answers, given on another device."""
         moved = replace(self.correction, log_prior=self.correction.log_prior.to(device))
         return replace(self, prompts=self.prompts.to(device), correction=moved)
@@ -120,34 +120,34 @@ def weighted_logits(logits: Tensor, weighting: str) -> Tensor:
     return torch.einsum("bm,bmc->bc", weights, logits)
 
 
-def answers_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float) -> Answers:
+def answers_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float) -> ZeroShotClassifier:
     """Return the answers that a run's student learned from, with the very correction that it learned with.
 
     Raises:
         RunError: the run's recipe asks for a correction, and what it was is lost.
     """
-    correction = no_correction(len(recipe.classes))
+    correction = no_adjustment(len(recipe.classes))
     if recipe.targets.corrects:
         again = "put it back, or distil the recipe into a new run; the targets are kept"
         if not run.answers_file.exists():
             raise RunError("the correction that this run learned with is lost", where=run.answers_file, fix=again)
         try:
-            correction = Correction.from_dict(read_sealed(run.answers_file, fix=again), recipe.classes)
+            correction = LogitAdjustment.from_dict(read_sealed(run.answers_file, fix=again), recipe.classes)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(
                 f"{run.answers_file.name} is not this recipe's", where=run.answers_file, fix=again
             ) from error
-    return Answers(prompts, logit_scale, recipe.prompt_weighting, correction)
+    return ZeroShotClassifier(prompts, logit_scale, recipe.prompt_weighting, correction)
 
 
-def fit_correction(logits: Tensor, page: TargetsPage) -> Correction:
+def fit_adjustment(logits: Tensor, page: TargetsConfig) -> LogitAdjustment:
     """Return the correction of ``page`` for uncorrected logits W [n, C], rounded to what its file says.
 
     Raises:
         TargetsError: no temperature gives these logits the entropy that is asked for.
     """
     log_prior = page.debias * fit_log_prior(logits) if page.debias else torch.zeros(logits.shape[1])
-    correction = Correction(log_prior.double().mul(1e6).round().div(1e6).float(), 1.0)
+    correction = LogitAdjustment(log_prior.double().mul(1e6).round().div(1e6).float(), 1.0)
     if page.entropy is None:
         return correction
     return replace(correction, temperature=float(f"{fit_temperature(correction.apply(logits), page.entropy):.6g}"))

@@ -18,7 +18,7 @@ from prgkit.student.model import Student
 
 
 @dataclass
-class Progress:
+class TrainingCounters:
     """How far a run is: steps and epochs done, this epoch's sums of loss terms, and the best epoch so far."""
 
     step: int = 0
@@ -54,7 +54,7 @@ class Progress:
         self.sums = {}
 
 
-class Average:
+class ModelEma:
     """The exponential moving average of a student's weights and batch-norm statistics."""
 
     def __init__(self, student: Student) -> None:
@@ -75,10 +75,10 @@ class TrainingState:
     """Everything a resumed run needs to go on as if it had never stopped."""
 
     student: Student
-    average: Average
+    average: ModelEma
     optimizer: torch.optim.Optimizer
     objective: nn.Module
-    progress: Progress
+    counters: TrainingCounters
 
     def save(self, run: Run) -> None:
         """Write the checkpoint; the one before stays until this one is whole."""
@@ -88,7 +88,7 @@ class TrainingState:
             **_prefixed("objective", self.objective.state_dict()),
             **_prefixed("optimizer", _flat(self.optimizer.state_dict()["state"])),
         }
-        save_tensors(run.state, tensors, self.progress.__dict__)
+        save_tensors(run.state, tensors, self.counters.__dict__)
 
     def load(self, run: Run) -> None:
         """Go on from the run's checkpoint, if it has one.
@@ -115,14 +115,14 @@ class TrainingState:
             for name, tensor in slot.items():
                 if tensor.shape == parameter.shape:  # back into the parameter's layout, channels-last or not
                     slot[name] = torch.empty_like(parameter).copy_(tensor)
-        if facts["made_from"] != self.progress.made_from:
+        if facts["made_from"] != self.counters.made_from:
             raise RunError(
                 "the images, or the teacher, have changed since this run was started",
                 where=run.folder,
                 fix=f"start a new run with --run {run.folder}-2; what the teacher has seen is not lost",
             )
         for name, value in facts.items():
-            setattr(self.progress, name, value)
+            setattr(self.counters, name, value)
 
 
 def expected_bytes(student: Student, kept_floats: int) -> int:

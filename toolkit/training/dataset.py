@@ -10,27 +10,27 @@ import torch
 from numpy.typing import NDArray
 
 from prgkit.data.index import (
-    Catalogue,
+    ImageIndex,
 )
-from prgkit.objectives import TeacherSide
+from prgkit.outputs import TeacherOutput
 from prgkit.storage.atomic import fingerprint
-from prgkit.teacher.ensemble import AnyTargets
-from prgkit.teacher.zero_shot import Answers
+from prgkit.teacher.ensemble import TeacherFeatures
+from prgkit.teacher.zero_shot import ZeroShotClassifier
 from prgkit.training.few_shot import Labelled
 from prgkit.training.selection import images_an_epoch
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillationDataset:
     """What there is to learn from: the images, and the teacher's answers to them."""
 
-    catalogue: Catalogue
-    targets: AnyTargets
+    image_index: ImageIndex
+    targets: TeacherFeatures
     rows: NDArray[np.int64]  # [images], in the target store; [images, K] in those of K teachers
     held_out: NDArray[np.int64]  # positions that select the checkpoint
     learned: NDArray[np.int64]  # positions that the student learns from
     shares: NDArray[np.float32] | None  # of the epochs that each learned image [learned] is in; None: of all
-    answers: Answers  # on the device that asks
+    answers: ZeroShotClassifier  # on the device that asks
     labelled: Labelled | None = None  # the few images whose labels are learned from, where an objective reads any
 
     @property
@@ -40,20 +40,20 @@ class Lesson:
 
     def fingerprint(self) -> str:
         """Return what changes when other images are learned from, or when the teacher says something else of them."""
-        made_from: list[Any] = [self.targets.name, [self.catalogue.keys[position] for position in self.learned]]
+        made_from: list[Any] = [self.targets.name, [self.image_index.keys[position] for position in self.learned]]
         if self.shares is not None:
             made_from.append(self.shares.tolist())
         if self.labelled is not None:
-            made_from += [self.labelled.lesson.catalogue.keys, self.labelled.labels.tolist()]
+            made_from += [self.labelled.dataset.image_index.keys, self.labelled.labels.tolist()]
         if not self.answers.correction.is_none:
             made_from.append([self.answers.correction.log_prior.tolist(), self.answers.correction.temperature])
         return fingerprint(made_from)
 
-    def answer(self, positions: NDArray[np.int64], views: NDArray[np.int64], device: torch.device) -> TeacherSide:
+    def answer(self, positions: NDArray[np.int64], views: NDArray[np.int64], device: torch.device) -> TeacherOutput:
         """Return the teacher's side (I, W, y) of these views."""
         features = self.targets.features(self.rows[positions], views).to(device)  # I [B, D]
         logits = self.answers.logits(features)  # W [B, C]
-        return TeacherSide(features, logits, logits.argmax(dim=1), torch.from_numpy(positions).to(device))
+        return TeacherOutput(features, logits, logits.argmax(dim=1), torch.from_numpy(positions).to(device))
 
     def class_vectors(self) -> torch.Tensor:
         """Return each class's name as the teacher reads it: the mean over templates, of unit length [C, D]."""

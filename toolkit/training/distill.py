@@ -22,28 +22,29 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prgkit.config.recipe import Recipe, Training
-from prgkit.data.augment import Batch, Rendered, evaluation_views, load_batches
+from prgkit.data.augment import Batch, MultiViewDataset, evaluation_views, make_dataloader
 from prgkit.data.snapshot import anew, tell_changes
 from prgkit.device import seed_everything
 from prgkit.errors import BackendError, RunError, TeacherError
-from prgkit.objectives import Objectives, Space, TeacherSide
-from prgkit.progress import Unwatched, Watch
+from prgkit.objectives import Objectives
+from prgkit.outputs import LossContext, TeacherOutput
+from prgkit.progress import NullProgress, Progress
 from prgkit.storage.atomic import require_space
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Interrupted, Run, differences, require_own_folder, start_run, stopping, undoing
 from prgkit.storage.tensors import save_tensors
 from prgkit.student.model import Student, build_student
 from prgkit.teacher.ensemble import teacher_fingerprint
-from prgkit.training.checkpoint import Average, Progress, TrainingState, expected_bytes
-from prgkit.training.dataset import Lesson
+from prgkit.training.checkpoint import ModelEma, TrainingCounters, TrainingState, expected_bytes
+from prgkit.training.dataset import DistillationDataset
 from prgkit.training.distributed import first_goes_on, from_first, join_processes, probe_precision
-from prgkit.training.few_shot import beside, choose_vote
+from prgkit.training.few_shot import beside, tune_head_mixing
 from prgkit.training.mixup import mixed
 from prgkit.training.prepare import prepare
 from prgkit.training.selection import systematic_sample
 
 
-def distill(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> Run:
+def distill(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress) -> Run:
     """Distil ``recipe`` into the run at ``folder``, or go on where it was stopped.
 
     Under torchrun or ``accelerate launch`` every process calls this, and the first alone returns.
@@ -55,43 +56,45 @@ def distill(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> R
     check_trackers(recipe.training)
     accelerator = join_processes(recipe.training.trackers, Run(folder).trackers)
     with first_goes_on(accelerator):
-        work(recipe, folder, targets_root, accelerator, watch if accelerator.is_main_process else Unwatched())
+        work(recipe, folder, targets_root, accelerator, progress if accelerator.is_main_process else NullProgress())
     return Run(folder)
 
 
-def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelerator, watch: Watch) -> None:
+def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelerator, progress: Progress) -> None:
     """Do one process's part: the first reads the images and asks the teacher, all of them train."""
     run = Run(folder)
-    if from_first(accelerator, lambda: already_finished(run, recipe, watch)):
+    if from_first(accelerator, lambda: already_finished(run, recipe, progress)):
         return
     with starting(run, recipe) if accelerator.is_main_process else nullcontext():
         trial = build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)  # mistakes are told now
         if recipe.reads_stages:
             trial.stage_widths()
-        lesson = from_first(accelerator, lambda: prepare(recipe, targets_root, watch, run))
+        dataset = from_first(accelerator, lambda: prepare(recipe, targets_root, progress, run))
         seed_everything(recipe.training.seed)
-        student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=lesson.targets.width)
+        student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=dataset.targets.width)
         if recipe.scores_by_text:
-            student.score_by(lesson.class_vectors(), lesson.targets.logit_scale)
+            student.score_by(dataset.class_vectors(), dataset.targets.logit_scale)
         if recipe.learns_labels:
             student.grow_second_head()
         if accelerator.is_main_process:
-            require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(lesson.catalogue)), "the run")
+            require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(dataset.image_index)), "the run")
             run.update_card(student=student.facts(recipe.student))
-        train(recipe, run, lesson, student, accelerator, watch)
+        train(recipe, run, dataset, student, accelerator, progress)
 
 
-def already_finished(run: Run, recipe: Recipe, watch: Watch) -> bool:
+def already_finished(run: Run, recipe: Recipe, progress: Progress) -> bool:
     """Tell whether a run is finished, and whether its images have changed since; or refuse it before it is touched."""
     require_own_folder(run.folder, recipe)
     if not (run.finished and run.weights.exists()) or differences(run, recipe):
         return False
     start_run(run.folder, recipe)
-    watch.note(f"{run.folder} is finished already")
-    tell_changes(run, recipe, watch)
+    progress.note(f"{run.folder} is finished already")
+    tell_changes(run, recipe, progress)
     with suppress(TeacherError):  # it is gone, and needed no more
         if teacher_fingerprint(recipe) != run.card["teacher"]["fingerprint"]:
-            watch.note(f"the teacher is not the one that it learned from any more; to learn from this one: {anew(run)}")
+            progress.note(
+                f"the teacher is not the one that it learned from any more; to learn from this one: {anew(run)}"
+            )
     return True
 
 
@@ -119,16 +122,23 @@ def check_trackers(page: Training) -> None:
             )
 
 
-def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerator: Accelerator, watch: Watch) -> None:
+def train(
+    recipe: Recipe,
+    run: Run,
+    dataset: DistillationDataset,
+    student: Student,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> None:
     """Train the student on the stored targets; every step is a function of (seed, epoch, step, process)."""
     page, device = recipe.training, accelerator.device
-    batch_size = min(page.batch_size, lesson.images_an_epoch)
+    batch_size = min(page.batch_size, dataset.images_an_epoch)
     if batch_size < accelerator.num_processes:
         raise RunError(
             f"a batch of {batch_size} images cannot be shared by {accelerator.num_processes} processes",
             fix="give more images, raise training.batch_size, or start fewer processes",
         )
-    steps = lesson.images_an_epoch // batch_size  # in an epoch; the last, smaller batch is left out
+    steps = dataset.images_an_epoch // batch_size  # in an epoch; the last, smaller batch is left out
     total = steps * page.epochs
     warmup = round(min(page.warmup_epochs * steps, 0.2 * total))  # a run of one epoch is more than its warm-up
     autocast = partial(
@@ -136,16 +146,16 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
     )
 
     student.to(device)
-    lesson = replace(lesson, answers=lesson.answers.to(device))
-    space = Space(
+    dataset = replace(dataset, answers=dataset.answers.to(device))
+    space = LossContext(
         classes=len(recipe.classes),
-        width=lesson.targets.width,
+        width=dataset.targets.width,
         epochs=page.epochs,
         steps_per_epoch=steps,
-        images=len(lesson.catalogue) + (len(lesson.labelled.labels) if lesson.labelled else 0),
-        class_means=lesson.class_means,
-        class_vectors=lesson.class_vectors(),
-        logit_scale=lesson.targets.logit_scale,
+        images=len(dataset.image_index) + (len(dataset.labelled.labels) if dataset.labelled else 0),
+        class_means=dataset.class_means,
+        class_vectors=dataset.class_vectors(),
+        logit_scale=dataset.targets.logit_scale,
         stages=student.stage_widths,
     )
     seed_everything(page.seed)  # what an objective learns begins alike in every process, whatever was probed before
@@ -154,38 +164,38 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
     student.shows_stages = recipe.reads_stages
     learning = nn.ModuleList([student, objective])  # some objectives learn beside the student, and stay here
     optimizer = build_optimizer(learning, page)
-    average = Average(student)  # the weight EMA is what is judged and kept
-    progress = Progress(made_from=lesson.fingerprint())
-    state = TrainingState(student, average, optimizer, objective, progress)
+    average = ModelEma(student)  # the weight EMA is what is judged and kept
+    counters = TrainingCounters(made_from=dataset.fingerprint())
+    state = TrainingState(student, average, optimizer, objective, counters)
     state.load(run)
     if accelerator.is_main_process:
-        run.keep_metrics(progress.epoch)
+        run.keep_metrics(counters.epoch)
     model, stepper = accelerator.prepare(torch.compile(student) if page.compile else student, optimizer)
     accelerator.init_trackers(run.name)
 
-    first, rendered = progress.step, Rendered(lesson.catalogue, student.preprocessing, recipe.views)
-    watch.start("student", total * batch_size, "img")
-    watch.advance(first * batch_size)
-    clock = Clock(progress.seconds)
+    first, rendered = counters.step, MultiViewDataset(dataset.image_index, student.preprocessing, recipe.views)
+    progress.start("student", total * batch_size, "img")
+    progress.advance(first * batch_size)
+    clock = Clock(counters.seconds)
 
     def save() -> None:
-        if accelerator.is_main_process and progress.step > first:
-            progress.seconds = clock.seconds()
+        if accelerator.is_main_process and counters.step > first:
+            counters.seconds = clock.seconds()
             state.save(run)
 
     with stopping() as signals:
-        plan = batches(lesson, page, recipe.views.count, batch_size, range(first, total), accelerator)
-        loaded = load_batches(rendered, plan, workers=page.workers, stop=signals)
-        labelled = labelled_batches(lesson, student, recipe, range(first, total), accelerator, signals)
-        if progress.steps_in_epoch == steps:  # what failed before was the judging
-            finish_epoch(run, lesson, state, accelerator, page)
+        plan = batches(dataset, page, recipe.views.count, batch_size, range(first, total), accelerator)
+        loaded = make_dataloader(rendered, plan, workers=page.workers, stop=signals)
+        labelled = labelled_batches(dataset, student, recipe, range(first, total), accelerator, signals)
+        if counters.steps_in_epoch == steps:  # what failed before was the judging
+            finish_epoch(run, dataset, state, accelerator, page)
         fetched, failure = fetch(loaded, labelled) if first < total else None, None
         for step in range(first, total):
             if fetched is None:  # stopped while the first batch was waited for
-                raise interrupted(run, progress, page)
+                raise interrupted(run, counters, page)
             batch, few = fetched
             pixels = batch.pixels[:, 0].to(device, non_blocking=True)
-            teacher = lesson.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), device)
+            teacher = dataset.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), device)
             if page.mixup is not None:
                 pixels, teacher = mixed(pixels, teacher, page.mixup, seed=(page.seed, step, accelerator.process_index))
             if few is not None:
@@ -207,13 +217,13 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
             average.update(student, decay=min(page.ema, (1 + step) / (10 + step)))
 
             told = {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
-            progress.add(accelerator.reduce(told, "mean"))
-            watch.advance(batch_size, describe(progress, page))
-            epoch_ends = progress.steps_in_epoch == steps
+            counters.add(accelerator.reduce(told, "mean"))
+            progress.advance(batch_size, describe(counters, page))
+            epoch_ends = counters.steps_in_epoch == steps
             if epoch_ends:
-                progress.seconds = clock.seconds()
+                counters.seconds = clock.seconds()
                 with saving_first(save):
-                    finish_epoch(run, lesson, state, accelerator, page)
+                    finish_epoch(run, dataset, state, accelerator, page)
             if step + 1 < total:
                 try:
                     fetched = fetch(loaded, labelled)
@@ -224,29 +234,29 @@ def train(recipe: Recipe, run: Run, lesson: Lesson, student: Student, accelerato
                 save()
             if stop:
                 accelerator.wait_for_everyone()  # a launcher ends them all as soon as one has ended
-                raise failure or interrupted(run, progress, page)
+                raise failure or interrupted(run, counters, page)
     accelerator.wait_for_everyone()
     if not run.weights.exists():  # deleted since, as it was damaged; the last average takes its place
-        judge(run, lesson, state, accelerator, page, epoch=progress.epoch)
+        judge(run, dataset, state, accelerator, page, epoch=counters.epoch)
     if accelerator.is_main_process:
-        rate = total * batch_size / max(progress.seconds, 1e-9)
-        best = {"epoch": progress.best_epoch, "agreement": progress.best_agreement}
-        run.update_card(best=best, images_per_s=round(rate, 1), seconds=round(progress.seconds, 1), finished=True)
+        rate = total * batch_size / max(counters.seconds, 1e-9)
+        best = {"epoch": counters.best_epoch, "agreement": counters.best_agreement}
+        run.update_card(best=best, images_per_s=round(rate, 1), seconds=round(counters.seconds, 1), finished=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
 def batches(
-    lesson: Lesson, page: Training, views: int, batch_size: int, steps: range, accelerator: Accelerator
+    dataset: DistillationDataset, page: Training, views: int, batch_size: int, steps: range, accelerator: Accelerator
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Yield this process's part of each batch: an image at most once an epoch, and each epoch its next view."""
-    offsets = {int(position): int(lesson.catalogue.keys[position][:8], 16) for position in lesson.learned}
-    in_epoch = lesson.images_an_epoch // batch_size
+    offsets = {int(position): int(dataset.image_index.keys[position][:8], 16) for position in dataset.learned}
+    in_epoch = dataset.images_an_epoch // batch_size
     order = np.empty(0, dtype=np.int64)
     for step in steps:
         epoch, place = divmod(step, in_epoch)
         if place == 0 or not len(order):
-            learned = learned_in(lesson, page, epoch, in_epoch * batch_size)
+            learned = learned_in(dataset, page, epoch, in_epoch * batch_size)
             order = np.random.default_rng((page.seed, epoch)).permutation(learned)
         chosen = order[place * batch_size : (place + 1) * batch_size]
         mine = chosen[accelerator.process_index :: accelerator.num_processes]
@@ -254,18 +264,23 @@ def batches(
 
 
 def labelled_batches(
-    lesson: Lesson, student: Student, recipe: Recipe, steps: range, accelerator: Accelerator, stop: Sequence[int]
-) -> Iterator[tuple[Tensor, TeacherSide]] | None:
+    dataset: DistillationDataset,
+    student: Student,
+    recipe: Recipe,
+    steps: range,
+    accelerator: Accelerator,
+    stop: Sequence[int],
+) -> Iterator[tuple[Tensor, TeacherOutput]] | None:
     """Return the labelled images of each step, where an objective of the recipe reads any."""
-    if lesson.labelled is None:
+    if dataset.labelled is None:
         return None
     share = (accelerator.process_index, accelerator.num_processes)
-    return lesson.labelled.shown(student.preprocessing, recipe.training, recipe.views, steps, *share, stop)
+    return dataset.labelled.shown(student.preprocessing, recipe.training, recipe.views, steps, *share, stop)
 
 
 def fetch(
-    loaded: Iterator[Batch], labelled: Iterator[tuple[Tensor, TeacherSide]] | None
-) -> tuple[Batch, tuple[Tensor, TeacherSide] | None] | None:
+    loaded: Iterator[Batch], labelled: Iterator[tuple[Tensor, TeacherOutput]] | None
+) -> tuple[Batch, tuple[Tensor, TeacherOutput] | None] | None:
     """Return what the next step learns from; None where a stop was asked for while it was waited for."""
     batch = next(loaded, None)
     few = next(labelled, None) if labelled is not None and batch is not None else None
@@ -282,20 +297,20 @@ def saving_first(save: Callable[[], None]) -> Iterator[None]:
         raise
 
 
-def interrupted(run: Run, progress: Progress, page: Training) -> Interrupted:
+def interrupted(run: Run, counters: TrainingCounters, page: Training) -> Interrupted:
     """Build the notice of a run that was stopped."""
     return Interrupted(
-        f"stopped in epoch {min(progress.epoch + 1, page.epochs)} of {page.epochs}; everything up to here is saved",
+        f"stopped in epoch {min(counters.epoch + 1, page.epochs)} of {page.epochs}; everything up to here is saved",
         where=run.folder,
         fix="the same command goes on from here",
     )
 
 
-def learned_in(lesson: Lesson, page: Training, epoch: int, count: int) -> NDArray[np.int64]:
+def learned_in(dataset: DistillationDataset, page: Training, epoch: int, count: int) -> NDArray[np.int64]:
     """Return the positions of an epoch: every learned image, or ``count`` of them drawn by their shares."""
-    if lesson.shares is None:
-        return lesson.learned
-    return lesson.learned[systematic_sample(lesson.shares, count, epoch=epoch, epochs=page.epochs, seed=page.seed)]
+    if dataset.shares is None:
+        return dataset.learned
+    return dataset.learned[systematic_sample(dataset.shares, count, epoch=epoch, epochs=page.epochs, seed=page.seed)]
 
 
 def schedule(step: int, total: int, warmup: int) -> float:
@@ -325,39 +340,49 @@ def decide_precision(run: Run, student: Student, page: Training, accelerator: Ac
     return bool(run.card["precision"]["chosen"] == "bf16")
 
 
-def finish_epoch(run: Run, lesson: Lesson, state: TrainingState, accelerator: Accelerator, page: Training) -> None:
+def finish_epoch(
+    run: Run, dataset: DistillationDataset, state: TrainingState, accelerator: Accelerator, page: Training
+) -> None:
     """Judge the student and write the epoch's metrics."""
-    progress = state.progress
-    epoch = progress.epoch + 1
-    agreement = judge(run, lesson, state, accelerator, page, epoch=epoch)
+    counters = state.counters
+    epoch = counters.epoch + 1
+    agreement = judge(run, dataset, state, accelerator, page, epoch=epoch)
     if accelerator.is_main_process:
-        record = {"epoch": epoch, **progress.means(), "agreement": agreement, "seconds": round(progress.seconds, 1)}
+        record = {"epoch": epoch, **counters.means(), "agreement": agreement, "seconds": round(counters.seconds, 1)}
         run.append_metrics(record)
         accelerator.log({name: value for name, value in record.items() if name != "epoch"}, step=epoch)
-    progress.end_epoch()  # an epoch that could not be judged is not over
+    counters.end_epoch()  # an epoch that could not be judged is not over
 
 
 def judge(
-    run: Run, lesson: Lesson, state: TrainingState, accelerator: Accelerator, page: Training, *, epoch: int
+    run: Run,
+    dataset: DistillationDataset,
+    state: TrainingState,
+    accelerator: Accelerator,
+    page: Training,
+    *,
+    epoch: int,
 ) -> float:
     """Judge the averaged student without labels and keep it if it is the best so far; of equals, the later one."""
-    progress, average = state.progress, state.average.student
-    if lesson.labelled is not None:
-        choose_vote(average, lesson.labelled, page)
-    agreement = agreement_with_teacher(average, lesson, page, accelerator)
-    if accelerator.is_main_process and (agreement >= progress.best_agreement or not run.weights.exists()):
-        progress.best_epoch, progress.best_agreement = epoch, agreement
+    counters, average = state.counters, state.average.student
+    if dataset.labelled is not None:
+        tune_head_mixing(average, dataset.labelled, page)
+    agreement = agreement_with_teacher(average, dataset, page, accelerator)
+    if accelerator.is_main_process and (agreement >= counters.best_agreement or not run.weights.exists()):
+        counters.best_epoch, counters.best_agreement = epoch, agreement
         save_tensors(run.weights, average.state_dict(), {"epoch": epoch, "agreement": agreement})
     return agreement
 
 
 @torch.inference_mode()
-def agreement_with_teacher(student: Student, lesson: Lesson, page: Training, accelerator: Accelerator) -> float:
+def agreement_with_teacher(
+    student: Student, dataset: DistillationDataset, page: Training, accelerator: Accelerator
+) -> float:
     """Return the percentage of held-out images on which student and teacher name the same class."""
-    mine = lesson.held_out[accelerator.process_index :: accelerator.num_processes]
+    mine = dataset.held_out[accelerator.process_index :: accelerator.num_processes]
     counts = torch.zeros(2, device=accelerator.device)  # agreeing, all
-    for batch in evaluation_views(lesson.catalogue, student.preprocessing, mine, workers=page.workers):
-        teacher = lesson.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), accelerator.device)
+    for batch in evaluation_views(dataset.image_index, student.preprocessing, mine, workers=page.workers):
+        teacher = dataset.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), accelerator.device)
         logits = student(batch.pixels[:, 0].to(accelerator.device)).logits
         counts[0] += (logits.argmax(1) == teacher.labels).sum()
         counts[1] += len(logits)
@@ -374,11 +399,11 @@ def stop_requested(asked: bool, accelerator: Accelerator) -> bool:
     return bool(accelerator.check_trigger())
 
 
-def describe(progress: Progress, page: Training) -> str:
+def describe(counters: TrainingCounters, page: Training) -> str:
     """Return the progress line: the epoch and the mean of each loss term in it."""
-    terms = "  ".join(f"{name} {value:.3f}" for name, value in progress.means().items())
-    best = f"  agreement {progress.best_agreement:.1f} %" if progress.best_epoch else ""
-    return f"epoch {progress.epoch + 1}/{page.epochs}  {terms}{best}"
+    terms = "  ".join(f"{name} {value:.3f}" for name, value in counters.means().items())
+    best = f"  agreement {counters.best_agreement:.1f} %" if counters.best_epoch else ""
+    return f"epoch {counters.epoch + 1}/{page.epochs}  {terms}{best}"
 
 
 class Clock:

@@ -11,17 +11,18 @@ import numpy as np
 import torch
 
 from prgkit.config.image_size import size_told
-from prgkit.config.recipe import Recipe, TeacherPage
+from prgkit.config.recipe import Recipe, TeacherConfig
 from prgkit.data.cache import PICTURES, room_bytes
-from prgkit.data.index import ENOUGH, Images, UnreadableImage, gauge, open_images
+from prgkit.data.decode import UnreadableImage
+from prgkit.data.index import ENOUGH, ImageSource, gauge, open_images
 from prgkit.data.labels import class_indices
 from prgkit.device import best_device
-from prgkit.progress import Watch, duration
+from prgkit.progress import Progress, duration
 from prgkit.storage.atomic import free_bytes, readable_bytes, require_space
 from prgkit.storage.run import require_own_folder
 from prgkit.student.model import build_student
 from prgkit.teacher.clip import Teacher, load_teacher
-from prgkit.teacher.feature_store import Targets, existing_store
+from prgkit.teacher.feature_store import FeatureStore, existing_store
 from prgkit.teacher.prompt_context import load_context
 from prgkit.training.checkpoint import expected_bytes
 from prgkit.training.distill import check_trackers
@@ -33,7 +34,7 @@ SAMPLE_IMAGES = 256
 SAMPLE_PICTURES = 8  # of those, decoded
 
 
-def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> dict[str, Any]:
+def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress) -> dict[str, Any]:
     """Count the images, time teacher and student for a moment each, and add it up.
 
     Neither the run nor the target store is touched. Weights and datasets that are named but not at hand are
@@ -48,20 +49,20 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
     require_own_folder(folder, recipe)
     device = best_device()
     stored = [existing_store(page, recipe.views, targets_root) for page in recipe.teacher]
-    images = gauged(open_images(recipe.data.images, note=watch.note))
+    images = gauged(open_images(recipe.data.images, note=progress.note))
     if images.left_out:
-        watch.note(f"{images.spec}: {images.left_out}")
+        progress.note(f"{images.spec}: {images.left_out}")
     images_missing = count_missing(images, stored)
     pictures_bytes = len(images) * mean_picture_bytes(images)
-    judged = open_matched(recipe, recipe.data.evaluation, recipe.data.evaluation_labels, watch)
+    judged = open_matched(recipe, recipe.data.evaluation, recipe.data.evaluation_labels, progress)
     few_labelled = recipe.data.labelled if recipe.learns_labels else None
-    few = open_matched(recipe, few_labelled, recipe.data.labelled_labels, watch)
+    few = open_matched(recipe, few_labelled, recipe.data.labelled_labels, progress)
     judged, few = (one.with_grey(images.grey) if one else None for one in (judged, few))
     judged_missing = count_missing(judged, stored) if judged else [0] * len(stored)
     if judged:
         mean_picture_bytes(judged)  # one of them at least can be read
 
-    watch.note(f"probing {recipe.teacher_name} and {recipe.student.model} for some seconds")
+    progress.note(f"probing {recipe.teacher_name} and {recipe.student.model} for some seconds")
     views = 1 + recipe.views.count
     few_missing = count_missing(few, stored) if few else [0] * len(stored)
     counts = zip(images_missing, judged_missing, few_missing, strict=True)
@@ -92,38 +93,38 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, watch: Watch) -> 
     return {**figures, "told": told(recipe, figures, device, free_bytes(folder))}
 
 
-def gauged(images: Images) -> Images:
+def gauged(images: ImageSource) -> ImageSource:
     """Return the images with a range for deep greys where the first few have any: their keys depend on it."""
     sample = sample_of(images)
     deep = gauge(images, sample) if gauge(images, sample[:SAMPLE_PICTURES]) else None
     return images.with_grey(deep.grey if deep else None)
 
 
-def open_matched(recipe: Recipe, spec: str | None, labels: str | None, watch: Watch) -> Images | None:
+def open_matched(recipe: Recipe, spec: str | None, labels: str | None, progress: Progress) -> ImageSource | None:
     """Open labelled images, where there are any; their labels are only matched with the classes."""
     if not spec:
         return None
     images = open_images(spec, labels=Path(labels) if labels else None, label_format=recipe.data.label_format)
     numbers = range(len(images))
     class_indices(
-        images.labels(numbers, recipe.classes, note=watch.note),
+        images.labels(numbers, recipe.classes, note=progress.note),
         recipe.classes,
         names=[images.name(number) for number in numbers],
         where=images.spec,
         first_number=images.first_number,
-        note=watch.note,
+        note=progress.note,
     )
     return images
 
 
-def count_missing(images: Images, stored: Sequence[Targets | None]) -> list[int]:
+def count_missing(images: ImageSource, stored: Sequence[FeatureStore | None]) -> list[int]:
     """Return how many images each teacher has not seen yet, judged by a sample."""
     keys = [images.key(index) for index in sample_of(images)] if any(stored) else []
     unseen = [1.0 if store is None else float((store.rows(keys, views=1) < 0).mean()) for store in stored]
     return [round(share * len(images)) for share in unseen]
 
 
-def teacher_pass(page: TeacherPage, views: int, device: torch.device) -> dict[str, Any]:
+def teacher_pass(page: TeacherConfig, views: int, device: torch.device) -> dict[str, Any]:
     """Return what it takes to have a teacher see so many views, in seconds and bytes, timed for a moment."""
     teacher = load_teacher(page, device)
     return {
@@ -135,7 +136,7 @@ def teacher_pass(page: TeacherPage, views: int, device: torch.device) -> dict[st
     }
 
 
-def mean_picture_bytes(images: Images) -> int:
+def mean_picture_bytes(images: ImageSource) -> int:
     """Return what a decoded picture takes on average, judged by a few; or raise the first one's error if none can."""
     sizes: list[int] = []
     first: UnreadableImage | None = None
@@ -153,7 +154,7 @@ def mean_picture_bytes(images: Images) -> int:
     return sum(sizes) // len(sizes)
 
 
-def sample_of(images: Images) -> list[int]:
+def sample_of(images: ImageSource) -> list[int]:
     """Return evenly spaced images, in an order in which the first few are spread as well."""
     numbers: list[int] = np.unique(np.linspace(0, len(images) - 1, SAMPLE_IMAGES).astype(int)).tolist()
     stride = max(1, len(numbers) // SAMPLE_PICTURES)

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prgkit.config.recipe import Training, Views
-from prgkit.data.augment import Rendered, evaluation_views, load_batches
+from prgkit.data.augment import MultiViewDataset, evaluation_views, make_dataloader
 from prgkit.data.index import Preprocessing
 from prgkit.metrics import log_softmax
-from prgkit.outputs import TeacherSide
+from prgkit.outputs import TeacherOutput
 from prgkit.student.model import Student
 
 if TYPE_CHECKING:
-    from prgkit.training.dataset import Lesson
+    from prgkit.training.dataset import DistillationDataset
 
 VALIDATION = 0.25  # of the labelled images
 ALPHAS = np.arange(0.05, 0.96, 0.05)  # never 0 or 1, as their logarithms are taken
@@ -33,7 +33,7 @@ BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 class Labelled:
     """Labelled images: the lesson's ``learned`` teach the first head, its ``held_out`` choose the vote."""
 
-    lesson: Lesson
+    dataset: DistillationDataset
     labels: NDArray[np.int64]  # [images]
     first: int  # the number of the first one, after those without a label
 
@@ -46,12 +46,12 @@ class Labelled:
         process: int,
         processes: int,
         stop: Sequence[int] = (),
-    ) -> Iterator[tuple[Tensor, TeacherSide]]:
+    ) -> Iterator[tuple[Tensor, TeacherOutput]]:
         """Yield pixels [n, S, S, 3] and the teacher's side, with the truth, of this process's share of each step.
 
         A step has half as many of them as training.batch_size, or all there are; which ones is a function of the step.
         """
-        learned = self.lesson.learned
+        learned = self.dataset.learned
         size = min(max(processes, page.batch_size // 2), len(learned))
         drawn = (np.random.default_rng((page.seed, 1, step)).choice(learned, size, replace=False) for step in steps)
         mine = (chosen[process % size :: processes] for chosen in drawn)  # with fewer images than processes some share
@@ -59,29 +59,29 @@ class Labelled:
             [(int(position), [1 + step % views.count]) for position in part]
             for step, part in zip(steps, mine, strict=True)
         )
-        rendered = Rendered(self.lesson.catalogue, preprocessing, views)
-        for batch in load_batches(rendered, plan, workers=page.workers, stop=stop):
+        rendered = MultiViewDataset(self.dataset.image_index, preprocessing, views)
+        for batch in make_dataloader(rendered, plan, workers=page.workers, stop=stop):
             positions = batch.positions.numpy()
-            side = self.lesson.answer(positions, batch.views[:, 0].numpy(), torch.device("cpu"))
+            side = self.dataset.answer(positions, batch.views[:, 0].numpy(), torch.device("cpu"))
             truth = torch.from_numpy(self.labels[positions])
             yield batch.pixels[:, 0], side._replace(images=side.images + self.first, truth=truth)
 
 
-def beside(pixels: Tensor, side: TeacherSide, more: Tensor, labelled: TeacherSide) -> tuple[Tensor, TeacherSide]:
+def beside(pixels: Tensor, side: TeacherOutput, more: Tensor, labelled: TeacherOutput) -> tuple[Tensor, TeacherOutput]:
     """Return a batch and the labelled images beside it; the truth of all others is -1, which is none."""
     unknown = torch.full_like(side.labels, -1)
     pairs = zip(side._replace(truth=unknown), labelled, strict=True)
     joined = (torch.cat([one, other.to(one.device)]) for one, other in pairs if one is not None and other is not None)
-    return torch.cat([pixels, more.to(pixels.device)]), TeacherSide(*joined)
+    return torch.cat([pixels, more.to(pixels.device)]), TeacherOutput(*joined)
 
 
 @torch.inference_mode()
-def choose_vote(student: Student, labelled: Labelled, page: Training) -> None:
+def tune_head_mixing(student: Student, labelled: Labelled, page: Training) -> None:
     """Set alpha and beta of a student's two heads so that the labelled images held out are most probable."""
     if student.second is None:
         return
-    places, device = labelled.lesson.held_out, student.mean.device
-    shown = evaluation_views(labelled.lesson.catalogue, student.preprocessing, places, workers=page.workers)
+    places, device = labelled.dataset.held_out, student.mean.device
+    shown = evaluation_views(labelled.dataset.image_index, student.preprocessing, places, workers=page.workers)
     heads = [[head.float().cpu() for head in student(batch.pixels[:, 0].to(device)).heads] for batch in shown]
     first, second = (torch.cat(parts).numpy() for parts in zip(*heads, strict=True))  # [n, C] each
     alpha, beta = best_vote(first, second, labelled.labels[places])

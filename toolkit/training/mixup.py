@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prgkit.outputs import TeacherSide
+from prgkit.outputs import TeacherOutput
 
 
-def mixed(pixels: Tensor, side: TeacherSide, strength: float, *, seed: tuple[int, ...]) -> tuple[Tensor, TeacherSide]:
+def mixed(
+    pixels: Tensor, side: TeacherOutput, strength: float, *, seed: tuple[int, ...]
+) -> tuple[Tensor, TeacherOutput]:
     """Return each image [B, S, S, 3] mixed with another of its batch, a * one + (1 - a) * other, a ~ Beta(strength).
 
     The targets are mixed, not asked for again: the teacher is not in the room. Probabilities are mixed as the images

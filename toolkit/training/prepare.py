@@ -11,28 +11,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.config.recipe import Recipe, TeacherPage
-from prgkit.data.cache import PICTURES, Pictures
+from prgkit.config.recipe import Recipe, TeacherConfig
+from prgkit.data.cache import PICTURES, DecodedImageCache
 from prgkit.data.decode import GreyRange
-from prgkit.data.index import NEARLY_BLACK, Catalogue, as_grey_range, labelled, nearly_black, plain, read_catalogue
+from prgkit.data.index import NEARLY_BLACK, ImageIndex, as_grey_range, labelled, nearly_black, plain, read_image_index
 from prgkit.data.snapshot import keep_members, only_members
 from prgkit.device import best_device
 from prgkit.errors import ImagesError
-from prgkit.progress import Watch
+from prgkit.progress import Progress
 from prgkit.storage.run import Run
 from prgkit.teacher.clip import Teacher, check_teacher, load_teacher
-from prgkit.teacher.ensemble import AnyTargets, existing_targets, open_targets
+from prgkit.teacher.ensemble import TeacherFeatures, existing_targets, open_targets
 from prgkit.teacher.feature_store import embed
 from prgkit.teacher.prompt_context import load_context
-from prgkit.teacher.zero_shot import Answers, no_correction
-from prgkit.training.dataset import Lesson
+from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
+from prgkit.training.dataset import DistillationDataset
 from prgkit.training.few_shot import VALIDATION, Labelled
-from prgkit.training.pseudo_labels import put_right, tell_learned, tell_quality
+from prgkit.training.pseudo_labels import adjust_and_filter, tell_learned, tell_quality
 
 
 def prepare(
-    recipe: Recipe, targets_root: Path, watch: Watch, run: Run | None = None, *, like: Run | None = None
-) -> Lesson:
+    recipe: Recipe, targets_root: Path, progress: Progress, run: Run | None = None, *, like: Run | None = None
+) -> DistillationDataset:
     """Read the images, split off the held-out ones, and have the teacher see what it has not seen yet.
 
     What is found is written into ``run``. Where that has begun to learn, these are the images that it was made from, or
@@ -40,61 +40,70 @@ def prepare(
     """
 
     @cache
-    def teacher(page: TeacherPage) -> Teacher:  # loaded once, and only if something is missing
-        watch.note(f"loading the teacher {page.model}")
+    def teacher(page: TeacherConfig) -> Teacher:  # loaded once, and only if something is missing
+        progress.note(f"loading the teacher {page.model}")
         return load_teacher(page, best_device())
 
     for page in recipe.teacher:
-        check_teacher(page, note=watch.note)
+        check_teacher(page, note=progress.note)
         load_context(page)
-    stored, pictures = existing_targets(recipe, targets_root), Pictures(targets_root / PICTURES)
+    stored, pictures = existing_targets(recipe, targets_root), DecodedImageCache(targets_root / PICTURES)
     same = next((one for one in (run, like) if one is not None and one.begun), None)
     grey = grey_of(same) if same is not None else None
-    images = read_catalogue(recipe.data.images, recipe, watch, known=stored or (), pictures=pictures, grey=grey)
-    tell_reading(images, watch)
+    images = read_image_index(recipe.data.images, recipe, progress, known=stored or (), pictures=pictures, grey=grey)
+    tell_reading(images, progress)
     if same is not None:
-        images = only_members(images, same, watch, all_needed=same is run)
+        images = only_members(images, same, progress, all_needed=same is run)
     targets = stored or open_targets(recipe, targets_root, teacher)
     for store in targets.stores:
         for place in store.damaged:
-            watch.note(f"damaged in {store.folder}: {place}; what was in it is embedded again")
+            progress.note(f"damaged in {store.folder}: {place}; what was in it is embedded again")
     for place in pictures.damaged:
-        watch.note(f"damaged in {pictures.folder}: {place}; what was in it is decoded again")
-    evaluation = read_evaluation(recipe, images, targets, watch) if recipe.data.evaluation else None
-    few = read_labelled(recipe, images, evaluation, targets, watch) if recipe.learns_labels else None
+        progress.note(f"damaged in {pictures.folder}: {place}; what was in it is decoded again")
+    evaluation = read_evaluation(recipe, images, targets, progress) if recipe.data.evaluation else None
+    few = read_labelled(recipe, images, evaluation, targets, progress) if recipe.learns_labels else None
     if few is not None and same is not None:
-        kept = only_members(few[0], same, watch, all_needed=same is run, labelled=True)
+        kept = only_members(few[0], same, progress, all_needed=same is run, labelled=True)
         few = kept, few[1][np.isin(few[0].keys, kept.keys)]
     if run is not None:
         if same is None:
             keep_members(run, images, few[0] if few else None)
         judged = facts_of(evaluation) if evaluation else None
         run.update_card(images=facts_of(images), evaluation=judged, teacher=targets.facts())
-    prompts = targets.prompts(recipe.classes, recipe.templates, teacher, watch)  # names are refused before the hours
+    prompts = targets.prompts(recipe.classes, recipe.templates, teacher, progress)  # names are refused before the hours
     held_out = hold_out(images.keys, recipe.data.held_out)
     views = np.full(len(images), 1 + recipe.views.count)
     views[held_out] = 1  # the evaluation view alone
     for store in targets.stores:
-        embed(store, images, views=views, recipe=recipe, teacher=teacher, watch=watch)
+        embed(store, images, views=views, recipe=recipe, teacher=teacher, progress=progress)
         if evaluation is not None:
-            embed(store, evaluation, views=np.ones(len(evaluation), int), recipe=recipe, teacher=teacher, watch=watch)
-    lesson = Lesson(
-        catalogue=images,
+            embed(
+                store,
+                evaluation,
+                views=np.ones(len(evaluation), int),
+                recipe=recipe,
+                teacher=teacher,
+                progress=progress,
+            )
+    dataset = DistillationDataset(
+        image_index=images,
         targets=targets,
         rows=targets.rows(images.keys, views=1),
         held_out=held_out,
         learned=np.setdiff1d(np.arange(len(images)), held_out),
         shares=None,
-        answers=Answers(prompts, targets.logit_scale, recipe.prompt_weighting, no_correction(len(recipe.classes))),
+        answers=ZeroShotClassifier(
+            prompts, targets.logit_scale, recipe.prompt_weighting, no_adjustment(len(recipe.classes))
+        ),
     )
     if recipe.targets.corrects or recipe.data.keep.asks:
-        lesson = put_right(lesson, recipe, watch, run)
+        dataset = adjust_and_filter(dataset, recipe, progress, run)
     if run is None or not run.quality_file.exists():
-        tell_quality(lesson, recipe, watch, run)
-    tell_learned(lesson, recipe.data.keep, watch, run)
+        tell_quality(dataset, recipe, progress, run)
+    tell_learned(dataset, recipe.data.keep, progress, run)
     if few is not None:
-        lesson = with_labelled(lesson, *few, recipe, teacher, watch)
-    return lesson
+        dataset = with_labelled(dataset, *few, recipe, teacher, progress)
+    return dataset
 
 
 def grey_of(run: Run) -> GreyRange | None:
@@ -102,57 +111,57 @@ def grey_of(run: Run) -> GreyRange | None:
     return as_grey_range(run.card.get("images", {}).get("grey_range"))
 
 
-def tell_reading(images: Catalogue, watch: Watch) -> None:
+def tell_reading(images: ImageIndex, progress: Progress) -> None:
     """Say what was passed over, how deep greys are read, and whether all that is seen is black."""
     if images.images.left_out:
-        watch.note(f"{images.images.spec}: {images.images.left_out}")
+        progress.note(f"{images.images.spec}: {images.images.left_out}")
     if images.deep:
-        watch.note(str(images.deep))
+        progress.note(str(images.deep))
     if nearly_black(images):
-        watch.note(
+        progress.note(
             f"{images.images.spec} is nearly black: 999 of 1,000 values are at most {NEARLY_BLACK} of 255. So is half "
             "of what was looked at or more. 12 bits in a file of 16 look like this in colour, or where single values "
             "are white: scale the images to 8 bits"
         )
     elif plain(images):
-        watch.note(
+        progress.note(
             f"{images.images.spec}: half of the images looked at or more are of one colour throughout: view them"
         )
 
 
-def read_evaluation(recipe: Recipe, learned: Catalogue, targets: AnyTargets, watch: Watch) -> Catalogue:
+def read_evaluation(recipe: Recipe, learned: ImageIndex, targets: TeacherFeatures, progress: Progress) -> ImageIndex:
     """Read the labelled images, and say now rather than after training if their labels fit no class.
 
     Nothing of a label goes any further: the teacher will see these images, and the student only when it is measured.
     """
-    found = read_catalogue(recipe.data.evaluation or "", recipe, watch, known=targets, grey=learned.images.grey)
-    tell_reading(found, watch)
-    evaluation, _ = labelled(found, recipe.classes, note=watch.note)
+    found = read_image_index(recipe.data.evaluation or "", recipe, progress, known=targets, grey=learned.images.grey)
+    tell_reading(found, progress)
+    evaluation, _ = labelled(found, recipe.classes, note=progress.note)
     if shared := len(set(evaluation.keys) & set(learned.keys)):
-        watch.note(f"{shared} evaluation images are also among those to learn from: accuracy on them flatters")
+        progress.note(f"{shared} evaluation images are also among those to learn from: accuracy on them flatters")
     return evaluation
 
 
 def read_labelled(
-    recipe: Recipe, learned: Catalogue, evaluation: Catalogue | None, targets: AnyTargets, watch: Watch
-) -> tuple[Catalogue, NDArray[np.int64]]:
+    recipe: Recipe, learned: ImageIndex, evaluation: ImageIndex | None, targets: TeacherFeatures, progress: Progress
+) -> tuple[ImageIndex, NDArray[np.int64]]:
     """Read the few images whose labels are learned from, and say now rather than after the teacher what is wrong."""
-    found = read_catalogue(recipe.data.labelled or "", recipe, watch, known=targets, grey=learned.images.grey)
-    tell_reading(found, watch)
-    few, labels = labelled(found, recipe.classes, note=watch.note)
+    found = read_image_index(recipe.data.labelled or "", recipe, progress, known=targets, grey=learned.images.grey)
+    tell_reading(found, progress)
+    few, labels = labelled(found, recipe.classes, note=progress.note)
     if evaluation is not None and (shared := len(set(evaluation.keys) & set(few.keys))):
-        watch.note(f"{shared} evaluation images are also among the labelled ones: accuracy on them flatters")
+        progress.note(f"{shared} evaluation images are also among the labelled ones: accuracy on them flatters")
     return few, labels
 
 
 def with_labelled(
-    lesson: Lesson,
-    few: Catalogue,
+    dataset: DistillationDataset,
+    few: ImageIndex,
     labels: NDArray[np.int64],
     recipe: Recipe,
-    teacher: Callable[[TeacherPage], Teacher],
-    watch: Watch,
-) -> Lesson:
+    teacher: Callable[[TeacherConfig], Teacher],
+    progress: Progress,
+) -> DistillationDataset:
     """Return the lesson with a few labelled images, which the teacher sees like the others.
 
     Those that choose the vote are learned from nowhere, and none that teaches selects the checkpoint.
@@ -160,34 +169,34 @@ def with_labelled(
     validation = hold_out(few.keys, VALIDATION)
     views = np.full(len(few), 1 + recipe.views.count)
     views[validation] = 1
-    for store in lesson.targets.stores:
-        embed(store, few, views=views, recipe=recipe, teacher=teacher, watch=watch)
+    for store in dataset.targets.stores:
+        embed(store, few, views=views, recipe=recipe, teacher=teacher, progress=progress)
     teaching = np.setdiff1d(np.arange(len(few)), validation)
     own = replace(
-        lesson,
-        catalogue=few,
-        rows=lesson.targets.rows(few.keys, views=1),
+        dataset,
+        image_index=few,
+        rows=dataset.targets.rows(few.keys, views=1),
         held_out=validation,
         learned=teaching,
         shares=None,
     )
-    kept = without(lesson.catalogue, lesson.learned, {few.keys[position] for position in validation})
+    kept = without(dataset.image_index, dataset.learned, {few.keys[position] for position in validation})
     return replace(
-        lesson,
-        learned=lesson.learned[kept],
-        shares=None if lesson.shares is None else lesson.shares[kept],
-        held_out=lesson.held_out[without(lesson.catalogue, lesson.held_out, set(few.keys))],
-        labelled=Labelled(own, labels, first=len(lesson.catalogue)),
+        dataset,
+        learned=dataset.learned[kept],
+        shares=None if dataset.shares is None else dataset.shares[kept],
+        held_out=dataset.held_out[without(dataset.image_index, dataset.held_out, set(few.keys))],
+        labelled=Labelled(own, labels, first=len(dataset.image_index)),
     )
 
 
-def without(catalogue: Catalogue, positions: NDArray[np.int64], barred: Container[str]) -> NDArray[np.bool_]:
+def without(image_index: ImageIndex, positions: NDArray[np.int64], barred: Container[str]) -> NDArray[np.bool_]:
     """Tell of each position whether its image is none of the ``barred``; all stay where none would."""
-    kept = np.array([catalogue.keys[position] not in barred for position in positions], dtype=bool)
+    kept = np.array([image_index.keys[position] not in barred for position in positions], dtype=bool)
     return kept if kept.any() else ~kept
 
 
-def facts_of(images: Catalogue) -> dict[str, Any]:
+def facts_of(images: ImageIndex) -> dict[str, Any]:
     """Return what a run's card says of its images: how many, and each unreadable one with its reason."""
     unreadable = [{"name": file.name, "reason": file.reason} for file in images.unreadable]
     return {

@@ -15,49 +15,53 @@ from torch import Tensor
 from prgkit.config.recipe import Keep, Recipe
 from prgkit.device import best_device
 from prgkit.errors import TargetsError
-from prgkit.progress import Watch
+from prgkit.progress import Progress
 from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed
 from prgkit.storage.run import Run
-from prgkit.teacher.ensemble import JointTargets
-from prgkit.teacher.zero_shot import Answers, answers_of, fit_correction
+from prgkit.teacher.ensemble import TeacherEnsemble
+from prgkit.teacher.zero_shot import ZeroShotClassifier, answers_of, fit_adjustment
 from prgkit.training import statistics
 from prgkit.training.selection import sure_enough
 
 if TYPE_CHECKING:
-    from prgkit.training.dataset import Lesson
+    from prgkit.training.dataset import DistillationDataset
 
 PART = 256  # images whose answers are computed at once
 VIEWED_TWICE = 1024  # images whose answers in two views are compared
 
 
-def put_right(lesson: Lesson, recipe: Recipe, watch: Watch, run: Run | None) -> Lesson:
+def adjust_and_filter(
+    dataset: DistillationDataset, recipe: Recipe, progress: Progress, run: Run | None
+) -> DistillationDataset:
     """Correct the answers and choose the images by them, as the recipe asks; all from features that are stored.
 
-    What was found is in the run before it is used, and is read again when the run goes on. ``lesson`` still learns
+    What was found is in the run before it is used, and is read again when the run goes on. ``dataset`` still learns
     from every image that is not held out.
 
     Raises:
         TargetsError: no temperature fits, or no image is left.
     """
-    page, made_from = recipe.data.keep, lesson.fingerprint()
+    page, made_from = recipe.data.keep, dataset.fingerprint()
     confidence = None
     if run is not None and found_before(run, made_from):
-        known = answers_of(run, recipe, lesson.answers.prompts, lesson.targets.logit_scale)
-        lesson = replace(lesson, answers=known)
+        known = answers_of(run, recipe, dataset.answers.prompts, dataset.targets.logit_scale)
+        dataset = replace(dataset, answers=known)
         confidence = np.load(run.confidence_file) if page.asks else None
     else:
         if recipe.targets.corrects:
-            sample = lesson.learned[spread(len(lesson.learned), max(statistics.MOST_IMAGES, 20 * len(recipe.classes)))]
-            correction = fit_correction(uncorrected_logits(lesson, sample), recipe.targets)
-            lesson = replace(lesson, answers=replace(lesson.answers, correction=correction))
+            sample = dataset.learned[
+                spread(len(dataset.learned), max(statistics.MOST_IMAGES, 20 * len(recipe.classes)))
+            ]
+            correction = fit_adjustment(uncorrected_logits(dataset, sample), recipe.targets)
+            dataset = replace(dataset, answers=replace(dataset.answers, correction=correction))
         if page.asks:
-            confidence = ask_confidence(lesson, watch)
+            confidence = ask_confidence(dataset, progress)
         if run is not None:
-            keep_found(run, made_from, lesson.answers.correction.to_dict(recipe.classes), confidence)
+            keep_found(run, made_from, dataset.answers.correction.to_dict(recipe.classes), confidence)
     if confidence is None:
-        return lesson
+        return dataset
     chosen = sure_enough(confidence, page)
-    return replace(lesson, learned=lesson.learned[chosen], shares=confidence[chosen] if page.weighted else None)
+    return replace(dataset, learned=dataset.learned[chosen], shares=confidence[chosen] if page.weighted else None)
 
 
 def keep_found(run: Run, made_from: str, correction: dict[str, Any], confidence: NDArray[np.float32] | None) -> None:
@@ -97,23 +101,23 @@ def found_before(run: Run, made_from: str) -> bool:
     return bool(known["made_from"] == made_from and intact)
 
 
-def uncorrected_logits(lesson: Lesson, positions: NDArray[np.int64]) -> Tensor:
+def uncorrected_logits(dataset: DistillationDataset, positions: NDArray[np.int64]) -> Tensor:
     """Return what the teacher says by itself of the evaluation views: W [positions, C], on the CPU."""
     device = best_device()
-    answers = lesson.answers.to(device)
-    parts = np.array_split(lesson.rows[positions], max(1, len(positions) // PART))
-    features = (lesson.targets.features(part, np.zeros(len(part), dtype=int)) for part in parts)
-    return torch.cat([answers.uncorrected(part.to(device)).cpu() for part in features])
+    answers = dataset.answers.to(device)
+    parts = np.array_split(dataset.rows[positions], max(1, len(positions) // PART))
+    features = (dataset.targets.features(part, np.zeros(len(part), dtype=int)) for part in parts)
+    return torch.cat([answers.raw_logits(part.to(device)).cpu() for part in features])
 
 
-def ask_confidence(lesson: Lesson, watch: Watch) -> NDArray[np.float32]:
+def ask_confidence(dataset: DistillationDataset, progress: Progress) -> NDArray[np.float32]:
     """Return how sure the teacher is of each learned image [learned]: the largest probability in its answer."""
-    watch.start("confidence", len(lesson.learned), "img")
+    progress.start("confidence", len(dataset.learned), "img")
     found = []
-    for start in range(0, len(lesson.learned), 16 * PART):
-        logits = uncorrected_logits(lesson, lesson.learned[start : start + 16 * PART])
-        found.append(lesson.answers.correction.apply(logits).softmax(dim=1).amax(dim=1))
-        watch.advance(len(logits))
+    for start in range(0, len(dataset.learned), 16 * PART):
+        logits = uncorrected_logits(dataset, dataset.learned[start : start + 16 * PART])
+        found.append(dataset.answers.correction.apply(logits).softmax(dim=1).amax(dim=1))
+        progress.advance(len(logits))
     confidence: NDArray[np.float32] = torch.cat(found).numpy()
     return confidence
 
@@ -123,34 +127,34 @@ def spread(count: int, most: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
-def tell_learned(lesson: Lesson, keep: Keep, watch: Watch, run: Run | None) -> None:
+def tell_learned(dataset: DistillationDataset, keep: Keep, progress: Progress, run: Run | None) -> None:
     """Say how many images are learned from, and write it into the run's card."""
-    dropped = len(lesson.catalogue) - len(lesson.held_out) - len(lesson.learned)
+    dropped = len(dataset.image_index) - len(dataset.held_out) - len(dataset.learned)
     facts = {
-        "images": len(lesson.learned),
-        "held_out": len(lesson.held_out),
+        "images": len(dataset.learned),
+        "held_out": len(dataset.held_out),
         "dropped": dropped,
-        "an_epoch": lesson.images_an_epoch,
+        "an_epoch": dataset.images_an_epoch,
     }
     below = f"{dropped:,} below a confidence of {keep.min_confidence}" if keep.min_confidence else "none dropped"
-    weighted = f"; weighted by confidence, {lesson.images_an_epoch:,} an epoch" if keep.weighted else ""
-    watch.note(
-        f"learning from {len(lesson.learned):,} of {len(lesson.catalogue):,} images: "
-        f"{len(lesson.held_out):,} held out, {below}{weighted}"
+    weighted = f"; weighted by confidence, {dataset.images_an_epoch:,} an epoch" if keep.weighted else ""
+    progress.note(
+        f"learning from {len(dataset.learned):,} of {len(dataset.image_index):,} images: "
+        f"{len(dataset.held_out):,} held out, {below}{weighted}"
     )
     if run is not None:
         run.update_card(learned=facts)
 
 
-def tell_quality(lesson: Lesson, recipe: Recipe, watch: Watch, run: Run | None) -> None:
+def tell_quality(dataset: DistillationDataset, recipe: Recipe, progress: Progress, run: Run | None) -> None:
     """Say how far the pseudo-labels can be trusted, and keep it in the run."""
-    positions = spread(len(lesson.catalogue), statistics.MOST_IMAGES)
-    correction, scale = lesson.answers.correction, lesson.targets.logit_scale
+    positions = spread(len(dataset.image_index), statistics.MOST_IMAGES)
+    correction, scale = dataset.answers.correction, dataset.targets.logit_scale
     features, logits, template_labels = [], [], []
-    for part in np.array_split(lesson.rows[positions], max(1, len(positions) // PART)):
-        features.append(lesson.targets.features(part, np.zeros(len(part), dtype=int)))
-        per_prompt = lesson.answers.per_prompt(features[-1])  # [part, M, C]
-        logits.append(lesson.answers.combine(per_prompt))
+    for part in np.array_split(dataset.rows[positions], max(1, len(positions) // PART)):
+        features.append(dataset.targets.features(part, np.zeros(len(part), dtype=int)))
+        per_prompt = dataset.answers.per_prompt(features[-1])  # [part, M, C]
+        logits.append(dataset.answers.combine(per_prompt))
         template_labels.append(correction.apply(per_prompt).argmax(dim=2).T)  # [M, part]
     by_itself = torch.cat(logits)
     corrected = correction.apply(by_itself).numpy()
@@ -161,10 +165,10 @@ def tell_quality(lesson: Lesson, recipe: Recipe, watch: Watch, run: Run | None) 
         cosines=(by_itself.amax(dim=1) / scale).numpy(),
         classes=recipe.classes,
         templates=recipe.templates,
-        names=[lesson.catalogue.images.name(int(index)) for index in lesson.catalogue.indices[positions]],
+        names=[dataset.image_index.images.name(int(index)) for index in dataset.image_index.indices[positions]],
     )
-    vectors = lesson.answers.class_vectors().numpy()
-    found["doubts"] = statistics.doubts(torch.cat(features).numpy(), by_itself.numpy(), vectors, two_views(lesson))
+    vectors = dataset.answers.class_vectors().numpy()
+    found["doubts"] = statistics.doubts(torch.cat(features).numpy(), by_itself.numpy(), vectors, two_views(dataset))
     found["read_as_one"] = statistics.read_as_one(vectors, recipe.classes)
     if recipe.targets.corrects:
         found["correction"] = {
@@ -173,38 +177,40 @@ def tell_quality(lesson: Lesson, recipe: Recipe, watch: Watch, run: Run | None) 
             "temperature": correction.temperature,
             **statistics.changes(by_itself.numpy(), corrected),
         }
-    if isinstance(lesson.targets, JointTargets):
+    if isinstance(dataset.targets, TeacherEnsemble):
         found["teachers"] = statistics.disagreement(
-            labels_alone(lesson.targets, lesson.answers, features),
+            labels_alone(dataset.targets, dataset.answers, features),
             by_itself.argmax(dim=1).numpy(),
-            teachers=[store.page.name for store in lesson.targets.stores],
+            teachers=[store.page.name for store in dataset.targets.stores],
             classes=recipe.classes,
         )
     for doubt in found["doubts"]:
-        watch.note(
+        progress.note(
             f"the teacher's answers look like chance: {doubt}; a student of them learns nothing, so look at the "
             "teacher, its weights and the class names first"
         )
-    watch.note("the teacher's answers:")
+    progress.note("the teacher's answers:")
     for name, line in statistics.summary(found):
-        watch.note(f"  {name:<12}{line}")
+        progress.note(f"  {name:<12}{line}")
     if run is not None:
         write_sealed(run.quality_file, found)
 
 
-def two_views(lesson: Lesson) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def two_views(dataset: DistillationDataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the classes that the teacher names of some learned images in their evaluation view, and in a crop."""
-    positions = lesson.learned[spread(len(lesson.learned), VIEWED_TWICE)]
+    positions = dataset.learned[spread(len(dataset.learned), VIEWED_TWICE)]
     first, second = (
-        lesson.answers.uncorrected(lesson.targets.features(lesson.rows[positions], np.full(len(positions), view)))
+        dataset.answers.raw_logits(dataset.targets.features(dataset.rows[positions], np.full(len(positions), view)))
         for view in (0, 1)
     )
     return first.argmax(dim=1).numpy(), second.argmax(dim=1).numpy()
 
 
-def labels_alone(targets: JointTargets, answers: Answers, features: Sequence[Tensor]) -> NDArray[np.int64]:
+def labels_alone(
+    targets: TeacherEnsemble, answers: ZeroShotClassifier, features: Sequence[Tensor]
+) -> NDArray[np.int64]:
     """Return the class that each of K teachers names by itself, uncorrected: [K, n], for joint features in parts."""
     each, parts = targets.alone(answers), [targets.split(part) for part in features]
-    said = [torch.cat([one.uncorrected(part[place]).argmax(dim=1) for part in parts]) for place, one in enumerate(each)]
+    said = [torch.cat([one.raw_logits(part[place]).argmax(dim=1) for part in parts]) for place, one in enumerate(each)]
     labels: NDArray[np.int64] = torch.stack(said).numpy()
     return labels

@@ -1,0 +1,58 @@
+"""The site: its reference has every key and command of the code, and it builds without a warning."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from prgkit.cli.main import cli
+from prgkit.config.objectives import OBJECTIVES
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| `images` | text | required | a folder, a .zip,",
+        "| `min_confidence` | number, ≥ 0, < 1 | `0.0` | images below it are not learned from |",
+        "| `image_size` | whole number or \\[whole number, whole number\\] | `224` |",
+        # A comment above the field, and YAML's word for Python's None.
+        "| `aspect` | number or null, > 0 | `null` | Width / height that crops have on average; null: the",
+        "| `warmup_epochs` | number, ≥ 0 | `1.0` |",
+        "| `trackers` | list of `tensorboard`, `wandb` | `[]` |",
+    ],
+)
+def test_a_recipe_key_has_its_value_default_and_comment(generate: ModuleType, row: str) -> None:
+    assert row in generate.recipe_keys()
+
+
+def test_every_objective_and_command_is_there(generate: ModuleType) -> None:
+    objectives, commands = generate.objective_keys(), generate.commands()
+    assert [name for name in OBJECTIVES if f"\n## `{name}`\n" not in objectives] == []
+    assert [name for name in cli.commands if f"Usage: prgkit {name} " not in commands] == []
+    assert "| `edge_weight` | number, ≥ 0 | `1.0` |" in objectives
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("furo")
+    pytest.importorskip("myst_parser")
+    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--nitpicky", "--quiet"]
+    done = subprocess.run([*command, str(DOCS), str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    recipe = (tmp_path / "reference" / "recipe.html").read_text()
+    assert "warmup_epochs" in recipe
+    assert "@recipe_keys@" not in recipe

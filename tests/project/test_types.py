@@ -1,0 +1,23 @@
+"""mypy --strict over the package under its import names, which an editable install hides from mypy."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import tomllib
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_strict_types(tmp_path: Path) -> None:
+    folders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+    for package, folder in sorted(folders.items()):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / folder, tmp_path / package.replace(".", "/"), ignore=ignored, dirs_exist_ok=True)
+    command = [sys.executable, "-m", "mypy", "-p", "prgkit", "--config-file", str(ROOT / "pyproject.toml")]
+    command += ["--cache-dir", str(ROOT / ".mypy_cache")]
+    environment = {**os.environ, "MYPYPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr

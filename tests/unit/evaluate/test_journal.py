@@ -1,0 +1,280 @@
+"""A bench that was killed goes on where it stopped, says so, and never mixes in what was measured under other conditions."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prgkit.errors import BenchError, RunError
+from prgkit.evaluate.bench import fixed_rate as paced_module
+from prgkit.evaluate.bench import journal, latency
+from prgkit.evaluate.bench.fixed_rate import paced
+from prgkit.evaluate.bench.journal import BenchJournal, conditions, open_journal, read_records
+from prgkit.evaluate.bench.latency import Pictures
+from prgkit.evaluate.bench.thread_sweep import thread_sweep
+from prgkit.evaluate.bench.worker import WarmUp, WorkerFailedError
+from prgkit.storage.locks import locked
+
+SPECS: list[dict[str, Any]] = [{"artifact": name, "backend": "onnxruntime", "device": "cpu"} for name in ("a", "b")]
+PIXELS = np.zeros((4, 2, 2, 3), dtype=np.uint8)
+
+
+class Told:
+    """Stands for the workers' processes: hands out numbers that count up, and is killed at a given answer."""
+
+    def __init__(self, killed_at: int | None = None) -> None:
+        self.answers = 0
+        self.killed_at = killed_at
+        self.opened: list[str] = []
+        self.predicted = 0
+
+    def answer(self) -> int:
+        if self.answers == self.killed_at:
+            raise KeyboardInterrupt
+        self.answers += 1
+        return self.answers
+
+    def worker(self, spec: dict[str, Any], images: Any, *, patience_s: float) -> Any:
+        told = self
+        told.opened.append(spec["artifact"])
+
+        class Worker:
+            load_ms = 1.0
+
+            def __enter__(self) -> Any:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+            def warm_up(self, **_: Any) -> WarmUp:
+                return WarmUp(steady=True, runs=1, seconds=0.0)
+
+            def peak_memory_mib(self) -> float:
+                return 1.0
+
+            def switches(self) -> dict[str, str]:
+                return {}
+
+            def measure(self, **_: Any) -> list[int]:
+                return [told.answer()]
+
+            def take_pictures(self, *_: Any) -> list[str]:
+                return ["io", "pipeline", "end_to_end"]
+
+            def measure_scope(self, scope: str, **_: Any) -> list[int]:
+                return [told.answer()]
+
+            def paced(self, **_: Any) -> tuple[list[int], list[int]]:
+                return [told.answer()], [1]
+
+            def predict(self, pixels: Any) -> Any:
+                told.predicted += 1
+                return np.full((len(pixels), 3), told.answer(), dtype=np.float32)
+
+        return Worker()
+
+
+def measure(told: Told, kept: BenchJournal | None, monkeypatch: pytest.MonkeyPatch) -> latency.Session:
+    monkeypatch.setattr(latency, "Worker", told.worker)
+    return latency.measure(
+        SPECS, PIXELS, seconds=60, batches=[1, 8], rounds=3, predict=[PIXELS[:2], PIXELS[2:]], kept=kept
+    )
+
+
+# Three rounds of two answers, two batch sizes of two, and two of each artifact's predictions: 14 in all.
+@pytest.mark.parametrize(
+    ("killed_at", "lost"),
+    [(1, 1), (2, 0), (5, 1), (6, 0), (7, 0), (9, 0), (10, 0), (11, 1), (12, 0), (13, 1)],
+)
+def test_what_was_finished_is_kept_and_the_rest_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, lost: int
+) -> None:
+    told = Told(killed_at)
+    with pytest.raises(KeyboardInterrupt), open_journal(tmp_path, {"a": 1}, lambda text: None) as kept:
+        measure(told, kept, monkeypatch)
+    again, notes = Told(), list[str]()
+    again.answers = 100
+    with open_journal(tmp_path, {"a": 1}, notes.append) as kept:
+        session = measure(again, kept, monkeypatch)
+        said = list(kept.notes)
+    assert again.answers - 100 == 14 - (killed_at - lost)
+    assert again.opened == ["a", "b"]  # opened and warmed up again, even where little is left
+    assert session.order == [[0, 1], [1, 0], [0, 1]]
+    for one in session.measured:
+        assert [len(samples) for samples in one.rounds_ns] == [1, 1, 1]
+        assert set(one.sweep_ns) == {1, 8}
+        assert one.logits is not None
+        assert one.logits.shape == (4, 3)
+    kept_rounds = min(3, killed_at // 2)
+    expected = "Measured in 2 sittings: the one before was stopped after "
+    assert [note.startswith(expected + f"{kept_rounds} rounds") for note in said] == ([True] if killed_at > 1 else [])
+    assert said == notes
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def all_of_it(
+    told: Told, kept: BenchJournal, monkeypatch: pytest.MonkeyPatch, *, fps: float = 30
+) -> tuple[latency.Session, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measure rounds (6 answers), scopes (5 rounds of 6), a thread sweep (10 rounds of 4) and frames (5 rounds of 2)."""
+    monkeypatch.setattr(latency, "Worker", told.worker)
+    monkeypatch.setattr(paced_module, "Worker", told.worker)
+    session = latency.measure(
+        SPECS, PIXELS, seconds=60, batches=[], rounds=3, pictures=Pictures([b"picture"], {}), kept=kept
+    )
+    specs = [{**spec, "kind": "onnx"} for spec in SPECS]
+    how: dict[str, Any] = {"seconds": 60, "note": lambda text: None, "kept": kept}
+    _, by_threads = thread_sweep(specs, PIXELS, [1, 2], **how)
+    _, frames = paced(specs, PIXELS, fps, **how)
+    return session, by_threads, frames
+
+
+@pytest.mark.parametrize(("killed_at", "died_at"), [(9, 4), (3, 0)])
+def test_what_failed_before_the_kill_has_failed_after_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, died_at: int
+) -> None:
+    class Dying(Told):
+        def answer(self) -> int:
+            if self.answers == died_at:
+                self.answers += 1
+                raise WorkerFailedError("it died", alive=False)
+            return super().answer()
+
+    with pytest.raises(KeyboardInterrupt), open_journal(tmp_path, {}, lambda text: None) as kept:
+        measure(Dying(killed_at), kept, monkeypatch)
+    again = Told()
+    with open_journal(tmp_path, {}, lambda text: None) as kept:
+        dead, alive = measure(again, kept, monkeypatch).measured
+    assert (dead.failed, alive.failed, again.opened) == ("it died", None, ["b"])
+    assert len(alive.rounds_ns) == 3
+
+
+def test_what_failed_before_anything_was_measured_is_tried_again(tmp_path: Path) -> None:
+    BenchJournal(tmp_path / "unfinished", {}).part("threads 1,2").add("failed", artifact=0, why="no memory")
+    with open_journal(tmp_path, {}, lambda text: None) as kept:
+        assert (kept.part("threads 1,2").of("failed"), kept.notes) == ([], [])
+
+
+def test_frames_of_what_failed_before_the_kill_are_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_journal(tmp_path, {}, lambda text: None) as kept:
+        kept.part("100 frames/s").add("failed", artifact=0, why="it died")
+        again = Told()
+        monkeypatch.setattr(paced_module, "Worker", again.worker)
+        found, _ = paced(SPECS, PIXELS, 100.0, seconds=1.0, note=lambda text: None, kept=kept)
+    assert found is not None
+    assert [row["failed"] for row in found["rows"]] == ["it died", None]
+    assert again.opened == ["b"]
+
+
+# Of 86 answers: in the scopes, between two of their rounds, in the thread sweep's rounds, and within the frames, whose
+# turns are kept one by one.
+@pytest.mark.parametrize(("killed_at", "lost"), [(9, 3), (12, 0), (37, 1), (39, 3), (75, 3), (76, 0), (79, 0), (85, 0)])
+def test_scopes_threads_and_frames_go_on_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, lost: int
+) -> None:
+    told = Told(killed_at)
+    with pytest.raises(KeyboardInterrupt), open_journal(tmp_path, {}, lambda text: None) as kept:
+        all_of_it(told, kept, monkeypatch)
+    again = Told()
+    again.answers = 1000
+    with open_journal(tmp_path, {}, lambda text: None) as kept:
+        session, by_threads, frames = all_of_it(again, kept, monkeypatch)
+    assert again.answers - 1000 == 86 - (killed_at - lost)
+    for one in session.measured:
+        assert [len(samples) for samples in one.rounds_ns] == [1] * 3
+        assert list(one.scopes_ns) == ["io", "pipeline", "end_to_end"]
+        assert [len(rounds) for rounds in one.scopes_ns.values()] == [5, 5, 5]
+    assert [(one["artifact"], one["threads"], len(one["rounds"])) for one in by_threads] == [
+        ("a", 1, 10), ("a", 2, 10), ("b", 1, 10), ("b", 2, 10)
+    ]  # fmt: skip
+    assert [len(one["responses"]) for one in frames] == [5, 5]
+    # No sample was taken over by another part, and none is there twice.
+    numbers = [
+        value for one in session.measured for rounds in (one.rounds_ns, *one.scopes_ns.values()) for [value] in rounds
+    ]
+    numbers += [value for one in by_threads for [value] in one["rounds"]]
+    numbers += [value for one in frames for [value] in one["responses"]]
+    assert len(set(numbers)) == len(numbers) == 86
+
+
+def test_frames_of_another_rate_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt), open_journal(tmp_path, {}, lambda text: None) as kept:
+        all_of_it(Told(82), kept, monkeypatch, fps=30)
+    again = Told()
+    with open_journal(tmp_path, {}, lambda text: None) as kept:
+        all_of_it(again, kept, monkeypatch, fps=15)
+    assert again.answers == 10
+
+
+@pytest.mark.parametrize("change", ["conditions", "time"])
+def test_what_does_not_belong_is_set_aside_and_never_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt), open_journal(tmp_path, {"a": 1}, lambda text: None) as kept:
+        measure(Told(4), kept, monkeypatch)
+    if change == "time":
+        now = time.time()
+        monkeypatch.setattr(journal.time, "time", lambda: now + journal.SITTING_S + 1)
+    again = Told()
+    with open_journal(tmp_path, {"a": 1 if change == "time" else 2}, lambda text: None) as kept:
+        measure(again, kept, monkeypatch)
+        (note,) = kept.notes
+    assert again.answers == 14
+    (stopped,) = tmp_path.glob("stopped-*")
+    assert len((stopped / "journal.jsonl").read_text().splitlines()) == 3  # its conditions, and two rounds
+    assert note == (
+        "A bench that was stopped after 2 rounds, too long ago or under other conditions, is not part of this one: "
+        f"its samples are in {stopped.name}."
+    )
+
+
+def test_a_damaged_journal_ends_where_the_damage_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt), open_journal(tmp_path, {}, lambda text: None) as kept:
+        measure(Told(13), kept, monkeypatch)
+    journal = tmp_path / "unfinished" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:2], lines[2][:-9] + b"\n", *lines[3:]]))
+    with open_journal(tmp_path, {}, lambda text: None) as kept:
+        assert len(kept.of("round")) == 1
+        assert kept.of("sweep") == []
+        kept.add("round", turns=[], samples=[])
+        assert len(read_records(journal)) == 4  # what is added can be read again: both starts, and two rounds
+
+
+def test_logits_that_are_not_what_was_written_are_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt), open_journal(tmp_path, {}, lambda text: None) as kept:
+        measure(Told(13), kept, monkeypatch)
+    (path,) = (tmp_path / "unfinished").glob("*.npy")
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    again = Told()
+    with open_journal(tmp_path, {}, lambda text: None) as kept:
+        measure(again, kept, monkeypatch)
+    assert again.predicted == 4
+
+
+def test_a_bench_without_a_result_leaves_nothing_and_two_do_not_meet(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="no artifact"), open_journal(tmp_path, {}, lambda text: None):
+        raise BenchError("no artifact could be measured")
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    with (
+        locked(tmp_path, "bench"),
+        pytest.raises(RunError, match=r"another process \(\d+\) is working on this bench"),
+        open_journal(tmp_path, {}, lambda text: None),
+    ):
+        pytest.fail("it was let in")
+
+
+def test_what_changes_by_itself_is_no_condition() -> None:
+    facts = {"cpu": "x", "gpus": [{"name": "g", "driver": "1", "temperature_c": 40}], "load_average": [0.1]}
+    warmer = {**facts, "gpus": [{"name": "g", "driver": "1", "temperature_c": 70}], "load_average": [2.0]}
+    assert conditions(facts, threads=1) == conditions(warmer, threads=1)
+    assert conditions(facts, threads=1) != conditions(facts, threads=2)
+    assert conditions(facts) != conditions({**facts, "cpu": "y"})

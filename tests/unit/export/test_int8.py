@@ -1,0 +1,756 @@
+"""INT8: the graph that is written, the fidelity floor that decides what stays in it, and what becomes of a miss."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+
+from onnx import numpy_helper  # noqa: E402
+
+from prgkit.config.recipe import load_recipe  # noqa: E402
+from prgkit.data.index import Preprocessing, read_image_index  # noqa: E402
+from prgkit.errors import ExportError, TargetsError  # noqa: E402
+from prgkit.evaluate.predict import predict  # noqa: E402
+from prgkit.evaluate.report.formatting import lead_row, refused  # noqa: E402
+from prgkit.evaluate.selection import choose, int8_notes, write_choice  # noqa: E402
+from prgkit.export.bundle.bundle import open_bundle  # noqa: E402
+from prgkit.export.formats import tensorrt_precision  # noqa: E402
+from prgkit.export.formats.engines import build_engines, buildable, engine_name  # noqa: E402
+from prgkit.export.formats.onnx import OnnxExportModule, export_onnx  # noqa: E402
+from prgkit.export.formats.tensorrt import build_engine  # noqa: E402
+from prgkit.export.from_run import evaluation_positions, learned_images  # noqa: E402
+from prgkit.export.int8 import pipeline  # noqa: E402
+from prgkit.export.int8.accuracy_control import (  # noqa: E402
+    analyse_sensitivity,
+    control_accuracy,
+    find_fewest,
+    logits_of,
+    median_kl,
+    root_kl,
+)
+from prgkit.export.int8.calibration import Spread, measure_spreads  # noqa: E402
+from prgkit.export.int8.pipeline import Learned  # noqa: E402
+from prgkit.export.int8.qdq import Block, block_name, find_blocks, tensors_of, weight_scales, write_int8  # noqa: E402
+from prgkit.export.pipeline import ExportOptions, HeldOut, export_student  # noqa: E402
+from prgkit.export.runtimes.fidelity import apart, told, too_few  # noqa: E402
+from prgkit.export.runtimes.gpu import Backend, available_backends  # noqa: E402
+from prgkit.progress import NullProgress  # noqa: E402
+from prgkit.storage.atomic import read_sealed, sha256, write_sealed  # noqa: E402
+from prgkit.storage.run import Run  # noqa: E402
+from prgkit.training.prepare import hold_out  # noqa: E402
+
+needs_rtx = pytest.mark.skipif(
+    not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
+)
+
+
+@pytest.fixture(scope="session")
+def quantised(exported, tmp_path_factory):
+    """Both layouts of a real student, every block in INT8, calibrated on 64 images."""
+    folder = tmp_path_factory.mktemp("int8")
+    blocks = find_blocks(exported.fp32)
+    spreads = measure_spreads(exported.fp32, tensors_of(exported.fp32, blocks), exported.pixels[:64])
+    nodes = {node for block in blocks for node in block.nodes}
+    files = {"onnxruntime": folder / "model.int8.onnx", "tensorrt": folder / "model.int8.tensorrt.onnx"}
+    write_int8(exported.fp32, files["onnxruntime"], nodes=nodes, spreads=spreads, tail=0.02, layout="onnxruntime")
+    write_int8(exported.fp16, files["tensorrt"], nodes=nodes, spreads=spreads, tail=0.02, layout="tensorrt")
+    return SimpleNamespace(exported=exported, blocks=blocks, spreads=spreads, nodes=nodes, files=files)
+
+
+def opened(path):
+    model = onnx.load(str(path))
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    makers = {output: node for node in model.graph.node for output in node.output}
+    return model, constants, makers
+
+
+@pytest.mark.parametrize("layout", ["onnxruntime", "tensorrt"])
+def test_weights_are_symmetric_with_a_scale_for_each_channel(quantised, layout):
+    model, constants, makers = opened(quantised.files[layout])
+    convolutions = [node for node in model.graph.node if node.name in quantised.nodes and node.op_type == "Conv"]
+    assert len(convolutions) == len(quantised.nodes) > 25
+    before = opened(quantised.exported.fp32)
+    originals = {node.name: before[1][node.input[1]] for node in before[0].graph.node if node.op_type == "Conv"}
+    kind = np.float32 if layout == "onnxruntime" else np.float16
+    for node in convolutions:
+        dequantise = makers[node.input[1]]
+        values, scales, zeros = (constants[name] for name in dequantise.input)
+        assert (values.dtype, scales.dtype) == (np.int8, kind)
+        assert len(scales) == len(values) == len(originals[node.name])
+        assert not zeros.any()
+        assert dequantise.attribute[0].i == 0, "the scales run along the output channels"
+        error = np.abs(values * scales[:, None, None, None].astype(np.float64) - originals[node.name])
+        half_a_step = 0.51 if layout == "onnxruntime" else 0.6  # the FP16 file has rounded weights and scales
+        assert (error <= half_a_step * scales[:, None, None, None].astype(np.float64) + 1e-7).all()
+
+
+def test_activations_are_uint8_for_onnx_runtime_and_int8_around_zero_for_tensorrt(quantised):
+    for layout, kind in (("onnxruntime", np.uint8), ("tensorrt", np.int8)):
+        model, constants, makers = opened(quantised.files[layout])
+        pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+        zeros = [constants[node.input[2]] for node in pairs]
+        assert pairs
+        assert {zero.dtype for zero in zeros} == {np.dtype(kind)}
+        if layout == "tensorrt":
+            assert not any(zero.any() for zero in zeros)
+            continue
+        assert any(zero.any() for zero in zeros), "a range that is not symmetric has a zero-point"
+        for node in model.graph.node:  # a convolution runs in 8 bits only from end to end
+            if node.name in quantised.nodes:
+                biases = [makers[name].input[0] for name in node.input[2:]]
+                assert all(constants[name].dtype == np.int32 for name in biases)
+                takers = [taker.op_type for taker in model.graph.node if node.output[0] in taker.input]
+                assert takers == ["QuantizeLinear"]
+
+
+@pytest.mark.parametrize("layout", ["onnxruntime", "tensorrt"])
+def test_preprocessing_input_output_and_metadata_stay(quantised, layout):
+    source = onnx.load(str(quantised.exported.fp32 if layout == "onnxruntime" else quantised.exported.fp16))
+    model, _, makers = opened(quantised.files[layout])
+    assert [list(model.graph.input), list(model.graph.output)] == [list(source.graph.input), list(source.graph.output)]
+    assert list(model.metadata_props) == list(source.metadata_props)
+    assert (model.ir_version, model.opset_import[0].version) == (9, 20)
+    nodes = [node for node in model.graph.node if node.op_type != "DequantizeLinear"]
+    assert [node.op_type for node in nodes[:4]] == ["Cast", "Transpose", "Mul", "Add"]
+    assert not any(
+        makers[name].op_type == "DequantizeLinear" for node in nodes[:4] for name in node.input if name in makers
+    )
+    head = next(node for node in model.graph.node if node.op_type == "Gemm")
+    assert "dequantised" not in "".join(head.input), "the head stays in float"
+
+
+@pytest.mark.parametrize("layout", ["onnxruntime", "tensorrt"])
+def test_it_runs_and_mostly_says_the_same(quantised, layout):
+    exported = quantised.exported
+    reference, logits = (logits_of(path, exported.pixels[64:]) for path in (exported.fp32, quantised.files[layout]))
+    least = 0.8 if exported.fp32.parent.name.startswith("repvit") else 0.6  # random weights: answers are close calls
+    assert (reference.argmax(axis=1) == logits.argmax(axis=1)).mean() > least
+    source = exported.fp32 if layout == "onnxruntime" else exported.fp16
+    assert quantised.files[layout].stat().st_size < (0.45 if layout == "onnxruntime" else 0.7) * source.stat().st_size
+
+
+def test_blocks_follow_the_modules(quantised):
+    names = [block.name for block in quantised.blocks]
+    expected = ("stages.0.blocks.0.channel_mixer", "stages.0.blocks.1.channel_mixer", "stages.3.blocks.1.channel_mixer")
+    if names[-1] == "conv_head":
+        expected = ("blocks.2.0.conv_pwl", "blocks.2.1.conv_pw", "conv_head")  # what comes before has few channels
+    assert (names[0], names[1], names[-1]) == expected
+    assert len(names) > 12
+    assert block_name("network.stages.1.downsample.ffn.conv1.weight") == "stages.1.downsample.ffn"
+    assert (
+        block_name("network.stages.1.downsample.channel_downsample.weight") == "stages.1.downsample.channel_downsample"
+    )
+    assert block_name("network.stages.2.blocks.3.channel_mixer.conv1.weight") == "stages.2.blocks.3.channel_mixer"
+    assert block_name("network.blocks.4.2.conv_pw.weight") == "blocks.4.2.conv_pw"
+    assert block_name("model.stem.conv2.weight") == "stem.conv2"
+    assert block_name("network.head.weight") == "head"
+
+
+def test_root_kl_is_the_mean_of_the_images_roots():
+    wanted = np.log(np.array([[0.5, 0.5], [0.5, 0.5], [0.8, 0.2]], np.float32))
+    found = np.log(np.array([[0.2, 0.8], [0.5, 0.5], [0.8, 0.2]], np.float32)) + 3  # a shift changes no softmax
+    kl = 0.5 * np.log(0.5 / 0.2) + 0.5 * np.log(0.5 / 0.8)
+    assert root_kl(wanted, found) == pytest.approx(np.sqrt(kl) / 3, rel=1e-5)
+    assert root_kl(wanted, wanted) == 0
+
+
+def test_one_image_that_explodes_does_not_outweigh_all_others():
+    """The mean of KL itself would prefer the second: 4.5 against 5.0 nats an image."""
+    wanted = np.zeros((100, 2), np.float32)
+    wanted[0] = (1000, 0)
+    one_lost, all_blurred = wanted.copy(), wanted.copy()
+    one_lost[0] = (0, 500)
+    all_blurred[1:] = (10.4, 0)
+    assert root_kl(wanted, one_lost) < 0.2 * root_kl(wanted, all_blurred)
+
+
+def test_blocks_are_ranked_by_the_median_image():
+    wanted = np.log(np.array([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]], np.float32))
+    found = np.log(np.array([[0.2, 0.8], [0.4, 0.6], [0.5, 0.5]], np.float32)) - 2  # a shift changes no softmax
+    kl = 0.5 * np.log(0.5 / 0.4) + 0.5 * np.log(0.5 / 0.6)
+    assert median_kl(wanted, found) == pytest.approx(kl, rel=1e-5)
+    found[0] = (1000, 0)  # however far one image is off
+    assert median_kl(wanted, found) == pytest.approx(kl, rel=1e-5)
+    assert median_kl(wanted, wanted) == 0
+
+
+def test_a_range_leaves_out_the_images_that_explode_and_holds_zero():
+    spread = Spread()
+    spread.add(np.linspace(1, 2, 98, dtype=np.float32)[:, None, None] * np.ones((98, 3, 3), np.float32))
+    spread.add(np.stack([np.full((3, 3), 500.0), np.full((3, 3), -300.0)]).astype(np.float32))
+    assert spread.range(0, symmetric=False) == (-300, 500)
+    assert spread.range(0, symmetric=True) == (-500, 500)
+    assert spread.range(0.02, symmetric=False) == pytest.approx((0, 2), abs=0.02)
+    assert spread.range(0.02, symmetric=True) == pytest.approx((-2, 2), abs=0.02)
+    assert spread.range(0.5, symmetric=False)[1] == pytest.approx(1.5, abs=0.02)
+
+
+def test_an_images_own_range_leaves_out_its_most_extreme_values():
+    spread = Spread()
+    values = np.linspace(-1, 1, 20_000, dtype=np.float32)[None]
+    values[0, 7], values[0, 9] = 80, -90  # two of twenty thousand
+    spread.add(values)
+    assert spread.range(0, symmetric=False) == pytest.approx((-1, 1), abs=0.01)
+
+
+def test_activations_that_are_no_numbers_are_refused():
+    with pytest.raises(ExportError, match="its activations are infinite or no numbers"):
+        Spread().add(np.array([[1.0, np.nan]], np.float32))
+
+
+def test_few_images_of_which_one_explodes_still_give_the_others_range():
+    """Interpolated between the two largest of 16, the range would be half of the outlier's."""
+    spread = Spread()
+    spread.add(np.array([[1.0]] * 15 + [[1000.0]], np.float32))
+    assert spread.range(0.04, symmetric=False) == (0, 1)
+
+
+def test_no_two_neighbours_saturate_sixteen_bits():
+    """255 x 127 + 255 x 127 would be 64,770; kernels without VNNI make 32,767 of it."""
+    weight = np.zeros((3, 4, 1, 1))
+    weight[0, :, 0, 0] = (1.0, 1.0, 0.0, 0.0)  # neighbours of one sign
+    weight[1, :, 0, 0] = (1.0, -1.0, 0.0, 0.0)  # of two: their products cancel
+    weight[2, :, 0, 0] = (0.0, -1.0, -1.0, 0.0)  # of two pairs
+    assert weight_scales(weight, "onnxruntime") == pytest.approx([2 / 127, 1 / 127, 1 / 127])
+    assert weight_scales(weight, "tensorrt") == pytest.approx([1 / 127] * 3)
+
+
+def test_neighbours_are_those_of_the_kernels_order_odd_channels_and_all():
+    """Rows, columns, then channels: with three of them the third is a neighbour of the next column's first."""
+    weight = np.zeros((2, 3, 1, 2))  # [out, in, h, w]
+    weight[0, 2, 0, 0] = weight[0, 0, 0, 1] = 1  # neighbours
+    weight[1, 0, 0, 0] = weight[1, 0, 0, 1] = 1  # of one channel, and none
+    assert weight_scales(weight, "onnxruntime") == pytest.approx([2 / 127, 1 / 127])
+    assert weight_scales(np.ones((1, 3, 1, 1)), "onnxruntime") == pytest.approx([2 / 127])
+
+
+def test_the_weights_of_a_file_obey_that(quantised):
+    model, constants, makers = opened(quantised.files["onnxruntime"])
+    most = 0
+    for node in model.graph.node:
+        if node.name in quantised.nodes:
+            steps = constants[makers[node.input[1]].input[0]].astype(int)  # [out, in, h, w]
+            pairs = steps.transpose(0, 2, 3, 1).reshape(len(steps), -1, 2)
+            assert pairs.clip(min=0).sum(axis=2).max() <= 128
+            assert pairs.clip(max=0).sum(axis=2).min() >= -128
+            most = max(most, np.abs(pairs).max())
+    assert most > 96, "seven bits would do that too"
+
+
+@pytest.mark.parametrize(("blocks", "needed"), [(24, 0), (24, 1), (24, 7), (24, 23), (2, 1)])
+def test_the_fewest_blocks_in_float_are_found_by_bisection(blocks, needed):
+    asked = []
+
+    def holds(count):
+        asked.append(count)
+        return count >= needed
+
+    assert find_fewest(blocks, holds) == needed
+    assert len(asked) <= 6
+
+
+def test_where_even_one_block_misses_the_floor_none_is_found():
+    asked = []
+    assert find_fewest(24, lambda count: bool(asked.append(count))) is None
+    assert max(asked) == 23, "the last that was tried quantises one block"
+
+
+def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
+    """One block's range is made absurdly wide: INT8 rounds all that passes through it to nothing."""
+    exported, blocks = repvit, find_blocks(repvit.fp32)[:6]
+    spoilt = next(block for block in blocks if block.name == "stages.1.downsample.channel_downsample")
+    spreads = measure_spreads(exported.fp32, tensors_of(exported.fp32, blocks), exported.pixels[:32])
+    (middle,) = spoilt.nodes  # nothing leads around it
+    taken = next(node.input[0] for node in onnx.load(str(exported.fp32)).graph.node if node.name == middle)
+    spreads[taken] = Spread()
+    spreads[taken].add(np.array([[-1e6, 1e6]], dtype=np.float32))
+    pixels = exported.pixels[64:]
+    logits = logits_of(exported.fp32, pixels)
+    scan = analyse_sensitivity(exported.fp32, blocks, spreads, 0.02, pixels)
+    assert scan[0]["block"] == spoilt.name
+    found = control_accuracy(
+        exported.fp32,
+        tmp_path / "model.int8.onnx",
+        blocks=blocks,
+        scan=scan,
+        spreads=spreads,
+        tail=0.02,
+        layout="onnxruntime",
+        pixels=pixels,
+        logits=logits,
+        floor=60,
+        note=lambda text: None,
+    )
+    assert found["kept"]
+    assert found["float_blocks"][0] == spoilt.name
+    assert found["interval"][0] >= 60
+    assert found["tried"][0]["float_blocks"] == 0
+    assert found["tried"][0]["interval"][0] < 60
+    kept = onnx.load(str(tmp_path / "model.int8.onnx"))
+    for node in kept.graph.node:
+        if node.name in spoilt.nodes:
+            assert not node.input[1].endswith("_dequantised"), "its weights are float again"
+    assert told(found).startswith(f"{found['blocks'] - len(found['float_blocks'])} of {found['blocks']} blocks in INT8")
+
+
+def test_the_most_sensitive_blocks_do_not_choose_the_clipping(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline, "choose_tail", lambda fp32, blocks, *rest: asked.extend(blocks) or 0.04)
+    network = pipeline.Network("model.onnx", np.zeros((1, 8, 8, 3), np.uint8), print)
+    blocks = [Block(f"block {number}", ()) for number in range(10)]
+    scan = [{"block": f"block {number}"} for number in (7, 2, 0, 1, 3, 4, 5, 6, 8, 9)]  # the most sensitive first
+    network.__dict__.update(blocks=blocks, scan=scan, spreads={})  # as if measured
+    assert network.tail == 0.04
+    assert {block.name for block in blocks} - {block.name for block in asked} == {"block 7", "block 2"}
+
+
+def test_where_the_floor_cannot_be_held_no_file_remains(quantised, tmp_path):
+    exported = quantised.exported
+    pixels = exported.pixels[64:128]
+    nobody = -logits_of(exported.fp32, pixels)  # the answers of another network
+    found = control_accuracy(
+        exported.fp32,
+        tmp_path / "model.int8.onnx",
+        blocks=quantised.blocks[:2],
+        scan=[{"block": block.name, "median_kl": 1.0, "agreement": 0.0} for block in quantised.blocks[:2]],
+        spreads=quantised.spreads,
+        tail=0.02,
+        layout="onnxruntime",
+        pixels=pixels,
+        logits=nobody,
+        floor=98,
+        note=lambda text: None,
+    )
+    assert not found["kept"]
+    assert not list(tmp_path.iterdir())
+    assert told(found) == (
+        "INT8 is not kept: with only 1 of 2 blocks in it, the same answer as FP32 on 0.00 % of 64 held-out images, "
+        "lower 95 % bound 0.00 %; the floor is 98 %; 2,000 images would make the bound narrower"
+    )
+
+
+def test_too_few_images_can_show_nothing_and_that_is_said():
+    assert too_few(189, 98) is None  # 189 / (189 + 1.96^2) = 98.01 %
+    found = too_few(188, 98)
+    assert not found["kept"]
+    assert told(found) == (
+        "INT8 is not kept: 188 held-out images cannot show its fidelity; with every answer the same its lower 95 % "
+        "bound would be 98.00 %, and the floor is 98 %"
+    )
+
+
+@needs_rtx
+def test_tensorrts_layout_builds_as_int8_around_fp16(quantised, tmp_path):
+    build = {"batch": (1, 1, 32), "backend": "tensorrt_rtx", "sm": ["SM86"]}
+    card = build_engine(quantised.files["tensorrt"], tmp_path, precision="int8", **build)
+    assert card.file == "model.int8.tensorrt_rtx.engine"
+    assert card.precision == "int8"
+    assert set(card.layer_dtypes["CONVOLUTION"]) == {"HALF"}
+    assert card.layer_dtypes["QUANTIZE"] == {"INT8": card.layer_dtypes["DEQUANTIZE"]["HALF"] - len(quantised.nodes)}
+
+
+@needs_rtx
+def test_an_int8_engine_comes_from_an_int8_file_and_no_other(quantised, tmp_path):
+    build = {"batch": (1, 1, 1), "backend": "tensorrt_rtx"}
+    with pytest.raises(ExportError, match=r"int8 was asked for, and model\.fp16\.onnx holds no Q/DQ nodes"):
+        build_engine(quantised.exported.fp16, tmp_path, precision="int8", **build)
+    with pytest.raises(ExportError, match=r"fp16 was asked for, and model\.int8\.tensorrt\.onnx holds INT8 Q/DQ nodes"):
+        build_engine(quantised.files["tensorrt"], tmp_path, precision="fp16", **build)
+
+
+@pytest.fixture(scope="module")
+def few_blocks():
+    """Quantise a few blocks only, two of them of little arithmetic: a scan of them tells the same, sooner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "find_blocks", lambda path: find_blocks(path)[7:12])
+        yield
+
+
+@pytest.fixture(scope="module")
+def bundle(repvit, few_blocks, tmp_path_factory):
+    """A bundle with INT8 held to a floor that random weights can reach."""
+    folder = tmp_path_factory.mktemp("run") / "bundle"
+    notes = []
+    manifest = export(repvit, folder, notes, count=192, int8=True, fidelity=60.0)
+    return SimpleNamespace(folder=folder, manifest=manifest, notes=notes)
+
+
+def export(repvit, folder, notes, *, count, **options):
+    generator = np.random.default_rng(4)
+    teacher = generator.normal(size=(count, 20)).astype(np.float32)
+    facts = {"run": {"name": "test"}, "recipe": {}, "teacher": {"model": "tiny"}, "student": {"model": "repvit_m0_9"}}
+    return export_student(
+        repvit.student,
+        folder,
+        pixels=repvit.pixels[:32],
+        golden=[Image.fromarray(pixels) for pixels in repvit.pixels[:2]],
+        held_out=HeldOut(iter(repvit.pixels[64:][:count]), teacher, teacher, None, "made up"),
+        classes=[f"thing {number}" for number in range(20)],
+        preprocessing=repvit.preprocessing,
+        facts=facts,
+        options=ExportOptions(**options),
+        learned=lambda: Learned(64, lambda places: repvit.pixels[places]),
+        note=notes.append,
+    )
+
+
+def test_a_bundle_carries_int8_with_its_parity_and_what_was_found(bundle):
+    opened = open_bundle(bundle.folder)
+    entry = opened.artifacts[1]
+    assert (entry["name"], entry["file"], entry["precision"]) == ("onnx-int8", "model.int8.onnx", "int8")
+    assert entry["parity"]["images"] == 32
+    found = entry["quantization"]
+    assert (found["kept"], found["floor"], found["images"], found["calibration_images"]) == (True, 60.0, 192, 64)
+    assert found["interval"][0] >= 60
+    assert len(found["scan"]) == found["blocks"] == 5
+    assert "not_kept" not in opened.manifest
+    assert any(note.startswith("model.int8.onnx: ") and "blocks in INT8" in note for note in bundle.notes)
+
+
+def test_the_heavy_file_leaves_the_blocks_of_little_arithmetic_in_float(bundle):
+    every, heavy = (entry["quantization"] for entry in bundle.manifest["artifacts"][1:])
+    assert [entry["name"] for entry in bundle.manifest["artifacts"]] == ["onnx-fp32", "onnx-int8", "onnx-int8-heavy"]
+    blocks = find_blocks(bundle.folder / "model.onnx")[7:12]
+    light = [block.name for block in blocks if block.work < 80]
+    assert [round(block.work) for block in blocks] == [64, 64, 128, 128, 128]
+    assert not set(light) <= set(every["float_blocks"]), "else it would be the same file"
+    assert heavy["float_blocks"][-2:] == light
+    assert (heavy["blocks"], heavy["kept"], heavy["layout"]) == (5, True, "onnxruntime")
+    names = {block.name: block.nodes for block in blocks}
+    graph = onnx.load(str(bundle.folder / "model.int8-heavy.onnx")).graph
+    taken = {node.name: node.input[0] for node in graph.node}
+    assert not any(taken[node].endswith("_dequantised") for name in light for node in names[name])
+    assert all(taken[node].endswith("_dequantised") for node in names[(set(names) - set(heavy["float_blocks"])).pop()])
+
+
+def test_where_every_light_block_is_in_float_anyway_there_is_no_heavy_file(bundle, repvit, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "HEAVY_WORK", 60)
+        manifest = export(repvit, tmp_path / "bundle", [], count=192, int8=True, fidelity=60.0)
+    assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32", "onnx-int8"]
+
+
+@needs_rtx
+def test_each_runtime_has_its_two_files_and_what_makes_the_same_engine_of_both_builds_one(
+    bundle, repvit, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tensorrt_precision, "LEAST_INT8_WEIGHTS", 1)
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    manifest = export(repvit, tmp_path / "bundle", [], count=192, int8=True, fidelity=60.0, trt=True)
+    files = {entry["name"]: entry["file"] for entry in manifest["artifacts"]}
+    assert files == {
+        "onnx-fp32": "model.onnx",
+        "tensorrt_rtx-fp32": "model.fp32.tensorrt_rtx.engine",
+        "onnx-int8": "model.int8.onnx",
+        "onnx-int8-heavy": "model.int8-heavy.onnx",
+        "onnx-int8-tensorrt": "model.int8.tensorrt.onnx",
+        "onnx-int8-heavy-tensorrt": "model.int8-heavy.tensorrt.onnx",
+        "tensorrt_rtx-int8-heavy": "model.int8-heavy.tensorrt_rtx.engine",
+    }
+    quantised = [entry for entry in manifest["artifacts"] if entry["format"] == "onnx-tensorrt"]
+    rtx, tensorrt = (Backend(name, "11", None) for name in ("tensorrt_rtx", "tensorrt"))
+    assert buildable(quantised, rtx) == quantised[1:]
+    assert buildable(quantised, tensorrt) == quantised
+    assert [engine_name("tensorrt", entry) for entry in quantised] == ["tensorrt-int8", "tensorrt-int8-heavy"]
+    notes = []
+    build = {"fp16": False, "int8": True, "batch": (1, 1, 1), "backend": "tensorrt_rtx", "note": notes.append}
+    on_device = build_engines(tmp_path / "bundle", **build)
+    assert {entry["name"]: entry["file"] for entry in on_device["artifacts"]} == files
+    assert [note.split(":")[0] for note in notes] == [name for name in files.values() if name.endswith(".engine")]
+
+
+@needs_rtx
+def test_an_int8_engine_that_would_be_larger_than_fp16s_is_not_kept_and_that_is_said(
+    bundle, repvit, tmp_path, monkeypatch
+):
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    notes = []
+    why = (
+        "INT8 is not kept: none of its 6 quantised convolutions has 275,000 weights, and what tensorrt_rtx builds around "
+        "a smaller one takes more than INT8 saves, so FP16's engine is smaller"
+    )
+    manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=60.0, trt=True)
+    assert notes[-1] == f"tensorrt_rtx-int8-heavy: {why}"
+    assert [one["name"] for one in manifest["not_kept"]] == ["tensorrt_rtx-int8-heavy"]
+    assert int8_notes(open_bundle(tmp_path / "bundle"), None) == [f"tensorrt_rtx-int8-heavy: {why}."]
+    for asked in (True, False):  # what is not decided anew stays, and what was said of it
+        again = export(repvit, tmp_path / "bundle", [], count=192, int8=asked, fidelity=60.0)
+        assert again["not_kept"] == manifest["not_kept"]
+        assert {entry["name"] for entry in again["artifacts"]} == {entry["name"] for entry in manifest["artifacts"]}
+
+    def build(batch):
+        notes.clear()
+        on_device = {"fp16": False, "int8": True, "batch": batch, "backend": "tensorrt_rtx", "note": notes.append}
+        assert build_engines(tmp_path / "bundle", **on_device) == open_bundle(tmp_path / "bundle").manifest
+        kept = open_bundle(tmp_path / "bundle").manifest.get("not_kept", [])
+        return [path.name for path in (tmp_path / "bundle").glob("*int8*.engine")], [one["name"] for one in kept]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorrt_precision, "LEAST_INT8_WEIGHTS", 1)
+        assert build((1, 1, 1)) == (["model.int8-heavy.tensorrt_rtx.engine"], [])
+    assert build((2, 2, 2)) == ([], ["tensorrt_rtx-int8-heavy"])
+    assert notes[-1] == f"tensorrt_rtx-int8-heavy: {why}"
+
+
+def test_int8_that_is_finished_is_not_made_again(bundle, repvit, tmp_path):
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    notes = []
+    manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=60.0)
+    assert manifest["artifacts"] == bundle.manifest["artifacts"]
+    assert "model.int8.onnx: finished before, and made from the same; it is kept" in notes
+    assert not any("scanning" in note for note in notes)
+
+
+def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tmp_path):
+    shutil.copytree(bundle.folder, tmp_path / "bundle")  # its FP32 file need not be made again
+    notes = []
+    manifest = export(repvit, tmp_path / "bundle", notes, count=40, int8=True)
+    assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32"]
+    assert not list((tmp_path / "bundle").glob("*int8*"))
+    assert [(one["name"], one["kept"], one["images"]) for one in manifest["not_kept"]] == [("onnx-int8", False, 40)]
+    assert "made_from" not in manifest["not_kept"][0], "to try again costs nothing"
+    said = (
+        "INT8 is not kept: 40 held-out images cannot show its fidelity; with every answer the same its lower 95 % bound "
+        "would be 91.24 %, and the floor is 98 %"
+    )
+    assert f"model.int8.onnx: {said}" in notes
+    assert int8_notes(open_bundle(tmp_path / "bundle"), None) == [f"onnx-int8: {said}."]
+
+
+@needs_rtx
+def test_an_engine_of_int8_that_missed_its_floor_is_refused_with_the_figures(bundle, tmp_path):
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    manifest = read_sealed(tmp_path / "bundle" / "manifest.json")
+    manifest["not_kept"] = [{"name": "onnx-int8-tensorrt", "layout": "tensorrt", **too_few(40, 98.0)}]
+    write_sealed(tmp_path / "bundle" / "manifest.json", manifest)
+    build = {"fp16": False, "int8": True, "batch": (1, 1, 1), "backend": "tensorrt_rtx", "note": lambda _: None}
+    with pytest.raises(ExportError, match="INT8 is not kept: 40 held-out images cannot show its fidelity") as caught:
+        build_engines(tmp_path / "bundle", **build)
+    assert caught.value.fix == "build without --int8"
+
+
+def test_int8_that_was_not_kept_is_not_tried_again_before_something_changes(bundle, repvit, tmp_path, monkeypatch):
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    tried = []
+
+    def missed(source, path, *, floor, **_):
+        tried.append(floor)
+        found = {"kept": False, "floor": floor, "blocks": 5, "float_blocks": ["a"], "tried": [], "tail": 0.0}
+        return {**found, "images": 192, "agreement": 50.0, "interval": [40.0, 60.0]}
+
+    monkeypatch.setattr(pipeline, "hold_floor", missed)
+    said = []
+    for floor in (70.0, 70.0, 71.0):
+        notes = []
+        export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=floor)
+        said.append(next(note for note in notes if note.startswith("model.int8.onnx: ")))
+    assert tried == [70.0, 71.0]
+    assert said[1] == f"{said[0]} (found before, from the same)"
+    assert said[0].startswith("model.int8.onnx: INT8 is not kept: ")
+    assert [one["floor"] for one in open_bundle(tmp_path / "bundle").manifest["not_kept"]] == [71.0]
+
+
+def rows(*, int8_ms, agreement, heavy_ms=None, heavy_agreement=100.0):
+    files = {"fp32": ([10.0] * 10, 100.0), "fp16": ([12.0] * 10, 100.0), "int8": (int8_ms, agreement)}
+    files |= {"int8-heavy": (heavy_ms, heavy_agreement)} if heavy_ms else {}
+    made = []
+    for kind, (times, same) in files.items():
+        latency = {"p50_ms": float(np.median(times)), "round_p50_ms": times}
+        made.append({"artifact": f"onnx-{kind}", "precision": kind.partition("-")[0], "backend": "onnxruntime"})
+        made[-1] |= {"device": "cpu", "status": "measured", "latency": latency, "agreement_fp32": same}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("int8_ms", "agreement", "kept", "said"),
+    [
+        (
+            [5.0] * 10,
+            90.0,
+            True,
+            "onnx-int8 is kept on this machine: the same answer as FP32 on 90.00 % of 2,000 images",
+        ),
+        ([5.0] * 10, 61.0, False, "lower 95 % bound 58.84 %, floor 60 %; 0.50 times the latency of onnx-fp32"),
+        ([10.0, 9.0] * 5, 90.0, True, "0.95 times the latency of onnx-fp32 (0.92–0.98)"),
+        ([10.0] * 9 + [9.0], 90.0, False, "0.99 times the latency of onnx-fp32 (0.97–1.00)"),
+        ([20.0] * 10, 90.0, False, "onnx-int8 is not kept on this machine: "),
+    ],
+)
+def test_int8_is_kept_only_where_it_is_faithful_and_faster(bundle, int8_ms, agreement, kept, said):
+    opened = open_bundle(bundle.folder)
+    found = choose(opened, rows(int8_ms=int8_ms, agreement=agreement), images=2000)
+    assert found["kept"] is kept
+    assert said in int8_notes(opened, found)[0]
+
+
+@pytest.mark.parametrize(
+    ("heavy_ms", "heavy_agreement", "chosen", "kept"),
+    [
+        ([4.0] * 10, 90.0, "onnx-int8-heavy", [True, True]),
+        ([6.0] * 10, 90.0, "onnx-int8", [True, True]),
+        ([4.0] * 10, 61.0, "onnx-int8", [True, False]),
+    ],
+)
+def test_of_several_int8_files_the_fastest_that_is_faithful_is_chosen(
+    bundle, tmp_path, heavy_ms, heavy_agreement, chosen, kept
+):
+    opened = open_bundle(bundle.folder)
+    measured = rows(int8_ms=[5.0] * 10, agreement=90.0, heavy_ms=heavy_ms, heavy_agreement=heavy_agreement)
+    found = choose(opened, measured, images=2000)
+    assert found["artifact"] == chosen
+    assert [one["kept"] for one in (found, *found["others"])] == kept
+    notes = int8_notes(opened, found)
+    assert (f"predict runs {chosen}, the fastest of these." in notes) == all(kept)
+    assert [note.split()[0] for note in notes[:2]] == [chosen, *(one["artifact"] for one in found["others"])]
+    write_choice(tmp_path, opened, found)
+    assert read_sealed(tmp_path / "choice.json")["artifact"] == chosen
+    row = {"backend": "onnxruntime", "device": "cpu", "faithful": True}
+    assert refused(found, {**row, "artifact": "onnx-int8-heavy"}) == (not kept[1])
+    for artifact in ("onnx-int8-heavy", "onnx-int8-tensorrt"):
+        elsewhere = {"backend": "openvino", "device": "cpu", "artifact": artifact}
+        faithful = [
+            refused(judged, {**elsewhere, "faithful": how}) for how in (True, False) for judged in (found, None)
+        ]
+        assert faithful == [False, False, True, True], "slow here may be fast there, but not what is wrong"
+    slow = rows(int8_ms=[50.0] * 10, agreement=90.0, heavy_ms=[60.0] * 10)
+    assert choose(opened, slow, images=2000)["artifact"] == "onnx-int8", "the first, where none is kept"
+
+
+def test_what_predict_cannot_run_has_no_say_in_its_choice(bundle):
+    opened, measured = open_bundle(bundle.folder), rows(int8_ms=[5.0] * 10, agreement=90.0)
+    elsewhere = [
+        {**row, "backend": "openvino", "agreement_fp32": 0.0, "latency": {"p50_ms": ms, "round_p50_ms": [ms] * 10}}
+        for row, ms in zip(measured, (0.1, 0.1, 100.0), strict=True)
+    ]
+    for order in (measured + elsewhere, elsewhere + measured):
+        assert choose(opened, order, images=2000) == choose(opened, measured, images=2000)
+    assert choose(opened, elsewhere, images=2000) is None
+
+
+def test_predict_obeys_the_choice_of_this_machine(bundle, tmp_path):
+    opened = open_bundle(bundle.folder)
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "a.png")
+
+    def artifact():
+        answers = predict(bundle.folder, [tmp_path / "a.png"], top_k=1, min_confidence=0, bench=tmp_path / "bench")
+        return next(answers)["artifact"]
+
+    assert artifact() == "onnx-fp32", "without a choice"
+    write_choice(tmp_path / "bench", opened, choose(opened, rows(int8_ms=[5.0] * 10, agreement=99.0), images=2000))
+    assert artifact() == "onnx-int8"
+    write_choice(tmp_path / "bench", opened, choose(opened, rows(int8_ms=[50.0] * 10, agreement=99.0), images=2000))
+    assert artifact() == "onnx-fp32"
+    choice = read_sealed(tmp_path / "bench" / "choice.json")
+    assert (choice["artifact"], choice["int8"]["faithful"], choice["int8"]["faster"]) == ("onnx-fp32", True, False)
+    write_sealed(tmp_path / "bench" / "choice.json", {**choice, "sha256": "0" * 64})
+    assert artifact() == "onnx-fp32", "a choice of other files counts no more"
+    write_choice(tmp_path / "bench", opened, None)
+    assert not (tmp_path / "bench" / "choice.json").exists()
+
+
+def test_the_headline_is_never_of_int8_that_was_not_kept():
+    row = {"status": "measured", "top1": None, "agreement_teacher": 90.0, "device": "cpu", "faithful": None}
+    fast, slow = (
+        {**row, "artifact": name, "backend": "onnxruntime", "latency": {"p50_ms": ms}}
+        for name, ms in (("onnx-int8", 1.0), ("onnx-fp32", 2.0))
+    )
+    report = {"rows": [slow, fast], "int8": {"artifact": "onnx-int8", "kept": True}}
+    assert lead_row(report) is fast
+    report["int8"]["kept"] = False
+    assert lead_row(report) is slow
+    for faithful in (True, False):
+        elsewhere = {**fast, "artifact": "tensorrt-int8", "backend": "tensorrt", "faithful": faithful}
+        for int8_found in (report["int8"], None):
+            lead = lead_row({"rows": [slow, elsewhere], "int8": int8_found})
+            assert lead is (elsewhere if faithful else slow)
+
+
+def test_silu_beside_int8_stays_one_pass_in_onnx_runtime(tmp_path):
+    layers = [torch.nn.Conv2d(3, 64, 3, 2), torch.nn.Conv2d(64, 64, 1), torch.nn.SiLU(), torch.nn.Conv2d(64, 64, 1)]
+    head = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10)]
+    module = OnnxExportModule(
+        torch.nn.Sequential(*layers, *head), torch.full((3,), 127.0), torch.full((3,), 50.0)
+    ).eval()
+    fp32, path, fused = (tmp_path / name for name in ("fp32.onnx", "int8.onnx", "fused.onnx"))
+    export_onnx(module, fp32, image_size=16, classes=list("abcdefghij"), preprocessing={}, opset=20)
+    blocks, pixels = find_blocks(fp32), np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    spreads = measure_spreads(fp32, tensors_of(fp32, blocks), pixels)
+    nodes = {node for block in blocks for node in block.nodes}
+    write_int8(fp32, path, nodes=nodes, spreads=spreads, tail=0.0, layout="onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(fused)
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(str(fused)).graph.node]
+    assert "QuickGelu" in kinds
+    assert "Sigmoid" not in kinds
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("", ""),
+        ("a", ", a in float"),
+        ("abcd", ", a, b, c, d in float"),
+        ("abcdefg", ", a, b, c, d and 3 more in float"),
+    ],
+)
+def test_a_sentence_names_a_few_blocks(names, said):
+    assert apart(list(names)) == said
+
+
+def test_blocks_left_in_float_are_counted_and_stay_there(quantised, tmp_path):
+    exported, blocks, path = quantised.exported, quantised.blocks, tmp_path / "int8.onnx"
+    pixels = exported.pixels[192:]
+    found = control_accuracy(
+        exported.fp32,
+        path,
+        blocks=blocks[1:],
+        scan=[{"block": block.name} for block in blocks[1:]],
+        spreads=quantised.spreads,
+        tail=0.02,
+        layout="onnxruntime",
+        pixels=pixels,
+        logits=logits_of(exported.fp32, pixels),
+        floor=0,
+        left=[blocks[0].name],
+        note=lambda text: None,
+    )
+    assert (found["blocks"], found["float_blocks"]) == (len(blocks), [blocks[0].name])
+    assert [row["float_blocks"] for row in found["tried"]] == [1]
+    weights = {node.name: node.input[1] for node in onnx.load(str(path)).graph.node if node.op_type == "Conv"}
+    assert not weights[blocks[0].nodes[0]].endswith("_dequantised")
+    assert weights[blocks[1].nodes[0]].endswith("_dequantised")
+
+
+def test_nothing_that_is_held_out_is_learned_from(tmp_path):
+    preprocessing = Preprocessing(image_size=16, crop=1.0, interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3)
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    sets = [f"data.images={tmp_path}", "data.classes=[a, b]", "data.held_out=0.3"]
+    recipe = load_recipe("custom", overrides=sets)
+    images = read_image_index(recipe.data.images, recipe, NullProgress())
+    positions = evaluation_positions(images, recipe)
+    run = Run(tmp_path / "run")
+    learned = learned_images(run, images, positions[:-1], preprocessing, recipe, (), NullProgress())
+    taken = {pixels.tobytes() for pixels in learned.read(np.arange(learned.images))}
+    held = {preprocessing.prepare(images.read(place)).tobytes() for place in hold_out(images.keys, 0.3).tolist()}
+    assert (len(taken), len(held)) == (60 - len(positions), len(positions))
+    assert not taken & held, "neither those that travel nor the others that selected the student"
+    run.folder.mkdir()
+    np.save(run.confidence_file, np.linspace(0, 1, learned.images, dtype=np.float32))
+    write_sealed(run.answers_file, {"confidence_sha256": sha256(run.confidence_file)})
+    recipe = load_recipe("custom", overrides=[*sets, "data.keep.min_confidence=0.5"])
+    sure = learned_images(run, images, positions, preprocessing, recipe, (), NullProgress())
+    half = learned.read(np.arange(learned.images))[(learned.images + 1) // 2 :]
+    np.testing.assert_array_equal(sure.read(np.arange(sure.images)), half, "nor those that the teacher is unsure of")
+    run.confidence_file.write_bytes(run.confidence_file.read_bytes()[:-1])
+    with pytest.raises(TargetsError, match=r"confidence\.npy is missing, or is not what the run wrote"):
+        learned_images(run, images, positions, preprocessing, recipe, (), NullProgress())

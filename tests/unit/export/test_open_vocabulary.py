@@ -1,0 +1,466 @@
+"""Classes that can change after training: class vectors in the ONNX file or beside it, and `prgkit relabel`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("sklearn")
+
+from onnx import numpy_helper  # noqa: E402
+
+from prgkit.cli.main import main  # noqa: E402
+from prgkit.config.prompts import load_classes  # noqa: E402
+from prgkit.config.recipe import StudentConfig, validate  # noqa: E402
+from prgkit.demo.digits import CLASSES, load_digits  # noqa: E402
+from prgkit.errors import BackendError, ExportError, RecipeError, RunError  # noqa: E402
+from prgkit.evaluate.bench.cases import plan  # noqa: E402
+from prgkit.evaluate.bench.worker import opener  # noqa: E402
+from prgkit.evaluate.predict import predict  # noqa: E402
+from prgkit.export import relabel as relabelling  # noqa: E402
+from prgkit.export.bundle.archive import pack  # noqa: E402
+from prgkit.export.bundle.bundle import open_bundle, read_evaluation  # noqa: E402
+from prgkit.export.formats.onnx import export_onnx, onnx_export_module, write_fp16  # noqa: E402
+from prgkit.export.formats.open_vocabulary import make_input, scored, write_classes  # noqa: E402
+from prgkit.export.formats.tensorrt import build_engine  # noqa: E402
+from prgkit.export.from_run import check_vocabulary, export_run  # noqa: E402
+from prgkit.export.int8.calibration import measure_spreads  # noqa: E402
+from prgkit.export.int8.qdq import find_blocks, tensors_of, write_int8  # noqa: E402
+from prgkit.export.pipeline import ExportOptions  # noqa: E402
+from prgkit.export.relabel import relabel, settled_bundle  # noqa: E402
+from prgkit.export.runtimes.base import OnnxRunner, TorchRunner  # noqa: E402
+from prgkit.export.runtimes.gpu import available_backends  # noqa: E402
+from prgkit.export.runtimes.parity import run_batches  # noqa: E402
+from prgkit.progress import NullProgress  # noqa: E402
+from prgkit.storage.atomic import read_json, write_sealed  # noqa: E402
+from prgkit.storage.locks import locked  # noqa: E402
+from prgkit.storage.run import Run  # noqa: E402
+from prgkit.student.model import build_student, load_student  # noqa: E402
+from prgkit.training.distill import distill  # noqa: E402
+
+BASE = Path(__file__).parents[3] / ".venv-base" / "bin" / "python"
+LEARNED = CLASSES[:4]
+needs_rtx = pytest.mark.skipif(
+    not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
+)
+
+
+class Notes(NullProgress):
+    """A watch that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
+def page(objective: str = "prg", **parameters: Any) -> dict[str, Any]:
+    return {
+        "data": {
+            "images": "photos",
+            "evaluation": "judged",
+            "classes": list(LEARNED),
+            "prompts": ["the digit {}", "a {}"],
+            "held_out": 0.2,
+        },
+        "teacher": {"model": "demo:digits", "batch_size": 16},
+        "views": {"count": 1, "flip": False},
+        "student": {"model": "test_efficientnet", "image_size": 32},
+        "objective": {"name": objective, **parameters},
+        "training": {"epochs": 1, "batch_size": 16, "workers": 0, "precision": "fp32"},
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of PRG and its open-vocabulary bundle; tests copy it."""
+    folder = tmp_path_factory.mktemp("open")
+    pictures, digits = load_digits("train")
+    few = [place for place, digit in enumerate(digits) if digit < len(LEARNED)][:56]
+    for place in few:
+        parent = folder / ("photos" if place < few[32] else f"judged/{CLASSES[digits[place]]}")
+        parent.mkdir(parents=True, exist_ok=True)
+        pictures[place].save(parent / f"{place:04}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run = distill(validate(page(), where="here"), Path("runs/prg"), Path("targets"), NullProgress())
+        export_run(run, fp16=True, trt=False, float_input=True, open_vocabulary="initializer", progress=NullProgress())
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Stand in a copy of that folder."""
+    shutil.copytree(trained, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return Run(Path("runs/prg"))
+
+
+def logits_of(bundle: Path, file: str = "model.onnx") -> Any:
+    pixels = read_evaluation(bundle).pixels
+    return run_batches(OnnxRunner(bundle / file, threads=1), pixels)
+
+
+def test_the_exported_file_scores_as_the_student_does_by_the_teachers_class_vectors(run: Run) -> None:
+    bundle, vectors = open_bundle(run.bundle), np.load(run.bundle / "class_vectors.npy")
+    student, scoring = load_student(run), bundle.manifest["open_vocabulary"]
+    student.score_by(torch.from_numpy(vectors), scoring["logit_scale"])
+    expected = run_batches(TorchRunner(student.deployed()), read_evaluation(run.bundle).pixels)
+    np.testing.assert_allclose(logits_of(run.bundle), expected, atol=1e-4)
+    assert {one.name: one for one in onnx.load(str(run.bundle / "model.onnx")).graph.initializer}.keys() > {
+        "class_vectors"
+    }
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert vectors.shape == (4, scoring["width"])
+    assert scoring["class_vectors"] == "initializer"
+    assert scoring["templates"] == ["the digit {}", "a {}"]
+    assert scoring["teacher"] == run.card["teacher"]["fingerprint"]
+    assert "class_vectors.npy" in bundle.manifest["files"]
+    assert "\n## Other classes\n" in (run.bundle / "README.md").read_text()
+
+
+def test_new_logits_are_one_product_of_what_is_stored(run: Run) -> None:
+    vectors, evaluation = np.load(run.bundle / "class_vectors.npy"), run.bundle / "evaluation"
+    scale = open_bundle(run.bundle).manifest["open_vocabulary"]["logit_scale"]
+    np.testing.assert_allclose(
+        scored(np.load(evaluation / "features.npy"), vectors, scale), logits_of(run.bundle), atol=1e-4
+    )
+    np.testing.assert_allclose(np.linalg.norm(np.load(evaluation / "teacher_features.npy"), axis=1), 1, atol=1e-6)
+
+
+def test_the_same_classes_in_another_order_give_the_same_logits_in_that_order(run: Run) -> None:
+    order = [2, 0, 3, 1]
+    files = [entry["file"] for entry in open_bundle(run.bundle).artifacts if entry["format"] == "onnx"]
+    before, logits = read_evaluation(run.bundle), {file: logits_of(run.bundle, file) for file in files}
+    (run.bundle / "mine.txt").write_text("left alone")
+    manifest = relabel(run.bundle, [LEARNED[place] for place in order], run=run, progress=NullProgress())
+    after = read_evaluation(run.bundle)
+    assert files == ["model.onnx", "model.fp16.onnx"]
+    for file in files:
+        np.testing.assert_array_equal(logits_of(run.bundle, file), logits[file][:, order])
+    np.testing.assert_allclose(after.logits, before.logits[:, order], atol=1e-5)
+    np.testing.assert_allclose(after.teacher_logits, before.teacher_logits[:, order], atol=1e-5)
+    np.testing.assert_allclose(after.teacher_uniform_logits, before.teacher_uniform_logits[:, order], atol=1e-5)
+    np.testing.assert_array_equal(np.array(order)[after.labels], before.labels)
+    assert open_bundle(run.bundle).manifest == {"schema": "prgkit.bundle/1", **manifest}
+    assert (run.bundle / "mine.txt").read_text() == "left alone"
+
+
+def test_what_was_relabelled_is_not_taken_for_what_was_exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class MadeAnewError(Exception):
+        pass
+
+    def make_anew(*_: Any, **__: Any) -> None:
+        raise MadeAnewError
+
+    def export() -> dict[str, Any]:
+        return export_run(run, fp16=False, trt=False, open_vocabulary="initializer", progress=NullProgress())
+
+    before = [entry["sha256"] for entry in open_bundle(run.bundle).artifacts]
+    monkeypatch.setattr("prgkit.export.pipeline.export_onnx", make_anew)
+    assert [entry["sha256"] for entry in export()["artifacts"]] == before
+    relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
+    assert not {entry["sha256"] for entry in open_bundle(run.bundle).artifacts} & set(before)  # nor by bench's choice
+    with pytest.raises(MadeAnewError):
+        export()
+    assert open_bundle(run.bundle).classes == ("one", "two")
+
+
+def test_a_bundle_is_not_replaced_while_another_process_works_in_it(run: Run) -> None:
+    with locked(run.bundle, "bundle"):
+        with pytest.raises(RunError, match="is working on this bundle"):
+            export_run(run, fp16=False, trt=False, open_vocabulary="initializer", progress=NullProgress())
+        with pytest.raises(RunError, match="is working on this bundle"):
+            relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
+
+
+def test_how_faithful_int8_was_with_the_old_classes_is_not_said_of_the_new(run: Run) -> None:
+    manifest = read_json(run.bundle / "manifest.json")
+    found = {"layout": "onnxruntime", "floor": 98.0, "blocks": 4, "float_blocks": ["a"], "agreement": 99.0, "scan": []}
+    manifest["artifacts"][0]["quantization"] = found
+    manifest["not_kept"] = [{"name": "int8", "agreement": 90.0}]
+    write_sealed(run.bundle / "manifest.json", manifest)
+    told = relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
+    kept = {"layout": "onnxruntime", "floor": 98.0, "blocks": 4, "float_blocks": ["a"]}  # the floor is what bench needs
+    assert told["artifacts"][0]["quantization"] == kept
+    assert "not_kept" not in told
+
+
+def test_the_command_line_relabels(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("new.txt").write_text("eight\n# a remark\nnine\n")
+    picture = str(next(Path("judged/two").iterdir()))
+    line = ["prgkit", "relabel", "--classes", "new.txt", "export", "--zip", "predict", picture, "--json"]
+    monkeypatch.setattr(sys, "argv", [*line[:4], "--run", str(run.folder), *line[4:]])
+    main()
+    document = json.loads(capsys.readouterr().out)
+    assert document["relabel"]["classes"] == ["eight", "nine"]
+    assert document["relabel"]["bundle"] == "runs/prg/bundle"
+    assert document["export"]["classes"] == ["eight", "nine"]  # what follows does not export the old classes again
+    assert document["predict"][0]["class"] in ("eight", "nine")
+    monkeypatch.setattr(sys, "argv", ["prgkit", "relabel", "--classes", "new.txt", "--run", "photos"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "1 line is a comment, and is left out of the class names: '# a remark'",
+        "Error: this is no run folder: it has no recipe.yaml",
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 10])
+def test_there_may_be_more_or_fewer_classes(run: Run, count: int) -> None:
+    names, progress = CLASSES[::-1][:count], Notes()
+    manifest = relabel(run.bundle, names, run=run, progress=progress)
+    assert manifest["output"]["shape"] == ["batch", count]
+    for entry in manifest["artifacts"]:
+        model = onnx.load(str(run.bundle / entry["file"]))
+        assert model.graph.output[0].type.tensor_type.shape.dim[1].dim_value == count
+    evaluation = read_evaluation(run.bundle)
+    assert evaluation.teacher_logits.shape == evaluation.logits.shape == (len(evaluation.pixels), count)
+    np.testing.assert_allclose(logits_of(run.bundle), evaluation.logits, atol=1e-4)
+    lost = "the evaluation images have no labels any more: 4 of their classes are not among the new ones"
+    assert (
+        (lost in progress.told)
+        == (evaluation.labels is None)
+        == (not manifest["evaluation"]["labelled"])
+        == (count == 2)
+    )
+    (answer,) = predict(run.bundle, [run.bundle / "golden/00.png"], top_k=count, min_confidence=0)
+    assert {name for name, _ in answer["top"]} == set(names)
+    packed = pack(run.bundle)
+    assert packed.exists()
+
+
+def test_no_image_is_read_and_a_known_name_costs_no_teacher(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    relabel(run.bundle, ["five", "six"], run=run, progress=NullProgress())
+    monkeypatch.setattr(relabelling, "load_teacher", lambda *_: pytest.fail("the teacher was asked again"))
+    monkeypatch.setattr("prgkit.teacher.clip.Teacher.embed_images", lambda *_: pytest.fail("the teacher saw an image"))
+    relabel(run.bundle, LEARNED, run=run, progress=NullProgress())
+    relabel(run.bundle, ["five", "six"], run=run, progress=NullProgress())
+
+
+def test_a_bundle_far_from_its_run_is_relabelled_where_its_teacher_is(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.bundle, tmp_path / "device" / "bundle")
+    here = tmp_path / "device" / "bundle"
+    assert settled_bundle(here) == (here, None)
+    relabel(here, ["eight", "nine"], run=None, progress=NullProgress())
+    relabel(run.bundle, ["eight", "nine"], run=run, progress=NullProgress())
+    np.testing.assert_array_equal(logits_of(here), logits_of(run.bundle))
+    assert [path.name for path in here.parent.iterdir()] == ["bundle"]
+    manifest = read_json(here / "manifest.json")
+    manifest["teacher"]["fingerprint"] = "0" * 16
+    write_sealed(here / "manifest.json", manifest)
+    with pytest.raises(
+        ExportError, match="the teacher here is not the one that this student learned from: demo:digits"
+    ):
+        relabel(here, ["one", "two"], run=None, progress=NullProgress())
+
+
+def test_the_folder_that_one_stands_in_is_not_taken_away(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run.bundle.resolve()
+    monkeypatch.chdir(folder)
+    with pytest.raises(ExportError) as caught:
+        settled_bundle(None)
+    assert caught.value.fix == f"cd {folder.parent}, and there: prgkit relabel --classes FILE --run bundle"
+
+
+def test_fixed_classes_and_lists_that_are_none_are_refused(run: Run, tmp_path: Path) -> None:
+    manifest = read_json(run.bundle / "manifest.json")
+    del manifest["open_vocabulary"]
+    write_sealed(run.bundle / "manifest.json", manifest)
+    with pytest.raises(ExportError) as caught:
+        relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
+    assert caught.value.what == "the classes of this bundle are fixed: its network ends in a class head"
+    assert caught.value.fix == "export it again where the student was trained: prgkit export --open-vocabulary"
+    for text, told in (("one\n", "there is only one class, 'one'"), ("one\nOne\n", "class names repeat: 'One'")):
+        (tmp_path / "names.txt").write_text(text)
+        with pytest.raises(RecipeError, match=told):
+            load_classes(str(tmp_path / "names.txt"))
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        ({"name": "kd"}, "kd does not draw"),
+        ({"name": "rkd"}, "rkd does not draw"),
+        ({"name": "prg", "node_weight": 0}, "prg does not draw"),
+        ([{"name": "ce"}, {"name": "kd"}], "ce \\+ kd does not draw"),
+    ],
+)
+def test_features_that_are_not_the_teachers_are_not_scored(objective: Any, told: str) -> None:
+    recipe = validate({**page(), "objective": objective}, where="here")
+    with pytest.raises(ExportError, match=told) as caught:
+        check_vocabulary(recipe, ExportOptions(class_vectors="initializer"))
+    assert caught.value.fix == "distil with one of prg, nd, promptkd, clipkd, or export without --open-vocabulary"
+    check_vocabulary(recipe, ExportOptions())
+
+
+def test_engines_do_not_take_class_vectors_as_an_input() -> None:
+    with pytest.raises(ExportError, match="engines hold their class vectors"):
+        check_vocabulary(validate(page(), where="here"), ExportOptions(class_vectors="input", trt=True))
+
+
+def test_class_vectors_as_an_input_give_the_same_answers(run: Run) -> None:
+    files = ["model.onnx", "model.fp16.onnx"]
+    before = [logits_of(run.bundle, file) for file in files]
+    manifest = export_run(run, fp16=True, trt=False, float_input=True, open_vocabulary="input", progress=NullProgress())
+    assert manifest["open_vocabulary"]["class_vectors"] == "input"
+    width = manifest["open_vocabulary"]["width"]
+    wanted = {"name": "class_vectors", "dtype": "float32", "shape": ["classes", width]}
+    assert manifest["open_vocabulary"]["input"] == wanted
+    assert f"`class_vectors` [classes, {width}] float32" in (run.bundle / "README.md").read_text()
+    for file, logits, furthest in zip(files, before, (1e-6, 0.05), strict=True):
+        np.testing.assert_allclose(logits_of(run.bundle, file), logits, atol=furthest)
+    inputs = onnx.load(str(run.bundle / "model.nchw.onnx")).graph.input
+    assert [one.name for one in inputs] == ["images", "class_vectors"]
+    assert inputs[1].type.tensor_type.shape.dim[0].dim_param == "classes"
+    shas = {entry["sha256"] for entry in manifest["artifacts"]}
+    manifest = relabel(run.bundle, CLASSES, run=run, progress=NullProgress())
+    assert not shas & {entry["sha256"] for entry in manifest["artifacts"]}
+    evaluation = read_evaluation(run.bundle)
+    np.testing.assert_allclose(logits_of(run.bundle), evaluation.logits, atol=1e-4)
+    code = re.search(r"```python\n(.*?)```", (run.bundle / "README.md").read_text(), re.S)
+    assert code
+    python = str(BASE) if BASE.exists() else sys.executable
+    command = [python, "-c", code.group(1), "golden/00.png"]
+    printed = subprocess.run(command, cwd=run.bundle, capture_output=True, text=True, check=True)
+    (answer,) = predict(run.bundle, [run.bundle / "golden/00.png"], top_k=1, min_confidence=0)
+    assert printed.stdout.strip() == answer["class"]
+    np.save(run.bundle / "class_vectors.npy", np.load(run.bundle / "class_vectors.npy")[:2])
+    with pytest.raises(ExportError, match=r"class_vectors\.npy is damaged"):
+        open_bundle(run.bundle)
+    (run.bundle / "class_vectors.npy").unlink()
+    with pytest.raises(
+        BackendError, match=r"model\.onnx takes its class vectors as an input: class_vectors\.npy cannot"
+    ):
+        OnnxRunner(run.bundle / "model.onnx", threads=1)
+
+
+@pytest.mark.skipif(not BASE.exists(), reason="no .venv-base: make .venv-base/base.stamp makes it")
+def test_the_device_names_new_classes_without_torch(run: Run) -> None:
+    relabel(run.bundle, ["seven", "eight"], run=run, progress=NullProgress())
+    command = [str(BASE), "-m", "prgkit", "predict", "golden/00.png"]
+    done = subprocess.run(command, cwd=run.bundle, capture_output=True, text=True, check=False)
+    assert re.match(r"golden/00.png: (seven|eight)  \(", done.stdout), done.stderr
+
+
+def test_bench_runs_pytorch_with_the_classes_of_the_bundle(run: Run) -> None:
+    relabel(run.bundle, CLASSES, run=run, progress=NullProgress())
+    _, specs = plan(open_bundle(run.bundle), run.folder, {"gpus": []}, threads=1)
+    (spec,) = [one for one in specs if one and one["kind"] == "torch"]
+    pixels = read_evaluation(run.bundle).pixels
+    np.testing.assert_allclose(opener(spec)().run(pixels), logits_of(run.bundle), atol=1e-4)
+
+
+@pytest.mark.parametrize(("place", "survives"), [("write_manifest", LEARNED), ("rename", LEARNED)])
+def test_a_kill_leaves_a_whole_bundle(
+    run: Run, monkeypatch: pytest.MonkeyPatch, place: str, survives: tuple[str, ...]
+) -> None:
+    before = logits_of(run.bundle)
+    if (child := os.fork()) == 0:
+
+        def die(*_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if place == "rename":  # the second: the bundle has lost its name by then
+            rename = Path.rename
+            Path.rename = lambda one, to: die() if one.name.startswith(".") else rename(one, to)  # type: ignore[method-assign, assignment, func-returns-value]
+        else:
+            relabelling.write_manifest = die
+        relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert run.bundle.exists() == (place == "write_manifest")
+    bundle, _ = settled_bundle(run.folder)
+    assert open_bundle(bundle).classes == survives
+    np.testing.assert_array_equal(logits_of(bundle), before)
+    relabel(bundle, ["one", "two"], run=run, progress=NullProgress())
+    assert open_bundle(bundle).classes == ("one", "two")
+    assert not [path.name for path in run.folder.iterdir() if path.name.startswith(".bundle")]
+
+
+@pytest.fixture(scope="module")
+def reparameterised(repvit: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A RepViT, whose branches are fused at export, with features that are long: their squares leave float16."""
+    folder, generator = tmp_path_factory.mktemp("repvit"), torch.Generator().manual_seed(0)
+    built = build_student(StudentConfig(model="repvit_m0_9", image_size=64), classes=20, teacher_width=16)
+    vectors = torch.nn.functional.normalize(torch.randn(20, 16, generator=generator), dim=1)
+    built.model = repvit.student.model
+    built.score_by(vectors, 100.0)
+    with torch.no_grad():
+        built.projector.weight.mul_(3000)
+    student, pixels = built.deployed(), repvit.pixels[:64]
+    fp32, fp16 = folder / "model.onnx", folder / "model.fp16.onnx"
+    module = onnx_export_module(student, torch.from_numpy(pixels))
+    facts = {"classes": [f"thing {number}" for number in range(20)], "preprocessing": repvit.preprocessing.to_dict()}
+    export_onnx(module, fp32, image_size=64, opset=20, **facts)
+    write_fp16(fp32, fp16)
+    features = module.network.projector(
+        module.network.model.forward_head(
+            module.network.model.forward_features(torch.zeros(1, 3, 64, 64)), pre_logits=True
+        )
+    )
+    assert float(features.detach().square().sum()) > 65504
+    return SimpleNamespace(student=student, pixels=pixels, fp32=fp32, fp16=fp16, vectors=vectors.numpy())
+
+
+def test_a_reparameterised_student_agrees_in_both_precisions(reparameterised: SimpleNamespace) -> None:
+    expected = run_batches(TorchRunner(reparameterised.student), reparameterised.pixels)
+    for path, furthest in ((reparameterised.fp32, 1e-2), (reparameterised.fp16, 0.3)):
+        found = run_batches(OnnxRunner(path, threads=1), reparameterised.pixels)
+        np.testing.assert_allclose(found, expected, atol=furthest)
+    assert np.abs(expected).max() > 10
+
+
+def test_lengths_and_scale_stay_in_float32(reparameterised: SimpleNamespace) -> None:
+    model = onnx.shape_inference.infer_shapes(onnx.load(str(reparameterised.fp16)))
+    kinds = {one.name: one.type.tensor_type.elem_type for one in (*model.graph.value_info, *model.graph.output)}
+    single, half = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+    assert {kinds[name] for name in ("features", "feature_length", "unit_features", "similarities", "logits")} == {
+        single
+    }
+    assert {kinds[name] for name in ("network_output", "unit_features_float16", "similarities_float16")} == {half}
+
+
+def test_int8_leaves_the_product_in_float(reparameterised: SimpleNamespace, tmp_path: Path) -> None:
+    blocks = find_blocks(reparameterised.fp32)
+    assert [block.name for block in blocks if block.name.startswith("stages.")]
+    spreads = measure_spreads(
+        reparameterised.fp32, tensors_of(reparameterised.fp32, blocks), reparameterised.pixels[:16]
+    )
+    path, nodes = tmp_path / "model.int8.onnx", {node for block in blocks for node in block.nodes}
+    write_int8(reparameterised.fp32, path, nodes=nodes, spreads=spreads, tail=1e-4, layout="onnxruntime")
+    graph = onnx.load(str(path)).graph
+    (product,) = [node for node in graph.node if "class_vectors" in node.input]
+    assert list(product.input) == ["unit_features", "class_vectors"]
+    held = {one.name: numpy_helper.to_array(one) for one in graph.initializer}["class_vectors"]
+    np.testing.assert_array_equal(held, reparameterised.vectors)
+    write_classes(path, path, reparameterised.vectors[:3], ["a", "b", "c"])
+    fewer = run_batches(OnnxRunner(path, threads=1), reparameterised.pixels[:8])
+    assert fewer.shape == (8, 3)
+
+
+@needs_rtx
+def test_tensorrt_builds_from_the_initializer_in_both_precisions(run: Run) -> None:
+    for precision, file, dtype in (("fp32", "model.onnx", "FLOAT"), ("fp16", "model.fp16.onnx", "HALF")):
+        card = build_engine(run.bundle / file, run.folder, precision=precision, batch=(1, 1, 4), backend="tensorrt_rtx")
+        assert card.layer_dtypes["MATRIX_MULTIPLY"] == {dtype: 2}
+        assert card.output == {"name": "logits", "dtype": "FLOAT", "shape": [-1, 4]}
+    make_input(run.bundle / "model.onnx")
+    with pytest.raises(ExportError, match="takes its class vectors as an input, and an engine holds them"):
+        build_engine(run.bundle / "model.onnx", run.folder, precision="fp32", batch=(1, 1, 4), backend="tensorrt_rtx")

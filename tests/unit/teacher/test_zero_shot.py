@@ -1,0 +1,250 @@
+"""The teacher's answers put right, on data where the truth is known since it was made."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from prgkit.config.recipe import Recipe, TargetsConfig, validate
+from prgkit.demo.digits import load_digits
+from prgkit.errors import PrgkitError, RunError, TargetsError
+from prgkit.export.from_run import teacher_logits
+from prgkit.progress import NullProgress
+from prgkit.storage.run import Run, start_run
+from prgkit.teacher.zero_shot import (
+    LogitAdjustment,
+    ZeroShotClassifier,
+    answers_of,
+    fit_adjustment,
+    fit_log_prior,
+    fit_temperature,
+    mean_entropy,
+    no_adjustment,
+)
+from prgkit.training.dataset import DistillationDataset
+from prgkit.training.prepare import prepare
+
+CLASSES = 10
+BIAS = torch.linspace(-2, 2, CLASSES)  # what the simulated teacher adds to its logits
+
+
+def exact_logits(labels: Tensor, *, signal: float = 2.0) -> Tensor:
+    """Log-posteriors, up to a constant, of images drawn as unit Gaussians around ``signal`` times their class's axis.
+
+    Their logits are exact where classes are even: softmax gives the true probabilities.
+    """
+    noise = torch.randn(len(labels), CLASSES, generator=torch.Generator().manual_seed(0))
+    return signal * (signal * torch.nn.functional.one_hot(labels, CLASSES) + noise)
+
+
+EVEN = torch.arange(6000) % CLASSES
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    return 100 * float((logits.argmax(dim=1) == labels).float().mean())
+
+
+def test_a_known_bias_is_found_and_taken_off() -> None:
+    exact = exact_logits(EVEN)
+    biased = exact + BIAS
+    log_prior = fit_log_prior(biased)
+    found = log_prior - log_prior.mean()
+    assert float((found - BIAS).abs().max()) < 0.1  # 600 images a class
+    assert accuracy(biased, EVEN) < accuracy(exact, EVEN) - 8
+    assert accuracy(biased - log_prior, EVEN) == pytest.approx(accuracy(exact, EVEN), abs=0.5)
+    torch.testing.assert_close((biased - log_prior).softmax(1).mean(0), torch.full((10,), 0.1), atol=2e-5, rtol=0)
+
+    once = biased.softmax(dim=1).mean(dim=0).log()  # one step of it, where images decide something, stops half way
+    assert float((once - once.mean() - BIAS).abs().max()) > 0.5
+    assert accuracy(biased - once, EVEN) < accuracy(biased - log_prior, EVEN) - 1
+    assert float((fit_log_prior(exact) - fit_log_prior(exact).mean()).abs().max()) < 0.1  # nothing to find
+
+
+def test_where_images_say_nothing_the_prior_is_the_mean_answer() -> None:
+    prior = torch.tensor([0.7, 0.2, 0.1])
+    torch.testing.assert_close(fit_log_prior((prior.log() + 5).repeat(100, 1)).exp(), prior)
+
+
+def test_truly_uneven_classes_are_harmed() -> None:
+    uneven = torch.cat([torch.zeros(4000, dtype=torch.long), EVEN[:1000]])
+    logits = exact_logits(uneven) + torch.bincount(uneven, minlength=CLASSES).log()
+    assert accuracy(logits - fit_log_prior(logits), uneven) < accuracy(logits, uneven) - 10
+
+
+def test_a_class_that_nobody_matched_explodes_nothing() -> None:
+    exact = exact_logits(torch.arange(6000) % 9)  # no image of the last class
+    teacher = exact + BIAS
+    teacher[:, 9] = -80
+    log_prior = fit_log_prior(teacher)
+    assert float(log_prior[9]) == pytest.approx(-math.log(6000))
+    assert int((teacher - log_prior).argmax(dim=1).max()) == 8
+    found = log_prior[:9] - log_prior[:9].mean()
+    assert float((found - (BIAS[:9] - BIAS[:9].mean())).abs().max()) < 0.1  # the others are corrected as ever
+    one_odd_image = teacher.clone()
+    one_odd_image[0, 9] = 80
+    assert ((one_odd_image - fit_log_prior(one_odd_image)).argmax(dim=1) == 9).sum() == 1
+
+
+def test_the_temperature_of_true_probabilities_is_found() -> None:
+    exact = exact_logits(EVEN)
+    truth = mean_entropy(exact, 1.0) / math.log(CLASSES)
+    assert 0.2 < truth < 0.8
+    for scale in (0.25, 1.0, 3.0):  # a teacher that doubts too much, one that is right, one too sure of itself
+        assert fit_temperature(scale * exact, truth) == pytest.approx(scale, rel=1e-4)
+    for share in (0.02, 0.5, 0.98):
+        probabilities = (exact / fit_temperature(exact, share)).double().softmax(dim=1)
+        entropy = -(probabilities * probabilities.log()).sum(dim=1).mean() / math.log(CLASSES)
+        assert float(entropy) == pytest.approx(share, abs=1e-4)
+
+
+def test_a_temperature_that_cannot_be_is_told() -> None:
+    with pytest.raises(TargetsError, match=r"no temperature gives .* a mean entropy of 0\.3 ln C: their classes tie"):
+        fit_temperature(torch.zeros(5, 4), 0.3)
+
+
+def test_a_correction_is_half_way_at_half_strength_and_survives_its_file() -> None:
+    logits = exact_logits(EVEN) + BIAS
+    whole = fit_adjustment(logits, TargetsConfig(debias=1.0))
+    half = fit_adjustment(logits, TargetsConfig(debias=0.5, entropy=0.3))
+    torch.testing.assert_close(half.log_prior, whole.log_prior / 2, atol=1e-6, rtol=0)
+    assert whole.temperature == 1.0
+    assert mean_entropy(half.apply(logits), 1.0) == pytest.approx(0.3 * math.log(CLASSES), rel=1e-4)
+    names = [f"class {number}" for number in range(CLASSES)]
+    again = LogitAdjustment.from_dict(json.loads(json.dumps(half.to_dict(names))), names)
+    assert torch.equal(again.apply(logits), half.apply(logits))
+    assert not again.is_none
+    assert no_adjustment(CLASSES).is_none
+    assert torch.equal(no_adjustment(CLASSES).apply(logits), logits)
+
+
+# In a run.
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number, image in enumerate(load_digits("train")[0][:60]):
+        image.save(folder / f"{number:03}.png")
+    return folder
+
+
+def recipe_for(photos: Path, *, keep: dict[str, Any] | None = None, **targets: Any) -> Recipe:
+    raw = {
+        "data": {"images": str(photos), "classes": "digits", "prompts": "digits", "held_out": 0.1, "keep": keep or {}},
+        "teacher": {"model": "demo:digits", "batch_size": 16},
+        "views": {"count": 1},
+        "targets": targets,
+        "student": {"model": "test_efficientnet", "image_size": 32},
+        "objective": {"name": "prg"},
+        "training": {"workers": 0},
+    }
+    return validate(raw, where="test").resolved()
+
+
+class Notes(NullProgress):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
+def learn(photos: Path, folder: Path, notes: Notes | None = None, **page: Any) -> tuple[Run, DistillationDataset]:
+    recipe = recipe_for(photos, **page)
+    run = start_run(folder / "run", recipe)
+    return run, prepare(recipe, photos.parent / "targets", notes or Notes(), run)
+
+
+def test_everyone_is_given_the_same_corrected_answers(photos: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    run, dataset = learn(photos, tmp_path, notes, debias=1.0, entropy=0.2)
+    positions = np.arange(20)
+    side = dataset.answer(positions, np.zeros(20, dtype=int), torch.device("cpu"))
+    plain: ZeroShotClassifier = replace(dataset.answers, correction=no_adjustment(10))
+    said = plain.logits(side.features)
+    facts = json.loads(run.answers_file.read_text())
+    log_prior = torch.tensor(list(facts["log_prior"].values()), dtype=torch.float32)
+    assert torch.equal(side.logits, (said - log_prior) / facts["temperature"])
+    assert torch.equal(side.labels, side.logits.argmax(dim=1))
+
+    run.update_card(teacher=dataset.targets.facts())
+    weighted, uniform = teacher_logits(run, run.recipe, dataset.image_index, positions, NullProgress())
+    torch.testing.assert_close(torch.from_numpy(weighted), side.logits)
+    by_itself = replace(plain, prompt_weighting="mean").logits(side.features)
+    torch.testing.assert_close(torch.from_numpy(uniform), by_itself)
+
+    found = json.loads(run.quality_file.read_text())
+    every = dataset.targets.features(dataset.rows, np.zeros(60, dtype=int))
+    before, after = plain.logits(every).argmax(dim=1), dataset.answers.logits(every).argmax(dim=1)
+    changed = int((before != after).sum())
+    assert 0 < changed < 30
+    assert found["correction"]["changed"] == changed
+    assert found["balance"]["counts"] == torch.bincount(after, minlength=10).tolist()
+    varied = found["correction"]["effective_classes"]
+    assert varied["after"] == found["balance"]["effective_classes"]
+    assert notes.told[-1].startswith("learning from ")
+    assert (
+        f"  correction  debias 1.0 changed {changed} of 60 pseudo-labels, as varied as {varied['after']:.1f} even "
+        f"classes, before {varied['before']:.1f}; temperature {facts['temperature']:.3g}"
+    ) in notes.told
+
+
+def test_a_lost_or_damaged_correction_is_never_guessed(photos: Path, tmp_path: Path) -> None:
+    run, dataset = learn(photos, tmp_path, debias=1.0)
+    given = (run, run.recipe, dataset.answers.prompts, dataset.answers.logit_scale)
+    assert torch.equal(answers_of(*given).correction.log_prior, dataset.answers.correction.log_prior)
+    content = run.answers_file.read_text()
+    run.answers_file.write_text(content.replace('"zero": -', '"zero": '))
+    with pytest.raises(PrgkitError, match=r"answers\.json is damaged"):
+        answers_of(*given)
+    run.answers_file.unlink()
+    with pytest.raises(RunError, match="the correction that this run learned with is lost"):
+        answers_of(*given)
+    plain, _ = learn(photos, tmp_path / "plain")
+    assert not plain.answers_file.exists()
+    assert answers_of(plain, plain.recipe, *given[2:]).correction.is_none
+
+
+def test_the_images_that_are_kept_are_counted_and_told(photos: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    run, every = learn(photos, tmp_path / "all", notes)
+    held_out = len(every.held_out)
+    assert notes.told[-1] == f"learning from {60 - held_out} of 60 images: {held_out} held out, none dropped"
+    assert run.card["learned"] == {
+        "images": 60 - held_out, "held_out": held_out, "dropped": 0, "an_epoch": 60 - held_out
+    }  # fmt: skip
+    assert not run.confidence_file.exists()
+
+    side = every.answer(every.learned, np.zeros(len(every.learned), dtype=int), torch.device("cpu"))
+    confidence = side.logits.softmax(dim=1).amax(dim=1).numpy()
+    threshold = round(float(np.median(confidence)), 3)
+    run, some = learn(photos, tmp_path / "some", notes, keep={"min_confidence": threshold})
+    assert np.array_equal(some.learned, every.learned[confidence >= threshold])
+    assert np.array_equal(some.held_out, every.held_out)
+    dropped = len(every.learned) - len(some.learned)
+    assert dropped > 10
+    assert notes.told[-1] == (
+        f"learning from {len(some.learned)} of 60 images: {held_out} held out, {dropped} below a confidence of "
+        f"{threshold}"
+    )
+    assert run.card["learned"]["dropped"] == dropped
+
+    _, weighted = learn(photos, tmp_path / "weighted", notes, keep={"weighted": True})
+    assert weighted.shares is not None
+    np.testing.assert_allclose(weighted.shares, confidence, atol=1e-6)
+    an_epoch = int(confidence.sum())
+    assert weighted.images_an_epoch == an_epoch
+    assert notes.told[-1].endswith(f"held out, none dropped; weighted by confidence, {an_epoch} an epoch")
+    prints = {dataset.fingerprint() for dataset in (every, some, weighted)}
+    assert len(prints | {learn(photos, tmp_path / "debias", debias=0.5)[1].fingerprint()}) == 4
+
+    with pytest.raises(
+        TargetsError, match=r"no image is left to learn from: the teacher's confidence is at most 0\.\d"
+    ):
+        learn(photos, tmp_path / "none", keep={"min_confidence": 0.999}, entropy=0.9)
