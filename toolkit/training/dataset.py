@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from prgkit.config.recipe import Training, Views
+from prgkit.data.augment import MultiViewDataset, make_dataloader
 from prgkit.data.index import (
     ImageIndex,
+    Preprocessing,
 )
 from prgkit.outputs import TeacherOutput
 from prgkit.storage.atomic import fingerprint
 from prgkit.teacher.ensemble import TeacherFeatures
 from prgkit.teacher.zero_shot import ZeroShotClassifier
-from prgkit.training.few_shot import Labelled
 from prgkit.training.selection import images_an_epoch
 
 
@@ -31,7 +35,9 @@ class DistillationDataset:
     learned: NDArray[np.int64]  # positions that the student learns from
     shares: NDArray[np.float32] | None  # of the epochs that each learned image [learned] is in; None: of all
     answers: ZeroShotClassifier  # on the device that asks
-    labelled: Labelled | None = None  # the few images whose labels are learned from, where an objective reads any
+    labelled: LabelledDataset | None = (
+        None  # the few images whose labels are learned from, where an objective reads any
+    )
 
     @property
     def images_an_epoch(self) -> int:
@@ -71,3 +77,41 @@ class DistillationDataset:
             sums.index_add_(0, labels, seen.features.double().cpu())
             counts += torch.bincount(labels, minlength=len(counts))
         return (sums / counts.clamp(min=1)[:, None]).float()
+
+
+@dataclass(frozen=True)
+class LabelledDataset:
+    """Labelled images: the lesson's ``learned`` teach the first head, its ``held_out`` choose the vote."""
+
+    dataset: DistillationDataset
+    labels: NDArray[np.int64]  # [images]
+    first: int  # the number of the first one, after those without a label
+
+    def shown(
+        self,
+        preprocessing: Preprocessing,
+        page: Training,
+        views: Views,
+        steps: range,
+        process: int,
+        processes: int,
+        stop: Sequence[int] = (),
+    ) -> Iterator[tuple[Tensor, TeacherOutput]]:
+        """Yield pixels [n, S, S, 3] and the teacher's side, with the truth, of this process's share of each step.
+
+        A step has half as many of them as training.batch_size, or all there are; which ones is a function of the step.
+        """
+        learned = self.dataset.learned
+        size = min(max(processes, page.batch_size // 2), len(learned))
+        drawn = (np.random.default_rng((page.seed, 1, step)).choice(learned, size, replace=False) for step in steps)
+        mine = (chosen[process % size :: processes] for chosen in drawn)  # with fewer images than processes some share
+        plan = (
+            [(int(position), [1 + step % views.count]) for position in part]
+            for step, part in zip(steps, mine, strict=True)
+        )
+        rendered = MultiViewDataset(self.dataset.image_index, preprocessing, views)
+        for batch in make_dataloader(rendered, plan, workers=page.workers, stop=stop):
+            positions = batch.positions.numpy()
+            side = self.dataset.answer(positions, batch.views[:, 0].numpy(), torch.device("cpu"))
+            truth = torch.from_numpy(self.labels[positions])
+            yield batch.pixels[:, 0], side._replace(images=side.images + self.first, truth=truth)

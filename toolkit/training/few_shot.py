@@ -5,8 +5,6 @@ One in four of them is learned from by no one: those decide how the two heads of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,57 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prgkit.config.recipe import Training, Views
-from prgkit.data.augment import MultiViewDataset, evaluation_views, make_dataloader
-from prgkit.data.index import Preprocessing
+from prgkit.config.recipe import Training
+from prgkit.data.augment import evaluation_views
 from prgkit.metrics import log_softmax
 from prgkit.outputs import TeacherOutput
 from prgkit.student.model import Student
+from prgkit.training.dataset import LabelledDataset
 
 if TYPE_CHECKING:
-    from prgkit.training.dataset import DistillationDataset
+    pass
 
 VALIDATION = 0.25  # of the labelled images
 ALPHAS = np.arange(0.05, 0.96, 0.05)  # never 0 or 1, as their logarithms are taken
 BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Labelled images: the lesson's ``learned`` teach the first head, its ``held_out`` choose the vote."""
-
-    dataset: DistillationDataset
-    labels: NDArray[np.int64]  # [images]
-    first: int  # the number of the first one, after those without a label
-
-    def shown(
-        self,
-        preprocessing: Preprocessing,
-        page: Training,
-        views: Views,
-        steps: range,
-        process: int,
-        processes: int,
-        stop: Sequence[int] = (),
-    ) -> Iterator[tuple[Tensor, TeacherOutput]]:
-        """Yield pixels [n, S, S, 3] and the teacher's side, with the truth, of this process's share of each step.
-
-        A step has half as many of them as training.batch_size, or all there are; which ones is a function of the step.
-        """
-        learned = self.dataset.learned
-        size = min(max(processes, page.batch_size // 2), len(learned))
-        drawn = (np.random.default_rng((page.seed, 1, step)).choice(learned, size, replace=False) for step in steps)
-        mine = (chosen[process % size :: processes] for chosen in drawn)  # with fewer images than processes some share
-        plan = (
-            [(int(position), [1 + step % views.count]) for position in part]
-            for step, part in zip(steps, mine, strict=True)
-        )
-        rendered = MultiViewDataset(self.dataset.image_index, preprocessing, views)
-        for batch in make_dataloader(rendered, plan, workers=page.workers, stop=stop):
-            positions = batch.positions.numpy()
-            side = self.dataset.answer(positions, batch.views[:, 0].numpy(), torch.device("cpu"))
-            truth = torch.from_numpy(self.labels[positions])
-            yield batch.pixels[:, 0], side._replace(images=side.images + self.first, truth=truth)
 
 
 def beside(pixels: Tensor, side: TeacherOutput, more: Tensor, labelled: TeacherOutput) -> tuple[Tensor, TeacherOutput]:
@@ -76,7 +36,7 @@ def beside(pixels: Tensor, side: TeacherOutput, more: Tensor, labelled: TeacherO
 
 
 @torch.inference_mode()
-def tune_head_mixing(student: Student, labelled: Labelled, page: Training) -> None:
+def tune_head_mixing(student: Student, labelled: LabelledDataset, page: Training) -> None:
     """Set alpha and beta of a student's two heads so that the labelled images held out are most probable."""
     if student.second is None:
         return

@@ -25,8 +25,8 @@ from prgkit.teacher.ensemble import TeacherFeatures, existing_targets, open_targ
 from prgkit.teacher.feature_store import embed
 from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
-from prgkit.training.dataset import DistillationDataset
-from prgkit.training.few_shot import VALIDATION, Labelled
+from prgkit.training.dataset import DistillationDataset, LabelledDataset
+from prgkit.training.few_shot import VALIDATION
 from prgkit.training.pseudo_labels import adjust_and_filter, tell_learned, tell_quality
 
 
@@ -186,7 +186,7 @@ def with_labelled(
         learned=dataset.learned[kept],
         shares=None if dataset.shares is None else dataset.shares[kept],
         held_out=dataset.held_out[without(dataset.image_index, dataset.held_out, set(few.keys))],
-        labelled=Labelled(own, labels, first=len(dataset.image_index)),
+        labelled=LabelledDataset(own, labels, first=len(dataset.image_index)),
     )
 
 

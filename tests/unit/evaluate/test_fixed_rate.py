@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prgkit.evaluate.bench.fixed_rate import Frames, paced, summary
 from prgkit.evaluate.bench.notes import apart_notes
 from prgkit.evaluate.bench.timing import paced_runs
-from prgkit.evaluate.report.sections import PACED_HEADER, Frames, paced, paced_about, paced_lines, paced_said, summary
+from prgkit.evaluate.report.sections import PACED_HEADER, paced_about, paced_lines, paced_said
 
 MS = 1_000_000
 SPEC = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}

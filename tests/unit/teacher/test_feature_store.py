@@ -27,7 +27,7 @@ from prgkit.storage.locks import locked
 from prgkit.teacher import feature_store as storing
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.feature_store import FeatureStore, embed
-from prgkit.training import dataset as teaching
+from prgkit.training import prepare as preparing
 from prgkit.training.prepare import prepare
 
 IMAGES = 40
@@ -79,17 +79,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counted["prompts"] += sum(len(row) for row in prompts)
         return embed_prompts(self, prompts)
 
-    monkeypatch.setattr(teaching, "load_teacher", count_load)
+    monkeypatch.setattr(preparing, "load_teacher", count_load)
     monkeypatch.setattr(Teacher, "embed_images", count_images)
     monkeypatch.setattr(Teacher, "embed_prompts", count_prompts)
     return counted
 
 
-def see(recipe: Recipe, root: Path) -> teaching.DistillationDataset:
+def see(recipe: Recipe, root: Path) -> preparing.DistillationDataset:
     return prepare(recipe, root, NullProgress())
 
 
-def features(dataset: teaching.DistillationDataset, view: int, positions: np.ndarray) -> torch.Tensor:
+def features(dataset: preparing.DistillationDataset, view: int, positions: np.ndarray) -> torch.Tensor:
     return dataset.targets.features(dataset.rows[positions], np.full(len(positions), view))
 
 
@@ -280,7 +280,7 @@ def test_a_second_process_sees_what_the_first_has_stored(photos: Path, tmp_path:
     seen = calls["views"]
     images = index_images(open_images(str(photos)), workers=1)
     views = np.full(len(images), 3)
-    views[teaching.hold_out(images.keys, 0.1)] = 1
+    views[preparing.hold_out(images.keys, 0.1)] = 1
     embed(
         second,
         images,
