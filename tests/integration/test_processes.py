@@ -31,7 +31,7 @@ from prgkit.cli import main
 from prgkit.training import distill
 rank = "0" if (other := os.fork()) else "1"
 os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-cli.main()
+main.main()
 assert rank == "0", "the second process reported, too"
 assert os.waitpid(other, 0)[1] == 0
 """]  # fmt: skip

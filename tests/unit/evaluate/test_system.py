@@ -26,7 +26,7 @@ def test_describe_is_json_and_names_the_processor() -> None:
 
 def test_versions_are_read_without_importing_what_they_are_of() -> None:
     code = (
-        "import sys; from prgkit.evaluate import machine; machine.describe(); "
+        "import sys; from prgkit.evaluate import system; system.describe(); "
         "print([name for name in ('torch', 'onnxruntime', 'tensorrt', 'tensorrt_rtx') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
