@@ -14,8 +14,9 @@ from prgkit.export.bundle.bundle import require_artifact, verify_artifact
 from prgkit.export.runtimes.engine_metadata import engine_metadata_path, load_engine_metadata
 from prgkit.export.runtimes.fidelity import Facts
 from prgkit.storage.atomic import fingerprint, read_sealed, writing
+from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
-from prgkit.storage.run import TICKS, append_line, numbered_lines
+from prgkit.storage.run import TICKS
 
 RELABELLED = "relabelled"  # what `building` calls the folder that takes the place of one with other classes
 JOURNAL = "finished.jsonl"  # in a folder that is being built; in a bundle the manifest says the same
@@ -90,14 +91,14 @@ class ArtifactCache:
         for path in files_of(self.bundle, entry):
             with writing(self.folder / path.name) as temporary:
                 link(str(path), str(temporary))
-        append_line(self.folder / JOURNAL, entry)
+        Journal(self.folder / JOURNAL, Artifact).append(entry)
         self.entries.append(entry)
         return entry
 
     def add(self, entry: Artifact, made_from: Any) -> Artifact:
         """Write down that an artifact is finished: its file is whole, and was compared."""
         known = {**entry, "made_from": fingerprint(made_from)}
-        append_line(self.folder / JOURNAL, known)
+        Journal(self.folder / JOURNAL, Artifact).append(known)
         self.entries.append(known)
         return known
 
@@ -192,8 +193,8 @@ def files_of(folder: Path, entry: Artifact) -> list[Path]:
 
 def journalled(folder: Path) -> Iterator[Artifact]:
     """Yield what a folder's journal says is finished; a damaged line says nothing."""
-    if (folder / JOURNAL).exists():
-        yield from (entry for _, entry in numbered_lines(folder / JOURNAL) if entry is not None and "name" in entry)
+    lines = Journal(folder / JOURNAL, Artifact).lines()
+    yield from (entry for _, entry in lines if entry is not None and "name" in entry)
 
 
 def in_bundle(folder: Path, part: str = "artifacts") -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -19,7 +18,8 @@ from prgkit import __version__
 from prgkit.config.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
 from prgkit.config.yaml_io import parse
 from prgkit.errors import PrgkitError, RunError
-from prgkit.storage.atomic import flush, guarding_space, read_json, read_sealed, sha256, write_sealed, write_text
+from prgkit.storage.atomic import read_json, read_sealed, sha256, write_sealed
+from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
 
 RUNS = Path("runs")
@@ -124,21 +124,21 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics, one record an epoch; a torn last line is left out."""
-        if not self.metrics_file.exists():
-            return []
-        lost = "delete that line: one epoch's figures are lost, and nothing else is"
-        return list(complete_lines(self.metrics_file, fix=lost))
+        return self._metrics.records(fix="delete that line: one epoch's figures are lost, and nothing else is")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append one epoch's record and flush it to the disk."""
-        append_line(self.metrics_file, record)
+        self._metrics.append(record)
 
     def keep_metrics(self, epochs: int) -> None:
         """Drop the records after ``epochs``: they came after the checkpoint that training goes on from."""
         kept = [record for record in self.metrics() if record["epoch"] <= epochs]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        if self.metrics_file.exists() and self.metrics_file.read_text(encoding="utf-8") != text:
-            write_text(self.metrics_file, text)
+        if len(kept) < len(self._metrics.lines()):
+            self._metrics.replace(kept)
+
+    @property
+    def _metrics(self) -> Journal[dict[str, Any]]:
+        return Journal(self.metrics_file, dict[str, Any])
 
 
 def start_run(folder: Path, recipe: Recipe) -> Run:
@@ -309,52 +309,6 @@ def run_name(source: str) -> str:
     stem = re.sub(r"\.(yaml|yml|zip|tar(\.\w+)?|tgz)$", "", words)
     name = re.sub(r"[^\w.-]+", "-", stem).encode()[:LONGEST_NAME_BYTES].decode(errors="ignore")
     return name.strip("-.") or "run"
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line and flush it to the disk, so that a kill loses at most a torn last line."""
-    line = json.dumps(record, allow_nan=False) + "\n"
-    drop_torn_line(path)
-    with guarding_space(path, len(line)), open(path, "a", encoding="utf-8") as file:
-        file.write(line)
-        flush(file)
-
-
-def drop_torn_line(path: Path) -> None:
-    """Cut off a last line that a kill or a full disk left without its end, so that the next one starts on its own."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with open(path, "rb+") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def complete_lines(path: Path, *, fix: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield a JSON-lines file's records; stop at a last line that was torn by a kill.
-
-    Raises:
-        RunError: a line before the last is damaged; ``fix`` says what to do about it.
-    """
-    lines = numbered_lines(path)
-    for number, record in lines:
-        if record is not None:
-            yield record
-        elif number < len(lines):
-            raise RunError(f"line {number} of {path.name} is damaged", where=path, fix=fix)
-
-
-def numbered_lines(path: Path) -> list[tuple[int, dict[str, Any] | None]]:
-    """Return a JSON-lines file's whole lines, numbered from 1; None stands for one that is damaged."""
-    found: list[tuple[int, dict[str, Any] | None]] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        found.append((number, record if isinstance(record, dict) else None))
-    return found
 
 
 def is_leftover(path: Path) -> bool:
