@@ -35,7 +35,9 @@ from prgkit.config.objectives import CE, PRG
 from prgkit.config.recipe import Recipe, StudentConfig, TeacherConfig, Training, Views, validate
 from prgkit.data.augment import Batch, MultiViewDataset, make_dataloader
 from prgkit.data.cache import DecodedImageCache
-from prgkit.data.index import ImageIndex, Preprocessing, index_images, open_images
+from prgkit.data.index import ImageIndex, index_images
+from prgkit.data.preprocessing import Preprocessing
+from prgkit.data.sources import open_images
 from prgkit.device import best_device, seed_everything
 from prgkit.evaluate import system
 from prgkit.objectives import Objectives

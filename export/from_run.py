@@ -15,7 +15,8 @@ from PIL import Image
 
 from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import Recipe, TeacherConfig
-from prgkit.data.index import ImageIndex, Preprocessing, labelled, read_image_index, trimmed
+from prgkit.data.index import ImageIndex, labelled, read_image_index
+from prgkit.data.preprocessing import Preprocessing, trimmed
 from prgkit.data.snapshot import only_members
 from prgkit.data.ticks import audited_keys, bring_ticks
 from prgkit.device import best_device

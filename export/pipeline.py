@@ -22,7 +22,7 @@ from torch import nn
 
 import prgkit
 from prgkit.config.image_size import sides
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import DiskFullError, ExportError
 from prgkit.export.bundle.artifact_cache import Artifact, ArtifactCache, building
 from prgkit.export.bundle.bundle import (

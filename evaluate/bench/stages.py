@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prgkit.data.index import load_image
+from prgkit.data.preprocessing import load_image
 from prgkit.errors import PrgkitError
 from prgkit.evaluate.bench import latency
 from prgkit.evaluate.bench.latency import Measured, Pictures

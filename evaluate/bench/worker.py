@@ -236,7 +236,7 @@ class Resident:
 
     def take_pictures(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> list[str]:
         """Keep the pictures, encoded and decoded, and what prepares them; return the scopes that can be measured."""
-        from prgkit.data.index import Preprocessing, load_image
+        from prgkit.data.preprocessing import Preprocessing, load_image
 
         self.prepare = Preprocessing.from_dict(preprocessing).prepare
         self.load = load_image

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.config.image_size import sides
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ExportError, ParityError, PrgkitError
 from prgkit.export.bundle.checksums import require_unchanged
 from prgkit.export.bundle.readme import readme

@@ -9,7 +9,7 @@ from typing import Any
 
 from prgkit.config.image_size import Size, sides, size_told
 from prgkit.data.decode import LARGEST, NO_DATA
-from prgkit.data.index import LONGEST
+from prgkit.data.preprocessing import LONGEST
 
 BATCH = (1, 1, 32)  # of the engine that trtexec builds, where the recipe says nothing
 OLDEST_ONNXRUNTIME = {17: "1.12", 18: "1.15", 19: "1.16", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23"}  # by opset
@@ -112,7 +112,7 @@ Both C++ programs are written from the documented interfaces; prgkit's tests run
 
 
 def python_lines(facts: dict[str, Any], *, takes_vectors: bool = False) -> str:
-    """Return lines that name what is in an image file, read as `prgkit.data.index.load_image` and ``prepare`` do.
+    """Return lines that name what is in an image file, read as `load_image` and ``prepare`` do.
 
     They need numpy, Pillow and onnxruntime.
     """

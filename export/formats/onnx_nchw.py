@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from prgkit.config.image_size import sides
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.export.bundle.bundle import NCHW, describe_artifact
 from prgkit.export.formats.onnx_graph import normalised_input, rename, save
 from prgkit.export.runtimes.base import OnnxRunner

@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.export.bundle.artifact_cache import Artifact
 from prgkit.export.bundle.bundle import NCHW
 from prgkit.export.formats.onnx_graph import rename, save

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.ticks import Tick, write_ticks
 from prgkit.errors import BenchError, ExportError
 from prgkit.evaluate.accuracy.examples import choose_pictures

@@ -12,8 +12,8 @@ import pytest
 from prgkit.config.prompts import load_classes
 from prgkit.config.recipe import load_recipe
 from prgkit.config.yaml_io import parse, read_page
-from prgkit.data.index import open_images
 from prgkit.data.label_table import read_ways
+from prgkit.data.sources import open_images
 from prgkit.errors import ImagesError, PrgkitError, RecipeError
 from prgkit.storage.run import run_name
 

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from prgkit.config.image_size import Size, sides
 from prgkit.config.recipe import Views
-from prgkit.data.decode import UnreadableImage
-from prgkit.data.index import ENOUGH, ImageIndex, Preprocessing
-from prgkit.data.workers import default_workers, work_ahead
+from prgkit.data.decode import ENOUGH, UnreadableImage
+from prgkit.data.index import ImageIndex
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ImagesError
+from prgkit.workers import default_workers, work_ahead
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from io import BytesIO
 from typing import Any
@@ -45,6 +47,9 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+ENOUGH = 512  # pixels of the shorter side that crops are cut from; it can be up to twice as many
 
 
 class UnreadableImage(ImagesError):  # noqa: N818  the name says what it is: one image, not a failure of the run
@@ -260,3 +265,36 @@ def undecodable_kind(data: bytes) -> str | None:
     if data.startswith(JPEG_XL):
         return "JPEG XL"
     return UNDECODABLE_BRANDS.get(data[8:12]) if data[4:8] == b"ftyp" else None
+
+
+def decoded(
+    fetched: bytes | Image.Image, name: str, enough: int | None = None, grey: GreyRange | None = None
+) -> Image.Image:
+    """Turn what a source hands out into RGB."""
+    if isinstance(fetched, bytes):
+        return decode(fetched, name, enough=enough, grey=grey)
+    return reduced(upright_rgb(fetched, grey), enough)
+
+
+def opened(fetched: bytes | Image.Image, name: str) -> AbstractContextManager[Image.Image]:
+    """Open what a source hands out, without decoding it yet."""
+    return (
+        Image.open(BytesIO(fetched), formats=formats_for(name)) if isinstance(fetched, bytes) else nullcontext(fetched)
+    )
+
+
+def is_deep_grey(fetched: bytes | Image.Image, name: str) -> bool:
+    """Tell of what a source hands out whether it is grey of more than 8 bits."""
+    return holds_deep_grey(fetched, name) if isinstance(fetched, bytes) else is_deep(fetched)
+
+
+def content_key(fetched: bytes | Image.Image, grey: GreyRange | None = None) -> str:
+    """Hash the encoded bytes of a file, or the size and pixels of a picture that never had any.
+
+    A deep grey is another picture where other values are black and white.
+    """
+    if isinstance(fetched, bytes):
+        read_as = b"" if grey in (None, SIXTEEN_BITS) else repr(grey).encode()
+        return hashlib.blake2b(fetched + read_as, digest_size=16).hexdigest()
+    rgb = upright_rgb(fetched, grey)
+    return hashlib.blake2b(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes(), digest_size=16).hexdigest()

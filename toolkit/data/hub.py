@@ -14,7 +14,7 @@ from PIL import Image
 
 from prgkit.config.prompts import load_classes
 from prgkit.data.decode import UnreadableImage
-from prgkit.data.sources import Source, read_span
+from prgkit.data.files import Source, read_span
 from prgkit.errors import ImagesError, nearest
 from prgkit.storage.atomic import cache_folder
 

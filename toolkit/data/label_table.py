@@ -6,18 +6,20 @@ import csv
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from prgkit.config.delimited import LARGEST_TABLE_BYTES, Row, Way, ways
 from prgkit.data.decode import image_suffixes
-from prgkit.data.labels import NUMBER, as_numbers, by_name, first_of
-from prgkit.data.path_match import Match, Paths
-from prgkit.data.sources import Source
+from prgkit.data.files import Source, printable
+from prgkit.data.labels import (
+    LABEL_WORDS,
+    Entry,
+    LabelTable,
+    cell_of,
+    word,
+)
 from prgkit.errors import ImagesError, nearest, some
-from prgkit.progress import silent
 from prgkit.storage.atomic import as_on_disk, read_text
 
 if TYPE_CHECKING:
@@ -30,208 +32,14 @@ FILE_WORDS = frozenset({
     "relativepath", "relpath", "picture", "photo", "fname",
 })  # fmt: skip
 WEAK_FILE_WORDS = frozenset({"id", "ids", "name", "key", "uri", "sample"})
-LABEL_WORDS = frozenset({
-    "label", "labels", "labelname", "labelid", "class", "classes", "classname", "classlabel", "classid",
-    "classindex", "classidx", "category", "categories", "categoryname", "categoryid", "target", "targets",
-    "species", "breed", "variety", "truth", "groundtruth", "gt", "tag", "tags", "y",
-})  # fmt: skip
-MARKED = frozenset({"1", "1.0", "true"})
-UNMARKED = frozenset({"0", "0.0", "false", ""})
 GIVE_ROWS = "give a CSV file of file,label rows"
-# How strongly a column says that it holds the labels.
-SAID, NAMES, NUMBERS, WORDS, ANY = 4, 3, 2, 1, 0
 
 
-class Entry(NamedTuple):
-    """A row that names an image."""
+SPLITS = {"train": 0, "training": 0, "test": 1, "testing": 1, "val": 2, "valid": 2, "validation": 2, "dev": 3}
 
-    image: int  # its index
-    line: int
-    cells: Sequence[str]
+UPLOADED = re.compile(r"(^|[/\\])(?!(?:19|20)\d{6})[0-9a-f]{8}-(?=[^/\\]+$)")  # Label Studio's, and not a date
 
-
-class Reading(NamedTuple):
-    """One way to read the labels."""
-
-    title: str
-    labels: Sequence[str]  # [entries]
-    meaning: Sequence[object]  # [entries], the class index, or the label itself where it is no class's name
-    strength: int
-    counted: Sequence[int | None] | None = (
-        None  # [entries], the classes of labels that are numbers such as classes have
-    )
-    from_marks: bool = False
-
-
-@dataclass(frozen=True)
-class LabelTable:
-    """The rows of a table that name images of a source; which column holds the labels is known with the class names."""
-
-    path: Path
-    header: Sequence[str]  # empty where there is none
-    file_column: int
-    entries: Sequence[Entry]
-    strangers: Sequence[Row]  # rows that name no image here
-    elsewhere: str  # a file whose folder is none of this source's, while it has the name of an image; empty: none
-    asked: int | None  # the label column, where the recipe names it
-
-    def labels(self, class_names: Sequence[str], *, note: Callable[[str], None] = silent) -> dict[int, str]:
-        """Return the label of each image that has one, and say how the table is read.
-
-        Raises:
-            ImagesError: it is not certain which column holds them, or an image has two.
-        """
-        reading = self._column(self.asked) if self.asked is not None else self._likeliest(class_names)
-        found = self._by_image(reading.labels)
-        if len(self.contents) > 1 and self.asked is None:
-            note(f"{self.path.name}: images by {self.title(self.file_column)}, labels by {reading.title}")
-        if self.elsewhere:
-            note(f"{self.path.name}: {self.elsewhere!r} is taken for an image here, whose folder has another name")
-        if self.strangers:
-            line, cells = self.strangers[0]
-            count = "1 row names" if len(self.strangers) == 1 else f"{len(self.strangers):,} rows name"
-            note(f"{count} no image here, e.g. {cell_of(cells, self.file_column)!r} ({self.path.name}, line {line})")
-        return found
-
-    @cached_property
-    def plain_labels(self) -> dict[int, str]:
-        """The labels as far as they are known without the class names: of the only column, or of the one that says so.
-
-        Raises:
-            ImagesError: an image has two.
-        """
-        said = [column for column in self.contents if self._is_said(column)]
-        only = next((found for found in (said, list(self.contents)) if len(found) == 1), [])
-        column = self.asked if self.asked is not None else next(iter(only), None)
-        return {} if column is None else self._by_image(self._column(column).labels)
-
-    @cached_property
-    def contents(self) -> dict[int, frozenset[str]]:
-        """The distinct cells of every column that could hold labels, small letters throughout where they are marks."""
-        width = max(len(entry.cells) for entry in self.entries)
-        columns = [column for column in range(width) if column != self.file_column]
-        found = {column: frozenset(cell_of(entry.cells, column) for entry in self.entries) for column in columns}
-        return {column: cells for column, cells in found.items() if cells != {""}}
-
-    def title(self, column: int) -> str:
-        """Return what people call a column: its name, else its number."""
-        name = cell_of(self.header, column)
-        return f"column {name!r}" if name else f"column {column + 1}"
-
-    def _is_said(self, column: int) -> bool:
-        return word(cell_of(self.header, column)) in LABEL_WORDS
-
-    def _by_image(self, labels: Sequence[str]) -> dict[int, str]:
-        found: dict[int, str] = {}
-        for entry, label in zip(self.entries, labels, strict=True):
-            if label and found.setdefault(entry.image, label) != label:
-                file = cell_of(entry.cells, self.file_column)
-                what = f"{file!r} is labelled {found[entry.image]!r} and {label!r}"
-                raise ImagesError(what, where=f"{self.path}, line {entry.line}", fix="keep one of the two rows")
-        return found
-
-    def _column(self, column: int, class_names: Sequence[str] = ()) -> Reading:
-        """Read the labels from one column."""
-        distinct = self.contents.get(column, frozenset()) - {""}
-        indices = by_name(distinct, class_names)
-        labels = [cell_of(entry.cells, column) for entry in self.entries]
-        named = 2 * sum(label in indices for label in labels) > sum(map(bool, labels))
-        said, numbers = self._is_said(column), all(map(NUMBER.fullmatch, distinct))
-        strength = (SAID if said else NAMES) if named else (NUMBERS if numbers else WORDS) if said else ANY
-        meaning = [indices.get(label, label) for label in labels]
-        return Reading(self.title(column), labels, meaning, strength, counted(labels, len(class_names)))
-
-    def _likeliest(self, class_names: Sequence[str]) -> Reading:
-        """Return the one way to read the labels that is certain, or refuse."""
-        titles = {cell_of(self.header, column): column for column in self.contents}
-        classes = {titles[str(title)]: index for title, index in by_name(titles, class_names).items()}
-        figures = {column: index for column, index in classes.items() if all(map(is_figure, self.contents[column]))}
-        marks = {column: index for column, index in figures.items() if is_marks(self.contents[column])}
-        ways = [self._column(column, class_names) for column in self.contents if column not in figures]
-        said = any(way.strength == SAID for way in ways)
-        wrong = self._not_one(marks)
-        if marks and wrong and not said:
-            raise self._badly_marked(marks, wrong)
-        if marks and not wrong and not (said and len(marks) == 1):  # one alone can be a flag: train, not test
-            ways.append(self._marked(marks, class_names))
-        if len(figures) > len(marks) and all(way.strength == ANY for way in ways):
-            raise self._scored(sorted(set(figures) - set(marks)))
-        best = max(ways, key=lambda way: way.strength, default=None)
-        if best is None or (best.strength == ANY and len(ways) > 1):
-            raise self._unsure(ways)
-        rivals = [way for way in ways if way is not best and contradicts(way, best)]
-        if rivals:
-            raise self._unsure([best, *rivals])
-        return best
-
-    def _not_one(self, marks: Iterable[int]) -> list[Entry]:
-        """Return the rows in which not exactly one class is marked."""
-        columns = list(marks)
-        return [
-            entry
-            for entry in self.entries
-            if sum(cell_of(entry.cells, column).lower() in MARKED for column in columns) != 1
-        ]
-
-    def _marked(self, marks: dict[int, int], class_names: Sequence[str]) -> Reading:
-        """Read a one-hot table: the label is the name of the column with the mark."""
-        meaning = [
-            next(index for column, index in marks.items() if cell_of(entry.cells, column).lower() in MARKED)
-            for entry in self.entries
-        ]
-        labels = [class_names[index] for index in meaning]
-        return Reading("the names of the columns with a 1", labels, meaning, NAMES, from_marks=True)
-
-    def _badly_marked(self, marks: dict[int, int], wrong: Sequence[Entry]) -> ImagesError:
-        files = some([cell_of(entry.cells, self.file_column) for entry in wrong])
-        others = [
-            self.title(column) for column, cells in self.contents.items() if column not in marks and is_marks(cells)
-        ]
-        hint = f"; {some(others)} {'is' if len(others) == 1 else 'are'} no class" if others else ""
-        what = f"{len(wrong)} of {len(self.entries)} rows have not exactly one class marked with 1: {files}{hint}"
-        return ImagesError(what, where=f"{self.path}, line {wrong[0].line}", fix="mark one class in each row")
-
-    def _scored(self, columns: Sequence[int]) -> ImagesError:
-        titles = some([self.title(column) for column in columns])
-        what = f"{self.path.name} holds scores, not labels: {titles} {'is' if len(columns) == 1 else 'are'} of figures"
-        fix = "give one label for each image, or mark its class with 1 and the others with 0"
-        return ImagesError(what, where=self.path, fix=fix)
-
-    def _unsure(self, ways: Sequence[Reading]) -> ImagesError:
-        """Build the error for labels that could be read in several ways, or in none, with the first rows."""
-        first = self.entries[:3]
-        rows = [",".join(self.header)] if self.header else []
-        rows += [",".join(entry.cells) for entry in first]
-        told = [f"\n    {row[:160]}" for row in rows]
-        for way in ways[:4]:
-            pairs = zip(first, way.labels, strict=False)
-            read = ", ".join(f"{cell_of(entry.cells, self.file_column)} is {label!r}" for entry, label in pairs)
-            told.append(f"\n    by {way.title}: {read}")
-        return ImagesError(
-            f"which column of {self.path.name} holds the labels is not certain:{''.join(told)}",
-            where=self.path,
-            fix="name it: --set data.label_format.label_column=NAME, or its number, counted from 1",
-        )
-
-
-def contradicts(other: Reading, best: Reading) -> bool:
-    """Tell whether a weaker or equal way to read the labels is a reason to doubt the best."""
-    if other.strength == best.strength or other.from_marks:
-        return other.meaning != best.meaning
-    some_named = any(isinstance(one, int) for one in other.meaning)
-    if best.strength == NAMES and not best.from_marks:  # a class's name can also be a word for something else
-        agrees = other.counted is not None and list(other.counted) == list(best.meaning)
-        return not agrees and (other.strength > ANY or other.counted is not None or some_named)
-    return best.strength == NUMBERS and other.strength == WORDS and some_named
-
-
-def counted(labels: Sequence[str], count: int) -> list[int | None] | None:
-    """Return the classes that numbers mean, each None where they do not say it; None where they are no such numbers."""
-    numbers = as_numbers(set(labels) - {""})
-    if not numbers or max(numbers.values()) > count:
-        return None
-    first = first_of(set(numbers.values()), count)
-    return [numbers[label] - first if label and first is not None else None for label in labels]
+Index = dict[str, list[int]]
 
 
 def read_label_table(path: Path, spec: str, source: Source, label_format: LabelFormat | None = None) -> LabelTable:
@@ -428,25 +236,118 @@ def none_named(path: Path, rows: Sequence[Row], source: Source, asked: tuple[str
     )
 
 
-def cell_of(cells: Sequence[str], column: int) -> str:
-    """Return a cell, empty where the row is shorter."""
-    return cells[column] if column < len(cells) else ""
+class Match(NamedTuple):
+    """The images that a path could mean; more than one where it does not say."""
+
+    images: list[int]
+    depth: int  # how many parts of the path agree, from its end
+    whole: bool  # all of them
+    elsewhere: bool  # it names a folder, and it is not the folder that the images lie in
+    spelled: bool  # with its suffix
 
 
-def word(title: str) -> str:
-    """Return a column's name in small letters and digits alone."""
-    return "".join(letter for letter in title.casefold() if letter.isalnum())
+class Paths:
+    """The paths of a source's images; one in a table means an image if it is the end of its path, or it its end.
+
+    So a base name does, a path from above the source, and one on another machine; a suffix may be missing, separators
+    may be Windows', and small letters stand for capitals where nothing else fits.
+    """
+
+    def __init__(self, spec: str, names: Sequence[str]) -> None:
+        root = printable(os.path.abspath(os.path.expandvars(os.path.expanduser(spec)))).replace(os.sep, "/")
+        above, suffix = os.path.splitext(root)
+        self.names = names
+        inside = [name.partition(".tar/") for name in names]  # shard, ".tar/", member
+        self._own = ["/".join(parts(member or shard)) for shard, _, member in inside]
+        self._shards = [f"{shard}.tar" if member else "" for shard, _, member in inside]
+        self._root = parts(os.path.dirname(root) if suffix == ".tar" else above if suffix == ".zip" else root)
+        last = {path.rpartition("/")[2].casefold() for path in self._own}
+        self._last = last | {os.path.splitext(name)[0] for name in last}  # tells at once what none of them can be
+        self._wholes: dict[tuple[bool, bool], Index] = {}
+        self._ends: dict[tuple[int, bool, bool], Index] = {}
+        self._found: dict[str, Match | None] = {}
+
+    def find(self, text: str) -> Match | None:
+        """Return what a path means here, if anything."""
+        if text not in self._found:
+            self._found[text] = self._search(printable(text))
+        return self._found[text]
+
+    def _search(self, text: str) -> Match | None:
+        both = dict.fromkeys((text, text.replace("\\", "/")))
+        spellings = [one for one in both if one.rpartition("/")[2].casefold() in self._last]
+        for fold in (False, True):
+            for bare in (False, True):
+                for spelling in spellings:
+                    if match := self._match(parts(spelling.casefold() if fold else spelling), fold, bare):
+                        return match
+        inner = UPLOADED.sub(r"\1", text)
+        match = self._search(inner) if inner != text else None
+        return match if match and len(match.images) == 1 else None
+
+    def _match(self, path: list[str], fold: bool, bare: bool) -> Match | None:
+        count, wholes = len(path), self._whole(fold, bare)
+        if not path:
+            return None
+        if same := wholes.get("/".join(path)):
+            return Match(same, count, True, False, not bare)
+        found = [(count, index) for index in self._ending(count, fold, bare).get("/".join(path), [])]
+        for depth in range(1, count):
+            for index in wholes.get("/".join(path[-depth:]), []):
+                if (above := self._agreeing(path[:-depth], index, fold)) is not None:
+                    found.append((depth + above, index))
+        if not found:
+            return None
+        most = max(agreeing for agreeing, _ in found)
+        images = [index for agreeing, index in found if agreeing == most]
+        own = self._own[images[0]].count("/") + 1
+        return Match(images, most, most == count, own <= most < count and most == own, not bare)
+
+    def _agreeing(self, above: list[str], index: int, fold: bool) -> int | None:
+        """Count the folders above an image that agree, from its side; None where one is train and the other test."""
+        folders = [*self._root, *filter(None, [self._shards[index]])]
+        if fold:
+            folders = [folder.casefold() for folder in folders]
+        count = 0
+        for theirs, ours in zip(reversed(above), reversed(folders), strict=False):
+            if theirs != ours:
+                splits = SPLITS.get(theirs.casefold()), SPLITS.get(ours.casefold())
+                return None if None not in splits and splits[0] != splits[1] else count
+            count += 1
+        return count
+
+    def _whole(self, fold: bool, bare: bool) -> Index:
+        """Return the images by their whole path below the source."""
+        if (fold, bare) not in self._wholes:
+            self._wholes[fold, bare] = indexed(enumerate(spelled(path, fold, bare) for path in self._own))
+        return self._wholes[fold, bare]
+
+    def _ending(self, count: int, fold: bool, bare: bool) -> Index:
+        """Return the images that lie deeper by the last ``count`` parts of their path."""
+        if (count, fold, bare) not in self._ends:
+            deeper = ((index, path) for index, path in enumerate(self._own) if path.count("/") >= count)
+            ends = ((index, "/".join(spelled(path, fold, bare).split("/")[-count:])) for index, path in deeper)
+            self._ends[count, fold, bare] = indexed(ends)
+        return self._ends[count, fold, bare]
 
 
-def is_marks(cells: Iterable[str]) -> bool:
-    """Tell whether all cells are 0 or 1, as one-hot tables write them."""
-    return all(cell.lower() in MARKED | UNMARKED for cell in cells)
+def parts(path: str) -> list[str]:
+    """Split a path at its slashes, without what leads nowhere and without steps up at its start."""
+    found = [part for part in path.split("/") if part not in ("", ".")]
+    while found and found[0] == "..":
+        del found[0]
+    return found
 
 
-def is_figure(cell: str) -> bool:
-    """Tell whether a cell is a number, a mark or empty."""
-    try:
-        float(cell)
-    except ValueError:
-        return cell.lower() in MARKED | UNMARKED
-    return True
+def spelled(path: str, fold: bool, bare: bool) -> str:
+    """Return a path without its suffix, in small letters, or as it is."""
+    path = os.path.splitext(path)[0] if bare else path
+    return path.casefold() if fold else path
+
+
+def indexed(pairs: Iterable[tuple[int, str]]) -> Index:
+    """Collect the numbers of each text."""
+    found: Index = {}
+    for index, text in pairs:
+        found.setdefault(text, []).append(index)
+    return found

@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.config.class_names import WORDNET_ID
+from prgkit.config.delimited import Row
 from prgkit.config.prompts import canonical
 from prgkit.errors import ImagesError, nearest, some
 from prgkit.progress import silent
@@ -23,6 +28,20 @@ IMAGENET = {
 }  # fmt: skip
 
 Label = str | int  # a number as a library hands it out counts from 0; one that people wrote is text
+
+
+LABEL_WORDS = frozenset({
+    "label", "labels", "labelname", "labelid", "class", "classes", "classname", "classlabel", "classid",
+    "classindex", "classidx", "category", "categories", "categoryname", "categoryid", "target", "targets",
+    "species", "breed", "variety", "truth", "groundtruth", "gt", "tag", "tags", "y",
+})  # fmt: skip
+
+MARKED = frozenset({"1", "1.0", "true"})
+
+UNMARKED = frozenset({"0", "0.0", "false", ""})
+
+# How strongly a column says that it holds the labels.
+SAID, NAMES, NUMBERS, WORDS, ANY = 4, 3, 2, 1, 0
 
 
 def class_indices(
@@ -174,3 +193,219 @@ def hint(label: Label, class_names: Sequence[str]) -> str:
     """Return `` (did you mean 'x'?)`` where a class name is close."""
     close = nearest(label, class_names).removeprefix("; ") if isinstance(label, str) else ""
     return f" ({close})" if close else ""
+
+
+class Entry(NamedTuple):
+    """A row that names an image."""
+
+    image: int  # its index
+    line: int
+    cells: Sequence[str]
+
+
+class Reading(NamedTuple):
+    """One way to read the labels."""
+
+    title: str
+    labels: Sequence[str]  # [entries]
+    meaning: Sequence[object]  # [entries], the class index, or the label itself where it is no class's name
+    strength: int
+    counted: Sequence[int | None] | None = (
+        None  # [entries], the classes of labels that are numbers such as classes have
+    )
+    from_marks: bool = False
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """The rows of a table that name images of a source; which column holds the labels is known with the class names."""
+
+    path: Path
+    header: Sequence[str]  # empty where there is none
+    file_column: int
+    entries: Sequence[Entry]
+    strangers: Sequence[Row]  # rows that name no image here
+    elsewhere: str  # a file whose folder is none of this source's, while it has the name of an image; empty: none
+    asked: int | None  # the label column, where the recipe names it
+
+    def labels(self, class_names: Sequence[str], *, note: Callable[[str], None] = silent) -> dict[int, str]:
+        """Return the label of each image that has one, and say how the table is read.
+
+        Raises:
+            ImagesError: it is not certain which column holds them, or an image has two.
+        """
+        reading = self._column(self.asked) if self.asked is not None else self._likeliest(class_names)
+        found = self._by_image(reading.labels)
+        if len(self.contents) > 1 and self.asked is None:
+            note(f"{self.path.name}: images by {self.title(self.file_column)}, labels by {reading.title}")
+        if self.elsewhere:
+            note(f"{self.path.name}: {self.elsewhere!r} is taken for an image here, whose folder has another name")
+        if self.strangers:
+            line, cells = self.strangers[0]
+            count = "1 row names" if len(self.strangers) == 1 else f"{len(self.strangers):,} rows name"
+            note(f"{count} no image here, e.g. {cell_of(cells, self.file_column)!r} ({self.path.name}, line {line})")
+        return found
+
+    @cached_property
+    def plain_labels(self) -> dict[int, str]:
+        """The labels as far as they are known without the class names: of the only column, or of the one that says so.
+
+        Raises:
+            ImagesError: an image has two.
+        """
+        said = [column for column in self.contents if self._is_said(column)]
+        only = next((found for found in (said, list(self.contents)) if len(found) == 1), [])
+        column = self.asked if self.asked is not None else next(iter(only), None)
+        return {} if column is None else self._by_image(self._column(column).labels)
+
+    @cached_property
+    def contents(self) -> dict[int, frozenset[str]]:
+        """The distinct cells of every column that could hold labels, small letters throughout where they are marks."""
+        width = max(len(entry.cells) for entry in self.entries)
+        columns = [column for column in range(width) if column != self.file_column]
+        found = {column: frozenset(cell_of(entry.cells, column) for entry in self.entries) for column in columns}
+        return {column: cells for column, cells in found.items() if cells != {""}}
+
+    def title(self, column: int) -> str:
+        """Return what people call a column: its name, else its number."""
+        name = cell_of(self.header, column)
+        return f"column {name!r}" if name else f"column {column + 1}"
+
+    def _is_said(self, column: int) -> bool:
+        return word(cell_of(self.header, column)) in LABEL_WORDS
+
+    def _by_image(self, labels: Sequence[str]) -> dict[int, str]:
+        found: dict[int, str] = {}
+        for entry, label in zip(self.entries, labels, strict=True):
+            if label and found.setdefault(entry.image, label) != label:
+                file = cell_of(entry.cells, self.file_column)
+                what = f"{file!r} is labelled {found[entry.image]!r} and {label!r}"
+                raise ImagesError(what, where=f"{self.path}, line {entry.line}", fix="keep one of the two rows")
+        return found
+
+    def _column(self, column: int, class_names: Sequence[str] = ()) -> Reading:
+        """Read the labels from one column."""
+        distinct = self.contents.get(column, frozenset()) - {""}
+        indices = by_name(distinct, class_names)
+        labels = [cell_of(entry.cells, column) for entry in self.entries]
+        named = 2 * sum(label in indices for label in labels) > sum(map(bool, labels))
+        said, numbers = self._is_said(column), all(map(NUMBER.fullmatch, distinct))
+        strength = (SAID if said else NAMES) if named else (NUMBERS if numbers else WORDS) if said else ANY
+        meaning = [indices.get(label, label) for label in labels]
+        return Reading(self.title(column), labels, meaning, strength, counted(labels, len(class_names)))
+
+    def _likeliest(self, class_names: Sequence[str]) -> Reading:
+        """Return the one way to read the labels that is certain, or refuse."""
+        titles = {cell_of(self.header, column): column for column in self.contents}
+        classes = {titles[str(title)]: index for title, index in by_name(titles, class_names).items()}
+        figures = {column: index for column, index in classes.items() if all(map(is_figure, self.contents[column]))}
+        marks = {column: index for column, index in figures.items() if is_marks(self.contents[column])}
+        ways = [self._column(column, class_names) for column in self.contents if column not in figures]
+        said = any(way.strength == SAID for way in ways)
+        wrong = self._not_one(marks)
+        if marks and wrong and not said:
+            raise self._badly_marked(marks, wrong)
+        if marks and not wrong and not (said and len(marks) == 1):  # one alone can be a flag: train, not test
+            ways.append(self._marked(marks, class_names))
+        if len(figures) > len(marks) and all(way.strength == ANY for way in ways):
+            raise self._scored(sorted(set(figures) - set(marks)))
+        best = max(ways, key=lambda way: way.strength, default=None)
+        if best is None or (best.strength == ANY and len(ways) > 1):
+            raise self._unsure(ways)
+        rivals = [way for way in ways if way is not best and contradicts(way, best)]
+        if rivals:
+            raise self._unsure([best, *rivals])
+        return best
+
+    def _not_one(self, marks: Iterable[int]) -> list[Entry]:
+        """Return the rows in which not exactly one class is marked."""
+        columns = list(marks)
+        return [
+            entry
+            for entry in self.entries
+            if sum(cell_of(entry.cells, column).lower() in MARKED for column in columns) != 1
+        ]
+
+    def _marked(self, marks: dict[int, int], class_names: Sequence[str]) -> Reading:
+        """Read a one-hot table: the label is the name of the column with the mark."""
+        meaning = [
+            next(index for column, index in marks.items() if cell_of(entry.cells, column).lower() in MARKED)
+            for entry in self.entries
+        ]
+        labels = [class_names[index] for index in meaning]
+        return Reading("the names of the columns with a 1", labels, meaning, NAMES, from_marks=True)
+
+    def _badly_marked(self, marks: dict[int, int], wrong: Sequence[Entry]) -> ImagesError:
+        files = some([cell_of(entry.cells, self.file_column) for entry in wrong])
+        others = [
+            self.title(column) for column, cells in self.contents.items() if column not in marks and is_marks(cells)
+        ]
+        hint = f"; {some(others)} {'is' if len(others) == 1 else 'are'} no class" if others else ""
+        what = f"{len(wrong)} of {len(self.entries)} rows have not exactly one class marked with 1: {files}{hint}"
+        return ImagesError(what, where=f"{self.path}, line {wrong[0].line}", fix="mark one class in each row")
+
+    def _scored(self, columns: Sequence[int]) -> ImagesError:
+        titles = some([self.title(column) for column in columns])
+        what = f"{self.path.name} holds scores, not labels: {titles} {'is' if len(columns) == 1 else 'are'} of figures"
+        fix = "give one label for each image, or mark its class with 1 and the others with 0"
+        return ImagesError(what, where=self.path, fix=fix)
+
+    def _unsure(self, ways: Sequence[Reading]) -> ImagesError:
+        """Build the error for labels that could be read in several ways, or in none, with the first rows."""
+        first = self.entries[:3]
+        rows = [",".join(self.header)] if self.header else []
+        rows += [",".join(entry.cells) for entry in first]
+        told = [f"\n    {row[:160]}" for row in rows]
+        for way in ways[:4]:
+            pairs = zip(first, way.labels, strict=False)
+            read = ", ".join(f"{cell_of(entry.cells, self.file_column)} is {label!r}" for entry, label in pairs)
+            told.append(f"\n    by {way.title}: {read}")
+        return ImagesError(
+            f"which column of {self.path.name} holds the labels is not certain:{''.join(told)}",
+            where=self.path,
+            fix="name it: --set data.label_format.label_column=NAME, or its number, counted from 1",
+        )
+
+
+def contradicts(other: Reading, best: Reading) -> bool:
+    """Tell whether a weaker or equal way to read the labels is a reason to doubt the best."""
+    if other.strength == best.strength or other.from_marks:
+        return other.meaning != best.meaning
+    some_named = any(isinstance(one, int) for one in other.meaning)
+    if best.strength == NAMES and not best.from_marks:  # a class's name can also be a word for something else
+        agrees = other.counted is not None and list(other.counted) == list(best.meaning)
+        return not agrees and (other.strength > ANY or other.counted is not None or some_named)
+    return best.strength == NUMBERS and other.strength == WORDS and some_named
+
+
+def counted(labels: Sequence[str], count: int) -> list[int | None] | None:
+    """Return the classes that numbers mean, each None where they do not say it; None where they are no such numbers."""
+    numbers = as_numbers(set(labels) - {""})
+    if not numbers or max(numbers.values()) > count:
+        return None
+    first = first_of(set(numbers.values()), count)
+    return [numbers[label] - first if label and first is not None else None for label in labels]
+
+
+def cell_of(cells: Sequence[str], column: int) -> str:
+    """Return a cell, empty where the row is shorter."""
+    return cells[column] if column < len(cells) else ""
+
+
+def word(title: str) -> str:
+    """Return a column's name in small letters and digits alone."""
+    return "".join(letter for letter in title.casefold() if letter.isalnum())
+
+
+def is_marks(cells: Iterable[str]) -> bool:
+    """Tell whether all cells are 0 or 1, as one-hot tables write them."""
+    return all(cell.lower() in MARKED | UNMARKED for cell in cells)
+
+
+def is_figure(cell: str) -> bool:
+    """Tell whether a cell is a number, a mark or empty."""
+    try:
+        float(cell)
+    except ValueError:
+        return cell.lower() in MARKED | UNMARKED
+    return True

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.config.recipe import Recipe
-from prgkit.data.index import ImageIndex, ImageSource, as_grey_range, lies_in_files, open_images
+from prgkit.data.index import ImageIndex
+from prgkit.data.preprocessing import as_grey_range
+from prgkit.data.sources import ImageSource, lies_in_files, open_images
 from prgkit.errors import ImagesError, RunError
 from prgkit.progress import Progress
 from prgkit.storage.atomic import write_bytes

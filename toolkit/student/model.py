@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from prgkit.config.image_size import Size, sides, size_told
 from prgkit.config.recipe import StudentConfig
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import StudentError, nearest, one_line
 from prgkit.outputs import StudentOutput
 from prgkit.storage.run import Run

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from prgkit import demo
 from prgkit.config.image_size import sides, size_of
 from prgkit.config.recipe import TeacherConfig
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import TeacherError, nearest, one_line, some
 from prgkit.progress import silent
 from prgkit.storage.atomic import sha256

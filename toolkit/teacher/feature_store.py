@@ -28,7 +28,8 @@ from pydantic import BaseModel, NonNegativeInt
 from prgkit.config.prompts import fill
 from prgkit.config.recipe import Recipe, TeacherConfig, Views
 from prgkit.data.augment import MultiViewDataset, make_dataloader
-from prgkit.data.index import ImageIndex, Preprocessing
+from prgkit.data.index import ImageIndex
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import (

@@ -23,8 +23,8 @@ from prgkit import __version__
 from prgkit.config.prompts import fill
 from prgkit.config.recipe import Recipe, TeacherConfig
 from prgkit.data.decode import GreyRange
-from prgkit.data.index import ImageIndex, index_images, labelled, open_images, read_image_index
-from prgkit.data.workers import default_workers
+from prgkit.data.index import ImageIndex, index_images, labelled, read_image_index
+from prgkit.data.sources import open_images
 from prgkit.device import best_device
 from prgkit.errors import ImagesError, RecipeError, some
 from prgkit.progress import Progress
@@ -32,6 +32,7 @@ from prgkit.teacher.clip import Teacher, check_teacher, load_teacher
 from prgkit.teacher.feature_store import FeatureStore, embed, open_store
 from prgkit.teacher.prompt_context import PromptContext, save_context
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
+from prgkit.workers import default_workers
 
 WORDS = "a photo of a"  # what a context starts as, and how many tokens it has
 EPOCHS = 20

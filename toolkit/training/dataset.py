@@ -13,10 +13,8 @@ from torch import Tensor
 
 from prgkit.config.recipe import Training, Views
 from prgkit.data.augment import MultiViewDataset, make_dataloader
-from prgkit.data.index import (
-    ImageIndex,
-    Preprocessing,
-)
+from prgkit.data.index import ImageIndex
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.outputs import TeacherOutput
 from prgkit.storage.atomic import fingerprint
 from prgkit.teacher.ensemble import TeacherFeatures

@@ -13,9 +13,9 @@ import torch
 from prgkit.config.image_size import size_told
 from prgkit.config.recipe import Recipe, TeacherConfig
 from prgkit.data.cache import PICTURES, room_bytes
-from prgkit.data.decode import UnreadableImage
-from prgkit.data.index import ENOUGH, ImageSource, gauge, open_images
+from prgkit.data.decode import ENOUGH, UnreadableImage
 from prgkit.data.labels import class_indices
+from prgkit.data.sources import ImageSource, gauge, open_images
 from prgkit.device import best_device
 from prgkit.progress import Progress, duration
 from prgkit.storage.atomic import free_bytes, readable_bytes, require_space

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from prgkit.config.recipe import Recipe, TeacherConfig
 from prgkit.data.cache import PICTURES, DecodedImageCache
 from prgkit.data.decode import GreyRange
-from prgkit.data.index import NEARLY_BLACK, ImageIndex, as_grey_range, labelled, nearly_black, plain, read_image_index
+from prgkit.data.index import NEARLY_BLACK, ImageIndex, labelled, nearly_black, plain, read_image_index
+from prgkit.data.preprocessing import as_grey_range
 from prgkit.data.snapshot import keep_members, only_members
 from prgkit.device import best_device
 from prgkit.errors import ImagesError

@@ -19,7 +19,8 @@ from prgkit.config.recipe import (
     shipped_recipes,
     validate,
 )
-from prgkit.data.index import ImagesError, open_images
+from prgkit.data.index import ImagesError
+from prgkit.data.sources import open_images
 from prgkit.errors import RecipeError
 
 PAGE = """

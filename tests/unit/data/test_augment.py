@@ -17,8 +17,10 @@ from PIL import Image
 from prgkit.config.recipe import Views
 from prgkit.data.augment import Batch, MultiViewDataset, View, make_dataloader, render, seeded_view
 from prgkit.data.cache import DecodedImageCache
-from prgkit.data.index import ImageIndex, Preprocessing, index_images, open_images
-from prgkit.data.workers import default_workers
+from prgkit.data.index import ImageIndex, index_images
+from prgkit.data.preprocessing import Preprocessing
+from prgkit.data.sources import open_images
+from prgkit.workers import default_workers
 
 PAGE = Views(count=3, crop_scale=(0.3, 0.8), seed=5)
 PREPROCESSING = Preprocessing(24, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))

@@ -13,7 +13,8 @@ from PIL import Image
 
 from prgkit.data import cache, decode
 from prgkit.data.cache import DecodedImageCache
-from prgkit.data.index import ImageSource, index_images, open_images
+from prgkit.data.index import index_images
+from prgkit.data.sources import ImageSource, open_images
 from prgkit.storage.locks import locked
 
 

@@ -24,20 +24,11 @@ import pytest
 from PIL import Image, ImageCms
 
 from prgkit.data import index as image_module
-from prgkit.data.decode import UnreadableImage, decode, extremes, grey_range, image_suffixes
-from prgkit.data.index import (
-    ImageIndex,
-    ImageSource,
-    Preprocessing,
-    content_key,
-    index_images,
-    load_image,
-    match_labels,
-    nearly_black,
-    open_images,
-    plain,
-)
-from prgkit.data.sources import expand_braces
+from prgkit.data.archives import expand_braces
+from prgkit.data.decode import UnreadableImage, content_key, decode, extremes, grey_range, image_suffixes
+from prgkit.data.index import ImageIndex, index_images, match_labels, nearly_black, plain
+from prgkit.data.preprocessing import Preprocessing, load_image
+from prgkit.data.sources import ImageSource, open_images
 from prgkit.errors import ImagesError
 
 REAL = Path(os.environ.get("PRGKIT_DATA", "not given")) / "cifar100"
@@ -590,7 +581,7 @@ def test_the_content_decides_what_is_a_picture(tmp_path: Path, kind: str) -> Non
 
 def test_a_folder_of_pictures_says_nothing_and_looks_into_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path, MEMBERS | {"cat/a.txt": b"0 1 1 2 2"})
-    monkeypatch.setattr("prgkit.data.sources.read_head", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr("prgkit.data.files.read_head", lambda path: pytest.fail(f"{path} was opened"))
     images = open_images(str(tmp_path))
     assert len(images) == 4
     assert images.left_out == "passed over 1 file that is no picture: 1 .txt"

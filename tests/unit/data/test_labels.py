@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from prgkit.config.recipe import LabelFormat
-from prgkit.data.index import ImageIndex, index_images, labelled, match_labels, open_images
+from prgkit.data.index import ImageIndex, index_images, labelled, match_labels
+from prgkit.data.sources import open_images
 from prgkit.errors import ImagesError
 
 NAMES = ("apple", "bus", "fire engine", "Löwe")
@@ -325,7 +326,7 @@ def test_paths_that_are_typed_in_another_unicode_form_are_found(tmp_path: Path) 
 
 
 def test_file_names_with_characters_that_act(tmp_path: Path) -> None:
-    from prgkit.data.sources import printable
+    from prgkit.data.files import printable
 
     assert printable("a\nb\t\x1b[2J\u202e\u2028.png") == r"a\nb\t\x1b[2J\u202e\u2028.png"
     picture(tmp_path / "in" / "a\nb.png", 1)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prgkit.data.index import Preprocessing, load_image
+from prgkit.data.preprocessing import Preprocessing, load_image
 from prgkit.export.bundle.readme import readme, resizing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

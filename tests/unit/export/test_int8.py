@@ -16,7 +16,8 @@ onnx = pytest.importorskip("onnx")
 from onnx import numpy_helper  # noqa: E402
 
 from prgkit.config.recipe import load_recipe  # noqa: E402
-from prgkit.data.index import Preprocessing, read_image_index  # noqa: E402
+from prgkit.data.index import read_image_index  # noqa: E402
+from prgkit.data.preprocessing import Preprocessing  # noqa: E402
 from prgkit.errors import ExportError, TargetsError  # noqa: E402
 from prgkit.evaluate.predict import predict  # noqa: E402
 from prgkit.evaluate.report.formatting import lead_row, refused  # noqa: E402

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ParityError
 from prgkit.export.formats.onnx_nchw import normalised, write_nchw
 

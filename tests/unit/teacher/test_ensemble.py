@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from prgkit.config.recipe import Recipe, save_recipe, validate
-from prgkit.data.index import index_images, open_images
+from prgkit.data.index import index_images
+from prgkit.data.sources import open_images
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RecipeError
 from prgkit.export.from_run import teacher_logits

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from prgkit import demo
 from prgkit.config.recipe import Recipe, validate
 from prgkit.data.augment import MultiViewDataset
-from prgkit.data.index import index_images, open_images
+from prgkit.data.index import index_images
+from prgkit.data.sources import open_images
 from prgkit.demo.digits import load_digits
 from prgkit.errors import DiskFullError, PrgkitError, TeacherError
 from prgkit.progress import NullProgress

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from prgkit.data.workers import work_ahead
 from prgkit.errors import ImagesError, WorkerError
+from prgkit.workers import work_ahead
 
 TASKS = [(number, 1 + number % 3) for number in range(40)]  # the second task is larger than the first
 
@@ -55,7 +55,7 @@ def test_without_memory_to_share_results_go_through_the_pipes(monkeypatch: pytes
     def refuse(*_: object) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr("prgkit.data.workers.mmap.mmap", refuse)
+    monkeypatch.setattr("prgkit.workers.mmap.mmap", refuse)
     assert len(check(2)) == 2
 
 
@@ -133,7 +133,7 @@ def test_no_worker_outlives_its_parent(ending: str, tmp_path: Path) -> None:
     statement, code = ENDINGS[ending]
     program = f"""
 import os
-from prgkit.data.workers import work_ahead
+from prgkit.workers import work_ahead
 def make(task, into):
     open(f"{tmp_path}/{{os.getpid()}}", "w").close()
 results = work_ahead(make, lambda task: (9,), range(10**6), workers=3)
