@@ -32,7 +32,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from prgkit.config.objectives import CE, PRG
-from prgkit.config.recipe import Recipe, StudentConfig, TeacherConfig, Training, Views, validate
+from prgkit.config.recipe import Recipe, validate
+from prgkit.config.sections import StudentConfig, TeacherConfig, Training, Views
 from prgkit.data.augment import Batch, MultiViewDataset, make_dataloader
 from prgkit.data.cache import DecodedImageCache
 from prgkit.data.index import ImageIndex, index_images

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.config.objectives import OBJECTIVES
-from prgkit.config.recipe import Recipe, TeacherConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TeacherConfig
 from prgkit.data.index import ImageIndex, labelled, read_image_index
 from prgkit.data.preprocessing import Preprocessing, trimmed
 from prgkit.data.snapshot import only_members

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from prgkit.config.prompts import canonical
-from prgkit.config.recipe import Recipe, TeacherConfig, validate
+from prgkit.config.recipe import Recipe, validate
+from prgkit.config.sections import TeacherConfig
 from prgkit.device import best_device
 from prgkit.errors import ExportError, ParityError, RunError
 from prgkit.export.bundle.artifact_cache import RELABELLED, Artifact, alone_in, building, files_of, link, put_back

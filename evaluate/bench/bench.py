@@ -13,7 +13,7 @@ import numpy as np
 
 import prgkit
 from prgkit import metrics
-from prgkit.config.recipe import Export
+from prgkit.config.sections import Export
 from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate import system
 from prgkit.evaluate.accuracy.examples import choose_pictures

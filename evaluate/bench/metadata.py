@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from prgkit import metrics
-from prgkit.config.recipe import Export
+from prgkit.config.sections import Export
 from prgkit.export.bundle.bundle import NCHW, Bundle, Evaluation
 from prgkit.export.runtimes.engine_metadata import load_engine_metadata
 from prgkit.storage.atomic import fingerprint

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from prgkit.config.image_size import Size, sides
-from prgkit.config.recipe import Views
+from prgkit.config.sections import Views
 from prgkit.data.decode import ENOUGH, UnreadableImage
 from prgkit.data.index import ImageIndex
 from prgkit.data.preprocessing import Preprocessing

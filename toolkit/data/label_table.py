@@ -23,7 +23,7 @@ from prgkit.errors import ImagesError, nearest, some
 from prgkit.storage.atomic import as_on_disk, read_text
 
 if TYPE_CHECKING:
-    from prgkit.config.recipe import LabelFormat
+    from prgkit.config.sections import LabelFormat
 
 # What a column is called, in small letters and digits alone; the second are words that others use for other things.
 FILE_WORDS = frozenset({

@@ -8,15 +8,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from prgkit.config.sections import ImageSpec
 from prgkit.data.archives import TAR, TarSource, ZipSource, expand_braces
 from prgkit.data.decode import (
     DEPTHS,
-    ENOUGH,
+    REDUCED_SIDE,
     GreyRange,
     content_key,
     decoded,
@@ -36,13 +37,26 @@ from prgkit.errors import ImagesError
 from prgkit.progress import silent
 from prgkit.storage.atomic import as_on_disk
 
-if TYPE_CHECKING:
-    from prgkit.config.recipe import LabelFormat
-
-
-GREYS_LOOKED_AT = 256  # of a set's deep greys, to find the range they are in
-
+MOST_GREYS_MEASURED = 256  # of a source's deep greys, to find the range they are in
 LIBRARIES: dict[str, Callable[[str], Source]] = {"torchvision": open_torchvision, "hf": open_hub, "demo": open_demo}
+
+
+def open_images(images: str | ImageSpec, *, note: Callable[[str], None] = silent) -> ImageSource:
+    """Open a folder, a .zip, tar shards, ``torchvision:NAME/split``, ``hf:owner/name/split`` or ``demo:digits/split``.
+
+    Without a table of labels in an `ImageSpec`, labels are those the source itself carries. ``note`` is told of what
+    takes a while.
+
+    Raises:
+        ImagesError: there is nothing to open, or no image in it.
+    """
+    spec = ImageSpec(images) if isinstance(images, str) else images
+    kind, _, rest = spec.source.partition(":")
+    source = LIBRARIES[kind](rest) if kind in LIBRARIES else open_path(spec.source, note)
+    if len(source) == 0:
+        raise ImagesError(f"{spec.source} holds no images", fix="name another split or source")
+    table = read_label_table(Path(os.path.expanduser(spec.labels)), spec, source) if spec.labels else None
+    return ImageSource(spec.source, source, table, spec.label_format.first_number)
 
 
 def open_path(spec: str, note: Callable[[str], None] = silent) -> Source:
@@ -59,10 +73,8 @@ def open_path(spec: str, note: Callable[[str], None] = silent) -> Source:
     if path.is_dir():
         return FolderSource(spec, path)
     if TAR.search(path.name):
-        shards = [str(path)] if path.exists() else expand_braces(str(path))
-        return TarSource(
-            spec, [require(Path(shard), spec) for shard in shards], note
-        )  # ends at the first that is missing
+        shards = [str(path)] if path.exists() else expand_braces(str(path))  # ends at the first that is missing
+        return TarSource(spec, [require(Path(shard), spec) for shard in shards], note)
     require(path, spec)
     if path.suffix.lower() == ".zip":
         return ZipSource(spec, path)
@@ -77,38 +89,17 @@ def lies_in_files(spec: str) -> bool:
     return spec.partition(":")[0] not in LIBRARIES
 
 
-def open_images(
-    spec: str,
-    *,
-    labels: Path | None = None,
-    label_format: LabelFormat | None = None,
-    note: Callable[[str], None] = silent,
-) -> ImageSource:
-    """Open a folder, a .zip, tar shards, ``torchvision:NAME/split``, ``hf:owner/name/split`` or ``demo:digits/split``.
-
-    ``labels`` is a table such as a CSV of ``file,label`` rows; without it, labels are those the source itself carries.
-    ``label_format`` says how to read them where they do not say it themselves. ``note`` is told of what takes a while.
-
-    Raises:
-        ImagesError: there is nothing to open, or no image in it.
-    """
-    kind, _, rest = spec.partition(":")
-    source = LIBRARIES[kind](rest) if kind in LIBRARIES else open_path(spec, note)
-    if len(source) == 0:
-        raise ImagesError(f"{spec} holds no images", fix="name another split or source")
-    table = read_label_table(Path(os.path.expanduser(labels)), spec, source, label_format) if labels else None
-    return ImageSource(spec, source, table, label_format.first_number if label_format is not None else None)
-
-
 class ImageSource:
     """Numbered images of one source; threads, forks and pickled copies may read at once."""
 
-    def __init__(self, spec: str, source: Source, table: LabelTable | None, first_number: int | None = None) -> None:
+    def __init__(
+        self, spec: str, source: Source, table: LabelTable | None = None, first_number: int | None = None
+    ) -> None:
         self.spec = spec
         self.grey: GreyRange | None = None  # of its deep greys, black and white; None: each by its own values
+        self.first_number = first_number  # of labels that are numbers; None: found from them
         self._source = source
         self._table = table
-        self.first_number = first_number  # of labels that are numbers; None: found from them
 
     def __len__(self) -> int:
         return len(self._source)
@@ -140,26 +131,29 @@ class ImageSource:
         Raises:
             ImagesError: it is not certain which column of the table holds them, or an image has two.
         """
-        found = self._table.labels(class_names, note=note) if self._table is not None else None
-        return [self._source.label(index) if found is None else found.get(index) for index in indices]
+        if self._table is None:
+            return [self._source.label(index) for index in indices]
+        labels = self._table.labels(class_names, note=note)
+        return [labels.get(index) for index in indices]
 
-    def files(self, *, dated: bool = False) -> list[int]:
-        """Return a number for each image's name and size in bytes, and its date where asked; none is read for it."""
+    def file_digests(self, *, dated: bool = False) -> list[int]:
+        """Return a number for each image's name and size in bytes, and its date if ``dated``; no image is read."""
         size, date = (getattr(self._source, name, lambda _: 0) for name in ("size", "date"))
-        indices = range(len(self))
-        told = (f"{size(one)} {date(one) if dated else ''} {self.name(one)}".encode() for one in indices)
-        return [int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "little") for one in told]
+        states = (f"{size(i)} {date(i) if dated else ''} {self.name(i)}".encode() for i in range(len(self)))
+        return [int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little") for state in states]
 
-    def read(self, index: int, *, enough: int | None = None) -> Image.Image:
-        """Return the image as upright RGB, reduced where ``enough`` [pixels] allows it, or raise UnreadableImage."""
-        return decoded(self._source.fetch(index), self.name(index), enough, self.grey)
+    def read(self, index: int, *, min_side: int | None = None) -> Image.Image:
+        """Return the image as upright RGB, reduced towards ``min_side`` [pixels], or raise UnreadableImage."""
+        return decoded(self._source.fetch(index), self.name(index), min_side, self.grey)
 
     def key(self, index: int) -> str:
         """Return 32 hex digits that depend on the image's content alone, and for a deep grey on how it is read."""
         fetched = self._source.fetch(index)
         return content_key(fetched, self.grey if is_deep_grey(fetched, self.name(index)) else None)
 
-    def read_with_key(self, index: int, wanted: Callable[[str], bool]) -> tuple[str, Image.Image | None] | Ungauged:
+    def read_with_key(
+        self, index: int, wanted: Callable[[str], bool]
+    ) -> tuple[str, Image.Image | None] | UnmeasuredGrey:
         """Return key and reduced image, fetching once; an image whose key is not ``wanted`` is not decoded.
 
         Nor is a deep grey as long as its range is not known.
@@ -167,50 +161,66 @@ class ImageSource:
         fetched, name = self._source.fetch(index), self.name(index)
         deep = is_deep_grey(fetched, name)
         if deep and self.grey is None:
-            return Ungauged(content_key(fetched))
+            return UnmeasuredGrey(content_key(fetched))
         key = content_key(fetched, self.grey if deep else None)
-        return key, decoded(fetched, name, ENOUGH, self.grey) if wanted(key) else None
+        return key, decoded(fetched, name, REDUCED_SIDE, self.grey) if wanted(key) else None
 
-    def values(self, index: int) -> tuple[float, float, bool] | None:
-        """Return a deep grey's least and largest value and whether all are whole; None of any other image."""
+    def measure(self, index: int) -> GreyValues | None:
+        """Return the extremes of a deep grey; None of any other image."""
         try:
             fetched = self._source.fetch(index)
             if not is_deep_grey(fetched, self.name(index)):
                 return None
             with opened(fetched, self.name(index)) as image:
-                return *extremes(np.asarray(image).astype(np.float32)), image.mode != "F"
+                return GreyValues(*extremes(np.asarray(image).astype(np.float32)), whole=image.mode != "F")
         except Exception:  # an unreadable one is told of where it is read
             return None
 
 
-class Ungauged(NamedTuple):
+class UnmeasuredGrey(NamedTuple):
     """A deep grey of which it is not known yet which values are black and white."""
 
     digest: str  # of its content
 
 
-class DeepGreys(NamedTuple):
-    """What was found of the deep greys of a set."""
+class GreyValues(NamedTuple):
+    """The least and the largest value of a deep grey, and whether all are whole numbers."""
 
-    images: int
-    looked_at: int
-    values: tuple[float, float]  # the least and the largest seen
-    grey: GreyRange
+    low: float
+    high: float
+    whole: bool
+
+
+class DeepGreys(NamedTuple):
+    """The deep greys of a source, and the range that those which were measured are in."""
+
+    image_count: int
+    measured_count: int
+    low: float  # the least value seen
+    high: float
+    grey: GreyRange  # what is black and white
 
     def __str__(self) -> str:
-        low, high = self.grey
-        bits = f" ({DEPTHS[high]} bits)" if low == 0 and high in DEPTHS else ""
+        black, white = self.grey
+        bits = f" ({DEPTHS[white]} bits)" if black == 0 and white in DEPTHS else ""
         return (
-            f"{self.images:,} images are deep grey; the values of the {self.looked_at} looked at go from "
-            f"{self.values[0]:,.6g} to {self.values[1]:,.6g}, so {low:,.6g} to {high:,.6g}{bits} is black to white"
+            f"{self.image_count:,} images are deep grey; the values of the {self.measured_count} looked at go from "
+            f"{self.low:,.6g} to {self.high:,.6g}, so {black:,.6g} to {white:,.6g}{bits} is black to white"
         )
 
 
-def gauge(images: ImageSource, indices: Sequence[int], run: Callable[..., Iterable[Any]] = map) -> DeepGreys | None:
+Measured = Iterable[GreyValues | None]
+
+
+def measure_deep_greys(
+    images: ImageSource,
+    indices: Sequence[int],
+    mapper: Callable[[Callable[[int], GreyValues | None], Sequence[int]], Measured] = map,
+) -> DeepGreys | None:
     """Find which values of the deep greys at ``indices`` are black and white, from the first that can be read."""
-    seen = [values for values in run(images.values, indices[:GREYS_LOOKED_AT]) if values is not None]
+    seen = [values for values in mapper(images.measure, indices[:MOST_GREYS_MEASURED]) if values is not None]
     if not seen:
         return None
-    low, high = min(values[0] for values in seen), max(values[1] for values in seen)
-    whole = all(values[2] for values in seen)
-    return DeepGreys(len(indices), len(seen), (low, high), grey_range(low, high, whole=whole))
+    low, high = min(values.low for values in seen), max(values.high for values in seen)
+    grey = grey_range(low, high, whole=all(values.whole for values in seen))
+    return DeepGreys(len(indices), len(seen), low, high, grey)

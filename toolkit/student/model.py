@@ -21,7 +21,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from prgkit.config.image_size import Size, sides, size_told
-from prgkit.config.recipe import StudentConfig
+from prgkit.config.sections import StudentConfig
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import StudentError, nearest, one_line
 from prgkit.outputs import StudentOutput

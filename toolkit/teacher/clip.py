@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prgkit import demo
 from prgkit.config.image_size import sides, size_of
-from prgkit.config.recipe import TeacherConfig
+from prgkit.config.sections import TeacherConfig
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import TeacherError, nearest, one_line, some
 from prgkit.progress import silent

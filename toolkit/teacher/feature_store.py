@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, NonNegativeInt
 
 from prgkit.config.prompts import fill
-from prgkit.config.recipe import Recipe, TeacherConfig, Views
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TeacherConfig, Views
 from prgkit.data.augment import MultiViewDataset, make_dataloader
 from prgkit.data.index import ImageIndex
 from prgkit.data.preprocessing import Preprocessing
@@ -58,9 +59,9 @@ UNKNOWN = ""  # stands for the images of a journal line that cannot be read
 class Block(BaseModel, strict=True):
     """A line of the journal: images whose features lie one after the other in each view's file."""
 
-    row: NonNegativeInt = 0  # of the first
-    keys: list[str] = []
-    digests: list[str] = []  # one a view
+    row: NonNegativeInt  # of the first
+    keys: list[str]
+    digests: list[str]  # one a view
 
 
 class FeatureStore:
@@ -96,7 +97,7 @@ class FeatureStore:
         """
         lines = self._journal.lines()
         if any(block is None for _, block in lines):
-            self._journal.replace(block or Block() for _, block in lines)
+            self._journal.replace(block or Block(row=0, keys=[], digests=[]) for _, block in lines)
         self._broken = [(place, keys) for place, keys in self._broken if UNKNOWN not in keys]
 
     @property

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from prgkit import __version__
 from prgkit.config.prompts import fill
-from prgkit.config.recipe import Recipe, TeacherConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TeacherConfig
 from prgkit.data.decode import GreyRange
 from prgkit.data.index import ImageIndex, index_images, labelled, read_image_index
 from prgkit.data.sources import open_images

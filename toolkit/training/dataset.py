@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prgkit.config.recipe import Training, Views
+from prgkit.config.sections import Training, Views
 from prgkit.data.augment import MultiViewDataset, make_dataloader
 from prgkit.data.index import ImageIndex
 from prgkit.data.preprocessing import Preprocessing

@@ -21,7 +21,8 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prgkit.config.recipe import Recipe, Training
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import Training
 from prgkit.data.augment import Batch, MultiViewDataset, evaluation_views, make_dataloader
 from prgkit.data.snapshot import anew, tell_changes
 from prgkit.device import seed_everything

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from prgkit.config.image_size import size_told
-from prgkit.config.recipe import Recipe, TeacherConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TeacherConfig
 from prgkit.data.cache import PICTURES, room_bytes
 from prgkit.data.decode import ENOUGH, UnreadableImage
 from prgkit.data.labels import class_indices

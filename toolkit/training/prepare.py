@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.config.recipe import Recipe, TeacherConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TeacherConfig
 from prgkit.data.cache import PICTURES, DecodedImageCache
 from prgkit.data.decode import GreyRange
 from prgkit.data.index import NEARLY_BLACK, ImageIndex, labelled, nearly_black, plain, read_image_index

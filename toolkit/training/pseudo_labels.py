@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prgkit.config.recipe import Keep, Recipe
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import Keep
 from prgkit.device import best_device
 from prgkit.errors import TargetsError
 from prgkit.progress import Progress

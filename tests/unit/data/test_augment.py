@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prgkit.config.recipe import Views
+from prgkit.config.sections import Views
 from prgkit.data.augment import Batch, MultiViewDataset, View, make_dataloader, render, seeded_view
 from prgkit.data.cache import DecodedImageCache
 from prgkit.data.index import ImageIndex, index_images

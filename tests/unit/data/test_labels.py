@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prgkit.config.recipe import LabelFormat
+from prgkit.config.sections import LabelFormat
 from prgkit.data.index import ImageIndex, index_images, labelled, match_labels
 from prgkit.data.sources import open_images
 from prgkit.errors import ImagesError

@@ -24,7 +24,8 @@ from onnx import numpy_helper  # noqa: E402
 
 from prgkit.cli.main import main  # noqa: E402
 from prgkit.config.prompts import load_classes  # noqa: E402
-from prgkit.config.recipe import StudentConfig, validate  # noqa: E402
+from prgkit.config.recipe import validate  # noqa: E402
+from prgkit.config.sections import StudentConfig  # noqa: E402
 from prgkit.demo.digits import CLASSES, load_digits  # noqa: E402
 from prgkit.errors import BackendError, ExportError, RecipeError, RunError  # noqa: E402
 from prgkit.evaluate.bench.cases import plan  # noqa: E402

@@ -15,7 +15,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from prgkit.config.recipe import StudentConfig, validate
+from prgkit.config.recipe import validate
+from prgkit.config.sections import StudentConfig
 from prgkit.errors import StudentError
 from prgkit.storage.run import Run, start_run
 from prgkit.student.model import (

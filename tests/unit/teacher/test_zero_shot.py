@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prgkit.config.recipe import Recipe, TargetsConfig, validate
+from prgkit.config.recipe import Recipe, validate
+from prgkit.config.sections import TargetsConfig
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RunError, TargetsError
 from prgkit.export.from_run import teacher_logits

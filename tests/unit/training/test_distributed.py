@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from prgkit.config.recipe import StudentConfig, Training
+from prgkit.config.sections import StudentConfig, Training
 from prgkit.device import best_device, seed_everything
 from prgkit.errors import BackendError
 from prgkit.storage.run import Run

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prgkit.config.recipe import Recipe, StudentConfig, validate
+from prgkit.config.recipe import Recipe, validate
+from prgkit.config.sections import StudentConfig
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import RecipeError
 from prgkit.outputs import TeacherOutput
