@@ -16,9 +16,9 @@ from PIL import Image
 from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import TeacherConfig
-from prgkit.data.index import ImageIndex, labelled, read_image_index
+from prgkit.data.index import ImageIndex, read_image_index, select_labelled
 from prgkit.data.preprocessing import Preprocessing, trimmed
-from prgkit.data.snapshot import only_members
+from prgkit.data.snapshot import restrict_to_snapshot
 from prgkit.data.ticks import audited_keys, bring_ticks
 from prgkit.device import best_device
 from prgkit.errors import ExportError
@@ -103,9 +103,9 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
         progress.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
     seen = existing_targets(recipe, run.target_stores[0].parent) or ()
     grey, classes = grey_of(run), None
-    if recipe.data.evaluation:
-        found = read_image_index(recipe.data.evaluation, recipe, progress, known=seen, grey=grey)
-        images, classes = labelled(found, recipe.classes, note=progress.note)
+    if spec := recipe.data.evaluation_spec:
+        found = read_image_index(spec, progress, known=seen, grey=grey)
+        images, classes = select_labelled(found, recipe.classes, note=progress.note)
     else:
         images = images_of(run, recipe, seen, progress)
     positions = evaluation_positions(images, recipe, first=audited_keys(run))
@@ -131,7 +131,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
             teacher_logits=taught.weighted,
             teacher_uniform_logits=taught.uniform,
             labels=labels,
-            source=images.images.spec,
+            source=images.source.spec,
             keys=tuple(images.keys[position] for position in positions),
             teacher_features=taught.features if student.scorer else None,
         ),
@@ -179,8 +179,8 @@ def evaluation_positions(images: ImageIndex, recipe: Recipe, *, first: Container
 
 def images_of(run: Run, recipe: Recipe, seen: Container[str], progress: Progress) -> ImageIndex:
     """Read the images that a run was made from, as far as they are still there."""
-    return only_members(
-        read_image_index(recipe.data.images, recipe, progress, known=seen, grey=grey_of(run)), run, progress
+    return restrict_to_snapshot(
+        read_image_index(recipe.data.image_spec, progress, known=seen, grey=grey_of(run)), run, progress
     )
 
 

@@ -39,15 +39,10 @@ from prgkit.storage.atomic import cache_folder, fingerprint, writing
 
 # What Python's readers of archives raise on damaged bytes, besides errors of their own.
 DAMAGES = (OSError, EOFError, ValueError, IndexError, KeyError, OverflowError, RuntimeError, struct.error, zlib.error)
-
 TAR = re.compile(r"\.(tar|tar\.(gz|bz2|xz)|tgz|tbz2?|txz)$", re.IGNORECASE)
-
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma"}  # by the first bytes: the module that reads it
-
 TAR_LABELS = (".cls", ".json")
-
 LABEL_KEYS = ("label", "class_name", "class", "cls", "category", "target")  # of a WebDataset's .json members
-
 LINKS = "links (pack with tar -h)"
 
 

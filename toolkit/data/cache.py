@@ -26,7 +26,7 @@ from prgkit.storage.atomic import flush, free_bytes, is_disk_full, mapped
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
 
-Picture = NDArray[np.uint8]  # [height, width, 3]
+Pixels = NDArray[np.uint8]  # [height, width, 3]
 
 PICTURES = "pictures"
 FILE = "pictures.u8"
@@ -72,7 +72,7 @@ class DecodedImageCache:
         """Leave the memory map behind: another process maps the file itself."""
         return {**self.__dict__, "_map": None}
 
-    def get(self, key: str) -> Picture | None:
+    def get(self, key: str) -> Pixels | None:
         """Return a picture [height, width, 3], mapped from the disk and not to be written to."""
         if (place := self._places.get(key)) is None:
             return None
@@ -82,15 +82,15 @@ class DecodedImageCache:
         return self._map[offset : offset + 3 * height * width].reshape(height, width, 3)
 
     @contextmanager
-    def adding(self) -> Iterator[Adder]:
+    def adding(self) -> Iterator[CacheWriter]:
         """Give what adds to the store; where another process is adding to it, or the disk is full, nothing is added."""
         with ExitStack() as held:
             try:
                 held.enter_context(locked(self.folder, "picture store"))
                 self.refresh()
-                adder = Adder(self, room_bytes=room_bytes(self.folder))
+                adder = CacheWriter(self, room_bytes=room_bytes(self.folder))
             except RunError:
-                adder = Adder(self, room_bytes=0)
+                adder = CacheWriter(self, room_bytes=0)
             yield adder
             adder.flush()
 
@@ -107,7 +107,7 @@ class DecodedImageCache:
         self.damaged += [f"{self._journal.path.name}, line {number}" for number, block in lines if block is None]
         self._end = self._file.stat().st_size if self._file.exists() else 0
 
-    def append(self, keys: Sequence[str], pictures: Sequence[Picture]) -> None:
+    def append(self, keys: Sequence[str], pictures: Sequence[Pixels]) -> None:
         """Append a block: written and flushed first, journalled after."""
         content = b"".join(picture.tobytes() for picture in pictures)
         block = Block(
@@ -143,13 +143,13 @@ class DecodedImageCache:
             return _digest(file.read(block.size_bytes)) == block.digest
 
 
-class Adder:
+class CacheWriter:
     """Collects pictures from any number of threads and appends them in blocks, as long as there is room."""
 
     def __init__(self, pictures: DecodedImageCache, *, room_bytes: int) -> None:
         self._pictures = pictures
         self._room_bytes = room_bytes
-        self._waiting: dict[str, Picture] = {}
+        self._waiting: dict[str, Pixels] = {}
         self._waiting_bytes = 0
         self._lock = Lock()
 
@@ -157,7 +157,7 @@ class Adder:
         """Return whether a picture would be taken."""
         return self._room_bytes >= BLOCK_BYTES and key not in self._pictures
 
-    def add(self, key: str, picture: Picture) -> None:
+    def add(self, key: str, picture: Pixels) -> None:
         """Take a picture [height, width, 3]; one that is there already, or for which there is no room, is passed by."""
         with self._lock:
             if key in self._pictures or key in self._waiting or picture.nbytes > self._room_bytes:

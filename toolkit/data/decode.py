@@ -49,7 +49,7 @@ UPRIGHT = {
 }
 
 
-ENOUGH = 512  # pixels of the shorter side that crops are cut from; it can be up to twice as many
+REDUCED_SIDE = 512  # pixels of the shorter side that crops are cut from; it can be up to twice as many
 
 
 class UnreadableImage(ImagesError):  # noqa: N818  the name says what it is: one image, not a failure of the run
@@ -64,10 +64,10 @@ class UnreadableImage(ImagesError):  # noqa: N818  the name says what it is: one
         return UnreadableImage, (self.name, self.reason)  # so that it survives the trip out of a worker process
 
 
-def decode(data: bytes, name: str, *, enough: int | None = None, grey: GreyRange | None = None) -> Image.Image:
+def decode(data: bytes, name: str, *, min_side: int | None = None, grey: GreyRange | None = None) -> Image.Image:
     """Return the first frame of an image file as upright RGB; transparency lies on white.
 
-    With ``enough``, a picture whose shorter side is twice that or more is reduced by a whole factor to no less than
+    With ``min_side``, a picture whose shorter side is twice that or more is reduced by a whole factor to no less than
     it; a JPEG is decoded at that scale in the first place, which is several times faster. Of deep greys, ``grey`` is
     black and white: see `grey_range`, which goes by the picture's own values where none is given.
 
@@ -76,16 +76,16 @@ def decode(data: bytes, name: str, *, enough: int | None = None, grey: GreyRange
     """
     try:
         with Image.open(BytesIO(data), formats=formats_for(name)) as image:
-            if enough:
-                image.draft(None, (enough, enough))
-            return reduced(upright_rgb(image, grey), enough)
+            if min_side:
+                image.draft(None, (min_side, min_side))
+            return reduced(upright_rgb(image, grey), min_side)
     except Exception as error:  # on damaged bytes Pillow's plugins raise nearly anything
         raise UnreadableImage(name, reason_for(error, data)) from error
 
 
-def reduced(image: Image.Image, enough: int | None) -> Image.Image:
-    """Average blocks of pixels into one, so that the shorter side is no less than ``enough`` and less than twice it."""
-    factor = min(image.size) // enough if enough else 1
+def reduced(image: Image.Image, min_side: int | None) -> Image.Image:
+    """Average blocks of pixels into one, so that the shorter side is at least ``min_side`` and less than twice it."""
+    factor = min(image.size) // min_side if min_side else 1
     return image.reduce(factor) if factor > 1 else image
 
 
@@ -268,12 +268,12 @@ def undecodable_kind(data: bytes) -> str | None:
 
 
 def decoded(
-    fetched: bytes | Image.Image, name: str, enough: int | None = None, grey: GreyRange | None = None
+    fetched: bytes | Image.Image, name: str, min_side: int | None = None, grey: GreyRange | None = None
 ) -> Image.Image:
     """Turn what a source hands out into RGB."""
     if isinstance(fetched, bytes):
-        return decode(fetched, name, enough=enough, grey=grey)
-    return reduced(upright_rgb(fetched, grey), enough)
+        return decode(fetched, name, min_side=min_side, grey=grey)
+    return reduced(upright_rgb(fetched, grey), min_side)
 
 
 def opened(fetched: bytes | Image.Image, name: str) -> AbstractContextManager[Image.Image]:

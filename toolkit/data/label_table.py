@@ -7,9 +7,10 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from prgkit.config.delimited import LARGEST_TABLE_BYTES, Row, Way, ways
+from prgkit.config.sections import ImageSpec
 from prgkit.data.decode import image_suffixes
 from prgkit.data.files import Source, printable
 from prgkit.data.labels import (
@@ -22,9 +23,6 @@ from prgkit.data.labels import (
 from prgkit.errors import ImagesError, nearest, some
 from prgkit.storage.atomic import as_on_disk, read_text
 
-if TYPE_CHECKING:
-    from prgkit.config.sections import LabelFormat
-
 # What a column is called, in small letters and digits alone; the second are words that others use for other things.
 FILE_WORDS = frozenset({
     "file", "files", "filename", "filenames", "filepath", "filepaths", "image", "images", "imagefile",
@@ -33,25 +31,21 @@ FILE_WORDS = frozenset({
 })  # fmt: skip
 WEAK_FILE_WORDS = frozenset({"id", "ids", "name", "key", "uri", "sample"})
 GIVE_ROWS = "give a CSV file of file,label rows"
-
-
 SPLITS = {"train": 0, "training": 0, "test": 1, "testing": 1, "val": 2, "valid": 2, "validation": 2, "dev": 3}
-
 UPLOADED = re.compile(r"(^|[/\\])(?!(?:19|20)\d{6})[0-9a-f]{8}-(?=[^/\\]+$)")  # Label Studio's, and not a date
-
 Index = dict[str, list[int]]
 
 
-def read_label_table(path: Path, spec: str, source: Source, label_format: LabelFormat | None = None) -> LabelTable:
-    """Read the rows of a table that name images of the source ``spec``.
+def read_label_table(path: Path, spec: ImageSpec, source: Source) -> LabelTable:
+    """Read the rows of the table at ``path`` that name images of the source.
 
     Rows for images that are not there are passed over: a table may cover more than this source.
 
     Raises:
         ImagesError: the table is missing, not a table, ambiguous, contradicts itself, or names none of the images.
     """
-    paths = Paths(spec, [source.name(index) for index in range(len(source))])
-    asked = (label_format.image_column, label_format.label_column) if label_format is not None else (None, None)
+    paths = Paths(spec.source, [source.name(index) for index in range(len(source))])
+    asked = (spec.label_format.image_column, spec.label_format.label_column)
     by_delimiter, at_spaces = read_ways(path)
     table, rows = most_named(path, by_delimiter, paths, asked)
     if table is None:

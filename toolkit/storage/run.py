@@ -39,7 +39,7 @@ class Run:
         self.quality_file = folder / "quality.json"
         self.answers_file = folder / "answers.json"  # how the teacher's answers were put right
         self.confidence_file = folder / "confidence.npy"  # of the teacher in them, where images are chosen by it
-        self.members_file = folder / "images.npz"  # which images it was made from
+        self.snapshot_file = folder / "images.npz"  # which images it was made from
         self.metrics_file = folder / "metrics.jsonl"
         self.ticks_file = folder / TICKS
         self.sample_file = self.ticks_file.with_name("sample.json")  # which images are on the sheet, and why those
@@ -108,7 +108,7 @@ class Run:
         with locked(sample, "audit"):
             for place in (self.state.parent, self.trackers, sample):
                 shutil.rmtree(place, ignore_errors=True)
-        for file in (*files, self.members_file, self.card_file, self.recipe_file):
+        for file in (*files, self.snapshot_file, self.card_file, self.recipe_file):
             file.unlink(missing_ok=True)
 
     @property

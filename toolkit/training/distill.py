@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import Training
 from prgkit.data.augment import Batch, MultiViewDataset, evaluation_views, make_dataloader
-from prgkit.data.snapshot import anew, tell_changes
+from prgkit.data.snapshot import report_changes, restart_command
 from prgkit.device import seed_everything
 from prgkit.errors import BackendError, RunError, TeacherError
 from prgkit.objectives import Objectives
@@ -90,12 +90,11 @@ def already_finished(run: Run, recipe: Recipe, progress: Progress) -> bool:
         return False
     start_run(run.folder, recipe)
     progress.note(f"{run.folder} is finished already")
-    tell_changes(run, recipe, progress)
+    report_changes(run, recipe, progress)
     with suppress(TeacherError):  # it is gone, and needed no more
         if teacher_fingerprint(recipe) != run.card["teacher"]["fingerprint"]:
-            progress.note(
-                f"the teacher is not the one that it learned from any more; to learn from this one: {anew(run)}"
-            )
+            again = restart_command(run)
+            progress.note(f"the teacher is not the one that it learned from any more; to learn from this one: {again}")
     return True
 
 

@@ -166,7 +166,7 @@ def tell_quality(dataset: DistillationDataset, recipe: Recipe, progress: Progres
         cosines=(by_itself.amax(dim=1) / scale).numpy(),
         classes=recipe.classes,
         templates=recipe.templates,
-        names=[dataset.image_index.images.name(int(index)) for index in dataset.image_index.indices[positions]],
+        names=[dataset.image_index.source.name(int(index)) for index in dataset.image_index.indices[positions]],
     )
     vectors = dataset.answers.class_vectors().numpy()
     found["doubts"] = statistics.doubts(torch.cat(features).numpy(), by_itself.numpy(), vectors, two_views(dataset))

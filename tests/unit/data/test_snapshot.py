@@ -200,12 +200,12 @@ def test_a_damaged_list_of_images_is_named(photos: Path, tmp_path: Path) -> None
     source = put(photos, tmp_path / "pics", FEW)
     arguments = (recipe_for(source), tmp_path / "run", tmp_path / "targets")
     run = distill(*arguments, NullProgress())
-    content = bytearray(run.members_file.read_bytes())
+    content = bytearray(run.snapshot_file.read_bytes())
     content[300] ^= 1
-    run.members_file.write_bytes(content)
+    run.snapshot_file.write_bytes(content)
     with pytest.raises(RunError, match=r"images\.npz, which says what the run was made from, is damaged"):
         distill(*arguments, NullProgress())
-    run.members_file.unlink()
+    run.snapshot_file.unlink()
     distill(*arguments, NullProgress())
 
 

@@ -737,7 +737,7 @@ def test_nothing_that_is_held_out_is_learned_from(tmp_path):
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     sets = [f"data.images={tmp_path}", "data.classes=[a, b]", "data.held_out=0.3"]
     recipe = load_recipe("custom", overrides=sets)
-    images = read_image_index(recipe.data.images, recipe, NullProgress())
+    images = read_image_index(recipe.data.image_spec, NullProgress())
     positions = evaluation_positions(images, recipe)
     run = Run(tmp_path / "run")
     learned = learned_images(run, images, positions[:-1], preprocessing, recipe, (), NullProgress())
