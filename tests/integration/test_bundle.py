@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from prgkit.config.recipe import shipped_recipes
-from prgkit.config.yaml_io import parse
+from prgkit.config.yaml_io import parse_yaml
 from prgkit.errors import BackendError, DiskFullError, ExportError, ParityError, PrgkitError, RunError
 from prgkit.evaluate.predict import predict
 from prgkit.export import pipeline
@@ -571,7 +571,7 @@ def test_a_device_may_leave_the_batch_to_the_recipe_and_names_its_gpus(copy, mon
     monkeypatch.setattr(engines, "why_not_here", lambda card: None)
     monkeypatch.setattr(engines, "TensorRTRunner", Right)
     manifest = read_json(copy / "manifest.json")
-    page = parse(shipped_recipes()["demo"].read_text(), where="demo")
+    page = parse_yaml(shipped_recipes()["demo"].read_text(), where="demo")
     manifest["recipe"] = {**page, "export": {"batch": [1, 2, 4]}}
     write_sealed(copy / "manifest.json", manifest)
     notes = []

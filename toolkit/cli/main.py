@@ -314,10 +314,10 @@ def recipes(session: Session, show: str | None, objectives: bool, as_json: bool)
     """List the recipes that are shipped, or print one to copy."""
     from prgkit.config.objectives import objective_lines
     from prgkit.config.recipe import find_recipe, shipped_recipes, summary_line
-    from prgkit.config.yaml_io import read_page
+    from prgkit.config.yaml_io import read_recipe_text
 
     if show:
-        page = read_page(find_recipe(show))
+        page = read_recipe_text(find_recipe(show))
         session.terminal.verbatim(page)
         return {show: page}
     named = {name: summary_line(path) for name, path in shipped_recipes().items()}

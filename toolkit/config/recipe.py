@@ -1,10 +1,10 @@
-"""A recipe: one YAML page that says everything a run depends on, checked whole before anything starts."""
+"""A recipe: one YAML file that says everything a run depends on, checked whole before anything starts."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +26,13 @@ from prgkit.config.sections import (
     Training,
     Views,
 )
-from prgkit.config.yaml_io import parse, read_page, write_page
+from prgkit.config.yaml_io import YamlMapping, parse_yaml, read_yaml, write_yaml
 from prgkit.errors import RecipeError, nearest
 from prgkit.progress import silent
 from prgkit.storage.atomic import fingerprint, sha256
 
 # What may change in a run that was started: how it is judged, exported and watched.
-NOT_LEARNED_FROM: dict[str, Any] = {
+NOT_LEARNED_FROM: YamlMapping = {
     "data": {"evaluation", "evaluation_labels", "label_format"},
     "training": {"workers", "checkpoint_minutes", "trackers"},
     "export": True,
@@ -58,17 +58,17 @@ class Recipe(Config):
 
     @field_serializer(*ONE_OR_MANY)
     def _one_as_mapping(self, section: tuple[Config, ...]) -> Any:
-        pages = [page.model_dump(mode="json") for page in section]
-        return pages[0] if len(pages) == 1 else pages
+        configs = [config.model_dump(mode="json") for config in section]
+        return configs[0] if len(configs) == 1 else configs
 
     @model_validator(mode="after")
     def _different_teachers(self) -> Recipe:
         if not self.teacher:
             raise ValueError("teacher: name at least one")
-        names = [(page.model, page.weights) for page in self.teacher]
+        names = [(teacher.model, teacher.weights) for teacher in self.teacher]
         if len(set(names)) < len(names):
             raise ValueError("teacher: each teacher of a list may stand there once")
-        if len({page.context is None for page in self.teacher}) > 1:
+        if len({teacher.context is None for teacher in self.teacher}) > 1:
             raise ValueError("teacher: give every teacher of a list a context, or none")
         return self
 
@@ -95,7 +95,7 @@ class Recipe(Config):
 
     @property
     def prompt_weighting(self) -> Literal["max", "mean", "softmax"]:
-        """How the templates' logits become one (METHOD: W), the same for every objective of the run."""
+        """How the templates' logits become one, the same for every objective of the run."""
         return self.objective[0].prompt_weighting
 
     @property
@@ -116,7 +116,7 @@ class Recipe(Config):
     @property
     def teacher_name(self) -> str:
         """The teacher in a few words: ``ViT-L-14 openai``, or ``ViT-L-14 openai + RN50 openai`` for a list."""
-        return " + ".join(page.name for page in self.teacher)
+        return " + ".join(teacher.name for teacher in self.teacher)
 
     @property
     def learns_labels(self) -> bool:
@@ -160,88 +160,111 @@ class Recipe(Config):
 
         What is not set leaves no trace, so that a run outlives new keys.
         """
-        page = self.model_dump(mode="json", exclude=NOT_LEARNED_FROM, exclude_none=True)
+        config = self.model_dump(mode="json", exclude=NOT_LEARNED_FROM, exclude_none=True)
         contexts = [Path(os.path.expanduser(teacher.context)) for teacher in self.teacher if teacher.context]
-        return fingerprint([page, *(sha256(path) for path in contexts if path.is_file())] if contexts else page)
+        return fingerprint([config, *(sha256(path) for path in contexts if path.is_file())] if contexts else config)
 
 
-def load_recipe(name: str, *, overrides: Sequence[str] = (), note: Callable[[str], None] = silent) -> Recipe:
+def load_recipe(
+    name: str,
+    *,
+    images: str | None = None,
+    classes: str | None = None,
+    overrides: Sequence[str] = (),
+    note: Callable[[str], None] = silent,
+) -> Recipe:
     """Read a shipped recipe by name or a YAML file by path, apply ``key=value`` overrides, and resolve it.
 
+    ``images`` and ``classes`` take the place of its ``data.images`` and ``data.classes``, before the overrides.
+
     Raises:
-        RecipeError: with every mistake of the page at once, each with its path and the nearest right key.
+        RecipeError: with every mistake in it at once, each with its path and the nearest right key.
     """
     path = find_recipe(name)
-    raw = parse(read_page(path), where=path)
+    raw = read_yaml(path)
+    given = {f"data.{key}": value for key, value in (("images", images), ("classes", classes)) if value}
+    for key, value in given.items():
+        section_of(raw, key)[key.removeprefix("data.")] = value
     for override in overrides:
         apply_override(raw, override)
-    where = f"{path}, with {', '.join(overrides)}" if overrides else path
+    changes = [*(f"{key}={value}" for key, value in given.items()), *overrides]
+    where = f"{path}, with {', '.join(changes)}" if changes else path
     return validate(raw, where=where).resolved(note)
 
 
 def find_recipe(name: str) -> Path:
-    """Return the page of a recipe's name, or of a path to a YAML file."""
+    """Return the file of a recipe's name, or of a path to a YAML file."""
     path = Path(os.path.expanduser(name))
     shipped = shipped_recipes()
     if name in shipped:
         return shipped[name]
-    is_page = path.suffix in (".yaml", ".yml")
-    if is_page and path.is_file():
+    is_yaml = path.suffix in (".yaml", ".yml")
+    if is_yaml and path.is_file():
         return path
     if path.is_dir():
         raise RecipeError(f"{name} is a folder, not a recipe", fix=f"--images {name} --classes FILE needs no recipe")
-    pages = [page.name for page in path.parent.glob("*.y*ml")]
-    close = nearest(path.name, pages if is_page else [*shipped, *pages])
+    files = [file.name for file in path.parent.glob("*.y*ml")]
+    close = nearest(path.name, files if is_yaml else [*shipped, *files])
     raise RecipeError(
-        f"there is no recipe file {name}{close}" if is_page else f"unknown recipe {name!r}{close}",
+        f"there is no recipe file {name}{close}" if is_yaml else f"unknown recipe {name!r}{close}",
         fix=f"choose one of {', '.join(shipped)}, or give the path of a .yaml file",
     )
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Return the pages that come with the package, by name."""
+    """Return the files that come with the package, by name."""
     folder = Path(str(resources.files("prgkit.recipes")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def summary_line(path: Path) -> str:
-    """Return a recipe page's first comment line, which says what it does."""
+    """Return the first comment line of a recipe's file, which says what it does."""
     first = path.read_text(encoding="utf-8").splitlines()[0]
     return first.lstrip("# ").rstrip()
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as YAML that `load_recipe` reads back as the same recipe."""
-    write_page(recipe.model_dump(mode="json"), path)
+    write_yaml(recipe.model_dump(mode="json"), path)
 
 
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one value of the raw page: ``training.epochs=5``; the value is read as YAML."""
+def apply_override(raw: YamlMapping, override: str) -> None:
+    """Set one value of a recipe that is not checked yet: ``training.epochs=5``; the value is read as YAML."""
     key, equals, text = override.partition("=")
-    *sections, last = key.split(".")
-    if not equals or not all((*sections, last)):
+    if not equals or not all(key.split(".")):
         raise RecipeError(f"--set takes KEY=VALUE, not {override!r}", fix="for example --set training.epochs=5")
-    page: Any = raw
-    for section in sections:
-        page = page.setdefault(section, {}) if isinstance(page, dict) else None
-    if not isinstance(page, dict):
+    section = section_of(raw, key)
+    value = parse_yaml(f"value: {text}", where=f"--set {override}")["value"]
+    if key == "objective.name" and value in OBJECTIVES:
+        # A new objective brings its own parameters; the old one's are not carried over.
+        for foreign in section.keys() - OBJECTIVES[value].model_fields.keys():
+            del section[foreign]
+    section[key.rpartition(".")[2]] = value
+
+
+def section_of(raw: YamlMapping, key: str) -> YamlMapping:
+    """Return the mapping that holds a dotted key, made where it is missing.
+
+    Raises:
+        RecipeError: something else stands in its place.
+    """
+    *sections, _ = key.split(".")
+    section: Any = raw
+    for name in sections:
+        section = section.setdefault(name, {}) if isinstance(section, dict) else None
+    if not isinstance(section, dict):
         raise RecipeError(
             f"--set {key}: {'.'.join(sections)} is no section of keys",
             fix=f"give it as a whole: --set '{sections[0]}=...'",
         )
-    value = parse(f"value: {text}", where=f"--set {override}")["value"]
-    if key == "objective.name" and value in OBJECTIVES:
-        # A new objective brings its own parameters; the old one's are not carried over.
-        for foreign in page.keys() - OBJECTIVES[value].model_fields.keys():
-            del page[foreign]
-    page[last] = value
+    return section
 
 
-def validate(raw: Mapping[str, Any], *, where: object) -> Recipe:
-    """Check a raw page against the models; JSON keeps lists apart from tuples, and text apart from numbers.
+def validate(raw: YamlMapping, *, where: object) -> Recipe:
+    """Check a recipe's content against the models; JSON keeps lists apart from tuples, and text apart from numbers.
 
     Raises:
-        RecipeError: with every mistake of the page.
+        RecipeError: with every mistake in it.
     """
     try:
         return Recipe.model_validate_json(json.dumps(raw, default=str))

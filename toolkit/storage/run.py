@@ -16,7 +16,7 @@ from typing import Any
 
 from prgkit import __version__
 from prgkit.config.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
-from prgkit.config.yaml_io import parse
+from prgkit.config.yaml_io import YamlMapping, read_yaml
 from prgkit.errors import PrgkitError, RunError
 from prgkit.storage.atomic import read_json, read_sealed, sha256, write_sealed
 from prgkit.storage.journal import Journal
@@ -56,9 +56,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The resolved recipe the run was started with."""
-        return validate(
-            parse(self.recipe_file.read_text(encoding="utf-8"), where=self.recipe_file), where=self.recipe_file
-        )
+        return validate(read_yaml(self.recipe_file), where=self.recipe_file)
 
     @property
     def card(self) -> dict[str, Any]:
@@ -210,7 +208,7 @@ def undoing(run: Run) -> Callable[[], None]:
 def differences(run: Run, recipe: Recipe) -> list[str]:
     """Return the keys in which a run's recipe is another one than ``recipe``."""
     changed = changed_keys(run.recipe, recipe)
-    if not changed and any(page.context for page in recipe.teacher) and run.card_file.exists():
+    if not changed and any(teacher.context for teacher in recipe.teacher) and run.card_file.exists():
         return [] if run.card["fingerprint"] == recipe.fingerprint() else ["what teacher.context holds"]
     return changed
 
@@ -344,8 +342,8 @@ def stopping() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _flat(page: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in page.items():
+def _flat(config: YamlMapping, prefix: str = "") -> YamlMapping:
+    flat: YamlMapping = {}
+    for key, value in config.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
