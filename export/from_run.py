@@ -96,7 +96,6 @@ def export_run(
 
 def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Progress) -> dict[str, Any]:
     """Gather what the bundle is made from, and make it."""
-    card = run.card
     student = load_student(run)
     learned = student_facts(run.weights)
     if not run.finished:
@@ -113,8 +112,8 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
     taught = ask_teacher(run, recipe, images, positions, progress)
     if options.class_vectors and student.scorer is None:
         student.score_by(taught.answers.class_vectors(), taught.answers.logit_scale)
-    facts = card["student"] if student.scorer is None else student.facts(recipe.student)
-    vocabulary = {"teacher": card["teacher"]["fingerprint"], "templates": list(recipe.templates)}
+    facts = run.student_facts.model_dump(mode="json") if student.scorer is None else student.facts(recipe.student)
+    vocabulary = {"teacher": run.teacher_facts.fingerprint, "templates": list(recipe.templates)}
     preprocessing = replace(student.preprocessing, grey_range=grey)
     prepare = preprocessing.prepare
     checked = [prepare(picture) for picture in parity_pictures(run, images, positions, recipe, seen, progress)]
@@ -140,18 +139,18 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
         facts={
             "run": {
                 "name": run.name,
-                "fingerprint": card["fingerprint"],
+                "fingerprint": run.card.fingerprint,
                 "student_sha256": sha256(run.weights),
                 "objective": recipe.objective_name,
                 "learned_labels": recipe.learns_labels or any(page.context for page in recipe.teacher),
                 "epochs": recipe.training.epochs,
                 "best_epoch": learned["epoch"],
-                "images": card["images"]["used"],
+                "images": run.image_facts.used,
                 "training": run.metrics(),
                 "quality": run.quality(),
             },
             "recipe": recipe.model_dump(mode="json"),
-            "teacher": {key: card["teacher"][key] for key in ("model", "weights", "fingerprint")},
+            "teacher": run.teacher_facts.model_dump(include={"model", "weights", "fingerprint"}),
             "student": {
                 **{key: facts[key] for key in ("model", "initial", "parameters")},
                 "image_size": recipe.student.image_size,
@@ -273,7 +272,7 @@ def ask_teacher(
         return load_teacher(page, best_device())
 
     targets = open_targets(recipe, run.target_stores[0].parent, teacher)
-    if targets.facts()["fingerprint"] != run.card["teacher"]["fingerprint"]:
+    if targets.facts()["fingerprint"] != run.teacher_facts.fingerprint:
         raise ExportError(
             f"the teacher, or its learned context, is not the one that the student learned from: {recipe.teacher_name}",
             where=run.folder,

@@ -297,9 +297,10 @@ def judge(run: Run, recipe: Recipe, split: EvalSplit, progress: Progress) -> dic
         "objective": [page.model_dump(mode="json") for page in recipe.objective],
         "seed": recipe.training.seed,
         "epochs": recipe.training.epochs,
-        "images": card["images"]["used"],
-        "images_per_s": card["images_per_s"],
-        "selected": card["best"],  # by agreement with the teacher on the held-out images, no label among them
+        "images": run.image_facts.used,
+        "images_per_s": card.images_per_s,
+        # By agreement with the teacher on the held-out images, no label among them.
+        "selected": card.best.model_dump() if card.best is not None else None,
         "evaluation": {
             "source": split.images.source.spec,
             "images": len(split.positions),

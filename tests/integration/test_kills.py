@@ -188,7 +188,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         found["metrics"] = [{key: value for key, value in one.items() if key not in timing} for one in run.metrics()]
         found["weights"] = run.weights.read_bytes()
         found["quality"] = run.quality_file.read_bytes()
-        found["card of the run"] = {key: value for key, value in run.card.items() if key not in (*timing, "created")}
+        found["card of the run"] = run.card.model_dump(exclude={*timing, "created"})
     return found
 
 

@@ -151,13 +151,12 @@ next(other)
 
 
 def test_a_full_shared_memory_disk_changes_nothing() -> None:
-    program = "import sys; sys.path.insert(0, 'tests'); import test_workers; assert len(test_workers.check(3)) == 3"
+    folder = str(Path(__file__).parent)
+    program = f"import sys; sys.path.insert(0, {folder!r}); import test_workers; assert len(test_workers.check(3)) == 3"
     filled = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/full"
     command = ["unshare", "-m", "bash", "-c", f'{filled} || exit 77; exec "$0" -c "$1"', sys.executable, program]
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=60, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError:
         pytest.skip("there is no unshare")
     if done.returncode == 77 or "unshare:" in done.stderr:

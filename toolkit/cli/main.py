@@ -64,18 +64,19 @@ def distill(session: Session, /, **given: Any) -> dict[str, Any]:
         from prgkit.training.distill import distill as work
     run = work(recipe, folder, given["targets_root"], session.terminal)
     session.folder = run.folder
-    card = run.card
-    best, images = card["best"], card["images"]
-    skipped = f", {len(images['unreadable'])} unreadable" if images["unreadable"] else ""
-    copies = f", {images['duplicates']} duplicates" if images["duplicates"] else ""
+    card, images = run.card, run.image_facts
+    assert card.best is not None
+    assert card.images_per_s is not None
+    skipped = f", {len(images.unreadable)} unreadable" if images.unreadable else ""
+    copies = f", {images.duplicates} duplicates" if images.duplicates else ""
     session.terminal.say(
         (str(run.folder), "bold"),
-        f": {card['student']['model']} agrees with its teacher on ",
-        (f"{best['agreement']:.1f} %", "bold"),
-        f" of the held-out images (epoch {best['epoch']} of {recipe.training.epochs}; "
-        f"{images['used']:,} images{skipped}{copies}; {card['images_per_s']:,.0f} img/s)",
+        f": {run.student_facts.model} agrees with its teacher on ",
+        (f"{card.best.agreement:.1f} %", "bold"),
+        f" of the held-out images (epoch {card.best.epoch} of {recipe.training.epochs}; "
+        f"{images.used:,} images{skipped}{copies}; {card.images_per_s:,.0f} img/s)",
     )
-    return {"run": str(run.folder), **card}
+    return {"run": str(run.folder), **card.to_json()}
 
 
 @cli.command(short_help="Turn the student into ONNX and TensorRT.")

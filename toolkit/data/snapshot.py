@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from prgkit.config.recipe import Recipe
 from prgkit.data.index import ImageIndex
-from prgkit.data.preprocessing import as_grey_range
 from prgkit.data.sources import ImageSource, lies_in_files, open_images
 from prgkit.errors import ImagesError, RunError
 from prgkit.progress import Progress
@@ -124,7 +123,7 @@ def report_changes(run: Run, recipe: Recipe, progress: Progress) -> None:
     if snapshot is None or not lies_in_files(spec):
         return
     try:
-        source = open_images(spec).with_grey(as_grey_range(run.card["images"]["grey_range"]))
+        source = open_images(spec).with_grey(run.image_facts.grey_range)
     except ImagesError as error:
         progress.note(f"the images that it was made from are not there any more: {error.what}")
         return

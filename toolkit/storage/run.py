@@ -12,18 +12,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from prgkit import __version__
 from prgkit.config.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
 from prgkit.config.yaml_io import YamlMapping, read_yaml
-from prgkit.errors import PrgkitError, RunError
+from prgkit.errors import PrgkitError, RunError, one_line
 from prgkit.storage.atomic import read_json, read_sealed, sha256, write_sealed
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
+from prgkit.storage.run_card import SCHEMA, ImageFacts, RunCard, StudentFacts, TeacherFacts
 
 RUNS = Path("runs")
 LONGEST_NAME_BYTES = 200  # most file systems take 255
+Metrics = dict[str, int | float]  # of an epoch: its number, the losses, the agreement, the seconds so far
+Facts = TypeVar("Facts")
 TICKS = Path("audit") / "ticks.csv"  # in a run, and in the bundle that travels
 
 
@@ -59,19 +64,52 @@ class Run:
         return validate(read_yaml(self.recipe_file), where=self.recipe_file)
 
     @property
-    def card(self) -> dict[str, Any]:
-        """What the run is made from and how far it is."""
-        return read_sealed(self.card_file, fix=self.lost_card())
+    def card(self) -> RunCard:
+        """What the run is made from and how far it is.
+
+        Raises:
+            RunError: the card is missing, damaged, or of another version of prgkit.
+        """
+        content = read_sealed(self.card_file, fix=self.lost_card())
+        if content.get("schema") != SCHEMA:
+            what = f"the run's card is {content.get('schema', 'of no schema')}, and this prgkit reads {SCHEMA}"
+            raise RunError(what, where=self.card_file, fix=self.lost_card())
+        try:
+            return RunCard.model_validate(content)
+        except ValidationError as error:
+            what = f"{self.card_file.name} is damaged: {one_line(error)[:200]}"
+            raise RunError(what, where=self.card_file, fix=self.lost_card()) from error
 
     def update_card(self, **facts: Any) -> None:
         """Add facts to the card; the file is replaced whole."""
-        write_sealed(self.card_file, {**(self.card if self.card_file.exists() else {}), **facts})
+        known = self.card.to_json() if self.card_file.exists() else {}
+        write_sealed(self.card_file, RunCard.model_validate({**known, **facts}).to_json())
+
+    @property
+    def image_facts(self) -> ImageFacts:
+        """What is known of its images since they were read."""
+        return self._known(self.card.images)
+
+    @property
+    def teacher_facts(self) -> TeacherFacts:
+        """What is known of its teacher since the images were read."""
+        return self._known(self.card.teacher)
+
+    @property
+    def student_facts(self) -> StudentFacts:
+        """What is known of its student since it was built."""
+        return self._known(self.card.student)
+
+    def _known(self, facts: Facts | None) -> Facts:
+        if facts is None:
+            again = f"prgkit distill {shlex.quote(str(self.recipe_file))} --run {shlex.quote(str(self.folder))}"
+            raise RunError("the run was stopped before it knew that", where=self.folder, fix=f"{again} goes on with it")
+        return facts
 
     @property
     def target_stores(self) -> list[Path]:
         """The store of each of its teachers, seen from where it was started; none before the teachers are known."""
-        stores = self.card.get("teacher", {}).get("targets", [])
-        return [Path(store) for store in ([stores] if isinstance(stores, str) else stores)]
+        return [Path(store) for store in self.card.teacher.targets] if self.card.teacher is not None else []
 
     def lost_card(self) -> str:
         """Say what brings a damaged card back: the run's own command finds its recipe and its checkpoint."""
@@ -112,7 +150,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the student is trained."""
-        return self.card_file.exists() and bool(self.card.get("finished"))
+        return self.card_file.exists() and self.card.finished
 
     def quality(self) -> dict[str, Any] | None:
         """Return what was known of the pseudo-labels before training, where that was written down."""
@@ -120,11 +158,11 @@ class Run:
             return None
         return read_sealed(self.quality_file, fix="delete it: the report does without")
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[Metrics]:
         """Return the metrics, one record an epoch; a torn last line is left out."""
         return self._metrics.records(fix="delete that line: one epoch's figures are lost, and nothing else is")
 
-    def append_metrics(self, record: dict[str, Any]) -> None:
+    def append_metrics(self, record: Metrics) -> None:
         """Append one epoch's record and flush it to the disk."""
         self._metrics.append(record)
 
@@ -135,8 +173,8 @@ class Run:
             self._metrics.replace(kept)
 
     @property
-    def _metrics(self) -> Journal[dict[str, Any]]:
-        return Journal(self.metrics_file, dict[str, Any])
+    def _metrics(self) -> Journal[Metrics]:
+        return Journal(self.metrics_file, Metrics)
 
 
 def start_run(folder: Path, recipe: Recipe) -> Run:
@@ -153,7 +191,7 @@ def start_run(folder: Path, recipe: Recipe) -> Run:
     if run.recipe_file.exists() and differences(run, recipe):
         run.forget()
     base = {
-        "schema": "prgkit.run/1",
+        "schema": SCHEMA,
         "prgkit": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "fingerprint": recipe.fingerprint(),
@@ -209,7 +247,7 @@ def differences(run: Run, recipe: Recipe) -> list[str]:
     """Return the keys in which a run's recipe is another one than ``recipe``."""
     changed = changed_keys(run.recipe, recipe)
     if not changed and any(teacher.context for teacher in recipe.teacher) and run.card_file.exists():
-        return [] if run.card["fingerprint"] == recipe.fingerprint() else ["what teacher.context holds"]
+        return [] if run.card.fingerprint == recipe.fingerprint() else ["what teacher.context holds"]
     return changed
 
 
@@ -278,7 +316,7 @@ def standing_where_it_started(run: Run) -> Iterator[Run]:
     The folder is remembered relative to the run, so that a project can be moved as a whole.
     """
     here, folder = Path.cwd(), run.folder.resolve()
-    origin = folder / run.card.get("origin", os.path.relpath(here, folder))
+    origin = folder / run.card.origin
     if origin.resolve() == here or not origin.is_dir():
         yield run
         return

@@ -245,12 +245,13 @@ def load_student(run: Run) -> Student:
     if not run.weights.exists():
         again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"
         raise StudentError("the run has no student yet", where=run.folder, fix=f"{again} goes on with it")
-    recipe, card = run.recipe, run.card
+    recipe = run.recipe
     try:
         weights, _ = load_tensors(run.weights)
         # The weights come from the file, so a pretrained start is not fetched again.
-        page = recipe.student.model_copy(update={"initial": "random", "crop": card["student"]["preprocessing"]["crop"]})
-        width = card["teacher"]["width"]
+        crop = run.student_facts.preprocessing["crop"]
+        page = recipe.student.model_copy(update={"initial": "random", "crop": crop})
+        width = run.teacher_facts.width
         student = build_student(page, classes=len(recipe.classes), teacher_width=width)
         if recipe.scores_by_text:
             student.score_by(torch.zeros(len(recipe.classes), width), 0.0)

@@ -80,7 +80,7 @@ def used_by() -> dict[Path, list[str]]:
     for card in sorted(RUNS.glob("*/card.json")):
         run = Run(card.parent)
         for store in run.target_stores:
-            place = (card.parent / run.card.get("origin", "../..") / store).resolve()
+            place = (card.parent / run.card.origin / store).resolve()
             users.setdefault(place, []).append(str(card.parent))
     return users
 

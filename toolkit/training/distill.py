@@ -92,7 +92,7 @@ def already_finished(run: Run, recipe: Recipe, progress: Progress) -> bool:
     progress.note(f"{run.folder} is finished already")
     report_changes(run, recipe, progress)
     with suppress(TeacherError):  # it is gone, and needed no more
-        if teacher_fingerprint(recipe) != run.card["teacher"]["fingerprint"]:
+        if teacher_fingerprint(recipe) != run.teacher_facts.fingerprint:
             again = restart_command(run)
             progress.note(f"the teacher is not the one that it learned from any more; to learn from this one: {again}")
     return True
@@ -335,9 +335,10 @@ def decide_precision(run: Run, student: Student, page: Training, accelerator: Ac
     if page.precision != "auto":
         return page.precision == "bf16"
     with accelerator.main_process_first():
-        if "precision" not in run.card:
+        if run.card.precision is None:
             run.update_card(precision=probe_precision(student, accelerator.device, page.batch_size))
-    return bool(run.card["precision"]["chosen"] == "bf16")
+    probe = run.card.precision
+    return probe is not None and probe.chosen == "bf16"
 
 
 def finish_epoch(

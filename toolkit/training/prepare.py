@@ -16,7 +16,6 @@ from prgkit.config.sections import TeacherConfig
 from prgkit.data.cache import PICTURES, DecodedImageCache
 from prgkit.data.decode import GreyRange
 from prgkit.data.index import NEARLY_BLACK, ImageIndex, nearly_black, of_one_colour, read_image_index, select_labelled
-from prgkit.data.preprocessing import as_grey_range
 from prgkit.data.snapshot import restrict_to_snapshot, save_snapshot
 from prgkit.device import best_device
 from prgkit.errors import ImagesError
@@ -110,7 +109,8 @@ def prepare(
 
 def grey_of(run: Run) -> GreyRange | None:
     """Return which values of a deep grey were black and white in the images that a run learned from."""
-    return as_grey_range(run.card.get("images", {}).get("grey_range"))
+    images = run.card.images
+    return images.grey_range if images is not None else None
 
 
 def tell_reading(images: ImageIndex, progress: Progress) -> None:

@@ -129,7 +129,7 @@ def test_the_exported_file_scores_as_the_student_does_by_the_teachers_class_vect
     assert vectors.shape == (4, scoring["width"])
     assert scoring["class_vectors"] == "initializer"
     assert scoring["templates"] == ["the digit {}", "a {}"]
-    assert scoring["teacher"] == run.card["teacher"]["fingerprint"]
+    assert scoring["teacher"] == run.teacher_facts.fingerprint
     assert "class_vectors.npy" in bundle.manifest["files"]
     assert "\n## Other classes\n" in (run.bundle / "README.md").read_text()
 

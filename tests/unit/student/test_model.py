@@ -364,7 +364,8 @@ def run(tmp_path: Path) -> Run:
         where="test",
     ).resolved()
     made = start_run(tmp_path / "run", recipe)
-    made.update_card(teacher={"width": WIDTH}, student=build(classes=3).facts(recipe.student))
+    teacher = {"model": "demo:digits", "weights": None, "fingerprint": "", "targets": [], "logit_scale": 100.0}
+    made.update_card(teacher={**teacher, "width": WIDTH}, student=build(classes=3).facts(recipe.student))
     return made
 
 
