@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from prgkit.errors import nearest
 
@@ -108,3 +108,9 @@ def described(mistake: Mapping[str, Any]) -> str:
         words = words.replace(theirs, ours)
     words = words.replace("a valid ", "a ").replace("a true or false", "true or false")
     return f"{words[0].lower()}{words[1:]}, not {mistake['input']!r}"
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Return the first of pydantic's mistakes in a file that a program wrote: where it is, and what."""
+    mistake = error.errors()[0]
+    return f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import BeforeValidator, JsonValue, TypeAdapter, ValidationError
 
 from prgkit.config.image_size import Size, sides, size_of
+from prgkit.config.messages import first_mistake
 from prgkit.data.decode import GreyRange, decode, to_rgb
 from prgkit.data.files import read_span, require
 from prgkit.errors import ImagesError
@@ -23,7 +25,6 @@ INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-
 LONGEST = 100  # times the shorter side that is resized: 1 pixel by 60,000 would be scaled to 224 by 13 million
 
 
@@ -44,7 +45,7 @@ def load_image(image: str | os.PathLike[str] | bytes, *, grey: GreyRange | None 
 class Preprocessing:
     """How a picture becomes a model's input; mean and std are applied inside the models."""
 
-    image_size: Size
+    image_size: Annotated[Size, BeforeValidator(size_of)]
     crop: float  # share of the resized shorter side that the centre crop keeps (timm's crop_pct)
     interpolation: str
     mean: tuple[float, float, float]
@@ -84,12 +85,10 @@ class Preprocessing:
         ratio = min(height / tall, width / wide)  # timm and open_clip round here, and floor there
         return round(width / ratio), round(height / ratio)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JsonValue]:
         """Return plain values for JSON."""
-        size = self.image_size if isinstance(self.image_size, int) else list(self.image_size)
-        grey = list(self.grey_range) if self.grey_range else None
-        own = {"image_size": size, "mean": list(self.mean), "std": list(self.std), "grey_range": grey}
-        return asdict(self) | own
+        values: dict[str, JsonValue] = TypeAdapter(Preprocessing).dump_python(self, mode="json")
+        return values
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Preprocessing:
@@ -99,28 +98,10 @@ class Preprocessing:
             ImagesError: a value is missing or has the wrong kind.
         """
         try:
-            mean, std = (tuple(float(value) for value in values[key]) for key in ("mean", "std"))
-            (red, green, blue), (red_std, green_std, blue_std) = mean, std
-            return Preprocessing(
-                image_size=size_of(values["image_size"]),
-                crop=float(values["crop"]),
-                interpolation=str(values["interpolation"]),
-                mean=(red, green, blue),
-                std=(red_std, green_std, blue_std),
-                squash=bool(values.get("squash", False)),
-                grey_range=as_grey_range(values.get("grey_range")),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"the preprocessing is damaged: {error!r}"
+            return TypeAdapter(Preprocessing).validate_python(values)
+        except ValidationError as error:
+            what = f"the preprocessing is damaged: {first_mistake(error)}"
             raise ImagesError(what, fix="export the run again: prgkit export") from error
-
-
-def as_grey_range(pair: Any) -> GreyRange | None:
-    """Return what JSON made of a range."""
-    if pair is None:
-        return None
-    low, high = pair
-    return float(low), float(high)
 
 
 def trimmed(image: Image.Image) -> Image.Image:

@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from prgkit import __version__
+from prgkit.config.messages import first_mistake
 from prgkit.config.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
 from prgkit.config.yaml_io import YamlMapping, read_yaml
-from prgkit.errors import PrgkitError, RunError, one_line
+from prgkit.errors import PrgkitError, RunError
 from prgkit.storage.atomic import read_json, read_sealed, sha256, write_sealed
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
@@ -77,7 +78,7 @@ class Run:
         try:
             return RunCard.model_validate(content)
         except ValidationError as error:
-            what = f"{self.card_file.name} is damaged: {one_line(error)[:200]}"
+            what = f"{self.card_file.name} is damaged: {first_mistake(error)}"
             raise RunError(what, where=self.card_file, fix=self.lost_card()) from error
 
     def update_card(self, **facts: Any) -> None:
