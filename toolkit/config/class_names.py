@@ -7,16 +7,16 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prgkit.config.delimited import Row, rows, ways
 from prgkit.config.yaml_io import plain_yaml
 from prgkit.errors import RecipeError, some
 
-Entry = tuple[str, object]  # where a name stands, and the name
+Entry = tuple[str, str]  # where a name stands, and the name
 Numbered = tuple[str, str]  # an id and a name
 
 # A number or WordNet id in front of a name, in brackets or after a word such as "class", and what parts the two.
@@ -27,7 +27,7 @@ IN_FRONT = re.compile(
 )
 # Behind one there has to be a mark: "channel 1" is a name.
 BEHIND = re.compile(r"(?P<open>)(?P<name>\S.*?)(?P<mark>\s*(?:[:=|,;\t]|\()\s*)(?P<id>\d+|n\d{8})\)?")
-BULLET = re.compile(r"([-*+•–—])\s+(?:\[[ xX]\]\s+)?(\S.*)")  # with Markdown's box to tick, too
+BULLET = re.compile(r"(?P<bullet>[-*+•–—])\s+(?:\[[ xX]\]\s+)?(?P<name>\S.*)")  # with Markdown's box to tick, too
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»"}
 NAME_TITLES = ("name", "names", "classname", "class", "classes", "label", "labels", "category", "categories", "species")
 TITLES = {*NAME_TITLES, "id", "ids", "index", "idx", "number", "no", "wnid", "synset"}
@@ -94,10 +94,10 @@ def from_text(text: str, entries: Sequence[tuple[str, str]], path: Path) -> tupl
     if table := table_of(text, entries, path):
         names, notes = from_table(table, path)
         quoted = without_quotes([line for _, line in entries])  # as CSV has them, so that none is left
-        return names, [f"class names {quoted[1]}, which are left out", *notes] if quoted else notes
+        return names, [f"class names {quoted.what}, which are left out", *notes] if quoted else notes
     header = [entries[0][1]] if is_header([line for _, line in entries]) else []
     names, notes = from_lines(entries[len(header) :])
-    with_commas = [name for _, name in names if "," in str(name)]
+    with_commas = [name for _, name in names if "," in name]
     if len(with_commas) > 1:
         notes.append(f"class names have commas, and each line is one class: {with_commas[0]}; ...")
     return names, [f"class names begin below a header: {title!r} is none of them" for title in header] + notes
@@ -180,7 +180,7 @@ def listed(value: Any) -> tuple[list[Entry], list[str]] | None:
         named = {int(key): behind_id(name) for key, name in value.items()}
         entries: list[Entry] = [(f"number {number}", named[number]) for number in sorted(named)]
         if len(named) == len(value) and all(isinstance(name, str) for _, name in entries):
-            return entries, [numbering_note([(at.split()[1], str(name)) for at, name in entries], moved=False)]
+            return entries, [numbering_note([(at.split()[1], name) for at, name in entries], moved=False)]
     if isinstance(value, dict) and value and all(WORDNET_ID.fullmatch(str(key)) for key in value):
         value = list(value.values())
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
@@ -267,78 +267,83 @@ def from_table(table: Sequence[Row], path: Path) -> tuple[list[Entry], list[str]
     if numbers:
         entries, note = in_order(entries, numbers[0])
         notes.append(note)
-    names, more = from_lines([(at, str(name)) for at, name in entries])
+    names, more = from_lines(entries)
     return names, notes + more
 
 
-def from_lines(entries: Sequence[tuple[str, str]]) -> tuple[list[Entry], list[str]]:
+def from_lines(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     """Take off what every line has besides the name, as long as there is something."""
     notes: list[str] = []
-    found = list(entries)
-    if found and re.fullmatch(r"(names|classes)\s*:", found[0][1], re.IGNORECASE):
-        found = found[1:]
-    taken: list[Callable[[list[str]], tuple[list[str], str, list[str]] | None]] = [
-        without_commas, without_quotes, without_bullets, without_folder, without_colors, without_ids,
-    ]  # fmt: skip
-    while step := next((step for take in taken if len(found) > 1 and (step := take([n for _, n in found]))), None):
-        names, what, numbers = step
-        notes.append(f"class names {what}, which are left out: {found[0][1]!r} is read as {names[0]!r}")
-        found = [(at, name) for (at, _), name in zip(found, names, strict=True)]
-        if numbers and all(map(str.isdecimal, numbers)):
-            moved, told = in_order(list(found), numbers)
-            if moved != found:
-                notes.append(told)
-            found = [(at, str(name)) for at, name in moved]
-    return list(found), notes
+    named = list(entries)
+    if named and re.fullmatch(r"(names|classes)\s*:", named[0][1], re.IGNORECASE):
+        named = named[1:]
+    strips = (without_commas, without_quotes, without_bullets, without_folder, without_colors, without_ids)
+    while len(named) > 1 and (step := next(filter(None, (strip([n for _, n in named]) for strip in strips)), None)):
+        notes.append(f"class names {step.what}, which are left out: {named[0][1]!r} is read as {step.names[0]!r}")
+        named = [(at, name) for (at, _), name in zip(named, step.names, strict=True)]
+        if step.ids and all(map(str.isdecimal, step.ids)):
+            ordered, note = in_order(named, step.ids)
+            notes += [note] if ordered != named else []
+            named = ordered
+    return named, notes
 
 
-def without_commas(names: list[str]) -> tuple[list[str], str, list[str]] | None:
+class Stripped(NamedTuple):
+    """Names without something that every line had."""
+
+    names: list[str]
+    what: str  # that was taken off, in words
+    ids: Sequence[str] = ()
+
+
+def without_commas(names: list[str]) -> Stripped | None:
     """Take off the comma, semicolon or slash at the end of every line but the last."""
     for mark, what in {",": "commas", ";": "semicolons", "/": "slashes"}.items():
         if all(name.endswith(mark) for name in names[:-1]):
-            return [name.removesuffix(mark).strip() for name in names], f"end with {what}", []
+            return Stripped([name.removesuffix(mark).strip() for name in names], f"end with {what}")
     return None
 
 
-def without_folder(names: list[str]) -> tuple[list[str], str, list[str]] | None:
-    """Take off the folder of a split, as ``train/``, that all names stand in; "apse/indoor" is a name."""
-    matches = [match for match in map(BELOW.fullmatch, names) if match]
-    if len(matches) < len(names) or len({match["folder"] for match in matches}) > 1:
-        return None
-    return [match["name"] for match in matches], "begin with a folder", []
-
-
-def without_colors(names: list[str]) -> tuple[list[str], str, list[str]] | None:
-    """Take off the colors, parts and actions behind every name."""
-    matches = [match for match in map(COLORED.fullmatch, names) if match]
-    return ([match["name"] for match in matches], "end with colors", []) if len(matches) == len(names) else None
-
-
-def without_quotes(names: list[str]) -> tuple[list[str], str, list[str]] | None:
+def without_quotes(names: list[str]) -> Stripped | None:
     """Take off quotes around every name; a line of several quoted names stays as it is."""
     several = any(re.search(r"""["']\s*,\s*["']""", name) for name in names)
     if several or not all(len(name) > 2 and QUOTES.get(name[0]) == name[-1] for name in names):
         return None
-    return [name[1:-1].strip() for name in names], "begin and end with quotes", []
+    return Stripped([name[1:-1].strip() for name in names], "begin and end with quotes")
 
 
-def without_bullets(names: list[str]) -> tuple[list[str], str, list[str]] | None:
+def without_bullets(names: list[str]) -> Stripped | None:
     """Take off the mark in front of every name of a list."""
-    matches = [match for match in map(BULLET.fullmatch, names) if match]
-    if len(matches) < len(names) or len({match[1] for match in matches}) > 1:
+    return without_form(BULLET, names, "begin with the marks of a list", same="bullet")
+
+
+def without_folder(names: list[str]) -> Stripped | None:
+    """Take off the folder of a split, as ``train/``, that all names stand in; "apse/indoor" is a name."""
+    return without_form(BELOW, names, "begin with a folder", same="folder")
+
+
+def without_colors(names: list[str]) -> Stripped | None:
+    """Take off the colors, parts and actions behind every name."""
+    return without_form(COLORED, names, "end with colors")
+
+
+def without_form(form: re.Pattern[str], names: list[str], what: str, *, same: str | None = None) -> Stripped | None:
+    """Return each line's part called name, where all have the form, and the ``same`` part in common."""
+    matches = [match for match in map(form.fullmatch, names) if match]
+    if len(matches) < len(names) or (same and len({match[same] for match in matches}) > 1):
         return None
-    return [match[2] for match in matches], "begin with the marks of a list", []
+    return Stripped([match["name"] for match in matches], what)
 
 
-def without_ids(names: list[str]) -> tuple[list[str], str, list[str]] | None:
+def without_ids(names: list[str]) -> Stripped | None:
     """Take off ids where every line has one, in one form, and they cannot belong to the names."""
     for form, where in ((IN_FRONT, "begin with ids"), (BEHIND, "seem to end with ids")):
         matches = [match for match in map(form.fullmatch, names) if match]
         marks = {(match["open"].strip(), (match["mark"] or "").strip()) for match in matches}
-        numbers, bare = [match["id"] for match in matches], [match["name"] for match in matches]
-        same = len(set(bare)) < len(bare) and marks <= {("", "")}  # "1 wheeler", "2 wheeler" are names
-        if len(matches) == len(names) and len(marks) == 1 and are_ids(numbers) and not same:
-            return bare, where, numbers
+        ids, bare = [match["id"] for match in matches], [match["name"] for match in matches]
+        repeat = len(set(bare)) < len(bare) and marks <= {("", "")}  # "1 wheeler", "2 wheeler" are names
+        if len(matches) == len(names) and len(marks) == 1 and are_ids(ids) and not repeat:
+            return Stripped(bare, where, ids)
     return None
 
 
@@ -358,7 +363,7 @@ def are_ids(texts: Sequence[str]) -> bool:
 def in_order(entries: list[Entry], numbers: Sequence[str]) -> tuple[list[Entry], str]:
     """Put names in the order of their numbers, and say so."""
     order = sorted(range(len(entries)), key=lambda place: int(numbers[place]))
-    pairs = [(numbers[place], str(entries[place][1])) for place in order]
+    pairs = [(numbers[place], entries[place][1]) for place in order]
     return [entries[place] for place in order], numbering_note(pairs, moved=order != list(range(len(entries))))
 
 
