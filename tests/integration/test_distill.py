@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prgkit import workers
 from prgkit.config.recipe import Recipe, validate
-from prgkit.data import cache, workers
+from prgkit.data import cache
 from prgkit.data.augment import MultiViewDataset
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import ImagesError, PrgkitError, RunError, StudentError, WorkerError
