@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prgkit.config.delimited import Row, rows, ways
+from prgkit.config.delimited import Row, column_word, rows, ways
 from prgkit.config.yaml_io import plain_yaml
 from prgkit.errors import RecipeError, some
 
@@ -216,7 +216,7 @@ def table_of(text: str, entries: Sequence[tuple[str, str]], path: Path) -> list[
     """Return the rows of a file that is a table: by its suffix, tabs in every line, or the words of its header."""
     first = entries[0][1] if entries else ""
     titles = re.split("[\t;,|]", first)
-    titled = len(titles) > 1 and any(plain(title) in NAME_TITLES for title in titles)
+    titled = len(titles) > 1 and any(column_word(title) in NAME_TITLES for title in titles)
     is_csv = path.suffix.lower() == ".csv"
     tabbed = all("\t" in line for _, line in entries)
     if not (is_csv or titled or (entries and tabbed)):
@@ -241,7 +241,7 @@ def from_table(table: Sequence[Row], path: Path) -> tuple[list[Entry], list[str]
         raise RecipeError(what, where=f"{path}, line {long}", fix=fix)
     padded = [(line, [*cells, *[""] * (width - len(cells))][:width]) for line, cells in table]
     filled = [column for column in range(width) if any(cells[column] for _, cells in padded)]
-    titles = [plain(title) for title in padded[0][1]] if padded else []
+    titles = [column_word(title) for title in padded[0][1]] if padded else []
     ids = [column for column in filled if are_ids([cells[column] for _, cells in padded])]
     below = [column for column in filled if are_ids([cells[column] for _, cells in padded[1:]])]
     untitled = any(not re.fullmatch(r"n?\d+", padded[0][1][column]) for column in set(below) - set(ids))
@@ -373,8 +373,3 @@ def numbering_note(pairs: Sequence[Numbered], *, moved: bool) -> str:
     shown = told if len(told) <= 3 else [*told[:2], "...", told[-1]]
     order = ", and put in the order of their numbers" if moved else ""
     return f"class names are numbered{order}: {', '.join(shown)}"
-
-
-def plain(title: str) -> str:
-    """Return a column's name in small letters and digits alone."""
-    return "".join(letter for letter in title.casefold() if letter.isalnum())

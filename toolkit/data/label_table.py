@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from prgkit.config.delimited import LARGEST_TABLE_BYTES, Row, Way, ways
-from prgkit.config.sections import ImageSpec
+from prgkit.config.delimited import LARGEST_TABLE_BYTES, Row, Way, column_word, ways
+from prgkit.config.sections import ImageSpec, LabelFormat
 from prgkit.data.decode import image_suffixes
 from prgkit.data.files import Source, printable
 from prgkit.data.labels import (
@@ -18,7 +18,6 @@ from prgkit.data.labels import (
     Entry,
     LabelTable,
     cell_of,
-    word,
 )
 from prgkit.errors import ImagesError, nearest, some
 from prgkit.storage.atomic import as_on_disk, read_text
@@ -45,13 +44,12 @@ def read_label_table(path: Path, spec: ImageSpec, source: Source) -> LabelTable:
         ImagesError: the table is missing, not a table, ambiguous, contradicts itself, or names none of the images.
     """
     paths = Paths(spec.source, [source.name(index) for index in range(len(source))])
-    asked = (spec.label_format.image_column, spec.label_format.label_column)
     by_delimiter, at_spaces = read_ways(path)
-    table, rows = most_named(path, by_delimiter, paths, asked)
+    table, rows = most_named(path, by_delimiter, paths, spec.label_format)
     if table is None:
-        table, _ = most_named(path, at_spaces, paths, asked)
+        table, _ = most_named(path, at_spaces, paths, spec.label_format)
     if table is None:
-        raise none_named(path, rows or (at_spaces[0]() if at_spaces else []), source, asked)
+        raise none_named(path, rows or (at_spaces[0]() if at_spaces else []), source, spec.label_format)
     narrow = next((entry for entry in table.entries if len(entry.cells) < 2), None)
     if narrow is not None:
         what, fix = f"{path.name} has a row without a label column", "write two columns: file,label"
@@ -74,12 +72,12 @@ def read_ways(path: Path) -> tuple[list[Way], list[Way]]:
 
 
 def most_named(
-    path: Path, found: Sequence[Way], paths: Paths, asked: tuple[str | None, str | None]
+    path: Path, ways: Sequence[Way], paths: Paths, label_format: LabelFormat
 ) -> tuple[LabelTable | None, Sequence[Row]]:
     """Return the table whose rows name most images, if any does, and the rows of the likeliest way to read it."""
     best: LabelTable | None = None
     likeliest: Sequence[Row] | None = None
-    for way in found:
+    for way in ways:
         try:
             rows = way()
         except csv.Error as error:
@@ -87,42 +85,58 @@ def most_named(
                 continue
             raise ImagesError(f"{path.name} is no CSV file: {error}", where=path, fix=GIVE_ROWS) from error
         likeliest = rows if likeliest is None else likeliest
-        table = arranged(path, rows, paths, *asked)
+        table = arranged(path, rows, paths, label_format)
         if table is not None and (best is None or len(table.entries) > len(best.entries)):
             best = table
-        if best is not None and not best.strangers:
+        if best is not None and not best.unmatched:
             break
     return best, likeliest or []
 
 
-def arranged(
-    path: Path, rows: Sequence[Row], paths: Paths, image_column: str | None, label_column: str | None
-) -> LabelTable | None:
+def arranged(path: Path, rows: Sequence[Row], paths: Paths, label_format: LabelFormat) -> LabelTable | None:
     """Find the header and the column of files, and whose row is whose; None where no row names an image."""
+    image_column, label_column = label_format.image_column, label_format.label_column
     named = {name for name in (image_column, label_column) if name}
     header, body = parted(rows, named)
     width = max((len(cells) for _, cells in body), default=0)
     if any(place_of(name, header, width) is None for name in named):
         return None
-    asked = place_of(image_column, header, width) if image_column else None
-    columns = range(width) if asked is None else [asked]
-    found = {column: [(line, paths.find(cell_of(cells, column))) for line, cells in body] for column in columns}
-    column = file_column(path, header, found, body)
+    given = place_of(image_column, header, width) if image_column else None
+    columns = range(width) if given is None else [given]
+    by_column = {column: [paths.find(cell_of(cells, column)) for _, cells in body] for column in columns}
+    column = file_column(path, header, by_column, body)
     if column is None:
         return None
-    matches = [match for _, match in found[column]]
+    matches = by_column[column]
     if not header:  # its first row, where that cannot be a picture that is not here
         header, start = untitled_header(body, matches, column)
         body, matches = body[start:], matches[start:]
-    labels = place_of(label_column, header, width) if label_column else None
-    return with_rows(path, header, column, body, matches, paths, labels)
+    best = best_ranks(path, column, body, matches, paths)
+    entries = [
+        (Entry(match.images[0], line, cells), match.elsewhere)
+        for (line, cells), match in zip(body, matches, strict=True)
+        if match is not None and rank(match) == best[match.images[0]]
+    ]
+    return LabelTable(
+        path=path,
+        header=header,
+        file_column=column,
+        entries=[entry for entry, _ in entries],
+        unmatched=[
+            row
+            for row, match in zip(body, matches, strict=True)
+            if (rank(match) != best[match.images[0]] if match is not None else not row[1][0].startswith("#"))
+        ],
+        elsewhere=next((cell_of(entry.cells, column) for entry, elsewhere in entries if elsewhere), ""),
+        label_column=place_of(label_column, header, width) if label_column else None,
+    )
 
 
 def parted(rows: Sequence[Row], named: set[str]) -> tuple[Sequence[str], Sequence[Row]]:
     """Return the header, where its words say that it is one, and the rows below it; only comments may be above it."""
     for place, (_, cells) in enumerate(rows):
         titles = [cells[0].lstrip("# "), *cells[1:]]
-        words = [word(title) for title in titles]
+        words = [column_word(title) for title in titles]
         files = [number for number, one in enumerate(words) if one in FILE_WORDS | WEAK_FILE_WORDS]
         labels = [number for number, one in enumerate(words) if one in LABEL_WORDS]
         if (files and labels) or named.intersection(titles):
@@ -140,24 +154,24 @@ def place_of(name: str, header: Sequence[str], width: int) -> int | None:
 
 
 def file_column(
-    path: Path, header: Sequence[str], found: Mapping[int, Sequence[tuple[int, Match | None]]], body: Sequence[Row]
+    path: Path, header: Sequence[str], by_column: Mapping[int, Sequence[Match | None]], body: Sequence[Row]
 ) -> int | None:
     """Return the column whose cells name images, told from others that do by its header, or by what is in it."""
-    named = {column: [match for _, match in matches if match] for column, matches in found.items()}
+    named = {column: [match for match in matches if match] for column, matches in by_column.items()}
     most = max(map(len, named.values()), default=0)
     columns = [column for column, matches in named.items() if most and 2 * len(matches) >= most]
     rules: list[Callable[[int], bool]] = [
         lambda column: all(len(match.images) == 1 for match in named[column]),
-        lambda column: word(cell_of(header, column)) in FILE_WORDS,
-        lambda column: word(cell_of(header, column)) in WEAK_FILE_WORDS,
+        lambda column: column_word(cell_of(header, column)) in FILE_WORDS,
+        lambda column: column_word(cell_of(header, column)) in WEAK_FILE_WORDS,
         lambda column: all(match.spelled for match in named[column]),
         lambda column: len({match.images[0] for match in named[column]}) == len(named[column]),
     ]
     for rule in rules:
         columns = list(filter(rule, columns)) or columns
     columns.sort(key=lambda column: -len(named[column]))
-    pairs = (pair for column in columns[1:] for pair in zip(found[columns[0]], found[column], strict=True))
-    if any(ours and theirs and ours.images != theirs.images for (_, ours), (_, theirs) in pairs):
+    pairs = (pair for column in columns[1:] for pair in zip(by_column[columns[0]], by_column[column], strict=True))
+    if any(ours and theirs and ours.images != theirs.images for ours, theirs in pairs):
         rows = "".join(f"\n    {','.join(cells)[:160]}" for _, cells in body[:3])
         what = f"which column of {path.name} names the images is not certain:{rows}"
         fix = "name it: --set data.label_format.image_column=NAME, or its number, counted from 1"
@@ -177,16 +191,10 @@ def untitled_header(body: Sequence[Row], matches: Sequence[Match | None], column
     return (), 0
 
 
-def with_rows(
-    path: Path,
-    header: Sequence[str],
-    column: int,
-    body: Sequence[Row],
-    matches: Sequence[Match | None],
-    paths: Paths,
-    asked: int | None,
-) -> LabelTable:
-    """Give each image its rows: where several folders have an image of its name, those that name its own."""
+def best_ranks(
+    path: Path, column: int, body: Sequence[Row], matches: Sequence[Match | None], paths: Paths
+) -> dict[int, tuple[bool, int]]:
+    """Return how surely an image is named by the row that does it best: in other folders may be more of its name."""
     best: dict[int, tuple[bool, int]] = {}
     for (line, cells), match in zip(body, matches, strict=True):
         if match is not None and len(match.images) > 1:
@@ -195,16 +203,7 @@ def with_rows(
             raise ImagesError(what, where=f"{path}, line {line}", fix="write the whole path")
         if match is not None:
             best[match.images[0]] = max(best.get(match.images[0], (False, 0)), rank(match))
-    entries: list[Entry] = []
-    strangers: list[Row] = []
-    elsewhere = ""
-    for (line, cells), match in zip(body, matches, strict=True):
-        if match is not None and rank(match) == best[match.images[0]]:
-            entries.append(Entry(match.images[0], line, cells))
-            elsewhere = elsewhere or (cell_of(cells, column) if match.elsewhere else "")
-        elif match is not None or not cells[0].startswith("#"):
-            strangers.append((line, cells))
-    return LabelTable(path, header, column, entries, strangers, elsewhere, asked)
+    return best
 
 
 def rank(match: Match) -> tuple[bool, int]:
@@ -212,11 +211,11 @@ def rank(match: Match) -> tuple[bool, int]:
     return match.whole, 0 if match.whole else match.depth
 
 
-def none_named(path: Path, rows: Sequence[Row], source: Source, asked: tuple[str | None, str | None]) -> ImagesError:
+def none_named(path: Path, rows: Sequence[Row], source: Source, label_format: LabelFormat) -> ImagesError:
     """Build the error for a table of which no row names an image."""
     header, body = parted(rows, set())
     cells = header or (rows[0][1] if rows else [])
-    for name in asked:
+    for name in (label_format.image_column, label_format.label_column):
         if name and place_of(name, cells, len(cells)) is None:
             what = f"{path.name} has no column {name!r}{nearest(name, cells)}"
             return ImagesError(what, where=path, fix=f"its columns are {some(cells)}")

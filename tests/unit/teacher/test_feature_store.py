@@ -399,7 +399,7 @@ def test_a_disk_that_fills_up_at_a_block_loses_that_block_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        patch.setattr("prgkit.data.cache.Adder.add", lambda *_: None)  # pictures would be flushed, too
+        patch.setattr("prgkit.data.cache.CacheWriter.add", lambda *_: None)  # pictures would be flushed, too
         with pytest.raises(DiskFullError, match=r"no disk space left for (view-001\.f16|journal\.jsonl)") as caught:
             see(recipe, tmp_path / "cut")
     assert caught.value.fix == "free some space and run the same command again: finished work is kept"
