@@ -242,11 +242,11 @@ def find_file(value: str, folder: Path | None) -> Path:
     given = Path(os.path.expandvars(os.path.expanduser(value)))
     candidates = [folder / given, given] if folder else [given]
     try:
-        found = next((path for path in map(as_on_disk, candidates) if path.exists()), None)
+        file = next((path for path in map(as_on_disk, candidates) if path.exists()), None)
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise RecipeError(f"there is no class list {value[:80]!r}: {error.strerror}", fix=NAMES_FIX) from error
-    if found is not None:
-        return require_list(found)
+    if file is not None:
+        return require_list(file)
     parent = candidates[0].parent
     siblings = [path.name for path in parent.iterdir() if path.is_file()] if parent.is_dir() else []
     raise RecipeError(

@@ -95,6 +95,7 @@ def upright_rgb(image: Image.Image, grey: GreyRange | None = None) -> Image.Imag
     orientation = read_orientation(image)
     rgb = to_rgb(image, grey)
     rgb.info = {}  # an orientation that was applied must not be applied again
+    # ImageOps.exif_transpose would turn the original, and lose with that the format and the tags that to_rgb reads.
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 

@@ -316,16 +316,16 @@ def standing_where_it_started(run: Run) -> Iterator[Run]:
 
     The folder is remembered relative to the run, so that a project can be moved as a whole.
     """
-    here, folder = Path.cwd(), run.folder.resolve()
+    before, folder = Path.cwd(), run.folder.resolve()
     origin = folder / run.card.origin
-    if origin.resolve() == here or not origin.is_dir():
+    if origin.resolve() == before or not origin.is_dir():
         yield run
         return
     os.chdir(origin)
     try:
         yield Run(folder)
     finally:
-        os.chdir(here)
+        os.chdir(before)
 
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
