@@ -37,9 +37,10 @@ from prgkit.export.from_run import said
 from prgkit.export.runtimes.base import VECTORS, OnnxRunner
 from prgkit.export.runtimes.engine_metadata import load_engine_metadata
 from prgkit.progress import Progress
+from prgkit.storage.find import find_bundle, find_run
 from prgkit.storage.locks import locked
 from prgkit.storage.reproducible import read_array, read_png, write_array
-from prgkit.storage.run import Run, find_bundle, find_run
+from prgkit.storage.run import Run
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.ensemble import open_targets
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment

@@ -23,9 +23,10 @@ from prgkit.data import cache
 from prgkit.data.augment import MultiViewDataset
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import ImagesError, PrgkitError, RunError, StudentError, WorkerError
+from prgkit.interrupt import Interrupted
 from prgkit.progress import NullProgress
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed
-from prgkit.storage.run import Interrupted, Run
+from prgkit.storage.run import Run
 from prgkit.storage.tensors import load_tensors
 from prgkit.student.model import load_student
 from prgkit.training.distill import distill, schedule

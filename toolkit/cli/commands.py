@@ -57,7 +57,7 @@ def relabel_bundle(session: Session, place: Path | None, classes: str) -> dict[s
     """Give a bundle other classes, and say what is in it then."""
     from prgkit.config.prompts import load_classes
     from prgkit.export.relabel import relabel, settled_bundle
-    from prgkit.storage.run import standing_where_it_started
+    from prgkit.storage.find import standing_where_it_started
 
     names = load_classes(classes, note=session.terminal.note)
     bundle, run = settled_bundle(session.folder or place)

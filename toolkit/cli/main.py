@@ -99,7 +99,7 @@ def export(session: Session, /, folder: Path | None, as_json: bool, **given: Any
         manifest = build_engines(bundle, **kinds, note=note) if trt else open_bundle(bundle).manifest
         session.folder = bundle
     else:
-        from prgkit.storage.run import find_run, standing_where_it_started
+        from prgkit.storage.find import find_run, standing_where_it_started
 
         run = click.get_current_context().with_resource(standing_where_it_started(find_run(place)))
         with needing("distill"):
@@ -139,7 +139,7 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
     from prgkit.evaluate.bench.bench import bench as measure
     from prgkit.evaluate.report import regression
     from prgkit.evaluate.report.terminal import baseline_table, report_table
-    from prgkit.storage.run import find_bundle
+    from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
     out = given["out"] or (run.folder if run else bundle) / "bench" / system.slug(system.describe())
@@ -179,7 +179,7 @@ def predict(
     """
     from prgkit.evaluate import system
     from prgkit.evaluate.predict import predict as answer
-    from prgkit.storage.run import find_bundle
+    from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
     measured = (run.folder if run else bundle) / "bench" / system.slug_here()

@@ -267,7 +267,7 @@ def choose_recipe(session: Session, given: dict[str, Any]) -> tuple[Recipe, Path
     """Return the recipe that was meant and the folder of its run."""
     from prgkit.config.recipe import load_recipe
     from prgkit.progress import silent
-    from prgkit.storage.run import RUNS, find_run, run_name, standing_where_it_started
+    from prgkit.storage.find import RUNS, find_run, run_name, standing_where_it_started
 
     note = silent if session.asked else session.terminal.note  # said once in a chain
     named = ("recipe", "images", "classes")

@@ -10,9 +10,10 @@ from typing import Any
 from prgkit.data.cache import PICTURES
 from prgkit.errors import RunError
 from prgkit.storage.atomic import read_json, readable_bytes
+from prgkit.storage.find import RUNS
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
-from prgkit.storage.run import RUNS, Run
+from prgkit.storage.run import Run
 
 DAY_SECONDS = 86_400
 

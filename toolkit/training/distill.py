@@ -27,12 +27,13 @@ from prgkit.data.augment import Batch, MultiViewDataset, evaluation_views, make_
 from prgkit.data.snapshot import report_changes, restart_command
 from prgkit.device import seed_everything
 from prgkit.errors import BackendError, RunError, TeacherError
+from prgkit.interrupt import Interrupted, stopping
 from prgkit.objectives import Objectives
 from prgkit.outputs import LossContext, TeacherOutput
 from prgkit.progress import NullProgress, Progress
 from prgkit.storage.atomic import require_space
 from prgkit.storage.locks import locked
-from prgkit.storage.run import Interrupted, Run, differences, require_own_folder, start_run, stopping, undoing
+from prgkit.storage.run import Run, differences, require_own_folder, start_run, undoing
 from prgkit.storage.tensors import save_tensors
 from prgkit.student.model import Student, build_student
 from prgkit.teacher.ensemble import teacher_fingerprint
