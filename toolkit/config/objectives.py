@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -175,21 +175,8 @@ AnyObjective = Annotated[
     PRG | KD | CE | DKD | DIST | RKD | CRD | ND | PLD | OFA | PromptKD | CLIPKD | DHO,
     Field(discriminator="name"),
 ]
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
-    "prg": PRG,
-    "kd": KD,
-    "ce": CE,
-    "dkd": DKD,
-    "dist": DIST,
-    "rkd": RKD,
-    "crd": CRD,
-    "nd": ND,
-    "pld": PLD,
-    "ofa": OFA,
-    "promptkd": PromptKD,
-    "clipkd": CLIPKD,
-    "dho": DHO,
-}
+MODELS: tuple[type[ObjectiveConfig], ...] = get_args(get_args(AnyObjective)[0])
+OBJECTIVES = {get_args(model.model_fields["name"].annotation)[0]: model for model in MODELS}  # by name
 
 
 def objective_lines() -> dict[str, str]:

@@ -14,21 +14,6 @@ from prgkit.progress import silent
 from prgkit.storage.atomic import as_on_disk, composed, read_text
 
 LISTS = Path(str(resources.files("prgkit.recipes"))) / "classes"  # one name a line, in label order
-LISTED = (
-    "caltech101",
-    "cifar10",
-    "cifar100",
-    "dtd",
-    "eurosat",
-    "fgvcaircraft",
-    "flowers102",
-    "food101",
-    "oxfordpets",
-    "stanfordcars",
-    "sun397",
-    "ucf101",
-)
-
 PLAIN = ("a photo of a {}.",)
 LEARNED = ("{context} {}.",)  # how a learned context is told; no teacher reads these words
 # The seven that OpenAI's forward search over its 80 ImageNet templates kept (CLIP, "Prompt Engineering for ImageNet").
@@ -99,7 +84,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-NAMED_CLASSES = tuple(sorted((*LISTED, "digits", "imagenet1k")))
+NAMED_CLASSES = tuple(sorted((*(path.stem for path in LISTS.glob("*.txt")), "digits", "imagenet1k")))
 LIST_SUFFIXES = (".txt", ".names", ".list", ".csv", ".json")
 NAMES_FIX = f"give a text file with one name a line, or one of {', '.join(NAMED_CLASSES)}"
 NAMED_TEMPLATES = tuple(sorted((*TEMPLATES, "digits", "imagenet")))
