@@ -172,9 +172,8 @@ def listed_classes(path: Path, note: Callable[[str], None] = silent) -> tuple[st
     """Return the names in a file, in any of the forms that other tools write; ``note`` is told what was taken off."""
     try:
         text = read_text(path)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        what = f"{path.name} cannot be read: {reason}"
+    except ValueError as error:
+        what = f"{path.name} cannot be read: {error}"
         raise RecipeError(what, where=path, fix="save it as a UTF-8 text file") from error
     entries, remarks = read_names(text, path)
     names = checked_classes(entries, where=path)

@@ -62,9 +62,8 @@ def read_ways(path: Path) -> tuple[list[Way], list[Way]]:
     """Return the ways to read a table, as `prgkit.config.delimited.ways` does."""
     try:
         text = read_text(as_on_disk(path), most_bytes=LARGEST_TABLE_BYTES)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        what = f"the labels in {path.name} cannot be read: {reason}"
+    except (OSError, ValueError) as error:  # OSError: a name that is too long, a folder that may not be looked into
+        what = f"the labels in {path.name} cannot be read: {getattr(error, 'strerror', error)}"
         raise ImagesError(what, where=path, fix=GIVE_ROWS) from error
     if path.suffix.lower() in (".json", ".jsonl", ".ndjson") or re.match(r'\s*(\{\s*"|\[\s*[\[{"])', text):
         raise ImagesError(f"{path.name} is a JSON file, and no table of labels", where=path, fix=GIVE_ROWS)

@@ -94,10 +94,9 @@ def read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
     try:
         by_delimiter, at_spaces = ways(read_text(path, most_bytes=LARGEST_TABLE_BYTES))
         rows = [*by_delimiter, *at_spaces][0]()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+    except ValueError as error:
         fix = 'save it from the sheet, or from a spreadsheet as "CSV UTF-8"'
-        raise ImagesError(f"the ticks in {path.name} cannot be read: {reason}", where=path, fix=fix) from error
+        raise ImagesError(f"the ticks in {path.name} cannot be read: {error}", where=path, fix=fix) from error
     except csv.Error as error:
         raise ImagesError(f"{path.name} is no CSV: {error}", where=path, fix="prgkit audit writes a new one") from error
     header = [cell.lower() for cell in rows[0][1]] if rows else []
