@@ -147,17 +147,9 @@ def index_images(
     if not outcomes.indices:
         raise none_readable(source, outcomes.unreadable)
     keys = sorted(outcomes.indices)
-    positions = {key: position for position, key in enumerate(keys)}
-    copies = [(positions[key], index) for key, index in outcomes.copies]
-    return ImageIndex(
-        source=source,
-        indices=np.array([outcomes.indices[key] for key in keys], dtype=np.int64),
-        keys=tuple(keys),
-        unreadable=tuple(outcomes.unreadable),
-        copies=np.array(copies, dtype=np.int64).reshape(-1, 2),
-        cache=cache,
-        deep_greys=deep_greys,
-    )
+    indices = np.array([outcomes.indices[key] for key in keys], dtype=np.int64)
+    unreadable, copies = tuple(outcomes.unreadable), outcomes.copies_of(keys)
+    return ImageIndex(source, indices, tuple(keys), unreadable, copies, cache, deep_greys)
 
 
 @dataclass
@@ -179,6 +171,11 @@ class Outcomes:
         elif self.indices.setdefault(outcome, index) != index:
             self.copies.append((outcome, index))
         return True
+
+    def copies_of(self, keys: Sequence[str]) -> NDArray[np.int64]:
+        """Return each copy's position among ``keys`` and its index [copies, 2]."""
+        positions = {key: position for position, key in enumerate(keys)}
+        return np.array([(positions[key], index) for key, index in self.copies], dtype=np.int64).reshape(-1, 2)
 
 
 def examine(
