@@ -138,10 +138,10 @@ def index_images(
         try:
             examine_all(source, range(len(source)))
             if outcomes.unmeasured:
-                indices = [index for _, index in sorted(outcomes.unmeasured)]  # by content: what is measured first
-                deep_greys = measure_deep_greys(source, indices, pool.map)
+                waiting = [index for _, index in sorted(outcomes.unmeasured)]  # by content: what is measured first
+                deep_greys = measure_deep_greys(source, waiting, pool.map)
                 source = source.with_grey(deep_greys.grey if deep_greys else SIXTEEN_BITS)
-                examine_all(source, indices)
+                examine_all(source, waiting)
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
     if not outcomes.indices:
