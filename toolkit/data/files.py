@@ -1,4 +1,4 @@
-"""Images that lie in files: a folder, a zip archive, tar shards; none is ever extracted."""
+"""Images that lie in files: those of a folder, and which files of a folder or an archive are images at all."""
 
 from __future__ import annotations
 
