@@ -66,15 +66,16 @@ class Run:
         Raises:
             RunError: the card is missing, damaged, or of another version of prgkit.
         """
-        content = read_sealed(self.card_file, fix=self.lost_card())
+        fix = f"delete it, then: {self.command}"
+        content = read_sealed(self.card_file, fix=fix)
         if content.get("schema") != SCHEMA:
             what = f"the run's card is {content.get('schema', 'of no schema')}, and this prgkit reads {SCHEMA}"
-            raise RunError(what, where=self.card_file, fix=self.lost_card())
+            raise RunError(what, where=self.card_file, fix=fix)
         try:
             return RunCard.model_validate(content)
         except ValidationError as error:
             what = f"{self.card_file.name} is damaged: {first_mistake(error)}"
-            raise RunError(what, where=self.card_file, fix=self.lost_card()) from error
+            raise RunError(what, where=self.card_file, fix=fix) from error
 
     def update_card(self, **facts: Any) -> None:
         """Add facts to the card; the file is replaced whole."""
@@ -84,33 +85,34 @@ class Run:
     @property
     def image_facts(self) -> ImageFacts:
         """What is known of its images since they were read."""
-        return self._known(self.card.images)
+        return self._known(self.card.images, "its images were read")
 
     @property
     def teacher_facts(self) -> TeacherFacts:
         """What is known of its teacher since the images were read."""
-        return self._known(self.card.teacher)
+        return self._known(self.card.teacher, "its images were read")
 
     @property
     def student_facts(self) -> StudentFacts:
         """What is known of its student since it was built."""
-        return self._known(self.card.student)
+        return self._known(self.card.student, "its student was built")
 
-    def _known(self, facts: Facts | None) -> Facts:
+    def _known(self, facts: Facts | None, since: str) -> Facts:
         if facts is None:
-            again = f"prgkit distill {shlex.quote(str(self.recipe_file))} --run {shlex.quote(str(self.folder))}"
-            raise RunError("the run was stopped before it knew that", where=self.folder, fix=f"{again} goes on with it")
+            raise RunError(
+                f"the run was stopped before {since}", where=self.folder, fix=f"go on with it: {self.command}"
+            )
         return facts
+
+    @property
+    def command(self) -> str:
+        """The command that goes on with it; it finds its recipe and its checkpoint, and writes a lost card anew."""
+        return f"prgkit distill {shlex.quote(str(self.recipe_file))} --run {shlex.quote(str(self.folder))}"
 
     @property
     def target_stores(self) -> list[Path]:
         """The store of each of its teachers, seen from where it was started; none before the teachers are known."""
         return [Path(store) for store in self.card.teacher.targets] if self.card.teacher is not None else []
-
-    def lost_card(self) -> str:
-        """Say what brings a damaged card back: the run's own command finds its recipe and its checkpoint."""
-        recipe, folder = shlex.quote(str(self.recipe_file)), shlex.quote(str(self.folder))
-        return f"delete it, then: prgkit distill {recipe} --run {folder}"
 
     def clear_leftovers(self) -> None:
         """Remove what a kill left half-written of the files that only the holder of the run's lock writes."""
