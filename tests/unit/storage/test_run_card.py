@@ -34,7 +34,7 @@ def test_what_is_not_known_yet_is_said_with_the_command_that_goes_on(run: Run) -
     with pytest.raises(RunError) as caught:
         _ = run.teacher_facts
     assert caught.value.what == "the run was stopped before its images were read"
-    assert caught.value.fix == f"go on with it: prgkit distill '{run.recipe_file}' --run '{run.folder}'"
+    assert caught.value.fix == f"go on: prgkit distill '{run.recipe_file}' --run '{run.folder}'"
     assert run.target_stores == []
 
 
