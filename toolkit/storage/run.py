@@ -99,9 +99,7 @@ class Run:
 
     def _known(self, facts: Facts | None, since: str) -> Facts:
         if facts is None:
-            raise RunError(
-                f"the run was stopped before {since}", where=self.folder, fix=f"go on with it: {self.command}"
-            )
+            raise RunError(f"the run was stopped before {since}", where=self.folder, fix=f"go on: {self.command}")
         return facts
 
     @property
