@@ -23,7 +23,7 @@ from prgkit.objectives.promptkd import PromptKD
 from prgkit.objectives.rkd import RKD
 from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
 
-# An objective is made of its page and the space. It says whether it `uses_features`, and gives its terms weighted.
+# A loss is made of its config and the context. It says whether it `uses_features`, and gives its terms weighted.
 LOSSES: dict[str, Any] = {
     "prg": PRG,
     "kd": KD,
@@ -44,13 +44,13 @@ LOSSES: dict[str, Any] = {
 class Objectives(nn.Module):
     """A recipe's objectives, each with its weight; always in float32, whatever the student was run in."""
 
-    def __init__(self, pages: Sequence[objectives.AnyObjective], space: LossContext) -> None:
+    def __init__(self, configs: Sequence[objectives.AnyObjective], context: LossContext) -> None:
         super().__init__()
-        self.weights = [page.weight for page in pages]
-        parts = [LOSSES[page.name](page, space) for page in pages]
+        self.weights = [config.weight for config in configs]
+        parts = [LOSSES[config.name](config, context) for config in configs]
         self.parts = nn.ModuleList(parts)
         self.uses_features = any(part.uses_features for part in parts)  # else the projector learns nothing
-        self.prefixes = [f"{page.name}." if len(pages) > 1 else "" for page in pages]
+        self.prefixes = [f"{config.name}." if len(configs) > 1 else "" for config in configs]
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return every part's terms, weighted; with several parts a term is named ``prg.node``."""

@@ -28,15 +28,15 @@ class CRD(nn.Module):
     step: Tensor
     partition: Tensor
 
-    def __init__(self, page: objectives.CRD, space: LossContext) -> None:
+    def __init__(self, config: objectives.CRD, context: LossContext) -> None:
         super().__init__()
-        self.page, self.steps_per_epoch = page, space.steps_per_epoch
-        self.student_head = nn.Linear(space.width, page.width)
-        self.teacher_head = nn.Linear(space.width, page.width)
-        bound = math.sqrt(3 / page.width)  # so that rows have length one, on average
+        self.config, self.steps_per_epoch = config, context.steps_per_epoch
+        self.student_head = nn.Linear(context.width, config.width)
+        self.teacher_head = nn.Linear(context.width, config.width)
+        bound = math.sqrt(3 / config.width)  # so that rows have length one, on average
         for side in ("student_bank", "teacher_bank"):
-            self.register_buffer(side, torch.empty(space.images, page.width).uniform_(-bound, bound))
-        self.register_buffer("labels", torch.full((space.images,), -1))  # y of each image when it was last seen
+            self.register_buffer(side, torch.empty(context.images, config.width).uniform_(-bound, bound))
+        self.register_buffer("labels", torch.full((context.images,), -1))  # y of each image when it was last seen
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("partition", torch.zeros(2))  # Z of both sides, kept from the first step
 
@@ -45,7 +45,7 @@ class CRD(nn.Module):
         mine = F.normalize(self.student_head(student.features), dim=1)  # [B, width]
         theirs = F.normalize(self.teacher_head(teacher.features), dim=1)  # [B, width]
         drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(int(self.step)))
-        drawn = drawn[: self.page.negatives].to(self.labels.device)  # [K]
+        drawn = drawn[: self.config.negatives].to(self.labels.device)  # [K]
         apart = (self.labels[drawn] != teacher.labels[:, None]) & (drawn != teacher.images[:, None])  # [B, K]
         if self.step >= self.steps_per_epoch:  # a row that no epoch has filled is an image that none will
             apart &= self.labels[drawn] >= 0
@@ -56,7 +56,7 @@ class CRD(nn.Module):
         self.remember(mine.detach(), theirs.detach(), teacher)
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),
-            "crd": self.page.crd_weight * torch.as_tensor(contrast),
+            "crd": self.config.crd_weight * torch.as_tensor(contrast),
         }
 
     def nce(self, anchor: Tensor, bank: Tensor, images: Tensor, drawn: Tensor, apart: Tensor, side: int) -> Tensor:
@@ -64,8 +64,8 @@ class CRD(nn.Module):
 
         P(v) = h / (h + K / N) with h = exp(<anchor, v> / T) / Z; Z makes h a density over the N images.
         """
-        own = (anchor * bank[images]).sum(dim=1) / self.page.temperature  # [B]
-        others = anchor @ bank[drawn].T / self.page.temperature  # [B, K]
+        own = (anchor * bank[images]).sum(dim=1) / self.config.temperature  # [B]
+        others = anchor @ bank[drawn].T / self.config.temperature  # [B, K]
         if self.partition[side] == 0:
             self.partition[side] = others.detach().logsumexp(dim=1).mean() + math.log(len(bank) / len(drawn))
             if several_processes():
@@ -87,7 +87,9 @@ class CRD(nn.Module):
             seen = [tuple(part.to(mine.device) for part in one) for one in everyone if one]  # type: ignore[misc]
         for images, labels, student, taught in seen:
             for bank, new in ((self.student_bank, student), (self.teacher_bank, taught)):
-                bank[images] = F.normalize(self.page.bank_momentum * bank[images] + (1 - self.page.bank_momentum) * new)
+                bank[images] = F.normalize(
+                    self.config.bank_momentum * bank[images] + (1 - self.config.bank_momentum) * new
+                )
             self.labels[images] = labels
         self.step += 1
 

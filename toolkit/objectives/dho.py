@@ -17,21 +17,21 @@ class DHO(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: objectives.DHO, space: LossContext) -> None:
+    def __init__(self, config: objectives.DHO, context: LossContext) -> None:
         super().__init__()
-        self.page = page
+        self.config = config
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce`` and ``kl``, each a scalar; ``ce`` is 0 where no image has a label."""
         for_labels, for_teacher = student.heads
-        page, truth = self.page, teacher.truth
+        config, truth = self.config, teacher.truth
         total = for_labels.sum() * 0.0
         known = 0
         if truth is not None:
             total = total + F.cross_entropy(for_labels, truth, ignore_index=-1, reduction="sum")
             known = int((truth >= 0).sum())
-        softened = soft_cross_entropy(for_teacher, teacher.logits, page.temperature)
+        softened = soft_cross_entropy(for_teacher, teacher.logits, config.temperature)
         return {
-            "ce": page.ce_weight * total / max(1, known),
-            "kl": page.kl_weight * page.temperature**2 * softened,
+            "ce": config.ce_weight * total / max(1, known),
+            "kl": config.kl_weight * config.temperature**2 * softened,
         }

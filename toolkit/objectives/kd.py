@@ -14,14 +14,14 @@ class KD(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: objectives.KD, space: LossContext) -> None:
+    def __init__(self, config: objectives.KD, context: LossContext) -> None:
         super().__init__()
-        self.page = page
+        self.config = config
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce`` and ``kl``, each a scalar."""
-        softened = soft_cross_entropy(student.logits, teacher.logits, self.page.temperature)
+        softened = soft_cross_entropy(student.logits, teacher.logits, self.config.temperature)
         return {
-            "ce": (1 - self.page.alpha) * F.cross_entropy(student.logits, teacher.labels),
-            "kl": self.page.alpha * self.page.temperature**2 * softened,
+            "ce": (1 - self.config.alpha) * F.cross_entropy(student.logits, teacher.labels),
+            "kl": self.config.alpha * self.config.temperature**2 * softened,
         }

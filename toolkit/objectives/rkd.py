@@ -15,17 +15,17 @@ class RKD(nn.Module):
 
     uses_features = True
 
-    def __init__(self, page: objectives.RKD, space: LossContext) -> None:
+    def __init__(self, config: objectives.RKD, context: LossContext) -> None:
         super().__init__()
-        self.page = page
+        self.config = config
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``distance`` and ``angle``, each a scalar; memory grows with B^2 * D."""
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),
-            "distance": self.page.distance_weight
+            "distance": self.config.distance_weight
             * F.smooth_l1_loss(distances(student.features), distances(teacher.features)),
-            "angle": self.page.angle_weight * F.smooth_l1_loss(angles(student.features), angles(teacher.features)),
+            "angle": self.config.angle_weight * F.smooth_l1_loss(angles(student.features), angles(teacher.features)),
         }
 
 

@@ -71,9 +71,9 @@ def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelera
             trial.stage_widths()
         dataset = from_first(accelerator, lambda: prepare(recipe, targets_root, progress, run))
         seed_everything(recipe.training.seed)
-        student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=dataset.targets.width)
+        student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=dataset.store.width)
         if recipe.scores_by_text:
-            student.score_by(dataset.class_vectors(), dataset.targets.logit_scale)
+            student.score_by(dataset.class_vectors(), dataset.store.logit_scale)
         if recipe.learns_labels:
             student.grow_second_head()
         if accelerator.is_main_process:
@@ -112,10 +112,10 @@ def starting(run: Run, recipe: Recipe) -> Iterator[None]:
             raise
 
 
-def check_trackers(page: Training) -> None:
+def check_trackers(config: Training) -> None:
     """Refuse a tracker that is not installed before any work is done."""
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-    for tracker in page.trackers:
+    for tracker in config.trackers:
         if not available[tracker]():
             raise BackendError(
                 f"training.trackers names {tracker}, which is not installed", fix=f"pip install {tracker}"
@@ -131,46 +131,46 @@ def train(
     progress: Progress,
 ) -> None:
     """Train the student on the stored targets; every step is a function of (seed, epoch, step, process)."""
-    page, device = recipe.training, accelerator.device
-    batch_size = min(page.batch_size, dataset.images_an_epoch)
+    config, device = recipe.training, accelerator.device
+    batch_size = min(config.batch_size, dataset.images_an_epoch)
     if batch_size < accelerator.num_processes:
         raise RunError(
             f"a batch of {batch_size} images cannot be shared by {accelerator.num_processes} processes",
             fix="give more images, raise training.batch_size, or start fewer processes",
         )
     steps = dataset.images_an_epoch // batch_size  # in an epoch; the last, smaller batch is left out
-    total = steps * page.epochs
-    warmup = round(min(page.warmup_epochs * steps, 0.2 * total))  # a run of one epoch is more than its warm-up
+    total = steps * config.epochs
+    warmup = round(min(config.warmup_epochs * steps, 0.2 * total))  # a run of one epoch is more than its warm-up
     autocast = partial(
-        torch.autocast, device.type, torch.bfloat16, enabled=decide_precision(run, student, page, accelerator)
+        torch.autocast, device.type, torch.bfloat16, enabled=decide_precision(run, student, config, accelerator)
     )
 
     student.to(device)
-    dataset = replace(dataset, answers=dataset.answers.to(device))
-    space = LossContext(
+    dataset = replace(dataset, classifier=dataset.classifier.to(device))
+    context = LossContext(
         classes=len(recipe.classes),
-        width=dataset.targets.width,
-        epochs=page.epochs,
+        width=dataset.store.width,
+        epochs=config.epochs,
         steps_per_epoch=steps,
         images=len(dataset.image_index) + (len(dataset.labelled.labels) if dataset.labelled else 0),
         class_means=dataset.class_means,
         class_vectors=dataset.class_vectors(),
-        logit_scale=dataset.targets.logit_scale,
+        logit_scale=dataset.store.logit_scale,
         stages=student.stage_widths,
     )
-    seed_everything(page.seed)  # what an objective learns begins alike in every process, whatever was probed before
-    objective = Objectives(recipe.objective, space).to(device)
+    seed_everything(config.seed)  # what an objective learns begins alike in every process, whatever was probed before
+    objective = Objectives(recipe.objective, context).to(device)
     student.projector.requires_grad_(objective.uses_features)  # several processes wait for every gradient
     student.shows_stages = recipe.reads_stages
     learning = nn.ModuleList([student, objective])  # some objectives learn beside the student, and stay here
-    optimizer = build_optimizer(learning, page)
+    optimizer = build_optimizer(learning, config)
     average = ModelEma(student)  # the weight EMA is what is judged and kept
     counters = TrainingCounters(made_from=dataset.fingerprint())
     state = TrainingState(student, average, optimizer, objective, counters)
     state.load(run)
     if accelerator.is_main_process:
         run.keep_metrics(counters.epoch)
-    model, stepper = accelerator.prepare(torch.compile(student) if page.compile else student, optimizer)
+    model, stepper = accelerator.prepare(torch.compile(student) if config.compile else student, optimizer)
     accelerator.init_trackers(run.name)
 
     first, rendered = counters.step, MultiViewDataset(dataset.image_index, student.preprocessing, recipe.views)
@@ -184,20 +184,22 @@ def train(
             state.save(run)
 
     with stopping() as signals:
-        plan = batches(dataset, page, recipe.views.count, batch_size, range(first, total), accelerator)
-        loaded = make_dataloader(rendered, plan, workers=page.workers, stop=signals)
+        plan = batches(dataset, config, recipe.views.count, batch_size, range(first, total), accelerator)
+        loaded = make_dataloader(rendered, plan, workers=config.workers, stop=signals)
         labelled = labelled_batches(dataset, student, recipe, range(first, total), accelerator, signals)
         if counters.steps_in_epoch == steps:  # what failed before was the judging
-            finish_epoch(run, dataset, state, accelerator, page)
+            finish_epoch(run, dataset, state, accelerator, config)
         fetched, failure = fetch(loaded, labelled) if first < total else None, None
         for step in range(first, total):
             if fetched is None:  # stopped while the first batch was waited for
-                raise interrupted(run, counters, page)
+                raise interrupted(run, counters, config)
             batch, few = fetched
             pixels = batch.pixels[:, 0].to(device, non_blocking=True)
-            teacher = dataset.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), device)
-            if page.mixup is not None:
-                pixels, teacher = mixed(pixels, teacher, page.mixup, seed=(page.seed, step, accelerator.process_index))
+            teacher = dataset.teacher_output(batch.positions.numpy(), batch.views[:, 0].numpy(), device)
+            if config.mixup is not None:
+                pixels, teacher = mixed(
+                    pixels, teacher, config.mixup, seed=(config.seed, step, accelerator.process_index)
+                )
             if few is not None:
                 pixels, teacher = beside(pixels, teacher, *few)
             model.train()
@@ -206,38 +208,38 @@ def train(
             terms = objective(answer, teacher)
             loss = torch.stack(list(terms.values())).sum()
             for group in optimizer.param_groups:
-                group["lr"] = page.learning_rate * schedule(step, total, warmup)
+                group["lr"] = config.learning_rate * schedule(step, total, warmup)
             stepper.zero_grad()
             accelerator.backward(loss)
             for parameter in objective.parameters():  # the student's are averaged over the processes already
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
-            if page.gradient_clip is not None:
-                accelerator.clip_grad_norm_(learning.parameters(), page.gradient_clip)
+            if config.gradient_clip is not None:
+                accelerator.clip_grad_norm_(learning.parameters(), config.gradient_clip)
             stepper.step()
-            average.update(student, decay=min(page.ema, (1 + step) / (10 + step)))
+            average.update(student, decay=min(config.ema, (1 + step) / (10 + step)))
 
             told = {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
             counters.add(accelerator.reduce(told, "mean"))
-            progress.advance(batch_size, describe(counters, page))
+            progress.advance(batch_size, describe(counters, config))
             epoch_ends = counters.steps_in_epoch == steps
             if epoch_ends:
                 counters.seconds = clock.seconds()
                 with saving_first(save):
-                    finish_epoch(run, dataset, state, accelerator, page)
+                    finish_epoch(run, dataset, state, accelerator, config)
             if step + 1 < total:
                 try:
                     fetched = fetch(loaded, labelled)
                 except Exception as error:  # raised when all processes have stopped, and what they did is saved
                     fetched, failure = None, error
             stop = stop_requested(bool(signals) or fetched is None, accelerator)
-            if epoch_ends or stop or clock.due(page.checkpoint_minutes):
+            if epoch_ends or stop or clock.due(config.checkpoint_minutes):
                 save()
             if stop:
                 accelerator.wait_for_everyone()  # a launcher ends them all as soon as one has ended
-                raise failure or interrupted(run, counters, page)
+                raise failure or interrupted(run, counters, config)
     accelerator.wait_for_everyone()
     if not run.weights.exists():  # deleted since, as it was damaged; the last average takes its place
-        judge(run, dataset, state, accelerator, page, epoch=counters.epoch)
+        judge(run, dataset, state, accelerator, config, epoch=counters.epoch)
     if accelerator.is_main_process:
         rate = total * batch_size / max(counters.seconds, 1e-9)
         best = {"epoch": counters.best_epoch, "agreement": counters.best_agreement}
@@ -247,17 +249,17 @@ def train(
 
 
 def batches(
-    dataset: DistillationDataset, page: Training, views: int, batch_size: int, steps: range, accelerator: Accelerator
+    dataset: DistillationDataset, config: Training, views: int, batch_size: int, steps: range, accelerator: Accelerator
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Yield this process's part of each batch: an image at most once an epoch, and each epoch its next view."""
-    offsets = {int(position): int(dataset.image_index.keys[position][:8], 16) for position in dataset.learned}
+    offsets = {int(position): int(dataset.image_index.keys[position][:8], 16) for position in dataset.train_indices}
     in_epoch = dataset.images_an_epoch // batch_size
     order = np.empty(0, dtype=np.int64)
     for step in steps:
         epoch, place = divmod(step, in_epoch)
         if place == 0 or not len(order):
-            learned = learned_in(dataset, page, epoch, in_epoch * batch_size)
-            order = np.random.default_rng((page.seed, epoch)).permutation(learned)
+            learned = learned_in(dataset, config, epoch, in_epoch * batch_size)
+            order = np.random.default_rng((config.seed, epoch)).permutation(learned)
         chosen = order[place * batch_size : (place + 1) * batch_size]
         mine = chosen[accelerator.process_index :: accelerator.num_processes]
         yield [(int(position), [1 + (offsets[int(position)] + epoch) % views]) for position in mine]
@@ -297,20 +299,22 @@ def saving_first(save: Callable[[], None]) -> Iterator[None]:
         raise
 
 
-def interrupted(run: Run, counters: TrainingCounters, page: Training) -> Interrupted:
+def interrupted(run: Run, counters: TrainingCounters, config: Training) -> Interrupted:
     """Build the notice of a run that was stopped."""
     return Interrupted(
-        f"stopped in epoch {min(counters.epoch + 1, page.epochs)} of {page.epochs}; everything up to here is saved",
+        f"stopped in epoch {min(counters.epoch + 1, config.epochs)} of {config.epochs}; everything up to here is saved",
         where=run.folder,
         fix="the same command goes on from here",
     )
 
 
-def learned_in(dataset: DistillationDataset, page: Training, epoch: int, count: int) -> NDArray[np.int64]:
+def learned_in(dataset: DistillationDataset, config: Training, epoch: int, count: int) -> NDArray[np.int64]:
     """Return the positions of an epoch: every learned image, or ``count`` of them drawn by their shares."""
-    if dataset.shares is None:
-        return dataset.learned
-    return dataset.learned[systematic_sample(dataset.shares, count, epoch=epoch, epochs=page.epochs, seed=page.seed)]
+    if dataset.sample_weights is None:
+        return dataset.train_indices
+    return dataset.train_indices[
+        systematic_sample(dataset.sample_weights, count, epoch=epoch, epochs=config.epochs, seed=config.seed)
+    ]
 
 
 def schedule(step: int, total: int, warmup: int) -> float:
@@ -320,33 +324,33 @@ def schedule(step: int, total: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def build_optimizer(learning: nn.Module, page: Training) -> torch.optim.Optimizer:
+def build_optimizer(learning: nn.Module, config: Training) -> torch.optim.Optimizer:
     """Build the optimizer; biases and norms, which are vectors, do not decay."""
     matrices = [parameter for parameter in learning.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in learning.parameters() if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": page.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    if page.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=page.learning_rate)
-    return torch.optim.SGD(groups, lr=page.learning_rate, momentum=0.9, nesterov=True)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True)
 
 
-def decide_precision(run: Run, student: Student, page: Training, accelerator: Accelerator) -> bool:
+def decide_precision(run: Run, student: Student, config: Training, accelerator: Accelerator) -> bool:
     """Return whether to train in bfloat16; what a probe decides is written down first, and read again on resume."""
-    if page.precision != "auto":
-        return page.precision == "bf16"
+    if config.precision != "auto":
+        return config.precision == "bf16"
     with accelerator.main_process_first():
         if "precision" not in run.card:
-            run.update_card(precision=probe_precision(student, accelerator.device, page.batch_size))
+            run.update_card(precision=probe_precision(student, accelerator.device, config.batch_size))
     return bool(run.card["precision"]["chosen"] == "bf16")
 
 
 def finish_epoch(
-    run: Run, dataset: DistillationDataset, state: TrainingState, accelerator: Accelerator, page: Training
+    run: Run, dataset: DistillationDataset, state: TrainingState, accelerator: Accelerator, config: Training
 ) -> None:
     """Judge the student and write the epoch's metrics."""
     counters = state.counters
     epoch = counters.epoch + 1
-    agreement = judge(run, dataset, state, accelerator, page, epoch=epoch)
+    agreement = judge(run, dataset, state, accelerator, config, epoch=epoch)
     if accelerator.is_main_process:
         record = {"epoch": epoch, **counters.means(), "agreement": agreement, "seconds": round(counters.seconds, 1)}
         run.append_metrics(record)
@@ -359,15 +363,15 @@ def judge(
     dataset: DistillationDataset,
     state: TrainingState,
     accelerator: Accelerator,
-    page: Training,
+    config: Training,
     *,
     epoch: int,
 ) -> float:
     """Judge the averaged student without labels and keep it if it is the best so far; of equals, the later one."""
     counters, average = state.counters, state.average.student
     if dataset.labelled is not None:
-        tune_head_mixing(average, dataset.labelled, page)
-    agreement = agreement_with_teacher(average, dataset, page, accelerator)
+        tune_head_mixing(average, dataset.labelled, config)
+    agreement = agreement_with_teacher(average, dataset, config, accelerator)
     if accelerator.is_main_process and (agreement >= counters.best_agreement or not run.weights.exists()):
         counters.best_epoch, counters.best_agreement = epoch, agreement
         save_tensors(run.weights, average.state_dict(), {"epoch": epoch, "agreement": agreement})
@@ -376,13 +380,13 @@ def judge(
 
 @torch.inference_mode()
 def agreement_with_teacher(
-    student: Student, dataset: DistillationDataset, page: Training, accelerator: Accelerator
+    student: Student, dataset: DistillationDataset, config: Training, accelerator: Accelerator
 ) -> float:
     """Return the percentage of held-out images on which student and teacher name the same class."""
-    mine = dataset.held_out[accelerator.process_index :: accelerator.num_processes]
+    mine = dataset.val_indices[accelerator.process_index :: accelerator.num_processes]
     counts = torch.zeros(2, device=accelerator.device)  # agreeing, all
-    for batch in evaluation_views(dataset.image_index, student.preprocessing, mine, workers=page.workers):
-        teacher = dataset.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), accelerator.device)
+    for batch in evaluation_views(dataset.image_index, student.preprocessing, mine, workers=config.workers):
+        teacher = dataset.teacher_output(batch.positions.numpy(), batch.views[:, 0].numpy(), accelerator.device)
         logits = student(batch.pixels[:, 0].to(accelerator.device)).logits
         counts[0] += (logits.argmax(1) == teacher.labels).sum()
         counts[1] += len(logits)
@@ -399,11 +403,11 @@ def stop_requested(asked: bool, accelerator: Accelerator) -> bool:
     return bool(accelerator.check_trigger())
 
 
-def describe(counters: TrainingCounters, page: Training) -> str:
+def describe(counters: TrainingCounters, config: Training) -> str:
     """Return the progress line: the epoch and the mean of each loss term in it."""
     terms = "  ".join(f"{name} {value:.3f}" for name, value in counters.means().items())
     best = f"  agreement {counters.best_agreement:.1f} %" if counters.best_epoch else ""
-    return f"epoch {counters.epoch + 1}/{page.epochs}  {terms}{best}"
+    return f"epoch {counters.epoch + 1}/{config.epochs}  {terms}{best}"
 
 
 class Clock:

@@ -190,17 +190,17 @@ def changes(before: Floats, after: Floats) -> dict[str, Any]:
     }
 
 
-def corrected(correction: dict[str, Any]) -> str:
+def corrected(adjustment: dict[str, Any]) -> str:
     """Say what was done to the teacher's answers."""
     told = []
-    if correction["debias"]:
-        varied = correction["effective_classes"]
+    if adjustment["debias"]:
+        varied = adjustment["effective_classes"]
         told.append(
-            f"debias {correction['debias']} changed {correction['changed']:,} of {correction['images']:,} "
+            f"debias {adjustment['debias']} changed {adjustment['changed']:,} of {adjustment['images']:,} "
             f"pseudo-labels, as varied as {varied['after']:.1f} even classes, before {varied['before']:.1f}"
         )
-    if correction["entropy"] is not None:
-        told.append(f"temperature {correction['temperature']:.3g}")
+    if adjustment["entropy"] is not None:
+        told.append(f"temperature {adjustment['temperature']:.3g}")
     return "; ".join(told)
 
 

@@ -159,7 +159,7 @@ def test_each_teacher_has_a_store_of_its_own_that_other_runs_share(
     place: Path, tmp_path: Path, calls: Counter[str]
 ) -> None:
     alone = prepare(recipe_for(place, digits()), tmp_path, NullProgress())
-    width = alone.targets.width
+    width = alone.store.width
     assert set(calls) == {f"views of {width}", f"prompts of {width}"}
     calls.clear()
     both = prepare(recipe_for(place, digits(), tiny(place)), tmp_path, NullProgress())
@@ -167,16 +167,16 @@ def test_each_teacher_has_a_store_of_its_own_that_other_runs_share(
     calls.clear()
     again = prepare(recipe_for(place, tiny(place)), tmp_path, NullProgress())
     assert not calls
-    positions, views = alone.learned[:8], np.ones(8, dtype=int)
+    positions, views = alone.train_indices[:8], np.ones(8, dtype=int)
     per_prompt = [
-        one.answers.per_prompt(one.answer(positions, views, torch.device("cpu")).features)
+        one.classifier.per_prompt(one.teacher_output(positions, views, torch.device("cpu")).features)
         for one in (alone, again, both)
     ]
     torch.testing.assert_close(per_prompt[2], (per_prompt[0] + per_prompt[1]) / 2, rtol=1e-5, atol=1e-4)
-    assert isinstance(both.targets, TeacherEnsemble)
-    named = labels_alone(both.targets, both.answers, [both.targets.features(both.rows[positions], views)])
+    assert isinstance(both.store, TeacherEnsemble)
+    named = labels_alone(both.store, both.classifier, [both.store.features(both.rows[positions], views)])
     for mine, one in zip(named, (alone, again), strict=True):
-        assert mine.tolist() == one.answer(positions, views, torch.device("cpu")).labels.tolist()
+        assert mine.tolist() == one.teacher_output(positions, views, torch.device("cpu")).labels.tolist()
     assert len({one.fingerprint() for one in (alone, again, both)}) == 3
 
 
@@ -199,7 +199,7 @@ def test_a_student_of_two_teachers_is_trained_judged_and_keeps_both_stores(
     monkeypatch.setattr("prgkit.export.from_run.load_teacher", lambda *_: pytest.fail("nothing is new to a teacher"))
     weighted, _ = teacher_logits(run, recipe, images, np.arange(len(images)), NullProgress())
     dataset = prepare(recipe, Path("targets"), NullProgress())
-    said = dataset.answer(np.arange(len(images)), np.zeros(len(images), dtype=int), torch.device("cpu"))
+    said = dataset.teacher_output(np.arange(len(images)), np.zeros(len(images), dtype=int), torch.device("cpu"))
     np.testing.assert_allclose(weighted, said.logits.numpy(), rtol=1e-5, atol=1e-5)
 
 

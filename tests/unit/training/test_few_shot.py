@@ -183,7 +183,11 @@ def test_images_that_choose_the_vote_teach_no_one_and_those_that_teach_choose_no
     own = dataset.labelled.dataset
     names = [
         {part.image_index.keys[position] for position in positions}
-        for part, positions in ((dataset, dataset.learned), (dataset, dataset.held_out), (own, own.held_out))
+        for part, positions in (
+            (dataset, dataset.train_indices),
+            (dataset, dataset.val_indices),
+            (own, own.val_indices),
+        )
     ]
     assert names[0]
     assert names[1]
