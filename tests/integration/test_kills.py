@@ -45,16 +45,16 @@ POINTS: dict[str, tuple[str, Trap]] = {
     "distill: during the quality stage": (DISTILL, ("prgkit.training.statistics:assess", 1, "before")),
     "distill: quality told, not written": (DISTILL, ("prgkit.training.statistics:summary", 1, "after")),
     "distill: before the first step": (DISTILL, ("prgkit.training.distill:train", 1, "before")),
-    "distill: within an epoch": (DISTILL, ("prgkit.training.checkpoint:ModelEma.update", 6, "after")),
+    "distill: within an epoch": (DISTILL, ("timm.utils:ModelEmaV3.update", 6, "after")),
     "distill: in the middle of a checkpoint": (DISTILL, ("prgkit.storage.tensors:save_file", 3, "within")),
     "distill: checkpoint written, not renamed": (DISTILL, ("prgkit.training.checkpoint:save_tensors", 3, "before")),
-    "distill: best student written, no metrics": (DISTILL, ("prgkit.training.distill:judge", 1, "after")),
+    "distill: best student written, no metrics": (DISTILL, ("prgkit.training.distill:evaluate", 1, "after")),
     "distill: half a line of metrics": (DISTILL, ("prgkit.storage.run:append_line", 2, "within")),
     "distill: an epoch's end, metrics but no checkpoint": (
         DISTILL,
-        ("prgkit.training.distill:finish_epoch", 2, "after"),
+        ("prgkit.training.distill:end_epoch", 2, "after"),
     ),
-    "distill: trained, not yet said to be": (DISTILL, ("prgkit.training.distill:finish_epoch", 3, "after")),
+    "distill: trained, not yet said to be": (DISTILL, ("prgkit.training.distill:end_epoch", 3, "after")),
 }
 QUICK = [
     "targets: block written, not journalled",
