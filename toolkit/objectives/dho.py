@@ -1,4 +1,4 @@
-"""DHO, dual-head optimisation (arXiv 2505.07675): labels teach one head, the teacher the other; both answer together."""
+"""DHO, dual-head optimisation (arXiv 2505.07675): labels teach one head, the teacher the other, and both answer."""
 
 from __future__ import annotations
 

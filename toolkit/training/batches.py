@@ -1,4 +1,4 @@
-"""Which images each training step learns from: a function of (seed, epoch, step, process), so that a run can resume."""
+"""What each training step learns from: a function of (seed, epoch, step, process), so that a run can resume."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
@@ -96,3 +98,22 @@ def epoch_positions(dataset: DistillationDataset, config: Training, epoch: int, 
         return dataset.train_indices
     sample = systematic_sample(dataset.sample_weights, count, epoch=epoch, epochs=config.epochs, seed=config.seed)
     return dataset.train_indices[sample]
+
+
+def mixup(
+    pixels: Tensor, teacher: TeacherOutput, strength: float, *, seed: tuple[int, ...]
+) -> tuple[Tensor, TeacherOutput]:
+    """Mix each image [B, S, S, 3] with another of its batch, a * one + (1 - a) * other, a ~ Beta(strength, strength).
+
+    This is mixup (Zhang et al., ICLR 2018) on stored features: the teacher's probabilities are mixed as the images are,
+    and so are its features, which then get unit length; the pseudo-label is the mixed probabilities' largest.
+    """
+    generator = np.random.default_rng((*seed, 2))
+    share = float(generator.beta(strength, strength))
+    share = max(share, 1 - share)  # an image stays the larger part of its mixture, whose number it keeps
+    other = torch.from_numpy(generator.permutation(len(pixels))).to(pixels.device)
+    blended = share * pixels.float() + (1 - share) * pixels[other].float()
+    probabilities = teacher.logits.softmax(dim=1)
+    logits = (share * probabilities + (1 - share) * probabilities[other]).clamp(min=1e-12).log()
+    features = F.normalize(share * teacher.features + (1 - share) * teacher.features[other], dim=1)
+    return blended, teacher._replace(features=features, logits=logits, labels=logits.argmax(dim=1))

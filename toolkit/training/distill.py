@@ -32,12 +32,11 @@ from prgkit.storage.run import Interrupted, Run, differences, require_own_folder
 from prgkit.storage.tensors import save_tensors
 from prgkit.student.model import Student, build_student
 from prgkit.teacher.ensemble import teacher_fingerprint
-from prgkit.training.batches import StepBatch, StepPlan, load_batches, plan_steps
+from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
 from prgkit.training.checkpoint import TrainingCounters, TrainingState, expected_bytes, model_ema
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.distributed import first_goes_on, from_first, join_processes, probe_precision
 from prgkit.training.few_shot import beside, tune_head_mixing
-from prgkit.training.mixup import mixed
 from prgkit.training.optimizer import build_optimizer, schedule
 from prgkit.training.prepare import prepare
 
@@ -244,7 +243,7 @@ def inputs_of(trainer: Trainer, batch: StepBatch, step: int) -> tuple[Tensor, Te
     teacher = trainer.dataset.teacher_output(positions, views, device)
     if config.mixup is not None:
         seed = (config.seed, step, trainer.accelerator.process_index)
-        pixels, teacher = mixed(pixels, teacher, config.mixup, seed=seed)
+        pixels, teacher = mixup(pixels, teacher, config.mixup, seed=seed)
     if batch.labelled is not None:
         pixels, teacher = beside(pixels, teacher, *batch.labelled)
     return pixels, teacher

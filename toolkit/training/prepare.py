@@ -27,7 +27,7 @@ from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 from prgkit.training.dataset import DistillationDataset, LabelledDataset
 from prgkit.training.few_shot import VALIDATION
-from prgkit.training.pseudo_labels import adjust_and_filter, tell_learned, tell_quality
+from prgkit.training.pseudo_labels import adjust_and_filter, report_selection, report_statistics
 
 
 def prepare(
@@ -99,8 +99,8 @@ def prepare(
     if recipe.targets.corrects or recipe.data.keep.asks:
         dataset = adjust_and_filter(dataset, recipe, progress, run)
     if run is None or not run.quality_file.exists():
-        tell_quality(dataset, recipe, progress, run)
-    tell_learned(dataset, recipe.data.keep, progress, run)
+        report_statistics(dataset, recipe, progress, run)
+    report_selection(dataset, recipe.data.keep, progress, run)
     if few is not None:
         dataset = with_labelled(dataset, *few, recipe, teacher, progress)
     return dataset

@@ -22,6 +22,7 @@ from prgkit.teacher.ensemble import TeacherEnsemble
 from prgkit.teacher.zero_shot import ZeroShotClassifier, classifier_of, fit_adjustment
 from prgkit.training import statistics
 from prgkit.training.selection import sure_enough
+from prgkit.training.statistics_schema import Statistics
 
 if TYPE_CHECKING:
     from prgkit.training.dataset import DistillationDataset
@@ -131,7 +132,7 @@ def spread(count: int, most: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
-def tell_learned(dataset: DistillationDataset, keep: Keep, progress: Progress, run: Run | None) -> None:
+def report_selection(dataset: DistillationDataset, keep: Keep, progress: Progress, run: Run | None) -> None:
     """Say how many images are learned from, and write it into the run's card."""
     dropped = len(dataset.image_index) - len(dataset.val_indices) - len(dataset.train_indices)
     facts = {
@@ -150,54 +151,62 @@ def tell_learned(dataset: DistillationDataset, keep: Keep, progress: Progress, r
         run.update_card(learned=facts)
 
 
-def tell_quality(dataset: DistillationDataset, recipe: Recipe, progress: Progress, run: Run | None) -> None:
-    """Say how far the pseudo-labels can be trusted, and keep it in the run."""
-    positions = spread(len(dataset.image_index), statistics.MOST_IMAGES)
-    adjustment, scale = dataset.classifier.adjustment, dataset.store.logit_scale
-    features, logits, template_labels = [], [], []
-    for part in np.array_split(dataset.rows[positions], max(1, len(positions) // PART)):
-        features.append(dataset.store.features(part, np.zeros(len(part), dtype=int)))
-        per_prompt = dataset.classifier.per_prompt(features[-1])  # [part, M, C]
-        logits.append(dataset.classifier.combine(per_prompt))
-        template_labels.append(adjustment.apply(per_prompt).argmax(dim=2).T)  # [M, part]
-    by_itself = torch.cat(logits)
-    corrected = adjustment.apply(by_itself).numpy()
-    found = statistics.assess(
-        torch.cat(features).numpy(),
-        corrected,
-        torch.cat(template_labels, dim=1).numpy(),
-        cosines=(by_itself.amax(dim=1) / scale).numpy(),
-        classes=recipe.classes,
-        templates=recipe.templates,
-        names=[dataset.image_index.images.name(int(index)) for index in dataset.image_index.indices[positions]],
-    )
-    vectors = dataset.classifier.class_vectors().numpy()
-    found["doubts"] = statistics.doubts(torch.cat(features).numpy(), by_itself.numpy(), vectors, two_views(dataset))
-    found["read_as_one"] = statistics.read_as_one(vectors, recipe.classes)
-    if recipe.targets.corrects:
-        found["correction"] = {
-            "debias": recipe.targets.debias,
-            "entropy": recipe.targets.entropy,
-            "temperature": adjustment.temperature,
-            **statistics.changes(by_itself.numpy(), corrected),
-        }
-    if isinstance(dataset.store, TeacherEnsemble):
-        found["teachers"] = statistics.disagreement(
-            labels_alone(dataset.store, dataset.classifier, features),
-            by_itself.argmax(dim=1).numpy(),
-            teachers=[store.config.name for store in dataset.store.stores],
-            classes=recipe.classes,
-        )
-    for doubt in found["doubts"]:
+def report_statistics(dataset: DistillationDataset, recipe: Recipe, progress: Progress, run: Run | None) -> None:
+    """Say how far the pseudo-labels can be trusted, and write it into the run."""
+    result = pseudo_label_statistics(dataset, recipe)
+    for doubt in result.doubts:
         progress.note(
             f"the teacher's answers look like chance: {doubt}; a student of them learns nothing, so look at the "
             "teacher, its weights and the class names first"
         )
     progress.note("the teacher's answers:")
-    for name, line in statistics.summary(found):
+    for name, line in statistics.summarise(result):
         progress.note(f"  {name:<12}{line}")
     if run is not None:
-        write_sealed(run.quality_file, found)
+        write_sealed(run.quality_file, result.model_dump(mode="json", by_alias=True, exclude_unset=True))
+
+
+def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Statistics:
+    """Return what there is to know of the pseudo-labels, from a sample of at most MOST_IMAGES evaluation views."""
+    positions = spread(len(dataset.image_index), statistics.MOST_IMAGES)
+    classifier, adjustment = dataset.classifier, dataset.classifier.adjustment
+    feature_parts, logit_parts, template_labels = [], [], []
+    for rows in np.array_split(dataset.rows[positions], max(1, len(positions) // PART)):
+        feature_parts.append(dataset.store.features(rows, np.zeros(len(rows), dtype=int)))
+        per_prompt = classifier.per_prompt(feature_parts[-1])  # [part, M, C]
+        logit_parts.append(classifier.combine(per_prompt))
+        template_labels.append(adjustment.apply(per_prompt).argmax(dim=2).T)  # [M, part]
+    features, raw_logits = torch.cat(feature_parts).numpy(), torch.cat(logit_parts)
+    logits, vectors = adjustment.apply(raw_logits).numpy(), classifier.class_vectors().numpy()
+    result = statistics.compute_statistics(
+        features,
+        logits,
+        torch.cat(template_labels, dim=1).numpy(),
+        cosines=(raw_logits.amax(dim=1) / dataset.store.logit_scale).numpy(),
+        classes=recipe.classes,
+        templates=recipe.templates,
+        names=[dataset.image_index.images.name(int(index)) for index in dataset.image_index.indices[positions]],
+    )
+    update: dict[str, object] = {
+        "doubts": statistics.find_doubts(features, raw_logits.numpy(), vectors, two_views(dataset)),
+        "read_as_one": statistics.find_read_as_one(vectors, recipe.classes),
+    }
+    if recipe.targets.corrects:
+        update["correction"] = statistics.adjustment_effect(
+            raw_logits.numpy(),
+            logits,
+            debias=recipe.targets.debias,
+            entropy=recipe.targets.entropy,
+            temperature=adjustment.temperature,
+        )
+    if isinstance(dataset.store, TeacherEnsemble):
+        update["teachers"] = statistics.measure_disagreement(
+            labels_alone(dataset.store, classifier, feature_parts),
+            raw_logits.argmax(dim=1).numpy(),
+            teachers=[store.config.name for store in dataset.store.stores],
+            classes=recipe.classes,
+        )
+    return result.model_copy(update=update)
 
 
 def two_views(dataset: DistillationDataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

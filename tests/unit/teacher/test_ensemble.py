@@ -27,7 +27,7 @@ from prgkit.training.distill import distill
 from prgkit.training.dry_run import estimate
 from prgkit.training.prepare import prepare
 from prgkit.training.pseudo_labels import labels_alone
-from prgkit.training.statistics import differing, disagreement
+from prgkit.training.statistics import measure_disagreement, summarise_disagreement
 
 IMAGES = 24
 TINY = {
@@ -270,8 +270,10 @@ def test_the_same_teacher_under_two_names_is_refused(place: Path, tmp_path: Path
 
 def test_disagreement_is_counted_by_hand() -> None:
     alone = np.array([[0, 0, 1, 2, 1], [0, 1, 1, 1, 2], [0, 0, 1, 2, 1]])
-    found = disagreement(alone, np.array([0, 0, 1, 1, 1]), teachers=("a", "b", "c"), classes=("cat", "dog", "owl"))
-    assert found == {
+    found = measure_disagreement(
+        alone, np.array([0, 0, 1, 1, 1]), teachers=("a", "b", "c"), classes=("cat", "dog", "owl")
+    )
+    assert found.model_dump(mode="json", by_alias=True) == {
         "differ": 60.0,
         "pairs": [
             {"teachers": ["a", "b"], "differ": 60.0},
@@ -289,9 +291,9 @@ def test_disagreement_is_counted_by_hand() -> None:
             {"class": "cat", "contested": 1, "named": 2},
         ],
     }
-    assert differing(found) == [
+    assert summarise_disagreement(found) == [
         ("teachers", "they name different classes on 60.0 % of the images; with their average agree a on 80.0 %, b on 60.0 %, c on 80.0 %"),
         ("contested", "dog (3 of 4), owl (2 of 2), cat (1 of 2) of the images that a teacher gives to that class"),
     ]  # fmt: skip
-    same = disagreement(alone[[0, 2]], alone[0], teachers=("a", "c"), classes=("cat", "dog", "owl"))
-    assert (same["differ"], same["classes"], len(differing(same))) == (0.0, [], 1)
+    same = measure_disagreement(alone[[0, 2]], alone[0], teachers=("a", "c"), classes=("cat", "dog", "owl"))
+    assert (same.differ, same.classes, len(summarise_disagreement(same))) == (0.0, [], 1)
