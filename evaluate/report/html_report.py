@@ -13,6 +13,7 @@ from prgkit.evaluate.report.formatting import NONE, Report, Row
 from prgkit.evaluate.report.html import cell, document, grid, heading, section, words
 from prgkit.evaluate.report.plots import figures, svg
 from prgkit.evaluate.report.soak_section import soak_section
+from prgkit.training.statistics import summarise
 from prgkit.training.statistics_schema import Statistics
 
 MOST_PICTURES = 48
