@@ -33,7 +33,7 @@ from prgkit.student.model import load_student, student_facts
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.ensemble import existing_targets, open_targets
 from prgkit.teacher.feature_store import embed
-from prgkit.teacher.zero_shot import ZeroShotClassifier, answers_of, no_adjustment
+from prgkit.teacher.zero_shot import ZeroShotClassifier, classifier_of, no_adjustment
 from prgkit.training.prepare import grey_of, hold_out
 from prgkit.training.pseudo_labels import confidence_of
 from prgkit.training.selection import sure_enough
@@ -281,7 +281,7 @@ def ask_teacher(
     for store in targets.stores:
         embed(store, images, views=np.ones(len(images), dtype=int), recipe=recipe, teacher=teacher, progress=progress)
     prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
-    answers = answers_of(run, recipe, prompts, targets.logit_scale)
+    answers = classifier_of(run, recipe, prompts, targets.logit_scale)
     rows = targets.rows([images.keys[position] for position in positions], views=1)
     features = targets.features(rows, np.zeros(len(rows), dtype=int))
     return Taught(*said(answers, features), features.numpy(), answers)
@@ -290,7 +290,7 @@ def ask_teacher(
 def said(answers: ZeroShotClassifier, features: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the teacher's answer W [n, C] to features I [n, D] twice: as it is given, and as said by itself."""
     classes = answers.prompts.shape[1]
-    by_itself = replace(answers, prompt_weighting="mean", correction=no_adjustment(classes))
+    by_itself = replace(answers, prompt_weighting="mean", adjustment=no_adjustment(classes))
     parts = torch.split(features, 256)
     weighted, uniform = ([one.logits(part) for part in parts] for one in (answers, by_itself))
     return torch.cat(weighted).numpy(), torch.cat(uniform).numpy()

@@ -217,11 +217,11 @@ def targets(session: Session, /, *, listed: bool, prune: bool, **given: Any) -> 
             return {}
         from prgkit.training.prepare import prepare
     dataset = prepare(recipe, given["targets_root"], session.terminal)
-    folders = [store.folder for store in dataset.targets.stores]
+    folders = [store.folder for store in dataset.store.stores]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     for store, size in zip(folders, sizes, strict=True):
         session.terminal.say((str(store), "bold"), f": {len(dataset.image_index):,} images, {size / 2**20:,.1f} MiB")
-    return {"targets": dataset.targets.facts()["targets"], "images": len(dataset.image_index), "bytes": sum(sizes)}
+    return {"targets": dataset.store.facts()["targets"], "images": len(dataset.image_index), "bytes": sum(sizes)}
 
 
 @cli.command("adapt-teacher", short_help="Fit the teacher to your images by a few labels.")
