@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from prgkit.export.bundle.bundle import Bundle, fp32_onnx
-from prgkit.export.runtimes.fidelity import Facts, fidelity, told
+from prgkit.export.bundle.fidelity import fidelity, int8_sentence
+from prgkit.export.bundle.manifest import Artifact
 from prgkit.storage.atomic import read_sealed, write_sealed
 
 FILE = "choice.json"  # beside the report
 SCHEMA = "prgkit.choice/1"
 Row = dict[str, Any]
+Facts = dict[str, Any]
 
 
 def choose(bundle: Bundle, rows: Sequence[Row], *, images: int) -> Facts | None:
@@ -29,13 +31,14 @@ def choose(bundle: Bundle, rows: Sequence[Row], *, images: int) -> Facts | None:
     if not floats:
         return None
     against = min(floats, key=lambda row: float(row["latency"]["p50_ms"]))
-    files = [one for one in bundle.artifacts if (one["format"], one["precision"]) == ("onnx", "int8")]
-    found = [judge(one, ran[one["name"]], against, images) for one in files if one["name"] in ran]
+    files = [one for one in bundle.artifacts if (one.format, one.precision) == ("onnx", "int8")]
+    floors = {one.name: bundle.manifest.fidelity_floor(one) for one in files}
+    found = [judge(name, ran[name], against, floor, images) for name, floor in floors.items() if name in ran]
     ranked = sorted(found, key=lambda one: (not one["kept"], one["kept"] and one["ratio"]))
     return {**ranked[0], "others": ranked[1:]} if ranked else None
 
 
-def judge(entry: Facts, row: Row, against: Row, images: int) -> Facts:
+def judge(name: str, row: Row, against: Row, floor: float, images: int) -> Facts:
     """Return whether one INT8 file is kept, and why.
 
     The fidelity counts by the lower bound of its 95 % interval. The latency counts by the ratio to that of ``against``,
@@ -43,14 +46,13 @@ def judge(entry: Facts, row: Row, against: Row, images: int) -> Facts:
     """
     ratio, interval = round_ratio(row["latency"]["round_p50_ms"], against["latency"]["round_p50_ms"])
     found = fidelity(round(row["agreement_fp32"] * images / 100), images)
-    floor = float(entry["quantization"]["floor"])
-    faithful, faster = found["interval"][0] >= floor, interval[1] < 1
+    faithful, faster = found.holds(floor), interval[1] < 1
     return {
-        "artifact": entry["name"],
+        "artifact": name,
         "kept": faithful and faster,
         "faithful": faithful,
         "faster": faster,
-        **found,
+        **found.to_json(),
         "floor": floor,
         "against": against["artifact"],
         "ratio": ratio,
@@ -75,7 +77,7 @@ def round_ratio(
 
 def int8_notes(bundle: Bundle, found: Facts | None) -> list[str]:
     """Say of every INT8 file whether it is kept, and why not; what was not kept at export says so again."""
-    notes = [f"{one['name']}: {told(one)}." for one in bundle.manifest.get("not_kept", [])]
+    notes = [f"{facts.name}: {int8_sentence(facts)}." for facts in bundle.manifest.not_kept]
     notes += [verdict(one) for one in findings(found)]
     if found and sum(one["kept"] for one in findings(found)) > 1:
         notes.append(f"predict runs {found['artifact']}, the fastest of these.")
@@ -104,15 +106,15 @@ def write_choice(folder: Path, bundle: Bundle, found: Facts | None) -> None:
     if found is None:
         (folder / FILE).unlink(missing_ok=True)
         return
-    chosen = next(one for one in bundle.artifacts if one["name"] == found["artifact"])
+    chosen = next(one for one in bundle.artifacts if one.name == found["artifact"])
     chosen = chosen if found["kept"] else fp32_onnx(bundle)
     write_sealed(
         folder / FILE,
-        {"schema": SCHEMA, "artifact": chosen["name"], "sha256": chosen["sha256"], "int8": found},
+        {"schema": SCHEMA, "artifact": chosen.name, "sha256": chosen.sha256, "int8": found},
     )
 
 
-def chosen_artifact(bundle: Bundle, folder: Path | None) -> dict[str, Any]:
+def chosen_artifact(bundle: Bundle, folder: Path | None) -> Artifact:
     """Return the entry that `predict` runs: the one chosen in this machine's bench folder, else the FP32 file.
 
     A choice of files that were exported anew since counts no more.
@@ -124,6 +126,6 @@ def chosen_artifact(bundle: Bundle, folder: Path | None) -> dict[str, Any]:
     if folder is not None and (folder / FILE).exists():
         choice = read_sealed(folder / FILE, fix="measure again: prgkit bench")
         for artifact in bundle.artifacts:
-            if artifact["format"] == "onnx" and artifact["sha256"] == choice.get("sha256"):
+            if artifact.format == "onnx" and artifact.sha256 == choice.get("sha256"):
                 return artifact
     return fp32_onnx(bundle)

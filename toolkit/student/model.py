@@ -26,6 +26,7 @@ from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import StudentError, nearest, one_line
 from prgkit.outputs import StudentOutput
 from prgkit.storage.run import Run
+from prgkit.storage.run_card import StudentFacts
 from prgkit.storage.tensors import load_facts, load_tensors
 from prgkit.student.heads import ClassVectors, DualHead, DualHeadModel, OpenVocabulary
 
@@ -113,17 +114,17 @@ class Student(Normalised):
             ) from error
         return tuple(one.shape[1] for one in maps)
 
-    def facts(self, config: StudentConfig) -> dict[str, Any]:
+    def facts(self, config: StudentConfig) -> StudentFacts:
         """Return what a run's card says of its student; parameters are counted as they are deployed."""
         network = self.deployed().model
         if isinstance(network, OpenVocabulary):
             network.model.reset_classifier(0)  # type: ignore[operator]
-        return {
-            "model": config.model,
-            "initial": config.initial,
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "preprocessing": self.preprocessing.to_dict(),
-        }
+        return StudentFacts(
+            model=config.model,
+            initial=config.initial,
+            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            preprocessing=self.preprocessing.to_dict(),
+        )
 
     def deployed(self) -> Deployed:
         """Return what leaves for the device: the same weights, without the projector unless class vectors need it."""
