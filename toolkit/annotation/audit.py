@@ -96,7 +96,7 @@ def drawn(run: Run, recipe: Recipe, targets_root: Path, *, count: int | None, pr
         "drawn_from": len(dataset.image_index),
         "held_out": len({tick.key for tick in ticks} & {dataset.image_index.keys[place] for place in dataset.held_out}),
         "ticked": len(seen),
-        "teacher": teacher_share(seen) if seen else None,
+        "teacher": teacher_share(seen).model_dump(mode="json") if seen else None,
     }
 
 
