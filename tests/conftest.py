@@ -7,12 +7,14 @@ import os
 # Two busy cores and two spinning OpenMP threads are a hundred times slower than one thread; subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hashlib
 import json
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,6 +124,40 @@ def pictures(count: int, *, size: int = SIZE, seed: int = 0) -> NDArray[np.uint8
         noise = generator.normal(0, generator.uniform(0, 12), shapes.shape)
         made.append(middle + contrast * (shapes - 128) + noise)
     return np.stack(made).clip(0, 255).astype(np.uint8)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Trace each network once in a session: what PyTorch's exporter makes of the same module and arguments is kept.
+
+    Tracing takes seconds, and many tests export the same student. What differs in one byte is traced anew.
+    """
+    if "torch" not in sys.modules:
+        return  # no test of this session exports
+    import onnx
+    import torch
+
+    export, traced = torch.onnx.export, dict[bytes, bytes]()
+
+    def export_once(module: Any, examples: tuple[Any, ...], **options: Any) -> Any:
+        key = sha256_of(module, repr([(example.shape, example.dtype) for example in examples] + [options]))
+        if key not in traced:
+            traced[key] = export(module, examples, **options).model_proto.SerializeToString()
+        return SimpleNamespace(model_proto=onnx.load_from_string(traced[key]))
+
+    torch.onnx.export = export_once
+
+
+def sha256_of(module: Any, arguments: str) -> bytes:
+    """Return the SHA-256 of a network: its layers with their plain attributes, its weights, and how it is traced."""
+    digest = hashlib.sha256(arguments.encode())
+    for name, layer in module.named_modules():
+        plain = {
+            key: value for key, value in vars(layer).items() if isinstance(value, bool | int | float | str | tuple)
+        }
+        digest.update(f"{name} {type(layer)} {layer.extra_repr()} {plain}".encode())
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.detach().numpy().tobytes())
+    return digest.digest()
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
