@@ -168,11 +168,11 @@ def training_loops(bench: Bench, teacher: Teacher) -> tuple[dict[str, Iterator[N
     precision = probe_precision(trial, bench.device, bench.batch_size)
 
     def stored(batch: Batch, _seen: Tensor) -> TeacherOutput:
-        return dataset.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), bench.device)
+        return dataset.teacher_output(batch.positions.numpy(), batch.views[:, 0].numpy(), bench.device)
 
     def online(batch: Batch, seen: Tensor) -> TeacherOutput:
         features = teacher.embed_images(seen)
-        logits = dataset.answers.logits(features)
+        logits = dataset.classifier.logits(features)
         return TeacherOutput(features, logits, logits.argmax(dim=1), batch.positions)
 
     def hard_labels(batch: Batch, _seen: Tensor) -> TeacherOutput:
@@ -258,8 +258,8 @@ def rendered_batches(bench: Bench, dataset: DistillationDataset, teacher: Teache
     """Return some batches in the student's size, and the same crops in the teacher's."""
     student = build_student(bench.page, classes=CLASSES, teacher_width=8)
     size, made = bench.batch_size, []
-    for start in range(0, min(4 * size, len(dataset.learned) - size + 1), size):
-        items = [(int(position), [1]) for position in dataset.learned[start : start + size]]
+    for start in range(0, min(4 * size, len(dataset.train_indices) - size + 1), size):
+        items = [(int(position), [1]) for position in dataset.train_indices[start : start + size]]
         batch = MultiViewDataset(dataset.image_index, student.preprocessing, Views()).__getitems__(items)
         seen = MultiViewDataset(dataset.image_index, teacher.preprocessing, Views()).__getitems__(items)
         assert isinstance(batch, Batch)

@@ -142,7 +142,7 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
     from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
-    out = given["out"] or (run.folder if run else bundle) / "bench" / system.slug(system.describe())
+    out = given["out"] or (run.folder if run else bundle) / "bench" / system.machine_folder()
     share = 0.05 if given["tolerance"] is None else given["tolerance"]
     gate = regression.open_gate(given["baseline"], share, out=out) if given["baseline"] else None
     report = measure(
@@ -156,10 +156,11 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
     )
     session.terminal.show(report_table(report))
     if gate is not None:
-        session.terminal.show(baseline_table(report["baseline"]))
-        session.failure = regression.regressions(report["baseline"], path=out / "report.html")
+        assert report.baseline is not None
+        session.terminal.show(baseline_table(report.baseline))
+        session.failure = regression.regressions(report.baseline, path=out / "report.html")
     session.terminal.say("report: ", (str(out / "report.html"), "bold"))
-    return report
+    return report.model_dump(mode="json")
 
 
 @cli.command(short_help="Name what is in an image.")
@@ -182,7 +183,7 @@ def predict(
     from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
-    measured = (run.folder if run else bundle) / "bench" / system.slug_here()
+    measured = (run.folder if run else bundle) / "bench" / system.machine_folder()
     terminal, answers, failed = session.terminal, [], []
     for image in answer(bundle, images, top_k=top_k, min_confidence=min_confidence, bench=measured, note=terminal.note):
         answers.append(image)
@@ -217,11 +218,11 @@ def targets(session: Session, /, *, listed: bool, prune: bool, **given: Any) -> 
             return {}
         from prgkit.training.prepare import prepare
     dataset = prepare(recipe, given["targets_root"], session.terminal)
-    folders = [store.folder for store in dataset.targets.stores]
+    folders = [store.folder for store in dataset.store.stores]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     for store, size in zip(folders, sizes, strict=True):
         session.terminal.say((str(store), "bold"), f": {len(dataset.image_index):,} images, {size / 2**20:,.1f} MiB")
-    return {"targets": dataset.targets.facts()["targets"], "images": len(dataset.image_index), "bytes": sum(sizes)}
+    return {"targets": dataset.store.facts()["targets"], "images": len(dataset.image_index), "bytes": sum(sizes)}
 
 
 @cli.command("adapt-teacher", short_help="Fit the teacher to your images by a few labels.")

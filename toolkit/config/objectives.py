@@ -1,4 +1,7 @@
-"""What a recipe can set of each objective; the objectives themselves are in `prgkit.objectives`, beside torch."""
+"""What a recipe can set of each objective; the losses themselves need torch and are in `prgkit.objectives`.
+
+A new objective is a config here, named in `AnyObjective`, and a loss of the same name in its own file there.
+"""
 
 from __future__ import annotations
 
@@ -175,10 +178,12 @@ AnyObjective = Annotated[
     PRG | KD | CE | DKD | DIST | RKD | CRD | ND | PLD | OFA | PromptKD | CLIPKD | DHO,
     Field(discriminator="name"),
 ]
-MODELS: tuple[type[ObjectiveConfig], ...] = get_args(get_args(AnyObjective)[0])
-OBJECTIVES = {get_args(model.model_fields["name"].annotation)[0]: model for model in MODELS}  # by name
+# By the names that recipes use. The loss is the class of the same name in prgkit/objectives/NAME.py.
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    get_args(config.model_fields["name"].annotation)[0]: config for config in get_args(get_args(AnyObjective)[0])
+}
 
 
 def objective_lines() -> dict[str, str]:
     """Return each objective's name with one line on what it is."""
-    return {name: (model.__doc__ or "").splitlines()[0] for name, model in OBJECTIVES.items()}
+    return {name: (config.__doc__ or "").splitlines()[0] for name, config in OBJECTIVES.items()}

@@ -67,10 +67,10 @@ class Block(BaseModel, strict=True):
 class FeatureStore:
     """A store of a teacher's features, opened for reading and appending."""
 
-    def __init__(self, folder: Path, page: TeacherConfig) -> None:
+    def __init__(self, folder: Path, config: TeacherConfig) -> None:
         self.folder = folder
-        self.page = page
-        self.context = load_context(page)
+        self.config = config
+        self.context = load_context(config)
         self.card = read_sealed(folder / "card.json", fix=LOST_CARD)
         self.width: int = self.card["width"]
         self.logit_scale: float = self.card["logit_scale"]
@@ -159,7 +159,7 @@ class FeatureStore:
     def prompts(
         self, classes: Sequence[str], templates: Sequence[str], teacher: Load, progress: Progress = NULL_PROGRESS
     ) -> torch.Tensor:
-        """Return T [M, C, D] float32; a set of classes and templates is embedded once, by ``teacher(page)``.
+        """Return T [M, C, D] float32; a set of classes and templates is embedded once, by ``teacher(config)``.
 
         Where the teacher has a learned context, that is its one template.
 
@@ -177,7 +177,7 @@ class FeatureStore:
                 loaded: NDArray[np.float32] = np.load(path)
                 return torch.from_numpy(loaded)
             path.unlink(missing_ok=True)
-        reader = teacher(self.page)
+        reader = teacher(self.config)
         if (told := reader.proofread(texts, classes)) and not proofs.exists():
             write_text(proofs, told)
             progress.note(told)
@@ -234,42 +234,42 @@ class FeatureStore:
         self._end = max(self._end, row + len(keys))
 
 
-def open_store(page: TeacherConfig, views: Views, root: Path, teacher: Load) -> FeatureStore:
+def open_store(config: TeacherConfig, views: Views, root: Path, teacher: Load) -> FeatureStore:
     """Open the store of a teacher and views, creating it when it is new.
 
     Raises:
         TargetsError: the store was made by something else.
     """
-    if (stored := existing_store(page, views, root)) is not None:
+    if (stored := existing_store(config, views, root)) is not None:
         return stored
-    made_from = origin_of(page, views)
+    made_from = origin_of(config, views)
     folder = root / fingerprint(made_from)
-    seeing = teacher(page)
+    seeing = teacher(config)
     write_sealed(
         folder / "card.json",
         {
             **made_from,
-            "teacher_model": page.model,
-            "teacher_weights": page.weights,
+            "teacher_model": config.model,
+            "teacher_weights": config.weights,
             "width": seeing.width,
             "logit_scale": seeing.logit_scale,
             "preprocessing": seeing.preprocessing.to_dict(),
         },
     )
-    return FeatureStore(folder, page)
+    return FeatureStore(folder, config)
 
 
-def existing_store(page: TeacherConfig, views: Views, root: Path) -> FeatureStore | None:
+def existing_store(config: TeacherConfig, views: Views, root: Path) -> FeatureStore | None:
     """Open the store of a teacher and views where there is one.
 
     Raises:
         TargetsError: the store was made by something else.
     """
-    made_from = origin_of(page, views)
+    made_from = origin_of(config, views)
     folder = root / fingerprint(made_from)
     if not (folder / "card.json").exists():
         return None
-    targets = FeatureStore(folder, page)
+    targets = FeatureStore(folder, config)
     if any(targets.card.get(key) != value for key, value in made_from.items()):
         raise TargetsError(
             "the target store was made from something else than its name says", where=folder, fix="delete it"
@@ -277,11 +277,11 @@ def existing_store(page: TeacherConfig, views: Views, root: Path) -> FeatureStor
     return targets
 
 
-def origin_of(page: TeacherConfig, views: Views) -> dict[str, Any]:
+def origin_of(config: TeacherConfig, views: Views) -> dict[str, Any]:
     """Return what decides a store's features, and so its name."""
     return {
         "schema": "prgkit.targets/2",
-        "teacher": teacher_identity(page),
+        "teacher": teacher_identity(config),
         "views": views.model_dump(mode="json", exclude={"count"}, exclude_none=True),
     }
 
@@ -318,7 +318,7 @@ def embed(
         progress.start("teacher", len(missing), "img")
         for count in np.unique(views[missing]):
             chosen = missing[views[missing] == count]
-            _embed_views(targets, teacher(targets.page), image_index, chosen, int(count), recipe, progress)
+            _embed_views(targets, teacher(targets.config), image_index, chosen, int(count), recipe, progress)
 
 
 def _embed_views(

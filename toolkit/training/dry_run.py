@@ -45,11 +45,11 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
         PrgkitError: for whatever would also stop the real work at its start.
     """
     check_trackers(recipe.training)
-    for page in recipe.teacher:
-        load_context(page)
+    for config in recipe.teacher:
+        load_context(config)
     require_own_folder(folder, recipe)
     device = best_device()
-    stored = [existing_store(page, recipe.views, targets_root) for page in recipe.teacher]
+    stored = [existing_store(config, recipe.views, targets_root) for config in recipe.teacher]
     images = gauged(open_images(recipe.data.images, note=progress.note))
     if images.left_out:
         progress.note(f"{images.spec}: {images.left_out}")
@@ -67,7 +67,7 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
     few_missing = count_missing(few, stored) if few else [0] * len(stored)
     counts = zip(images_missing, judged_missing, few_missing, strict=True)
     missing = [views * (new + labelled) + new_judged for new, new_judged, labelled in counts]
-    passes = [teacher_pass(page, count, device) for page, count in zip(recipe.teacher, missing, strict=True)]
+    passes = [teacher_pass(config, count, device) for config, count in zip(recipe.teacher, missing, strict=True)]
     width = sum(one["width"] for one in passes)
     student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=width)
     if recipe.reads_stages:
@@ -124,11 +124,11 @@ def count_missing(images: ImageSource, stored: Sequence[FeatureStore | None]) ->
     return [round(share * len(images)) for share in unseen]
 
 
-def teacher_pass(page: TeacherConfig, views: int, device: torch.device) -> dict[str, Any]:
+def teacher_pass(config: TeacherConfig, views: int, device: torch.device) -> dict[str, Any]:
     """Return what it takes to have a teacher see so many views, in seconds and bytes, timed for a moment."""
-    teacher = load_teacher(page, device)
+    teacher = load_teacher(config, device)
     return {
-        "teacher": page.name,
+        "teacher": config.name,
         "width": teacher.width,
         "views_missing": views,
         "targets_bytes": views * teacher.width * 2,

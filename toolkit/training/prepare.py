@@ -28,7 +28,7 @@ from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 from prgkit.training.dataset import DistillationDataset, LabelledDataset
 from prgkit.training.few_shot import VALIDATION
-from prgkit.training.pseudo_labels import adjust_and_filter, tell_learned, tell_quality
+from prgkit.training.pseudo_labels import adjust_and_filter, report_selection, report_statistics
 
 
 def prepare(
@@ -41,13 +41,13 @@ def prepare(
     """
 
     @cache
-    def teacher(page: TeacherConfig) -> Teacher:  # loaded once, and only if something is missing
-        progress.note(f"loading the teacher {page.model}")
-        return load_teacher(page, best_device())
+    def teacher(config: TeacherConfig) -> Teacher:  # loaded once, and only if something is missing
+        progress.note(f"loading the teacher {config.model}")
+        return load_teacher(config, best_device())
 
-    for page in recipe.teacher:
-        check_teacher(page, note=progress.note)
-        load_context(page)
+    for config in recipe.teacher:
+        check_teacher(config, note=progress.note)
+        load_context(config)
     stored, pictures = existing_targets(recipe, targets_root), DecodedImageCache(targets_root / PICTURES)
     same = next((one for one in (run, like) if one is not None and one.begun), None)
     grey = grey_of(same) if same is not None else None
@@ -88,20 +88,20 @@ def prepare(
             )
     dataset = DistillationDataset(
         image_index=images,
-        targets=targets,
+        store=targets,
         rows=targets.rows(images.keys, views=1),
-        held_out=held_out,
-        learned=np.setdiff1d(np.arange(len(images)), held_out),
-        shares=None,
-        answers=ZeroShotClassifier(
+        val_indices=held_out,
+        train_indices=np.setdiff1d(np.arange(len(images)), held_out),
+        sample_weights=None,
+        classifier=ZeroShotClassifier(
             prompts, targets.logit_scale, recipe.prompt_weighting, no_adjustment(len(recipe.classes))
         ),
     )
     if recipe.targets.corrects or recipe.data.keep.asks:
         dataset = adjust_and_filter(dataset, recipe, progress, run)
     if run is None or not run.quality_file.exists():
-        tell_quality(dataset, recipe, progress, run)
-    tell_learned(dataset, recipe.data.keep, progress, run)
+        report_statistics(dataset, recipe, progress, run)
+    report_selection(dataset, recipe.data.keep, progress, run)
     if few is not None:
         dataset = with_labelled(dataset, *few, recipe, teacher, progress)
     return dataset
@@ -173,23 +173,23 @@ def with_labelled(
     validation = hold_out(few.keys, VALIDATION)
     views = np.full(len(few), 1 + recipe.views.count)
     views[validation] = 1
-    for store in dataset.targets.stores:
+    for store in dataset.store.stores:
         embed(store, few, views=views, recipe=recipe, teacher=teacher, progress=progress)
     teaching = np.setdiff1d(np.arange(len(few)), validation)
     own = replace(
         dataset,
         image_index=few,
-        rows=dataset.targets.rows(few.keys, views=1),
-        held_out=validation,
-        learned=teaching,
-        shares=None,
+        rows=dataset.store.rows(few.keys, views=1),
+        val_indices=validation,
+        train_indices=teaching,
+        sample_weights=None,
     )
-    kept = without(dataset.image_index, dataset.learned, {few.keys[position] for position in validation})
+    kept = without(dataset.image_index, dataset.train_indices, {few.keys[position] for position in validation})
     return replace(
         dataset,
-        learned=dataset.learned[kept],
-        shares=None if dataset.shares is None else dataset.shares[kept],
-        held_out=dataset.held_out[without(dataset.image_index, dataset.held_out, set(few.keys))],
+        train_indices=dataset.train_indices[kept],
+        sample_weights=None if dataset.sample_weights is None else dataset.sample_weights[kept],
+        val_indices=dataset.val_indices[without(dataset.image_index, dataset.val_indices, set(few.keys))],
         labelled=LabelledDataset(own, labels, first=len(dataset.image_index)),
     )
 
