@@ -388,7 +388,7 @@ def test_a_disk_that_fills_up_at_a_block_loses_that_block_alone(
 ) -> None:
     monkeypatch.setattr(storing, "BLOCK_IMAGES", 8)
     recipe = recipe_for(photos)
-    whole = see(recipe, tmp_path / "whole").targets.folder
+    whole = see(recipe, tmp_path / "whole").store.folder
     all_views = calls["views"]
     flushes = 0
 
