@@ -202,12 +202,11 @@ def without(image_index: ImageIndex, positions: NDArray[np.int64], barred: Conta
 
 def facts_of(images: ImageIndex) -> dict[str, Any]:
     """Return what a run's card says of its images: how many, and each unreadable one with its reason."""
-    unreadable = [{"name": file.name, "reason": file.reason} for file in images.unreadable]
     return {
         "source": images.source.spec,
         "used": len(images),
         "duplicates": images.duplicates,
-        "unreadable": unreadable,
+        "unreadable": images.unreadable,
         "left_out": images.source.left_out,
         "grey_range": images.source.grey,
     }
