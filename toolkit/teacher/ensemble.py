@@ -16,9 +16,9 @@ from prgkit.config.recipe import Recipe
 from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import fingerprint
-from prgkit.teacher.clip import teacher_identity
 from prgkit.teacher.feature_store import FeatureStore, Load, existing_store, open_store
 from prgkit.teacher.prompt_context import load_context
+from prgkit.teacher.weights import teacher_identity
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 

@@ -45,8 +45,9 @@ from prgkit.storage.atomic import (
 )
 from prgkit.storage.locks import locked
 from prgkit.storage.run import append_line, numbered_lines
-from prgkit.teacher.clip import Teacher, teacher_identity
+from prgkit.teacher.clip import Teacher
 from prgkit.teacher.prompt_context import load_context
+from prgkit.teacher.weights import teacher_identity
 
 BLOCK_IMAGES = 256  # what a kill can lose at most
 LOST_CARD = "delete it, and the same command writes it again; what the teacher has seen is kept"

@@ -14,7 +14,8 @@ from torch import Tensor
 from prgkit.config.recipe import TeacherConfig
 from prgkit.errors import TeacherError
 from prgkit.storage.tensors import digest_of, load_tensors, save_tensors
-from prgkit.teacher.clip import Teacher, teacher_identity
+from prgkit.teacher.clip import Teacher
+from prgkit.teacher.weights import teacher_identity
 
 SCHEMA = "prgkit.context/1"
 

@@ -28,9 +28,10 @@ from prgkit.data.workers import default_workers
 from prgkit.device import best_device
 from prgkit.errors import ImagesError, RecipeError, some
 from prgkit.progress import Progress
-from prgkit.teacher.clip import Teacher, check_teacher, load_teacher
+from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.feature_store import FeatureStore, embed, open_store
 from prgkit.teacher.prompt_context import PromptContext, save_context
+from prgkit.teacher.weights import check_teacher
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 WORDS = "a photo of a"  # what a context starts as, and how many tokens it has

@@ -20,10 +20,11 @@ from prgkit.device import best_device
 from prgkit.errors import ImagesError
 from prgkit.progress import Progress
 from prgkit.storage.run import Run
-from prgkit.teacher.clip import Teacher, check_teacher, load_teacher
+from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.ensemble import TeacherFeatures, existing_targets, open_targets
 from prgkit.teacher.feature_store import embed
 from prgkit.teacher.prompt_context import load_context
+from prgkit.teacher.weights import check_teacher
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 from prgkit.training.dataset import DistillationDataset, LabelledDataset
 from prgkit.training.few_shot import VALIDATION
