@@ -105,6 +105,7 @@ def weights_file(folder: Path, named: str | None) -> Path:
 
 
 def weights_files(folder: Path) -> list[Path]:
+    """Return every file of a folder that may hold weights."""
     return sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS_SUFFIXES and path.is_file())
 
 

@@ -74,12 +74,12 @@ def distill_in_process(
         seed_everything(recipe.training.seed)
         student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=dataset.store.width)
         if recipe.scores_by_text:
-            student.score_by(dataset.class_vectors(), dataset.store.logit_scale)
+            student.use_class_vectors(dataset.class_vectors(), dataset.store.logit_scale)
         if recipe.learns_labels:
-            student.grow_second_head()
+            student.add_second_head()
         if accelerator.is_main_process:
             require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(dataset.image_index)), "the run")
-            run.update_card(student=student.facts(recipe.student))
+            run.update_card(student=student.facts(recipe.student)._asdict())
         train(recipe, run, dataset, student, accelerator, progress)
 
 
@@ -188,7 +188,7 @@ def set_up(
     seed_everything(config.seed)  # what an objective learns begins alike in every process, whatever was probed before
     objective = Objectives(recipe.objective, loss_context(recipe, dataset, student, plan)).to(device)
     student.projector.requires_grad_(objective.uses_features)  # several processes wait for every gradient
-    student.shows_stages = recipe.reads_stages
+    student.returns_stages = recipe.reads_stages
     optimizer = build_optimizer(nn.ModuleList([student, objective]), config)
     counters = TrainingCounters(made_from=dataset.fingerprint())
     state = TrainingState(student, model_ema(student), optimizer, objective, counters)
