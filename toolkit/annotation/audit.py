@@ -98,7 +98,7 @@ def drawn(run: Run, recipe: Recipe, targets_root: Path, *, count: int | None, pr
             {tick.key for tick in ticks} & {dataset.image_index.keys[place] for place in dataset.val_indices}
         ),
         "ticked": len(seen),
-        "teacher": teacher_share(seen) if seen else None,
+        "teacher": teacher_share(seen).model_dump(mode="json") if seen else None,
     }
 
 
@@ -125,7 +125,7 @@ def choose(dataset: DistillationDataset, said: Said, recipe: Recipe, count: int,
     were drawn in the same way, so it is when others are added, or when only the first of them are kept. The others'
     order is that of the content keys, hashes again: whoever ticks the first thirty has ticked a fair thirty.
     """
-    keys, images = dataset.image_index.keys, dataset.image_index.images
+    keys, images = dataset.image_index.keys, dataset.image_index.source
     places = {key: position for position, key in enumerate(keys)}
     chosen = [places[key] for key in first[:count]]
     chance = np.random.default_rng([int(fingerprint(keys), 16), len(chosen)])

@@ -17,7 +17,7 @@ class Config(BaseModel):
 
 
 class ObjectiveConfig(Config):
-    """What every objective has: its share in a weighted list, and how the prompts are combined (METHOD: W)."""
+    """What every objective has: its share in a weighted list, and how the prompts are combined."""
 
     # Whether the student has no class head of its own: it scores its features by the teacher's class vectors.
     scores_by_text: ClassVar[bool] = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,26 +15,18 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from prgkit.config.image_size import Size, sides, size_told
-from prgkit.config.recipe import StudentConfig
-from prgkit.data.index import Preprocessing
+from prgkit.config.sections import StudentConfig
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import StudentError
 from prgkit.outputs import StudentOutput
 from prgkit.storage.run import Run
+from prgkit.storage.run_card import StudentFacts
 from prgkit.storage.tensors import load_facts, load_tensors
 from prgkit.student.heads import ClassVectors, DualHead, DualHeadModel, OpenVocabulary
 from prgkit.student.timm_model import create_timm_model, timm_config
 
 if TYPE_CHECKING:
     from prgkit.data.augment import Batch
-
-
-class StudentFacts(NamedTuple):
-    """What a run's card says of its student."""
-
-    model: str
-    initial: str
-    parameters: int  # as they are deployed
-    preprocessing: dict[str, Any]
 
 
 class CheckpointFacts(NamedTuple):
@@ -122,12 +114,16 @@ class Student(Normalised):
         return tuple(stage.shape[1] for stage in maps)
 
     def facts(self, config: StudentConfig) -> StudentFacts:
-        """Return what a run's card says of its student."""
+        """Return what a run's card says of its student; parameters are counted as they are deployed."""
         network = self.inference_model().model
         if isinstance(network, OpenVocabulary):
             network.model.reset_classifier(0)  # type: ignore[operator]
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-        return StudentFacts(config.model, config.initial, parameters, self.preprocessing.to_dict())
+        return StudentFacts(
+            model=config.model,
+            initial=config.initial,
+            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            preprocessing=self.preprocessing.to_dict(),
+        )
 
     def inference_model(self) -> InferenceModel:
         """Return a copy for deployment: the same weights, without the projector unless class vectors need it."""
@@ -193,14 +189,13 @@ def load_student(run: Run) -> Student:
     if not run.weights.exists():
         again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"
         raise StudentError("the run has no student yet", where=run.folder, fix=f"{again} goes on with it")
-    recipe, card = run.recipe, run.card
+    recipe = run.recipe
     try:
         weights, _ = load_tensors(run.weights)
         # The weights come from the file, so a pretrained start is not fetched again.
-        config = recipe.student.model_copy(
-            update={"initial": "random", "crop": card["student"]["preprocessing"]["crop"]}
-        )
-        width = card["teacher"]["width"]
+        crop = run.student_facts.preprocessing["crop"]
+        config = recipe.student.model_copy(update={"initial": "random", "crop": crop})
+        width = run.teacher_facts.width
         student = build_student(config, classes=len(recipe.classes), teacher_width=width)
         if recipe.scores_by_text:
             student.use_class_vectors(torch.zeros(len(recipe.classes), width), 0.0)

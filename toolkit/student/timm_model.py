@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from timm.models import PretrainedCfg, _hub
 from torch import Tensor, nn
 
-from prgkit.config.recipe import StudentConfig
+from prgkit.config.sections import StudentConfig
 from prgkit.errors import StudentError, nearest, one_line
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # of which the last is .pth.tar's

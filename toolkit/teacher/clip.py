@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from prgkit.config.image_size import sides, size_of
-from prgkit.config.recipe import TeacherConfig
-from prgkit.data.index import Preprocessing
+from prgkit.config.sections import TeacherConfig
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import TeacherError
 from prgkit.teacher.weights import (
     check_teacher,

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from prgkit.config.recipe import TeacherConfig
+from prgkit.config.sections import TeacherConfig
 from prgkit.errors import TeacherError
 from prgkit.storage.tensors import digest_of, load_tensors, save_tensors
 from prgkit.teacher.clip import Teacher

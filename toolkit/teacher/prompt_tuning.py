@@ -21,10 +21,11 @@ from torch.nn import functional as F
 
 from prgkit import __version__
 from prgkit.config.prompts import fill
-from prgkit.config.recipe import Recipe, TeacherConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TeacherConfig
 from prgkit.data.decode import GreyRange
-from prgkit.data.index import ImageIndex, index_images, labelled, open_images, read_image_index
-from prgkit.data.workers import default_workers
+from prgkit.data.index import ImageIndex, index_images, read_image_index, select_labelled
+from prgkit.data.sources import open_images
 from prgkit.device import best_device
 from prgkit.errors import ImagesError, RecipeError, some
 from prgkit.progress import Progress
@@ -33,6 +34,7 @@ from prgkit.teacher.feature_store import FeatureStore, embed, open_store
 from prgkit.teacher.prompt_context import PromptContext, save_context
 from prgkit.teacher.weights import check_teacher
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
+from prgkit.workers import default_workers
 
 WORDS = "a photo of a"  # what a context starts as, and how many tokens it has
 EPOCHS = 20
@@ -81,9 +83,10 @@ def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, progres
         return load_teacher(config, best_device())
 
     targets = open_store(config, recipe.views, targets_root, teacher)
-    images = read_image_index(recipe.data.labelled or "", recipe, progress, known=targets)
-    images, labels = labelled(images, recipe.classes, note=progress.note)
-    chosen = draw(images, labels, shots, barred=evaluation_keys(recipe, images.images.grey), seed=recipe.training.seed)
+    assert recipe.data.labelled_spec is not None
+    images = read_image_index(recipe.data.labelled_spec, progress, known=targets)
+    images, labels = select_labelled(images, recipe.classes, note=progress.note)
+    chosen = draw(images, labels, shots, barred=evaluation_keys(recipe, images.source.grey), seed=recipe.training.seed)
     named = tell_counts(chosen, labels, recipe.classes, shots, progress)
     held_out = np.concatenate([of_class[len(of_class) - len(of_class) // HELD_OUT :] for of_class in chosen])
     learned = np.setdiff1d(np.concatenate(chosen), held_out)
@@ -99,7 +102,7 @@ def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, progres
     context, found = learn(teacher(config), names, used, seed=recipe.training.seed, progress=progress)
     facts = {
         "prgkit": __version__,
-        "labelled": images.images.spec,
+        "labelled": images.source.spec,
         "classes": names,
         "shots": shots,
         "seed": recipe.training.seed,
@@ -161,7 +164,7 @@ def draw(
         left = "; those that are evaluation images do not count" if barred else ""
         raise ImagesError(
             f"{('no class has', 'only one class has')[len(drawn)]} labelled images{left}",
-            where=images.images.spec,
+            where=images.source.spec,
             fix="give a few of each class, and other ones than data.evaluation",
         )
     return [np.array(drawn[label][:shots]) for label in sorted(drawn)]

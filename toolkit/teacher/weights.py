@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from prgkit import demo
-from prgkit.config.recipe import TeacherConfig
+from prgkit.config.sections import TeacherConfig
 from prgkit.errors import TeacherError, nearest, one_line, some
 from prgkit.progress import silent
 from prgkit.storage.atomic import sha256

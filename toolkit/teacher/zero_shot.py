@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prgkit.config.recipe import Recipe, TargetsConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TargetsConfig
 from prgkit.errors import RunError, TargetsError
 from prgkit.storage.atomic import read_sealed
 from prgkit.storage.run import Run

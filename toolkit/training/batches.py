@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prgkit.config.recipe import Recipe, Training
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import Training
 from prgkit.data.augment import Batch, MultiViewDataset, make_dataloader
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import RunError
 from prgkit.outputs import TeacherOutput
 from prgkit.training.dataset import DistillationDataset, Process

@@ -11,12 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prgkit.config.recipe import Training, Views
+from prgkit.config.sections import Training, Views
 from prgkit.data.augment import MultiViewDataset, make_dataloader
-from prgkit.data.index import (
-    ImageIndex,
-    Preprocessing,
-)
+from prgkit.data.index import ImageIndex
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.outputs import TeacherOutput
 from prgkit.storage.atomic import fingerprint
 from prgkit.teacher.ensemble import TeacherFeatures

@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 from torch import Tensor, nn
 
-from prgkit.config.recipe import Recipe, Training
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import Training
 from prgkit.data.augment import evaluation_views
-from prgkit.data.snapshot import anew, tell_changes
+from prgkit.data.snapshot import report_changes, restart_command
 from prgkit.device import seed_everything
 from prgkit.errors import BackendError, TeacherError
 from prgkit.objectives import Objectives
@@ -79,7 +80,7 @@ def distill_in_process(
             student.add_second_head()
         if accelerator.is_main_process:
             require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(dataset.image_index)), "the run")
-            run.update_card(student=student.facts(recipe.student)._asdict())
+            run.update_card(student=student.facts(recipe.student))
         train(recipe, run, dataset, student, accelerator, progress)
 
 
@@ -90,12 +91,11 @@ def already_finished(run: Run, recipe: Recipe, progress: Progress) -> bool:
         return False
     start_run(run.folder, recipe)
     progress.note(f"{run.folder} is finished already")
-    tell_changes(run, recipe, progress)
+    report_changes(run, recipe, progress)
     with suppress(TeacherError):  # it is gone, and needed no more
-        if teacher_fingerprint(recipe) != run.card["teacher"]["fingerprint"]:
-            progress.note(
-                f"the teacher is not the one that it learned from any more; to learn from this one: {anew(run)}"
-            )
+        if teacher_fingerprint(recipe) != run.teacher_facts.fingerprint:
+            again = restart_command(run)
+            progress.note(f"the teacher is not the one that it learned from any more; to learn from this one: {again}")
     return True
 
 
@@ -335,9 +335,10 @@ def decide_precision(run: Run, student: Student, config: Training, accelerator: 
     if config.precision != "auto":
         return config.precision == "bf16"
     with accelerator.main_process_first():
-        if "precision" not in run.card:
+        if run.card.precision is None:
             run.update_card(precision=probe_precision(student, accelerator.device, config.batch_size))
-    return bool(run.card["precision"]["chosen"] == "bf16")
+    probe = run.card.precision
+    return probe is not None and probe.chosen == "bf16"
 
 
 def fetch(batches: Iterator[StepBatch]) -> tuple[StepBatch | None, Exception | None]:

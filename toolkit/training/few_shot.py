@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prgkit.config.recipe import Training
+from prgkit.config.sections import Training
 from prgkit.data.augment import evaluation_views
 from prgkit.metrics import log_softmax
 from prgkit.outputs import TeacherOutput

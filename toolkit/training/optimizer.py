@@ -8,7 +8,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from prgkit.config.recipe import Training
+from prgkit.config.sections import Training
 
 
 def build_optimizer(learning: nn.Module, config: Training) -> torch.optim.Optimizer:

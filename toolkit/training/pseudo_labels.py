@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prgkit.config.recipe import Keep, Recipe
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import Keep
 from prgkit.device import best_device
 from prgkit.errors import TargetsError
 from prgkit.progress import Progress
@@ -185,7 +186,7 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
         cosines=(raw_logits.amax(dim=1) / dataset.store.logit_scale).numpy(),
         classes=recipe.classes,
         templates=recipe.templates,
-        names=[dataset.image_index.images.name(int(index)) for index in dataset.image_index.indices[positions]],
+        names=[dataset.image_index.source.name(int(index)) for index in dataset.image_index.indices[positions]],
     )
     update: dict[str, object] = {
         "doubts": statistics.find_doubts(features, raw_logits.numpy(), vectors, two_views(dataset)),

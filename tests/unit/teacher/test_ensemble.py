@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from prgkit.config.recipe import Recipe, save_recipe, validate
-from prgkit.data.index import index_images, open_images
+from prgkit.data.index import index_images
+from prgkit.data.sources import open_images
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RecipeError
 from prgkit.export.from_run import teacher_logits
@@ -187,8 +188,8 @@ def test_a_student_of_two_teachers_is_trained_judged_and_keeps_both_stores(
     recipe = recipe_for(place, digits(), tiny(place))
     progress = Noting()
     run = distill(recipe, Path("runs/two"), Path("targets"), progress)
-    card, found = run.card["teacher"], run.quality()
-    assert (card["model"], card["weights"]) == ("demo:digits + tiny", None)
+    card, found = run.teacher_facts, run.quality()
+    assert (card.model, card.weights) == ("demo:digits + tiny", None)
     assert sorted(row["runs"] for row in list_stores(Path("targets")) if row["teacher"]) == [["runs/two"]] * 2
     assert found is not None
     assert [one["teacher"] for one in found["teachers"]["average"]] == ["demo:digits", "tiny"]

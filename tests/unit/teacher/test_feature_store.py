@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from prgkit import demo
 from prgkit.config.recipe import Recipe, validate
 from prgkit.data.augment import MultiViewDataset
-from prgkit.data.index import index_images, open_images
+from prgkit.data.index import index_images
+from prgkit.data.sources import open_images
 from prgkit.demo.digits import load_digits
 from prgkit.errors import DiskFullError, PrgkitError, TeacherError
 from prgkit.progress import NullProgress
@@ -400,7 +401,7 @@ def test_a_disk_that_fills_up_at_a_block_loses_that_block_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        patch.setattr("prgkit.data.cache.Adder.add", lambda *_: None)  # pictures would be flushed, too
+        patch.setattr("prgkit.data.cache.CacheWriter.add", lambda *_: None)  # pictures would be flushed, too
         with pytest.raises(DiskFullError, match=r"no disk space left for (view-001\.f16|journal\.jsonl)") as caught:
             see(recipe, tmp_path / "cut")
     assert caught.value.fix == "free some space and run the same command again: finished work is kept"

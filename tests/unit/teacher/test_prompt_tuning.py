@@ -15,7 +15,8 @@ import torch
 from PIL import ImageOps
 
 from prgkit.config.recipe import Recipe, validate
-from prgkit.data.index import index_images, match_labels, open_images
+from prgkit.data.index import index_images, match_labels
+from prgkit.data.sources import open_images
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import ImagesError, PrgkitError, RecipeError, TeacherError
 from prgkit.progress import NullProgress

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prgkit.config.recipe import Recipe, TargetsConfig, validate
+from prgkit.config.recipe import Recipe, validate
+from prgkit.config.sections import TargetsConfig
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RunError, TargetsError
 from prgkit.export.from_run import teacher_logits
@@ -216,7 +217,8 @@ def test_the_images_that_are_kept_are_counted_and_told(photos: Path, tmp_path: P
     run, every = learn(photos, tmp_path / "all", notes)
     held_out = len(every.val_indices)
     assert notes.told[-1] == f"learning from {60 - held_out} of 60 images: {held_out} held out, none dropped"
-    assert run.card["learned"] == {
+    assert run.card.learned is not None
+    assert run.card.learned.model_dump() == {
         "images": 60 - held_out, "held_out": held_out, "dropped": 0, "an_epoch": 60 - held_out
     }  # fmt: skip
     assert not run.confidence_file.exists()
@@ -233,7 +235,7 @@ def test_the_images_that_are_kept_are_counted_and_told(photos: Path, tmp_path: P
         f"learning from {len(some.train_indices)} of 60 images: {held_out} held out, {dropped} below a confidence of "
         f"{threshold}"
     )
-    assert run.card["learned"]["dropped"] == dropped
+    assert getattr(run.card.learned, "dropped", None) == dropped
 
     _, weighted = learn(photos, tmp_path / "weighted", notes, keep={"weighted": True})
     assert weighted.sample_weights is not None

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from prgkit.config.objectives import OBJECTIVES
-from prgkit.config.recipe import StudentConfig, Training
+from prgkit.config.sections import StudentConfig, Training
 from prgkit.errors import DiskFullError, RunError
 from prgkit.objectives import Objectives
 from prgkit.outputs import LossContext, TeacherOutput

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prgkit.config.recipe import Recipe, StudentConfig, validate
+from prgkit.config.recipe import Recipe, validate
+from prgkit.config.sections import StudentConfig
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import RecipeError
 from prgkit.outputs import TeacherOutput
@@ -129,7 +130,7 @@ def test_a_student_without_a_head_scores_by_class_vectors(folder: Path, name: st
     run = trained(folder, name, {"name": name})
     student = load_student(run)
     assert student.scorer is not None
-    assert student.scorer.vectors.shape == (10, run.card["teacher"]["width"])
+    assert student.scorer.vectors.shape == (10, run.teacher_facts.width)
     torch.testing.assert_close(student.scorer.vectors.norm(dim=1), torch.ones(10))
     with torch.no_grad():
         answer = student(pixels())
