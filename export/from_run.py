@@ -274,7 +274,7 @@ def ask_teacher(
         return load_teacher(page, best_device())
 
     targets = open_targets(recipe, run.target_stores[0].parent, teacher)
-    if targets.facts()["fingerprint"] != run.teacher_facts.fingerprint:
+    if targets.facts().fingerprint != run.teacher_facts.fingerprint:
         raise ExportError(
             f"the teacher, or its learned context, is not the one that the student learned from: {recipe.teacher_name}",
             where=run.folder,

@@ -105,8 +105,8 @@ def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path)
     from prgkit.training.dry_run import estimate
 
     expected = estimate(recipe, folder, targets_root, session.terminal)
-    session.terminal.listing({"run": str(folder), **expected["told"]})
-    return {"run": str(folder), **expected}
+    session.terminal.listing({"run": str(folder), **expected.told})
+    return {"run": str(folder), **expected.model_dump(mode="json")}
 
 
 def adapt_teacher(session: Session, recipe: Recipe, path: Path, given: dict[str, Any]) -> dict[str, Any]:

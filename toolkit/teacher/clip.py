@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from prgkit.config.image_size import sides, size_of
 from prgkit.config.sections import TeacherConfig
 from prgkit.data.preprocessing import Preprocessing
+from prgkit.device import best_device
 from prgkit.errors import TeacherError
+from prgkit.progress import Progress
 from prgkit.teacher.weights import (
     check_teacher,
     fetch_weights,
@@ -204,6 +207,17 @@ class Teacher:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast_to_bf16)
+
+
+def teacher_loader(progress: Progress) -> Callable[[TeacherConfig], Teacher]:
+    """Return a function that loads each teacher once, when it is first asked for."""
+
+    @cache
+    def load(config: TeacherConfig) -> Teacher:
+        progress.note(f"loading the teacher {config.model}")
+        return load_teacher(config, best_device())
+
+    return load
 
 
 def load_teacher(config: TeacherConfig, device: torch.device) -> Teacher:

@@ -47,6 +47,7 @@ from prgkit.storage.atomic import (
 )
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
+from prgkit.storage.run_card import TeacherFacts
 from prgkit.teacher.clip import Teacher
 from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.weights import teacher_identity
@@ -188,18 +189,18 @@ class FeatureStore:
         write_bytes(self.folder / f"{stem}.{_digest(buffer.getvalue())}.npy", buffer.getvalue())
         return torch.from_numpy(embedded)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> TeacherFacts:
         """Return what a run's card says of its teacher."""
         origin = self.card["teacher"]
-        return {
-            "model": self.card["teacher_model"],
-            "weights": self.card["teacher_weights"],
-            "fingerprint": fingerprint([origin, self.context.digest] if self.context else origin),
-            "targets": str(self.folder),
-            "width": self.width,
-            "logit_scale": self.logit_scale,
-            **({"context": self.context.digest} if self.context else {}),
-        }
+        return TeacherFacts(
+            model=self.card["teacher_model"],
+            weights=self.card["teacher_weights"],
+            fingerprint=fingerprint([origin, self.context.digest] if self.context else origin),
+            targets=(str(self.folder),),
+            width=self.width,
+            logit_scale=self.logit_scale,
+            context=self.context.digest if self.context else None,
+        )
 
     def _view_file(self, view: int) -> Path:
         return self.folder / f"view-{view:03d}.f16"
@@ -270,12 +271,12 @@ def existing_store(config: TeacherConfig, views: Views, root: Path) -> FeatureSt
     folder = root / fingerprint(made_from)
     if not (folder / "card.json").exists():
         return None
-    targets = FeatureStore(folder, config)
-    if any(targets.card.get(key) != value for key, value in made_from.items()):
+    store = FeatureStore(folder, config)
+    if any(store.card.get(key) != value for key, value in made_from.items()):
         raise TargetsError(
             "the target store was made from something else than its name says", where=folder, fix="delete it"
         )
-    return targets
+    return store
 
 
 def origin_of(config: TeacherConfig, views: Views) -> dict[str, Any]:
@@ -288,7 +289,7 @@ def origin_of(config: TeacherConfig, views: Views) -> dict[str, Any]:
 
 
 def embed(
-    targets: FeatureStore,
+    store: FeatureStore,
     image_index: ImageIndex,
     *,
     views: NDArray[np.int64],
@@ -296,34 +297,34 @@ def embed(
     teacher: Load,
     progress: Progress,
 ) -> None:
-    """Let the teacher see each image of ``image_index`` in its first ``views`` [images] views, where it has not yet.
+    """Have the teacher embed each image of ``image_index`` in its first ``views`` [images] views, where it has not.
 
     Raises:
         DiskFullError: before the work, or at a block; what is journalled stays.
     """
 
     def missing_now() -> NDArray[np.int64]:
-        stored = np.array([targets.stored_views(key) for key in image_index.keys])
+        stored = np.array([store.stored_views(key) for key in image_index.keys])
         return np.flatnonzero(stored < views)
 
     missing = missing_now()
     if not len(missing):
         return
-    require_space(targets.folder, int(views[missing].sum()) * targets.width * 2, "the target store")
-    # Two processes that want the same store mostly want the same images seen: the second goes on with what the first
-    # one stored, so waiting loses nothing, and being refused would only be tried again.
-    with locked(targets.folder, "target store", wait=progress.note):
-        targets.refresh()  # another process may have appended before the lock was ours
-        targets.mend()
+    require_space(store.folder, int(views[missing].sum()) * store.width * 2, "the target store")
+    # Two processes that want one store mostly want the same images embedded: the second goes on with what the first
+    # one stored, so waiting loses nothing.
+    with locked(store.folder, "target store", wait=progress.note):
+        store.refresh()  # another process may have appended before the lock was ours
+        store.mend()
         missing = missing_now()
         progress.start("teacher", len(missing), "img")
         for count in np.unique(views[missing]):
             chosen = missing[views[missing] == count]
-            _embed_views(targets, teacher(targets.config), image_index, chosen, int(count), recipe, progress)
+            _embed_views(store, teacher(store.config), image_index, chosen, int(count), recipe, progress)
 
 
 def _embed_views(
-    targets: FeatureStore,
+    store: FeatureStore,
     teacher: Teacher,
     image_index: ImageIndex,
     positions: NDArray[np.int64],
@@ -353,8 +354,8 @@ def _embed_views(
             waiting = waiting[size:]
         progress.advance(len(batch.positions))
         if last or (len(keys) >= BLOCK_IMAGES and not len(waiting)):
-            block = torch.cat(seen).view(-1, views, targets.width).transpose(0, 1)  # [views, images, D]
-            targets.append(keys, block.numpy())
+            block = torch.cat(seen).view(-1, views, store.width).transpose(0, 1)  # [views, images, D]
+            store.append(keys, block.numpy())
             keys, seen = [], []
 
 

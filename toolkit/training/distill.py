@@ -30,6 +30,7 @@ from prgkit.progress import NullProgress, Progress
 from prgkit.storage.atomic import require_space
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Interrupted, Run, differences, require_own_folder, start_run, stopping, undoing
+from prgkit.storage.run_card import BestEpoch
 from prgkit.storage.tensors import save_tensors
 from prgkit.student.model import Student, build_student
 from prgkit.teacher.ensemble import teacher_fingerprint
@@ -37,7 +38,7 @@ from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, pl
 from prgkit.training.checkpoint import TrainingCounters, TrainingState, expected_bytes, model_ema
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.distributed import first_goes_on, from_first, join_processes, probe_precision
-from prgkit.training.few_shot import beside, tune_head_mixing
+from prgkit.training.few_shot import append_labelled, tune_head_mixing
 from prgkit.training.optimizer import build_optimizer, schedule
 from prgkit.training.prepare import prepare
 
@@ -245,7 +246,7 @@ def inputs_of(trainer: Trainer, batch: StepBatch, step: int) -> tuple[Tensor, Te
         seed = (config.seed, step, trainer.accelerator.process_index)
         pixels, teacher = mixup(pixels, teacher, config.mixup, seed=seed)
     if batch.labelled is not None:
-        pixels, teacher = beside(pixels, teacher, *batch.labelled)
+        pixels, teacher = append_labelled(pixels, teacher, *batch.labelled)
     return pixels, teacher
 
 
@@ -309,7 +310,7 @@ def finish(trainer: Trainer) -> None:
         evaluate(trainer, counters.epoch)
     if accelerator.is_main_process:
         rate = trainer.plan.steps * trainer.plan.batch_size / max(counters.seconds, 1e-9)
-        best = {"epoch": counters.best_epoch, "agreement": counters.best_agreement}
+        best = BestEpoch(epoch=counters.best_epoch, agreement=counters.best_agreement)
         run.update_card(best=best, images_per_s=round(rate, 1), seconds=round(counters.seconds, 1), finished=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -19,6 +19,7 @@ from prgkit.errors import TargetsError
 from prgkit.progress import Progress
 from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed
 from prgkit.storage.run import Run
+from prgkit.storage.run_card import LearnedFacts
 from prgkit.teacher.ensemble import TeacherEnsemble
 from prgkit.teacher.zero_shot import ZeroShotClassifier, classifier_of, fit_adjustment
 from prgkit.training import statistics
@@ -136,12 +137,6 @@ def spread(count: int, most: int) -> NDArray[np.int64]:
 def report_selection(dataset: DistillationDataset, keep: Keep, progress: Progress, run: Run | None) -> None:
     """Say how many images are learned from, and write it into the run's card."""
     dropped = len(dataset.image_index) - len(dataset.val_indices) - len(dataset.train_indices)
-    facts = {
-        "images": len(dataset.train_indices),
-        "held_out": len(dataset.val_indices),
-        "dropped": dropped,
-        "an_epoch": dataset.images_an_epoch,
-    }
     below = f"{dropped:,} below a confidence of {keep.min_confidence}" if keep.min_confidence else "none dropped"
     weighted = f"; weighted by confidence, {dataset.images_an_epoch:,} an epoch" if keep.weighted else ""
     progress.note(
@@ -149,7 +144,14 @@ def report_selection(dataset: DistillationDataset, keep: Keep, progress: Progres
         f"{len(dataset.val_indices):,} held out, {below}{weighted}"
     )
     if run is not None:
-        run.update_card(learned=facts)
+        run.update_card(
+            learned=LearnedFacts(
+                images=len(dataset.train_indices),
+                held_out=len(dataset.val_indices),
+                dropped=dropped,
+                an_epoch=dataset.images_an_epoch,
+            )
+        )
 
 
 def report_statistics(dataset: DistillationDataset, recipe: Recipe, progress: Progress, run: Run | None) -> None:

@@ -80,7 +80,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counted["prompts"] += sum(len(row) for row in prompts)
         return embed_prompts(self, prompts)
 
-    monkeypatch.setattr(preparing, "load_teacher", count_load)
+    monkeypatch.setattr("prgkit.teacher.clip.load_teacher", count_load)
     monkeypatch.setattr(Teacher, "embed_images", count_images)
     monkeypatch.setattr(Teacher, "embed_prompts", count_prompts)
     return counted

@@ -165,10 +165,11 @@ def test_a_student_learns_from_the_context_without_a_teacher_pass(
     recipe = recipe_for(labelled, context=path)
     dataset = prepare(recipe, root, NullProgress())
     assert shown == [1]  # one black image at loading tells the width
-    assert dataset.store.stores[0].folder == plain.targets.stores[0].folder
+    assert dataset.store.stores[0].folder == plain.store.stores[0].folder
     assert dataset.classifier.prompts.shape == (1, len(CLASSES), 64)
     assert dataset.fingerprint() != plain.fingerprint()
-    assert dataset.store.facts().keys() - plain.targets.facts().keys() == {"context"}  # the run's card tells it
+    assert dataset.store.facts().context is not None  # the run's card tells it
+    assert plain.store.facts().context is None
     assert prepare(recipe, root, NullProgress()).classifier.prompts.equal(dataset.classifier.prompts)
     assert shown == [1]  # what it reads is stored, and read again without it
 

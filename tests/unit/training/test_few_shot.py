@@ -23,7 +23,7 @@ from prgkit.student.heads import ClassVectors, DualHead
 from prgkit.student.model import build_student, load_student, reparameterised
 from prgkit.training.batches import mixup
 from prgkit.training.distill import distill
-from prgkit.training.few_shot import best_vote
+from prgkit.training.few_shot import best_mixing
 from prgkit.training.prepare import prepare
 
 
@@ -82,11 +82,11 @@ def test_two_heads_vote_by_hand() -> None:
 def test_the_vote_goes_to_the_head_that_the_labels_find_more_probable() -> None:
     labels = np.array([0, 1, 2, 0])
     right, wrong = 5 * np.eye(3, dtype=np.float32)[labels], 5 * np.eye(3, dtype=np.float32)[(labels + 1) % 3]
-    assert best_vote(right, wrong, labels)[0] == pytest.approx(0.95)
-    assert best_vote(wrong, right, labels)[0] == pytest.approx(0.05)
+    assert best_mixing(right, wrong, labels)[0] == pytest.approx(0.95)
+    assert best_mixing(wrong, right, labels)[0] == pytest.approx(0.05)
     doubtful = right.copy()
     doubtful[3] = wrong[3]  # right on three of four, and as sure of each
-    assert best_vote(wrong, doubtful, labels)[1] > 1  # less sure is more probable
+    assert best_mixing(wrong, doubtful, labels)[1] > 1  # less sure is more probable
 
 
 def test_mixed_images_have_mixed_targets() -> None:
