@@ -116,9 +116,9 @@ def adapt_teacher(session: Session, recipe: Recipe, path: Path, given: dict[str,
     session.asked = {**asked, "overrides": (*asked["overrides"], use)}
     if not session.leads:  # the context has one writer
         return {}
-    from prgkit.teacher.prompt_tuning import adapt, told
+    from prgkit.teacher.prompt_tuning import describe_tuning, tune_prompt
 
-    found = adapt(recipe, path, given["targets_root"], shots=given["shots"], progress=session.terminal)
-    session.terminal.say((str(path), "bold"), f": {told(found)}")
+    report = tune_prompt(recipe, path, given["targets_root"], shots=given["shots"], progress=session.terminal)
+    session.terminal.say((str(path), "bold"), f": {describe_tuning(report)}")
     session.terminal.say("to use it: ", (f"--set teacher.context={shlex.quote(str(path))}", "bold"))
-    return found
+    return report.model_dump(mode="json")

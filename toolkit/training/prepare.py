@@ -156,7 +156,7 @@ def report_damage(store: TeacherFeatures, cache: DecodedImageCache, progress: Pr
 
 
 def views_of(images: ImageIndex, held_out: NDArray[np.int64], recipe: Recipe) -> NDArray[np.int64]:
-    """Return how many views of each image [images] the teacher embeds: of the held-out ones the evaluation view only."""
+    """Return how many views of each image [images] the teacher embeds: one of a held-out image, the evaluation view."""
     views = np.full(len(images), 1 + recipe.views.count)
     views[held_out] = 1
     return views
