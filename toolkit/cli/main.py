@@ -267,10 +267,10 @@ def audit(session: Session, /, count: int | None, **given: Any) -> dict[str, Any
         if not session.leads:  # the sheet has one writer
             return {}
         from prgkit.annotation.audit import audit as work
-        from prgkit.evaluate.report.formatting import audit_so_far
-    found = work(recipe, folder, given["targets_root"], count=count, progress=session.terminal)
-    session.terminal.say((found["sheet"], "bold"), f": {audit_so_far(found)}")
-    return found
+        from prgkit.annotation.audit import describe_audit
+    report = work(recipe, folder, given["targets_root"], count=count, progress=session.terminal)
+    session.terminal.say((report.sheet, "bold"), f": {describe_audit(report)}")
+    return report.model_dump(mode="json")
 
 
 @cli.command(short_help="Set objectives and students against each other.")
