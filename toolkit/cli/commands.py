@@ -88,13 +88,13 @@ def keep_house(session: Session, root: Path, *, prune: bool, rehearse: bool) -> 
 
     rows = stores.prune(root, rehearse=rehearse) if prune else stores.list_stores(root)
     if rows:
-        session.terminal.listing(stores.told(rows))
+        session.terminal.listing(stores.describe_stores(rows))
     if prune:
-        freed = readable_bytes(sum(row["bytes"] for row in rows))
+        freed = readable_bytes(sum(row.bytes for row in rows))
         session.terminal.say(f"{freed} would be freed" if rehearse else f"{freed} freed")
     elif not rows:
         session.terminal.say(f"there is no target store in {root}")
-    return {"freed" if prune else "stores": rows}
+    return {"freed" if prune else "stores": [row.model_dump(mode="json") for row in rows]}
 
 
 def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path) -> dict[str, Any]:

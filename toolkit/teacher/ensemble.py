@@ -20,7 +20,7 @@ from prgkit.storage.atomic import fingerprint
 from prgkit.storage.run_card import TeacherFacts
 from prgkit.teacher.feature_store import FeatureStore, Load, embed, existing_store, open_store
 from prgkit.teacher.prompt_context import load_context
-from prgkit.teacher.weights import teacher_identity
+from prgkit.teacher.weights import teacher_identity, weights_identity
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 
@@ -36,7 +36,7 @@ class TeacherEnsemble:
     """
 
     def __init__(self, stores: Sequence[FeatureStore]) -> None:
-        if len({_weights_of(store) for store in stores}) < len(stores):
+        if len({fingerprint(weights_identity(store.card.teacher)) for store in stores}) < len(stores):
             names = ", ".join(store.config.model for store in stores)
             raise TargetsError(
                 f"two of the recipe's teachers are the same: {names}", where="teacher", fix="name each teacher once"
@@ -149,12 +149,6 @@ def embed_by_all(
     """
     for store in features.stores:
         embed(store, image_index, views=views, recipe=recipe, teacher=teacher, progress=progress)
-
-
-def _weights_of(store: FeatureStore) -> str:
-    """Return what tells teachers apart: not how they compute."""
-    made_from = store.card["teacher"]
-    return fingerprint({key: made_from[key] for key in made_from.keys() - {"precision", "batch_size"}})
 
 
 def _as_one(stores: Sequence[FeatureStore]) -> TeacherFeatures:

@@ -18,19 +18,18 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, NonNegativeInt
+from pydantic import BaseModel, Field, JsonValue, NonNegativeInt
 
 from prgkit.config.prompts import fill
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import TeacherConfig, Views
 from prgkit.data.augment import MultiViewDataset, make_dataloader
 from prgkit.data.index import ImageIndex
-from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import (
@@ -66,6 +65,19 @@ class Block(BaseModel, strict=True):
     digests: list[str]  # one a view
 
 
+class StoreCard(BaseModel, frozen=True):
+    """What a store's features are made from, and what the teacher says of them: its card.json."""
+
+    schema_version: Literal["prgkit.targets/2"] = Field("prgkit.targets/2", alias="schema")
+    teacher: dict[str, JsonValue]  # as `teacher_identity` has it
+    views: dict[str, JsonValue]
+    teacher_model: str
+    teacher_weights: str | None
+    width: int
+    logit_scale: float
+    preprocessing: dict[str, JsonValue]
+
+
 class FeatureStore:
     """A store of a teacher's features, opened for reading and appending."""
 
@@ -73,10 +85,9 @@ class FeatureStore:
         self.folder = folder
         self.config = config
         self.context = load_context(config)
-        self.card = read_sealed(folder / "card.json", fix=LOST_CARD)
-        self.width: int = self.card["width"]
-        self.logit_scale: float = self.card["logit_scale"]
-        self.preprocessing = Preprocessing.from_dict(self.card["preprocessing"])
+        self.card = StoreCard.model_validate(read_sealed(folder / "card.json", fix=LOST_CARD))
+        self.width = self.card.width
+        self.logit_scale = self.card.logit_scale
         self._broken: list[tuple[str, list[str]]] = []  # where, and the keys of the images in it
         self._rows: dict[str, tuple[int, int]] = {}  # key -> (row, views)
         self._end = 0
@@ -191,10 +202,10 @@ class FeatureStore:
 
     def facts(self) -> TeacherFacts:
         """Return what a run's card says of its teacher."""
-        origin = self.card["teacher"]
+        origin = self.card.teacher
         return TeacherFacts(
-            model=self.card["teacher_model"],
-            weights=self.card["teacher_weights"],
+            model=self.card.teacher_model,
+            weights=self.card.teacher_weights,
             fingerprint=fingerprint([origin, self.context.digest] if self.context else origin),
             targets=(str(self.folder),),
             width=self.width,
@@ -246,18 +257,16 @@ def open_store(config: TeacherConfig, views: Views, root: Path, teacher: Load) -
         return stored
     made_from = origin_of(config, views)
     folder = root / fingerprint(made_from)
-    seeing = teacher(config)
-    write_sealed(
-        folder / "card.json",
-        {
-            **made_from,
-            "teacher_model": config.model,
-            "teacher_weights": config.weights,
-            "width": seeing.width,
-            "logit_scale": seeing.logit_scale,
-            "preprocessing": seeing.preprocessing.to_dict(),
-        },
+    loaded = teacher(config)
+    card = StoreCard(
+        **made_from,
+        teacher_model=config.model,
+        teacher_weights=config.weights,
+        width=loaded.width,
+        logit_scale=loaded.logit_scale,
+        preprocessing=loaded.preprocessing.to_dict(),
     )
+    write_sealed(folder / "card.json", card.model_dump(mode="json", by_alias=True))
     return FeatureStore(folder, config)
 
 
@@ -272,14 +281,14 @@ def existing_store(config: TeacherConfig, views: Views, root: Path) -> FeatureSt
     if not (folder / "card.json").exists():
         return None
     store = FeatureStore(folder, config)
-    if any(store.card.get(key) != value for key, value in made_from.items()):
+    if store.card.model_dump(mode="json", by_alias=True, include={"schema_version", "teacher", "views"}) != made_from:
         raise TargetsError(
             "the target store was made from something else than its name says", where=folder, fix="delete it"
         )
     return store
 
 
-def origin_of(config: TeacherConfig, views: Views) -> dict[str, Any]:
+def origin_of(config: TeacherConfig, views: Views) -> dict[str, JsonValue]:
     """Return what decides a store's features, and so its name."""
     return {
         "schema": "prgkit.targets/2",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import JsonValue
 
 from prgkit import demo
 from prgkit.config.sections import TeacherConfig
@@ -46,15 +46,20 @@ def check_teacher(config: TeacherConfig, *, note: Callable[[str], None] = silent
         _check_names(config.model, config.weights)
 
 
-def teacher_identity(config: TeacherConfig) -> dict[str, Any]:
+def teacher_identity(config: TeacherConfig) -> dict[str, JsonValue]:
     """Return what decides the teacher's features, without loading it: names, and the content of local files."""
-    identity: dict[str, Any] = {"precision": config.precision, "batch_size": config.batch_size}
+    identity: dict[str, JsonValue] = {"precision": config.precision, "batch_size": config.batch_size}
     folder = local_folder(config.model)
     if folder is not None:
         deciding = [path for path in folder.iterdir() if path.suffix in DECIDING_SUFFIXES and path.is_file()]
         files = sorted({*deciding, weights_file(folder, config.weights)})
         return {**identity, "files": {path.name: sha256(path) for path in files}}
     return {**identity, "model": config.model, "weights": config.weights}
+
+
+def weights_identity(identity: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return what tells teachers apart: their files, and not how they compute."""
+    return {key: value for key, value in identity.items() if key not in ("precision", "batch_size")}
 
 
 def local_folder(model: str) -> Path | None:

@@ -1,13 +1,13 @@
-"""The teacher's answers to stored features, put right where the recipe asks for it; everyone asks here.
+"""The zero-shot classifier: class names and stored image features in, logits out, adjusted where the recipe asks.
 
-Two corrections, both without a label: the prior that a teacher brings along (CLIP names some classes too readily) is
+Two adjustments, both without a label: the prior that a teacher brings along (CLIP names some classes too readily) is
 taken off its logits, then one temperature gives its probabilities a chosen mean entropy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,31 +39,31 @@ class LogitAdjustment:
         return self.temperature == 1 and not bool(self.log_prior.any())
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Return the corrected logits [..., C]."""
+        """Return the adjusted logits [..., C]."""
         return (logits - self.log_prior) / self.temperature
 
-    def to_dict(self, classes: Sequence[str]) -> dict[str, Any]:
-        """Return the correction as JSON that a person can read, and that `from_dict` reads back to the bit."""
+    def to_dict(self, classes: Sequence[str]) -> dict[str, float | dict[str, float]]:
+        """Return the adjustment as JSON that a person can read, and that `from_dict` reads back to the bit."""
         return {
             "temperature": self.temperature,
             "log_prior": dict(zip(classes, self.log_prior.double().tolist(), strict=True)),
         }
 
     @staticmethod
-    def from_dict(facts: dict[str, Any], classes: Sequence[str]) -> LogitAdjustment:
-        """Return the correction that was written."""
+    def from_dict(facts: Mapping[str, Any], classes: Sequence[str]) -> LogitAdjustment:
+        """Return the adjustment that was written."""
         priors = torch.tensor([facts["log_prior"][name] for name in classes], dtype=torch.float32)
         return LogitAdjustment(priors, float(facts["temperature"]))
 
 
 def no_adjustment(classes: int) -> LogitAdjustment:
-    """Return the correction that leaves every logit, to the bit, as it is."""
+    """Return the adjustment that leaves every logit, to the bit, as it is."""
     return LogitAdjustment(torch.zeros(classes), 1.0)
 
 
 @dataclass(frozen=True)
 class ZeroShotClassifier:
-    """All that turns the teacher's view of an image into its answer."""
+    """All that turns the teacher's features of an image into logits over the classes."""
 
     prompts: Tensor  # T [M, C, D]
     logit_scale: float  # s
@@ -75,23 +75,23 @@ class ZeroShotClassifier:
         return torch.nn.functional.normalize(self.prompts.mean(dim=0), dim=1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return the corrected answer W [n, C] to unit features I [n, D]."""
+        """Return the adjusted logits W [n, C] of unit features I [n, D]."""
         return self.adjustment.apply(self.raw_logits(features))
 
     def raw_logits(self, features: Tensor) -> Tensor:
-        """Return what the teacher says by itself: W of METHOD [n, C]."""
+        """Return the logits W [n, C] before any adjustment."""
         return self.combine(self.per_prompt(features))
 
     def per_prompt(self, features: Tensor) -> Tensor:
-        """Return what each template says by itself: W_m [n, M, C]."""
+        """Return the logits of each template alone: W_m [n, M, C]."""
         return prompt_logits(features, self.prompts, self.logit_scale)
 
     def combine(self, per_prompt: Tensor) -> Tensor:
-        """Return what the templates [n, M, C] say together, by themselves: W [n, C]."""
+        """Return the logits of all templates [n, M, C] together, before any adjustment: W [n, C]."""
         return weighted_logits(per_prompt, self.prompt_weighting)
 
     def to(self, device: torch.device) -> ZeroShotClassifier:
-        """Return the same answers, given on another device."""
+        """Return the same classifier on another device."""
         moved = replace(self.adjustment, log_prior=self.adjustment.log_prior.to(device))
         return replace(self, prompts=self.prompts.to(device), adjustment=moved)
 
@@ -122,7 +122,7 @@ def weighted_logits(logits: Tensor, weighting: str) -> Tensor:
 
 
 def classifier_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float) -> ZeroShotClassifier:
-    """Return the answers that a run's student learned from, with the very correction that it learned with.
+    """Return the classifier that a run's student learned from, with the very adjustment that it learned with.
 
     Raises:
         RunError: the run's recipe asks for a correction, and what it was is lost.
@@ -142,7 +142,7 @@ def classifier_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float)
 
 
 def fit_adjustment(logits: Tensor, config: TargetsConfig) -> LogitAdjustment:
-    """Return the correction of ``config`` for uncorrected logits W [n, C], rounded to what its file says.
+    """Return the adjustment that ``config`` asks for, of raw logits W [n, C], rounded to what its file says.
 
     Raises:
         TargetsError: no temperature gives these logits the entropy that is asked for.

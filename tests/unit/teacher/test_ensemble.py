@@ -190,7 +190,7 @@ def test_a_student_of_two_teachers_is_trained_judged_and_keeps_both_stores(
     run = distill(recipe, Path("runs/two"), Path("targets"), progress)
     card, found = run.teacher_facts, run.quality()
     assert (card.model, card.weights) == ("demo:digits + tiny", None)
-    assert sorted(row["runs"] for row in list_stores(Path("targets")) if row["teacher"]) == [["runs/two"]] * 2
+    assert sorted(row.runs for row in list_stores(Path("targets")) if row.teacher) == [["runs/two"]] * 2
     assert found is not None
     assert [one["teacher"] for one in found["teachers"]["average"]] == ["demo:digits", "tiny"]
     assert 0 < found["teachers"]["differ"] <= 100
