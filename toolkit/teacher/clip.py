@@ -61,7 +61,7 @@ class Teacher:
 
     @torch.inference_mode()
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Embed uint8 pixels [B, S, S, 3] as unit vectors [B, D] (METHOD: I), on the teacher's device."""
+        """Embed uint8 pixels [B, S, S, 3] as unit vectors I [B, D], on the teacher's device."""
         mean = torch.tensor(self.preprocessing.mean, device=self.device) * 255
         std = torch.tensor(self.preprocessing.std, device=self.device) * 255
         images = ((pixels.to(self.device).float() - mean) / std).permute(0, 3, 1, 2)
@@ -71,7 +71,7 @@ class Teacher:
 
     @torch.inference_mode()
     def embed_prompts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
-        """Embed prompts[template][class] as unit vectors [M, C, D] (METHOD: T), one per template, not averaged."""
+        """Embed prompts[template][class] as unit vectors T [M, C, D], one per template, not averaged."""
         embedded = []
         for of_template in prompts:
             chunks = [of_template[start : start + 256] for start in range(0, len(of_template), 256)]

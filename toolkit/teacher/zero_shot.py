@@ -7,11 +7,11 @@ taken off its logits, then one temperature gives its probabilities a chosen mean
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from prgkit.config.recipe import Recipe
@@ -42,18 +42,22 @@ class LogitAdjustment:
         """Return the adjusted logits [..., C]."""
         return (logits - self.log_prior) / self.temperature
 
-    def to_dict(self, classes: Sequence[str]) -> dict[str, float | dict[str, float]]:
-        """Return the adjustment as JSON that a person can read, and that `from_dict` reads back to the bit."""
-        return {
-            "temperature": self.temperature,
-            "log_prior": dict(zip(classes, self.log_prior.double().tolist(), strict=True)),
-        }
+    def named(self, classes: Sequence[str]) -> dict[str, float]:
+        """Return the log prior by class name, from which `SavedAdjustment` gets it back to the bit."""
+        return dict(zip(classes, self.log_prior.double().tolist(), strict=True))
 
-    @staticmethod
-    def from_dict(facts: Mapping[str, Any], classes: Sequence[str]) -> LogitAdjustment:
-        """Return the adjustment that was written."""
-        priors = torch.tensor([facts["log_prior"][name] for name in classes], dtype=torch.float32)
-        return LogitAdjustment(priors, float(facts["temperature"]))
+
+class SavedAdjustment(BaseModel, frozen=True):
+    """What a run has found of its teacher's answers before training: its answers.json."""
+
+    made_from: str  # the fingerprint of the data set
+    confidence_sha256: str | None  # of confidence.npy, where images are chosen by it
+    temperature: float
+    log_prior: dict[str, float]  # by class name
+
+    def adjustment(self, classes: Sequence[str]) -> LogitAdjustment:
+        """Return the adjustment of logits over ``classes``."""
+        return LogitAdjustment(torch.tensor([self.log_prior[name] for name in classes]), self.temperature)
 
 
 def no_adjustment(classes: int) -> LogitAdjustment:
@@ -133,7 +137,8 @@ def classifier_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float)
         if not run.answers_file.exists():
             raise RunError("the correction that this run learned with is lost", where=run.answers_file, fix=again)
         try:
-            adjustment = LogitAdjustment.from_dict(read_sealed(run.answers_file, fix=again), recipe.classes)
+            saved = SavedAdjustment.model_validate(read_sealed(run.answers_file, fix=again))
+            adjustment = saved.adjustment(recipe.classes)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(
                 f"{run.answers_file.name} is not this recipe's", where=run.answers_file, fix=again

@@ -185,7 +185,7 @@ def test_a_student_learns_from_the_context_without_a_teacher_pass(
     by_plain, by_context = (score(side.classifier.logits(features), labels) for side in (plain, dataset))
     assert by_plain is not None
     assert by_context is not None
-    assert by_context["loss"] < by_plain["loss"] - 0.1
+    assert by_context.loss < by_plain.loss - 0.1
 
 
 def test_another_context_in_the_same_place_is_another_run(
