@@ -81,8 +81,8 @@ class Teacher:
             embedded.append(torch.nn.functional.normalize(features, dim=-1))
         return torch.stack(embedded)
 
-    def proofread(self, prompts: Sequence[Sequence[str]], classes: Sequence[str]) -> str:
-        """Return what is to be said of ``classes`` whose names lose their end in prompts[template][class], or "".
+    def check_prompts(self, prompts: Sequence[Sequence[str]], classes: Sequence[str]) -> str:
+        """Return a warning where names of ``classes`` lose their end in prompts[template][class], or "".
 
         Raises:
             TeacherError: two classes are one to the teacher: in every template it reads the same tokens of both.
@@ -104,8 +104,8 @@ class Teacher:
         if not lost:
             return ""
         count = "a class name is" if len(lost) == 1 else f"{len(lost)} class names are"
-        told = f"it does not read {_in_short(unread[lost[0]])} of {_in_short(classes[lost[0]])}"
-        return f"{count} longer than the {most} tokens that the teacher reads: {told}"
+        example = f"it does not read {_in_short(unread[lost[0]])} of {_in_short(classes[lost[0]])}"
+        return f"{count} longer than the {most} tokens that the teacher reads: {example}"
 
     def _too_long(self, texts: Sequence[str], tokens: Tensor) -> list[int]:
         """Return the places of those texts whose tokens [n, most] leave something out."""
@@ -130,8 +130,8 @@ class Teacher:
     @torch.inference_mode()
     def embed_with_context(self, prompts: Sequence[Sequence[str]], words: str, vectors: Tensor) -> Tensor:
         """Embed prompts as `embed_prompts` does, with ``vectors`` [n, token width] where ``words`` stand: [M, C, D]."""
-        here = vectors.to(self.device)
-        return torch.stack([self.embed_sentences(self.sentences(texts, words), here) for texts in prompts])
+        vectors = vectors.to(self.device)
+        return torch.stack([self.embed_sentences(self.sentences(texts, words), vectors) for texts in prompts])
 
     def sentences(self, prompts: Sequence[str], words: str) -> Sentences:
         """Tokenise ``prompts`` [C] that begin with ``words``.
@@ -192,8 +192,8 @@ class Teacher:
     def _token_embedding(self) -> torch.nn.Embedding:
         """Return the layer that embeds tokens: CLIP has it itself, models with a text tower of their own in that."""
         for tower in (self.model, getattr(self.model, "text", None)):
-            if isinstance(found := getattr(tower, "token_embedding", None), torch.nn.Embedding):
-                return found
+            if isinstance(layer := getattr(tower, "token_embedding", None), torch.nn.Embedding):
+                return layer
         raise TeacherError(
             "the teacher's text tower takes no learned context: it is none of open_clip's own",
             where="teacher.model",

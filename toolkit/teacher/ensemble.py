@@ -1,4 +1,4 @@
-"""The targets of a recipe's teacher, or of several whose logits are averaged as if they were one teacher's."""
+"""The stored features of a recipe's teacher, or of several whose logits are averaged as if they were one teacher."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TeacherEnsemble:
 
     def features(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
         """Return the unit features I [n, D] float32 of ``rows`` [n, K] under ``views`` [n]."""
-        return self._joined([store.features(mine, views) for store, mine in zip(self.stores, rows.T, strict=True)])
+        return self._joined([store.features(own, views) for store, own in zip(self.stores, rows.T, strict=True)])
 
     def prompts(
         self, classes: Sequence[str], templates: Sequence[str], teacher: Load, progress: Progress = NULL_PROGRESS
@@ -70,11 +70,11 @@ class TeacherEnsemble:
         return self._joined([store.prompts(classes, templates, teacher, progress) for store in self.stores])
 
     def alone(self, classifier: ZeroShotClassifier) -> list[ZeroShotClassifier]:
-        """Return what each teacher says by itself to its part of the features, as `split` gives it."""
+        """Return each teacher's own classifier, not adjusted, of its part of the features, as `split` gives it."""
         scale, untouched = len(self.stores) * classifier.logit_scale, no_adjustment(classifier.prompts.shape[1])
         return [
-            ZeroShotClassifier(mine, scale, classifier.prompt_weighting, untouched)
-            for mine in self.split(classifier.prompts)
+            ZeroShotClassifier(prompts, scale, classifier.prompt_weighting, untouched)
+            for prompts in self.split(classifier.prompts)
         ]
 
     def split(self, vectors: Tensor) -> list[Tensor]:
@@ -128,9 +128,9 @@ def existing_targets(recipe: Recipe, root: Path) -> TeacherFeatures | None:
     Raises:
         TargetsError: a store was made by something else, or two teachers are the same.
     """
-    found = [existing_store(config, recipe.views, root) for config in recipe.teacher]
-    stores = [store for store in found if store is not None]
-    return _as_one(stores) if len(stores) == len(found) else None
+    opened = [existing_store(config, recipe.views, root) for config in recipe.teacher]
+    stores = [store for store in opened if store is not None]
+    return _as_one(stores) if len(stores) == len(opened) else None
 
 
 def embed_by_all(

@@ -1,4 +1,4 @@
-"""Targets: what the teacher sees in every view of every image, computed once and kept in a memory-mapped store.
+"""The feature store: what the teacher sees in every view of every image, computed once and memory-mapped.
 
 A store holds features, not logits, so that class names, templates, weightings and temperatures can change without a
 teacher pass. It belongs to a teacher and a way of drawing views, not to a dataset: images are known by their content.
@@ -8,7 +8,7 @@ teacher pass. It belongs to a teacher and a way of drawing views, not to a datas
         journal.jsonl    one line a block: its first row, its images' keys, how many views they have, a digest a view
         view-000.f16     [rows, D] float16, one file a view; view 0 is the evaluation view
         prompts-*.npy    [M, C, D] float32, one file for each set of classes and templates; its name ends in its digest
-        prompts-*.txt    what is to be said of such a set: names that the teacher does not read to their end
+        prompts-*.txt    a warning about such a set: names that the teacher does not read to their end
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ class FeatureStore:
     def rows(self, keys: Sequence[str], *, views: int) -> NDArray[np.int64]:
         """Return the row of each image, -1 where fewer than ``views`` of its views are stored."""
         absent = (-1, 0)
-        found = [self._rows.get(key, absent) for key in keys]
-        return np.array([row if stored >= views else -1 for row, stored in found], dtype=np.int64)
+        known = (self._rows.get(key, absent) for key in keys)
+        return np.array([row if stored >= views else -1 for row, stored in known], dtype=np.int64)
 
     def features(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> torch.Tensor:
         """Return the teacher's unit features I [n, D] float32 of ``rows`` [n] under ``views`` [n]."""
@@ -177,23 +177,23 @@ class FeatureStore:
         Where the teacher has a learned context, that is its one template.
 
         Raises:
-            TeacherError: two of the classes are one to the teacher.
+            TeacherError: the teacher reads the same tokens of two classes.
         """
         context = self.context
         texts = fill(context.templates if context else templates, classes)
         stem = f"prompts-{fingerprint([texts, context.digest] if context else texts)}"
-        proofs = self.folder / f"{stem}.txt"  # what is to be said of the names each time, where there is anything
-        if proofs.exists():
-            progress.note(read_text(proofs))
+        warning_file = self.folder / f"{stem}.txt"  # a warning about the names, repeated each time
+        if warning_file.exists():
+            progress.note(read_text(warning_file))
         for path in self.folder.glob(f"{stem}.*.npy"):
             if _is_whole(path):
                 loaded: NDArray[np.float32] = np.load(path)
                 return torch.from_numpy(loaded)
             path.unlink(missing_ok=True)
         reader = teacher(self.config)
-        if (told := reader.proofread(texts, classes)) and not proofs.exists():
-            write_text(proofs, told)
-            progress.note(told)
+        if (warning := reader.check_prompts(texts, classes)) and not warning_file.exists():
+            write_text(warning_file, warning)
+            progress.note(warning)
         embedded = (context.read(reader, texts) if context else reader.embed_prompts(texts)).cpu().numpy()
         buffer = io.BytesIO()
         np.save(buffer, embedded, allow_pickle=False)

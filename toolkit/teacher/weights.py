@@ -83,8 +83,8 @@ def weights_file(folder: Path, named: str | None) -> Path:
 
     A tag is no file: it may be left from the named model whose place the folder takes, and says nothing here.
     """
-    found = weights_files(folder)
-    names = [path.name for path in found]
+    candidates = weights_files(folder)
+    names = [path.name for path in candidates]
     if named and not _is_tag(named):
         if named in names:
             return folder / named
@@ -94,11 +94,11 @@ def weights_file(folder: Path, named: str | None) -> Path:
             fix=f"teacher.weights names a file in it: one of {', '.join(names)}" if names else "put the file into it",
         )
     usual = [folder / name for name in WEIGHTS if name in names]
-    if usual or len(found) == 1:
-        return (usual or found)[0]
-    if found:
+    if usual or len(candidates) == 1:
+        return (usual or candidates)[0]
+    if candidates:
         raise TeacherError(
-            f"the teacher's folder holds {len(found)} files that may be its weights: {', '.join(names)}",
+            f"the teacher's folder holds {len(candidates)} files that may be its weights: {', '.join(names)}",
             where=folder,
             fix=f"name one: teacher: {{model: 'local-dir:{folder}', weights: {names[-1]}}}",
         )
@@ -157,7 +157,7 @@ def _strangers(model: torch.nn.Module, path: Path) -> str:
 
     try:
         names = load_state_dict(str(path), weights_only=True).keys() - model.state_dict().keys()
-    except Exception:  # what is wrong with the file is told by who failed to load it
+    except Exception:  # the caller says what is wrong with the file
         return ""
     return f"the model has no place for {len(names)} of its tensors, e.g. {min(names)}" if names else ""
 

@@ -6,7 +6,6 @@ images.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from prgkit.storage.tensors import save_tensors
 from prgkit.student.model import Student, build_student
 from prgkit.teacher.ensemble import teacher_fingerprint
 from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
-from prgkit.training.checkpoint import TrainingCounters, TrainingState, expected_bytes, model_ema
+from prgkit.training.checkpoint import Clock, TrainingCounters, TrainingState, expected_bytes, model_ema
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.distributed import first_goes_on, from_first, join_processes, probe_precision
 from prgkit.training.few_shot import append_labelled, tune_head_mixing
@@ -380,22 +379,3 @@ def describe(counters: TrainingCounters, config: Training) -> str:
     terms = "  ".join(f"{name} {value:.3f}" for name, value in counters.means().items())
     best = f"  agreement {counters.best_agreement:.1f} %" if counters.best_epoch else ""
     return f"epoch {counters.epoch + 1}/{config.epochs}  {terms}{best}"
-
-
-class Clock:
-    """The seconds a run has trained, over all its resumptions, and when the next checkpoint is due."""
-
-    def __init__(self, seconds_before: float) -> None:
-        self.started = self.saved = time.monotonic()
-        self.seconds_before = seconds_before
-
-    def seconds(self) -> float:
-        """Return the seconds trained so far."""
-        return self.seconds_before + time.monotonic() - self.started
-
-    def due(self, minutes: float) -> bool:
-        """Return whether ``minutes`` have passed since this was last true."""
-        if time.monotonic() - self.saved < 60 * minutes:
-            return False
-        self.saved = time.monotonic()
-        return True
