@@ -1,4 +1,4 @@
-"""Where the work runs: the processes, the device, its precision, and the seeds."""
+"""The processes that train one student together, and the precision that is faster on their device."""
 
 from __future__ import annotations
 
