@@ -207,8 +207,7 @@ def draw(
     That share never varies more than that of as many independent draws (Chauvet and Ruiz-Gazen, "A comparison of
     pivotal sampling and unequal probability sampling with replacement", Statistics and Probability Letters 121, 2017),
     so an interval for those errs on the wide side: Wilson's, here ("Probable inference, the law of succession, and
-    statistical inference", Journal of the American Statistical Association 22, 1927). Systematic sampling spreads as
-    well, but a hundred of 1,200 images have only twelve such samples, and all of them may be unlucky.
+    statistical inference", Journal of the American Statistical Association 22, 1927).
     """
     total = len(labels)
     if count in (0, total):

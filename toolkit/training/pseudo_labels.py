@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,12 +28,10 @@ from prgkit.teacher.zero_shot import (
     fit_adjustment,
 )
 from prgkit.training import statistics
+from prgkit.training.dataset import DistillationDataset
 from prgkit.training.selection import sure_enough
 from prgkit.training.statistics import Floats
 from prgkit.training.statistics_schema import Statistics
-
-if TYPE_CHECKING:
-    from prgkit.training.dataset import DistillationDataset
 
 PART = 256  # images whose answers are computed at once
 VIEWED_TWICE = 1024  # images whose answers in two views are compared
