@@ -100,7 +100,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
     student = load_student(run)
     learned = student_facts(run.weights)
     if not run.finished:
-        progress.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
+        progress.note(f"the run is not finished: this is its best student so far, of epoch {learned.epoch}")
     seen = existing_targets(recipe, run.target_stores[0].parent) or ()
     grey, classes = grey_of(run), None
     if spec := recipe.data.evaluation_spec:
@@ -112,7 +112,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
     labels = None if classes is None else classes[positions]
     taught = ask_teacher(run, recipe, images, positions, progress)
     if options.class_vectors and student.scorer is None:
-        student.score_by(taught.answers.class_vectors(), taught.answers.logit_scale)
+        student.use_class_vectors(taught.answers.class_vectors(), taught.answers.logit_scale)
     facts = run.student_facts if student.scorer is None else student.facts(recipe.student)
     preprocessing = replace(student.preprocessing, grey_range=grey)
     prepare = preprocessing.prepare
@@ -121,7 +121,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
         progress.note(f"there are {len(checked)} images to compare the exports on; {PARITY_IMAGES} would be better")
 
     manifest = export_student(
-        student.deployed(),
+        student.inference_model(),
         run.bundle,
         pixels=np.stack(checked),
         golden=golden_pictures(images, positions),
@@ -144,7 +144,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
                 objective=recipe.objective_name,
                 learned_labels=recipe.learns_labels or any(page.context for page in recipe.teacher),
                 epochs=recipe.training.epochs,
-                best_epoch=learned["epoch"],
+                best_epoch=learned.epoch,
                 images=run.image_facts.used,
                 training=tuple(run.metrics()),
                 quality=run.quality(),
@@ -274,7 +274,7 @@ def ask_teacher(
         return load_teacher(page, best_device())
 
     targets = open_targets(recipe, run.target_stores[0].parent, teacher)
-    if targets.facts()["fingerprint"] != run.teacher_facts.fingerprint:
+    if targets.facts().fingerprint != run.teacher_facts.fingerprint:
         raise ExportError(
             f"the teacher, or its learned context, is not the one that the student learned from: {recipe.teacher_name}",
             where=run.folder,

@@ -126,7 +126,7 @@ def read_names(
 
     with store_of(run) as root:
         targets = open_targets(recipe, root, teacher)
-        if targets.facts()["fingerprint"] != bundle.manifest.teacher.fingerprint:
+        if targets.facts().fingerprint != bundle.manifest.teacher.fingerprint:
             raise ExportError(
                 f"the teacher here is not the one that this student learned from: {recipe.teacher_name}",
                 where=bundle.folder,

@@ -87,7 +87,7 @@ def judge_novel(run: Run, recipe: Recipe, images: ImageIndex, novel: Novel, prog
     if any(page.aligns_features for page in recipe.objective):
         student, targets = load_student(run), open_targets(asked, run.target_stores[0].parent, load)
         prompts = targets.prompts(asked.classes, asked.templates, load)  # stored when the teacher was asked just now
-        student.score_by(F.normalize(prompts.mean(dim=0), dim=1), targets.logit_scale)
+        student.use_class_vectors(F.normalize(prompts.mean(dim=0), dim=1), targets.logit_scale)
         student = student.to(best_device())
         workers = recipe.training.workers
         shown = evaluation_views(images, student.preprocessing, novel.positions, workers=workers)

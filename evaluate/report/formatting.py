@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from prgkit.evaluate.report.plots.figures import milliseconds
 from prgkit.evaluate.report.schema import (
@@ -271,20 +270,6 @@ def audit_about(report: Report) -> str:
         f"On {found.ticked:,} ticked images of a sample of {found.images:,}, in which every unlabelled image had "
         "the same chance to be. Artifacts are judged on those that are also in the evaluation set. Whoever ticks sees "
         "the teacher's answer, and people tend to agree: if anything, the figures are too high."
-    )
-
-
-def audit_so_far(found: dict[str, Any]) -> str:
-    """Return what an audit holds and says so far, for the terminal."""
-    teacher = found["teacher"]
-    if teacher is None:
-        return (
-            f"{found['images']:,} of {found['drawn_from']:,} images to tick in a browser; put the ticks.csv that it "
-            f"saves in the place of {found['ticks']}, then: prgkit bench"
-        )
-    return (
-        f"{found['ticked']:,} of {found['images']:,} ticked; the teacher is right on {percent(teacher['top1'])} of "
-        f"them (95 % interval {interval(teacher['top1_interval'])} %)"
     )
 
 

@@ -34,8 +34,8 @@ LAYERS = [
 ]
 # One owner for each heavy dependency: a folder, or a module where one is enough.
 OWNERS = {
-    "open_clip": {"prgkit.config.prompts", "prgkit.teacher.clip"},
-    "timm": {"prgkit.student.model"},
+    "open_clip": {"prgkit.config.prompts", "prgkit.teacher"},
+    "timm": {"prgkit.student", "prgkit.training"},
     "click": {"prgkit.cli"},
     "yaml": {"prgkit.config.yaml_io"},
     "jinja2": {"prgkit.evaluate.report.templating"},

@@ -88,13 +88,13 @@ def keep_house(session: Session, root: Path, *, prune: bool, rehearse: bool) -> 
 
     rows = stores.prune(root, rehearse=rehearse) if prune else stores.list_stores(root)
     if rows:
-        session.terminal.listing(stores.told(rows))
+        session.terminal.listing(stores.describe_stores(rows))
     if prune:
-        freed = readable_bytes(sum(row["bytes"] for row in rows))
+        freed = readable_bytes(sum(row.bytes for row in rows))
         session.terminal.say(f"{freed} would be freed" if rehearse else f"{freed} freed")
     elif not rows:
         session.terminal.say(f"there is no target store in {root}")
-    return {"freed" if prune else "stores": rows}
+    return {"freed" if prune else "stores": [row.model_dump(mode="json") for row in rows]}
 
 
 def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path) -> dict[str, Any]:
@@ -105,8 +105,8 @@ def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path)
     from prgkit.training.dry_run import estimate
 
     expected = estimate(recipe, folder, targets_root, session.terminal)
-    session.terminal.listing({"run": str(folder), **expected["told"]})
-    return {"run": str(folder), **expected}
+    session.terminal.listing({"run": str(folder), **expected.told})
+    return {"run": str(folder), **expected.model_dump(mode="json")}
 
 
 def adapt_teacher(session: Session, recipe: Recipe, path: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -116,9 +116,9 @@ def adapt_teacher(session: Session, recipe: Recipe, path: Path, given: dict[str,
     session.asked = {**asked, "overrides": (*asked["overrides"], use)}
     if not session.leads:  # the context has one writer
         return {}
-    from prgkit.teacher.prompt_tuning import adapt, told
+    from prgkit.teacher.prompt_tuning import describe_tuning, tune_prompt
 
-    found = adapt(recipe, path, given["targets_root"], shots=given["shots"], progress=session.terminal)
-    session.terminal.say((str(path), "bold"), f": {told(found)}")
+    report = tune_prompt(recipe, path, given["targets_root"], shots=given["shots"], progress=session.terminal)
+    session.terminal.say((str(path), "bold"), f": {describe_tuning(report)}")
     session.terminal.say("to use it: ", (f"--set teacher.context={shlex.quote(str(path))}", "bold"))
-    return found
+    return report.model_dump(mode="json")

@@ -222,7 +222,12 @@ def targets(session: Session, /, *, listed: bool, prune: bool, **given: Any) -> 
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     for store, size in zip(folders, sizes, strict=True):
         session.terminal.say((str(store), "bold"), f": {len(dataset.image_index):,} images, {size / 2**20:,.1f} MiB")
-    return {"targets": dataset.store.facts()["targets"], "images": len(dataset.image_index), "bytes": sum(sizes)}
+    stores = [str(folder) for folder in folders]
+    return {
+        "targets": stores[0] if len(stores) == 1 else stores,
+        "images": len(dataset.image_index),
+        "bytes": sum(sizes),
+    }
 
 
 @cli.command("adapt-teacher", short_help="Fit the teacher to your images by a few labels.")
@@ -262,10 +267,10 @@ def audit(session: Session, /, count: int | None, **given: Any) -> dict[str, Any
         if not session.leads:  # the sheet has one writer
             return {}
         from prgkit.annotation.audit import audit as work
-        from prgkit.evaluate.report.formatting import audit_so_far
-    found = work(recipe, folder, given["targets_root"], count=count, progress=session.terminal)
-    session.terminal.say((found["sheet"], "bold"), f": {audit_so_far(found)}")
-    return found
+        from prgkit.annotation.audit import describe_audit
+    report = work(recipe, folder, given["targets_root"], count=count, progress=session.terminal)
+    session.terminal.say((report.sheet, "bold"), f": {describe_audit(report)}")
+    return report.model_dump(mode="json")
 
 
 @cli.command(short_help="Set objectives and students against each other.")

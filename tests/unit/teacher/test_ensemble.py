@@ -190,7 +190,7 @@ def test_a_student_of_two_teachers_is_trained_judged_and_keeps_both_stores(
     run = distill(recipe, Path("runs/two"), Path("targets"), progress)
     card, found = run.teacher_facts, run.quality()
     assert (card.model, card.weights) == ("demo:digits + tiny", None)
-    assert sorted(row["runs"] for row in list_stores(Path("targets")) if row["teacher"]) == [["runs/two"]] * 2
+    assert sorted(row.runs for row in list_stores(Path("targets")) if row.teacher) == [["runs/two"]] * 2
     assert found is not None
     assert [one["teacher"] for one in found["teachers"]["average"]] == ["demo:digits", "tiny"]
     assert 0 < found["teachers"]["differ"] <= 100
@@ -218,13 +218,13 @@ def test_a_rehearsal_tells_what_each_teacher_takes(
     monkeypatch.setattr("prgkit.training.dry_run.PROBE_SECONDS", 0.0)
     prepare(recipe_for(place, digits()), tmp_path, NullProgress())
     found = estimate(recipe_for(place, digits(), tiny(place)), tmp_path / "run", tmp_path, NullProgress())
-    seen, new = found["teachers"]
-    assert (seen["teacher"], seen["views_missing"], seen["targets_bytes"]) == ("demo:digits", 0, 0)
-    assert (new["teacher"], new["views_missing"], new["targets_bytes"]) == ("tiny", 2 * IMAGES, 2 * IMAGES * 12 * 2)
-    assert found["targets_bytes"] == new["targets_bytes"]
-    assert found["told"]["images"].endswith(f"{IMAGES} new to a teacher")
-    assert found["told"]["teacher"].startswith("demo:digits + tiny, 2 views an image, about ")
-    assert "tiny 0 s and 1.1 KiB)" in found["told"]["teacher"]
+    seen, new = found.teachers
+    assert (seen.teacher, seen.views_missing, seen.targets_bytes) == ("demo:digits", 0, 0)
+    assert (new.teacher, new.views_missing, new.targets_bytes) == ("tiny", 2 * IMAGES, 2 * IMAGES * 12 * 2)
+    assert found.targets_bytes == new.targets_bytes
+    assert found.told["images"].endswith(f"{IMAGES} new to a teacher")
+    assert found.told["teacher"].startswith("demo:digits + tiny, 2 views an image, about ")
+    assert "tiny 0 s and 1.1 KiB)" in found.told["teacher"]
 
 
 # What a recipe may say.
