@@ -13,7 +13,7 @@ import click
 import numpy as np
 import pytest
 
-from prgkit.cli.options import gpu_generations
+from prgkit.cli.values import gpu_generations
 from prgkit.errors import BackendError, ExportError
 from prgkit.export.formats import tensorrt, timing_cache
 from prgkit.export.formats.tensorrt import build_engine
