@@ -1,6 +1,7 @@
 """The house's plan, read from its imports: which folder may import which, and who owns a heavy dependency."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -70,16 +71,21 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
+def imports(path: Path, *, top_level_only: bool = False) -> frozenset[str]:
+    nodes = ast.parse(path.read_text()).body if top_level_only else nodes_of(path)
     names: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def folder_of(module: str) -> str:
@@ -138,7 +144,7 @@ def test_the_base_install_is_enough(folder: str) -> None:
 
 def test_only_the_command_line_prints() -> None:
     for name, path in MODULES.items():
-        calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        calls = (node.func for node in nodes_of(path) if isinstance(node, ast.Call))
         printing = any(isinstance(function, ast.Name) and function.id == "print" for function in calls)
         assert not printing, name
 

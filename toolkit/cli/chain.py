@@ -7,19 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from prgkit.cli.options import RecipeOptions
-    from prgkit.cli.terminal import Terminal
-    from prgkit.errors import PrgkitError
-
-Document: TypeAlias = Mapping[str, object] | Sequence[object]  # what a command answers under --json
+from prgkit.cli.state import Document, Session
 
 ON_A_RUN = ("audit", "distill", "export", "relabel", "bench", "predict")
 OF_ALL_PROCESSES = ("adapt-teacher", "audit", "distill", "targets")  # each says what all but the first have to do in it
@@ -162,15 +155,3 @@ def run_chain(steps: Sequence[click.Context]) -> None:
         terminal.document(json.dumps(results, indent=2, ensure_ascii=not takes_any_letter()))
     if session.failure is not None:
         raise session.failure
-
-
-@dataclass
-class Session:
-    """What the commands of one chain share."""
-
-    terminal: Terminal
-    is_main_process: bool = True  # False in all but the first of the processes that torchrun starts
-    folder: Path | None = None  # the run, or the bundle, that the chain is about
-    recipe_options: RecipeOptions | None = None  # those so far, for a command that names no recipe
-    failure: PrgkitError | None = None  # the work was done, its results are told, and the line still fails: a gate
-    dry_run: bool = False  # --dry-run was given: what follows would have nothing to work on

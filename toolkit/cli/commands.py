@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prgkit.cli.chain import Document, Session
+from prgkit.cli.state import Document, RecipeOptions, Session
 from prgkit.errors import BackendError
 from prgkit.storage.atomic import readable_bytes
 
 if TYPE_CHECKING:
-    from prgkit.cli.options import RecipeOptions
     from prgkit.config.recipe import Recipe
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from prgkit import __version__
-from prgkit.cli.chain import Chain, Document, Session, builds_engines
+from prgkit.cli.chain import Chain, builds_engines
 from prgkit.cli.commands import (
     adapt_teacher,
     list_or_prune_stores,
@@ -25,7 +25,6 @@ from prgkit.cli.commands import (
     tell_bundle,
 )
 from prgkit.cli.options import (
-    RecipeOptions,
     adapt_options,
     bench_options,
     choose_recipe,
@@ -36,6 +35,7 @@ from prgkit.cli.options import (
     refuse_in_a_bundle,
     run_option,
 )
+from prgkit.cli.state import Document, RecipeOptions, Session
 from prgkit.cli.streams import take_any_text
 from prgkit.errors import DiskFullError, ImagesError, PrgkitError, RunError
 from prgkit.storage.atomic import is_disk_full

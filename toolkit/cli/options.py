@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from prgkit.cli.chain import Session
+from prgkit.cli.state import RecipeOptions, Session
 from prgkit.cli.values import (
     batch_profile,
     batch_sizes,
@@ -29,24 +29,6 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 PLACE = click.Path(path_type=Path)  # a folder, or a packed bundle, of which the command says what to do with it
-
-
-@dataclass(frozen=True)
-class RecipeOptions:
-    """Which recipe is meant, what is different this time, and where its run and the teacher's targets lie."""
-
-    recipe: str | None
-    images: str | None
-    classes: str | None
-    overrides: tuple[str, ...]  # "student.image_size=32"
-    targets_root: Path
-    folder: Path | None = None  # the run's
-    dry_run: bool = False
-
-    @property
-    def names_a_recipe(self) -> bool:
-        """Whether these options say which recipe is meant, or leave it to the chain or the newest run."""
-        return bool(self.recipe or self.images or self.classes)
 
 
 def run_option(command: Callable[..., Any]) -> Callable[..., Any]:
