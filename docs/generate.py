@@ -1,4 +1,4 @@
-"""The reference, made from the code: recipe keys, objectives and commands as Markdown. Needs no torch."""
+"""The reference, made from the code: recipe keys, objectives, commands and JSON schemas as Markdown. Needs no torch."""
 
 import ast
 import inspect
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -18,6 +19,10 @@ from prgkit.cli.main import cli
 from prgkit.config.objectives import OBJECTIVES, Config, ObjectiveConfig
 from prgkit.config.recipe import Recipe
 
+# Every file that people or programs read, and the model that it is written by. A new file's model gets its line here.
+FILES: dict[str, type[BaseModel]] = {
+    "recipe.yaml": Recipe,
+}
 LAYERS = Path(__file__).parents[1] / "tests" / "project" / "test_layers.py"
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}
 LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -44,6 +49,23 @@ def commands() -> str:
             for name, command in cli.commands.items()
             if not command.hidden
         )
+
+
+def file_schemas() -> str:
+    """Return a heading, a sentence and the JSON schema for each of `FILES`."""
+    return "\n\n".join(
+        f"## `{name}`\n\n{first_line(model)}\n\n{folded(schema(model))}" for name, model in FILES.items()
+    )
+
+
+def schema(model: type[BaseModel]) -> str:
+    """Return a model's JSON schema as a block of code."""
+    return f"```json\n{json.dumps(model.model_json_schema(), indent=2, ensure_ascii=False)}\n```"
+
+
+def folded(block: str) -> str:
+    """Return Markdown that is shown once the reader asks for it."""
+    return f"<details><summary>JSON schema</summary>\n\n{block}\n\n</details>"
 
 
 def dependency_owners() -> str:
@@ -145,7 +167,7 @@ def comments(model: type[Config]) -> dict[str, str]:
     return {key: text.replace("|", "\\|").replace("None:", "null:") for key, text in found.items()}
 
 
-def first_line(model: type[Config]) -> str:
+def first_line(model: type[BaseModel]) -> str:
     """Return the first line of a docstring, its double backquotes as Markdown has them."""
     return (model.__doc__ or "").splitlines()[0].replace("``", "`")
 
@@ -154,5 +176,6 @@ MARKS: dict[str, Callable[[], str]] = {
     "@recipe_keys@": recipe_keys,
     "@objective_keys@": objective_keys,
     "@commands@": commands,
+    "@file_schemas@": file_schemas,
     "@dependency_owners@": dependency_owners,
 }

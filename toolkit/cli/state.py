@@ -40,7 +40,5 @@ class Session:
     is_main_process: bool = True  # False in all but the first of the processes that torchrun starts
     folder: Path | None = None  # the run, or the bundle, that the chain is about
     recipe_options: RecipeOptions | None = None  # those so far: a command that names no recipe means the one before
-    failure: PrgkitError | None = (
-        None  # raised at the end: the work was done and its results are printed, and the line still fails
-    )
+    failure: PrgkitError | None = None  # raised at the end, after the results are printed
     dry_run: bool = False  # --dry-run was given: what follows would have nothing to work on
