@@ -9,10 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import tomllib
 
 from prgkit.cli.main import cli
 from prgkit.config.objectives import OBJECTIVES
+from tests.conftest import pyproject
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -68,7 +68,7 @@ def test_what_the_architecture_names_is_there() -> None:
 
 def test_every_folder_of_the_code_is_in_the_tree() -> None:
     page = (DOCS / "architecture.md").read_text()
-    packages = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    packages = pyproject()["tool"]["setuptools"]["packages"]
     tops = {"export": "export", "evaluate": "evaluate", "recipes": "recipes"}
     folders = [
         "/".join([tops.get(top, f"toolkit/{top}"), *rest]) for _, top, *rest in (p.split(".") for p in packages[1:])

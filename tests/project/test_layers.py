@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
+
+from tests.conftest import pyproject
 
 ROOT = Path(__file__).parents[2]
-PACKAGES: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+PACKAGES: dict[str, str] = pyproject()["tool"]["setuptools"]["package-dir"]
 
 # The folders from low to high: an import points down, or stays within its layer. "" is what lies beside the folders.
 LAYERS = [
