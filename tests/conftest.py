@@ -189,7 +189,7 @@ def export_family(model: str, folder: Path) -> Exported:
         return _done[model]
     import torch
 
-    from prgkit.config.recipe import StudentConfig
+    from prgkit.config.sections import StudentConfig
     from prgkit.export.formats.onnx import export_onnx, onnx_export_module, write_fp16
     from prgkit.student.model import build_student
 

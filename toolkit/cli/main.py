@@ -71,18 +71,19 @@ def distill(session: Session, options: RecipeOptions) -> Document:
         from prgkit.training.distill import distill as work
     run = work(recipe, folder, options.targets_root, session.terminal)
     session.folder = run.folder
-    card = run.card
-    best, images = card["best"], card["images"]
-    skipped = f", {len(images['unreadable'])} unreadable" if images["unreadable"] else ""
-    copies = f", {images['duplicates']} duplicates" if images["duplicates"] else ""
+    card, images = run.card, run.image_facts
+    assert card.best is not None
+    assert card.images_per_s is not None
+    skipped = f", {len(images.unreadable)} unreadable" if images.unreadable else ""
+    copies = f", {images.duplicates} duplicates" if images.duplicates else ""
     session.terminal.say(
         (str(run.folder), "bold"),
-        f": {card['student']['model']} agrees with its teacher on ",
-        (f"{best['agreement']:.1f} %", "bold"),
-        f" of the held-out images (epoch {best['epoch']} of {recipe.training.epochs}; "
-        f"{images['used']:,} images{skipped}{copies}; {card['images_per_s']:,.0f} img/s)",
+        f": {run.student_facts.model} agrees with its teacher on ",
+        (f"{card.best.agreement:.1f} %", "bold"),
+        f" of the held-out images (epoch {card.best.epoch} of {recipe.training.epochs}; "
+        f"{images.used:,} images{skipped}{copies}; {card.images_per_s:,.0f} img/s)",
     )
-    return {"run": str(run.folder), **card}
+    return {"run": str(run.folder), **card.to_json()}
 
 
 @cli.command(short_help="Turn the student into ONNX and TensorRT.")
@@ -148,7 +149,7 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
     from prgkit.storage.run import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
-    out = given["out"] or (run.folder if run else bundle) / "bench" / system.slug(system.describe())
+    out = given["out"] or (run.folder if run else bundle) / "bench" / system.machine_folder()
     share = 0.05 if given["tolerance"] is None else given["tolerance"]
     gate = regression.open_gate(given["baseline"], share, out=out) if given["baseline"] else None
     report = measure(
@@ -162,10 +163,11 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
     )
     session.terminal.show(report_table(report))
     if gate is not None:
-        session.terminal.show(baseline_table(report["baseline"]))
-        session.failure = regression.regressions(report["baseline"], path=out / "report.html")
+        assert report.baseline is not None
+        session.terminal.show(baseline_table(report.baseline))
+        session.failure = regression.regressions(report.baseline, path=out / "report.html")
     session.terminal.say("report: ", (str(out / "report.html"), "bold"))
-    return report
+    return report.model_dump(mode="json")
 
 
 @cli.command(short_help="Name what is in an image.")
@@ -188,7 +190,7 @@ def predict(
     from prgkit.storage.run import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
-    measured = (run.folder if run else bundle) / "bench" / system.slug_here()
+    measured = (run.folder if run else bundle) / "bench" / system.machine_folder()
     terminal, answers, failed = session.terminal, [], []
     for image in answer(bundle, images, top_k=top_k, min_confidence=min_confidence, bench=measured, note=terminal.note):
         answers.append(image)
@@ -223,11 +225,11 @@ def targets(session: Session, options: RecipeOptions, *, listed: bool, prune: bo
             return {}
         from prgkit.training.prepare import prepare
     dataset = prepare(recipe, options.targets_root, session.terminal)
-    folders = [store.folder for store in dataset.targets.stores]
+    folders = [store.folder for store in dataset.store.stores]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     for store, size in zip(folders, sizes, strict=True):
         session.terminal.say((str(store), "bold"), f": {len(dataset.image_index):,} images, {size / 2**20:,.1f} MiB")
-    return {"targets": dataset.targets.facts()["targets"], "images": len(dataset.image_index), "bytes": sum(sizes)}
+    return {"targets": dataset.store.facts()["targets"], "images": len(dataset.image_index), "bytes": sum(sizes)}
 
 
 @cli.command("adapt-teacher", short_help="Fit the teacher to your images by a few labels.")
@@ -322,10 +324,10 @@ def recipes(session: Session, show: str | None, objectives: bool) -> Document:
     """List the recipes that are shipped, or print one to copy."""
     from prgkit.config.objectives import objective_lines
     from prgkit.config.recipe import find_recipe, shipped_recipes, summary_line
-    from prgkit.config.yaml_io import read_page
+    from prgkit.config.yaml_io import read_recipe_text
 
     if show:
-        page = read_page(find_recipe(show))
+        page = read_recipe_text(find_recipe(show))
         session.terminal.verbatim(page)
         return {show: page}
     named = {name: summary_line(path) for name, path in shipped_recipes().items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -314,11 +313,5 @@ def choose_recipe(session: Session, options: RecipeOptions) -> tuple[Recipe, Pat
     name, images, classes = options.recipe, options.images, options.classes
     if not name and not (images and classes):
         raise click.UsageError("Name a RECIPE, or give both --images and --classes.", click.get_current_context())
-    # JSON is YAML, and keeps a path with a colon or a hash in one piece.
-    sources = [
-        f"data.{key}={json.dumps(value, ensure_ascii=False)}"
-        for key, value in (("images", images), ("classes", classes))
-        if value
-    ]
-    recipe = load_recipe(name or "custom", overrides=[*sources, *options.overrides], note=note)
+    recipe = load_recipe(name or "custom", images=images, classes=classes, overrides=options.overrides, note=note)
     return recipe, options.folder or session.folder or RUNS / run_name(str(name or images))

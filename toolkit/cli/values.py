@@ -96,7 +96,7 @@ def names(ctx: click.Context, option: click.Parameter, text: str) -> list[str]:
 
 def swept_values(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> list[tuple[str, list[Any]]]:
     """Read ``edge_weight=0,1,3`` as a parameter and its values, which are read as YAML."""
-    from prgkit.config.yaml_io import parse
+    from prgkit.config.yaml_io import parse_yaml
     from prgkit.errors import RecipeError
 
     each_key_once(ctx, option, texts)
@@ -104,7 +104,7 @@ def swept_values(ctx: click.Context, option: click.Parameter, texts: tuple[str, 
     for text in texts:
         key, _, values = text.partition("=")
         try:
-            parsed = parse(f"values: [{values}]", where="--sweep")["values"]
+            parsed = parse_yaml(f"values: [{values}]", where="--sweep")["values"]
         except RecipeError:
             parsed = []
         if not key.strip() or not parsed:

@@ -61,7 +61,8 @@ def test_parity_is_checked_on_distinct_images_and_their_number_is_said(
 
 
 def test_golden_images_are_of_moderate_size(project_copy: Path) -> None:
-    from prgkit.data.index import index_images, open_images
+    from prgkit.data.index import index_images
+    from prgkit.data.sources import open_images
     from prgkit.export.from_run import golden_pictures
 
     for number in range(3):
