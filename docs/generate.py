@@ -18,10 +18,21 @@ from pydantic_core import PydanticUndefined
 from prgkit.cli.main import cli
 from prgkit.config.objectives import OBJECTIVES, Config, ObjectiveConfig
 from prgkit.config.recipe import Recipe
+from prgkit.evaluate.report.schema import Report, Samples
+from prgkit.export.bundle.engine_metadata import EngineMetadata
+from prgkit.export.bundle.manifest import Manifest
+from prgkit.storage.run_card import RunCard
+from prgkit.training.statistics_schema import Statistics
 
 # Every file that people or programs read, and the model that it is written by. A new file's model gets its line here.
 FILES: dict[str, type[BaseModel]] = {
     "recipe.yaml": Recipe,
+    "runs/NAME/card.json": RunCard,
+    "runs/NAME/quality.json": Statistics,
+    "bundle/manifest.json": Manifest,
+    "bundle/NAME.engine.json": EngineMetadata,
+    "bench/MACHINE/report.json": Report,
+    "bench/MACHINE/samples.json": Samples,
 }
 LAYERS = Path(__file__).parents[1] / "tests" / "project" / "test_layers.py"
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}
@@ -68,13 +79,25 @@ def folded(block: str) -> str:
     return f"<details><summary>JSON schema</summary>\n\n{block}\n\n</details>"
 
 
+def layers() -> str:
+    """Return the folders from low to high as a numbered list, as the tests hold it."""
+    order: list[set[str]] = plan("LAYERS")
+    rows = [" and ".join(f"`{folder}`" for folder in sorted(layer)) for layer in order]
+    return "\n".join(f"{number}. {row}" for number, row in enumerate(rows, 1))
+
+
 def dependency_owners() -> str:
     """Return a table of the heavy dependencies and the modules that may import them, as the tests hold it."""
-    tree = ast.parse(LAYERS.read_text(encoding="utf-8"))
-    values = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
-    owners: dict[str, set[str]] = ast.literal_eval(values["OWNERS"])
+    owners: dict[str, set[str]] = plan("OWNERS")
     rows = [f"| `{name}` | {', '.join(f'`{module}`' for module in sorted(owners[name]))} |" for name in owners]
     return "\n".join(["| dependency | modules that may import it |", "|---|---|", *rows])
+
+
+def plan(name: str) -> Any:
+    """Return a table of the layers' test by its name."""
+    tree = ast.parse(LAYERS.read_text(encoding="utf-8"))
+    values = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    return ast.literal_eval(values[name])
 
 
 def help_of(command: click.Command, name: str, group: click.Context) -> str:
@@ -177,5 +200,6 @@ MARKS: dict[str, Callable[[], str]] = {
     "@objective_keys@": objective_keys,
     "@commands@": commands,
     "@file_schemas@": file_schemas,
+    "@layers@": layers,
     "@dependency_owners@": dependency_owners,
 }

@@ -26,8 +26,8 @@ LAYERS = [
     {"prgkit.export.runtimes"},
     {"prgkit.export.formats", "prgkit.export.int8"},
     {"prgkit.export"},
-    {"prgkit.evaluate"},
     {"prgkit.evaluate.report", "prgkit.evaluate.report.plots"},
+    {"prgkit.evaluate"},
     {"prgkit.evaluate.accuracy"},
     {"prgkit.evaluate.bench"},
     {"prgkit.evaluate.compare"},
@@ -36,8 +36,8 @@ LAYERS = [
 ]
 # One owner for each heavy dependency: a folder, or a module where one is enough.
 OWNERS = {
-    "open_clip": {"prgkit.config.prompts", "prgkit.teacher.clip"},
-    "timm": {"prgkit.student.model"},
+    "open_clip": {"prgkit.config.prompts", "prgkit.teacher"},
+    "timm": {"prgkit.student", "prgkit.training"},
     "click": {"prgkit.cli"},
     "yaml": {"prgkit.config.yaml_io"},
     "jinja2": {"prgkit.evaluate.report.templating"},
@@ -167,3 +167,8 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_folder_with_modules_is_in_the_wheel() -> None:
+    packages = set(pyproject()["tool"]["setuptools"]["packages"])
+    assert {folder_of(name) for name in MODULES if name != "prgkit.recipes"} | {"prgkit.recipes"} == packages
