@@ -8,6 +8,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import hashlib
+import importlib
 import json
 import shlex
 import sys
@@ -93,6 +94,13 @@ def raising(error: BaseException) -> Callable[..., Any]:
         raise error
 
     return raises
+
+
+def pyproject() -> dict[str, Any]:
+    """Return pyproject.toml; in Python 3.10 tomli reads it, which pytest brings along."""
+    tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    read: dict[str, Any] = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    return read
 
 
 FAMILIES = ("repvit_m0_9", "efficientnet_b0")

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from importlib import metadata
-from typing import Any
+from typing import TypedDict
 
 from prgkit.evaluate import system
 from prgkit.export.runtimes.base import PROVIDERS, available_providers, why_no_compiling
@@ -32,7 +32,24 @@ PACKAGES = (
 )
 
 
-def examine() -> dict[str, Any]:
+class Backend(TypedDict):
+    """Something that could run a model, and whether it runs here."""
+
+    name: str
+    runs: bool
+    detail: str  # what is missing, and how to get it
+
+
+class Diagnosis(TypedDict):
+    """What this machine has, what runs on it, and which packages stand in each other's way."""
+
+    versions: dict[str, str | None]
+    machine: dict[str, str]
+    backends: list[Backend]
+    clashes: list[str]
+
+
+def examine() -> Diagnosis:
     """Return versions, machine facts, backends (each with whether it runs here and why not) and clashes."""
     versions = {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}}
     machine = system.describe()
@@ -63,7 +80,7 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def onnxruntime_backends() -> list[dict[str, Any]]:
+def onnxruntime_backends() -> list[Backend]:
     """Return ONNX Runtime's execution providers: each runs where it is built in, the GPU's where there is one."""
     try:
         built_in = available_providers()
@@ -78,7 +95,7 @@ def onnxruntime_backends() -> list[dict[str, Any]]:
     return rows
 
 
-def openvino_backend(versions: dict[str, str | None]) -> dict[str, Any]:
+def openvino_backend(versions: dict[str, str | None]) -> Backend:
     """Return whether OpenVINO itself runs here."""
     if versions["openvino"] is None:
         return backend("openvino CPU", "pip install 'prgkit[openvino]'")
@@ -89,7 +106,7 @@ def openvino_backend(versions: dict[str, str | None]) -> dict[str, Any]:
     return backend("openvino CPU", None if "CPU" in devices else "it has no code for this processor")
 
 
-def torch_backends(versions: dict[str, str | None]) -> list[dict[str, Any]]:
+def torch_backends(versions: dict[str, str | None]) -> list[Backend]:
     """Return whether torch runs, and on a GPU; asked in a process of its own, since a broken torch can take it down."""
     if versions["torch"] is None:
         return [backend("torch (distill, export)", "pip install 'prgkit[distill]'")]
@@ -106,7 +123,7 @@ def torch_backends(versions: dict[str, str | None]) -> list[dict[str, Any]]:
     ]
 
 
-def tensorrt_backends() -> list[dict[str, Any]]:
+def tensorrt_backends() -> list[Backend]:
     """Return whether TensorRT and TensorRT for RTX can build engines here, and whether they can run them."""
     rows = []
     for name, state in available_backends().items():
@@ -117,7 +134,7 @@ def tensorrt_backends() -> list[dict[str, Any]]:
     return rows
 
 
-def backend(name: str, problem: str | None) -> dict[str, Any]:
+def backend(name: str, problem: str | None) -> Backend:
     """Return one backend's row: whether it runs here, and if not, why and what to do."""
     return {"name": name, "runs": problem is None, "detail": problem or ""}
 

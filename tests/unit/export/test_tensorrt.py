@@ -13,7 +13,7 @@ import click
 import numpy as np
 import pytest
 
-from prgkit.cli.options import gpu_generations
+from prgkit.cli.values import gpu_generations
 from prgkit.errors import BackendError, ExportError
 from prgkit.export.bundle.engine_metadata import engine_metadata_path, load_engine_metadata
 from prgkit.export.formats import tensorrt, timing_cache
