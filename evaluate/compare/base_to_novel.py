@@ -22,12 +22,12 @@ from prgkit.data.augment import evaluation_views
 from prgkit.data.index import ImageIndex
 from prgkit.device import best_device
 from prgkit.errors import RecipeError
-from prgkit.export.from_run import teacher_logits
 from prgkit.metrics import top1
 from prgkit.progress import Progress
 from prgkit.storage.run import Run
 from prgkit.storage.tensors import load_facts
 from prgkit.student.model import load_student, student_logits
+from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.ensemble import open_targets
 
@@ -76,7 +76,7 @@ def require_two_halves(recipe: Recipe) -> None:
 def judge_novel(run: Run, recipe: Recipe, images: ImageIndex, novel: Novel, progress: Progress) -> dict[str, Any]:
     """Return how right the student, and the teacher, are among the novel classes, in percent."""
     asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"classes": novel.names})})
-    weighted, _ = teacher_logits(run, asked, images, novel.positions, progress)
+    weighted = teacher_answers(run, asked, images, novel.positions, progress).logits
     found = {
         "classes": len(novel.names),
         "images": len(novel.positions),

@@ -24,12 +24,12 @@ from prgkit.device import best_device
 from prgkit.errors import ImagesError, PrgkitError, RecipeError, RunError, nearest
 from prgkit.evaluate.compare.aggregate import standings, write_standings
 from prgkit.evaluate.compare.base_to_novel import Novel, halves, judge_novel, require_two_halves
-from prgkit.export.from_run import teacher_logits
 from prgkit.metrics import scores, top1
 from prgkit.progress import Progress
 from prgkit.storage.atomic import fingerprint, read_json, write_json
 from prgkit.storage.run import Run
 from prgkit.student.model import load_student, student_logits
+from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.ensemble import existing_targets
 from prgkit.training.distill import distill
 from prgkit.training.prepare import hold_out
@@ -282,7 +282,7 @@ class EvalSplit:
 
 def judge(run: Run, recipe: Recipe, split: EvalSplit, progress: Progress) -> dict[str, Any]:
     """Return what a finished cell came to, as its file tells it: shares in percent, and every answer."""
-    weighted, uniform = teacher_logits(run, recipe, split.images, split.positions, progress)
+    weighted, uniform, *_ = teacher_answers(run, recipe, split.images, split.positions, progress)
     student, card, labels = load_student(run).to(best_device()), run.card, split.labels
     workers = recipe.training.workers
     shown = evaluation_views(split.images, student.preprocessing, split.positions, workers=workers)
