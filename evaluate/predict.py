@@ -15,7 +15,7 @@ from prgkit.data.decode import GreyRange
 from prgkit.data.index import load_image, open_images
 from prgkit.data.sources import TAR, is_archive
 from prgkit.errors import PrgkitError
-from prgkit.evaluate.selection import chosen_artifact
+from prgkit.evaluate.selection import selected_artifact
 from prgkit.export.bundle.bundle import open_bundle
 from prgkit.export.runtimes.base import open_runner
 from prgkit.metrics import log_softmax
@@ -42,7 +42,7 @@ def predict(
         PrgkitError: the bundle or the choice is damaged.
     """
     bundle = open_bundle(folder, verify=("onnx",))
-    runner = open_runner(folder, chosen_artifact(bundle, bench))
+    runner = open_runner(folder, selected_artifact(bundle, bench))
     try:
         for given in images:
             for name, read in pictures_of(given, bundle.preprocessing.grey_range, note):

@@ -8,59 +8,65 @@ from typing import Any
 
 import numpy as np
 
+from prgkit.evaluate.report.schema import Int8Verdict, Interval, Row, measured_latency
 from prgkit.export.bundle.bundle import Bundle, fp32_onnx
-from prgkit.export.runtimes.fidelity import Facts, fidelity, told
+from prgkit.export.runtimes.fidelity import fidelity, told
 from prgkit.storage.atomic import read_sealed, write_sealed
 
-FILE = "choice.json"  # beside the report
-SCHEMA = "prgkit.choice/1"
-Row = dict[str, Any]
+FILE = "selection.json"  # beside the report
+SCHEMA = "prgkit.selection/1"
 
 
-def choose(bundle: Bundle, rows: Sequence[Row], *, images: int) -> Facts | None:
-    """Return which INT8 file is kept on this machine's CPU, with the figures; None where none was measured.
+def judge_int8(bundle: Bundle, rows: Sequence[Row], *, images: int) -> list[Int8Verdict]:
+    """Judge every INT8 file that ONNX Runtime ran on this machine's CPU; the first one returned is to be used.
 
-    ``rows`` are the report's, with agreement on ``images`` images. Of several that are kept it is the fastest, and what
-    was found of the rest is under ``others``; where none is kept, it is the bundle's first.
+    ``rows`` are the report's, with agreement on ``images`` images. Of several that are kept the fastest is first; where
+    none is kept, the bundle's first.
     """
-    here = [row for row in rows if row["backend"] == "onnxruntime" and row["device"] == "cpu"]
-    ran = {row["artifact"]: row for row in here if row["status"] == "measured"}
-    floats = [row for row in ran.values() if row["precision"] in ("fp32", "fp16")]
+    here = [row for row in rows if row.backend == "onnxruntime" and row.device == "cpu"]
+    ran = {row.artifact: row for row in here if row.status == "measured"}
+    floats = [row for row in ran.values() if row.precision in ("fp32", "fp16")]
     if not floats:
-        return None
-    against = min(floats, key=lambda row: float(row["latency"]["p50_ms"]))
+        return []
+    against = min(floats, key=lambda row: measured_latency(row).p50_ms)
     files = [one for one in bundle.artifacts if (one["format"], one["precision"]) == ("onnx", "int8")]
-    found = [judge(one, ran[one["name"]], against, images) for one in files if one["name"] in ran]
-    ranked = sorted(found, key=lambda one: (not one["kept"], one["kept"] and one["ratio"]))
-    return {**ranked[0], "others": ranked[1:]} if ranked else None
+    verdicts = [
+        judge(ran[one["name"]], against, floor=float(one["quantization"]["floor"]), images=images)
+        for one in files
+        if one["name"] in ran
+    ]
+    return sorted(verdicts, key=lambda one: (not one.kept, one.kept and one.ratio))
 
 
-def judge(entry: Facts, row: Row, against: Row, images: int) -> Facts:
+def judge(row: Row, against: Row, *, floor: float, images: int) -> Int8Verdict:
     """Return whether one INT8 file is kept, and why.
 
     The fidelity counts by the lower bound of its 95 % interval. The latency counts by the ratio to that of ``against``,
     the faster of FP32 and FP16: its whole 95 % interval must lie below 1.
     """
-    ratio, interval = round_ratio(row["latency"]["round_p50_ms"], against["latency"]["round_p50_ms"])
-    found = fidelity(round(row["agreement_fp32"] * images / 100), images)
-    floor = float(entry["quantization"]["floor"])
-    faithful, faster = found["interval"][0] >= floor, interval[1] < 1
-    return {
-        "artifact": entry["name"],
-        "kept": faithful and faster,
-        "faithful": faithful,
-        "faster": faster,
-        **found,
-        "floor": floor,
-        "against": against["artifact"],
-        "ratio": ratio,
-        "ratio_interval": interval,
-    }
+    ratio, interval = round_ratio(measured_latency(row).round_p50_ms, measured_latency(against).round_p50_ms)
+    agreement = fidelity(round((row.agreement_fp32 or 0) * images / 100), images)
+    faithful, faster = agreement["interval"][0] >= floor, interval[1] < 1
+    return Int8Verdict(
+        artifact=row.artifact,
+        backend=row.backend,
+        device=row.device,
+        kept=faithful and faster,
+        faithful=faithful,
+        faster=faster,
+        images=images,
+        agreement=agreement["agreement"],
+        agreement_interval=agreement["interval"],
+        floor=floor,
+        against=against.artifact,
+        ratio=ratio,
+        ratio_interval=interval,
+    )
 
 
 def round_ratio(
     ours: Sequence[float], theirs: Sequence[float], *, resamples: int = 1000, seed: int = 0
-) -> tuple[float, list[float]]:
+) -> tuple[float, Interval]:
     """Return the ratio of two latencies by their rounds' medians, with its 95 % bootstrap interval over rounds.
 
     The artifacts took turns within each round, so the ratio is taken there, where drift has hit both alike, and its
@@ -70,60 +76,54 @@ def round_ratio(
     logs = np.log(np.asarray(ours[:rounds]) / np.asarray(theirs[:rounds]))  # [rounds]
     drawn = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
     low, high = np.exp(np.percentile(logs[drawn].mean(axis=1), [2.5, 97.5]))
-    return float(np.exp(logs.mean())), [float(low), float(high)]
+    return float(np.exp(logs.mean())), (float(low), float(high))
 
 
-def int8_notes(bundle: Bundle, found: Facts | None) -> list[str]:
+def int8_notes(bundle: Bundle, verdicts: Sequence[Int8Verdict]) -> list[str]:
     """Say of every INT8 file whether it is kept, and why not; what was not kept at export says so again."""
     notes = [f"{one['name']}: {told(one)}." for one in bundle.manifest.get("not_kept", [])]
-    notes += [verdict(one) for one in findings(found)]
-    if found and sum(one["kept"] for one in findings(found)) > 1:
-        notes.append(f"predict runs {found['artifact']}, the fastest of these.")
+    notes += [in_words(verdict) for verdict in verdicts]
+    if sum(verdict.kept for verdict in verdicts) > 1:
+        notes.append(f"predict runs {verdicts[0].artifact}, the fastest of these.")
     return notes
 
 
-def findings(found: Facts | None) -> list[Facts]:
-    """Return what `choose` found of each INT8 file, the chosen one first."""
-    return [found, *found.get("others", [])] if found else []
-
-
-def verdict(found: Facts) -> str:
+def in_words(verdict: Int8Verdict) -> str:
     """Say of one INT8 file whether it is kept, with the figures."""
     share = (
-        f"the same answer as FP32 on {found['agreement']:.2f} % of {found['images']:,} images, lower 95 % bound "
-        f"{found['interval'][0]:.2f} %, floor {found['floor']:g} %"
+        f"the same answer as FP32 on {verdict.agreement:.2f} % of {verdict.images:,} images, lower 95 % bound "
+        f"{verdict.agreement_interval[0]:.2f} %, floor {verdict.floor:g} %"
     )
-    low, high = found["ratio_interval"]
-    pace = f"{found['ratio']:.2f} times the latency of {found['against']} ({low:.2f}–{high:.2f})"
-    kept = "is kept on this machine" if found["kept"] else "is not kept on this machine"
-    return f"{found['artifact']} {kept}: {share}; {pace}."
+    low, high = verdict.ratio_interval
+    latency = f"{verdict.ratio:.2f} times the latency of {verdict.against} ({low:.2f}–{high:.2f})"
+    kept = "is kept on this machine" if verdict.kept else "is not kept on this machine"
+    return f"{verdict.artifact} {kept}: {share}; {latency}."
 
 
-def write_choice(folder: Path, bundle: Bundle, found: Facts | None) -> None:
-    """Write into ``folder`` what `predict` obeys on this machine; where INT8 was not measured, there is no choice."""
-    if found is None:
+def write_selection(folder: Path, bundle: Bundle, verdicts: Sequence[Int8Verdict]) -> None:
+    """Write into ``folder`` which file `predict` runs on this machine; without INT8, there is none."""
+    if not verdicts:
         (folder / FILE).unlink(missing_ok=True)
         return
-    chosen = next(one for one in bundle.artifacts if one["name"] == found["artifact"])
-    chosen = chosen if found["kept"] else fp32_onnx(bundle)
-    write_sealed(
-        folder / FILE,
-        {"schema": SCHEMA, "artifact": chosen["name"], "sha256": chosen["sha256"], "int8": found},
-    )
+    artifact = fp32_onnx(bundle)
+    if verdicts[0].kept:
+        artifact = next(one for one in bundle.artifacts if one["name"] == verdicts[0].artifact)
+    content = {"schema": SCHEMA, "artifact": artifact["name"], "sha256": artifact["sha256"]}
+    write_sealed(folder / FILE, {**content, "int8": [verdict.model_dump(mode="json") for verdict in verdicts]})
 
 
-def chosen_artifact(bundle: Bundle, folder: Path | None) -> dict[str, Any]:
-    """Return the entry that `predict` runs: the one chosen in this machine's bench folder, else the FP32 file.
+def selected_artifact(bundle: Bundle, folder: Path | None) -> dict[str, Any]:
+    """Return the entry that `predict` runs: the one selected in this machine's bench folder, else the FP32 file.
 
-    A choice of files that were exported anew since counts no more.
+    A selection of files that were exported anew since counts no more.
 
     Raises:
-        PrgkitError: the choice is damaged.
+        PrgkitError: the selection is damaged.
         ExportError: the bundle has no FP32 file.
     """
     if folder is not None and (folder / FILE).exists():
-        choice = read_sealed(folder / FILE, fix="measure again: prgkit bench")
+        selection = read_sealed(folder / FILE, fix="measure again: prgkit bench")
         for artifact in bundle.artifacts:
-            if artifact["format"] == "onnx" and artifact["sha256"] == choice.get("sha256"):
+            if artifact["format"] == "onnx" and artifact["sha256"] == selection.get("sha256"):
                 return artifact
     return fp32_onnx(bundle)

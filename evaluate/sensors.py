@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RAPL = Path("/sys/class/powercap")
 INA3221 = Path("/sys/bus/i2c/drivers/ina3221")
@@ -33,39 +33,46 @@ GPU_REASONS = {
 RASPBERRY_REASONS = {0x1: "voltage too low", 0x2: "clock capped", 0x4: "throttled", 0x8: "too hot"}
 
 
+class MeterReading(NamedTuple):
+    """The mean power over a stretch of time, or None, and the reasons for which the device was throttled in it."""
+
+    power_w: float | None
+    throttling: list[str]
+
+
 class Meter:
-    """What a device drew, and how it held itself back, from the making of the meter to its ``facts``."""
+    """What a device drew, and how it held itself back, from the making of the meter to its ``read``."""
 
     def __init__(self, device: str) -> None:
         self.gpu = device == "cuda"
-        self.spots_w: list[float] = []
+        self.powers_w: list[float] = []
         self.reasons: set[str] = set()
         self.throttles = processor_throttles()
         self.joules, self.began = energy_j(gpu=self.gpu), time.perf_counter()
 
-    def look(self) -> None:
-        """Note what can only be seen at a moment; takes less than a millisecond."""
+    def sample(self) -> None:
+        """Read what can only be seen at a moment; takes less than a millisecond."""
         self.reasons |= throttling(gpu=self.gpu)
         if self.joules is None and (watts := power_w(gpu=self.gpu)) is not None:
-            self.spots_w.append(watts)
+            self.powers_w.append(watts)
 
-    def facts(self) -> dict[str, Any]:
-        """Return the mean power in W, or None, and the reasons for which it was throttled."""
-        if not self.spots_w:  # else it was looked at under load, and what it draws now is that of a device at rest
-            self.look()
+    def read(self) -> MeterReading:
+        """Return what was seen since the meter was made."""
+        if not self.powers_w:  # else it was sampled under load, and what it draws now is that of a device at rest
+            self.sample()
         after, seconds = energy_j(gpu=self.gpu), time.perf_counter() - self.began
-        power = sum(self.spots_w) / len(self.spots_w) if self.spots_w else None
+        power = sum(self.powers_w) / len(self.powers_w) if self.powers_w else None
         # A counter that starts again, every hour or so of full load, says nothing about this stretch.
         if self.joules is not None and after is not None and after >= self.joules and seconds > 0:
             power = (after - self.joules) / seconds
         hot = {"processor too hot"} if processor_throttles() > self.throttles else set()
-        return {"power_w": None if power is None else round(power, 3), "throttling": sorted(self.reasons | hot)}
+        return MeterReading(None if power is None else round(power, 3), sorted(self.reasons | hot))
 
 
 @contextmanager
-def midway(look: Callable[[], None], *, after_s: float) -> Iterator[None]:
-    """Call ``look`` once, from another thread, in the midst of the block: after it, the device is at rest again."""
-    timer = threading.Timer(after_s, look)
+def midway(sample: Callable[[], None], *, after_s: float) -> Iterator[None]:
+    """Call ``sample`` once, from another thread, in the midst of the block: after it, the device is at rest again."""
+    timer = threading.Timer(after_s, sample)
     timer.daemon = True
     timer.start()
     try:

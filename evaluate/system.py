@@ -9,9 +9,10 @@ import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from prgkit.evaluate import sensors
+from prgkit.evaluate.report.schema import Gpu, Machine
 from prgkit.evaluate.sensors import read
 
 RUNTIMES = (
@@ -21,28 +22,28 @@ RUNTIMES = (
 CPUFREQ = Path("/sys/devices/system/cpu/cpufreq")
 
 
-def describe() -> dict[str, Any]:
-    """Return the facts of this machine as they are now, before anything is measured."""
-    return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "usable_cores": usable_cores(),
-        "busy_cores": busy_cores(),
-        "load_average": [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "governor": governor(),
-        "clock_range_mhz": clock_range_mhz(),
-        "clocks_locked": clocks_locked(),
-        "temperature_c": temperature_c(),
-        "power_mode": power_mode(),
-        "memory_gib": memory_gib(),
-        "os": operating_system(),
-        "kernel": platform.release(),
-        "architecture": platform.machine(),
-        "virtual": is_virtual(),
-        "python": platform.python_version(),
-        "versions": versions(),
-        "gpus": gpus(),
-    }
+def describe() -> Machine:
+    """Return what this machine is and does now, before anything is measured."""
+    return Machine(
+        cpu=cpu_model(),
+        cores=os.cpu_count(),
+        usable_cores=usable_cores(),
+        busy_cores=busy_cores(),
+        load_average=[round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        governor=governor(),
+        clock_range_mhz=clock_range_mhz(),
+        clocks_locked=clocks_locked(),
+        temperature_c=temperature_c(),
+        power_mode=power_mode(),
+        memory_gib=memory_gib(),
+        os=operating_system(),
+        kernel=platform.release(),
+        architecture=platform.machine(),
+        virtual=is_virtual(),
+        python=platform.python_version(),
+        versions=versions(),
+        gpus=gpus(),
+    )
 
 
 class SystemMonitor:
@@ -55,82 +56,92 @@ class SystemMonitor:
         self.before = cpu_times()
 
     def sample(self) -> None:
-        """Look once; called between rounds, never while a run is timed."""
-        self.meter.look()
-        clock, warmth = clock_mhz(), temperature_c()
+        """Read the sensors once; called between rounds, never while a run is timed."""
+        self.meter.sample()
+        clock, temperature = clock_mhz(), temperature_c()
         if clock is not None:
             self.clocks_mhz.append(clock)
-        if warmth is not None:
-            self.temperatures_c.append(warmth)
+        if temperature is not None:
+            self.temperatures_c.append(temperature)
 
-    def facts(self) -> dict[str, Any]:
-        """Return what was seen, as additions to ``describe``'s facts."""
+    def stolen_percent(self) -> float | None:
+        """Return the processor time since the start that the hypervisor took."""
         after = cpu_times()
-        stolen = None
-        if self.before and after and sum(after) > sum(self.before) and len(after) > 7:
-            stolen = round(100 * (after[7] - self.before[7]) / (sum(after) - sum(self.before)), 2)
-        return {
-            "clocks_mhz": [round(value) for value in self.clocks_mhz],
-            "temperatures_c": self.temperatures_c,
-            "stolen_percent": stolen,
-            "throttling": self.meter.facts()["throttling"],
-        }
+        if not (self.before and after and sum(after) > sum(self.before) and len(after) > 7):
+            return None
+        return round(100 * (after[7] - self.before[7]) / (sum(after) - sum(self.before)), 2)
+
+    def add_to(self, machine: Machine) -> Machine:
+        """Return the machine with what was seen of it."""
+        return machine.model_copy(
+            update={
+                "clocks_mhz": [round(value) for value in self.clocks_mhz],
+                "temperatures_c": self.temperatures_c,
+                "stolen_percent": self.stolen_percent(),
+                "throttling": self.meter.read().throttling,
+            }
+        )
 
 
-def look(device: str) -> dict[str, float | None]:
+class DeviceState(NamedTuple):
+    """The clock and the temperature of a device at a moment."""
+
+    clock_mhz: float | None = None
+    temperature_c: float | None = None
+
+
+def device_state(device: str) -> DeviceState:
     """Return the clock and the temperature, now, of what works on ``device``: the GPU, or the processor."""
-    clock, warmth = (sensors.gpu_clock_mhz(), sensors.gpu_temperature_c()) if device == "cuda" else (clock_mhz(), None)
-    warmth = temperature_c() if warmth is None else warmth
-    return {"clock_mhz": None if clock is None else round(clock, 1), "temperature_c": warmth}
+    gpu = device == "cuda"
+    clock = sensors.gpu_clock_mhz() if gpu else clock_mhz()
+    temperature = sensors.gpu_temperature_c() if gpu else None
+    return DeviceState(
+        None if clock is None else round(clock, 1), temperature_c() if temperature is None else temperature
+    )
 
 
-def remarks(facts: dict[str, Any]) -> list[str]:
+def machine_notes(machine: Machine) -> list[str]:
     """Return what a reader of the latencies must know about the machine."""
-    found = []
-    busy, cores = facts.get("busy_cores"), facts.get("usable_cores") or 1
+    notes = []
+    busy, cores = machine.busy_cores, machine.usable_cores
     if busy is not None and busy > 0.15 * cores:
-        found.append(f"Machine busy before the measurement: {busy:.1f} of {cores} cores.")
-    for gpu in facts.get("gpus") or []:
-        if (gpu.get("busy_percent") or 0) > 15:
-            found.append(f"{gpu['name']} busy before the measurement: {gpu['busy_percent']:.0f} % of the time.")
-    if (facts.get("stolen_percent") or 0) >= 1:
-        found.append(
-            f"The hypervisor took {facts['stolen_percent']:.1f} % of the processor time during the measurement."
+        notes.append(f"Machine busy before the measurement: {busy:.1f} of {cores} cores.")
+    for gpu in machine.gpus:
+        if (gpu.busy_percent or 0) > 15:
+            notes.append(f"{gpu.name} busy before the measurement: {gpu.busy_percent:.0f} % of the time.")
+    if (machine.stolen_percent or 0) >= 1:
+        notes.append(
+            f"The hypervisor took {machine.stolen_percent:.1f} % of the processor time during the measurement."
         )
-    if facts.get("clocks_locked") is False:
-        low, high = facts["clock_range_mhz"]
-        rule = f", governor {facts['governor']}" if facts.get("governor") else ""
-        found.append(
+    if machine.clocks_locked is False and machine.clock_range_mhz:
+        low, high = machine.clock_range_mhz
+        rule = f", governor {machine.governor}" if machine.governor else ""
+        notes.append(
             f"Clocks unlocked ({low:.0f} to {high:.0f} MHz{rule}): latency moves with temperature and load; root can "
-            f"hold them: {how_to_lock(facts)}."
+            f"hold them: {how_to_lock(machine)}."
         )
-    elif facts.get("clocks_locked") is None:
-        found.append("Clocks cannot be read or locked here" + (" (virtual machine)." if facts.get("virtual") else "."))
-    clocks = facts.get("clocks_mhz") or []
+    elif machine.clocks_locked is None:
+        notes.append("Clocks cannot be read or locked here" + (" (virtual machine)." if machine.virtual else "."))
+    clocks = machine.clocks_mhz
     if clocks and max(clocks) > 1.1 * min(clocks):
-        found.append(f"The clock moved between {min(clocks)} and {max(clocks)} MHz during the measurement.")
-    if facts.get("throttling"):
-        found.append(f"The device held itself back during the measurement: {', '.join(facts['throttling'])}.")
-    return found
+        notes.append(f"The clock moved between {min(clocks)} and {max(clocks)} MHz during the measurement.")
+    if machine.throttling:
+        notes.append(f"The device held itself back during the measurement: {', '.join(machine.throttling)}.")
+    return notes
 
 
-def how_to_lock(facts: dict[str, Any]) -> str:
+def how_to_lock(machine: Machine) -> str:
     """Return the commands that hold the clocks where they are."""
-    if facts.get("power_mode"):
+    if machine.power_mode:
         return "jetson_clocks"
-    more = ", nvidia-smi --lock-gpu-clocks=MHZ" if facts.get("gpus") else ""
+    more = ", nvidia-smi --lock-gpu-clocks=MHZ" if machine.gpus else ""
     return f"cpupower frequency-set --governor performance{more}"
 
 
-def slug(facts: dict[str, Any]) -> str:
-    """Return a folder name for this machine: ``amd-epyc-2-cores``, with the GPU where there is one."""
-    parts = [facts["cpu"], f"{facts['usable_cores']} cores", *(gpu["name"] for gpu in facts["gpus"][:1])]
+def machine_folder() -> str:
+    """Return the name of this machine's folder: ``amd-epyc-2-cores``, with the GPU where there is one."""
+    parts = [cpu_model(), f"{usable_cores()} cores", *(gpu.name for gpu in gpus()[:1])]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
-
-
-def slug_here() -> str:
-    """Return this machine's folder name without looking at what it does now, which takes a moment."""
-    return slug({"cpu": cpu_model(), "usable_cores": usable_cores(), "gpus": gpus()})
 
 
 def cpu_model() -> str:
@@ -177,10 +188,10 @@ def governor() -> str | None:
     return read(CPUFREQ / "policy0" / "scaling_governor")
 
 
-def clock_range_mhz() -> list[float] | None:
+def clock_range_mhz() -> tuple[float, float] | None:
     """Return the lowest and the highest clock that the governor may choose."""
     low, high = read(CPUFREQ / "policy0" / "scaling_min_freq"), read(CPUFREQ / "policy0" / "scaling_max_freq")
-    return [int(low) / 1000, int(high) / 1000] if low and high else None
+    return (int(low) / 1000, int(high) / 1000) if low and high else None
 
 
 def clocks_locked() -> bool | None:
@@ -239,41 +250,34 @@ def is_virtual() -> bool:
 
 def versions() -> dict[str, str]:
     """Return the versions of the installed runtimes, without importing any."""
-    found = {}
+    installed = {}
     for name in RUNTIMES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def gpus() -> list[dict[str, Any]]:
+def gpus() -> list[Gpu]:
     """Return the NVIDIA GPUs that nvidia-smi names, with the driver's version."""
-    fields = (
-        "name",
-        "driver_version",
-        "memory.total",
-        "clocks.sm",
-        "power.limit",
-        "temperature.gpu",
-        "utilization.gpu",
-    )
-    text = output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    fields = {
+        "name": "name",
+        "driver": "driver_version",
+        "memory_mib": "memory.total",
+        "clock_mhz": "clocks.sm",
+        "power_limit_w": "power.limit",
+        "temperature_c": "temperature.gpu",
+        "busy_percent": "utilization.gpu",
+    }
+    text = output("nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits")
     rows = [[value.strip() for value in line.split(",")] for line in (text or "").splitlines()]
-    keys = ("name", "driver", "memory_mib", "clock_mhz", "power_limit_w", "temperature_c", "busy_percent")
+    # It prints [N/A] for what a GPU does not show.
     return [
-        {key: number_or_text(value) for key, value in zip(keys, row, strict=True)}
+        Gpu.model_validate(dict(zip(fields, [None if value.startswith("[") else value for value in row], strict=True)))
         for row in rows
-        if len(row) == len(keys)
+        if len(row) == len(fields)
     ]
-
-
-def number_or_text(value: str) -> float | str | None:
-    """Return a number where nvidia-smi printed one, None for its "[N/A]"."""
-    if value.startswith("["):
-        return None
-    return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) and value.count(".") < 2 else value
 
 
 def output(*command: str) -> str | None:

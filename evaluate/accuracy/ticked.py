@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.data.ticks import Tick, read_ticks, ticked
+from prgkit.evaluate.report.schema import Audit, Row, TickedRow, TickedShare
 from prgkit.export.bundle.bundle import Bundle, Evaluation
 from prgkit.metrics import wilson
 from prgkit.storage.run import TICKS, Run
@@ -35,8 +35,11 @@ def find_ticks(bundle: Bundle, run_folder: Path | None) -> list[Tick]:
 
 
 def audit(
-    ticks: Sequence[Tick], evaluation: Evaluation, classes: Sequence[str], rows: Iterable[tuple[dict[str, Any], Any]]
-) -> tuple[dict[str, Any] | None, list[str]]:
+    ticks: Sequence[Tick],
+    evaluation: Evaluation,
+    classes: Sequence[str],
+    rows: Iterable[tuple[Row, NDArray[np.float32] | None]],
+) -> tuple[Audit | None, list[str]]:
     """Return the report's section on the ticked images, None where there are none, and what a reader must know of it.
 
     ``rows`` are the report's rows, each with its logits [images, classes] or None. Shares are in percent.
@@ -48,10 +51,9 @@ def audit(
     travelling = [tick for tick in seen if tick.key in places]
     positions = [places[tick.key] for tick in travelling]
     scored = [
-        {**{key: row[key] for key in ("artifact", "backend", "device")}, **student_share(travelling, answers, classes)}
+        student_share(row, travelling, logits[positions].argmax(axis=1), classes)
         for row, logits in rows
-        if logits is not None and row["status"] == "measured" and travelling
-        for answers in [logits[positions].argmax(axis=1)]
+        if logits is not None and row.status == "measured" and travelling
     ]
     taught = [classes[index] for index in evaluation.teacher_logits[positions].argmax(axis=1)] if positions else []
     notes = [
@@ -60,26 +62,23 @@ def audit(
         *missing_notes(travelling, evaluation),
         *stranger_notes(travelling, taught),
     ]
-    return {"images": len(ticks), "ticked": len(seen), "teacher": teacher_share(seen), "rows": scored}, notes
+    return Audit(images=len(ticks), ticked=len(seen), teacher=teacher_share(seen), rows=scored), notes
 
 
-def teacher_share(seen: Sequence[Tick]) -> dict[str, Any]:
+def teacher_share(seen: Sequence[Tick]) -> TickedShare:
     """Return on how many of the ticked images the teacher is right, with the 95 % interval of that share.
 
     The sample is self-weighting, so the plain share is unbiased; see `prgkit.annotation.audit.draw` for why
     Wilson's interval errs on the wide side for it.
     """
     right = sum(bool(tick.right) for tick in seen)
-    return {
-        "images": len(seen),
-        "right": right,
-        "top1": 100 * right / len(seen),
-        "top1_interval": list(wilson(right, len(seen))),
-    }
+    return TickedShare(
+        images=len(seen), right=right, top1=100 * right / len(seen), top1_interval=wilson(right, len(seen))
+    )
 
 
-def student_share(seen: Sequence[Tick], answers: Predictions, classes: Sequence[str]) -> dict[str, Any]:
-    """Return on how many of the ticked images a student is right; ``answers`` are its class indices.
+def student_share(row: Row, seen: Sequence[Tick], answers: Predictions, classes: Sequence[str]) -> TickedRow:
+    """Return on how many of the ticked images a row's artifact is right; ``answers`` are its class indices.
 
     Where the teacher is wrong and nobody said what it is, a student that repeats the teacher is wrong, and one that
     differs may be right. To leave those images out would favour the student, since it is wrong on most of them; so
@@ -87,20 +86,23 @@ def student_share(seen: Sequence[Tick], answers: Predictions, classes: Sequence[
     """
     right = unknown = 0
     for tick, answer in zip(seen, answers, strict=True):
-        said = classes[int(answer)]
+        name = classes[int(answer)]
         if tick.truth is not None:
-            right += said == tick.truth
+            right += name == tick.truth
         else:
-            unknown += said != tick.teacher
+            unknown += name != tick.teacher
     count = len(seen)
-    return {
-        "images": count,
-        "right": right,
-        "unknown": unknown,
-        "top1": 100 * right / count,
-        "top1_at_most": 100 * (right + unknown) / count,
-        "top1_interval": [wilson(right, count)[0], wilson(right + unknown, count)[1]],
-    }
+    return TickedRow(
+        artifact=row.artifact,
+        backend=row.backend,
+        device=row.device,
+        images=count,
+        right=right,
+        unknown=unknown,
+        top1=100 * right / count,
+        top1_at_most=100 * (right + unknown) / count,
+        top1_interval=(wilson(right, count)[0], wilson(right + unknown, count)[1]),
+    )
 
 
 def unticked_notes(ticks: Sequence[Tick]) -> list[str]:
@@ -121,9 +123,9 @@ def unticked_notes(ticks: Sequence[Tick]) -> list[str]:
     ]
 
 
-def unknown_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+def unknown_notes(rows: Sequence[TickedRow]) -> list[str]:
     """Say how an image counts on which the teacher is wrong and nobody said what it is."""
-    most = max((row["unknown"] for row in rows), default=0)
+    most = max((row.unknown for row in rows), default=0)
     if not most:
         return []
     return [

@@ -20,20 +20,20 @@ from prgkit.evaluate.accuracy.examples import choose_pictures
 from prgkit.evaluate.accuracy.opencv import opencv_notes
 from prgkit.evaluate.accuracy.per_class import per_class
 from prgkit.evaluate.accuracy.ticked import audit, find_ticks
-from prgkit.evaluate.bench import latency
-from prgkit.evaluate.bench.cases import Row, plan
-from prgkit.evaluate.bench.fixed_rate import paced
+from prgkit.evaluate.bench import latency, metadata
+from prgkit.evaluate.bench.cases import plan
+from prgkit.evaluate.bench.fixed_rate import measure_fixed_rate
 from prgkit.evaluate.bench.journal import conditions, open_journal
 from prgkit.evaluate.bench.latency import Measured
-from prgkit.evaluate.bench.metadata import identity, made_by, subject, training, trust, vocabulary_notes
-from prgkit.evaluate.bench.notes import apart_notes, row_notes
+from prgkit.evaluate.bench.notes import failure_notes, row_notes
 from prgkit.evaluate.bench.soak import check_minutes, soak_lead
-from prgkit.evaluate.bench.stages import described, golden_pictures, scope_block
+from prgkit.evaluate.bench.stages import golden_images, latency_stages, stage_images
 from prgkit.evaluate.bench.thread_sweep import thread_sweep
-from prgkit.evaluate.report.load import SCHEMA
+from prgkit.evaluate.bench.worker import artifact_key
 from prgkit.evaluate.report.regression import Gate, against, require_comparable
+from prgkit.evaluate.report.schema import Report, Row, RowSamples, Samples, Throughput, ThroughputSamples
 from prgkit.evaluate.report.write import write_report
-from prgkit.evaluate.selection import choose, int8_notes, write_choice
+from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection
 from prgkit.export.bundle.bundle import Bundle, Evaluation, check_golden, open_bundle, read_evaluation
 from prgkit.export.runtimes.base import OnnxRunner
 from prgkit.export.runtimes.fidelity import fidelity
@@ -59,7 +59,7 @@ def bench(
     sweep_threads: Sequence[int] = (),
     fps: float | None = None,
     soak_minutes: float | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Measure a bundle's artifacts on this machine, write the report into ``out`` and return it.
 
     Args:
@@ -67,7 +67,7 @@ def bench(
         run_folder: the run it came from, where that is at hand: adds PyTorch itself and the training curves.
         out: where report.json, report.md, report.html and samples.json go.
         threads: threads of one call on the CPU; None takes every core that this process may use.
-        seconds: the time for warming up and measuring one artifact; its scopes and its accuracy come on top.
+        seconds: the time for warming up and measuring one artifact; its latency stages and its accuracy come on top.
         batches: the batch sizes of the throughput sweep.
         note: told what is being done.
         command: what the user typed, for the report.
@@ -87,22 +87,22 @@ def bench(
     bundle = open_bundle(bundle_folder)
     evaluation = read_evaluation(bundle_folder)
     ticks = find_ticks(bundle, run_folder)  # a mistake in them is told before anything is measured
-    facts = system.describe()
+    machine = system.describe()
     threads = threads or system.usable_cores()
     if gate is not None:  # hours of measuring would not make them comparable
-        require_comparable(gate, facts, identity(evaluation, bundle), threads=threads)
-    rows, specs = plan(bundle, run_folder, facts, threads=threads, seconds=seconds)
-    notes, pictures = golden_notes(bundle), golden_pictures(bundle)
+        require_comparable(gate, machine, metadata.evaluation_images(evaluation, bundle), threads=threads)
+    rows, specs = plan(bundle, run_folder, gpu=bool(machine.gpus), threads=threads, seconds=seconds)
+    notes, pictures = golden_notes(bundle), golden_images(bundle)
     opened = [spec for spec in specs if spec is not None]
     timed = evenly(evaluation.pixels, TIMED_IMAGES)
     made_from = conditions(
-        facts,
+        machine,
         files=files_under_test(bundle, run_folder),
         opened=opened,
         options=[threads, seconds, sorted(set(batches))],
     )
     with open_journal(out, made_from, note) as kept:
-        monitor = system.SystemMonitor("cuda" if facts["gpus"] else "cpu")
+        monitor = system.SystemMonitor("cuda" if machine.gpus else "cpu")
         session = latency.measure(
             opened,
             timed,
@@ -118,66 +118,68 @@ def bench(
             between_rounds=lambda round_: monitor.sample(),
         )
         apart: dict[str, Any] = {"note": note, "kept": kept, "between_rounds": lambda round_: monitor.sample()}
-        by_threads, sweep_samples = thread_sweep(opened, timed, sweep_threads, seconds=seconds, **apart)
-        at_rate, frames = paced(opened, timed, fps, seconds=seconds, **apart)
+        sweep, sweep_samples = thread_sweep(opened, timed, sweep_threads, seconds=seconds, **apart)
+        fixed_rate, frames = measure_fixed_rate(opened, timed, fps, seconds=seconds, **apart)
         measured = iter(session.measured)
         floor = bundle.manifest.get("recipe", {}).get("export", {}).get("fidelity", Export().fidelity)
-        for row, spec in zip(rows, specs, strict=True):
-            if spec is not None:
-                fill(row, next(measured), evaluation, floor=floor)
-        if not any(row["status"] == "measured" for row in rows):
-            reasons = "; ".join(f"{row['artifact']}: {row['reason']}" for row in rows)
+        rows = [
+            row if spec is None else filled(row, next(measured), evaluation, floor=floor)
+            for row, spec in zip(rows, specs, strict=True)
+        ]
+        if not any(row.status == "measured" for row in rows):
+            reasons = "; ".join(f"{row.artifact}: {row.reason}" for row in rows)
             raise BenchError(
                 f"no artifact could be measured: {reasons}",
                 where=bundle_folder,
                 fix="prgkit doctor says what can run here",
             )
-        logits = [one.logits for one in session.measured]
         ran = [row for row, spec in zip(rows, specs, strict=True) if spec is not None]
-        audited, audit_notes = audit(ticks, evaluation, bundle.classes, zip(ran, logits, strict=True))
-        int8 = choose(bundle, rows, images=len(evaluation.pixels))
+        with_logits = [(row, one.logits) for row, one in zip(ran, session.measured, strict=True)]
+        audited, audit_notes = audit(ticks, evaluation, bundle.classes, with_logits)
+        int8 = judge_int8(bundle, rows, images=len(evaluation.pixels))
         soaked, windows = soak_lead(rows, specs, int8, timed, soak_minutes, fps=fps, note=note, kept=kept)
-        facts |= monitor.facts()
-        report = {
-            "schema": SCHEMA,
-            "prgkit": prgkit.__version__,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": command
-            or spelled_out(bundle_folder, threads, seconds, batches, sweep_threads, fps, soak_minutes),
-            "machine": facts,
-            **subject(bundle, evaluation, rows),
-            "rows": rows,
-            "scopes": described(pictures),
-            "threads": by_threads,
-            "paced": at_rate,
-            "soak": soaked,
-            "int8": int8,
-            "audit": audited,
-            "training": training(bundle, run_folder),
-            "quality": trust(bundle, run_folder),
-            "notes": [
+        machine = monitor.add_to(machine)
+        command = command or spelled_out(bundle_folder, threads, seconds, batches, sweep_threads, fps, soak_minutes)
+        teacher, student = metadata.teacher_scores(evaluation), metadata.student_scores(evaluation, rows)
+        report = Report(
+            prgkit=prgkit.__version__,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            command=command,
+            made_by=metadata.made_by(bundle, command),
+            machine=machine,
+            run=metadata.run_facts(bundle),
+            evaluation=metadata.evaluation_images(evaluation, bundle),
+            teacher=teacher,
+            student=student,
+            accuracy_ratio=student.top1 / teacher.top1 if student.top1 is not None and teacher.top1 else None,
+            rows=rows,
+            stage_images=stage_images(pictures),
+            thread_sweep=sweep,
+            fixed_rate=fixed_rate,
+            soak=soaked,
+            int8=int8,
+            audit=audited,
+            training=metadata.training(bundle, run_folder),
+            pseudo_labels=metadata.pseudo_labels(bundle, run_folder),
+            per_class=per_class(evaluation, with_logits, int8, bundle.classes),
+            notes=[
                 *notes,
-                *vocabulary_notes(bundle),
+                *metadata.vocabulary_notes(bundle),
                 *kept.notes,
                 *int8_notes(bundle, int8),
                 *audit_notes,
-                *system.remarks(facts),
+                *system.machine_notes(machine),
                 *row_notes(rows, session.measured),
-                *apart_notes(by_threads, at_rate),
+                *failure_notes(sweep, fixed_rate),
             ],
-        }
-        report["made_by"] = made_by(bundle, report["command"])
-        report["per_class"] = per_class(evaluation, zip(ran, logits, strict=True), report, bundle.classes)
-        if gate is not None:
-            report["baseline"] = against(report, gate)
-        write_choice(out, bundle, int8)
-        note("writing the report")
-        write_report(
-            out,
-            report,
-            samples={**samples(session), "threads": sweep_samples, "paced": frames, "soak": windows},
-            pictures=choose_pictures(evaluation, student_logits(session, evaluation), bundle.classes),
         )
+        if gate is not None:
+            report = report.model_copy(update={"baseline": against(report, gate)})
+        write_selection(out, bundle, int8)
+        note("writing the report")
+        raw = samples(session).model_copy(update={"thread_sweep": sweep_samples, "fixed_rate": frames, "soak": windows})
+        shown = choose_pictures(evaluation, student_logits(session, evaluation), bundle.classes)
+        write_report(out, report, samples=raw, pictures=shown)
     return report
 
 
@@ -206,17 +208,20 @@ def check_options(*, threads: int | None, seconds: float, batches: Sequence[int]
         raise BenchError(f"no camera gives {fps:g} frames a second", fix="give --fps a number above 0, such as 30")
 
 
-def fill(row: Row, one: Measured, evaluation: Evaluation, *, floor: float) -> None:
-    """Put what was measured into its row; a failure keeps what came before it. INT8 is held to the ``floor``, in %."""
-    row["load_ms"], row["peak_memory_mib"], row["switches"] = one.load_ms, one.peak_memory_mib, one.switches
-    if one.rounds_ns:
-        row["latency"] = latency.summary(one.rounds_ns, steady=one.warm_up is not None and one.warm_up.steady)
-    row["energy"] = latency.energy(one)
-    row["scopes"] = scope_block(one)
-    row["throughput"] = [
-        {"batch": batch, "images_per_s": latency.images_per_s(batch, samples_ns)}
-        for batch, samples_ns in one.sweep_ns.items()
-    ]
+def filled(row: Row, one: Measured, evaluation: Evaluation, *, floor: float) -> Row:
+    """Return a row with what was measured; a failure keeps what came before it. INT8 is held to the ``floor``, in %."""
+    figures: dict[str, Any] = {
+        "load_ms": one.load_ms,
+        "peak_memory_mib": one.peak_memory_mib,
+        "switches": one.switches,
+        "latency": latency.summarize(one.rounds_ns, steady=one.steady) if one.rounds_ns else None,
+        "energy": latency.energy(one),
+        "latency_stages": latency_stages(one),
+        "throughput": [
+            Throughput(batch=batch, images_per_s=latency.images_per_s(batch, samples_ns))
+            for batch, samples_ns in one.sweep_ns.items()
+        ],
+    }
     failed = one.failed
     if one.logits is not None:
         broken = np.flatnonzero(~np.isfinite(one.logits).all(axis=1))  # the images
@@ -225,13 +230,14 @@ def fill(row: Row, one: Measured, evaluation: Evaluation, *, floor: float) -> No
                 f"its logits are not finite on {len(broken)} of {len(one.logits)} images, first on image {broken[0]}"
             )
         else:
-            row |= metrics.scores(
+            figures |= metrics.scores(
                 one.logits, teacher=evaluation.teacher_logits, fp32=evaluation.logits, labels=evaluation.labels
             )
-            if row["precision"] == "int8":
-                same = round(row["agreement_fp32"] * len(one.logits) / 100)
-                row["faithful"] = fidelity(same, len(one.logits))["interval"][0] >= floor
-    row["status"], row["reason"] = ("measured", None) if failed is None else ("failed", failed)
+            if row.precision == "int8":
+                same = round(figures["agreement_fp32"] * len(one.logits) / 100)
+                figures["faithful"] = fidelity(same, len(one.logits))["interval"][0] >= floor
+    figures |= {"status": "measured" if failed is None else "failed", "reason": failed}
+    return Row.model_validate({**dict(row), **figures})
 
 
 def golden_notes(bundle: Bundle) -> list[str]:
@@ -249,19 +255,19 @@ def golden_notes(bundle: Bundle) -> list[str]:
     return notes
 
 
-def samples(session: latency.Session) -> dict[str, Any]:
-    """Return every raw sample, with the order in which the artifacts took their turns."""
+def samples(session: latency.Session) -> Samples:
+    """Return every raw sample of the rows, with the order in which the artifacts took their turns."""
     rows = [
-        {
-            **{key: one.spec[key] for key in ("artifact", "backend", "device")},
-            "warm_up": one.warm_up._asdict() if one.warm_up else None,
-            "rounds": one.rounds_ns,
-            "scopes": one.scopes_ns,
-            "throughput": [{"batch": batch, "samples": values} for batch, values in one.sweep_ns.items()],
-        }
+        RowSamples(
+            **artifact_key(one.spec),
+            warm_up=one.warm_up,
+            rounds_ns=one.rounds_ns,
+            stages_ns=one.stages_ns,
+            throughput=[ThroughputSamples(batch=batch, runs_ns=runs) for batch, runs in one.sweep_ns.items()],
+        )
         for one in session.measured
     ]
-    return {"schema": "prgkit.samples/1", "unit": "ns", "order": session.order, "rows": rows}
+    return Samples(order=session.order, rows=rows)
 
 
 def student_logits(session: latency.Session, evaluation: Evaluation) -> Any:

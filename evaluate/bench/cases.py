@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from prgkit.evaluate.bench.worker import Spec
+from prgkit.evaluate.report.schema import Row
 from prgkit.export.bundle.bundle import NCHW, QDQ, Bundle
 from prgkit.export.runtimes.base import PROVIDERS, VECTORS, available_providers, why_no_compiling
 from prgkit.export.runtimes.engine_metadata import load_engine_metadata
 from prgkit.export.runtimes.tensorrt import why_not_here
 from prgkit.storage.run import Run
 
-Row = dict[str, Any]
 COMPILED_FROM_S = 30  # seconds an artifact: compiling takes minutes where cores are few, so a short bench leaves it out
 
 
 def plan(
-    bundle: Bundle, run_folder: Path | None, facts: dict[str, Any], *, threads: int, seconds: float = 0.0
+    bundle: Bundle, run_folder: Path | None, *, gpu: bool, threads: int, seconds: float = 0.0
 ) -> tuple[list[Row], list[Spec | None]]:
     """Return a row for everything that could run, with what a worker opens, or None and the reason in the row.
 
     Args:
         bundle: whose artifacts run.
         run_folder: the run it came from, where that is at hand, for PyTorch's rows.
-        facts: the machine's.
+        gpu: whether the machine has an NVIDIA GPU.
         threads: threads of one call on the CPU.
         seconds: the time for each artifact; from `COMPILED_FROM_S` on, PyTorch has a compiled row as well.
     """
@@ -33,10 +33,10 @@ def plan(
     specs: list[Spec | None] = []
 
     def add(row: Row, spec: Spec | None, reason: str | None = None) -> None:
-        rows.append({**row, "reason": reason})
+        rows.append(row.model_copy(update={"reason": reason}))
         specs.append(None if spec is None or reason else named(spec, row))
 
-    here = runtimes(facts)
+    here = runtimes(gpu=gpu)
     for artifact in bundle.artifacts:
         path = str(bundle.folder / artifact["file"])
         if artifact["format"] == "engine":
@@ -66,13 +66,13 @@ def plan(
     return rows, specs
 
 
-def runtimes(facts: dict[str, Any]) -> list[Spec]:
+def runtimes(*, gpu: bool) -> list[Spec]:
     """Return what can run ONNX files here: each with its kind, backend and device, and ONNX Runtime's provider."""
     built_in = available_providers()
     here: list[Spec] = [
         {"kind": "onnx", "provider": name, "backend": provider.backend, "device": provider.device}
         for name, provider in PROVIDERS.items()
-        if name in built_in and (provider.device == "cpu" or facts["gpus"])
+        if name in built_in and (provider.device == "cpu" or gpu)
     ]
     if importlib.util.find_spec("openvino"):
         here.append({"kind": "openvino", "backend": "openvino", "device": "cpu"})
@@ -95,30 +95,18 @@ def suits(backend: str, artifact: dict[str, Any], bundle: Bundle) -> bool:
 
 
 def blank(name: str, artifact: dict[str, Any], *, device: str, threads: int | None) -> Row:
-    """Return a row with every key of the schema and no figure yet."""
-    return {
-        "artifact": name,
-        "file": artifact["file"],
-        "backend": artifact["backend"],
-        "device": device,
-        "precision": artifact["precision"],
-        "threads": threads,
-        "status": "not executed",
-        "reason": None,
-        "size_mib": round(artifact["bytes"] / (1 << 20), 3),
-        "load_ms": None,
-        "peak_memory_mib": None,
-        "switches": {},
-        "latency": None,
-        "energy": None,
-        "throughput": [],
-        "scopes": {},
-        **dict.fromkeys(("top1", "top1_interval", "top5", "calibration_error")),
-        **dict.fromkeys(("agreement_teacher", "agreement_teacher_interval", "agreement_fp32", "kl_teacher")),
-        "faithful": None,  # of INT8: whether it holds the fidelity floor here
-    }
+    """Return a row without a figure yet."""
+    return Row(
+        artifact=name,
+        backend=artifact["backend"],
+        device=device,
+        file=artifact["file"],
+        precision=artifact["precision"],
+        threads=threads,
+        size_mib=round(artifact["bytes"] / (1 << 20), 3),
+    )
 
 
 def named(spec: Spec, row: Row) -> Spec:
     """Return a specification that also says whose it is."""
-    return {**spec, **{key: row[key] for key in ("artifact", "backend", "device", "threads")}}
+    return {**spec, **{key: getattr(row, key) for key in ("artifact", "backend", "device", "threads")}}

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from prgkit.evaluate.bench.journal import BenchJournal
 from prgkit.evaluate.bench.latency import recording_failure, rotate
-from prgkit.evaluate.bench.worker import Pixels, Spec, Worker
+from prgkit.evaluate.bench.worker import Pixels, Spec, Worker, artifact_key
 from prgkit.evaluate.report.formatting import P99_SAMPLES
+from prgkit.evaluate.report.schema import FixedRate, FixedRateRow, FixedRateSamples, FrameTimes
 
 ROUNDS = 5
 WARM_UP_S = 1.0
@@ -32,7 +32,7 @@ class Frames:
     runs_ns: list[list[int]] = field(default_factory=list)  # [rounds][frames], of the run alone
 
 
-def paced(
+def measure_fixed_rate(
     specs: Sequence[Spec],
     images: Pixels,
     fps: float | None,
@@ -41,7 +41,7 @@ def paced(
     note: Callable[[str], None],
     kept: BenchJournal | None = None,
     between_rounds: Callable[[int], None] = lambda round_: None,
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+) -> tuple[FixedRate | None, list[FixedRateSamples]]:
     """Give every artifact frames at ``fps`` for ``seconds``, in turns; return the report's section and all samples.
 
     Args:
@@ -55,7 +55,7 @@ def paced(
     """
     if fps is None:
         return None, []
-    note(f"paced: {fps:g} frames a second")
+    note(f"fixed rate: {fps:g} frames a second")
     found = [Frames(spec) for spec in specs]
     own = (kept or BenchJournal()).part(f"{fps:g} frames/s")
     done = take_over(found, own)
@@ -73,12 +73,14 @@ def paced(
                 if (round_, index) in done:
                     continue
                 with recording_failure(found[index], own, index):
-                    responses, runs = workers[index].paced(fps=fps, seconds=seconds / ROUNDS)
+                    responses, runs = workers[index].fixed_rate(fps=fps, seconds=seconds / ROUNDS)
                     found[index].responses_ns.append(responses)
                     found[index].runs_ns.append(runs)
                     own.add("turn", round=round_, artifact=index, responses=responses, runs=runs)
-    samples = [{**named(one), "responses": one.responses_ns, "runs": one.runs_ns} for one in found]
-    return {"fps": fps, "deadline_ms": 1000 / fps, "rows": [summary(one, fps=fps) for one in found]}, samples
+    samples = [
+        FixedRateSamples(**artifact_key(one.spec), responses_ns=one.responses_ns, runs_ns=one.runs_ns) for one in found
+    ]
+    return FixedRate(fps=fps, deadline_ms=1000 / fps, rows=[summarize(one, fps=fps) for one in found]), samples
 
 
 def take_over(found: Sequence[Frames], kept: BenchJournal) -> set[tuple[int, int]]:
@@ -91,23 +93,17 @@ def take_over(found: Sequence[Frames], kept: BenchJournal) -> set[tuple[int, int
     return {(record["round"], record["artifact"]) for record in kept.of("turn")}
 
 
-def named(one: Frames) -> dict[str, Any]:
-    """Return whose frames they are."""
-    return {key: one.spec[key] for key in ("artifact", "backend", "device")}
-
-
-def summary(one: Frames, *, fps: float) -> dict[str, Any]:
+def summarize(one: Frames, *, fps: float) -> FixedRateRow:
     """Return what an artifact's frames took, in ms, and how many were late."""
     if one.failed is not None:
-        return {**named(one), "failed": one.failed}
+        return FixedRateRow(**artifact_key(one.spec), failed=one.failed)
     responses_ms, runs_ms = (np.concatenate(rounds) / 1e6 for rounds in (one.responses_ns, one.runs_ns))
-    return {
-        **named(one),
-        "failed": None,
-        "frames": len(responses_ms),
-        "p50_ms": float(np.median(responses_ms)),
-        "p99_ms": float(np.percentile(responses_ms, 99)) if len(responses_ms) >= P99_SAMPLES else None,
-        "max_ms": float(responses_ms.max()),
-        "run_p50_ms": float(np.median(runs_ms)),
-        "late": int((responses_ms > 1000 / fps).sum()),
-    }
+    times = FrameTimes(
+        frames=len(responses_ms),
+        p50_ms=float(np.median(responses_ms)),
+        p99_ms=float(np.percentile(responses_ms, 99)) if len(responses_ms) >= P99_SAMPLES else None,
+        max_ms=float(responses_ms.max()),
+        run_p50_ms=float(np.median(runs_ms)),
+        late=int((responses_ms > 1000 / fps).sum()),
+    )
+    return FixedRateRow(**artifact_key(one.spec), times=times)

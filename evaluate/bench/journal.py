@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BenchError, PrgkitError
+from prgkit.evaluate.report.schema import Machine
 from prgkit.storage.atomic import fingerprint, sha256, write_bytes, write_text
 from prgkit.storage.locks import locked
 from prgkit.storage.run import append_line, numbered_lines
@@ -167,8 +168,8 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def conditions(machine: dict[str, Any], **measured: Any) -> dict[str, Any]:
+def conditions(machine: Machine, **measured: Any) -> dict[str, Any]:
     """Return what has to be the same for samples to belong together: the machine, and what is ``measured`` how."""
     boot = BOOT.read_text().strip() if BOOT.exists() else ""  # after a start, the machine is cold
-    gpus = [[gpu["name"], gpu["driver"]] for gpu in machine["gpus"]]
-    return {"machine": [*(machine.get(key) for key in LASTING), gpus], "boot": boot, **measured}
+    gpus = [[gpu.name, gpu.driver] for gpu in machine.gpus]
+    return {"machine": [*(getattr(machine, key) for key in LASTING), gpus], "boot": boot, **measured}

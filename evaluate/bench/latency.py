@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.evaluate.bench.journal import BenchJournal
-from prgkit.evaluate.bench.worker import Pixels, Spec, WarmUp, Worker, WorkerFailedError
+from prgkit.evaluate.bench.worker import Pixels, Spec, Worker, WorkerFailedError, artifact_key
 from prgkit.evaluate.report import formatting
 from prgkit.evaluate.report.formatting import P99_SAMPLES
-from prgkit.evaluate.report.sections import SCOPES
+from prgkit.evaluate.report.schema import STAGES, ArtifactKey, Energy, Latency, Stage, WarmUp
 from prgkit.evaluate.sensors import Meter, midway, power_source
 
 ROUNDS = 10
@@ -23,7 +23,7 @@ ROUNDS = 10
 SETTLE_S = 0.1
 # How the seconds of an artifact are spent; predicting the evaluation images comes on top.
 WARM_UP_SHARE, LATENCY_SHARE, THROUGHPUT_SHARE = 0.2, 0.55, 0.25
-SCOPE_SHARE, SCOPE_ROUNDS = 0.2, 5  # of an artifact's seconds, on top of them
+STAGE_SHARE, STAGE_ROUNDS = 0.2, 5  # of an artifact's seconds, on top of them
 # A model of seconds a run would overstay by whole rounds: past this many times its share it has no further turns.
 OVERSTAY = 1.5
 LEAST_ROUNDS = 3
@@ -51,13 +51,18 @@ class Measured:
     powers_w: list[float] = field(default_factory=list)  # [rounds], where the device shows what it draws
     latency_s: float = 0.0  # spent on its rounds
     throughput_s: float = 0.0  # spent on its sweep
-    scopes_ns: dict[str, list[list[int]]] = field(default_factory=dict)  # scope -> [rounds][runs], batch 1
+    stages_ns: dict[Stage, list[list[int]]] = field(default_factory=dict)  # stage -> [rounds][runs], batch 1
     logits: NDArray[np.float32] | None = None  # [images, classes]
+
+    @property
+    def steady(self) -> bool:
+        """Whether it was warm when its rounds began."""
+        return self.warm_up is not None and self.warm_up.steady
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Encoded pictures and how one becomes an input: what the scopes that begin before pixels run on."""
+class EncodedImages:
+    """Encoded images and how one becomes an input: what the stages that begin before pixels run on."""
 
     files: Sequence[bytes]
     preprocessing: dict[str, Any]
@@ -79,7 +84,7 @@ def measure(
     batches: Sequence[int],
     rounds: int = ROUNDS,
     predict: Sequence[Pixels] = (),
-    pictures: Pictures | None = None,
+    pictures: EncodedImages | None = None,
     kept: BenchJournal | None = None,
     note: Callable[[str], None] = lambda text: None,
     between_rounds: Callable[[int], None] = lambda round_: None,
@@ -93,7 +98,7 @@ def measure(
         batches: the batch sizes of the throughput sweep; latency is always batch 1.
         rounds: how many turns each artifact takes at batch 1.
         predict: batches of images whose logits are wanted, from the same worker and file.
-        pictures: what the scopes `SCOPES` run on, side by side; None leaves them out.
+        pictures: what the latency stages run on, side by side; None leaves them out.
         kept: what an earlier sitting measured, gone on with and added to; None keeps nothing.
         note: told what is being done.
         between_rounds: called before each round with its number.
@@ -116,7 +121,7 @@ def measure(
         )
         throughput_sweep(session, workers, seconds=seconds, batches=batches, kept=kept, note=note)
         if pictures is not None:
-            scope_rounds(session, workers, pictures, seconds=seconds, kept=kept, note=note)
+            stage_rounds(session, workers, pictures, seconds=seconds, kept=kept, note=note)
         predictions(session, workers, predict, kept=kept, note=note)
     return session
 
@@ -137,9 +142,9 @@ def take_over(session: Session, kept: BenchJournal) -> None:
         one = session.measured[record["artifact"]]
         one.sweep_ns[record["batch"]] = record["samples"]
         one.throughput_s += record["seconds"]
-    for record in kept.of("scopes"):
-        for index, scope, samples in record["samples"]:
-            session.measured[index].scopes_ns.setdefault(scope, []).append(samples)
+    for record in kept.of("stages"):
+        for index, stage, samples in record["samples"]:
+            session.measured[index].stages_ns.setdefault(stage, []).append(samples)
     for record in kept.of("failed"):
         session.measured[record["artifact"]].failed = record["why"]
     for record in kept.of("logits"):
@@ -185,11 +190,11 @@ def latency_rounds(
             start, meter = time.perf_counter(), Meter(one.spec["device"])
             with recording_failure(one, kept, index):
                 settle_s = SETTLE_S if len(turns) > 1 else 0.0
-                with midway(meter.look, after_s=settle_s + slice_s / 2):
+                with midway(meter.sample, after_s=settle_s + slice_s / 2):
                     samples = workers[index].measure(batch=1, seconds=slice_s, settle_s=settle_s)
                 one.rounds_ns.append(samples)
                 measured.append((index, samples, time.perf_counter() - start))
-                if (watts := meter.facts()["power_w"]) is not None:
+                if (watts := meter.read().power_w) is not None:
                     one.powers_w.append(watts)
                     power.append((index, watts))
             one.latency_s += time.perf_counter() - start
@@ -242,33 +247,33 @@ def throughput_sweep(
             kept.add("sweep", artifact=index, batch=batch, samples=one.sweep_ns[batch], seconds=spent_s)
 
 
-def scope_rounds(
+def stage_rounds(
     session: Session,
     workers: dict[int, Worker],
-    pictures: Pictures,
+    pictures: EncodedImages,
     *,
     seconds: float,
     kept: BenchJournal,
     note: Callable[[str], None],
 ) -> None:
     """Let the artifacts take turns from pixels, from a decoded picture and from its file; this time comes on top."""
-    note("scopes: io, pipeline, end-to-end")
-    able: dict[int, Sequence[str]] = {}
+    note("latency stages: io, pipeline, end-to-end")
+    able: dict[int, Sequence[Stage]] = {}
     for index, worker in alive(session, workers):
         with recording_failure(session.measured[index], kept, index):
-            able[index] = worker.take_pictures(pictures.files, pictures.preprocessing)
-    slice_s = SCOPE_SHARE * seconds / (SCOPE_ROUNDS * len(SCOPES))
-    for round_ in range(len(kept.of("scopes")), SCOPE_ROUNDS):
+            able[index] = worker.take_images(pictures.files, pictures.preprocessing)
+    slice_s = STAGE_SHARE * seconds / (STAGE_ROUNDS * len(STAGES))
+    for round_ in range(len(kept.of("stages")), STAGE_ROUNDS):
         measured = []
         for index in rotate([index for index, _ in alive(session, workers)], round_):
             one = session.measured[index]
             with recording_failure(one, kept, index):
-                for scope in able[index]:
+                for stage in able[index]:
                     settle_s = min(SETTLE_S, slice_s)
-                    samples = workers[index].measure_scope(scope, seconds=slice_s, settle_s=settle_s)
-                    one.scopes_ns.setdefault(scope, []).append(samples)
-                    measured.append((index, scope, samples))
-        kept.add("scopes", samples=measured)
+                    samples = workers[index].measure_stage(stage, seconds=slice_s, settle_s=settle_s)
+                    one.stages_ns.setdefault(stage, []).append(samples)
+                    measured.append((index, stage, samples))
+        kept.add("stages", samples=measured)
 
 
 def predictions(
@@ -318,25 +323,25 @@ def rotate(turns: list[int], by: int) -> list[int]:
     return turns[start:] + turns[:start]
 
 
-def summary(rounds_ns: Sequence[Sequence[int]], *, steady: bool, batch: int = 1, scope: str = "io") -> dict[str, Any]:
-    """Return the latency block of a report's row: percentiles over all samples, the median's interval over rounds."""
+def summarize(rounds_ns: Sequence[Sequence[int]], *, steady: bool, batch: int = 1, stage: Stage = "io") -> Latency:
+    """Return percentiles over all runs, and the interval of their median over rounds."""
     samples_ms = np.concatenate([np.asarray(samples, dtype=np.float64) for samples in rounds_ns]) / 1e6
     p50, p90, p95, p99 = (float(value) for value in np.percentile(samples_ms, [50, 90, 95, 99]))
     low_ns, high_ns = median_interval(rounds_ns)
-    return {
-        "batch": batch,
-        "scope": scope,
-        "samples": len(samples_ms),
-        "p50_ms": p50,
-        "p90_ms": p90,
-        "p95_ms": p95,
-        "p99_ms": p99 if len(samples_ms) >= P99_SAMPLES else None,
-        "max_ms": float(samples_ms.max()),
-        "p50_interval_ms": [low_ns / 1e6, high_ns / 1e6],
-        "round_p50_ms": [float(np.median(samples)) / 1e6 for samples in rounds_ns],
-        "steady": steady,
-        "rounds": len(rounds_ns),
-    }
+    return Latency(
+        batch=batch,
+        stage=stage,
+        samples=len(samples_ms),
+        p50_ms=p50,
+        p90_ms=p90,
+        p95_ms=p95,
+        p99_ms=p99 if len(samples_ms) >= P99_SAMPLES else None,
+        max_ms=float(samples_ms.max()),
+        p50_interval_ms=(low_ns / 1e6, high_ns / 1e6),
+        round_p50_ms=[float(np.median(samples)) / 1e6 for samples in rounds_ns],
+        steady=steady,
+        rounds=len(rounds_ns),
+    )
 
 
 def median_interval(rounds: Sequence[Sequence[int]], *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
@@ -349,17 +354,17 @@ def median_interval(rounds: Sequence[Sequence[int]], *, resamples: int = 1000, s
     return float(low), float(high)
 
 
-def energy(one: Measured) -> dict[str, Any] | None:
+def energy(one: Measured) -> Energy | None:
     """Return what an artifact drew in its rounds at batch 1, its processor or board included; None where none shows."""
     if not one.powers_w:
         return None
     runs_ns = [run for round_ in one.rounds_ns for run in round_]
     power_w = float(np.mean(one.powers_w))
-    return {
-        "power_w": power_w,
-        "energy_mj": power_w * float(np.mean(runs_ns)) / 1e6,  # of an image: watts times its mean milliseconds
-        "power_of": power_source(one.spec["device"]),
-    }
+    return Energy(
+        power_w=power_w,
+        energy_mj=power_w * float(np.mean(runs_ns)) / 1e6,  # of an image: watts times its mean milliseconds
+        power_source=power_source(one.spec["device"]),
+    )
 
 
 def images_per_s(batch: int, samples_ns: Sequence[int]) -> float:
@@ -369,4 +374,4 @@ def images_per_s(batch: int, samples_ns: Sequence[int]) -> float:
 
 def label(spec: Spec) -> str:
     """Return how people read an artifact's name: as in the report."""
-    return formatting.row_name(spec)
+    return formatting.row_name(ArtifactKey(**artifact_key(spec)))

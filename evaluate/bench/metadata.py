@@ -1,4 +1,4 @@
-"""What a report is about: the run, its evaluation images, teacher and student, and how it was trained."""
+"""The report's metadata: the run, its evaluation images, teacher and student, and how it was trained."""
 
 from __future__ import annotations
 
@@ -9,54 +9,59 @@ from typing import Any
 
 from prgkit import metrics
 from prgkit.config.recipe import Export
+from prgkit.evaluate.report.schema import Epoch, EvaluationImages, Row, RunFacts, StudentScores, TeacherScores
 from prgkit.export.bundle.bundle import NCHW, Bundle, Evaluation
 from prgkit.export.runtimes.engine_metadata import load_engine_metadata
 from prgkit.storage.atomic import fingerprint
 from prgkit.storage.run import Run
 
-Row = dict[str, Any]
 NOT_TRAINING = {"learning_rate", "seconds", "images_per_s", "step"}
 
 
-def subject(bundle: Bundle, evaluation: Evaluation, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the report's parts on the run, the evaluation set, the teacher and the student."""
-    manifest, labels = bundle.manifest, evaluation.labels
-    teacher = metrics.scores(evaluation.teacher_logits, labels=labels)
-    uniform = metrics.scores(evaluation.teacher_uniform_logits, labels=labels)
-    # The student's figures are its FP32 file's as measured here; where that could not run, as exported.
-    reference = next((row for row in rows if row["artifact"] == "onnx-fp32" and row["status"] == "measured"), None)
-    student = reference or metrics.scores(evaluation.logits, teacher=evaluation.teacher_logits, labels=labels)
-    name = " ".join(str(manifest["teacher"][key]) for key in ("model", "weights") if manifest["teacher"].get(key))
+def run_facts(bundle: Bundle) -> RunFacts:
+    """Return what is known of the run that a bundle was exported from."""
+    run, teacher = bundle.manifest["run"], bundle.manifest["teacher"]
+    name = " ".join(str(teacher[key]) for key in ("model", "weights") if teacher.get(key))
     if name.startswith("local-dir:"):
         name = PurePath(name).name  # where it lay is nobody's business
-    return {
-        "run": {
-            "name": manifest["run"]["name"],
-            "student": manifest["student"]["model"],
-            "teacher": name,
-            "objective": manifest["run"]["objective"],
-            "learned_labels": bool(manifest["run"].get("learned_labels")),  # of some, by the student or its teacher
-            "classes": len(bundle.classes),
-            "epochs": manifest["run"]["epochs"],
-        },
-        "evaluation": identity(evaluation, bundle),
-        "teacher": {"top1": teacher["top1"], "top5": teacher["top5"], "top1_uniform_prompts": uniform["top1"]},
-        "student": {"top1": student["top1"], "top5": student["top5"], "agreement": student["agreement_teacher"]},
-        "ratio": student["top1"] / teacher["top1"] if teacher["top1"] else None,
-    }
+    return RunFacts(
+        name=run["name"],
+        student=bundle.manifest["student"]["model"],
+        teacher=name,
+        objective=run["objective"],
+        uses_labels=bool(run.get("learned_labels")),
+        classes=len(bundle.classes),
+        epochs=run["epochs"],
+    )
 
 
-def identity(evaluation: Evaluation, bundle: Bundle) -> dict[str, Any]:
+def teacher_scores(evaluation: Evaluation) -> TeacherScores:
+    """Return how right the teacher is on the evaluation images."""
+    scores = metrics.scores(evaluation.teacher_logits, labels=evaluation.labels)
+    uniform = metrics.scores(evaluation.teacher_uniform_logits, labels=evaluation.labels)
+    return TeacherScores(top1=scores["top1"], top5=scores["top5"], top1_uniform_prompts=uniform["top1"])
+
+
+def student_scores(evaluation: Evaluation, rows: Sequence[Row]) -> StudentScores:
+    """Return how right the student is: its FP32 file as measured here; where that could not run, as exported."""
+    for row in rows:
+        if row.artifact == "onnx-fp32" and row.status == "measured":
+            return StudentScores(top1=row.top1, top5=row.top5, agreement=row.agreement_teacher)
+    scores = metrics.scores(evaluation.logits, teacher=evaluation.teacher_logits, labels=evaluation.labels)
+    return StudentScores(top1=scores["top1"], top5=scores["top5"], agreement=scores["agreement_teacher"])
+
+
+def evaluation_images(evaluation: Evaluation, bundle: Bundle) -> EvaluationImages:
     """Return which images the quality is measured on; the digest is the same where pictures, labels and classes are."""
     labels = None if evaluation.labels is None else evaluation.labels.tolist()
-    asked = [bundle.classes] if (bundle.manifest.get("open_vocabulary") or {}).get("relabelled") else []
-    return {
-        "images": len(evaluation.pixels),
-        "labelled": labels is not None,
-        "source": bundle.manifest["evaluation"]["source"],
+    relabelled = [bundle.classes] if (bundle.manifest.get("open_vocabulary") or {}).get("relabelled") else []
+    return EvaluationImages(
+        images=len(evaluation.pixels),
+        labelled=labels is not None,
+        source=bundle.manifest["evaluation"]["source"],
         # Bundles of earlier versions do not say which pictures they hold.
-        "digest": None if evaluation.keys is None else fingerprint([evaluation.keys, labels, *asked]),
-    }
+        digest=None if evaluation.keys is None else fingerprint([evaluation.keys, labels, *relabelled]),
+    )
 
 
 def made_by(bundle: Bundle, typed: str) -> list[str]:
@@ -64,25 +69,25 @@ def made_by(bundle: Bundle, typed: str) -> list[str]:
     run = shlex.quote(f"runs/{bundle.manifest['run']['name']}")
     made = {artifact["format"] for artifact in bundle.artifacts} | {one["precision"] for one in bundle.artifacts}
     options = {"fp16": "--fp16", "int8": "--int8", NCHW: "--float-input", "engine": "--trt"}
-    asked = [option for kind, option in options.items() if kind in made]
+    given = [option for kind, option in options.items() if kind in made]
     again: list[str] = []
     if engines := [one["file"] for one in bundle.artifacts if one["format"] == "engine"]:
         card = load_engine_metadata(bundle.folder / engines[0])
         built = ["--backend", card.backend, "--batch", ",".join(map(str, card.batch))]
         if (bundle.manifest.get("open_vocabulary") or {}).get("relabelled"):  # which removed those of the old classes
-            asked.remove("--trt")
-            again = ["--trt", *(option for option in ("--fp16", "--int8") if option in asked), *built]
+            given.remove("--trt")
+            again = ["--trt", *(option for option in ("--fp16", "--int8") if option in given), *built]
         else:
-            asked += built
+            given += built
     if scoring := bundle.manifest.get("open_vocabulary"):
-        asked += ["--open-vocabulary", scoring["class_vectors"]]
+        given += ["--open-vocabulary", scoring["class_vectors"]]
     usual = Export().evaluation_images
     travelling = bundle.manifest.get("recipe", {}).get("export", {}).get("evaluation_images", usual)
     if travelling != usual:
-        asked += ["--evaluation-images", str(travelling)]
+        given += ["--evaluation-images", str(travelling)]
     steps = {
         "distill": f"prgkit distill {run}/recipe.yaml --run {run}",
-        "export": " ".join(["prgkit export", *asked, "--run", run]),
+        "export": " ".join(["prgkit export", *given, "--run", run]),
     }
     if scoring and scoring["relabelled"]:
         steps["relabel"] = f"prgkit relabel --classes FILE --run {run}"
@@ -105,7 +110,7 @@ def vocabulary_notes(bundle: Bundle) -> list[str]:
     return notes
 
 
-def training(bundle: Bundle, run_folder: Path | None) -> list[dict[str, Any]]:
+def training(bundle: Bundle, run_folder: Path | None) -> list[Epoch]:
     """Return each epoch's loss, its terms and the agreement: the run's, or on a device what the bundle took along."""
     records = Run(run_folder).metrics() if run_folder is not None else bundle.manifest["run"].get("training", [])
     return [
@@ -114,8 +119,8 @@ def training(bundle: Bundle, run_folder: Path | None) -> list[dict[str, Any]]:
     ]
 
 
-def trust(bundle: Bundle, run_folder: Path | None) -> dict[str, Any] | None:
+def pseudo_labels(bundle: Bundle, run_folder: Path | None) -> dict[str, Any] | None:
     """Return what was known of the pseudo-labels before training: the run's, or what the bundle took along."""
-    own = Run(run_folder).quality() if run_folder is not None else None
-    brought: dict[str, Any] | None = bundle.manifest["run"].get("quality")
-    return own or brought
+    statistics = Run(run_folder).quality() if run_folder is not None else None
+    in_bundle: dict[str, Any] | None = bundle.manifest["run"].get("quality")
+    return statistics or in_bundle

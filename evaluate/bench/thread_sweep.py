@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from prgkit.evaluate.bench import latency
 from prgkit.evaluate.bench.journal import BenchJournal
-from prgkit.evaluate.bench.worker import Pixels, Spec
-from prgkit.evaluate.report import formatting
+from prgkit.evaluate.bench.worker import Pixels, Spec, artifact_key
+from prgkit.evaluate.report.schema import ThreadSweep, ThreadSweepRow, ThreadSweepSamples
 
 
 def thread_sweep(
@@ -20,7 +19,7 @@ def thread_sweep(
     note: Callable[[str], None],
     kept: BenchJournal | None = None,
     between_rounds: Callable[[int], None] = lambda round_: None,
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+) -> tuple[ThreadSweep | None, list[ThreadSweepSamples]]:
     """Measure every artifact on the CPU at each number of threads; return the report's section and all samples.
 
     All of them take turns, each in a process of its own: one that was measured minutes later than another would be
@@ -44,22 +43,22 @@ def thread_sweep(
     session = latency.measure(
         each, images, seconds=seconds, batches=(), kept=own, note=quiet, between_rounds=between_rounds
     )
-    rows: dict[Any, dict[str, Any]] = {}
-    for one in session.measured:
-        whose = {key: one.spec[key] for key in ("artifact", "backend", "device")}
-        row = rows.setdefault(formatting.row_key(whose), {**whose, "latency": {}, "failed": {}})
-        count = str(one.spec["threads"])  # JSON's keys are strings
-        if one.failed is None:
-            row["latency"][count] = latency.summary(
-                one.rounds_ns, steady=one.warm_up is not None and one.warm_up.steady
+    rows = []
+    for spec in swept:
+        mine = [one for one in session.measured if artifact_key(one.spec) == artifact_key(spec)]
+        measured = [one for one in mine if one.failed is None]
+        rows.append(
+            ThreadSweepRow(
+                **artifact_key(spec),
+                latency={one.spec["threads"]: latency.summarize(one.rounds_ns, steady=one.steady) for one in measured},
+                failed={one.spec["threads"]: one.failed for one in mine if one.failed is not None},
             )
-        else:
-            row["failed"][count] = one.failed
+        )
     samples = [
-        {**{key: one.spec[key] for key in ("artifact", "backend", "threads")}, "rounds": one.rounds_ns}
+        ThreadSweepSamples(**artifact_key(one.spec), threads=one.spec["threads"], rounds_ns=one.rounds_ns)
         for one in session.measured
     ]
-    return {"counts": list(counts), "rows": list(rows.values())}, samples
+    return ThreadSweep(counts=list(counts), rows=rows), samples
 
 
 def quiet(text: str) -> None:

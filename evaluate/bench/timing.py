@@ -15,9 +15,9 @@ def timed_runs(
     samples: list[int] = []
     end = clock() + int(seconds * 1e9)
     while True:
-        given = rotation[turn % count]
+        pixels = rotation[turn % count]
         start = clock()
-        run(given)
+        run(pixels)
         stop = clock()
         samples.append(stop - start)
         turn += 1
@@ -34,7 +34,7 @@ def clocked_runs(clocked: Callable[[Any], int], rotation: Sequence[Any], seconds
     return samples
 
 
-def paced_runs(
+def fixed_rate_runs(
     run: Callable[[Any], Any],
     rotation: Sequence[Any],
     fps: float,

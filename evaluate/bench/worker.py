@@ -15,13 +15,14 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BenchError, PrgkitError
-from prgkit.evaluate.bench.timing import clocked_runs, paced_runs, timed_runs
+from prgkit.evaluate.bench.timing import clocked_runs, fixed_rate_runs, timed_runs
+from prgkit.evaluate.report.schema import Stage, WarmUp
 
 if TYPE_CHECKING:
     from prgkit.export.runtimes.base import Runner
@@ -39,12 +40,9 @@ ROTATED_ARRAYS = 64
 ROTATED_BYTES = 64 << 20
 
 
-class WarmUp(NamedTuple):
-    """How a warm-up ended: whether two successive windows' medians came within 2 %, and how long that took."""
-
-    steady: bool
-    runs: int
-    seconds: float
+def artifact_key(spec: Spec) -> dict[str, Any]:
+    """Return whose figures these are, as the models of a report name it."""
+    return {key: spec[key] for key in ("artifact", "backend", "device")}
 
 
 class WorkerFailedError(BenchError):
@@ -80,30 +78,31 @@ class Worker:
 
     def warm_up(self, *, batch: int, window_s: float, cap_s: float) -> WarmUp:
         """Run until two successive windows' medians are within 2 %, or ``cap_s`` have passed."""
-        return WarmUp(*self.ask("warm_up", batch, window_s, cap_s))
+        ended: WarmUp = self.ask("warm_up", batch, window_s, cap_s)
+        return ended
 
     def measure(self, *, batch: int, seconds: float, at_least: int = 1, settle_s: float = 0.0) -> list[int]:
         """Return the ns of every run within ``seconds``, and of ``at_least``, after ``settle_s`` of untimed runs."""
         samples: list[int] = self.ask("measure", batch, seconds, at_least, settle_s)
         return samples
 
-    def take_pictures(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> Sequence[str]:
-        """Give the worker encoded pictures, and how one becomes an input; return the scopes that it can measure."""
-        scopes: Sequence[str] = self.ask("take_pictures", files, preprocessing)
-        return scopes
+    def take_images(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> Sequence[Stage]:
+        """Give the worker encoded images, and how one becomes an input; return the stages that it can measure."""
+        stages: Sequence[Stage] = self.ask("take_images", files, preprocessing)
+        return stages
 
-    def measure_scope(self, scope: str, *, seconds: float, settle_s: float) -> list[int]:
-        """Return the ns of every run from pixels (io), a decoded picture (pipeline) or its file (end_to_end).
+    def measure_stage(self, stage: Stage, *, seconds: float, settle_s: float) -> list[int]:
+        """Return the ns of every run from pixels (io), a decoded image (pipeline) or its file (end_to_end).
 
-        The scope compute is what a GPU itself takes, by its own clock.
+        The stage compute is what a GPU itself takes, by its own clock.
         """
-        samples: list[int] = self.ask("measure_scope", scope, seconds, settle_s)
+        samples: list[int] = self.ask("measure_stage", stage, seconds, settle_s)
         return samples
 
-    def paced(self, *, fps: float, seconds: float) -> tuple[list[int], list[int]]:
+    def fixed_rate(self, *, fps: float, seconds: float) -> tuple[list[int], list[int]]:
         """Return the ns of every frame that comes at a rate: from when it was due, and of its run alone."""
-        found: tuple[list[int], list[int]] = self.ask("paced", fps, seconds)
-        return found
+        responses_and_runs: tuple[list[int], list[int]] = self.ask("fixed_rate", fps, seconds)
+        return responses_and_runs
 
     def peak_memory_mib(self) -> float:
         """Return how far the process grew, runtime library included, since before it opened the artifact."""
@@ -112,8 +111,8 @@ class Worker:
 
     def switches(self) -> dict[str, str]:
         """Return how the runner launches and waits, where it can do so in several ways; known after its first runs."""
-        found: dict[str, str] = self.ask("switches")
-        return found
+        switches: dict[str, str] = self.ask("switches")
+        return switches
 
     def ask(self, command: str, *arguments: Any) -> Any:
         """Send one command and wait for its answer."""
@@ -234,32 +233,32 @@ class Resident:
             gc.enable()
         return samples
 
-    def take_pictures(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> list[str]:
-        """Keep the pictures, encoded and decoded, and what prepares them; return the scopes that can be measured."""
+    def take_images(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> list[str]:
+        """Keep the images, encoded and decoded, and what prepares them; return the stages that can be measured."""
         from prgkit.data.index import Preprocessing, load_image
 
         self.prepare = Preprocessing.from_dict(preprocessing).prepare
         self.load = load_image
-        self.files, self.pictures = list(files), [load_image(file) for file in files]
+        self.files, self.decoded = list(files), [load_image(file) for file in files]
         return [*(["compute"] if hasattr(self.runner, "compute_ns") else []), "io", "pipeline", "end_to_end"]
 
-    def measure_scope(self, scope: str, seconds: float, settle_s: float) -> list[int]:
-        """Return the ns of each timed run, one picture a run: as pixels, prepared, or decoded and prepared."""
-        if scope == "compute":
+    def measure_stage(self, stage: str, seconds: float, settle_s: float) -> list[int]:
+        """Return the ns of each timed run, one image a run: as pixels, prepared, or decoded and prepared."""
+        if stage == "compute":
             runner: Any = self.runner  # not every one has such a clock
             return clocked_runs(runner.compute_ns, self.rotation(1), seconds)
         run = self.runner.run
         starts: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
             "io": (run, self.rotation(1)),
-            "pipeline": (lambda picture: run(self.prepare(picture)[None]), self.pictures),
+            "pipeline": (lambda image: run(self.prepare(image)[None]), self.decoded),
             "end_to_end": (lambda file: run(self.prepare(self.load(file))[None]), self.files),
         }
-        whole, rotation = starts[scope]
+        whole, rotation = starts[stage]
         return self.settled_runs(whole, rotation, seconds, 1, settle_s)
 
-    def paced(self, fps: float, seconds: float) -> tuple[list[int], list[int]]:
-        """Run one picture for each frame that is due; the garbage collector works as it does in an application."""
-        return paced_runs(self.runner.run, self.rotation(1), fps, seconds)
+    def fixed_rate(self, fps: float, seconds: float) -> tuple[list[int], list[int]]:
+        """Run one image for each frame that is due; the garbage collector works as it does in an application."""
+        return fixed_rate_runs(self.runner.run, self.rotation(1), fps, seconds)
 
     def memory(self) -> float:
         """Return by how many MiB the peak lies above the baseline."""

@@ -6,25 +6,18 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import prgkit
 from prgkit.errors import BenchError
-from prgkit.evaluate.compare.devices import comparison_page, markdown
+from prgkit.evaluate.compare.devices import ComparedReport, ComparedRow, Comparison, comparison_page, markdown
 from prgkit.evaluate.report import formatting
-from prgkit.evaluate.report.formatting import Report, Row
 from prgkit.evaluate.report.load import read_report, report_file
 from prgkit.evaluate.report.regression import machine_name, same_images
+from prgkit.evaluate.report.schema import Report, Row
 from prgkit.storage.atomic import write_json, write_text
 
-SCHEMA = "prgkit.comparison/1"
-KEPT = (
-    *("artifact", "backend", "device", "precision", "threads", "status", "reason", "size_mib", "latency"),
-    *("top1", "top1_interval", "agreement_teacher", "agreement_teacher_interval", "agreement_fp32"),
-)
 
-
-def merge(paths: Sequence[Path], *, out: Path, command: str) -> dict[str, Any]:
+def merge(paths: Sequence[Path], *, out: Path, command: str) -> Comparison:
     """Lay reports side by side, write them as comparison.json, .md and .html into ``out``, and return the first.
 
     Args:
@@ -41,48 +34,50 @@ def merge(paths: Sequence[Path], *, out: Path, command: str) -> dict[str, Any]:
             raise BenchError("a report is given twice", where=path, fix="name each report once")
     names = names_of(reports)
     rows = [
-        {
-            "report": index,
-            **{key: row.get(key) for key in KEPT},
-            "best": formatting.best_throughput(row),
-            "refused": formatting.refused(report.get("int8"), row),
-        }
+        ComparedRow(
+            **dict(row),
+            report=index,
+            best=formatting.best_throughput(row),
+            refused=formatting.refused(report.int8, row),
+        )
         for index, report in enumerate(reports)
-        for row in report["rows"]
+        for row in report.rows
     ]
-    if not any(row["status"] == "measured" for row in rows):
+    if not any(row.status == "measured" for row in rows):
         raise BenchError("nothing was measured in any of these reports", fix="measure some: prgkit bench")
-    found = {
-        "schema": SCHEMA,
-        "prgkit": prgkit.__version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "reports": [
-            {
-                "name": name,
-                "file": str(path),
-                **{key: report[key] for key in ("created", "run", "evaluation", "teacher")},
-                "machine": machine_name(report["machine"]),
-                "system": report["machine"].get("os"),
-                "versions": report["machine"].get("versions", {}),
-                "notes": report.get("notes", []),
-            }
+    found = Comparison(
+        prgkit=prgkit.__version__,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        reports=[
+            ComparedReport(
+                name=name,
+                file=str(path),
+                created=report.created,
+                run=report.run,
+                evaluation=report.evaluation,
+                teacher=report.teacher,
+                machine=machine_name(report.machine),
+                system=report.machine.os,
+                versions=report.machine.versions,
+                notes=report.notes,
+            )
             for name, path, report in zip(names, paths, reports, strict=True)
         ],
-        "rows": rows,
-        "notes": cautions(reports),
-    }
+        rows=rows,
+        notes=cautions(reports),
+    )
     write_text(out / "comparison.md", markdown(found))
     write_text(out / "comparison.html", comparison_page(found))
-    write_json(out / "comparison.json", found)
+    write_json(out / "comparison.json", found.model_dump(mode="json"))
     return found
 
 
 def names_of(reports: Sequence[Report]) -> list[str]:
     """Return a name for each report that no other has: its machine, where needed with the run, time or a number."""
-    names = [machine_name(report["machine"]) for report in reports]
-    runs = [str(report["run"]["name"]) for report in reports]
-    times = [report["created"][:16].replace("T", " ") for report in reports]
+    names = [machine_name(report.machine) for report in reports]
+    runs = [str(report.run.name) for report in reports]
+    times = [report.created[:16].replace("T", " ") for report in reports]
     numbers = [f"report {number}" for number in range(1, len(reports) + 1)]
     for more in (runs, times, numbers):
         groups: dict[str, list[int]] = {}
@@ -98,22 +93,22 @@ def names_of(reports: Sequence[Report]) -> list[str]:
 def cautions(reports: Sequence[Report]) -> list[str]:
     """Return what must be known before figures of different reports are compared."""
     first, told = reports[0], []
-    if not all(same_images(first["evaluation"], other["evaluation"]) for other in reports[1:]):
+    if not all(same_images(first.evaluation, other.evaluation) for other in reports[1:]):
         told.append("Accuracy and agreement were not measured on the same images everywhere.")
-    elif any(report["evaluation"].get("digest") is None for report in reports):
+    elif any(report.evaluation.digest is None for report in reports):
         told.append("Not every report says which images it was measured on: they are taken to be the same.")
-    if any(report["teacher"] != first["teacher"] for report in reports):
+    if any(report.teacher != first.teacher for report in reports):
         told.append("The teacher is not the same everywhere: agreement is with different answers.")
-    if any(row["device"] == "cpu" for row in all_rows(reports)) and len(thread_counts(reports)) > 1:
+    if any(row.device == "cpu" for row in all_rows(reports)) and len(thread_counts(reports)) > 1:
         told.append("The processors were not measured with the same number of threads; each row says its own.")
     return told
 
 
 def thread_counts(reports: Sequence[Report]) -> set[int]:
     """Return the numbers of threads that any row ran with."""
-    return {row["threads"] for row in all_rows(reports) if row["threads"]}
+    return {row.threads for row in all_rows(reports) if row.threads}
 
 
 def all_rows(reports: Sequence[Report]) -> list[Row]:
     """Return the rows of all reports."""
-    return [row for report in reports for row in report["rows"]]
+    return [row for report in reports for row in report.rows]

@@ -13,15 +13,15 @@ from prgkit.evaluate.report.terminal import plain_table
 
 def comparison_table(found: devices.Comparison) -> Table:
     """Return the artifacts of several reports; a device is named where its lines begin."""
-    result = plain_table(devices.headline(found), found["notes"])
+    result = plain_table(devices.headline(found), found.notes)
     for index, name in enumerate(devices.header(found)):
         result.add_column(name, justify="right" if index >= 2 else "left", no_wrap=index == 1)
     before = None
-    for row in found["rows"]:
+    for row in found.rows:
         device, *cells = devices.line(found, row)
-        style = "" if row["status"] == "measured" else "dim"
-        result.add_row(Text(device if row["report"] != before else ""), *(Text(cell, style=style) for cell in cells))
-        before = row["report"]
+        style = "" if row.status == "measured" else "dim"
+        result.add_row(Text(device if row.report != before else ""), *(Text(cell, style=style) for cell in cells))
+        before = row.report
     return result
 
 

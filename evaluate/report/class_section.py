@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
 from prgkit.evaluate.report import formatting
-from prgkit.evaluate.report.formatting import Report
 from prgkit.evaluate.report.html import cell, grid, heading, section
 from prgkit.evaluate.report.plots.charts import Share, class_shares
-
-PerClass = dict[str, Any]
+from prgkit.evaluate.report.schema import ClassShare, PerClass, Report
 
 MOST_AT_ONCE = 20  # so many classes are shown whole; of more, the worst and a few of the best
 
@@ -19,13 +16,13 @@ WORST, BEST = 12, 4
 FEW = 50  # images a class, below which intervals are wider than most differences
 
 
-def worst_first(found: PerClass) -> list[dict[str, Any]]:
+def worst_first(found: PerClass) -> list[ClassShare]:
     """Return the classes that have images, the student's worst first; of equal ones, that with more images."""
-    asked = [one for one in found["classes"] if one["images"]]
-    return sorted(asked, key=lambda one: (one["student"], -one["images"]))
+    asked = [one for one in found.classes if one.images]
+    return sorted(asked, key=lambda one: (one.student or 0.0, -one.images))
 
 
-def shown(found: PerClass) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def shown(found: PerClass) -> tuple[list[ClassShare], list[ClassShare]]:
     """Return the classes to show: all of a few, else the worst and the best, each from the worse to the better."""
     ordered = worst_first(found)
     return (ordered, []) if len(ordered) <= MOST_AT_ONCE else (ordered[:WORST], ordered[-BEST:])
@@ -40,29 +37,29 @@ def class_header(found: PerClass) -> list[str]:
     ]
 
 
-def class_line(found: PerClass, one: dict[str, Any]) -> list[str]:
+def class_line(found: PerClass, one: ClassShare) -> list[str]:
     """Return the cells of a class."""
-    judged = ("student", "teacher") if labelled(found) else ("student",)
-    figures = [(formatting.percent(one[who]), formatting.interval(one[f"{who}_interval"])) for who in judged]
-    return [one["class"], f"{one['images']:,}", *(figure for pair in figures for figure in pair)]
+    judged = [(one.student, one.student_interval), (one.teacher, one.teacher_interval)][: 2 if labelled(found) else 1]
+    figures = [(formatting.percent(share), formatting.interval(bounds)) for share, bounds in judged]
+    return [one.name, f"{one.images:,}", *(figure for pair in figures for figure in pair)]
 
 
 def labelled(found: PerClass) -> bool:
     """Return whether the classes are those of labels, not of the teacher's answers."""
-    return bool(found["measure"] == "recall")
+    return found.measure == "recall"
 
 
 def class_about(found: PerClass) -> str:
     """Return what the shares are shares of, and how few images they rest on."""
-    counts = [one["images"] for one in found["classes"] if one["images"]]
-    empty = len(found["classes"]) - len(counts)
+    counts = [one.images for one in found.classes if one.images]
+    empty = len(found.classes) - len(counts)
     if labelled(found):
-        said = f"The share of each class's images that {found['artifact']} and the teacher name right (recall)"
+        said = f"The share of each class's images that {found.artifact} and the teacher name right (recall)"
     else:
-        said = f"Of the images that the teacher gives a class, the share to which {found['artifact']} gives the same"
+        said = f"Of the images that the teacher gives a class, the share to which {found.artifact} gives the same"
     size = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
     chance = ", so few that much of the order is chance" if sum(counts) < FEW * len(counts) else ""
-    none = f" {empty:,} of {len(found['classes']):,} classes have none here." if empty else ""
+    none = f" {empty:,} of {len(found.classes):,} classes have none here." if empty else ""
     return f"{said}, the worst first. A class has {size} images{chance}.{none}"
 
 
@@ -73,13 +70,13 @@ def pair_header(found: PerClass) -> list[str]:
 
 def pair_lines(found: PerClass) -> list[list[str]]:
     """Return a line for each pair of classes that are taken for each other."""
-    more = ("teacher_too",) if labelled(found) else ()
-    return [[one["class"], one["answer"], *(f"{one[key]:,}" for key in ("images", *more))] for one in found["pairs"]]
+    shown = 2 if labelled(found) else 1
+    return [[one.name, one.answer, *[f"{one.images:,}", f"{one.teacher_too:,}"][:shown]] for one in found.pairs]
 
 
 def classes_section(report: Report) -> str:
     """Return the page's section: the classes as marks with intervals, the pairs, and every figure to unfold."""
-    found = report.get("per_class")
+    found = report.per_class
     if not found or not worst_first(found):
         return ""
     groups = [[class_share(one) for one in group] for group in shown(found) if group]
@@ -91,10 +88,11 @@ def classes_section(report: Report) -> str:
     return section("Class by class", class_about(found), body)
 
 
-def class_share(one: dict[str, Any]) -> Share:
+def class_share(one: ClassShare) -> Share:
     """Return a class as a line of the chart."""
-    low, high = one["student_interval"]
-    return Share(one["class"], one["images"], one["student"], (low, high), one["teacher"])
+    assert one.student is not None  # it has images
+    assert one.student_interval is not None
+    return Share(one.name, one.images, one.student, one.student_interval, one.teacher)
 
 
 def mistakes(found: PerClass) -> str:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from prgkit.evaluate.report.plots.figures import milliseconds
-from prgkit.evaluate.selection import findings
+from prgkit.evaluate.report.schema import (
+    ArtifactKey,
+    EvaluationImages,
+    Int8Verdict,
+    Interval,
+    Latency,
+    Report,
+    Row,
+    Throughput,
+    TickedRow,
+    TickedShare,
+    measured_latency,
+)
 from prgkit.metrics import wilson
 
-Report = dict[str, Any]
-Row = dict[str, Any]
 NONE = "–"
 # What runs a file that ONNX Runtime runs as well: names tell them apart. An engine's or PyTorch's says so itself.
 RUNTIMES = {
@@ -34,10 +45,10 @@ P99_SAMPLES = 1000  # below this, the 99th percentile is one or two outliers
 
 def headline(report: Report) -> str:
     """Return the one sentence of the report: how much of the teacher the student keeps, and how fast."""
-    row, student = lead_row(report), model_name(report["run"]["student"])
+    row, student = lead_row(report.rows, report.int8), model_name(report.run.student)
     if row is None:
         return f"{student}: nothing could be measured on this machine"
-    speed = f"{milliseconds(row['latency']['p50_ms'])} ms an image on {place(report, row)}"
+    speed = f"{milliseconds(measured_latency(row).p50_ms)} ms an image on {place(report, row)}"
     if doubt := doubted(report):
         return (
             f"{student} at {speed}: its teacher's answers look like chance, so keeping to them means nothing ({doubt})"
@@ -47,10 +58,10 @@ def headline(report: Report) -> str:
 
 def doubted(report: Report) -> str:
     """Return why nothing can be learned from the teacher, or nothing; where there are labels, they decide."""
-    images, top1 = report["evaluation"]["images"], report["teacher"]["top1"]
+    images, top1 = report.evaluation.images, report.teacher.top1
     if top1 is None:
-        return str(next(iter((report.get("quality") or {}).get("doubts", ())), ""))
-    chance = 100 / report["run"]["classes"]
+        return str(next(iter((report.pseudo_labels or {}).get("doubts", ())), ""))
+    chance = 100 / report.run.classes
     if wilson(round(images * top1 / 100), images)[0] > chance:
         return ""
     return f"right on {percent(top1)} of {counted(images, 'labelled image')}, where chance gives {percent(chance)}"
@@ -58,43 +69,42 @@ def doubted(report: Report) -> str:
 
 def kept(report: Report, row: Row) -> str:
     """Return what the student keeps of its teacher, as a verb and its object."""
-    teacher, top1 = report["teacher"]["top1"], row["top1"]
+    teacher, top1 = report.teacher.top1, row.top1
     if teacher and top1 is not None:
         ratio = 100 * top1 / teacher
         if ratio > 100:
-            interval = row.get("top1_interval")
+            interval = row.top1_interval
             verb = "matches" if interval and interval[0] <= teacher else "beats"  # more than chance would give
             return f"{verb} its teacher's accuracy ({percent(top1)} against {percent(teacher)})"
         return f"keeps {percent(ratio)} of its teacher's accuracy"
-    if row["agreement_teacher"] is not None:
-        return f"gives its teacher's answer on {percent(row['agreement_teacher'])} of the images"
+    if row.agreement_teacher is not None:
+        return f"gives its teacher's answer on {percent(row.agreement_teacher)} of the images"
     return "runs"
 
 
 def place(report: Report, row: Row) -> str:
     """Return what a row ran on: ``2 threads of AMD EPYC``, or the GPU's name; and what ran it, as row_name does."""
-    runtime = RUNTIMES.get(row["backend"])
+    runtime = RUNTIMES.get(row.backend)
     return processor(report, row) + (f", with {runtime}" if runtime else "")
 
 
 def processor(report: Report, row: Row) -> str:
     """Return the processor that a row ran on, with the threads that it took of a CPU."""
-    machine = report["machine"]
-    if row["device"] != "cpu" and machine.get("gpus"):
-        return str(machine["gpus"][0]["name"])
+    machine = report.machine
+    if row.device != "cpu" and machine.gpus:
+        return str(machine.gpus[0].name)
     threads = threads_of(row)
-    return f"{threads} of {machine['cpu']}" if threads else str(machine["cpu"])
+    return f"{threads} of {machine.cpu}" if threads else str(machine.cpu)
 
 
-def unstable(latency: dict[str, Any]) -> bool:
+def unstable(latency: Latency) -> bool:
     """Return whether the medians of a bench's rounds lie so far apart that its figures are of that hour alone."""
-    rounds = latency.get("round_p50_ms") or [latency["p50_ms"]]
-    return bool(max(rounds) > 1.1 * min(rounds))
+    return max(latency.round_p50_ms) > 1.1 * min(latency.round_p50_ms)
 
 
 def threads_of(row: Row) -> str:
     """Return a row's number of CPU threads in words, or nothing where there is none."""
-    return counted(row["threads"], "thread") if row["threads"] else ""
+    return counted(row.threads, "thread") if row.threads else ""
 
 
 def counted(count: int, what: str) -> str:
@@ -102,51 +112,53 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def lead_row(report: Report) -> Row | None:
+def lead_row(rows: Sequence[Row], int8: Sequence[Int8Verdict]) -> Row | None:
     """Return the row to speak of: the fastest whose quality is within a point of the best, PyTorch only if alone."""
-    rows = [row for row in measured(report) if not refused(report.get("int8"), row)]
-    rows = [row for row in rows if row["backend"] != "torch"] or rows
-    if not rows:
+    ran = [row for row in rows if row.status == "measured" and not refused(int8, row)]
+    ran = [row for row in ran if row.backend != "torch"] or ran
+    if not ran:
         return None
-    best = max(quality(row) for row in rows)
-    return min((row for row in rows if quality(row) >= best - 1), key=lambda row: float(row["latency"]["p50_ms"]))
+    best = max(quality(row) for row in ran)
+    return min((row for row in ran if quality(row) >= best - 1), key=lambda row: measured_latency(row).p50_ms)
 
 
-def refused(int8: dict[str, Any] | None, row: Row) -> bool:
+def refused(int8: Sequence[Int8Verdict], row: Row) -> bool:
     """Return whether a row is of INT8 and does not hold the floor, or is what was not kept of ONNX Runtime's here."""
-    here = (row["backend"], row["device"]) == ("onnxruntime", "cpu")
-    found = next((one for one in findings(int8) if here and one["artifact"] == row["artifact"]), None)
-    if found is not None:
-        return not found["kept"]
-    return row.get("faithful") is False
+    verdict = next((verdict for verdict in int8 if row_key(verdict) == row_key(row)), None)
+    return row.faithful is False if verdict is None else not verdict.kept
+
+
+def score(row: Row, *, labelled: bool) -> tuple[float | None, Interval | None]:
+    """Return a row's accuracy, or its agreement with the teacher, in percent with its interval."""
+    return (row.top1, row.top1_interval) if labelled else (row.agreement_teacher, row.agreement_teacher_interval)
 
 
 def quality(row: Row) -> float:
     """Return a row's accuracy where labels exist, else its agreement with the teacher."""
-    value = row["agreement_teacher"] if row["top1"] is None else row["top1"]
+    value = row.agreement_teacher if row.top1 is None else row.top1
     return 0.0 if value is None else float(value)
 
 
 def measured(report: Report) -> list[Row]:
     """Return the rows that have a latency and no failure."""
-    return [row for row in report["rows"] if row["status"] == "measured"]
+    return [row for row in report.rows if row.status == "measured"]
 
 
-def row_name(row: Row) -> str:
+def row_name(row: ArtifactKey) -> str:
     """Return a row's name: the artifact, with its runtime and device where these are not ONNX Runtime and the CPU."""
-    more = [RUNTIMES.get(row.get("backend", ""), ""), "" if row["device"] == "cpu" else row["device"]]
+    more = [RUNTIMES.get(row.backend, ""), "" if row.device == "cpu" else row.device]
     told = ", ".join(filter(None, more))
-    return f"{row['artifact']} ({told})" if told else str(row["artifact"])
+    return f"{row.artifact} ({told})" if told else row.artifact
 
 
-def row_key(row: Row) -> tuple[Any, ...]:
+def row_key(row: ArtifactKey) -> tuple[str, str, str]:
     """Return what no two rows of a report share: the artifact, what runs it, and where."""
-    return row["artifact"], row.get("backend"), row["device"]
+    return row.artifact, row.backend, row.device
 
 
 def why_missing(row: Row) -> str:
     """Return why a row has no figures."""
-    return f"{'never executed here' if row['status'] == 'not executed' else row['status']}: {row['reason']}"
+    return f"{'never executed here' if row.status == 'not executed' else row.status}: {row.reason}"
 
 
 def model_name(name: str) -> str:
@@ -166,12 +178,12 @@ def percent(value: float | None) -> str:
     return "99.9 %" if 99.9 <= value < 100 else f"{value:.1f} %"
 
 
-def interval(bounds: list[float] | None, *, digits: int = 1) -> str:
+def interval(bounds: Interval | None, *, digits: int = 1) -> str:
     """Return an interval's bounds."""
     return "" if bounds is None else f"{bounds[0]:.{digits}f}–{bounds[1]:.{digits}f}"
 
 
-def interval_ms(bounds: list[float]) -> str:
+def interval_ms(bounds: Interval) -> str:
     """Return the bounds of a latency."""
     return f"{milliseconds(bounds[0])}–{milliseconds(bounds[1])}"
 
@@ -193,47 +205,45 @@ def rate(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def best_throughput(row: Row) -> dict[str, Any] | None:
+def best_throughput(row: Row) -> Throughput | None:
     """Return the batch size that moves the most images, with its rate."""
-    return max(row["throughput"], key=lambda entry: float(entry["images_per_s"]), default=None)
+    return max(row.throughput, key=lambda entry: float(entry.images_per_s), default=None)
 
 
 def batches(report: Report) -> list[int]:
     """Return every batch size that any row ran."""
-    return sorted({entry["batch"] for row in measured(report) for entry in row["throughput"]})
+    return sorted({entry.batch for row in measured(report) for entry in row.throughput})
 
 
-def evaluated_on(report: Report) -> str:
+def evaluated_on(evaluation: EvaluationImages) -> str:
     """Return what the quality was measured on."""
-    evaluation = report["evaluation"]
-    kind = "labelled images" if evaluation["labelled"] else "images without labels"
-    return f"{evaluation['images']:,} {kind} held out of training"
+    kind = "labelled images" if evaluation.labelled else "images without labels"
+    return f"{evaluation.images:,} {kind} held out of training"
 
 
 def teacher_and_student(report: Report) -> list[tuple[str, str, str, str]]:
     """Return the comparison's lines: who, top-1, top-5, agreement with the teacher."""
-    teacher, student = report["teacher"], report["student"]
-    by, without = (", corrected", ", uncorrected") if (report.get("quality") or {}).get("correction") else ("", "")
-    lines = [(f"Teacher: {report['run']['teacher']}{by}", percent(teacher["top1"]), percent(teacher["top5"]), NONE)]
-    if teacher.get("top1_uniform_prompts") is not None:
-        equally = percent(teacher["top1_uniform_prompts"])
+    teacher, student = report.teacher, report.student
+    by, without = (", corrected", ", uncorrected") if (report.pseudo_labels or {}).get("correction") else ("", "")
+    lines = [(f"Teacher: {report.run.teacher}{by}", percent(teacher.top1), percent(teacher.top5), NONE)]
+    if teacher.top1_uniform_prompts is not None:
+        equally = percent(teacher.top1_uniform_prompts)
         lines.append((f"Teacher, prompts weighted equally{without}", equally, NONE, NONE))
-    name = f"Student: {model_name(report['run']['student'])}"
-    return [*lines, (name, percent(student["top1"]), percent(student["top5"]), percent(student["agreement"]))]
+    name = f"Student: {model_name(report.run.student)}"
+    return [*lines, (name, percent(student.top1), percent(student.top5), percent(student.agreement))]
 
 
 def audit_lines(report: Report) -> list[tuple[str, str, str, str]]:
     """Return the audit's lines: who, on how many of the ticked images right, the 95 % interval, of how many images."""
-    found = report.get("audit")
+    found = report.audit
     if not found:
         return []
-    rows = [
-        (f"Teacher: {report['run']['teacher']}", found["teacher"]),
-        *((row_name(row), row) for row in found["rows"]),
+    rows: list[tuple[str, TickedShare | TickedRow]] = [
+        (f"Teacher: {report.run.teacher}", found.teacher),
+        *((row_name(row), row) for row in found.rows),
     ]
     return [
-        (who, audited(figures), interval(figures["top1_interval"]) + " %", f"{figures['images']:,}")
-        for who, figures in rows
+        (who, audited(figures), interval(figures.top1_interval) + " %", f"{figures.images:,}") for who, figures in rows
     ]
 
 
@@ -247,17 +257,18 @@ def audit_summary(report: Report) -> list[str]:
     return [f"Audit, right on ticked images (95 % interval): {'; '.join(said)}."] if said else []
 
 
-def audited(figures: dict[str, Any]) -> str:
+def audited(figures: TickedShare | TickedRow) -> str:
     """Return an accuracy on ticked images, as bounds where some of them are open."""
-    low, high = figures["top1"], figures.get("top1_at_most", figures["top1"])
+    low, high = figures.top1, figures.top1_at_most if isinstance(figures, TickedRow) else figures.top1
     return percent(low) if low == high else f"{percent(low).removesuffix(' %')}–{percent(high)}"
 
 
 def audit_about(report: Report) -> str:
     """Return what the audit's figures are figures of."""
-    found = report["audit"]
+    found = report.audit
+    assert found is not None
     return (
-        f"On {found['ticked']:,} ticked images of a sample of {found['images']:,}, in which every unlabelled image had "
+        f"On {found.ticked:,} ticked images of a sample of {found.images:,}, in which every unlabelled image had "
         "the same chance to be. Artifacts are judged on those that are also in the evaluation set. Whoever ticks sees "
         "the teacher's answer, and people tend to agree: if anything, the figures are too high."
     )
@@ -279,35 +290,33 @@ def audit_so_far(found: dict[str, Any]) -> str:
 
 def machine_facts(report: Report) -> list[tuple[str, str]]:
     """Return the machine as pairs of a name and a value, leaving out what it did not say."""
-    facts = report["machine"]
-    clocks, warmth = facts.get("clocks_mhz") or [], facts.get("temperatures_c") or []
-    if facts.get("clocks_locked") is None:
+    facts = report.machine
+    clocks, warmth = facts.clocks_mhz, facts.temperatures_c
+    if facts.clocks_locked is None:
         rule = "not readable here"
     else:
-        rule = (
-            "locked" if facts["clocks_locked"] else "unlocked"
-        ) + f", {interval(facts['clock_range_mhz'], digits=0)} MHz"
-    load = facts.get("load_average")
+        rule = ("locked" if facts.clocks_locked else "unlocked") + f", {interval(facts.clock_range_mhz, digits=0)} MHz"
+    load = facts.load_average
     pairs = [
-        ("Processor", f"{facts['cpu']}, {facts['usable_cores']} of {facts['cores']} cores usable"),
-        *[("GPU", f"{gpu['name']}, driver {gpu['driver']}") for gpu in facts.get("gpus", [])],
-        ("Memory", f"{facts['memory_gib']} GiB" if facts.get("memory_gib") else ""),
-        ("System", f"{facts['os']}, {facts['architecture']}{', virtual machine' if facts.get('virtual') else ''}"),
+        ("Processor", f"{facts.cpu}, {facts.usable_cores} of {facts.cores} cores usable"),
+        *[("GPU", f"{gpu.name}, driver {gpu.driver}") for gpu in facts.gpus],
+        ("Memory", f"{facts.memory_gib} GiB" if facts.memory_gib else ""),
+        ("System", f"{facts.os}, {facts.architecture}{', virtual machine' if facts.virtual else ''}"),
         ("Clocks", rule + (f"; {min(clocks)}–{max(clocks)} MHz seen" if clocks else "")),
-        ("Governor", facts.get("governor") or ""),
-        ("Power mode", facts.get("power_mode") or ""),
+        ("Governor", facts.governor or ""),
+        ("Power mode", facts.power_mode or ""),
         ("Temperature", f"{min(warmth)}–{max(warmth)} °C" if warmth else ""),
-        ("Busy before", f"{facts['busy_cores']} cores" if facts.get("busy_cores") is not None else ""),
+        ("Busy before", f"{facts.busy_cores} cores" if facts.busy_cores is not None else ""),
         ("Load average before", " ".join(map(str, load)) if load else ""),
-        ("Python", facts["python"]),
-        ("Runtimes", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
+        ("Python", facts.python),
+        ("Runtimes", ", ".join(f"{name} {version}" for name, version in facts.versions.items())),
     ]
     return [(name, value) for name, value in pairs if value]
 
 
 def commands(report: Report) -> list[str]:
     """Return every command that led to the report, the one that was typed last."""
-    return [*report.get("made_by", []), report["command"]]
+    return [*report.made_by, report.command]
 
 
 HOW = (

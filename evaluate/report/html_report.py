@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from prgkit.evaluate.report import formatting, regression, sections
 from prgkit.evaluate.report.class_section import classes_section
 from prgkit.evaluate.report.examples import Picture, gallery
-from prgkit.evaluate.report.formatting import NONE, Report, Row
+from prgkit.evaluate.report.formatting import NONE
 from prgkit.evaluate.report.html import cell, document, grid, heading, section, words
 from prgkit.evaluate.report.plots import figures, svg
+from prgkit.evaluate.report.schema import Report, Row, RowSamples, Samples, measured_latency
 from prgkit.evaluate.report.soak_section import soak_section
 from prgkit.training import statistics
 
 MOST_PICTURES = 48
 
 
-def page(report: Report, *, samples: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
+def page(report: Report, *, samples: Samples, pictures: Sequence[Picture]) -> str:
     """Return the whole page; everything that came from outside is escaped."""
     title = formatting.headline(report)
     parts = [
@@ -45,48 +45,44 @@ def page(report: Report, *, samples: Mapping[str, Any], pictures: Sequence[Pictu
 
 def head(report: Report, title: str) -> str:
     """Return the headline with the facts that qualify it."""
-    run, row = report["run"], formatting.lead_row(report)
-    eyebrow = f"prgkit bench · run {run['name']} · {report['created'][:16].replace('T', ' ')}"
+    run, row = report.run, formatting.lead_row(report.rows, report.int8)
+    eyebrow = f"prgkit bench · run {run.name} · {report.created[:16].replace('T', ' ')}"
     figures = ""
     if row is not None:
-        latency = row["latency"]
+        latency = measured_latency(row)
         figures = (
-            f" The latency is the median of {latency['samples']:,} runs of <b>{escape(formatting.row_name(row))}</b> "
-            f"at batch 1, 95 % interval {formatting.interval_ms(latency['p50_interval_ms'])} ms"
+            f" The latency is the median of {latency.samples:,} runs of <b>{escape(formatting.row_name(row))}</b> "
+            f"at batch 1, 95 % interval {formatting.interval_ms(latency.p50_interval_ms)} ms"
             f"{'; <b>it was unstable</b>, see the notes.' if formatting.unstable(latency) else '.'}"
         )
-    labels = "with a few labels" if run.get("learned_labels") else "without labels"
+    labels = "with a few labels" if run.uses_labels else "without labels"
     lead = (
-        f"Distilled from <b>{escape(run['teacher'])}</b> {labels} (objective {escape(str(run['objective']))}, "
-        f"{run['classes']} classes, {formatting.counted(run['epochs'], 'epoch')}) and measured on "
-        f"{escape(formatting.evaluated_on(report))}.{figures}"
+        f"Distilled from <b>{escape(run.teacher)}</b> {labels} (objective {escape(str(run.objective))}, "
+        f"{run.classes} classes, {formatting.counted(run.epochs, 'epoch')}) and measured on "
+        f"{escape(formatting.evaluated_on(report.evaluation))}.{figures}"
     )
     return f'<header><p class="eyebrow">{escape(eyebrow)}</p><h1>{words(title)}</h1><p class="lead">{lead}</p></header>'
 
 
 def tiles(report: Report) -> str:
     """Return the figures that answer most questions."""
-    row = formatting.lead_row(report)
+    row = formatting.lead_row(report.rows, report.int8)
     if row is None:
         return ""
-    latency, best, teacher = row["latency"], formatting.best_throughput(row), report["teacher"]["top1"]
+    latency, best, teacher = measured_latency(row), formatting.best_throughput(row), report.teacher.top1
     shown = []
-    if row["top1"] is not None:
+    if row.top1 is not None:
         more = f"teacher {formatting.percent(teacher)}" if teacher is not None else ""
-        shown.append(("Top-1 accuracy", formatting.percent(row["top1"]), more))
-    if row["agreement_teacher"] is not None:
-        bounds = formatting.interval(row["agreement_teacher_interval"])
-        shown.append(("Same answer as teacher", formatting.percent(row["agreement_teacher"]), f"{bounds} (95 %)"))
-    tail = (
-        "p90 "
-        + formatting.ms(latency["p90_ms"])
-        + (f", p99 {formatting.ms(latency['p99_ms'])}" if latency["p99_ms"] else "")
-    )
-    shown.append(("Latency, median", f"{formatting.ms(latency['p50_ms'])} ms", tail))
+        shown.append(("Top-1 accuracy", formatting.percent(row.top1), more))
+    if row.agreement_teacher is not None:
+        bounds = formatting.interval(row.agreement_teacher_interval)
+        shown.append(("Same answer as teacher", formatting.percent(row.agreement_teacher), f"{bounds} (95 %)"))
+    tail = "p90 " + formatting.ms(latency.p90_ms) + (f", p99 {formatting.ms(latency.p99_ms)}" if latency.p99_ms else "")
+    shown.append(("Latency, median", f"{formatting.ms(latency.p50_ms)} ms", tail))
     if best:
-        shown.append(("Throughput", f"{formatting.rate(best['images_per_s'])} img/s", f"at batch {best['batch']}"))
-    if row["size_mib"] is not None:
-        shown.append(("Model file", f"{formatting.mib(row['size_mib'])} MiB", row["artifact"]))
+        shown.append(("Throughput", f"{formatting.rate(best.images_per_s)} img/s", f"at batch {best.batch}"))
+    if row.size_mib is not None:
+        shown.append(("Model file", f"{formatting.mib(row.size_mib)} MiB", row.artifact))
     return f'<div class="tiles">{"".join(tile(*one) for one in shown)}</div>'
 
 
@@ -116,12 +112,12 @@ COLUMNS = [
 
 def artifacts(report: Report) -> str:
     """Return the table of rows; on a narrow screen each row becomes a block."""
-    labelled = report["evaluation"]["labelled"]
+    labelled = report.evaluation.labelled
     columns = [column for column in COLUMNS if labelled or column[0] != "Top-1"]
     header = heading("Artifact") + "".join(heading(name, unit) for name, unit in columns)
     ranks = {id(row): index for index, row in enumerate(formatting.measured(report))}
-    lead = formatting.lead_row(report)
-    lines = [artifact_line(row, columns, rank=ranks.get(id(row)), lead=row is lead) for row in report["rows"]]
+    lead = formatting.lead_row(report.rows, report.int8)
+    lines = [artifact_line(row, columns, rank=ranks.get(id(row)), lead=row is lead) for row in report.rows]
     about = (
         "The same file gives the accuracy and the latency of its row. Small figures are 95 % intervals; "
         "the marked row is the one that the headline speaks of."
@@ -132,58 +128,59 @@ def artifacts(report: Report) -> str:
 def artifact_line(row: Row, columns: Sequence[tuple[str, str]], *, rank: int | None, lead: bool) -> str:
     """Return one row of the table, or its reason where it was not measured."""
     ink = "" if rank is None else f' style="background: {svg.colour(rank)}"'
-    facts = [row["backend"], row["device"], formatting.threads_of(row), row["precision"]]
+    facts = [row.backend, row.device, formatting.threads_of(row), row.precision]
     under = " · ".join(str(fact) for fact in facts if fact)
     dot = f'<span class="dot"{ink}></span>'
-    noisy = rank is not None and formatting.unstable(row["latency"])
+    noisy = rank is not None and formatting.unstable(measured_latency(row))
     said = ' <span class="chip warn">unstable</span>' if noisy else ""
     name = f'<th scope="row">{dot}{escape(formatting.row_name(row))}{said}<small>{escape(under)}</small></th>'
     if rank is None:
-        failed = row["status"] == "failed"
+        failed = row.status == "failed"
         chip = f'<span class="chip{" bad" if failed else ""}">{"failed" if failed else "never executed here"}</span>'
-        size = f'<td data-name="Size">{formatting.mib(row["size_mib"])}</td>'
-        said = f"{chip} {escape(row['reason'] or '')}"
+        size = f'<td data-name="Size">{formatting.mib(row.size_mib)}</td>'
+        said = f"{chip} {escape(row.reason or '')}"
         return f'<tr>{name}{size}<td class="reason" colspan="{len(columns) - 1}">{said}</td></tr>'
-    latency, best = row["latency"], formatting.best_throughput(row)
+    latency, best = measured_latency(row), formatting.best_throughput(row)
     cells = {
-        "Size": (formatting.mib(row["size_mib"]), ""),
-        "Latency p50": (formatting.ms(latency["p50_ms"]), formatting.interval_ms(latency["p50_interval_ms"])),
-        "p90": (formatting.ms(latency["p90_ms"]), ""),
-        "p99": (formatting.ms(latency["p99_ms"]), ""),
-        "Best rate": (formatting.rate(best["images_per_s"]), f"batch {best['batch']}") if best else (NONE, ""),
-        "Top-1": (formatting.percent(row["top1"]), formatting.interval(row.get("top1_interval"))),
+        "Size": (formatting.mib(row.size_mib), ""),
+        "Latency p50": (formatting.ms(latency.p50_ms), formatting.interval_ms(latency.p50_interval_ms)),
+        "p90": (formatting.ms(latency.p90_ms), ""),
+        "p99": (formatting.ms(latency.p99_ms), ""),
+        "Best rate": (formatting.rate(best.images_per_s), f"batch {best.batch}") if best else (NONE, ""),
+        "Top-1": (formatting.percent(row.top1), formatting.interval(row.top1_interval)),
         "Same as teacher": (
-            formatting.percent(row["agreement_teacher"]),
-            formatting.interval(row.get("agreement_teacher_interval")),
+            formatting.percent(row.agreement_teacher),
+            formatting.interval(row.agreement_teacher_interval),
         ),
-        "Same as FP32": (formatting.percent(row["agreement_fp32"]), ""),
-        "Load": (formatting.ms(row["load_ms"]), ""),
-        "Peak memory": (formatting.mib(row["peak_memory_mib"]), ""),
+        "Same as FP32": (formatting.percent(row.agreement_fp32), ""),
+        "Load": (formatting.ms(row.load_ms), ""),
+        "Peak memory": (formatting.mib(row.peak_memory_mib), ""),
     }
     data = "".join(cell(f"{column} {unit}".strip(), *cells[column]) for column, unit in columns)
     return f"<tr{' class=lead-row' if lead else ''}>{name}{data}</tr>"
 
 
-def charts(report: Report, samples: Mapping[str, Any]) -> str:
+def charts(report: Report, samples: Samples) -> str:
     """Return the plot of accuracy against latency and the distributions of latency."""
     rows = formatting.measured(report)
     if not rows:
         return ""
-    labelled = all(row["top1"] is not None for row in rows)
-    key, name = ("top1", "Top-1 accuracy, %") if labelled else ("agreement_teacher", "Same answer as the teacher, %")
+    labelled = all(row.top1 is not None for row in rows)
+    name = "Top-1 accuracy, %" if labelled else "Same answer as the teacher, %"
     points = [
         figures.Point(
             label=formatting.row_name(row),
-            latency_ms=row["latency"]["p50_ms"],
-            latency_interval_ms=(row["latency"]["p50_interval_ms"][0], row["latency"]["p50_interval_ms"][1]),
-            score=row[key],
-            score_interval=tuple(row[f"{key}_interval"]) if row.get(f"{key}_interval") else None,
+            latency_ms=measured_latency(row).p50_ms,
+            latency_interval_ms=measured_latency(row).p50_interval_ms,
+            score=score,
+            score_interval=interval,
             colour=index,
         )
         for index, row in enumerate(rows)
-        if row[key] is not None
+        for score, interval in [formatting.score(row, labelled=labelled)]
+        if score is not None
     ]
-    teacher = report["teacher"]["top1"] if labelled else None
+    teacher = report.teacher.top1 if labelled else None
     drawn = []
     if points:
         picture = figures.accuracy_latency(
@@ -192,15 +189,15 @@ def charts(report: Report, samples: Mapping[str, Any]) -> str:
         drawn.append(
             section("Accuracy against latency" if labelled else "Fidelity against latency", figures.FRONT, picture)
         )
-    series = latencies_ms(rows, samples)
+    series = latencies_ms(rows, samples.rows)
     if series:
         drawn.append(section("Latency of every run", "", figures.latency_distribution(series)))
     return f'<div class="pair">{"".join(drawn)}</div>'
 
 
-def latencies_ms(rows: Sequence[Row], samples: Mapping[str, Any]) -> dict[str, list[float]]:
+def latencies_ms(rows: Sequence[Row], samples: Sequence[RowSamples]) -> dict[str, list[float]]:
     """Return each measured row's samples in ms, in the order of the rows, so that the colours match."""
-    kept = {formatting.row_key(one): one["rounds"] for one in samples.get("rows", [])}
+    kept = {formatting.row_key(one): one.rounds_ns for one in samples}
     series = {}
     for row in rows:
         values = [value / 1e6 for round_ in kept.get(formatting.row_key(row), []) for value in round_]
@@ -216,7 +213,7 @@ def throughput(report: Report) -> str:
         return ""
     lines = []
     for rank, row in enumerate(rows):
-        rates = {entry["batch"]: entry["images_per_s"] for entry in row["throughput"]}
+        rates = {entry.batch: entry.images_per_s for entry in row.throughput}
         best = max(rates.values(), default=None)
         figures = [formatting.rate(rates.get(size)) for size in sizes]
         data = "".join(
@@ -277,10 +274,10 @@ def at_a_rate(report: Report) -> str:
 
 def comparison(report: Report) -> str:
     """Return the teacher beside the student; without labels the artifacts' table has said it all."""
-    if not report["evaluation"]["labelled"]:
+    if not report.evaluation.labelled:
         return ""
-    more = ", and it or its teacher from a few labels" if report["run"].get("learned_labels") else " alone"
-    about = f"On {formatting.evaluated_on(report)}. The student learned from the teacher's answers{more}."
+    more = ", and it or its teacher from a few labels" if report.run.uses_labels else " alone"
+    about = f"On {formatting.evaluated_on(report.evaluation)}. The student learned from the teacher's answers{more}."
     table = figures_table("Model", ("Top-1", "Top-5", "Same answer"), formatting.teacher_and_student(report))
     return section("Teacher and student", about, table)
 
@@ -309,7 +306,7 @@ def figures_table(first: str, names: Sequence[str], lines: Sequence[Sequence[str
 
 def against(report: Report) -> str:
     """Return the report held against its baseline, where it was given one: what became worse, and what did not."""
-    found = report.get("baseline")
+    found = report.baseline
     if not found:
         return ""
     kinds = {"worse": " bad", "better": " good"}
@@ -328,7 +325,7 @@ def against(report: Report) -> str:
 
 def trust(report: Report) -> str:
     """Return how far the teacher's pseudo-labels could be trusted before training, where the run is at hand."""
-    found = report.get("quality")
+    found = report.pseudo_labels
     if not found:
         return ""
     drawn = [
@@ -345,7 +342,7 @@ def trust(report: Report) -> str:
 
 def training(report: Report) -> str:
     """Return the training curves, where the run is at hand and had more than one epoch."""
-    drawn = figures.training_curves(report["training"])
+    drawn = figures.training_curves(report.training)
     if not drawn:
         return ""
     about = "Agreement is with the teacher, on held-out images; no label is involved."
@@ -357,7 +354,7 @@ def circumstances(report: Report) -> str:
     facts = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in formatting.machine_facts(report)
     )
-    notes = "".join(f"<li>{words(note)}</li>" for note in report["notes"])
+    notes = "".join(f"<li>{words(note)}</li>" for note in report.notes)
     said = f'<h2>Notes</h2><ul class="notes">{notes}</ul><h3>Commands</h3>' if notes else "<h2>Commands</h2>"
     # Each word whole: a line may end between two options, not within one.
     lines = [

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prgkit.errors import BenchError, PrgkitError
-from prgkit.evaluate.report.formatting import Report
-from prgkit.storage.atomic import read_json
+from pydantic import ValidationError
 
-SCHEMA = "prgkit.report/1"
-KEYS = {"schema", "created", "machine", "run", "evaluation", "teacher", "rows"}
-ROW_KEYS = {
-    *("artifact", "backend", "device", "precision", "threads", "status", "reason", "size_mib", "latency"),
-    *("throughput", "top1", "agreement_teacher", "agreement_fp32"),
-}
+from prgkit.errors import BenchError, PrgkitError
+from prgkit.evaluate.report.schema import REPORT_SCHEMA, Report
+from prgkit.storage.atomic import read_json
 
 
 def report_file(path: Path) -> Path:
@@ -30,19 +25,21 @@ def read_report(path: Path) -> Report:
     path = report_file(path)
     fix = "name the report.json that prgkit bench wrote"
     try:
-        report: Report = read_json(path, fix=fix)
+        content = read_json(path, fix=fix)
     except PrgkitError as error:
         raise BenchError(error.what, where=error.where, fix=fix) from error
-    if not isinstance(report, dict) or not report.keys() >= KEYS:
+    if not isinstance(content, dict) or not str(content.get("schema", "")).startswith("prgkit.report/"):
         raise BenchError(f"{path.name} is not the report of a bench", where=path, fix=fix)
-    if report["schema"] != SCHEMA:
+    if content["schema"] != REPORT_SCHEMA:
         raise BenchError(
-            f"{path.name} has schema {report['schema']!r}, not {SCHEMA!r}",
+            f"{path.name} has schema {content['schema']!r}, not {REPORT_SCHEMA!r}",
             where=path,
             fix="measure again: prgkit bench",
         )
-    whole = [isinstance(report[key], dict) for key in ("machine", "run", "evaluation", "teacher")]
-    rows = report["rows"] if isinstance(report["rows"], list) else [None]
-    if not all([*whole, *(isinstance(row, dict) and row.keys() >= ROW_KEYS for row in rows)]):
-        raise BenchError(f"{path.name} is the report of a bench with parts missing", where=path, fix=fix)
-    return report
+    try:
+        return Report.model_validate(content)
+    except ValidationError as error:
+        what, place = error.errors()[0]["msg"], ".".join(map(str, error.errors()[0]["loc"]))
+        raise BenchError(
+            f"{path.name} is the report of a bench with parts missing or changed: {place}: {what}", where=path, fix=fix
+        ) from error

@@ -9,14 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from prgkit.evaluate.report import formatting, regression, sections, soak_section
-from prgkit.evaluate.report.formatting import Report
+from prgkit.evaluate.report.schema import BaselineComparison, Report, measured_latency
 
 
 def report_table(report: Report) -> Table:
     """Return the rows as a table for the terminal."""
-    labelled = report["evaluation"]["labelled"]
+    labelled = report.evaluation.labelled
     said = [*sections.sweep_said(report), *sections.paced_said(report), *soak_section.soak_said(report)]
-    said += [*formatting.audit_summary(report), *report["notes"]]
+    said += [*formatting.audit_summary(report), *report.notes]
     result = plain_table(formatting.headline(report), said)
     result.add_column("artifact", no_wrap=True)
     for name in [
@@ -29,24 +29,24 @@ def report_table(report: Report) -> Table:
         "MiB",
     ]:
         result.add_column(name, justify="right")
-    for row in report["rows"]:
-        if row["status"] != "measured":
+    for row in report.rows:
+        if row.status != "measured":
             # Text, not a string: a reason may hold brackets that rich would read as markup.
             result.add_row(
                 Text(formatting.row_name(row), style="dim"),
-                Text("failed" if row["status"] == "failed" else "not run", style="yellow"),
+                Text("failed" if row.status == "failed" else "not run", style="yellow"),
             )
             continue
         best = formatting.best_throughput(row)
         result.add_row(
             Text(formatting.row_name(row)),
-            formatting.ms(row["latency"]["p50_ms"]),
-            formatting.ms(row["latency"]["p99_ms"]),
-            formatting.rate(best["images_per_s"] if best else None),
-            *([share(row["top1"])] if labelled else []),
-            share(row["agreement_teacher"]),
-            share(row["agreement_fp32"]),
-            formatting.mib(row["size_mib"]),
+            formatting.ms(measured_latency(row).p50_ms),
+            formatting.ms(measured_latency(row).p99_ms),
+            formatting.rate(best.images_per_s if best else None),
+            *([share(row.top1)] if labelled else []),
+            share(row.agreement_teacher),
+            share(row.agreement_fp32),
+            formatting.mib(row.size_mib),
         )
     return result
 
@@ -56,7 +56,7 @@ def share(value: float | None) -> str:
     return formatting.percent(value).removesuffix(" %")
 
 
-def baseline_table(found: regression.Found) -> Table:
+def baseline_table(found: BaselineComparison) -> Table:
     """Return a report held against its baseline, a line for each figure that was compared."""
     result = plain_table(regression.about(found), regression.notes(found))
     for index, name in enumerate(regression.HEADER):

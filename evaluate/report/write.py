@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from prgkit.evaluate.report import class_section, formatting, regression, sections, soak_section
 from prgkit.evaluate.report.examples import Picture
-from prgkit.evaluate.report.formatting import NONE, Report, Row
+from prgkit.evaluate.report.formatting import NONE
 from prgkit.evaluate.report.html_report import page
+from prgkit.evaluate.report.schema import Report, Row, Samples, measured_latency
 from prgkit.storage.atomic import write_json, write_text
 
 
-def write_report(folder: Path, report: Report, *, samples: dict[str, Any], pictures: Sequence[Picture]) -> None:
+def write_report(folder: Path, report: Report, *, samples: Samples, pictures: Sequence[Picture]) -> None:
     """Write report.json, report.md, report.html and samples.json into ``folder``; each appears whole or not at all."""
     # One line a row: ten thousand samples on a line each would be unreadable too, and three times the size.
-    write_text(folder / "samples.json", json.dumps(samples, separators=(",", ":"), allow_nan=False) + "\n")
+    write_text(folder / "samples.json", samples.model_dump_json() + "\n")
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "report.html", page(report, samples=samples, pictures=pictures))
-    write_json(folder / "report.json", report)
+    write_json(folder / "report.json", report.model_dump(mode="json"))
 
 
 def markdown(report: Report) -> str:
     """Return the report as Markdown."""
     machine = [f"- {name}: {cell(value)}" for name, value in formatting.machine_facts(report)]
-    labelled = report["evaluation"]["labelled"]
+    labelled = report.evaluation.labelled
     comparison = [(who, top1, top5, same) for who, top1, top5, same in formatting.teacher_and_student(report)]
     parts = [
         f"# {cell(formatting.headline(report))}",
-        f"Run `{plain(report['run']['name'])}`, {cell(formatting.evaluated_on(report))}. "
-        f"Made by prgkit {cell(report['prgkit'])}, {cell(report['created'])}.",
-        grid(HEADER, [markdown_row(row) for row in report["rows"]]),
+        f"Run `{plain(report.run.name)}`, {cell(formatting.evaluated_on(report.evaluation))}. "
+        f"Made by prgkit {cell(report.prgkit)}, {cell(report.created)}.",
+        grid(HEADER, [markdown_row(row) for row in report.rows]),
         *throughput(report),
         *by_scope(report),
         *threads(report),
@@ -42,7 +41,7 @@ def markdown(report: Report) -> str:
         *by_class(report),
         *audit(report),
         *against(report),
-        *(["## Notes", "\n".join(f"- {cell(note)}" for note in report["notes"])] if report["notes"] else []),
+        *(["## Notes", "\n".join(f"- {cell(note)}" for note in report.notes)] if report.notes else []),
         "## Machine",
         "\n".join(machine),
         "## Commands",
@@ -70,22 +69,22 @@ HEADER = [
 
 def markdown_row(row: Row) -> list[str]:
     """Return the cells of an artifact's line."""
-    start = [formatting.row_name(row), formatting.mib(row["size_mib"])]
-    if row["status"] != "measured":
+    start = [formatting.row_name(row), formatting.mib(row.size_mib)]
+    if row.status != "measured":
         return [*start, formatting.why_missing(row)] + [""] * (len(HEADER) - 3)
-    latency, best = row["latency"], formatting.best_throughput(row)
+    latency, best = measured_latency(row), formatting.best_throughput(row)
     return [
         *start,
-        formatting.ms(latency["p50_ms"]),
-        formatting.interval_ms(latency["p50_interval_ms"]),
-        formatting.ms(latency["p90_ms"]),
-        formatting.ms(latency["p99_ms"]),
-        formatting.rate(best["images_per_s"]) if best else NONE,
-        formatting.percent(row["top1"]),
-        formatting.percent(row["agreement_teacher"]),
-        formatting.percent(row["agreement_fp32"]),
-        formatting.ms(row["load_ms"]),
-        formatting.mib(row["peak_memory_mib"]),
+        formatting.ms(latency.p50_ms),
+        formatting.interval_ms(latency.p50_interval_ms),
+        formatting.ms(latency.p90_ms),
+        formatting.ms(latency.p99_ms),
+        formatting.rate(best.images_per_s) if best else NONE,
+        formatting.percent(row.top1),
+        formatting.percent(row.agreement_teacher),
+        formatting.percent(row.agreement_fp32),
+        formatting.ms(row.load_ms),
+        formatting.mib(row.peak_memory_mib),
     ]
 
 
@@ -96,7 +95,7 @@ def throughput(report: Report) -> list[str]:
         return []
     lines = []
     for row in formatting.measured(report):
-        rates = {entry["batch"]: entry["images_per_s"] for entry in row["throughput"]}
+        rates = {entry.batch: entry.images_per_s for entry in row.throughput}
         lines.append([formatting.row_name(row), *(formatting.rate(rates.get(size)) for size in sizes)])
     return [grid(["images/s", *(f"batch {size}" for size in sizes)], lines)]
 
@@ -115,7 +114,7 @@ def at_a_rate(report: Report) -> list[str]:
 
 def soaked(report: Report) -> list[str]:
     """Return the first and the last minute of the soak, if there was one."""
-    if not report.get("soak"):
+    if not report.soak:
         return []
     lines = soak_section.soak_lines(report)
     return [*([grid(soak_section.HEADER, lines)] if lines else []), cell(soak_section.soak_about(report))]
@@ -129,7 +128,7 @@ def threads(report: Report) -> list[str]:
 
 def by_class(report: Report) -> list[str]:
     """Return the classes that the student is worst and best at, and its most frequent mistakes."""
-    found = report.get("per_class")
+    found = report.per_class
     if not found or not class_section.worst_first(found):
         return []
     worst, best = class_section.shown(found)
@@ -158,7 +157,7 @@ def audit(report: Report) -> list[str]:
 
 def against(report: Report) -> list[str]:
     """Return what the report is against its baseline, if it was given one."""
-    found = report.get("baseline")
+    found = report.baseline
     if not found:
         return []
     said = [f"- {cell(note)}" for note in regression.notes(found)]

@@ -20,7 +20,7 @@ from prgkit.errors import BenchError, ExportError
 from prgkit.evaluate.accuracy.examples import choose_pictures
 from prgkit.evaluate.bench import cases
 from prgkit.evaluate.bench.bench import bench
-from prgkit.evaluate.bench.metadata import identity, training, trust
+from prgkit.evaluate.bench.metadata import evaluation_images, pseudo_labels, training
 from prgkit.export.bundle.bundle import (
     Evaluation,
     contract,
@@ -92,10 +92,10 @@ def card(engine: Path) -> EngineMetadata:
 @pytest.fixture(autouse=True)
 def _onnx_runtime_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure with the runtime that is everywhere; what else may be installed is told apart in test_cases.py."""
-    monkeypatch.setattr(cases, "runtimes", lambda facts: RUNTIMES[:1])
+    monkeypatch.setattr(cases, "runtimes", lambda *, gpu: RUNTIMES[:1])
 
 
-RUNTIMES = cases.runtimes({"gpus": []})
+RUNTIMES = cases.runtimes(gpu=False)
 
 
 def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> Path:
@@ -164,7 +164,8 @@ def measure(bundle: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "batches": (1, 4),
         "note": lambda text: None,
     }
-    return bench(bundle, out=out, **{**options, **changes})
+    content: dict[str, Any] = bench(bundle, out=out, **{**options, **changes}).model_dump(mode="json")
+    return content
 
 
 def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
@@ -172,13 +173,13 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
     out = tmp_path / "bench" / "here"
     report = measure(make_bundle(tmp_path / "bundle"), out, note=said.append, command="prgkit bench --seconds 0.3")
     assert json.loads((out / "report.json").read_text()) == report
-    assert report["schema"] == "prgkit.report/1"
+    assert report["schema"] == "prgkit.report/2"
     assert report["command"] == "prgkit bench --seconds 0.3"
     assert report["run"] == {
         "name": "colours",
         "student": "repvit_m0_9",
         "teacher": "eye human",
-        "learned_labels": False,
+        "uses_labels": False,
         "objective": "prg",
         "classes": 3,
         "epochs": 3,
@@ -187,7 +188,7 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
     assert told == {"images": 40, "labelled": True, "source": "made up", "digest": told["digest"]}
     assert report["teacher"] == {"top1": 100.0, "top5": None, "top1_uniform_prompts": 0.0}
     assert report["student"] == {"top1": 75.0, "top5": None, "agreement": 75.0}
-    assert report["ratio"] == 0.75
+    assert report["accuracy_ratio"] == 0.75
     shares = [(one["images"], round(one["student"], 1), one["teacher"]) for one in report["per_class"]["classes"]]
     assert shares == [(13, 76.9, 100), (14, 71.4, 100), (13, 76.9, 100)]  # ten of each are right
     assert report["made_by"] == [
@@ -213,8 +214,8 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
     taken = [turn for turn in raw["order"] if turn]  # on a busy machine its time may be up before ten rounds
     assert 3 <= len(taken) <= 10
     assert taken == [[0]] * len(taken)
-    assert len(raw["rows"][0]["rounds"]) == len(taken)
-    assert sum(map(len, raw["rows"][0]["rounds"])) == onnx_row["latency"]["samples"]
+    assert len(raw["rows"][0]["rounds_ns"]) == len(taken)
+    assert sum(map(len, raw["rows"][0]["rounds_ns"])) == onnx_row["latency"]["samples"]
     page = (out / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>")
     assert "<b>blue</b>" not in page
@@ -222,32 +223,32 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_scopes_threads_and_frames_stand_beside_the_rows(tmp_path: Path) -> None:
+def test_latency_stages_threads_and_frames_stand_beside_the_rows(tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = measure(
         make_bundle(tmp_path / "bundle"), out, batches=(), sweep_threads=(1, 2), fps=200, soak_minutes=0.01
     )
     row, never_run = report["rows"]
-    assert report["scopes"] == {"pictures": 2, "smallest": [SIDE, SIDE], "largest": [SIDE, SIDE]}
-    assert never_run["scopes"] == {}
-    assert {scope: found["rounds"] for scope, found in row["scopes"].items()} == {
+    assert report["stage_images"] == {"images": 2, "smallest": [SIDE, SIDE], "largest": [SIDE, SIDE]}
+    assert never_run["latency_stages"] == {}
+    assert {stage: found["rounds"] for stage, found in row["latency_stages"].items()} == {
         "io": 5,
         "pipeline": 5,
         "end_to_end": 5,
     }
-    assert report["threads"]["counts"] == [1, 2]
-    (swept,) = report["threads"]["rows"]
+    assert report["thread_sweep"]["counts"] == [1, 2]
+    (swept,) = report["thread_sweep"]["rows"]
     assert (swept["artifact"], sorted(swept["latency"]), swept["failed"]) == ("onnx-fp32", ["1", "2"], {})
     raw = json.loads((out / "samples.json").read_text())
-    assert [(one["artifact"], one["threads"]) for one in raw["threads"]] == [("onnx-fp32", 1), ("onnx-fp32", 2)]
-    assert sum(map(len, raw["rows"][0]["scopes"]["pipeline"])) == row["scopes"]["pipeline"]["samples"]
-    (frames,) = report["paced"]["rows"]
-    assert (report["paced"]["fps"], report["paced"]["deadline_ms"]) == (200, 5)
+    assert [(one["artifact"], one["threads"]) for one in raw["thread_sweep"]] == [("onnx-fp32", 1), ("onnx-fp32", 2)]
+    assert sum(map(len, raw["rows"][0]["stages_ns"]["pipeline"])) == row["latency_stages"]["pipeline"]["samples"]
+    (frames,) = report["fixed_rate"]["rows"]
+    assert (report["fixed_rate"]["fps"], report["fixed_rate"]["deadline_ms"]) == (200, 5)
     assert (frames["artifact"], frames["failed"]) == ("onnx-fp32", None)
-    assert sum(map(len, raw["paced"][0]["responses"])) == frames["frames"] > 5
+    assert sum(map(len, raw["fixed_rate"][0]["responses_ns"])) == frames["times"]["frames"] > 5
     soak, windows = report["soak"], raw["soak"]["windows"]
     assert (soak["artifact"], soak["minutes"], soak["fps"], soak["failed"]) == ("onnx-fp32", 0.01, 200, None)
-    assert (len(windows), sum(window["runs"] for window in windows)) == (soak["windows"], soak["runs"])
+    assert (len(windows), sum(window["runs"] for window in windows)) == (soak["windows"], soak["result"]["runs"])
     assert windows[-1]["start_s"] + windows[-1]["seconds"] >= 0.5  # its last frame was answered before the end
     assert report["command"].endswith(" --fps 200 --soak 0.01")
     text = (out / "report.md").read_text()
@@ -265,31 +266,31 @@ def test_the_run_travels_in_the_manifest_and_the_run_at_hand_goes_first(tmp_path
     told = {"training": [{"epoch": 1, "loss": 2.0, "seconds": 3.0}], "quality": {"images": 40}}
     bundle: Any = SimpleNamespace(manifest={"run": told})
     assert training(bundle, None) == [{"epoch": 1, "loss": 2.0}]
-    assert trust(bundle, None) == {"images": 40}
+    assert pseudo_labels(bundle, None) == {"images": 40}
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0}\n')
     (tmp_path / "quality.json").write_text('{"images": 41}')
     assert training(bundle, tmp_path) == [{"epoch": 1, "loss": 1.0}]
-    assert trust(bundle, tmp_path) == {"images": 41}
+    assert pseudo_labels(bundle, tmp_path) == {"images": 41}
     older: Any = SimpleNamespace(manifest={"run": {}})
-    assert (training(older, None), trust(older, None)) == ([], None)
+    assert (training(older, None), pseudo_labels(older, None)) == ([], None)
 
 
 def test_evaluation_images_are_the_same_where_pictures_and_labels_are() -> None:
     bundle: Any = SimpleNamespace(manifest={"evaluation": {"source": "made up"}})
     pixels, logits = np.zeros((2, 4, 4, 3), dtype=np.uint8), np.zeros((2, 3), dtype=np.float32)
     one = Evaluation(pixels, logits, logits, logits, np.array([0, 1]), ("a", "b"))
-    digest = identity(one, bundle)["digest"]
-    assert identity(replace(one, pixels=pixels[:, :2, :2], logits=logits + 1), bundle)["digest"] == digest
+    digest = evaluation_images(one, bundle).digest
+    assert evaluation_images(replace(one, pixels=pixels[:, :2, :2], logits=logits + 1), bundle).digest == digest
     others = [replace(one, keys=("a", "c")), replace(one, labels=np.array([0, 2])), replace(one, labels=None)]
-    assert len({digest, *(identity(other, bundle)["digest"] for other in others)}) == 4
-    assert identity(replace(one, keys=None), bundle)["digest"] is None
+    assert len({digest, *(evaluation_images(other, bundle).digest for other in others)}) == 4
+    assert evaluation_images(replace(one, keys=None), bundle).digest is None
 
 
 def test_without_labels_there_is_fidelity_and_no_accuracy(tmp_path: Path) -> None:
     report = measure(make_bundle(tmp_path / "bundle", labelled=False), tmp_path / "out", batches=())
     assert report["teacher"] == {"top1": None, "top5": None, "top1_uniform_prompts": None}
     assert report["student"] == {"top1": None, "top5": None, "agreement": 75.0}
-    assert report["ratio"] is None
+    assert report["accuracy_ratio"] is None
     assert report["rows"][0]["top1"] is None
     assert report["rows"][0]["throughput"] == []
     assert "gives its teacher's answer on 75.0 % of the images" in (tmp_path / "out" / "report.md").read_text()

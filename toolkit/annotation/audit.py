@@ -98,7 +98,7 @@ def drawn(run: Run, recipe: Recipe, targets_root: Path, *, count: int | None, pr
             {tick.key for tick in ticks} & {dataset.image_index.keys[place] for place in dataset.val_indices}
         ),
         "ticked": len(seen),
-        "teacher": teacher_share(seen) if seen else None,
+        "teacher": teacher_share(seen).model_dump(mode="json") if seen else None,
     }
 
 

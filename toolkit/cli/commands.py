@@ -78,7 +78,7 @@ def merge_reports(session: Session, reports: tuple[Path, ...], out: Path) -> dic
     found = merge(reports, out=out, command="prgkit " + shlex.join(sys.argv[1:]))
     session.terminal.show(comparison_table(found))
     session.terminal.say("comparison: ", (str(out / "comparison.html"), "bold"))
-    return found
+    return found.model_dump(mode="json")
 
 
 def keep_house(session: Session, root: Path, *, prune: bool, rehearse: bool) -> dict[str, Any]:

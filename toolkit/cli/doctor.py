@@ -35,15 +35,15 @@ PACKAGES = (
 def examine() -> dict[str, Any]:
     """Return versions, machine facts, backends (each with whether it runs here and why not) and clashes."""
     versions = {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}}
-    facts = system.describe()
-    gpus = ", ".join(str(gpu.get("name")) for gpu in facts["gpus"]) or "none found"
+    machine = system.describe()
+    gpus = ", ".join(gpu.name for gpu in machine.gpus) or "none found"
     return {
         "versions": versions,
         "machine": {
-            "cpu": f"{facts['cpu']}, {facts['usable_cores']} cores",
-            "memory": f"{facts['memory_gib']} GiB",
+            "cpu": f"{machine.cpu}, {machine.usable_cores} cores",
+            "memory": f"{machine.memory_gib} GiB",
             "gpu": gpus,
-            "system": f"{facts['os']}, {facts['architecture']}",
+            "system": f"{machine.os}, {machine.architecture}",
         },
         "backends": [
             *onnxruntime_backends(),

@@ -141,7 +141,7 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
     from prgkit.storage.run import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
-    out = given["out"] or (run.folder if run else bundle) / "bench" / system.slug(system.describe())
+    out = given["out"] or (run.folder if run else bundle) / "bench" / system.machine_folder()
     share = 0.05 if given["tolerance"] is None else given["tolerance"]
     gate = regression.open_gate(given["baseline"], share, out=out) if given["baseline"] else None
     report = measure(
@@ -155,10 +155,11 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
     )
     session.terminal.show(report_table(report))
     if gate is not None:
-        session.terminal.show(baseline_table(report["baseline"]))
-        session.failure = regression.regressions(report["baseline"], path=out / "report.html")
+        assert report.baseline is not None
+        session.terminal.show(baseline_table(report.baseline))
+        session.failure = regression.regressions(report.baseline, path=out / "report.html")
     session.terminal.say("report: ", (str(out / "report.html"), "bold"))
-    return report
+    return report.model_dump(mode="json")
 
 
 @cli.command(short_help="Name what is in an image.")
@@ -181,7 +182,7 @@ def predict(
     from prgkit.storage.run import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
-    measured = (run.folder if run else bundle) / "bench" / system.slug_here()
+    measured = (run.folder if run else bundle) / "bench" / system.machine_folder()
     terminal, answers, failed = session.terminal, [], []
     for image in answer(bundle, images, top_k=top_k, min_confidence=min_confidence, bench=measured, note=terminal.note):
         answers.append(image)

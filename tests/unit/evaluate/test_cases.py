@@ -42,14 +42,16 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("everything")
 def test_each_runtime_runs_what_it_computes_as_it_stands() -> None:
-    rows, specs = plan(bundle(), None, {"gpus": [{"name": "some GPU"}]}, threads=2)
+    rows, specs = plan(bundle(), None, gpu=True, threads=2)
     ran: dict[Any, list[str]] = {}
     for row, spec in zip(rows, specs, strict=True):
         assert spec is not None
-        assert {key: spec[key] for key in ("artifact", "backend", "device", "threads")}.items() <= row.items()
-        assert row["threads"] == (2 if row["device"] == "cpu" else None)
-        assert spec.get("half", False) == (row["precision"] == "fp16")
-        ran.setdefault((row["backend"], row["device"]), []).append(row["artifact"])
+        assert {key: spec[key] for key in ("artifact", "backend", "device", "threads")} == {
+            key: getattr(row, key) for key in ("artifact", "backend", "device", "threads")
+        }
+        assert row.threads == (2 if row.device == "cpu" else None)
+        assert spec.get("half", False) == (row.precision == "fp16")
+        ran.setdefault((row.backend, row.device), []).append(row.artifact)
     assert ran == {
         ("onnxruntime", "cpu"): [FP32, FP16, INT8],
         ("onnxruntime", "cuda"): [FP32, FP16, INT8],
@@ -60,7 +62,7 @@ def test_each_runtime_runs_what_it_computes_as_it_stands() -> None:
     for key in (formatting.row_key, formatting.row_name):
         assert len({key(row) for row in rows}) == len(rows)
     assert [latency.label(spec) for spec in specs if spec] == [formatting.row_name(row) for row in rows]
-    assert [formatting.row_name(row) for row in rows if row["artifact"] == FP32] == [
+    assert [formatting.row_name(row) for row in rows if row.artifact == FP32] == [
         *("onnx-fp32", "onnx-fp32 (cuda)", "onnx-fp32 (TensorRT EP, cuda)"),
         *("onnx-fp32 (OpenVINO EP)", "onnx-fp32 (OpenVINO)"),
     ]
@@ -68,9 +70,9 @@ def test_each_runtime_runs_what_it_computes_as_it_stands() -> None:
 
 @pytest.mark.usefixtures("everything")
 def test_without_a_gpu_or_tensorrts_layout_the_rest_runs() -> None:
-    rows, _ = plan(bundle(FILES[:3]), None, {"gpus": []}, threads=1)
-    assert [row["artifact"] for row in rows if row["backend"] == "openvino"] == [FP32, INT8]
-    assert {row["device"] for row in rows} == {"cpu"}
+    rows, _ = plan(bundle(FILES[:3]), None, gpu=False, threads=1)
+    assert [row.artifact for row in rows if row.backend == "openvino"] == [FP32, INT8]
+    assert {row.device for row in rows} == {"cpu"}
 
 
 @pytest.mark.usefixtures("everything")
@@ -81,9 +83,9 @@ def test_pytorch_is_compiled_only_in_a_long_bench_and_with_a_compiler(
 
     def compiled(seconds: float, missing: str | None) -> list[tuple[str, Any]]:
         monkeypatch.setattr(plan_module, "why_no_compiling", lambda: missing)
-        rows, specs = plan(bundle([]), tmp_path, {"gpus": []}, threads=1, seconds=seconds)
-        assert (rows[0]["artifact"], rows[0]["reason"]) == ("torch", None)
-        return [(row["reason"], spec and spec["compiled"]) for row, spec in zip(rows[1:], specs[1:], strict=True)]
+        rows, specs = plan(bundle([]), tmp_path, gpu=False, threads=1, seconds=seconds)
+        assert (rows[0].artifact, rows[0].reason) == ("torch", None)
+        return [(row.reason, spec and spec["compiled"]) for row, spec in zip(rows[1:], specs[1:], strict=True)]
 
     assert compiled(COMPILED_FROM_S - 1, None) == []
     assert compiled(COMPILED_FROM_S, None) == [(None, True)]
@@ -94,7 +96,7 @@ def test_openvino_has_a_row_of_its_own_and_its_own_samples(repvit: Any) -> None:
     pytest.importorskip("openvino", reason="pip install 'prgkit[openvino]'")
     one = bundle([("onnx", "fp32")], repvit.fp32.parent)
     one.artifacts[0]["file"] = repvit.fp32.name
-    rows, specs = plan(one, None, {"gpus": []}, threads=1)
+    rows, specs = plan(one, None, gpu=False, threads=1)
     opened = [spec for spec in specs if spec]
     session = latency.measure(
         opened, repvit.pixels[:8], seconds=0.2, batches=[3], predict=[repvit.pixels[:4]], rounds=3

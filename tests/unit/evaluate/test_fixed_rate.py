@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prgkit.evaluate.bench.fixed_rate import Frames, paced, summary
-from prgkit.evaluate.bench.notes import apart_notes
-from prgkit.evaluate.bench.timing import paced_runs
+from prgkit.evaluate.bench.fixed_rate import Frames, measure_fixed_rate, summarize
+from prgkit.evaluate.bench.notes import failure_notes
+from prgkit.evaluate.bench.timing import fixed_rate_runs
+from prgkit.evaluate.report.schema import FixedRate, Report, ThreadSweep
 from prgkit.evaluate.report.sections import PACED_HEADER, paced_about, paced_lines, paced_said
 
 MS = 1_000_000
@@ -34,7 +35,7 @@ class Clock:
 
 
 def at_100_fps(clock: Clock, *, seconds: float) -> tuple[list[float], list[float]]:
-    responses, runs = paced_runs(clock.run, ["a", "b"], 100, seconds, clock=clock.read, sleep=clock.sleep)
+    responses, runs = fixed_rate_runs(clock.run, ["a", "b"], 100, seconds, clock=clock.read, sleep=clock.sleep)
     return [ns / MS for ns in responses], [ns / MS for ns in runs]
 
 
@@ -55,14 +56,18 @@ def test_late_frames_are_counted_and_p99_needs_a_thousand() -> None:
     one = Frames(
         SPEC, responses_ns=[[4 * MS, 23 * MS], [17 * MS, 10 * MS]], runs_ns=[[4 * MS, 20 * MS], [6 * MS, 8 * MS]]
     )
-    found = summary(one, fps=100)
-    assert found == {
-        **SPEC, "failed": None, "frames": 4, "p50_ms": 13.5, "p99_ms": None,
-        "max_ms": 23.0, "run_p50_ms": 7.0, "late": 2,
+    found = summarize(one, fps=100)
+    assert found.model_dump() == {
+        **SPEC, "failed": None, "times": {
+            "frames": 4, "p50_ms": 13.5, "p99_ms": None, "max_ms": 23.0, "run_p50_ms": 7.0, "late": 2
+        },
     }  # fmt: skip
     many = Frames(SPEC, responses_ns=[[MS] * 1000], runs_ns=[[MS] * 1000])
-    assert summary(many, fps=100)["p99_ms"] == pytest.approx(1.0)
-    report = {"paced": {"fps": 100.0, "deadline_ms": 10.0, "rows": [found, summary(Frames(SPEC, "died"), fps=100)]}}
+    times = summarize(many, fps=100).times
+    assert times is not None
+    assert times.p99_ms == pytest.approx(1.0)
+    rows = [found, summarize(Frames(SPEC, "died"), fps=100)]
+    report = Report.model_construct(fixed_rate=FixedRate(fps=100.0, deadline_ms=10.0, rows=rows))
     assert paced_lines(report) == [
         ["onnx-fp32", "13.5", "–", "23.0", "7.00", "2 of 4"], ["onnx-fp32", "failed", "–", "–", "–", "–"]
     ]  # fmt: skip
@@ -70,16 +75,16 @@ def test_late_frames_are_counted_and_p99_needs_a_thousand() -> None:
     assert paced_said(report) == [
         "onnx-fp32 at 100 frames/s: p50 13.5 ms, slowest 23.0 ms, late 2 of 4.", "onnx-fp32 at 100 frames/s: failed."
     ]  # fmt: skip
-    threads = {"rows": [{"artifact": "b", "device": "cpu", "failed": {"1": "none", "64": "two at most"}}]}
-    assert apart_notes(threads, report["paced"]) == [
+    swept = {"counts": [1, 64], "rows": [{**SPEC, "artifact": "b", "failed": {"1": "none", "64": "two at most"}}]}
+    assert failure_notes(ThreadSweep.model_validate(swept), report.fixed_rate) == [
         "b failed with 1 thread: none.", "b failed with 64 threads: two at most.",
         "onnx-fp32 failed at the camera's rate: died.",
     ]  # fmt: skip
-    assert apart_notes(None, None) == []
+    assert failure_notes(None, None) == []
     assert "late after 10.0 ms. Clocks drop between frames" in paced_about(report)
-    assert paced_lines({}) == paced_said({"paced": None}) == []
+    assert paced_lines(Report.model_construct()) == paced_said(Report.model_construct()) == []
 
 
 def test_without_a_rate_nothing_is_opened() -> None:
     images = np.zeros((2, 4, 4, 3), dtype=np.uint8)
-    assert paced([SPEC], images, None, seconds=1, note=lambda text: None) == (None, [])
+    assert measure_fixed_rate([SPEC], images, None, seconds=1, note=lambda text: None) == (None, [])

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from prgkit.errors import BenchError, RunError
-from prgkit.evaluate.bench import fixed_rate as paced_module
-from prgkit.evaluate.bench import journal, latency
-from prgkit.evaluate.bench.fixed_rate import paced
+from prgkit.evaluate.bench import fixed_rate, journal, latency
+from prgkit.evaluate.bench.fixed_rate import measure_fixed_rate
 from prgkit.evaluate.bench.journal import BenchJournal, conditions, open_journal, read_records
-from prgkit.evaluate.bench.latency import Pictures
+from prgkit.evaluate.bench.latency import EncodedImages
 from prgkit.evaluate.bench.thread_sweep import thread_sweep
-from prgkit.evaluate.bench.worker import WarmUp, WorkerFailedError
+from prgkit.evaluate.bench.worker import WorkerFailedError
+from prgkit.evaluate.report.schema import FixedRateSamples, Machine, ThreadSweepSamples, WarmUp
 from prgkit.storage.locks import locked
 
 SPECS: list[dict[str, Any]] = [{"artifact": name, "backend": "onnxruntime", "device": "cpu"} for name in ("a", "b")]
@@ -63,13 +63,13 @@ class Told:
             def measure(self, **_: Any) -> list[int]:
                 return [told.answer()]
 
-            def take_pictures(self, *_: Any) -> list[str]:
+            def take_images(self, *_: Any) -> list[str]:
                 return ["io", "pipeline", "end_to_end"]
 
-            def measure_scope(self, scope: str, **_: Any) -> list[int]:
+            def measure_stage(self, stage: str, **_: Any) -> list[int]:
                 return [told.answer()]
 
-            def paced(self, **_: Any) -> tuple[list[int], list[int]]:
+            def fixed_rate(self, **_: Any) -> tuple[list[int], list[int]]:
                 return [told.answer()], [1]
 
             def predict(self, pixels: Any) -> Any:
@@ -119,17 +119,17 @@ def test_what_was_finished_is_kept_and_the_rest_is_measured(
 
 def all_of_it(
     told: Told, kept: BenchJournal, monkeypatch: pytest.MonkeyPatch, *, fps: float = 30
-) -> tuple[latency.Session, list[dict[str, Any]], list[dict[str, Any]]]:
-    """Measure rounds (6 answers), scopes (5 rounds of 6), a thread sweep (10 rounds of 4) and frames (5 rounds of 2)."""
+) -> tuple[latency.Session, list[ThreadSweepSamples], list[FixedRateSamples]]:
+    """Measure rounds (6 answers), latency stages (5 rounds of 6), a thread sweep (10 rounds of 4) and frames (5 rounds of 2)."""
     monkeypatch.setattr(latency, "Worker", told.worker)
-    monkeypatch.setattr(paced_module, "Worker", told.worker)
+    monkeypatch.setattr(fixed_rate, "Worker", told.worker)
     session = latency.measure(
-        SPECS, PIXELS, seconds=60, batches=[], rounds=3, pictures=Pictures([b"picture"], {}), kept=kept
+        SPECS, PIXELS, seconds=60, batches=[], rounds=3, pictures=EncodedImages([b"picture"], {}), kept=kept
     )
     specs = [{**spec, "kind": "onnx"} for spec in SPECS]
     how: dict[str, Any] = {"seconds": 60, "note": lambda text: None, "kept": kept}
     _, by_threads = thread_sweep(specs, PIXELS, [1, 2], **how)
-    _, frames = paced(specs, PIXELS, fps, **how)
+    _, frames = measure_fixed_rate(specs, PIXELS, fps, **how)
     return session, by_threads, frames
 
 
@@ -165,17 +165,17 @@ def test_frames_of_what_failed_before_the_kill_are_not_asked_for_again(
     with open_journal(tmp_path, {}, lambda text: None) as kept:
         kept.part("100 frames/s").add("failed", artifact=0, why="it died")
         again = Told()
-        monkeypatch.setattr(paced_module, "Worker", again.worker)
-        found, _ = paced(SPECS, PIXELS, 100.0, seconds=1.0, note=lambda text: None, kept=kept)
+        monkeypatch.setattr(fixed_rate, "Worker", again.worker)
+        found, _ = measure_fixed_rate(SPECS, PIXELS, 100.0, seconds=1.0, note=lambda text: None, kept=kept)
     assert found is not None
-    assert [row["failed"] for row in found["rows"]] == ["it died", None]
+    assert [row.failed for row in found.rows] == ["it died", None]
     assert again.opened == ["b"]
 
 
-# Of 86 answers: in the scopes, between two of their rounds, in the thread sweep's rounds, and within the frames, whose
+# Of 86 answers: in the latency stages, between two of their rounds, in the thread sweep's rounds, and within the frames, whose
 # turns are kept one by one.
 @pytest.mark.parametrize(("killed_at", "lost"), [(9, 3), (12, 0), (37, 1), (39, 3), (75, 3), (76, 0), (79, 0), (85, 0)])
-def test_scopes_threads_and_frames_go_on_where_they_were(
+def test_latency_stages_threads_and_frames_go_on_where_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, lost: int
 ) -> None:
     told = Told(killed_at)
@@ -188,18 +188,18 @@ def test_scopes_threads_and_frames_go_on_where_they_were(
     assert again.answers - 1000 == 86 - (killed_at - lost)
     for one in session.measured:
         assert [len(samples) for samples in one.rounds_ns] == [1] * 3
-        assert list(one.scopes_ns) == ["io", "pipeline", "end_to_end"]
-        assert [len(rounds) for rounds in one.scopes_ns.values()] == [5, 5, 5]
-    assert [(one["artifact"], one["threads"], len(one["rounds"])) for one in by_threads] == [
+        assert list(one.stages_ns) == ["io", "pipeline", "end_to_end"]
+        assert [len(rounds) for rounds in one.stages_ns.values()] == [5, 5, 5]
+    assert [(one.artifact, one.threads, len(one.rounds_ns)) for one in by_threads] == [
         ("a", 1, 10), ("a", 2, 10), ("b", 1, 10), ("b", 2, 10)
     ]  # fmt: skip
-    assert [len(one["responses"]) for one in frames] == [5, 5]
+    assert [len(one.responses_ns) for one in frames] == [5, 5]
     # No sample was taken over by another part, and none is there twice.
     numbers = [
-        value for one in session.measured for rounds in (one.rounds_ns, *one.scopes_ns.values()) for [value] in rounds
+        value for one in session.measured for rounds in (one.rounds_ns, *one.stages_ns.values()) for [value] in rounds
     ]
-    numbers += [value for one in by_threads for [value] in one["rounds"]]
-    numbers += [value for one in frames for [value] in one["responses"]]
+    numbers += [value for one in by_threads for [value] in one.rounds_ns]
+    numbers += [value for one in frames for [value] in one.responses_ns]
     assert len(set(numbers)) == len(numbers) == 86
 
 
@@ -273,8 +273,12 @@ def test_a_bench_without_a_result_leaves_nothing_and_two_do_not_meet(tmp_path: P
 
 
 def test_what_changes_by_itself_is_no_condition() -> None:
-    facts = {"cpu": "x", "gpus": [{"name": "g", "driver": "1", "temperature_c": 40}], "load_average": [0.1]}
-    warmer = {**facts, "gpus": [{"name": "g", "driver": "1", "temperature_c": 70}], "load_average": [2.0]}
-    assert conditions(facts, threads=1) == conditions(warmer, threads=1)
-    assert conditions(facts, threads=1) != conditions(facts, threads=2)
-    assert conditions(facts) != conditions({**facts, "cpu": "y"})
+    def machine(cpu: str = "x", temperature_c: int = 40, load: float = 0.1) -> Machine:
+        same = {**dict.fromkeys(("os", "kernel", "architecture", "python"), "x"), "virtual": False, "versions": {}}
+        gpu = {"name": "g", "driver": "1", "temperature_c": temperature_c}
+        changing = {"cpu": cpu, "gpus": [gpu], "load_average": [load], "cores": 2, "usable_cores": 2}
+        return Machine.model_validate({**same, **changing})
+
+    assert conditions(machine(), threads=1) == conditions(machine("x", 70, 2.0), threads=1)
+    assert conditions(machine(), threads=1) != conditions(machine(), threads=2)
+    assert conditions(machine()) != conditions(machine("y"))

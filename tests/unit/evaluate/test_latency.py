@@ -60,26 +60,26 @@ def images(count: int = 12) -> NDArray[np.uint8]:
 
 def test_percentiles_and_their_units() -> None:
     rounds = [[1_000_000, 2_000_000], [3_000_000, 4_000_000, 5_000_000]]
-    found = latency.summary(rounds, steady=True)
-    assert found["samples"] == 5
-    assert found["rounds"] == 2
-    assert found["p50_ms"] == 3.0
-    assert found["p90_ms"] == pytest.approx(4.6)  # between the fourth and the fifth: 4 + 0.6
-    assert found["p95_ms"] == pytest.approx(4.8)
-    assert found["max_ms"] == 5.0
-    assert found["round_p50_ms"] == [1.5, 4.0]
-    assert (found["batch"], found["scope"], found["steady"]) == (1, "io", True)
+    found = latency.summarize(rounds, steady=True)
+    assert found.samples == 5
+    assert found.rounds == 2
+    assert found.p50_ms == 3.0
+    assert found.p90_ms == pytest.approx(4.6)  # between the fourth and the fifth: 4 + 0.6
+    assert found.p95_ms == pytest.approx(4.8)
+    assert found.max_ms == 5.0
+    assert found.round_p50_ms == [1.5, 4.0]
+    assert (found.batch, found.stage, found.steady) == (1, "io", True)
 
 
 def test_p99_needs_a_thousand_samples() -> None:
-    assert latency.summary([list(range(1, 1000))], steady=True)["p99_ms"] is None
-    assert latency.summary([list(range(1, 1001))], steady=True)["p99_ms"] == pytest.approx(990.01 / 1e6)
+    assert latency.summarize([list(range(1, 1000))], steady=True).p99_ms is None
+    assert latency.summarize([list(range(1, 1001))], steady=True).p99_ms == pytest.approx(990.01 / 1e6)
 
 
 def test_no_sample_is_trimmed() -> None:
-    found = latency.summary([[1_000_000] * 99, [500_000_000]], steady=True)
-    assert found["max_ms"] == 500.0
-    assert found["samples"] == 100
+    found = latency.summarize([[1_000_000] * 99, [500_000_000]], steady=True)
+    assert found.max_ms == 500.0
+    assert found.samples == 100
 
 
 def test_the_interval_resamples_rounds_not_samples() -> None:
@@ -233,11 +233,11 @@ def test_energy_is_power_times_the_time_of_an_image() -> None:
     one = latency.Measured({"device": "cpu"}, rounds_ns=[[2_000_000, 3_000_000], [1_000_000]], powers_w=[9.0, 11.0])
     found = latency.energy(one)
     assert found is not None
-    assert (found["power_w"], found["energy_mj"]) == (10.0, pytest.approx(20.0))  # 10 W for 2 ms
+    assert (found.power_w, found.energy_mj) == (10.0, pytest.approx(20.0))  # 10 W for 2 ms
     assert latency.energy(latency.Measured({"device": "cpu"}, rounds_ns=[[1]])) is None
 
 
-def test_a_runner_with_a_clock_of_its_own_has_a_scope_more() -> None:
+def test_a_runner_with_a_clock_of_its_own_has_a_stage_more() -> None:
     class Gpu:
         def run(self, pixels: Any) -> Any:
             return np.zeros((len(pixels), 3), dtype=np.float32)
@@ -250,6 +250,6 @@ def test_a_runner_with_a_clock_of_its_own_has_a_scope_more() -> None:
     picture = io.BytesIO()
     Image.new("RGB", (9, 9)).save(picture, "PNG")
     square = Preprocessing(8, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3).to_dict()
-    assert resident.take_pictures([picture.getvalue()], square) == ["compute", "io", "pipeline", "end_to_end"]
-    assert set(resident.measure_scope("compute", 0.001, 0.1)) == {1000}
-    assert resident.measure_scope("end_to_end", 0.0, 0.0)[0] > 1000
+    assert resident.take_images([picture.getvalue()], square) == ["compute", "io", "pipeline", "end_to_end"]
+    assert set(resident.measure_stage("compute", 0.001, 0.1)) == {1000}
+    assert resident.measure_stage("end_to_end", 0.0, 0.0)[0] > 1000

@@ -13,12 +13,14 @@ import pytest
 from rich.console import Console
 
 from prgkit.errors import BenchError
-from prgkit.evaluate.compare.devices import latency_groups
-from prgkit.evaluate.compare.merge import cautions, merge, names_of
+from prgkit.evaluate.compare import merge as merging
+from prgkit.evaluate.compare.devices import Comparison, latency_groups
+from prgkit.evaluate.compare.merge import merge
 from prgkit.evaluate.compare.tables import comparison_table
 from prgkit.evaluate.report.plots.charts import Bar, latency_bars, shortened
+from prgkit.evaluate.report.schema import Report
 
-Report = dict[str, Any]
+Content = dict[str, Any]
 EVIL = '<script>alert("x")</script>'
 
 
@@ -32,7 +34,13 @@ def row(artifact: str, p50_ms: float, **changes: Any) -> dict[str, Any]:
         "status": "measured",
         "reason": None,
         "size_mib": 18.4,
-        "latency": {"p50_ms": p50_ms, "p50_interval_ms": [0.98 * p50_ms, 1.02 * p50_ms]},
+        "file": f"{artifact}.onnx",
+        "latency": {
+            **{"batch": 1, "stage": "io", "samples": 100, "p50_ms": p50_ms, "p99_ms": None},
+            **dict.fromkeys(("p90_ms", "p95_ms", "max_ms"), p50_ms),
+            "p50_interval_ms": [0.98 * p50_ms, 1.02 * p50_ms],
+            **{"round_p50_ms": [p50_ms], "steady": True, "rounds": 1},
+        },
         "throughput": [{"batch": 1, "images_per_s": 500.0}, {"batch": 32, "images_per_s": 1234.0}],
         "top1": 60.0,
         "top1_interval": [57.9, 62.1],
@@ -43,20 +51,30 @@ def row(artifact: str, p50_ms: float, **changes: Any) -> dict[str, Any]:
     }
 
 
-def report(cpu: str = "AMD EPYC", *, run: str = "cifar100", created: str = "2026-01-02T03:04:05+00:00") -> Report:
+def report(cpu: str = "AMD EPYC", *, run: str = "cifar100", created: str = "2026-01-02T03:04:05+00:00") -> Content:
     return {
-        "schema": "prgkit.report/1",
+        "schema": "prgkit.report/2",
+        "prgkit": "0.1.0",
+        "command": "prgkit bench",
         "created": created,
-        "machine": {"cpu": cpu, "usable_cores": 2, "gpus": [], "versions": {"onnxruntime": "1.31.1"}, "os": "Debian"},
-        "run": {"name": run, "student": "repvit_m0_9", "teacher": "ViT-S-16"},
+        "machine": {
+            **{"cpu": cpu, "cores": 2, "usable_cores": 2, "versions": {"onnxruntime": "1.31.1"}, "os": "Debian"},
+            **{"kernel": "6.1", "architecture": "x86_64", "virtual": False, "python": "3.11.7"},
+        },
+        "run": {
+            **{"name": run, "student": "repvit_m0_9", "teacher": "ViT-S-16", "objective": "prg"},
+            **{"classes": 100, "epochs": 12},
+        },
         "evaluation": {"images": 2000, "labelled": True, "source": "test.tar", "digest": "d"},
         "teacher": {"top1": 61.2, "top5": 86.0, "top1_uniform_prompts": 60.8},
+        "student": {"top1": 60.0, "top5": 84.0, "agreement": 79.4},
+        "accuracy_ratio": 0.98,
         "rows": [row("onnx-fp32", 2.0), row("onnx-int8", 1.0)],
         "notes": [],
     }
 
 
-def merged(folder: Path, *reports: Report) -> dict[str, Any]:
+def merged(folder: Path, *reports: Content) -> Comparison:
     paths = []
     for number, one in enumerate(reports):
         paths.append(folder / f"{number}.json")
@@ -64,7 +82,15 @@ def merged(folder: Path, *reports: Report) -> dict[str, Any]:
     return merge(paths, out=folder / "comparison", command="prgkit bench --merge 0.json 1.json")
 
 
-def board() -> Report:
+def names_of(reports: list[Content]) -> list[str]:
+    return merging.names_of([Report.model_validate(one) for one in reports])
+
+
+def cautions(reports: list[Content]) -> list[str]:
+    return merging.cautions([Report.model_validate(one) for one in reports])
+
+
+def board() -> Content:
     """Return the report of a slower machine, on which INT8 failed and an engine never ran."""
     one = report("Cortex-A78")
     one["rows"][0] = row("onnx-fp32", 9.0, top1=None, top1_interval=None)
@@ -76,10 +102,10 @@ def test_reports_become_one_comparison_in_three_files(tmp_path: Path) -> None:
     found = merged(tmp_path, report(), board())
     out = tmp_path / "comparison"
     assert sorted(path.name for path in out.iterdir()) == ["comparison.html", "comparison.json", "comparison.md"]
-    assert json.loads((out / "comparison.json").read_text()) == found
-    assert found["schema"] == "prgkit.comparison/1"
-    assert [one["name"] for one in found["reports"]] == ["AMD EPYC, 2 cores", "Cortex-A78, 2 cores"]
-    assert [(one["report"], one["artifact"]) for one in found["rows"]] == [
+    assert Comparison.model_validate_json((out / "comparison.json").read_text()) == found
+    assert found.schema_version == "prgkit.comparison/2"
+    assert [one.name for one in found.reports] == ["AMD EPYC, 2 cores", "Cortex-A78, 2 cores"]
+    assert [(one.report, one.artifact) for one in found.rows] == [
         (0, "onnx-fp32"), (0, "onnx-int8"), (1, "onnx-fp32"), (1, "onnx-int8")
     ]  # fmt: skip
     text = (out / "comparison.md").read_text()
@@ -96,14 +122,21 @@ def test_reports_become_one_comparison_in_three_files(tmp_path: Path) -> None:
 
 def test_int8_that_a_bench_refused_is_not_the_fastest(tmp_path: Path) -> None:
     one = report()
-    one["int8"] = {"artifact": "onnx-int8", "kept": False, "faithful": False, "images": 2000, "floor": 98.0}
+    one["int8"] = [
+        {
+            **{"artifact": "onnx-int8", "backend": "onnxruntime", "device": "cpu"},
+            **{"kept": False, "faithful": False, "faster": True, "images": 2000, "floor": 98.0},
+            **{"agreement": 97.0, "agreement_interval": [96.0, 98.0], "against": "onnx-fp32"},
+            **{"ratio": 0.5, "ratio_interval": [0.4, 0.6]},
+        }
+    ]
     found = merged(tmp_path, one, board())
     assert (
         (tmp_path / "comparison" / "comparison.md")
         .read_text()
         .startswith("# RepViT-M0.9 in 2 benches: fastest is onnx-fp32 at 2.00 ms on AMD EPYC, 2 cores\n")
     )
-    assert [row["refused"] for row in found["rows"]] == [False, True, False, False]
+    assert [row.refused for row in found.rows] == [False, True, False, False]
 
 
 def test_a_folder_and_the_report_in_it_are_one_report(tmp_path: Path) -> None:
@@ -138,7 +171,7 @@ def test_pytorch_has_no_bars_beside_what_runs_on_a_device(tmp_path: Path) -> Non
     with_torch = report()
     with_torch["rows"].append(row("torch", 99.0, backend="torch"))
     found = merged(tmp_path, with_torch, board())
-    assert len(found["rows"]) == 5
+    assert len(found.rows) == 5
     bars = latency_groups(found)
     assert {name: [bar.latency_ms for bar in group] for name, group in bars.items()} == {
         "onnx-fp32": [2.0, 9.0], "onnx-int8": [1.0]

@@ -15,13 +15,13 @@ from rich.console import Console
 
 from prgkit import metrics
 from prgkit.evaluate.accuracy import per_class
-from prgkit.evaluate.report import class_section, formatting
+from prgkit.evaluate.report import class_section, formatting, html_report, write
 from prgkit.evaluate.report.examples import Picture
-from prgkit.evaluate.report.html_report import latencies_ms, page
+from prgkit.evaluate.report.html_report import latencies_ms
 from prgkit.evaluate.report.plots import figures, svg
+from prgkit.evaluate.report.schema import PerClass, Report, Row, Samples
 from prgkit.evaluate.report.templating import asset
 from prgkit.evaluate.report.terminal import report_table
-from prgkit.evaluate.report.write import markdown, write_report
 
 VOID = {"meta", "img", "br", "link"}
 EVIL = '<script>alert("x")</script>'
@@ -42,13 +42,15 @@ def row(artifact: str, p50_ms: float, top1: float | None, **changes: Any) -> dic
         "peak_memory_mib": 64.2,
         "latency": {
             "batch": 1,
-            "scope": "io",
+            "stage": "io",
             "samples": 2613,
             "p50_ms": p50_ms,
             "p90_ms": 1.2 * p50_ms,
             "p95_ms": 1.3 * p50_ms,
             "p99_ms": 1.9 * p50_ms,
+            "max_ms": 2.0 * p50_ms,
             "p50_interval_ms": [0.98 * p50_ms, 1.03 * p50_ms],
+            "round_p50_ms": [p50_ms],
             "steady": True,
             "rounds": 10,
         },
@@ -66,7 +68,7 @@ def row(artifact: str, p50_ms: float, top1: float | None, **changes: Any) -> dic
 
 def missing(artifact: str, status: str, reason: str) -> dict[str, Any]:
     kept = ("artifact", "file", "backend", "device", "precision", "threads", "size_mib")
-    return {**dict.fromkeys(row(artifact, 1, 1)), **{k: v for k, v in row(artifact, 1, 1).items() if k in kept}} | {
+    return {k: v for k, v in row(artifact, 1, 1).items() if k in kept} | {
         "status": status,
         "reason": reason,
         "throughput": [],
@@ -79,7 +81,7 @@ def missing(artifact: str, status: str, reason: str) -> dict[str, Any]:
 def made_up(*, labelled: bool = True) -> dict[str, Any]:
     top1 = (60.0, 59.9, 60.0) if labelled else (None, None, None)
     return {
-        "schema": "prgkit.report/1",
+        "schema": "prgkit.report/2",
         "prgkit": "0.1.0",
         "created": "2026-01-02T03:04:05+00:00",
         "command": "prgkit distill cifar100 export --fp16 --trt bench",
@@ -95,6 +97,7 @@ def made_up(*, labelled: bool = True) -> dict[str, Any]:
             "temperature_c": None,
             "memory_gib": 23.5,
             "os": "Debian GNU/Linux 12 (bookworm)",
+            "kernel": "6.1",
             "architecture": "x86_64",
             "virtual": True,
             "python": "3.11.7",
@@ -119,7 +122,7 @@ def made_up(*, labelled: bool = True) -> dict[str, Any]:
             "top1_uniform_prompts": 60.8 if labelled else None,
         },
         "student": {"top1": top1[0], "top5": 84.0 if labelled else None, "agreement": 79.4},
-        "ratio": 60.0 / 61.2 if labelled else None,
+        "accuracy_ratio": 60.0 / 61.2 if labelled else None,
         "rows": [
             row("onnx-fp32", 1.903, top1[0]),
             row("onnx-fp16", 2.71, top1[1], size_mib=9.3),
@@ -141,16 +144,32 @@ def made_up(*, labelled: bool = True) -> dict[str, Any]:
     }
 
 
-def samples_of(report: dict[str, Any]) -> dict[str, Any]:
+def page(report: dict[str, Any], *, samples: Samples | None = None, pictures: list[Picture]) -> str:
+    return html_report.page(
+        Report.model_validate(report), samples=samples or Samples(order=[], rows=[]), pictures=pictures
+    )
+
+
+def markdown(report: dict[str, Any]) -> str:
+    return write.markdown(Report.model_validate(report))
+
+
+def headline(report: dict[str, Any]) -> str:
+    return formatting.headline(Report.model_validate(report))
+
+
+def samples_of(report: dict[str, Any]) -> Samples:
     generator = np.random.default_rng(0)
     rows = []
-    for one in formatting.measured(report):
+    for one in report["rows"]:
+        if one["status"] != "measured":
+            continue
         spread = generator.lognormal(0, 0.04, size=(10, 260)) + (generator.random((10, 260)) < 0.01) * generator.random(
             (10, 260)
         )
         rounds = (one["latency"]["p50_ms"] * 1e6 * spread).astype(int).tolist()
-        rows.append({**{key: one[key] for key in ("artifact", "backend", "device")}, "rounds": rounds})
-    return {"schema": "prgkit.samples/1", "unit": "ns", "order": [[0, 1, 2]], "rows": rows}
+        rows.append({**{key: one[key] for key in ("artifact", "backend", "device")}, "rounds_ns": rounds})
+    return Samples.model_validate({"schema": "prgkit.samples/2", "order": [[0, 1, 2]], "rows": rows})
 
 
 def pictures(count: int = 3, *, label: str | None = "cat", group: str = "sample", size: int = 8) -> list[Picture]:
@@ -191,15 +210,20 @@ def read(html: str) -> Reader:
 
 def test_write_report_leaves_four_files_that_keep_the_report(tmp_path: Path) -> None:
     report = made_up()
-    write_report(tmp_path, report, samples=samples_of(report), pictures=pictures())
+    whole = Report.model_validate(report)
+    write.write_report(tmp_path, whole, samples=samples_of(report), pictures=pictures())
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "report.html",
         "report.json",
         "report.md",
         "samples.json",
     ]
-    assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert json.loads((tmp_path / "samples.json").read_text())["unit"] == "ns"
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert Report.model_validate(written) == whole
+    assert {key: written[key] for key in report if key not in ("machine", "run", "evaluation", "rows")} == {
+        key: report[key] for key in report if key not in ("machine", "run", "evaluation", "rows")
+    }
+    assert json.loads((tmp_path / "samples.json").read_text())["rows"][0].keys() >= {"rounds_ns"}
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -222,7 +246,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(labelled: bool) -> None:
 def test_a_student_that_learned_from_labels_is_not_said_to_be_without() -> None:
     report = made_up()
     assert " without labels (objective prg" in page(report, samples=samples_of(report), pictures=[])
-    report["run"]["learned_labels"] = True
+    report["run"]["uses_labels"] = True
     html = page(report, samples=samples_of(report), pictures=[])
     assert " with a few labels (objective prg" in html
     assert "without labels" not in html
@@ -256,70 +280,75 @@ def test_brackets_in_names_are_text_in_the_terminal() -> None:
 def test_an_audit_is_told_in_a_line_a_table_and_a_section_and_bounds_stay_bounds() -> None:
     report = made_up(labelled=False)
     assert "Audit" not in terminal(report) + markdown(report)
-    of_all = {"images": 62, "top1": 80.64, "top1_interval": [69.1, 88.6]}
-    bounded = {"images": 60, "top1": 64.5, "top1_at_most": 69.4, "top1_interval": [52.1, 79.5]}
-    rows = [{"artifact": EVIL, "device": "cpu", **bounded}, {"artifact": "onnx-fp16", "device": "cuda", **of_all}]
+    of_all = {"images": 62, "right": 50, "top1": 80.64, "top1_interval": [69.1, 88.6]}
+    bounded = {"images": 60, "right": 39, "top1": 64.5, "top1_at_most": 69.4, "top1_interval": [52.1, 79.5]}
+    rows = [
+        {"artifact": EVIL, "backend": "onnxruntime", "device": "cpu", "unknown": 3, **bounded},
+        {"artifact": "onnx-fp16", "backend": "onnxruntime", "device": "cuda", "unknown": 0, **of_all}
+        | {"top1_at_most": 80.64},
+    ]
     report["audit"] = {"images": 100, "ticked": 62, "teacher": of_all, "rows": rows}
-    assert formatting.audit_summary(report) == [
+    assert formatting.audit_summary(Report.model_validate(report)) == [
         "Audit, right on ticked images (95 % interval): the teacher 80.6 % (69.1–88.6 %) of 62; "
         f"{EVIL} 64.5–69.4 % (52.1–79.5 %) of 60; onnx-fp16 (cuda) 80.6 % (69.1–88.6 %) of 62."
     ]
-    assert formatting.audit_summary(report)[0] in " ".join(terminal(report).split())
+    assert formatting.audit_summary(Report.model_validate(report))[0] in " ".join(terminal(report).split())
     html = page(report, samples=samples_of(report), pictures=[])
     assert "script" not in read(html).tags
     assert "On 62 ticked images of a sample of 100, in which" in html
     assert "| 64.5–69.4 % | 52.1–79.5 % | 60 |" in markdown(report)
     report["audit"]["rows"] = []  # none of the ticked images travelled
-    assert formatting.audit_summary(report)[0].endswith("the teacher 80.6 % (69.1–88.6 %) of 62.")
+    assert formatting.audit_summary(Report.model_validate(report))[0].endswith(
+        "the teacher 80.6 % (69.1–88.6 %) of 62."
+    )
 
 
 def terminal(report: dict[str, Any], width: int = 400) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report_table(report))
+    console.print(report_table(Report.model_validate(report)))
     return console.export_text()
 
 
 def test_the_headline_says_what_is_kept_and_how_fast() -> None:
     report = made_up()
     assert (
-        formatting.headline(report)
+        headline(report)
         == "RepViT-M0.9 keeps 98.0 % of its teacher's accuracy at 1.90 ms an image on 2 threads of AMD EPYC"
     )
     report["rows"][0].update(top1=63.0, top1_interval=[61.3, 64.7])
-    assert "beats its teacher's accuracy" in formatting.headline(report)
+    assert "beats its teacher's accuracy" in headline(report)
     report["rows"][0]["top1_interval"] = [61.1, 64.9]  # so much more could be chance
-    assert formatting.headline(report).startswith(
-        "RepViT-M0.9 matches its teacher's accuracy (63.0 % against 61.2 %) at 1.90 ms"
-    )
-    assert formatting.headline(made_up(labelled=False)).startswith(
+    assert headline(report).startswith("RepViT-M0.9 matches its teacher's accuracy (63.0 % against 61.2 %) at 1.90 ms")
+    assert headline(made_up(labelled=False)).startswith(
         "RepViT-M0.9 gives its teacher's answer on 79.4 % of the images at"
     )
     report["rows"] = report["rows"][3:]
-    assert formatting.headline(report) == "RepViT-M0.9: nothing could be measured on this machine"
+    assert headline(report) == "RepViT-M0.9: nothing could be measured on this machine"
 
 
 def test_a_student_of_a_teacher_that_answers_by_chance_is_not_praised() -> None:
     report = made_up(labelled=False)
-    report["quality"] = {"doubts": ["nearly even odds for every class"]}
-    for said in (formatting.headline(report), markdown(report)):
+    report["pseudo_labels"] = {"doubts": ["nearly even odds for every class"]}
+    for said in (headline(report), markdown(report)):
         assert "teacher's answers look like chance" in said
         assert "gives its teacher" not in said
     report = made_up()
-    report["quality"] = {"doubts": ["nearly even odds for every class"]}
-    assert "keeps 98.0 %" in formatting.headline(report)  # the labels say that the teacher is right
+    report["pseudo_labels"] = {"doubts": ["nearly even odds for every class"]}
+    assert "keeps 98.0 %" in headline(report)  # the labels say that the teacher is right
     report["teacher"]["top1"] = 1.4  # of 2,000 images: at least 0.97 %
-    assert formatting.headline(report) == (
+    assert headline(report) == (
         "RepViT-M0.9 at 1.90 ms an image on 2 threads of AMD EPYC: its teacher's answers look like chance, so keeping "
         "to them means nothing (right on 1.4 % of 2,000 labelled images, where chance gives 1.0 %)"
     )
     report["teacher"]["top1"] = 1.6
-    assert "look like chance" not in formatting.headline(report)
+    assert "look like chance" not in headline(report)
 
 
 def test_the_row_to_speak_of_is_the_fastest_that_loses_less_than_a_point() -> None:
     report = made_up()
     report["rows"] = [row("slow", 4.0, 60.0), row("fast-but-wrong", 1.0, 40.0), row("fast", 2.0, 59.4)]
-    assert formatting.lead_row(report) is report["rows"][2]
+    rows = Report.model_validate(report).rows
+    assert formatting.lead_row(rows, []) is rows[2]
 
 
 def test_one_file_on_two_runtimes_is_told_apart_everywhere() -> None:
@@ -327,19 +356,19 @@ def test_one_file_on_two_runtimes_is_told_apart_everywhere() -> None:
     report["rows"] = [row("onnx-fp32", 2.0, 60.0), row("onnx-fp32", 1.0, 60.0, backend="openvino")]
     taken = samples_of(report)
     names = ["onnx-fp32", "onnx-fp32 (OpenVINO)"]
-    series = latencies_ms(report["rows"], taken)
+    series = latencies_ms(Report.model_validate(report).rows, taken.rows)
     assert list(series) == names
     assert np.median(series[names[0]]) > 1.5 > np.median(series[names[1]])
-    assert formatting.headline(report).endswith(" at 1.00 ms an image on 2 threads of AMD EPYC, with OpenVINO")
+    assert headline(report).endswith(" at 1.00 ms an image on 2 threads of AMD EPYC, with OpenVINO")
     for text in (markdown(report), page(report, samples=taken, pictures=[])):
         assert all(text.count(name) >= 2 for name in names)
 
 
 def test_what_was_unstable_says_so_where_its_figures_stand() -> None:
     report = made_up()
-    assert "unstable" not in page(report, samples={}, pictures=[])
+    assert "unstable" not in page(report, pictures=[])
     report["rows"][0]["latency"]["round_p50_ms"] = [1.9, 2.1, 2.0]  # 2.1 is more than 1.1 times 1.9
-    html = page(report, samples={}, pictures=[])
+    html = page(report, pictures=[])
     assert "<b>it was unstable</b>, see the notes" in html
     assert html.count(">unstable</span>") == 1
 
@@ -379,7 +408,7 @@ def test_rows_without_figures_say_why() -> None:
 def test_a_report_in_which_nothing_was_measured_is_still_a_page() -> None:
     report = made_up()
     report["rows"], report["training"] = report["rows"][3:], []
-    reader = read(page(report, samples={"rows": []}, pictures=[]))
+    reader = read(page(report, pictures=[]))
     assert "svg" not in reader.tags
     assert "nothing could be measured" in markdown(report)
     assert "nothing could be measured" in terminal(report)
@@ -396,10 +425,10 @@ def test_the_markdown_tables_have_as_many_cells_as_columns() -> None:
 
 def test_at_most_48_pictures_and_each_says_who_was_wrong() -> None:
     report = made_up()
-    html = page(report, samples={}, pictures=[*pictures(30), *pictures(30, group="differs")])
+    html = page(report, pictures=[*pictures(30), *pictures(30, group="differs")])
     assert read(html).tags.count("img") == 48
     assert html.count(">student wrong<") == 48
-    big = page(report, samples={}, pictures=pictures(1, label=None, size=300))
+    big = page(report, pictures=pictures(1, label=None, size=300))
     assert ">differ<" in big
     assert "data:image/jpeg" in big
 
@@ -477,11 +506,11 @@ def test_values_that_leave_no_room_still_make_axes() -> None:
 
 
 def test_a_corrected_teacher_is_said_to_be_corrected() -> None:
-    report = {**made_up(), "quality": None}
-    plain = [line[0] for line in formatting.teacher_and_student(report)[:2]]
+    report = made_up()
+    plain = [line[0] for line in formatting.teacher_and_student(Report.model_validate(report))[:2]]
     assert plain[1] == "Teacher, prompts weighted equally"
-    report["quality"] = {"correction": {"debias": 0.5, "entropy": None, "temperature": 1.0}}
-    corrected = [line[0] for line in formatting.teacher_and_student(report)[:2]]
+    report["pseudo_labels"] = {"correction": {"debias": 0.5, "entropy": None, "temperature": 1.0}}
+    corrected = [line[0] for line in formatting.teacher_and_student(Report.model_validate(report))[:2]]
     assert corrected == [f"{plain[0]}, corrected", f"{plain[1]}, uncorrected"]
 
 
@@ -493,33 +522,33 @@ NAMES = ("cat", "dog", "hen")
 
 
 def test_shares_by_class_are_of_the_labels_images() -> None:
-    found = per_class.by_class(STUDENT, TEACHER, LABELS, NAMES)
-    assert found["measure"] == "recall"
-    cat, dog, hen = found["classes"]
-    assert (cat["images"], cat["student"], cat["teacher"]) == (4, 50.0, 75.0)
-    assert (dog["images"], dog["student"], dog["teacher"]) == (3, pytest.approx(66.667, abs=1e-3), dog["student"])
-    assert dog["student_interval"] == list(metrics.wilson(2, 3))
-    assert hen == {
-        "class": "hen", "images": 0, "student": None, "student_interval": None, "teacher": None, "teacher_interval": None
+    found = per_class.by_class("onnx-fp32", STUDENT, TEACHER, LABELS, NAMES)
+    assert found.measure == "recall"
+    cat, dog, hen = found.classes
+    assert (cat.images, cat.student, cat.teacher) == (4, 50.0, 75.0)
+    assert (dog.images, dog.student, dog.teacher) == (3, pytest.approx(66.667, abs=1e-3), dog.student)
+    assert dog.student_interval == metrics.wilson(2, 3)
+    assert hen.model_dump() == {
+        "name": "hen", "images": 0, "student": None, "student_interval": None, "teacher": None, "teacher_interval": None
     }  # fmt: skip
-    assert found["pairs"] == [
-        {"class": "cat", "answer": "dog", "images": 2, "teacher_too": 1},
-        {"class": "dog", "answer": "cat", "images": 1, "teacher_too": 0},
+    assert [pair.model_dump() for pair in found.pairs] == [
+        {"name": "cat", "answer": "dog", "images": 2, "teacher_too": 1},
+        {"name": "dog", "answer": "cat", "images": 1, "teacher_too": 0},
     ]
 
 
 def test_without_labels_shares_by_class_are_of_the_teachers_answers() -> None:
-    found = per_class.by_class(STUDENT, TEACHER, None, NAMES)
-    assert found["measure"] == "agreement"
-    assert [(one["images"], one["student"], one["teacher"]) for one in found["classes"]] == [
+    found = per_class.by_class("onnx-fp32", STUDENT, TEACHER, None, NAMES)
+    assert found.measure == "agreement"
+    assert [(one.images, one.student, one.teacher) for one in found.classes] == [
         *((4, 50.0, None), (3, pytest.approx(66.667, abs=1e-3), None), (0, None, None)),
     ]
-    assert [(one["class"], one["answer"], one["images"]) for one in found["pairs"]] == [
+    assert [(one.name, one.answer, one.images) for one in found.pairs] == [
         *(("cat", "dog", 2), ("dog", "cat", 1)),
     ]
 
 
-def many(count: int, *, labelled: bool = True) -> dict[str, Any]:
+def many(count: int, *, labelled: bool = True) -> PerClass:
     """Return the section of so many hostile classes with ten images each, the first the worst."""
     generator = np.random.default_rng(0)
     truth = np.repeat(np.arange(count), 10)
@@ -528,7 +557,7 @@ def many(count: int, *, labelled: bool = True) -> dict[str, Any]:
     )
     student[:10] = count - 1
     names = [f"{EVIL}|{index}" for index in range(count)]
-    return {"artifact": EVIL, **per_class.by_class(student, teacher, truth if labelled else None, names)}
+    return per_class.by_class(EVIL, student, teacher, truth if labelled else None, names)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -549,26 +578,25 @@ def test_few_classes_are_shown_whole_and_of_many_the_worst_and_the_best(labelled
         assert len(re.findall(r"\| \d+ \| \d+\.\d % \|", "\n".join(lines))) == shown
         tables = [[len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")]]
         assert set(tables[0]) == ({7, 5} if labelled else {5, 4})
-    assert class_section.worst_first(report["per_class"])[0]["student"] == 0
+    assert class_section.worst_first(report["per_class"])[0].student == 0
 
 
 def test_a_report_of_an_earlier_version_has_no_classes() -> None:
     report = made_up()
-    assert "Class by class" not in page(report, samples={}, pictures=[]) + markdown(report)
-    nothing = per_class.by_class(*(np.zeros(0, int),) * 3, NAMES)  # no class has an image
-    report["per_class"] = {"artifact": "onnx-fp32", **nothing}
-    assert "Class by class" not in page(report, samples={}, pictures=[]) + markdown(report)
+    assert "Class by class" not in page(report, pictures=[]) + markdown(report)
+    report["per_class"] = per_class.by_class("onnx-fp32", *(np.zeros(0, int),) * 3, NAMES)  # no class has an image
+    assert "Class by class" not in page(report, pictures=[]) + markdown(report)
 
 
 def test_the_classes_are_those_of_the_artifact_that_the_headline_speaks_of() -> None:
-    report = made_up()
-    logits = np.eye(3)[STUDENT]
-    given = [(one, logits if one is report["rows"][0] else None) for one in report["rows"]]
+    rows = Report.model_validate(made_up()).rows
+    logits = np.eye(3, dtype=np.float32)[STUDENT]
+    given: list[tuple[Row, Any]] = [(one, logits if one is rows[0] else None) for one in rows]
     evaluation: Any = type("Evaluation", (), {"teacher_logits": np.eye(3)[TEACHER], "labels": LABELS})
-    found = per_class.per_class(evaluation, given, report, NAMES)
+    found = per_class.per_class(evaluation, given, [], NAMES)
     assert found is not None
-    assert (found["artifact"], found["classes"][0]["student"]) == ("onnx-fp32", 50.0)
-    assert per_class.per_class(evaluation, given[1:], report, NAMES) is None
+    assert (found.artifact, found.classes[0].student) == ("onnx-fp32", 50.0)
+    assert per_class.per_class(evaluation, given[1:], [], NAMES) is None
 
 
 def luminance(colour: str) -> float:

@@ -13,34 +13,56 @@ import pytest
 from prgkit.errors import BenchError
 from prgkit.evaluate.bench import soak as module
 from prgkit.evaluate.bench.journal import BenchJournal
-from prgkit.evaluate.bench.soak import Soaked, check_minutes, soak, soak_lead, summary
-from prgkit.evaluate.bench.worker import WarmUp, WorkerFailedError
+from prgkit.evaluate.bench.soak import SoakProgress, check_minutes, soak, soak_lead, summarize
+from prgkit.evaluate.bench.worker import WorkerFailedError
+from prgkit.evaluate.report.schema import (
+    Int8Verdict,
+    Latency,
+    Report,
+    Row,
+    Samples,
+    Soak,
+    SoakSamples,
+    SoakWindow,
+    WarmUp,
+)
 from prgkit.evaluate.report.soak_section import HEADER, soak_about, soak_lines, soak_said, soak_section
 
 MS = 1_000_000
-SPEC = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
+SPEC: dict[str, Any] = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
 PIXELS = np.zeros((2, 4, 4, 3), dtype=np.uint8)
 
 
-def soaked(*medians_ms: float, failed: str | None = None, **seen: Any) -> dict[str, Any]:
-    """Return the section of a soak of half a minute a window, whose windows had these medians, and its windows."""
-    one = Soaked(SPEC, failed)
+def soaked(*medians_ms: float, failed: str | None = None, **seen: Any) -> tuple[Report, Samples]:
+    """Return the report of a soak of half a minute a window, whose windows had these medians, and its windows."""
+    one = SoakProgress(SPEC, failed)
     for index, median_ms in enumerate(medians_ms):
         shown = {"clock_mhz": None, "temperature_c": None, "power_w": None, "throttling": []}
         shown |= {key: values[index] for key, values in seen.items()}
         runs_ns = [int(median_ms * MS)] * 1000
-        window = {"start_s": 30.0 * index, "seconds": 30.0, **module.told_of(runs_ns), "late": None, **shown}
-        one.add(window, runs_ns, span_s=60)
-    found = summary(one, minutes=len(medians_ms) / 2, fps=None, window_s=30, span_s=60)
-    return {"soak": found, "samples": {"soak": {"windows": one.windows, "stopped": []}}}
+        times = module.percentiles_ms(runs_ns)._asdict()
+        one.add(SoakWindow(start_s=30.0 * index, seconds=30.0, **times, **shown), runs_ns, span_s=60)
+    found = Soak(
+        **SPEC,
+        **{"minutes": len(medians_ms) / 2, "fps": None, "failed": failed, "window_s": 30, "windows": len(medians_ms)},
+        result=summarize(one, span_s=60),
+    )
+    return report_of(found), Samples(order=[], rows=[], soak=SoakSamples(windows=one.windows))
+
+
+def report_of(found: Soak | None) -> Report:
+    """Return a report of nothing but a soak."""
+    return Report.model_construct(soak=found)
 
 
 def test_the_last_minute_against_the_first() -> None:
-    report = soaked(2.0, 2.0, 2.2, 2.6, 3.0, 3.0)
-    found = report["soak"]
-    assert (found["ratio"], found["ratio_interval"]) == (pytest.approx(1.5), pytest.approx([1.5, 1.5]))
-    assert (found["first"]["p50_ms"], found["last"]["p50_ms"], found["last"]["p99_ms"]) == (2.0, 3.0, 3.0)
-    assert (found["windows"], found["runs"], found["verdict"]) == (6, 6000, "slower")
+    report, _ = soaked(2.0, 2.0, 2.2, 2.6, 3.0, 3.0)
+    assert report.soak is not None
+    found = report.soak.result
+    assert found is not None
+    assert (found.ratio, found.ratio_interval) == (pytest.approx(1.5), pytest.approx((1.5, 1.5)))
+    assert (found.first.p50_ms, found.last.p50_ms, found.last.p99_ms) == (2.0, 3.0, 3.0)
+    assert (report.soak.windows, found.runs, found.verdict) == (6, 6000, "slower")
     assert soak_said(report) == [
         "Soak, onnx-fp32, 3 min back to back: slower, the last minute took 1.50 times the first (1.50–1.50), "
         "p50 2.00 → 3.00 ms."
@@ -51,9 +73,9 @@ def test_the_last_minute_against_the_first() -> None:
 
 
 def test_only_the_first_and_the_last_minute_keep_their_single_runs() -> None:
-    one = Soaked(SPEC)
+    one = SoakProgress(SPEC)
     for index in range(100):
-        one.add({"start_s": 5.01 * index, "seconds": 5.0}, [index], span_s=60)
+        one.add(SoakWindow.model_construct(start_s=5.01 * index, seconds=5.0), [index], span_s=60)
     assert [runs for _, runs in one.first] == [[index] for index in range(12)]
     assert [runs for _, runs in one.last] == [[index] for index in range(88, 100)]
 
@@ -73,11 +95,14 @@ def test_only_the_first_and_the_last_minute_keep_their_single_runs() -> None:
     ],
 )
 def test_its_word_follows_the_thresholds(medians: tuple[float, ...], seen: Any, word: str) -> None:
-    assert soaked(*medians, **seen)["soak"]["verdict"] == word
+    report, _ = soaked(*medians, **seen)
+    assert report.soak is not None
+    assert report.soak.result is not None
+    assert report.soak.result.verdict == word
 
 
 def test_what_the_device_shows_is_told_and_drawn() -> None:
-    report = soaked(
+    report, samples = soaked(
         *(2.0, 2.0, 2.2, 2.6, 3.0, 3.0),
         clock_mhz=[1500, 1500, 1400, 1200, 1000, 1000],
         temperature_c=[41.0, 45.0, None, 80.0, 84.0, 84.0],
@@ -88,9 +113,11 @@ def test_what_the_device_shows_is_told_and_drawn() -> None:
         "Soak, onnx-fp32, 3 min back to back: throttled, the last minute took 1.50 times the first (1.50–1.50), "
         "p50 2.00 → 3.00 ms, 1,500 → 1,000 MHz, 43 → 84 °C, 6.0 → 4.0 W, the device said: too hot."
     ]
-    assert report["soak"]["energy_mj"] == pytest.approx(5.0 * 180 / 6000 * 1000)  # 5 W for 180 s over 6,000 images
+    assert report.soak is not None
+    assert report.soak.result is not None
+    assert report.soak.result.energy_mj == pytest.approx(5.0 * 180 / 6000 * 1000)  # 5 W for 180 s over 6,000 images
     assert "This device does not show" not in soak_about(report)
-    page = soak_section(report, report["samples"])
+    page = soak_section(report, samples)
     assert page.count("<svg") == 2
     for drawn in page.split("<svg")[1:]:
         root = ElementTree.fromstring("<svg" + drawn.split("</svg>")[0] + "</svg>")
@@ -127,7 +154,7 @@ class Told:
         self.now += seconds
         return [MS * self.windows] * 10
 
-    def paced(self, *, fps: float, seconds: float) -> tuple[list[int], list[int]]:
+    def fixed_rate(self, *, fps: float, seconds: float) -> tuple[list[int], list[int]]:
         return [20 * MS, 5 * MS], self.measure(batch=1, seconds=seconds)[:2]
 
 
@@ -136,17 +163,19 @@ def test_a_soak_runs_for_its_time_in_windows(monkeypatch: pytest.MonkeyPatch) ->
     said: list[str] = []
     found, raw = soak(SPEC, PIXELS, 10, fps=None, note=said.append)
     assert found is not None
-    assert (found["windows"], found["window_s"], found["compared_s"], found["late"]) == (120, 5, 60, None)
-    assert [window["p50_ms"] for window in raw["windows"]] == list(range(1, 121))
+    assert found.result is not None
+    assert (found.windows, found.window_s, found.result.compared_s, found.result.late) == (120, 5, 60, None)
+    assert [window.p50_ms for window in raw.windows] == list(range(1, 121))
     assert said[0] == "soak: onnx-fp32 for 10 min, back to back"
     assert said[1] == "soak: p50 12.0 ms, 9 min left"
     assert len(said) == 10  # one for each tenth but the last
     found, raw = soak(SPEC, PIXELS, 0.5, fps=100, note=said.append)
     assert found is not None
-    assert (found["windows"], found["window_s"], found["compared_s"], found["late"]) == (12, 2.5, 10, 12)
-    assert soak_said({"soak": found})[0].endswith(", 12 of 24 frames late.")
-    assert soak(SPEC, PIXELS, None, fps=None, note=said.append) == (None, {})
-    assert soak_said({"soak": None}) == soak_said({}) == soak_lines({}) == []
+    assert found.result is not None
+    assert (found.windows, found.window_s, found.result.compared_s, found.result.late) == (12, 2.5, 10, 12)
+    assert soak_said(report_of(found))[0].endswith(", 12 of 24 frames late.")
+    assert soak(SPEC, PIXELS, None, fps=None, note=said.append) == (None, SoakSamples())
+    assert soak_said(report_of(None)) == soak_lines(report_of(None)) == []
 
 
 def test_a_soak_that_was_killed_begins_anew_and_its_windows_stay(
@@ -160,8 +189,8 @@ def test_a_soak_that_was_killed_begins_anew_and_its_windows_stay(
     said: list[str] = []
     found, raw = soak(SPEC, PIXELS, 1, fps=None, note=said.append, kept=again)
     assert found is not None
-    assert found["windows"] == 12
-    assert [[window["p50_ms"] for window in windows] for windows in raw["stopped"]] == [[1, 2, 3, 4, 5, 6, 7]]
+    assert found.windows == 12
+    assert [[window.p50_ms for window in windows] for windows in raw.stopped] == [[1, 2, 3, 4, 5, 6, 7]]
     assert (
         again.notes[-1]
         == said[0]
@@ -170,7 +199,7 @@ def test_a_soak_that_was_killed_begins_anew_and_its_windows_stay(
             "are in samples.json."
         )
     )
-    json.dumps(raw, allow_nan=False)
+    json.dumps(raw.model_dump(mode="json"), allow_nan=False)
     Told(monkeypatch, killed_at=0)  # killed after it, while the report was written: it is not run a third time
     third = BenchJournal(tmp_path / "unfinished")
     assert soak(SPEC, PIXELS, 1, fps=None, note=said.append, kept=third) == (found, raw)
@@ -181,29 +210,31 @@ def test_a_soak_that_was_killed_begins_anew_and_its_windows_stay(
 def test_a_worker_that_dies_in_a_soak_leaves_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     Told(monkeypatch, dies_at=24)
     found, _ = soak(SPEC, PIXELS, 10, fps=None, note=lambda text: None)
-    report = {"soak": found}
+    report = report_of(found)
     assert soak_said(report)[0].startswith(
         "Soak, onnx-fp32, 10 min back to back: failed: its process was ended by SIGKILL; until then slower, "
     )
     Told(monkeypatch, dies_at=0)
     found, raw = soak(SPEC, PIXELS, 10, fps=None, note=lambda text: None)
-    report = {"soak": found}
+    report = report_of(found)
     assert soak_said(report) == ["Soak, onnx-fp32, 10 min back to back: failed: its process was ended by SIGKILL."]
-    assert "<h2>Soak</h2>" in soak_section(report, {"soak": raw})
-    assert "<svg" not in soak_section(report, {"soak": raw})
+    assert "<h2>Soak</h2>" in soak_section(report, Samples(order=[], rows=[], soak=raw))
+    assert "<svg" not in soak_section(report, Samples(order=[], rows=[], soak=raw))
 
 
 def test_the_artifact_of_the_headline_is_soaked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(artifact: str, p50_ms: float, backend: str = "onnxruntime") -> dict[str, Any]:
-        figures = {"latency": {"p50_ms": p50_ms}, "top1": 60.0, "agreement_teacher": None, "agreement_fp32": 99.0}
-        figures["precision"] = artifact[5:]
-        return {"artifact": artifact, "device": "cpu", "backend": backend, "status": "measured", **figures}
+    def row(artifact: str, p50_ms: float, backend: str = "onnxruntime", status: Any = "measured") -> Row:
+        whose = {"artifact": artifact, "device": "cpu", "backend": backend, "precision": artifact[5:]}
+        latency = Latency.model_construct(p50_ms=p50_ms)
+        return Row.model_construct(**whose, latency=latency, status=status, top1=60.0, agreement_fp32=99.0)
 
-    rows = [row("onnx-fp32", 2.0), row("onnx-int8", 1.0), row("torch", 0.5, "torch"), {"status": "not executed"}]
+    rows = [row("onnx-fp32", 2.0), row("onnx-int8", 1.0), row("torch", 0.5, "torch")]
+    rows.append(row("engine", 0.1, status="not executed"))
     specs = [{"artifact": name, "device": "cpu"} for name in ("onnx-fp32", "onnx-int8", "torch")]
     seen: list[str] = []
     monkeypatch.setattr(module, "soak", lambda spec, *_, **__: (seen.append(spec["artifact"]), {}))
-    for int8 in (None, {"artifact": "onnx-int8", "kept": False}):
+    key = {"artifact": "onnx-int8", "backend": "onnxruntime", "device": "cpu"}
+    for int8 in ([], [Int8Verdict.model_construct(**key, kept=False)]):
         soak_lead(rows, [*specs, None], int8, PIXELS, 1.0)
     assert seen == ["onnx-int8", "onnx-fp32"]
 

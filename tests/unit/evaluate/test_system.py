@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 
 from prgkit.evaluate import sensors, system
+from prgkit.evaluate.report.schema import Machine
 
 
 def test_describe_is_json_and_names_the_processor() -> None:
-    facts = system.describe()
-    json.dumps(facts, allow_nan=False)
-    assert facts["cpu"]
-    assert 1 <= facts["usable_cores"] <= facts["cores"]
-    assert "numpy" in facts["versions"]
-    assert facts["busy_cores"] is None or 0 <= facts["busy_cores"] <= facts["cores"]
-    assert system.slug(facts).replace("-", "").isalnum()
+    machine = system.describe()
+    json.dumps(machine.model_dump(mode="json"), allow_nan=False)
+    assert machine.cpu
+    assert machine.cores is not None
+    assert 1 <= machine.usable_cores <= machine.cores
+    assert "numpy" in machine.versions
+    assert machine.busy_cores is None or 0 <= machine.busy_cores <= machine.cores
+    assert system.machine_folder().replace("-", "").isalnum()
 
 
 def test_versions_are_read_without_importing_what_they_are_of() -> None:
@@ -49,7 +51,7 @@ def test_gpus_come_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         system, "output", lambda *command: "Orin (nvgpu), 540.4.0, [N/A], [N/A], [N/A], 41, 0\nbroken line"
     )
-    assert system.gpus() == [
+    assert [gpu.model_dump() for gpu in system.gpus()] == [
         {
             "name": "Orin (nvgpu)",
             "driver": "540.4.0",
@@ -74,26 +76,35 @@ def test_clocks_are_read_where_linux_shows_them(monkeypatch: pytest.MonkeyPatch,
         (policy / "scaling_governor").write_text("schedutil\n")
     monkeypatch.setattr(system, "CPUFREQ", tmp_path)
     assert system.clock_mhz() == 2500
-    assert system.clock_range_mhz() == [800, 3500]
+    assert system.clock_range_mhz() == (800, 3500)
     assert system.clocks_locked() is False
     assert system.governor() == "schedutil"
     (tmp_path / "policy0" / "scaling_min_freq").write_text("3500000\n")
     assert system.clocks_locked() is True
 
 
-def test_remarks_name_what_spoils_a_measurement() -> None:
+def notes_on(facts: dict[str, Any]) -> list[str]:
+    return system.machine_notes(Machine.model_validate(facts))
+
+
+def test_notes_name_what_spoils_a_measurement() -> None:
     quiet: dict[str, Any] = {
+        **dict.fromkeys(("cpu", "os", "kernel", "architecture", "python"), "x"),
+        **{"cores": 2, "virtual": False, "versions": {}},
         "busy_cores": 0.1,
         "usable_cores": 2,
         "clocks_locked": True,
         "clocks_mhz": [3000, 3010],
         "stolen_percent": 0.0,
     }
-    assert system.remarks(quiet) == []
+    assert notes_on(quiet) == []
     loud = {**quiet, "busy_cores": 1.9, "stolen_percent": 3.2, "clocks_locked": False, "clock_range_mhz": [800, 3500]}
-    loud["gpus"] = [{"name": "Orin", "busy_percent": 0.0}, {"name": "L4", "busy_percent": 97.0}]
+    loud["gpus"] = [
+        {"name": "Orin", "driver": "1", "busy_percent": 0.0},
+        {"name": "L4", "driver": "1", "busy_percent": 97.0},
+    ]
     loud |= {"governor": "powersave", "clocks_mhz": [1500, 3000], "throttling": ["GPU power cap", "GPU too hot"]}
-    assert system.remarks(loud) == [
+    assert notes_on(loud) == [
         "Machine busy before the measurement: 1.9 of 2 cores.",
         "L4 busy before the measurement: 97 % of the time.",
         "The hypervisor took 3.2 % of the processor time during the measurement.",
@@ -102,16 +113,16 @@ def test_remarks_name_what_spoils_a_measurement() -> None:
         "The clock moved between 1500 and 3000 MHz during the measurement.",
         "The device held itself back during the measurement: GPU power cap, GPU too hot.",
     ]
-    assert system.how_to_lock({"power_mode": "15W", "gpus": []}) == "jetson_clocks"
-    assert system.remarks({**quiet, "clocks_locked": None, "virtual": True}) == [
+    assert system.how_to_lock(Machine.model_validate({**quiet, "power_mode": "15W"})) == "jetson_clocks"
+    assert notes_on({**quiet, "clocks_locked": None, "virtual": True}) == [
         "Clocks cannot be read or locked here (virtual machine)."
     ]
 
 
-def test_a_watch_reports_what_was_stolen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_monitor_reports_what_was_stolen(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([[0] * 8, [50, 0, 0, 40, 0, 0, 0, 10]])
     monkeypatch.setattr(system, "cpu_times", lambda: next(times))
-    assert system.SystemMonitor().facts()["stolen_percent"] == 10.0
+    assert system.SystemMonitor().stolen_percent() == 10.0
 
 
 @pytest.fixture
@@ -133,7 +144,7 @@ def put(folder: Path, **files: str) -> None:
 
 def test_a_device_that_shows_nothing_has_no_power_and_no_throttling(bare: Path) -> None:
     meter = sensors.Meter("cuda")
-    assert meter.facts() == {"power_w": None, "throttling": []}
+    assert meter.read() == (None, [])
     assert sensors.power_source("cuda") is sensors.power_source("cpu") is None
 
 
@@ -147,11 +158,11 @@ def test_power_is_what_the_packages_counters_grew_by(bare: Path, monkeypatch: py
     meter = sensors.Meter("cpu")
     put(bare / "RAPL/intel-rapl:0", energy_uj="29000000")
     put(bare / "RAPL/intel-rapl:1", energy_uj="21000000")
-    assert meter.facts()["power_w"] == 10.0  # 20 J and 20 J in 4 s
+    assert meter.read().power_w == 10.0  # 20 J and 20 J in 4 s
     assert sensors.power_source("cpu") == "processor package, by RAPL"
     meter = sensors.Meter("cpu")
     put(bare / "RAPL/intel-rapl:0", energy_uj="5")
-    assert meter.facts()["power_w"] is None  # the counter began again
+    assert meter.read().power_w is None  # the counter began again
     (bare / "RAPL/intel-rapl:1/energy_uj").unlink()  # for root alone
     assert sensors.energy_j(gpu=False) is None
 
@@ -162,10 +173,10 @@ def test_a_jetson_shows_the_power_of_its_board(bare: Path) -> None:
     put(rails, curr2_input="800", in3_label="VDD_SOC", in3_input="5000", curr3_input="400", in7_label="sum of shunts")
     meter = sensors.Meter("cuda")
     put(rails, curr1_input="3000")
-    meter.look()
+    meter.sample()
     put(rails, curr1_input="2000")
-    assert meter.facts()["power_w"] == 15  # the look under load; at rest again it draws 10 W
-    assert sensors.Meter("cuda").facts()["power_w"] == 10  # where there was none, what it draws at the end
+    assert meter.read().power_w == 15  # the look under load; at rest again it draws 10 W
+    assert sensors.Meter("cuda").read().power_w == 10  # where there was none, what it draws at the end
     assert sensors.power_source("cuda") == "whole board, by INA3221"
     (rails / "in1_label").unlink()
     assert sensors.board_power_w() == pytest.approx(6.0)  # without the rail that feeds the others, their sum
@@ -177,11 +188,11 @@ def test_a_device_that_holds_itself_back_says_why(bare: Path) -> None:
     put(bare / "THERMAL/cooling_device1", type="pwm-fan", cur_state="3")
     put(bare / "CPU/cpu0/thermal_throttle", core_throttle_count="7")
     meter = sensors.Meter("cpu")
-    assert meter.facts()["throttling"] == []
+    assert meter.read().throttling == []
     put(bare, get_throttled="5000d")
     put(bare / "THERMAL/cooling_device2", type="devfreq-17000000.gpu", cur_state="2")
     put(bare / "CPU/cpu0/thermal_throttle", core_throttle_count="8")
-    assert meter.facts()["throttling"] == [
+    assert meter.read().throttling == [
         "GPU too hot", "processor too hot", "throttled", "too hot", "voltage too low"
     ]  # fmt: skip
 
@@ -213,7 +224,7 @@ def test_a_gpu_is_asked_through_its_driver(bare: Path, monkeypatch: pytest.Monke
     driver, gpu = Driver(), ctypes.c_void_p(7)
     monkeypatch.setattr(sensors, "nvml", lambda: (driver, gpu))
     monkeypatch.setattr(system, "temperature_c", lambda: 41.0)
-    assert system.look("cuda") == {"clock_mhz": 1980, "temperature_c": 41.0}  # the board's, where the GPU has none
+    assert system.device_state("cuda") == (1980, 41.0)  # the board's, where the GPU has none
     assert driver.asked == [(gpu, 1)]
     assert sensors.energy_j(gpu=True) == (1 << 40) / 1e3
     assert sensors.throttling(gpu=True) == {"GPU power cap", "GPU too hot"}

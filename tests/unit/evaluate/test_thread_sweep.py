@@ -11,8 +11,9 @@ from PIL import Image
 
 from prgkit.data.index import Preprocessing
 from prgkit.evaluate.bench.latency import Measured
-from prgkit.evaluate.bench.stages import described, golden_pictures, scope_block
+from prgkit.evaluate.bench.stages import golden_images, latency_stages, stage_images
 from prgkit.evaluate.bench.thread_sweep import thread_sweep
+from prgkit.evaluate.report.schema import Latency, Report, Row, ThreadSweep, ThreadSweepRow
 from prgkit.evaluate.report.sections import (
     scope_about,
     scope_header,
@@ -26,15 +27,15 @@ from prgkit.export.bundle.bundle import write_golden
 SQUARE = Preprocessing(16, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 
-def swept(**medians: dict[int, float]) -> dict[str, Any]:
+def swept(**medians: dict[int, float]) -> Report:
     rows = [
-        {
-            **{"artifact": name, "backend": "onnxruntime", "device": "cpu", "failed": {}},
-            "latency": {str(count): {"p50_ms": p50_ms} for count, p50_ms in found.items()},
-        }
+        ThreadSweepRow(
+            **{"artifact": name, "backend": "onnxruntime", "device": "cpu"},
+            latency={count: Latency.model_construct(p50_ms=p50_ms) for count, p50_ms in found.items()},
+        )
         for name, found in medians.items()
     ]
-    return {"threads": {"counts": [1, 2, 4], "rows": rows}}
+    return Report.model_construct(thread_sweep=ThreadSweep(counts=[1, 2, 4], rows=rows))
 
 
 def test_a_sweep_tells_each_median_and_the_gain_over_the_fewest_threads() -> None:
@@ -44,7 +45,7 @@ def test_a_sweep_tells_each_median_and_the_gain_over_the_fewest_threads() -> Non
         ["fp32", "8.00", "4.00 (2.00×)", "10.0 (0.80×)"], ["int8", "2.00", "failed", "1.00 (2.00×)"]
     ]  # fmt: skip
     assert sweep_said(report)[0] == "fp32, p50 ms: 1 thread 8.00, 2 threads 4.00 (2.00×), 4 threads 10.0 (0.80×)."
-    assert sweep_lines({}) == sweep_said({}) == sweep_lines({"threads": None}) == []
+    assert sweep_lines(Report.model_construct()) == sweep_said(Report.model_construct()) == []
 
 
 def test_without_counts_or_anything_on_the_cpu_nothing_is_swept() -> None:
@@ -56,38 +57,42 @@ def test_without_counts_or_anything_on_the_cpu_nothing_is_swept() -> None:
     assert said == []
 
 
-def test_scopes_run_on_the_golden_pictures_as_files(tmp_path: Path) -> None:
+def test_latency_stages_run_on_the_golden_pictures_as_files(tmp_path: Path) -> None:
     bundle: Any = SimpleNamespace(folder=tmp_path, preprocessing=SQUARE)
-    assert golden_pictures(bundle) is None
+    assert golden_images(bundle) is None
     sources = [Image.new("RGB", size) for size in ((40, 30), (20, 20))]
     write_golden(tmp_path, sources, np.stack([SQUARE.prepare(one) for one in sources]), np.zeros((2, 3), np.float32))
-    pictures = golden_pictures(bundle)
+    pictures = golden_images(bundle)
     assert pictures is not None
     assert pictures.files == [(tmp_path / "golden" / name).read_bytes() for name in ("00.png", "01.png")]
-    assert described(pictures) == {"pictures": 2, "smallest": [20, 20], "largest": [40, 30]}
+    described = stage_images(pictures)
+    assert described is not None
+    assert described.model_dump() == {"images": 2, "smallest": (20, 20), "largest": (40, 30)}
     assert "on the bundle's 2 golden pictures (20×20 to 40×30 px)" in scope_about(
-        {"rows": [], "scopes": described(pictures)}
+        Report.model_construct(rows=[], stage_images=described)
     )
     (tmp_path / "golden" / "01.png").write_bytes(b"no picture")
-    assert golden_pictures(bundle) is None
+    assert golden_images(bundle) is None
 
 
-def test_a_row_tells_its_scopes_as_far_as_they_were_measured() -> None:
+def test_a_row_tells_its_latency_stages_as_far_as_they_were_measured() -> None:
     one = Measured(
-        {}, scopes_ns={"io": [[1_000_000]], "pipeline": [[2_000_000, 2_000_000], [2_000_000]], "end_to_end": []}
+        {}, stages_ns={"io": [[1_000_000]], "pipeline": [[2_000_000, 2_000_000], [2_000_000]], "end_to_end": []}
     )
-    block = scope_block(one)
-    assert (block["pipeline"]["p50_ms"], block["pipeline"]["scope"], block["pipeline"]["samples"]) == (
+    block = latency_stages(one)
+    assert (block["pipeline"].p50_ms, block["pipeline"].stage, block["pipeline"].samples) == (
         2.0,
         "pipeline",
         3,
     )
-    row = {"artifact": "onnx-fp32", "device": "cpu", "status": "measured", "latency": {"p50_ms": 1.0}, "scopes": block}
-    report = {"rows": [row, {**row, "scopes": {}}]}
+    key: dict[str, Any] = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
+    row = Row(**key, file=None, precision="fp32", threads=1, status="measured", latency_stages=block)
+    report = Report.model_construct(rows=[row, row.model_copy(update={"latency_stages": {}})])
     assert scope_header(report) == ["p50 ms", "io", "pipeline", "end-to-end"]
     assert scope_lines(report) == [["onnx-fp32", "1.00", "2.00", "–"]]
-    engine = {**row, "artifact": "trt-fp16", "device": "cuda", "scopes": {**block, "compute": {"p50_ms": 0.25}}}
-    report["rows"].append(engine)  # where one row has a GPU's own time, all say whether they have
+    stages = {**block, "compute": Latency.model_construct(p50_ms=0.25)}
+    engine = {"artifact": "trt-fp16", "device": "cuda", "latency_stages": stages}
+    report.rows.append(row.model_copy(update=engine))  # where one row has a GPU's own time, all say whether they have
     assert scope_header(report) == ["p50 ms", "compute", "io", "pipeline", "end-to-end"]
     assert scope_lines(report)[0] == ["onnx-fp32", "–", "1.00", "2.00", "–"]
     assert scope_lines(report)[1][1:] == ["0.250", "1.00", "2.00", "–"]

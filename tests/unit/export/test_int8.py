@@ -20,7 +20,8 @@ from prgkit.data.index import Preprocessing, read_image_index  # noqa: E402
 from prgkit.errors import ExportError, TargetsError  # noqa: E402
 from prgkit.evaluate.predict import predict  # noqa: E402
 from prgkit.evaluate.report.formatting import lead_row, refused  # noqa: E402
-from prgkit.evaluate.selection import choose, int8_notes, write_choice  # noqa: E402
+from prgkit.evaluate.report.schema import Int8Verdict, Latency, Row  # noqa: E402
+from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection  # noqa: E402
 from prgkit.export.bundle.bundle import open_bundle  # noqa: E402
 from prgkit.export.formats import tensorrt_precision  # noqa: E402
 from prgkit.export.formats.engines import build_engines, buildable, engine_name  # noqa: E402
@@ -480,7 +481,7 @@ def test_an_int8_engine_that_would_be_larger_than_fp16s_is_not_kept_and_that_is_
     manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=60.0, trt=True)
     assert notes[-1] == f"tensorrt_rtx-int8-heavy: {why}"
     assert [one["name"] for one in manifest["not_kept"]] == ["tensorrt_rtx-int8-heavy"]
-    assert int8_notes(open_bundle(tmp_path / "bundle"), None) == [f"tensorrt_rtx-int8-heavy: {why}."]
+    assert int8_notes(open_bundle(tmp_path / "bundle"), []) == [f"tensorrt_rtx-int8-heavy: {why}."]
     for asked in (True, False):  # what is not decided anew stays, and what was said of it
         again = export(repvit, tmp_path / "bundle", [], count=192, int8=asked, fidelity=60.0)
         assert again["not_kept"] == manifest["not_kept"]
@@ -522,7 +523,7 @@ def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tm
         "would be 91.24 %, and the floor is 98 %"
     )
     assert f"model.int8.onnx: {said}" in notes
-    assert int8_notes(open_bundle(tmp_path / "bundle"), None) == [f"onnx-int8: {said}."]
+    assert int8_notes(open_bundle(tmp_path / "bundle"), []) == [f"onnx-int8: {said}."]
 
 
 @needs_rtx
@@ -563,10 +564,14 @@ def rows(*, int8_ms, agreement, heavy_ms=None, heavy_agreement=100.0):
     files |= {"int8-heavy": (heavy_ms, heavy_agreement)} if heavy_ms else {}
     made = []
     for kind, (times, same) in files.items():
-        latency = {"p50_ms": float(np.median(times)), "round_p50_ms": times}
-        made.append({"artifact": f"onnx-{kind}", "precision": kind.partition("-")[0], "backend": "onnxruntime"})
-        made[-1] |= {"device": "cpu", "status": "measured", "latency": latency, "agreement_fp32": same}
+        made.append(measured_row(f"onnx-{kind}", times, precision=kind.partition("-")[0], agreement_fp32=same))
     return made
+
+
+def measured_row(artifact, times, *, backend="onnxruntime", precision="int8", **figures):
+    latency = Latency.model_construct(p50_ms=float(np.median(times)), round_p50_ms=times)
+    key = {"artifact": artifact, "backend": backend, "device": "cpu", "precision": precision}
+    return Row.model_construct(**key, status="measured", latency=latency, **figures)
 
 
 @pytest.mark.parametrize(
@@ -586,8 +591,8 @@ def rows(*, int8_ms, agreement, heavy_ms=None, heavy_agreement=100.0):
 )
 def test_int8_is_kept_only_where_it_is_faithful_and_faster(bundle, int8_ms, agreement, kept, said):
     opened = open_bundle(bundle.folder)
-    found = choose(opened, rows(int8_ms=int8_ms, agreement=agreement), images=2000)
-    assert found["kept"] is kept
+    found = judge_int8(opened, rows(int8_ms=int8_ms, agreement=agreement), images=2000)
+    assert found[0].kept is kept
     assert said in int8_notes(opened, found)[0]
 
 
@@ -604,35 +609,35 @@ def test_of_several_int8_files_the_fastest_that_is_faithful_is_chosen(
 ):
     opened = open_bundle(bundle.folder)
     measured = rows(int8_ms=[5.0] * 10, agreement=90.0, heavy_ms=heavy_ms, heavy_agreement=heavy_agreement)
-    found = choose(opened, measured, images=2000)
-    assert found["artifact"] == chosen
-    assert [one["kept"] for one in (found, *found["others"])] == kept
+    found = judge_int8(opened, measured, images=2000)
+    assert found[0].artifact == chosen
+    assert [one.kept for one in found] == kept
     notes = int8_notes(opened, found)
     assert (f"predict runs {chosen}, the fastest of these." in notes) == all(kept)
-    assert [note.split()[0] for note in notes[:2]] == [chosen, *(one["artifact"] for one in found["others"])]
-    write_choice(tmp_path, opened, found)
-    assert read_sealed(tmp_path / "choice.json")["artifact"] == chosen
-    row = {"backend": "onnxruntime", "device": "cpu", "faithful": True}
-    assert refused(found, {**row, "artifact": "onnx-int8-heavy"}) == (not kept[1])
+    assert [note.split()[0] for note in notes[:2]] == [chosen, *(one.artifact for one in found[1:])]
+    write_selection(tmp_path, opened, found)
+    assert read_sealed(tmp_path / "selection.json")["artifact"] == chosen
+    assert refused(found, measured_row("onnx-int8-heavy", [1.0], faithful=True)) == (not kept[1])
     for artifact in ("onnx-int8-heavy", "onnx-int8-tensorrt"):
-        elsewhere = {"backend": "openvino", "device": "cpu", "artifact": artifact}
         faithful = [
-            refused(judged, {**elsewhere, "faithful": how}) for how in (True, False) for judged in (found, None)
+            refused(judged, measured_row(artifact, [1.0], backend="openvino", faithful=how))
+            for how in (True, False)
+            for judged in (found, [])
         ]
         assert faithful == [False, False, True, True], "slow here may be fast there, but not what is wrong"
     slow = rows(int8_ms=[50.0] * 10, agreement=90.0, heavy_ms=[60.0] * 10)
-    assert choose(opened, slow, images=2000)["artifact"] == "onnx-int8", "the first, where none is kept"
+    assert judge_int8(opened, slow, images=2000)[0].artifact == "onnx-int8", "the first, where none is kept"
 
 
 def test_what_predict_cannot_run_has_no_say_in_its_choice(bundle):
     opened, measured = open_bundle(bundle.folder), rows(int8_ms=[5.0] * 10, agreement=90.0)
     elsewhere = [
-        {**row, "backend": "openvino", "agreement_fp32": 0.0, "latency": {"p50_ms": ms, "round_p50_ms": [ms] * 10}}
+        measured_row(row.artifact, [ms] * 10, backend="openvino", precision=row.precision, agreement_fp32=0.0)
         for row, ms in zip(measured, (0.1, 0.1, 100.0), strict=True)
     ]
     for order in (measured + elsewhere, elsewhere + measured):
-        assert choose(opened, order, images=2000) == choose(opened, measured, images=2000)
-    assert choose(opened, elsewhere, images=2000) is None
+        assert judge_int8(opened, order, images=2000) == judge_int8(opened, measured, images=2000)
+    assert judge_int8(opened, elsewhere, images=2000) == []
 
 
 def test_predict_obeys_the_choice_of_this_machine(bundle, tmp_path):
@@ -644,32 +649,39 @@ def test_predict_obeys_the_choice_of_this_machine(bundle, tmp_path):
         return next(answers)["artifact"]
 
     assert artifact() == "onnx-fp32", "without a choice"
-    write_choice(tmp_path / "bench", opened, choose(opened, rows(int8_ms=[5.0] * 10, agreement=99.0), images=2000))
+    write_selection(
+        tmp_path / "bench", opened, judge_int8(opened, rows(int8_ms=[5.0] * 10, agreement=99.0), images=2000)
+    )
     assert artifact() == "onnx-int8"
-    write_choice(tmp_path / "bench", opened, choose(opened, rows(int8_ms=[50.0] * 10, agreement=99.0), images=2000))
+    write_selection(
+        tmp_path / "bench", opened, judge_int8(opened, rows(int8_ms=[50.0] * 10, agreement=99.0), images=2000)
+    )
     assert artifact() == "onnx-fp32"
-    choice = read_sealed(tmp_path / "bench" / "choice.json")
-    assert (choice["artifact"], choice["int8"]["faithful"], choice["int8"]["faster"]) == ("onnx-fp32", True, False)
-    write_sealed(tmp_path / "bench" / "choice.json", {**choice, "sha256": "0" * 64})
+    choice = read_sealed(tmp_path / "bench" / "selection.json")
+    assert (choice["artifact"], choice["int8"][0]["faithful"], choice["int8"][0]["faster"]) == (
+        "onnx-fp32",
+        True,
+        False,
+    )
+    write_sealed(tmp_path / "bench" / "selection.json", {**choice, "sha256": "0" * 64})
     assert artifact() == "onnx-fp32", "a choice of other files counts no more"
-    write_choice(tmp_path / "bench", opened, None)
-    assert not (tmp_path / "bench" / "choice.json").exists()
+    write_selection(tmp_path / "bench", opened, [])
+    assert not (tmp_path / "bench" / "selection.json").exists()
 
 
 def test_the_headline_is_never_of_int8_that_was_not_kept():
-    row = {"status": "measured", "top1": None, "agreement_teacher": 90.0, "device": "cpu", "faithful": None}
     fast, slow = (
-        {**row, "artifact": name, "backend": "onnxruntime", "latency": {"p50_ms": ms}}
+        measured_row(name, [ms], precision=name[5:], agreement_teacher=90.0)
         for name, ms in (("onnx-int8", 1.0), ("onnx-fp32", 2.0))
     )
-    report = {"rows": [slow, fast], "int8": {"artifact": "onnx-int8", "kept": True}}
-    assert lead_row(report) is fast
-    report["int8"]["kept"] = False
-    assert lead_row(report) is slow
+    key = {"artifact": "onnx-int8", "backend": "onnxruntime", "device": "cpu"}
+    kept, not_kept = ([Int8Verdict.model_construct(**key, kept=kept)] for kept in (True, False))
+    assert lead_row([slow, fast], kept) is fast
+    assert lead_row([slow, fast], not_kept) is slow
     for faithful in (True, False):
-        elsewhere = {**fast, "artifact": "tensorrt-int8", "backend": "tensorrt", "faithful": faithful}
-        for int8_found in (report["int8"], None):
-            lead = lead_row({"rows": [slow, elsewhere], "int8": int8_found})
+        elsewhere = fast.model_copy(update={"artifact": "tensorrt-int8", "backend": "tensorrt", "faithful": faithful})
+        for verdicts in (not_kept, []):
+            lead = lead_row([slow, elsewhere], verdicts)
             assert lead is (elsewhere if faithful else slow)
 
 

@@ -1,0 +1,481 @@
+"""What report.json and samples.json hold, key by key; their JSON schemas in the reference are made from these models.
+
+A key says its unit. Shares of images (top1, agreement_*, ...) and their intervals are in percent, as papers print them.
+None stands for what was not measured here, or what the device does not show.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+REPORT_SCHEMA: Literal["prgkit.report/2"] = "prgkit.report/2"
+SAMPLES_SCHEMA: Literal["prgkit.samples/2"] = "prgkit.samples/2"
+
+Stage = Annotated[
+    Literal["compute", "io", "pipeline", "end_to_end"],
+    Field(
+        description="Where a latency is counted from: compute, the GPU's own time for the network; io, from prepared "
+        "pixels; pipeline, from a decoded image; end_to_end, from an encoded image. All end at logits in host memory."
+    ),
+]
+STAGES: tuple[Stage, ...] = ("compute", "io", "pipeline", "end_to_end")
+Status = Annotated[
+    Literal["measured", "failed", "not executed"],
+    Field(description="failed: it started and broke; not executed: it cannot run on this machine."),
+]
+Interval = Annotated[tuple[float, float], Field(description="Lower and upper bound of a 95 % interval.")]
+Size = Annotated[tuple[int, int], Field(description="Width and height in pixels.")]
+Epoch = Annotated[
+    dict[str, int | float], Field(description="epoch, loss, the terms of the loss by name, and agreement in percent.")
+]
+
+
+class Model(BaseModel):
+    """What all of these have in common: nothing changes after it was made, and no key is unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, serialize_by_alias=True)
+
+
+class ArtifactKey(Model):
+    """Which figures these are: no two rows of a table have the same three."""
+
+    artifact: str = Field(description="The artifact's name in the bundle, such as onnx-fp32.")
+    backend: str = Field(description="What runs it, such as onnxruntime or tensorrt_rtx.")
+    device: str = Field(description="Where it runs: cpu or cuda.")
+
+
+class Latency(Model):
+    """Wall-clock time of single runs after warming up, every run counted."""
+
+    batch: int = Field(description="Images a run.")
+    stage: Stage
+    samples: int = Field(description="How many runs were timed.")
+    p50_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float | None = Field(description="None of fewer than 1,000 runs.")
+    max_ms: float
+    p50_interval_ms: Interval = Field(description="95 % interval of the median, by a bootstrap over rounds.")
+    round_p50_ms: list[float] = Field(description="The median of each round.")
+    steady: bool = Field(description="Whether warming up ended with two windows whose medians are within 2 %.")
+    rounds: int = Field(description="How many turns it took.")
+
+
+class Energy(Model):
+    """What the device drew while an artifact ran at batch 1, all that shares its sensor included."""
+
+    power_w: float
+    energy_mj: float = Field(description="Millijoules an image: the mean power times the mean latency.")
+    power_source: str | None = Field(description="What the power is that of, and which sensor says so.")
+
+
+class Throughput(Model):
+    """Images per second at one batch size, slow runs included."""
+
+    batch: int
+    images_per_s: float
+
+
+class Row(ArtifactKey):
+    """One artifact under one runtime on one device: what it took, and how right and how faithful it is."""
+
+    file: str | None = Field(description="Its file in the bundle.")
+    precision: str
+    threads: int | None = Field(description="CPU threads of a run; None on a GPU.")
+    status: Status = "not executed"
+    reason: str | None = Field(None, description="Why there are no figures, or not all of them.")
+    size_mib: float | None = None
+    load_ms: float | None = Field(None, description="Time to open the artifact, without importing its runtime.")
+    peak_memory_mib: float | None = Field(
+        None, description="Growth of its process from before importing the runtime to the end of its first runs."
+    )
+    switches: dict[str, str] = Field({}, description="How the runtime launches and waits, where it has a choice.")
+    latency: Latency | None = Field(None, description="At batch 1, from prepared pixels.")
+    energy: Energy | None = None
+    throughput: list[Throughput] = Field([], description="One entry a batch size.")
+    latency_stages: dict[Stage, Latency] = Field({}, description="At batch 1, by where the time is counted from.")
+    top1: float | None = Field(None, description="Percent of the labelled images.")
+    top1_interval: Interval | None = None
+    top5: float | None = Field(None, description="Percent; None with five classes or fewer.")
+    calibration_error: float | None = Field(None, description="Expected calibration error in percent points.")
+    agreement_teacher: float | None = Field(None, description="Percent of images with the teacher's answer.")
+    agreement_teacher_interval: Interval | None = None
+    agreement_fp32: float | None = Field(None, description="Percent of images with the FP32 student's answer.")
+    kl_teacher: float | None = Field(None, description="Mean KL(teacher || artifact) in nats.")
+    faithful: bool | None = Field(None, description="Of INT8: whether it holds the fidelity floor here.")
+
+
+class Gpu(Model):
+    """One NVIDIA GPU as nvidia-smi describes it before the measurement."""
+
+    name: str
+    driver: str
+    memory_mib: float | None = None
+    clock_mhz: float | None = None
+    power_limit_w: float | None = None
+    temperature_c: float | None = None
+    busy_percent: float | None = None
+
+
+class Machine(Model):
+    """The machine before the measurement, and from clocks_mhz on, what was seen of it meanwhile."""
+
+    cpu: str
+    cores: int | None
+    usable_cores: int = Field(description="Cores that the process may use.")
+    busy_cores: float | None = Field(None, description="How many cores were at work before the measurement.")
+    load_average: list[float] | None = None
+    governor: str | None = Field(None, description="The rule by which Linux chooses the clock.")
+    clock_range_mhz: Interval | None = Field(None, description="Lowest and highest clock that may be chosen.")
+    clocks_locked: bool | None = None
+    temperature_c: float | None = None
+    power_mode: str | None = Field(None, description="A Jetson's power mode.")
+    memory_gib: float | None = None
+    os: str
+    kernel: str
+    architecture: str
+    virtual: bool
+    python: str
+    versions: dict[str, str] = Field(description="Installed runtimes.")
+    gpus: list[Gpu] = []
+    clocks_mhz: list[int] = Field([], description="Mean clock over the cores, before each round.")
+    temperatures_c: list[float] = Field([], description="Hottest sensor, before each round.")
+    stolen_percent: float | None = Field(None, description="Processor time that the hypervisor took.")
+    throttling: list[str] = Field([], description="Why the device held itself back, in words.")
+
+
+class RunFacts(Model):
+    """The run that the bundle was exported from."""
+
+    name: str
+    student: str = Field(description="The student's timm model.")
+    teacher: str
+    objective: str
+    uses_labels: bool = Field(False, description="Whether the student or its teacher learned from a few labels.")
+    classes: int
+    epochs: int
+
+
+class EvaluationImages(Model):
+    """The images that quality was measured on."""
+
+    images: int
+    labelled: bool
+    source: str
+    digest: str | None = Field(None, description="The same where images, labels and relabelled classes are the same.")
+
+
+class TeacherScores(Model):
+    """How right the teacher is on the evaluation images; None without labels."""
+
+    top1: float | None
+    top5: float | None
+    top1_uniform_prompts: float | None = Field(description="With all prompts weighted equally, uncorrected.")
+
+
+class StudentScores(Model):
+    """How right the FP32 student is on the evaluation images, and how often it gives the teacher's answer."""
+
+    top1: float | None
+    top5: float | None
+    agreement: float | None
+
+
+class StageImages(Model):
+    """The images that the latency stages ran on."""
+
+    images: int
+    smallest: Size
+    largest: Size
+
+
+class ThreadSweepRow(ArtifactKey):
+    """One artifact by the number of CPU threads."""
+
+    latency: dict[int, Latency] = Field({}, description="By number of threads.")
+    failed: dict[int, str] = Field({}, description="Why there is no latency, by number of threads.")
+
+
+class ThreadSweep(Model):
+    """Latency at several numbers of CPU threads, all artifacts in turns."""
+
+    counts: list[int] = Field(description="The numbers of threads.")
+    rows: list[ThreadSweepRow]
+
+
+class FrameTimes(Model):
+    """What frames at a fixed rate took."""
+
+    frames: int
+    p50_ms: float = Field(description="Median time from when a frame was due to its answer.")
+    p99_ms: float | None = Field(description="None of fewer than 1,000 frames.")
+    max_ms: float
+    run_p50_ms: float = Field(description="Median time of the run alone.")
+    late: int = Field(description="Frames answered after the next one was due.")
+
+
+class FixedRateRow(ArtifactKey):
+    """One artifact at a fixed rate: its times, or why there are none."""
+
+    failed: str | None = None
+    times: FrameTimes | None = None
+
+
+class FixedRate(Model):
+    """Frames that come at a fixed rate, as from a camera."""
+
+    fps: float
+    deadline_ms: float = Field(description="A frame answered later than this after it was due is late.")
+    rows: list[FixedRateRow]
+
+
+class SoakSpan(Model):
+    """What the first or the last minute of a soak was like, in the mean over its windows."""
+
+    p50_ms: float
+    p99_ms: float | None
+    max_ms: float
+    clock_mhz: float | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+
+
+class SoakResult(Model):
+    """How a soak went: its end held against its beginning."""
+
+    runs: int
+    late: int | None = Field(description="Late frames; None where runs went back to back.")
+    compared_s: float = Field(description="The length of first and of last.")
+    first: SoakSpan
+    last: SoakSpan
+    ratio: float = Field(description="Latency of last divided by that of first, by their windows' medians.")
+    ratio_interval: Interval
+    fastest_p50_ms: float = Field(description="The lowest median of a window.")
+    slowest_p50_ms: float = Field(description="The highest median of a window.")
+    power_source: str | None = None
+    energy_mj: float | None = Field(None, description="Millijoules an image over the whole soak.")
+    throttling: list[str] = Field([], description="Why the device held itself back, in words.")
+    verdict: Literal["steady", "unstable", "slower", "throttled"]
+
+
+class Soak(ArtifactKey):
+    """One artifact that ran for minutes without a rest."""
+
+    minutes: float
+    fps: float | None = Field(description="The rate of its frames; None where runs went back to back.")
+    failed: str | None = None
+    window_s: float = Field(description="The length of a window.")
+    windows: int
+    result: SoakResult | None = Field(None, description="None where it failed within the first window.")
+
+
+class Int8Verdict(ArtifactKey):
+    """Whether one INT8 file is used on this machine: it must hold the floor, and be faster than FP32 and FP16."""
+
+    kept: bool
+    faithful: bool = Field(description="Whether the lower bound of its agreement reaches the floor.")
+    faster: bool = Field(description="Whether the whole interval of the ratio lies below 1.")
+    images: int
+    agreement: float = Field(description="Percent of images with FP32's answer.")
+    agreement_interval: Interval
+    floor: float = Field(description="The fidelity floor in percent.")
+    against: str = Field(description="The faster one of FP32 and FP16.")
+    ratio: float = Field(description="Its latency divided by that of the other.")
+    ratio_interval: Interval
+
+
+class TickedShare(Model):
+    """On how many of the images that a person ticked an answer is right."""
+
+    images: int
+    right: int
+    top1: float
+    top1_interval: Interval
+
+
+class TickedRow(ArtifactKey):
+    """An artifact on the ticked images; where the teacher is wrong and nobody said what is right, it is between two."""
+
+    images: int
+    right: int
+    unknown: int = Field(description="Images whose right class is not known, with another answer than the teacher's.")
+    top1: float = Field(description="Percent, with all unknown counted as wrong.")
+    top1_at_most: float = Field(description="Percent, with all unknown counted as right.")
+    top1_interval: Interval = Field(description="Covers both.")
+
+
+class Audit(Model):
+    """How right teacher and artifacts are on the images that a person ticked."""
+
+    images: int = Field(description="Images on the sheet.")
+    ticked: int
+    teacher: TickedShare
+    rows: list[TickedRow]
+
+
+class ClassShare(Model):
+    """One class: how often student and teacher are right on its images, or agree on it where there are no labels."""
+
+    name: str
+    images: int
+    student: float | None = Field(description="Percent; None where the class has no image.")
+    student_interval: Interval | None
+    teacher: float | None = Field(description="Percent; None without labels.")
+    teacher_interval: Interval | None
+
+
+class ConfusedPair(Model):
+    """A class and another one that the student takes it for."""
+
+    name: str
+    answer: str
+    images: int
+    teacher_too: int = Field(description="On how many of these images the teacher gives the same wrong answer.")
+
+
+class PerClass(Model):
+    """Class by class, for the artifact that the headline speaks of."""
+
+    artifact: str = Field(description="The artifact, as people read its name.")
+    measure: Literal["recall", "agreement"] = Field(description="recall with labels, agreement with the teacher else.")
+    classes: list[ClassShare]
+    pairs: list[ConfusedPair] = Field(description="The most frequent mistakes, or differences, first.")
+
+
+class BaselineLine(ArtifactKey):
+    """One figure held against the same one of an older report."""
+
+    threads: int | None
+    what: Literal["latency", "size", "top1", "agreement_teacher", "agreement_fp32", "missing"]
+    verdict: Literal["worse", "better", "same", "noise"]
+    reason: str | None = Field(None, description="Why it is missing now.")
+    before: float | None = None
+    before_interval: Interval | None = None
+    now: float | None = None
+    now_interval: Interval | None = None
+    change_percent: float | None = Field(None, description="Of a latency or a size.")
+    change_points: float | None = Field(None, description="Of a share of images, in percent points.")
+
+
+class BaselineComparison(Model):
+    """This report held against an older one."""
+
+    file: str
+    created: str
+    run: str
+    tolerance: float = Field(description="How much a latency or a size may grow: 0.05 is 5 %.")
+    lines: list[BaselineLine]
+    regressions: int
+    new: list[str] = Field(description="Artifacts that are not in the older report.")
+    notes: list[str]
+
+
+class Report(Model):
+    """report.json: everything that a bench found on one machine."""
+
+    schema_version: Literal["prgkit.report/2"] = Field(REPORT_SCHEMA, alias="schema")
+    prgkit: str = Field(description="The version that measured.")
+    created: str = Field(description="When, in UTC.")
+    command: str
+    made_by: list[str] = Field([], description="The commands that make the bundle again.")
+    machine: Machine
+    run: RunFacts
+    evaluation: EvaluationImages
+    teacher: TeacherScores
+    student: StudentScores
+    accuracy_ratio: float | None = Field(description="The student's top-1 divided by the teacher's.")
+    rows: list[Row]
+    stage_images: StageImages | None = None
+    thread_sweep: ThreadSweep | None = None
+    fixed_rate: FixedRate | None = None
+    soak: Soak | None = None
+    int8: list[Int8Verdict] = Field([], description="ONNX Runtime's INT8 files on the CPU; the first one is used.")
+    audit: Audit | None = None
+    training: list[Epoch] = []
+    pseudo_labels: dict[str, Any] | None = Field(
+        None, description="What was known of the pseudo-labels before training: the run's quality.json."
+    )
+    per_class: PerClass | None = None
+    baseline: BaselineComparison | None = None
+    notes: list[str] = []
+
+
+class WarmUp(Model):
+    """How a warm-up ended."""
+
+    steady: bool = Field(description="Whether two successive windows' medians came within 2 %.")
+    runs: int
+    seconds: float
+
+
+class ThroughputSamples(Model):
+    """The runs at one batch size."""
+
+    batch: int
+    runs_ns: list[int]
+
+
+class RowSamples(ArtifactKey):
+    """Every timed run of one artifact."""
+
+    warm_up: WarmUp | None = None
+    rounds_ns: list[list[int]] = Field([], description="[rounds][runs] at batch 1.")
+    stages_ns: dict[Stage, list[list[int]]] = Field({}, description="[rounds][runs] at batch 1, by latency stage.")
+    throughput: list[ThroughputSamples] = []
+
+
+class ThreadSweepSamples(ArtifactKey):
+    """Every timed run of one artifact at one number of CPU threads."""
+
+    threads: int
+    rounds_ns: list[list[int]] = Field(description="[rounds][runs] at batch 1.")
+
+
+class FixedRateSamples(ArtifactKey):
+    """Every frame of one artifact."""
+
+    responses_ns: list[list[int]] = Field(description="[rounds][frames], from when each was due to its answer.")
+    runs_ns: list[list[int]] = Field(description="[rounds][frames], of the run alone.")
+
+
+class SoakWindow(Model):
+    """Some seconds of a soak."""
+
+    start_s: float = Field(description="Since the soak began.")
+    seconds: float
+    runs: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float | None = Field(description="None of fewer than 1,000 runs.")
+    max_ms: float
+    late: int | None = Field(None, description="Late frames; None where runs went back to back.")
+    clock_mhz: float | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+    throttling: list[str] = []
+
+
+class SoakSamples(Model):
+    """The windows of a soak; single runs are not kept, since a day of them would fill a board's memory."""
+
+    windows: list[SoakWindow] = []
+    stopped: list[list[SoakWindow]] = Field([], description="The windows of soaks that were stopped and began anew.")
+
+
+class Samples(Model):
+    """samples.json: every raw sample of a bench."""
+
+    schema_version: Literal["prgkit.samples/2"] = Field(SAMPLES_SCHEMA, alias="schema")
+    order: list[list[int]] = Field(description="[rounds][turns], indices of rows in the order of their turns.")
+    rows: list[RowSamples]
+    thread_sweep: list[ThreadSweepSamples] = []
+    fixed_rate: list[FixedRateSamples] = []
+    soak: SoakSamples = SoakSamples()
+
+
+def measured_latency(row: Row) -> Latency:
+    """Return the latency of a row that was measured, which has one."""
+    assert row.latency is not None
+    return row.latency
