@@ -32,17 +32,12 @@ from prgkit.evaluate.report.schema import (
     Row,
     measured_latency,
 )
+from prgkit.evaluate.report.sections import Cell, Chip, Column, Section, table_row
+from prgkit.evaluate.report.terminal import Table, table
 from prgkit.metrics import wilson
 
 # Of what runs the artifacts.
 VERSIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino", "tensorrt", "tensorrt_rtx")
-
-HOW = (
-    "A latency is worse where it grew beyond the tolerance and the 95 % intervals of the medians do not overlap (where "
-    "the rounds of a bench were unstable, the range of their medians, 10th to 90th percentile, stands in for its "
-    "interval); a size, where it grew beyond the tolerance; a share of images, where it lies below the baseline's 95 % "
-    "interval."
-)
 
 
 @dataclass(frozen=True)
@@ -282,14 +277,18 @@ def differences(old: Report, new: Report) -> list[str]:
     return told
 
 
-def regressions(found: BaselineComparison, *, path: Path) -> RegressionError | None:
+def regressions(comparison: BaselineComparison, *, path: Path) -> RegressionError | None:
     """Return the error that tells what became worse, or None where nothing did."""
-    worse = [line for line in found.lines if line.verdict == "worse"]
+    worse = [line for line in comparison.lines if line.verdict == "worse"]
     if not worse:
         return None
-    count = f"{len(worse)} regression{'' if len(worse) == 1 else 's'} against {found.file}"
     return RegressionError(
-        "\n".join([f"{count}:", *(f"  {told(line)}" for line in worse)]),
+        "\n".join(
+            [
+                f"{formatting.counted(len(worse), 'regression')} against {comparison.file}:",
+                *(f"  {line_text(line)}" for line in worse),
+            ]
+        ),
         where=path,
         fix="make it good again, or accept it: this report.json is then the next baseline",
     )
@@ -301,10 +300,11 @@ NAMES = {
     "top1": "top-1",
     "agreement_teacher": "= teacher",
     "agreement_fp32": "= FP32",
+    "missing": "itself",
 }
 
 
-def told(line: BaselineLine) -> str:
+def line_text(line: BaselineLine) -> str:
     """Return a line in words: whose, what, before, now, and the change."""
     if line.what == "missing":
         return f"{formatting.row_name(line)}: {line.reason}"
@@ -312,12 +312,12 @@ def told(line: BaselineLine) -> str:
     if line.before_interval and line.now_interval:
         bounds = formatting.interval_ms if line.what == "latency" else formatting.interval
         intervals = f" (95 %: {bounds(line.before_interval)}, now {bounds(line.now_interval)})"
-    before, now, change = figures(line)
+    before, now, change = line_figures(line)
     return f"{formatting.row_name(line)}: {NAMES[line.what]} {before} → {now}, {change}{intervals}"
 
 
-def figures(line: BaselineLine) -> tuple[str, str, str]:
-    """Return a line's cells: before, now and the change, with their units."""
+def line_figures(line: BaselineLine) -> tuple[str, str, str]:
+    """Return a line's figures: before, now and the change, with their units."""
     before, now = line.before, line.now
     if before is None or now is None:
         return "measured", "missing", ""
@@ -328,28 +328,56 @@ def figures(line: BaselineLine) -> tuple[str, str, str]:
     return formatting.percent(before), formatting.percent(now), f"{line.change_points:+.1f} points"
 
 
-HEADER = ["artifact", "", "before", "now", "change", ""]
+HOW = (
+    "A latency is worse where it grew beyond the tolerance and the 95 % intervals of the medians do not overlap (where "
+    "the rounds of a bench were unstable, the range of their medians, 10th to 90th percentile, stands in for its "
+    "interval); a size, where it grew beyond the tolerance; a share of images, where it lies below the baseline's 95 % "
+    "interval."
+)
+CHIPS: dict[str, Literal["bad", "good"]] = {"worse": "bad", "better": "good"}
 
 
-def cells(found: BaselineComparison) -> list[tuple[str, str, str, str, str, str]]:
-    """Return the table of a comparison: artifact, what, before, now, change, verdict."""
-    return [
-        (formatting.row_name(line), NAMES.get(line.what, "itself"), *figures(line), line.verdict)
-        for line in found.lines
-    ]
-
-
-def about(found: BaselineComparison) -> str:
-    """Return what was compared with what, and how it ended, in one sentence."""
-    count = found.regressions
-    result = "no regression" if not count else f"{count} regression{'' if count == 1 else 's'}"
-    return (
-        f"Against {found.file} (run {found.run}, {found.created[:10]}), tolerance "
-        f"{100 * found.tolerance:g} %: {result}."
+def against_baseline(report: Report) -> Section | None:
+    """Return what became worse, what better, and what else is not as it was; None where there is no baseline."""
+    comparison = report.baseline
+    if comparison is None:
+        return None
+    new = [f"Not in the baseline: {', '.join(comparison.new)}."] if comparison.new else []
+    return Section(
+        "Against the baseline",
+        f"{baseline_headline(comparison)} {HOW}",
+        (
+            Column("Artifact", short="artifact", left=True),
+            Column("Figure", short="figure", left=True),
+            *(Column(name.capitalize(), short=name) for name in ("before", "now", "change")),
+            Column("Verdict", short="verdict"),
+        ),
+        tuple(
+            table_row(
+                formatting.row_name(line),
+                NAMES[line.what],
+                *line_figures(line),
+                Cell("", chip=Chip(line.verdict, CHIPS.get(line.verdict, ""))),
+            )
+            for line in comparison.lines
+        ),
+        notes=(*new, *comparison.notes),
     )
 
 
-def notes(found: BaselineComparison) -> list[str]:
-    """Return what else is not as it was, and what has nothing to be held against."""
-    new = [f"Not in the baseline: {', '.join(found.new)}."] if found.new else []
-    return [*new, *found.notes]
+def baseline_table(report: Report) -> Table:
+    """Return a report held against its baseline for the terminal."""
+    section = against_baseline(report)
+    assert section is not None
+    assert report.baseline is not None
+    return table(section, title=baseline_headline(report.baseline), notes=section.notes)
+
+
+def baseline_headline(comparison: BaselineComparison) -> str:
+    """Return what was compared with what, and how it ended, in one sentence."""
+    count = comparison.regressions
+    result = formatting.counted(count, "regression") if count else "no regression"
+    return (
+        f"Against {comparison.file} (run {comparison.run}, {comparison.created[:10]}), tolerance "
+        f"{100 * comparison.tolerance:g} %: {result}."
+    )
