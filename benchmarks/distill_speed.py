@@ -32,10 +32,13 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from prgkit.config.objectives import CE, PRG
-from prgkit.config.recipe import Recipe, StudentConfig, TeacherConfig, Training, Views, validate
+from prgkit.config.recipe import Recipe, validate
+from prgkit.config.sections import StudentConfig, TeacherConfig, Training, Views
 from prgkit.data.augment import Batch, MultiViewDataset, make_dataloader
 from prgkit.data.cache import DecodedImageCache
-from prgkit.data.index import ImageIndex, Preprocessing, index_images, open_images
+from prgkit.data.index import ImageIndex, index_images
+from prgkit.data.preprocessing import Preprocessing
+from prgkit.data.sources import open_images
 from prgkit.device import best_device, seed_everything
 from prgkit.evaluate import system
 from prgkit.objectives import Objectives
@@ -131,7 +134,7 @@ def student_steps(bench: Bench) -> list[dict[str, Any]]:
                 "teacher": name,
                 "teacher_precision": "bf16" if teacher.autocast_to_bf16 else "fp32",
                 "student": bench.page.model,
-                "student_precision": precision,
+                "student_precision": precision.model_dump(),
                 "step_ms_an_image": {key: per_image(times, bench.batch_size) for key, times in rounds.items()},
                 "online_to_stored": ratio(rounds["online"], rounds["stored"]),
                 "rounds_s": rounds,
@@ -146,7 +149,7 @@ def price_of_prg(bench: Bench) -> dict[str, Any]:
     rounds = take_turns({key: partial(next, loops[key]) for key in ("stored", "hard_labels")}, 4 * bench.rounds)
     return {
         "student": bench.page.model,
-        "student_precision": precision,
+        "student_precision": precision.model_dump(),
         "batch": bench.batch_size,
         "step_ms_an_image": {key: per_image(times, bench.batch_size) for key, times in rounds.items()},
         "stored_to_hard_labels": ratio(rounds["stored"], rounds["hard_labels"]),
@@ -176,7 +179,7 @@ def training_loops(bench: Bench, teacher: Teacher) -> tuple[dict[str, Iterator[N
         labels = batch.positions.to(bench.device) % CLASSES
         return TeacherOutput(torch.empty(0), torch.empty(0), labels, batch.positions)
 
-    train = partial(loop, bench, batches=batches, width=teacher.width, bf16=precision["chosen"] == "bf16")
+    train = partial(loop, bench, batches=batches, width=teacher.width, bf16=precision.chosen == "bf16")
     loops = {
         "stored": train(PRG(name="prg"), stored),
         "online": train(PRG(name="prg"), online),
@@ -221,7 +224,7 @@ def stored_lesson(bench: Bench, teacher: Teacher) -> DistillationDataset:
     recipe = recipe_for(bench)
     targets = open_store(recipe.teacher[0], recipe.views, folder, lambda _page: teacher)
     images = index_images(
-        open_images(str(bench.photos)), workers=2, pictures=DecodedImageCache(bench.scratch / "pictures")
+        open_images(str(bench.photos)), workers=2, cache=DecodedImageCache(bench.scratch / "pictures")
     )
     generator = np.random.default_rng(0)
     features = generator.standard_normal((2, len(images), teacher.width)).astype(np.float16)
@@ -292,7 +295,7 @@ def objective_share(bench: Bench) -> dict[str, Any]:
     precision = probe_precision(student, bench.device, 32)
 
     def step() -> None:
-        with torch.autocast(bench.device.type, torch.bfloat16, enabled=precision["chosen"] == "bf16"):
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=precision.chosen == "bf16"):
             said = student.train()(pixels.to(bench.device))
         (said.logits.float().square().mean() + said.features.float().square().mean()).backward()
         waited(bench)
@@ -326,7 +329,7 @@ def input_pipeline(bench: Bench) -> list[dict[str, Any]]:
     ):
         store = bench.scratch / f"pictures-{name}"
         started = time.perf_counter()
-        kept = index_images(open_images(str(folder)), workers=1, pictures=DecodedImageCache(store))
+        kept = index_images(open_images(str(folder)), workers=1, cache=DecodedImageCache(store))
         listed = {
             "listing_and_keeping_images_per_s": round(len(kept) / (time.perf_counter() - started)),
             "kept_bytes_an_image": round((store / "pictures.u8").stat().st_size / len(kept)),
@@ -343,7 +346,7 @@ def input_pipeline(bench: Bench) -> list[dict[str, Any]]:
 
 def compare(bench: Bench, kept: ImageIndex, peer: DataLoader[Any], size: int, count: int) -> dict[str, Any]:
     """Let the loaders take turns at the same number of images, all with torchvision's default interpolation."""
-    bare, workers = replace(kept, pictures=None), peer.num_workers
+    bare, workers = replace(kept, cache=None), peer.num_workers
     rounds = take_turns(
         {
             "prgkit": lambda: consume(prgkit_loader(kept, size, workers, count), count),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from prgkit.evaluate.report.schema import Int8Verdict, Interval, Row, measured_latency
 from prgkit.export.bundle.bundle import Bundle, fp32_onnx
-from prgkit.export.runtimes.fidelity import fidelity, told
+from prgkit.export.bundle.fidelity import fidelity, int8_sentence
+from prgkit.export.bundle.manifest import Artifact
 from prgkit.storage.atomic import read_sealed, write_sealed
 
 FILE = "selection.json"  # beside the report
@@ -29,11 +29,11 @@ def judge_int8(bundle: Bundle, rows: Sequence[Row], *, images: int) -> list[Int8
     if not floats:
         return []
     against = min(floats, key=lambda row: measured_latency(row).p50_ms)
-    files = [one for one in bundle.artifacts if (one["format"], one["precision"]) == ("onnx", "int8")]
+    files = [one for one in bundle.artifacts if (one.format, one.precision) == ("onnx", "int8")]
     verdicts = [
-        judge(ran[one["name"]], against, floor=float(one["quantization"]["floor"]), images=images)
+        judge(ran[one.name], against, floor=bundle.manifest.fidelity_floor(one), images=images)
         for one in files
-        if one["name"] in ran
+        if one.name in ran
     ]
     return sorted(verdicts, key=lambda one: (not one.kept, one.kept and one.ratio))
 
@@ -46,7 +46,7 @@ def judge(row: Row, against: Row, *, floor: float, images: int) -> Int8Verdict:
     """
     ratio, interval = round_ratio(measured_latency(row).round_p50_ms, measured_latency(against).round_p50_ms)
     agreement = fidelity(round((row.agreement_fp32 or 0) * images / 100), images)
-    faithful, faster = agreement["interval"][0] >= floor, interval[1] < 1
+    faithful, faster = agreement.holds(floor), interval[1] < 1
     return Int8Verdict(
         artifact=row.artifact,
         backend=row.backend,
@@ -55,8 +55,8 @@ def judge(row: Row, against: Row, *, floor: float, images: int) -> Int8Verdict:
         faithful=faithful,
         faster=faster,
         images=images,
-        agreement=agreement["agreement"],
-        agreement_interval=agreement["interval"],
+        agreement=agreement.agreement,
+        agreement_interval=agreement.interval,
         floor=floor,
         against=against.artifact,
         ratio=ratio,
@@ -81,7 +81,7 @@ def round_ratio(
 
 def int8_notes(bundle: Bundle, verdicts: Sequence[Int8Verdict]) -> list[str]:
     """Say of every INT8 file whether it is kept, and why not; what was not kept at export says so again."""
-    notes = [f"{one['name']}: {told(one)}." for one in bundle.manifest.get("not_kept", [])]
+    notes = [f"{facts.name}: {int8_sentence(facts)}." for facts in bundle.manifest.not_kept]
     notes += [in_words(verdict) for verdict in verdicts]
     if sum(verdict.kept for verdict in verdicts) > 1:
         notes.append(f"predict runs {verdicts[0].artifact}, the fastest of these.")
@@ -107,12 +107,12 @@ def write_selection(folder: Path, bundle: Bundle, verdicts: Sequence[Int8Verdict
         return
     artifact = fp32_onnx(bundle)
     if verdicts[0].kept:
-        artifact = next(one for one in bundle.artifacts if one["name"] == verdicts[0].artifact)
-    content = {"schema": SCHEMA, "artifact": artifact["name"], "sha256": artifact["sha256"]}
+        artifact = next(one for one in bundle.artifacts if one.name == verdicts[0].artifact)
+    content = {"schema": SCHEMA, "artifact": artifact.name, "sha256": artifact.sha256}
     write_sealed(folder / FILE, {**content, "int8": [verdict.model_dump(mode="json") for verdict in verdicts]})
 
 
-def selected_artifact(bundle: Bundle, folder: Path | None) -> dict[str, Any]:
+def selected_artifact(bundle: Bundle, folder: Path | None) -> Artifact:
     """Return the entry that `predict` runs: the one selected in this machine's bench folder, else the FP32 file.
 
     A selection of files that were exported anew since counts no more.
@@ -124,6 +124,6 @@ def selected_artifact(bundle: Bundle, folder: Path | None) -> dict[str, Any]:
     if folder is not None and (folder / FILE).exists():
         selection = read_sealed(folder / FILE, fix="measure again: prgkit bench")
         for artifact in bundle.artifacts:
-            if artifact["format"] == "onnx" and artifact["sha256"] == selection.get("sha256"):
+            if artifact.format == "onnx" and artifact.sha256 == selection.get("sha256"):
                 return artifact
     return fp32_onnx(bundle)

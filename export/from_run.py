@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import islice
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,15 @@ from PIL import Image
 
 from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import Recipe
-from prgkit.data.index import ImageIndex, Preprocessing, labelled, read_image_index, trimmed
-from prgkit.data.snapshot import only_members
+from prgkit.data.index import ImageIndex, read_image_index, select_labelled
+from prgkit.data.preprocessing import Preprocessing, trimmed
+from prgkit.data.snapshot import restrict_to_snapshot
 from prgkit.data.ticks import audited_keys, bring_ticks
 from prgkit.errors import ExportError
 from prgkit.export.bundle.artifact_cache import alone_in
+from prgkit.export.bundle.manifest import Manifest, RunFacts, StudentFacts, TeacherFacts
 from prgkit.export.int8.pipeline import Learned
-from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
+from prgkit.export.pipeline import ExportOptions, HeldOut, StudentOrigin, export_student
 from prgkit.progress import Progress
 from prgkit.storage.atomic import sha256
 from prgkit.storage.locks import locked
@@ -49,9 +51,9 @@ def export_run(
     int8: bool = False,
     float_input: bool = False,
     evaluation_images: int | None = None,
-    open_vocabulary: str | None = None,
+    open_vocabulary: Literal["initializer", "input"] | None = None,
     progress: Progress,
-) -> dict[str, Any]:
+) -> Manifest:
     """Export a run's best student into ``<run>/bundle`` and return the manifest.
 
     ``backend``, ``batch`` (by default the recipe's) and ``sm`` are for the engines. ``evaluation_images`` takes the
@@ -82,33 +84,31 @@ def export_run(
         )
         check_vocabulary(recipe, options)
         manifest = export_best(run, recipe, options, progress)
-    there = manifest["evaluation"]["images"]
+    there = manifest.evaluation.images
     if evaluation_images is not None and there < evaluation_images:
         progress.note(f"there are {there} images to evaluate on; {evaluation_images} were asked for")
     return manifest
 
 
-def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Progress) -> dict[str, Any]:
+def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Progress) -> Manifest:
     """Gather what the bundle is made from, and make it."""
-    card = run.card
     student = load_student(run)
     learned = student_facts(run.weights)
     if not run.finished:
-        progress.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
+        progress.note(f"the run is not finished: this is its best student so far, of epoch {learned.epoch}")
     seen = existing_targets(recipe, run.target_stores[0].parent) or ()
     grey, classes = grey_of(run), None
-    if recipe.data.evaluation:
-        found = read_image_index(recipe.data.evaluation, recipe, progress, known=seen, grey=grey)
-        images, classes = labelled(found, recipe.classes, note=progress.note)
+    if spec := recipe.data.evaluation_spec:
+        found = read_image_index(spec, progress, known=seen, grey=grey)
+        images, classes = select_labelled(found, recipe.classes, note=progress.note)
     else:
         images = images_of(run, recipe, seen, progress)
     positions = evaluation_positions(images, recipe, first=audited_keys(run))
     labels = None if classes is None else classes[positions]
     taught = teacher_answers(run, recipe, images, positions, progress)
     if options.class_vectors and student.scorer is None:
-        student.score_by(taught.classifier.class_vectors(), taught.classifier.logit_scale)
-    facts = card["student"] if student.scorer is None else student.facts(recipe.student)
-    vocabulary = {"teacher": card["teacher"]["fingerprint"], "templates": list(recipe.templates)}
+        student.use_class_vectors(taught.classifier.class_vectors(), taught.classifier.logit_scale)
+    facts = run.student_facts if student.scorer is None else student.facts(recipe.student)
     preprocessing = replace(student.preprocessing, grey_range=grey)
     prepare = preprocessing.prepare
     checked = [prepare(picture) for picture in parity_pictures(run, images, positions, recipe, seen, progress)]
@@ -116,7 +116,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
         progress.note(f"there are {len(checked)} images to compare the exports on; {PARITY_IMAGES} would be better")
 
     manifest = export_student(
-        student.deployed(),
+        student.inference_model(),
         run.bundle,
         pixels=np.stack(checked),
         golden=golden_pictures(images, positions),
@@ -125,33 +125,35 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
             teacher_logits=taught.logits,
             teacher_uniform_logits=taught.uniform_logits,
             labels=labels,
-            source=images.images.spec,
+            source=images.source.spec,
             keys=tuple(images.keys[position] for position in positions),
             teacher_features=taught.features if student.scorer else None,
         ),
         classes=recipe.classes,
         preprocessing=preprocessing,
-        facts={
-            "run": {
-                "name": run.name,
-                "fingerprint": card["fingerprint"],
-                "student_sha256": sha256(run.weights),
-                "objective": recipe.objective_name,
-                "learned_labels": recipe.learns_labels or any(page.context for page in recipe.teacher),
-                "epochs": recipe.training.epochs,
-                "best_epoch": learned["epoch"],
-                "images": card["images"]["used"],
-                "training": run.metrics(),
-                "quality": run.quality(),
-            },
-            "recipe": recipe.model_dump(mode="json"),
-            "teacher": {key: card["teacher"][key] for key in ("model", "weights", "fingerprint")},
-            "student": {
-                **{key: facts[key] for key in ("model", "initial", "parameters")},
-                "image_size": recipe.student.image_size,
-            },
-            **({"open_vocabulary": vocabulary} if student.scorer else {}),
-        },
+        facts=StudentOrigin(
+            run=RunFacts(
+                name=run.name,
+                fingerprint=run.card.fingerprint,
+                student_sha256=sha256(run.weights),
+                objective=recipe.objective_name,
+                learned_labels=recipe.learns_labels or any(page.context for page in recipe.teacher),
+                epochs=recipe.training.epochs,
+                best_epoch=learned.epoch,
+                images=run.image_facts.used,
+                training=tuple(run.metrics()),
+                quality=run.quality(),
+            ),
+            recipe=recipe.model_dump(mode="json"),
+            teacher=TeacherFacts(**run.teacher_facts.model_dump(include={"model", "weights", "fingerprint"})),
+            student=StudentFacts(
+                model=facts.model,
+                initial=facts.initial,
+                parameters=facts.parameters,
+                image_size=recipe.student.image_size,
+            ),
+            templates=tuple(recipe.templates),
+        ),
         options=options,
         learned=cache(lambda: learned_images(run, images, positions, preprocessing, recipe, seen, progress)),
         note=progress.note,
@@ -173,8 +175,8 @@ def evaluation_positions(images: ImageIndex, recipe: Recipe, *, first: Container
 
 def images_of(run: Run, recipe: Recipe, seen: Container[str], progress: Progress) -> ImageIndex:
     """Read the images that a run was made from, as far as they are still there."""
-    return only_members(
-        read_image_index(recipe.data.images, recipe, progress, known=seen, grey=grey_of(run)), run, progress
+    return restrict_to_snapshot(
+        read_image_index(recipe.data.image_spec, progress, known=seen, grey=grey_of(run)), run, progress
     )
 
 

@@ -13,7 +13,6 @@ import numpy as np
 
 import prgkit
 from prgkit import metrics
-from prgkit.config.recipe import Export
 from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate import system
 from prgkit.evaluate.accuracy.examples import choose_pictures
@@ -34,9 +33,10 @@ from prgkit.evaluate.report.bench_report import write_report
 from prgkit.evaluate.report.regression import Gate, against, require_comparable
 from prgkit.evaluate.report.schema import Report, Row, RowSamples, Samples, Throughput, ThroughputSamples
 from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection
-from prgkit.export.bundle.bundle import Bundle, Evaluation, check_golden, open_bundle, read_evaluation
+from prgkit.export.bundle.bundle import Bundle, Evaluation, open_bundle, read_evaluation
+from prgkit.export.bundle.fidelity import fidelity
 from prgkit.export.runtimes.base import OnnxRunner
-from prgkit.export.runtimes.fidelity import fidelity
+from prgkit.export.runtimes.parity import check_golden
 from prgkit.storage.atomic import sha256
 from prgkit.storage.run import Run
 
@@ -121,7 +121,7 @@ def bench(
         sweep, sweep_samples = thread_sweep(opened, timed, sweep_threads, seconds=seconds, **apart)
         fixed_rate, frames = measure_fixed_rate(opened, timed, fps, seconds=seconds, **apart)
         measured = iter(session.measured)
-        floor = bundle.manifest.get("recipe", {}).get("export", {}).get("fidelity", Export().fidelity)
+        floor = bundle.manifest.fidelity_floor()
         rows = [
             row if spec is None else filled(row, next(measured), evaluation, floor=floor)
             for row, spec in zip(rows, specs, strict=True)
@@ -185,7 +185,7 @@ def bench(
 
 def files_under_test(bundle: Bundle, run_folder: Path | None) -> list[str]:
     """Return the digests of all that is measured, and of the images that it is measured with."""
-    digests = [artifact["sha256"] for artifact in bundle.artifacts]
+    digests = [artifact.sha256 for artifact in bundle.artifacts]
     paths = [bundle.folder / "evaluation" / "images.zip"]
     if run_folder is not None and Run(run_folder).weights.exists():
         paths.append(Run(run_folder).weights)
@@ -235,18 +235,18 @@ def filled(row: Row, one: Measured, evaluation: Evaluation, *, floor: float) -> 
             )
             if row.precision == "int8":
                 same = round(figures["agreement_fp32"] * len(one.logits) / 100)
-                figures["faithful"] = fidelity(same, len(one.logits))["interval"][0] >= floor
+                figures["faithful"] = fidelity(same, len(one.logits)).holds(floor)
     figures |= {"status": "measured" if failed is None else "failed", "reason": failed}
     return Row.model_validate({**dict(row), **figures})
 
 
 def golden_notes(bundle: Bundle) -> list[str]:
     """Check that this machine prepares images as training did, and that its FP32 student answers as exported."""
-    artifact = next((one for one in bundle.artifacts if one["format"] == "onnx" and one["precision"] == "fp32"), None)
+    artifact = next((one for one in bundle.artifacts if one.format == "onnx" and one.precision == "fp32"), None)
     if artifact is None:
         return []
     try:
-        runner = OnnxRunner(bundle.folder / artifact["file"], threads=1, name=artifact["name"])
+        runner = OnnxRunner(bundle.folder / artifact.file, threads=1, name=artifact.name)
         check_golden(bundle, runner, precision="fp32")
         notes = opencv_notes(bundle, runner)
         runner.close()

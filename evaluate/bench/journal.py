@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +22,9 @@ from numpy.typing import NDArray
 
 from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate.report.schema import Machine
-from prgkit.storage.atomic import fingerprint, sha256, write_bytes, write_text
+from prgkit.storage.atomic import fingerprint, sha256, write_bytes
+from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
-from prgkit.storage.run import append_line, numbered_lines
 
 SITTING_S = 600.0
 # What describes the machine and does not change while a bench is under way.
@@ -56,12 +55,13 @@ class BenchJournal:
         if folder is None:
             return
         now, made_from = time.time(), fingerprint(conditions)
-        before = read_records(folder / "journal.jsonl")
+        self.file = Journal(folder / "journal.jsonl", Record)
+        before = read_records(self.file.path)
         if any("kind" in record and not record["kind"].endswith("failed") for record in before):  # measured something
             age_s = now - max(record["at"] for record in before)
             if before[0].get("conditions") == made_from and 0 <= age_s <= SITTING_S:
                 self.records = before
-                write_text(folder / "journal.jsonl", "".join(json.dumps(record) + "\n" for record in before))
+                self.file.replace(before)
                 self.notes.append(self.resumed(age_s))
             else:
                 self.notes.append(self.set_aside(before))
@@ -107,7 +107,7 @@ class BenchJournal:
         assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         self.records.append({"at": time.time(), **record})
-        append_line(self.folder / "journal.jsonl", self.records[-1])
+        self.file.append(self.records[-1])
 
     def resumed(self, age_s: float) -> str:
         """Say what this bench goes on from."""
@@ -161,7 +161,7 @@ def open_journal(folder: Path, made_from: Any, note: Callable[[str], None]) -> I
 def read_records(path: Path) -> list[Record]:
     """Return the records up to the first damaged line: what came after it belongs to an order that is lost."""
     records: list[Record] = []
-    for _, record in numbered_lines(path) if path.exists() else ():
+    for _, record in Journal(path, Record).lines():
         if record is None or not isinstance(record.get("at"), float):
             break
         records.append(record)

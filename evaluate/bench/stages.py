@@ -5,7 +5,7 @@ A GPU has one more: compute, its own time for the network, without the copies to
 
 from __future__ import annotations
 
-from prgkit.data.index import load_image
+from prgkit.data.preprocessing import load_image
 from prgkit.errors import PrgkitError
 from prgkit.evaluate.bench import latency
 from prgkit.evaluate.bench.latency import EncodedImages, Measured

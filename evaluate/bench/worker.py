@@ -235,7 +235,7 @@ class Resident:
 
     def take_images(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> list[str]:
         """Keep the images, encoded and decoded, and what prepares them; return the stages that can be measured."""
-        from prgkit.data.index import Preprocessing, load_image
+        from prgkit.data.preprocessing import Preprocessing, load_image
 
         self.prepare = Preprocessing.from_dict(preprocessing).prepare
         self.load = load_image
@@ -298,8 +298,8 @@ def opener(spec: Spec) -> Callable[[], Runner]:
             torch.set_num_threads(spec["threads"])
             student = load_student(Run(path))
             if vectors := spec.get("class_vectors"):
-                student.score_by(torch.from_numpy(read_array(Path(vectors))), spec["logit_scale"])
-            module = student.deployed()
+                student.use_class_vectors(torch.from_numpy(read_array(Path(vectors))), spec["logit_scale"])
+            module = student.inference_model()
             if spec.get("compiled"):
                 module = base.compiled(module, student.preprocessing.image_size)
             return base.TorchRunner(module, spec["device"])

@@ -77,7 +77,7 @@ def judge_novel(run: Run, recipe: Recipe, images: ImageIndex, novel: Novel, prog
     top1_student = None
     if any(objective.aligns_features for objective in recipe.objective):
         student = load_student(run)
-        student.score_by(teacher.classifier.class_vectors(), teacher.classifier.logit_scale)
+        student.use_class_vectors(teacher.classifier.class_vectors(), teacher.classifier.logit_scale)
         student = student.to(best_device())
         views = evaluation_views(images, student.preprocessing, novel.positions, workers=recipe.training.workers)
         top1_student = top1(student_logits(student, views), novel.labels)

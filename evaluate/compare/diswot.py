@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from prgkit.config.image_size import sides, size_told
-from prgkit.config.recipe import Recipe, StudentConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import StudentConfig
 from prgkit.data.augment import evaluation_views
 from prgkit.device import best_device, seed_everything
 from prgkit.evaluate.compare.aggregate import spread_of, spread_text

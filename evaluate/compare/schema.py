@@ -19,6 +19,7 @@ from prgkit.evaluate.report.schema import (
     TeacherScores,
     Throughput,
 )
+from prgkit.storage.run_card import BestEpoch
 
 TRIAL_SCHEMA: Literal["prgkit.trial/1"] = "prgkit.trial/1"
 COMPARE_SCHEMA: Literal["prgkit.compare/2"] = "prgkit.compare/2"
@@ -28,13 +29,6 @@ DEVICES_SCHEMA: Literal["prgkit.comparison/2"] = "prgkit.comparison/2"
 
 Of = Literal["top1", "agreement_teacher"]
 Config = dict[str, JsonValue]
-
-
-class SelectedCheckpoint(Model):
-    """The checkpoint that is judged: the best one by agreement with the teacher on held-out images, no label seen."""
-
-    epoch: int
-    agreement: float
 
 
 class JudgedImages(Model):
@@ -76,7 +70,7 @@ class TrialResult(Model):
     epochs: int
     images: int = Field(description="How many images it learned from.")
     images_per_s: float = Field(description="While training.")
-    selected: SelectedCheckpoint
+    selected: BestEpoch = Field(description="By agreement with the teacher on held-out images: no label is seen.")
     evaluation: JudgedImages
     teacher: TrialTeacher
     top1: float | None

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import Recipe, validate
 from prgkit.data.augment import evaluation_views
-from prgkit.data.index import ImageIndex, labelled, read_image_index
-from prgkit.data.snapshot import members_of
+from prgkit.data.index import ImageIndex, read_image_index, select_labelled
+from prgkit.data.snapshot import load_snapshot
 from prgkit.device import best_device
 from prgkit.errors import ImagesError, PrgkitError, RecipeError, RunError, nearest
 from prgkit.evaluate.compare.aggregate import aggregate, write_comparison
@@ -201,7 +201,7 @@ def compare(
                 failed.append(FailedTrial(trial=trial.name, reason=str(error)))
                 continue
             watching = ProgressOnly(progress)
-            if (members := members_of(run)) is not None and members.images != split.training_keys:
+            if (snapshot := load_snapshot(run)) is not None and snapshot.keys != split.training_keys:
                 raise changed(folder)
             result = judge(run, trial, split, progress)
             write_json(trial.file(out), result.model_dump(mode="json"))
@@ -272,16 +272,16 @@ class EvalSplit:
     def of(cls, recipe: Recipe, targets_root: Path, progress: Progress, *, base_to_novel: bool = False) -> EvalSplit:
         """Read all of them: no device has to carry them here."""
         seen = existing_targets(recipe, targets_root) or ()
-        learned = read_image_index(recipe.data.images, recipe, progress, known=seen)
+        learned = read_image_index(recipe.data.image_spec, progress, known=seen)
         origin, keys = fingerprint(learned.keys), frozenset(learned.keys)
-        if recipe.data.labelled:
-            few = read_image_index(recipe.data.labelled, recipe, progress, known=seen, grey=learned.images.grey)
-            few, truth = labelled(few, recipe.classes, note=progress.note)
+        if spec := recipe.data.labelled_spec:
+            few = read_image_index(spec, progress, known=seen, grey=learned.source.grey)
+            few, truth = select_labelled(few, recipe.classes, note=progress.note)
             origin = fingerprint([origin, few.keys, truth.tolist()])
-        if not recipe.data.evaluation:
+        if not (spec := recipe.data.evaluation_spec):
             return cls(learned, hold_out(learned.keys, recipe.data.held_out), None, origin, keys)
-        images = read_image_index(recipe.data.evaluation, recipe, progress, known=seen, grey=learned.images.grey)
-        images, labels = labelled(images, recipe.classes, note=progress.note)
+        images = read_image_index(spec, progress, known=seen, grey=learned.source.grey)
+        images, labels = select_labelled(images, recipe.classes, note=progress.note)
         places = np.arange(len(images))
         if not base_to_novel:
             return cls(images, places, labels, origin, keys)
@@ -290,7 +290,7 @@ class EvalSplit:
         if taught.all() or not taught.any():
             raise ImagesError(
                 f"all evaluation images are of the {'first' if taught.all() else 'second'} half of the classes",
-                where=images.images.spec,
+                where=images.source.spec,
                 fix="name images of both halves as data.evaluation",
             )
         novel = Novel(names, places[~taught], labels[~taught] - len(base))
@@ -308,6 +308,8 @@ class EvalSplit:
 def judge(run: Run, trial: Trial, split: EvalSplit, progress: Progress) -> TrialResult:
     """Return what a finished trial came to: shares in percent, and every answer."""
     recipe, card, labels = trial.recipe, run.card, split.labels
+    assert card.best is not None  # the run is finished
+    assert card.images_per_s is not None
     teacher = teacher_answers(run, recipe, split.images, split.positions, progress)
     student = load_student(run).to(best_device())
     views = evaluation_views(split.images, student.preprocessing, split.positions, workers=recipe.training.workers)
@@ -323,10 +325,10 @@ def judge(run: Run, trial: Trial, split: EvalSplit, progress: Progress) -> Trial
         objective=[objective.model_dump(mode="json") for objective in recipe.objective],
         seed=recipe.training.seed,
         epochs=recipe.training.epochs,
-        images=card["images"]["used"],
-        images_per_s=card["images_per_s"],
-        selected=card["best"],
-        evaluation=JudgedImages(source=split.images.images.spec, images=len(split.positions), digest=split.digest),
+        images=run.image_facts.used,
+        images_per_s=card.images_per_s,
+        selected=card.best,
+        evaluation=JudgedImages(source=split.images.source.spec, images=len(split.positions), digest=split.digest),
         teacher=TrialTeacher(
             model=recipe.teacher_name,
             top1=None if labels is None else top1(teacher.logits, labels),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from prgkit.evaluate.report.schema import (
     ArtifactKey,
@@ -173,17 +172,3 @@ def evaluated_on(evaluation: EvaluationImages) -> str:
     """Return what the quality was measured on."""
     kind = "labelled images" if evaluation.labelled else "images without labels"
     return f"{evaluation.images:,} {kind} held out of training"
-
-
-def audit_so_far(found: dict[str, Any]) -> str:
-    """Return what an audit holds and says so far, for the terminal."""
-    teacher = found["teacher"]
-    if teacher is None:
-        return (
-            f"{found['images']:,} of {found['drawn_from']:,} images to tick in a browser; put the ticks.csv that it "
-            f"saves in the place of {found['ticks']}, then: prgkit bench"
-        )
-    return (
-        f"{found['ticked']:,} of {found['images']:,} ticked; the teacher is right on {percent(teacher['top1'])} of "
-        f"them (95 % interval {interval(teacher['top1_interval'])} %)"
-    )

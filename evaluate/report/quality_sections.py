@@ -9,7 +9,8 @@ from prgkit.evaluate.report.formatting import NONE, evaluated_on, interval, mode
 from prgkit.evaluate.report.plots import charts
 from prgkit.evaluate.report.schema import ClassShare, Epoch, PerClass, Report, TickedRow, TickedShare
 from prgkit.evaluate.report.sections import Cell, Column, Section, TableRow, table_row
-from prgkit.training import statistics
+from prgkit.training.statistics import summarise
+from prgkit.training.statistics_schema import Statistics
 
 SHOWN_AT_ONCE = 20  # so many classes are shown whole; of more, the worst and a few of the best
 WORST, BEST = 12, 4
@@ -163,18 +164,18 @@ def ticked_share(share: TickedShare | TickedRow) -> str:
 
 def pseudo_labels(report: Report) -> Section | None:
     """Return how far the teacher's pseudo-labels could be trusted before training, where the run is at hand."""
-    quality = report.pseudo_labels
-    if not quality:
+    if not report.pseudo_labels:
         return None
-    confidence, balance = quality["confidence"]["histogram"], quality["balance"]
+    statistics = Statistics.model_validate(report.pseudo_labels)
+    confidence, balance = statistics.confidence.histogram, statistics.balance
     return Section(
         "The teacher's answers",
-        f"Of the {quality['images']:,} unlabelled images, known before the first epoch. No label is involved.",
+        f"Of the {statistics.images:,} unlabelled images, known before the first epoch. No label is involved.",
         plots=(
             charts.histogram(confidence, name="probability of the teacher's answer", title="Confidence"),
-            charts.class_sizes(balance["counts"], uniform=balance["uniform"]),
+            charts.class_sizes(balance.counts, uniform=balance.uniform),
         ),
-        facts=tuple(statistics.summary(quality)),
+        facts=tuple(summarise(statistics)),
         page_only=True,
     )
 

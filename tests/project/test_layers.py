@@ -20,12 +20,12 @@ LAYERS = [
     {"prgkit.objectives"},
     {"prgkit.student"},
     {"prgkit.training"},
-    {"prgkit.export.runtimes"},
     {"prgkit.export.bundle"},
+    {"prgkit.export.runtimes"},
     {"prgkit.export.formats", "prgkit.export.int8"},
     {"prgkit.export"},
-    {"prgkit.evaluate"},
     {"prgkit.evaluate.report", "prgkit.evaluate.report.plots"},
+    {"prgkit.evaluate"},
     {"prgkit.evaluate.accuracy"},
     {"prgkit.evaluate.bench"},
     {"prgkit.evaluate.compare"},
@@ -34,8 +34,8 @@ LAYERS = [
 ]
 # One owner for each heavy dependency: a folder, or a module where one is enough.
 OWNERS = {
-    "open_clip": {"prgkit.config.prompts", "prgkit.teacher.clip"},
-    "timm": {"prgkit.student.model"},
+    "open_clip": {"prgkit.config.prompts", "prgkit.teacher"},
+    "timm": {"prgkit.student", "prgkit.training"},
     "click": {"prgkit.cli"},
     "yaml": {"prgkit.config.yaml_io"},
     "jinja2": {"prgkit.evaluate.report.html"},

@@ -13,9 +13,10 @@ from prgkit.storage.atomic import readable_bytes
 
 if TYPE_CHECKING:
     from prgkit.config.recipe import Recipe
+    from prgkit.export.bundle.manifest import Artifact, Manifest
 
 
-def pack_bundle(session: Session, bundle: Path, manifest: dict[str, Any], *, asked: bool) -> dict[str, Any]:
+def pack_bundle(session: Session, bundle: Path, manifest: Manifest, *, asked: bool) -> dict[str, Any]:
     """Pack a bundle and say what was left out; where it was not asked for, say of an older archive that it is one."""
     from prgkit.export.bundle.archive import archive_of, is_packed_bundle, left_out, pack
 
@@ -29,27 +30,27 @@ def pack_bundle(session: Session, bundle: Path, manifest: dict[str, Any], *, ask
     return {"zip": str(archive), "zip_bytes": archive.stat().st_size}
 
 
-def tell_bundle(session: Session, bundle: Path, manifest: dict[str, Any], *, packs: bool) -> dict[str, Any]:
+def tell_bundle(session: Session, bundle: Path, manifest: Manifest, *, packs: bool) -> dict[str, Any]:
     """Pack a bundle if that was asked for, and say what is in it."""
     packed = pack_bundle(session, bundle, manifest, asked=packs)
-    for artifact in manifest["artifacts"]:
-        size_mib = artifact["bytes"] / 2**20
-        session.terminal.say(f"  {artifact['file']:<34} {size_mib:7.1f} MiB  {checked(artifact)}".rstrip())
+    for artifact in manifest.artifacts:
+        size_mib = artifact.bytes / 2**20
+        session.terminal.say(f"  {artifact.file:<34} {size_mib:7.1f} MiB  {checked(artifact)}".rstrip())
     if packed:
         session.terminal.say((packed["zip"], "bold"), f" ({readable_bytes(packed['zip_bytes'])}) is ready to travel")
     else:
         session.terminal.say((str(bundle), "bold"), " is ready to travel")
-    return {"bundle": str(bundle), **packed, **manifest}
+    return {"bundle": str(bundle), **packed, **manifest.to_json()}
 
 
-def checked(artifact: dict[str, Any]) -> str:
+def checked(artifact: Artifact) -> str:
     """Say how an artifact was checked."""
-    parity = artifact["parity"]
+    parity = artifact.parity
     if not parity:
-        return artifact["note"] or ""
+        return artifact.note or ""
     return (
-        f"max difference {parity['max_abs_difference']:.1e}, same answer on {parity['top1_agreement']:.4g} % "
-        f"of {parity['images']} images"
+        f"max difference {parity.max_abs_difference:.1e}, same answer on {parity.top1_agreement:.4g} % "
+        f"of {parity.images} images"
     )
 
 
@@ -87,13 +88,13 @@ def keep_house(session: Session, root: Path, *, prune: bool, rehearse: bool) -> 
 
     rows = stores.prune(root, rehearse=rehearse) if prune else stores.list_stores(root)
     if rows:
-        session.terminal.listing(stores.told(rows))
+        session.terminal.listing(stores.describe_stores(rows))
     if prune:
-        freed = readable_bytes(sum(row["bytes"] for row in rows))
+        freed = readable_bytes(sum(row.bytes for row in rows))
         session.terminal.say(f"{freed} would be freed" if rehearse else f"{freed} freed")
     elif not rows:
         session.terminal.say(f"there is no target store in {root}")
-    return {"freed" if prune else "stores": rows}
+    return {"freed" if prune else "stores": [row.model_dump(mode="json") for row in rows]}
 
 
 def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path) -> dict[str, Any]:
@@ -104,8 +105,8 @@ def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path)
     from prgkit.training.dry_run import estimate
 
     expected = estimate(recipe, folder, targets_root, session.terminal)
-    session.terminal.listing({"run": str(folder), **expected["told"]})
-    return {"run": str(folder), **expected}
+    session.terminal.listing({"run": str(folder), **expected.told})
+    return {"run": str(folder), **expected.model_dump(mode="json")}
 
 
 def adapt_teacher(session: Session, recipe: Recipe, path: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -115,9 +116,9 @@ def adapt_teacher(session: Session, recipe: Recipe, path: Path, given: dict[str,
     session.asked = {**asked, "overrides": (*asked["overrides"], use)}
     if not session.leads:  # the context has one writer
         return {}
-    from prgkit.teacher.prompt_tuning import adapt, told
+    from prgkit.teacher.prompt_tuning import describe_tuning, tune_prompt
 
-    found = adapt(recipe, path, given["targets_root"], shots=given["shots"], progress=session.terminal)
-    session.terminal.say((str(path), "bold"), f": {told(found)}")
+    report = tune_prompt(recipe, path, given["targets_root"], shots=given["shots"], progress=session.terminal)
+    session.terminal.say((str(path), "bold"), f": {describe_tuning(report)}")
     session.terminal.say("to use it: ", (f"--set teacher.context={shlex.quote(str(path))}", "bold"))
-    return found
+    return report.model_dump(mode="json")

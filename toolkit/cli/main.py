@@ -64,18 +64,19 @@ def distill(session: Session, /, **given: Any) -> dict[str, Any]:
         from prgkit.training.distill import distill as work
     run = work(recipe, folder, given["targets_root"], session.terminal)
     session.folder = run.folder
-    card = run.card
-    best, images = card["best"], card["images"]
-    skipped = f", {len(images['unreadable'])} unreadable" if images["unreadable"] else ""
-    copies = f", {images['duplicates']} duplicates" if images["duplicates"] else ""
+    card, images = run.card, run.image_facts
+    assert card.best is not None
+    assert card.images_per_s is not None
+    skipped = f", {len(images.unreadable)} unreadable" if images.unreadable else ""
+    copies = f", {images.duplicates} duplicates" if images.duplicates else ""
     session.terminal.say(
         (str(run.folder), "bold"),
-        f": {card['student']['model']} agrees with its teacher on ",
-        (f"{best['agreement']:.1f} %", "bold"),
-        f" of the held-out images (epoch {best['epoch']} of {recipe.training.epochs}; "
-        f"{images['used']:,} images{skipped}{copies}; {card['images_per_s']:,.0f} img/s)",
+        f": {run.student_facts.model} agrees with its teacher on ",
+        (f"{card.best.agreement:.1f} %", "bold"),
+        f" of the held-out images (epoch {card.best.epoch} of {recipe.training.epochs}; "
+        f"{images.used:,} images{skipped}{copies}; {card.images_per_s:,.0f} img/s)",
     )
-    return {"run": str(run.folder), **card}
+    return {"run": str(run.folder), **card.to_json()}
 
 
 @cli.command(short_help="Turn the student into ONNX and TensorRT.")
@@ -220,7 +221,12 @@ def targets(session: Session, /, *, listed: bool, prune: bool, **given: Any) -> 
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     for store, size in zip(folders, sizes, strict=True):
         session.terminal.say((str(store), "bold"), f": {len(dataset.image_index):,} images, {size / 2**20:,.1f} MiB")
-    return {"targets": dataset.store.facts()["targets"], "images": len(dataset.image_index), "bytes": sum(sizes)}
+    stores = [str(folder) for folder in folders]
+    return {
+        "targets": stores[0] if len(stores) == 1 else stores,
+        "images": len(dataset.image_index),
+        "bytes": sum(sizes),
+    }
 
 
 @cli.command("adapt-teacher", short_help="Fit the teacher to your images by a few labels.")
@@ -260,10 +266,10 @@ def audit(session: Session, /, count: int | None, **given: Any) -> dict[str, Any
         if not session.leads:  # the sheet has one writer
             return {}
         from prgkit.annotation.audit import audit as work
-        from prgkit.evaluate.report.formatting import audit_so_far
-    found = work(recipe, folder, given["targets_root"], count=count, progress=session.terminal)
-    session.terminal.say((found["sheet"], "bold"), f": {audit_so_far(found)}")
-    return found
+        from prgkit.annotation.audit import describe_audit
+    report = work(recipe, folder, given["targets_root"], count=count, progress=session.terminal)
+    session.terminal.say((report.sheet, "bold"), f": {describe_audit(report)}")
+    return report.model_dump(mode="json")
 
 
 @cli.command(short_help="Set objectives and students against each other.")
@@ -317,10 +323,10 @@ def recipes(session: Session, show: str | None, objectives: bool, as_json: bool)
     """List the recipes that are shipped, or print one to copy."""
     from prgkit.config.objectives import objective_lines
     from prgkit.config.recipe import find_recipe, shipped_recipes, summary_line
-    from prgkit.config.yaml_io import read_page
+    from prgkit.config.yaml_io import read_recipe_text
 
     if show:
-        page = read_page(find_recipe(show))
+        page = read_recipe_text(find_recipe(show))
         session.terminal.verbatim(page)
         return {show: page}
     named = {name: summary_line(path) for name, path in shipped_recipes().items()}

@@ -58,3 +58,8 @@ def evenness(text: str, delimiter: str, quoting: Literal[0, 3]) -> float:
         return 0.0
     widths = Counter(width for width in found if width > 1)
     return max(widths.values(), default=0) / max(1, len(found))
+
+
+def column_word(title: str) -> str:
+    """Return a column's title in small letters and digits alone, as titles are compared."""
+    return "".join(letter for letter in title.casefold() if letter.isalnum())

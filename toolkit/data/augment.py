@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from prgkit.config.image_size import Size, sides
-from prgkit.config.recipe import Views
-from prgkit.data.decode import UnreadableImage
-from prgkit.data.index import ENOUGH, ImageIndex, Preprocessing
-from prgkit.data.workers import default_workers, work_ahead
+from prgkit.config.sections import Views
+from prgkit.data.decode import REDUCED_SIDE, UnreadableImage
+from prgkit.data.index import ImageIndex
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ImagesError
+from prgkit.workers import default_workers, work_ahead
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,10 @@ class MultiViewDataset:
             if number == 0:  # the evaluation view
                 image = self.image_index.read(position)
                 into[place] = preprocessing.prepare(image)
-                picture = np.asarray(image) if min(image.size) < 2 * ENOUGH else None  # not reduced any further
+                picture = np.asarray(image) if min(image.size) < 2 * REDUCED_SIDE else None  # not reduced any further
                 continue
             if picture is None:
-                picture = self.image_index.read_enough(position)
+                picture = self.image_index.read_reduced(position)
             view = seeded_view(key, number, picture.shape[1], picture.shape[0], self.page)
             into[place] = render(picture, view, preprocessing.image_size, preprocessing.interpolation)
 
@@ -138,7 +139,7 @@ def make_dataloader(
     except UnreadableImage as error:
         raise ImagesError(
             f"{error.name} could be read before and no longer can: {error.reason}",
-            where=rendered.image_index.images.spec,
+            where=rendered.image_index.source.spec,
             fix="put it back, or start a new run without it",
         ) from error
 

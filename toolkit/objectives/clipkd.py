@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
 
 
 class CLIPKD(nn.Module):
@@ -26,9 +26,9 @@ class CLIPKD(nn.Module):
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``features`` and ``kl``, each a scalar."""
-        said = self.scale * teacher.features @ self.class_vectors.T  # s * I * V^T [B, C]
-        copied = F.mse_loss(F.normalize(student.features, dim=1), teacher.features)
+        teacher_logits = self.scale * teacher.features @ self.class_vectors.T  # s * I * V^T [B, C]
+        feature_loss = F.mse_loss(F.normalize(student.features, dim=1), teacher.features)
         return {
-            "features": self.config.feature_weight * copied,
-            "kl": self.config.kl_weight * soft_cross_entropy(student.logits, said),
+            "features": self.config.feature_weight * feature_loss,
+            "kl": self.config.kl_weight * kl_divergence(student.logits, teacher_logits),
         }

@@ -1,4 +1,4 @@
-"""CRD (Tian et al., ICLR 2020, arXiv 1910.10699): an image's teacher features, told apart from those of others."""
+"""CRD (Tian et al., ICLR 2020, arXiv 1910.10699): an image's teacher features against those of others."""
 
 from __future__ import annotations
 
@@ -42,24 +42,26 @@ class CRD(nn.Module):
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce`` and ``crd``, each a scalar."""
-        mine = F.normalize(self.student_head(student.features), dim=1)  # [B, width]
-        theirs = F.normalize(self.teacher_head(teacher.features), dim=1)  # [B, width]
+        student_embedding = F.normalize(self.student_head(student.features), dim=1)  # [B, width]
+        teacher_embedding = F.normalize(self.teacher_head(teacher.features), dim=1)  # [B, width]
         drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(int(self.step)))
         drawn = drawn[: self.config.negatives].to(self.labels.device)  # [K]
-        apart = (self.labels[drawn] != teacher.labels[:, None]) & (drawn != teacher.images[:, None])  # [B, K]
+        negative = (self.labels[drawn] != teacher.labels[:, None]) & (drawn != teacher.images[:, None])  # [B, K]
         if self.step >= self.steps_per_epoch:  # a row that no epoch has filled is an image that none will
-            apart &= self.labels[drawn] >= 0
+            negative &= self.labels[drawn] >= 0
         contrast = sum(
-            self.nce(anchor, bank, teacher.images, drawn, apart, side)
-            for side, (anchor, bank) in enumerate(((mine, self.teacher_bank), (theirs, self.student_bank)))
+            self.nce(anchor, bank, teacher.images, drawn, negative, side)
+            for side, (anchor, bank) in enumerate(
+                ((student_embedding, self.teacher_bank), (teacher_embedding, self.student_bank))
+            )
         )
-        self.remember(mine.detach(), theirs.detach(), teacher)
+        self.update_banks(student_embedding.detach(), teacher_embedding.detach(), teacher)
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),
             "crd": self.config.crd_weight * torch.as_tensor(contrast),
         }
 
-    def nce(self, anchor: Tensor, bank: Tensor, images: Tensor, drawn: Tensor, apart: Tensor, side: int) -> Tensor:
+    def nce(self, anchor: Tensor, bank: Tensor, images: Tensor, drawn: Tensor, negative: Tensor, side: int) -> Tensor:
         """Return the batch mean of -log P(own) - sum over negatives of log(1 - P(negative)): [B, width] -> scalar.
 
         P(v) = h / (h + K / N) with h = exp(<anchor, v> / T) / Z; Z makes h a density over the N images.
@@ -71,22 +73,22 @@ class CRD(nn.Module):
             if several_processes():
                 torch.distributed.all_reduce(self.partition[side])
                 self.partition[side] /= torch.distributed.get_world_size()
-        noise = apart.sum(dim=1).clamp(min=1).log() - math.log(len(bank))  # log(K / N) [B]
+        noise = negative.sum(dim=1).clamp(min=1).log() - math.log(len(bank))  # log(K / N) [B]
         own_odds = own - self.partition[side] - noise  # log of h / (K / N)
         odds = others - self.partition[side] - noise[:, None]
-        missed = F.softplus(odds).masked_fill(~apart, 0).sum(dim=1)  # -log(1 - P)
-        return (F.softplus(-own_odds) + missed).mean()
+        rejected = F.softplus(odds).masked_fill(~negative, 0).sum(dim=1)  # -log(1 - P)
+        return (F.softplus(-own_odds) + rejected).mean()
 
     @torch.no_grad()
-    def remember(self, mine: Tensor, theirs: Tensor, teacher: TeacherOutput) -> None:
+    def update_banks(self, student: Tensor, teacher: Tensor, seen: TeacherOutput) -> None:
         """Average the batch into both banks, over all processes."""
-        seen = [(teacher.images, teacher.labels, mine, theirs)]
+        batches = [(seen.images, seen.labels, student, teacher)]
         if several_processes():
             everyone: list[tuple[Tensor, ...] | None] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everyone, tuple(part.cpu() for part in seen[0]))
-            seen = [tuple(part.to(mine.device) for part in one) for one in everyone if one]  # type: ignore[misc]
-        for images, labels, student, taught in seen:
-            for bank, new in ((self.student_bank, student), (self.teacher_bank, taught)):
+            torch.distributed.all_gather_object(everyone, tuple(part.cpu() for part in batches[0]))
+            batches = [tuple(part.to(student.device) for part in batch) for batch in everyone if batch]  # type: ignore[misc]
+        for images, labels, student_rows, teacher_rows in batches:
+            for bank, new in ((self.student_bank, student_rows), (self.teacher_bank, teacher_rows)):
                 bank[images] = F.normalize(
                     self.config.bank_momentum * bank[images] + (1 - self.config.bank_momentum) * new
                 )

@@ -25,10 +25,14 @@ class DIST(nn.Module):
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``inter`` (classes of an image) and ``intra`` (images of a class), scalars."""
         config = self.config
-        answer = (student.logits / config.temperature).softmax(dim=1)  # [B, C]
-        wanted = (teacher.logits / config.temperature).softmax(dim=1)  # [B, C]
+        student_probabilities = (student.logits / config.temperature).softmax(dim=1)  # [B, C]
+        teacher_probabilities = (teacher.logits / config.temperature).softmax(dim=1)  # [B, C]
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),
-            "inter": config.inter_weight * config.temperature**2 * (1 - pearson(answer, wanted)).mean(),
-            "intra": config.intra_weight * config.temperature**2 * (1 - pearson(answer.T, wanted.T)).mean(),
+            "inter": config.inter_weight
+            * config.temperature**2
+            * (1 - pearson(student_probabilities, teacher_probabilities)).mean(),
+            "intra": config.intra_weight
+            * config.temperature**2
+            * (1 - pearson(student_probabilities.T, teacher_probabilities.T)).mean(),
         }

@@ -27,19 +27,19 @@ class DKD(nn.Module):
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``tckd`` and ``nckd``, each a scalar."""
         self.steps += 1
-        grown = (self.steps / self.warmup_steps).clamp(max=1) if self.warmup_steps else 1.0
+        warmup = (self.steps / self.warmup_steps).clamp(max=1) if self.warmup_steps else 1.0
         target, others = decoupled(student.logits, teacher.logits, teacher.labels, self.config.temperature)
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),
-            "tckd": grown * self.config.alpha * target.mean(),
-            "nckd": grown * self.config.beta * others.mean(),
+            "tckd": warmup * self.config.alpha * target.mean(),
+            "nckd": warmup * self.config.beta * others.mean(),
         }
 
 
 def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return T^2 * KL between the binary shares of the label and of all else, and between the other classes: [B], [B].
 
-    With p the teacher's softened share of the label, the first plus (1 - p) times the second is KD's T^2 * KL.
+    With p the teacher's kl share of the label, the first plus (1 - p) times the second is KD's T^2 * KL.
     """
     label = F.one_hot(labels, teacher.shape[1]).bool()  # [B, C]
     target, others = [], []

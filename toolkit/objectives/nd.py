@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
 
 
 class ND(nn.Module):
@@ -26,11 +26,11 @@ class ND(nn.Module):
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``kl`` and ``nd``, each a scalar."""
         config = self.config
-        along = (student.features * self.class_means[teacher.labels]).sum(dim=1)  # <f, e_y> [B]
-        longer = student.features.norm(dim=1).maximum(teacher.features.norm(dim=1))  # [B]
-        softened = soft_cross_entropy(student.logits, teacher.logits, config.temperature)
+        dots = (student.features * self.class_means[teacher.labels]).sum(dim=1)  # <f, e_y> [B]
+        lengths = student.features.norm(dim=1).maximum(teacher.features.norm(dim=1))  # [B]
+        kl = kl_divergence(student.logits, teacher.logits, config.temperature)
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),
-            "kl": config.kl_weight * config.temperature**2 * softened,
-            "nd": config.nd_weight * (1 - along / longer).mean(),
+            "kl": config.kl_weight * config.temperature**2 * kl,
+            "nd": config.nd_weight * (1 - dots / lengths).mean(),
         }

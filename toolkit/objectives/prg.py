@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
 
 
 class PRG(nn.Module):
@@ -43,7 +43,7 @@ class PRG(nn.Module):
         student_edges = correlate(student_nodes, self.student_proxies[self.seen])  # E^s [B, seen classes]
 
         if self.config.supervision == "soft":
-            supervision = soft_cross_entropy(student.logits, teacher.logits)
+            supervision = kl_divergence(student.logits, teacher.logits)
         else:
             supervision = F.cross_entropy(student.logits, teacher.labels)
         if self.config.node_loss == "pearson":

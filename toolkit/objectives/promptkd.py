@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
 
 
 class PromptKD(nn.Module):
@@ -24,7 +24,7 @@ class PromptKD(nn.Module):
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss term ``kl``, a scalar."""
-        said = self.scale * teacher.features @ self.class_vectors.T  # s * I * V^T [B, C]
+        teacher_logits = self.scale * teacher.features @ self.class_vectors.T  # s * I * V^T [B, C]
         config = self.config
-        softened = soft_cross_entropy(student.logits, said, config.temperature)
-        return {"kl": config.kl_weight * config.temperature**2 * softened}
+        kl = kl_divergence(student.logits, teacher_logits, config.temperature)
+        return {"kl": config.kl_weight * config.temperature**2 * kl}

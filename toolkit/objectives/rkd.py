@@ -31,9 +31,9 @@ class RKD(nn.Module):
 
 def distances(features: Tensor) -> Tensor:
     """Return the Euclidean distances between rows [B, D], in units of their mean over all pairs: [B, B]."""
-    found = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    pairwise = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
     pairs = max(1, len(features) * (len(features) - 1))
-    return found / (found.sum() / pairs).clamp(min=1e-12)
+    return pairwise / (pairwise.sum() / pairs).clamp(min=1e-12)
 
 
 def angles(features: Tensor) -> Tensor:

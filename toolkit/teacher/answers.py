@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prgkit.config.recipe import Recipe, TeacherConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TeacherConfig
 from prgkit.data.index import ImageIndex
 from prgkit.device import best_device
 from prgkit.errors import ExportError
@@ -46,7 +47,7 @@ def teacher_answers(
         return load_teacher(config, best_device())
 
     targets = open_targets(recipe, run.target_stores[0].parent, teacher)
-    if targets.facts()["fingerprint"] != run.card["teacher"]["fingerprint"]:
+    if targets.facts().fingerprint != run.teacher_facts.fingerprint:
         raise ExportError(
             f"the teacher, or its learned context, is not the one that the student learned from: {recipe.teacher_name}",
             where=run.folder,

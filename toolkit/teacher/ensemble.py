@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prgkit.config.recipe import Recipe
+from prgkit.data.index import ImageIndex
 from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import fingerprint
-from prgkit.teacher.clip import teacher_identity
-from prgkit.teacher.feature_store import FeatureStore, Load, existing_store, open_store
+from prgkit.storage.run_card import TeacherFacts
+from prgkit.teacher.feature_store import FeatureStore, Load, embed, existing_store, open_store
 from prgkit.teacher.prompt_context import load_context
+from prgkit.teacher.weights import teacher_identity, weights_identity
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 
@@ -34,7 +36,7 @@ class TeacherEnsemble:
     """
 
     def __init__(self, stores: Sequence[FeatureStore]) -> None:
-        if len({_weights_of(store) for store in stores}) < len(stores):
+        if len({fingerprint(weights_identity(store.card.teacher)) for store in stores}) < len(stores):
             names = ", ".join(store.config.model for store in stores)
             raise TargetsError(
                 f"two of the recipe's teachers are the same: {names}", where="teacher", fix="name each teacher once"
@@ -79,17 +81,17 @@ class TeacherEnsemble:
         """Return each teacher's part of joint vectors [..., D]: w_k times its own [..., D_k]."""
         return list(torch.split(vectors, [store.width for store in self.stores], dim=-1))
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> TeacherFacts:
         """Return what a run's card says of its teachers."""
         each = [store.facts() for store in self.stores]
-        return {
-            "model": " + ".join(store.config.name for store in self.stores),
-            "weights": None,
-            "fingerprint": fingerprint([one["fingerprint"] for one in each]),
-            "targets": [one["targets"] for one in each],
-            "width": self.width,
-            "logit_scale": self.logit_scale,
-        }
+        return TeacherFacts(
+            model=" + ".join(store.config.name for store in self.stores),
+            weights=None,
+            fingerprint=fingerprint([facts.fingerprint for facts in each]),
+            targets=tuple(str(store.folder) for store in self.stores),
+            width=self.width,
+            logit_scale=self.logit_scale,
+        )
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([weight * part for weight, part in zip(self._weights, parts, strict=True)], dim=-1)
@@ -131,10 +133,22 @@ def existing_targets(recipe: Recipe, root: Path) -> TeacherFeatures | None:
     return _as_one(stores) if len(stores) == len(found) else None
 
 
-def _weights_of(store: FeatureStore) -> str:
-    """Return what tells teachers apart: not how they compute."""
-    made_from = store.card["teacher"]
-    return fingerprint({key: made_from[key] for key in made_from.keys() - {"precision", "batch_size"}})
+def embed_by_all(
+    features: TeacherFeatures,
+    image_index: ImageIndex,
+    *,
+    views: NDArray[np.int64],
+    recipe: Recipe,
+    teacher: Load,
+    progress: Progress,
+) -> None:
+    """Have every teacher embed each image of ``image_index`` in its first ``views`` [images] views, where it has not.
+
+    Raises:
+        DiskFullError: before the work, or at a block; what is journalled stays.
+    """
+    for store in features.stores:
+        embed(store, image_index, views=views, recipe=recipe, teacher=teacher, progress=progress)
 
 
 def _as_one(stores: Sequence[FeatureStore]) -> TeacherFeatures:

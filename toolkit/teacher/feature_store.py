@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, JsonValue, NonNegativeInt
 
 from prgkit.config.prompts import fill
-from prgkit.config.recipe import Recipe, TeacherConfig, Views
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TeacherConfig, Views
 from prgkit.data.augment import MultiViewDataset, make_dataloader
-from prgkit.data.index import ImageIndex, Preprocessing
+from prgkit.data.index import ImageIndex
 from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import (
@@ -43,16 +44,38 @@ from prgkit.storage.atomic import (
     write_sealed,
     write_text,
 )
+from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
-from prgkit.storage.run import append_line, numbered_lines
-from prgkit.teacher.clip import Teacher, teacher_identity
+from prgkit.storage.run_card import TeacherFacts
+from prgkit.teacher.clip import Teacher
 from prgkit.teacher.prompt_context import load_context
+from prgkit.teacher.weights import teacher_identity
 
 BLOCK_IMAGES = 256  # what a kill can lose at most
 LOST_CARD = "delete it, and the same command writes it again; what the teacher has seen is kept"
-NOTHING: dict[str, Any] = {"row": 0, "keys": [], "digests": []}
 Load = Callable[[TeacherConfig], Teacher]
 UNKNOWN = ""  # stands for the images of a journal line that cannot be read
+
+
+class Block(BaseModel, strict=True):
+    """A line of the journal: images whose features lie one after the other in each view's file."""
+
+    row: NonNegativeInt  # of the first
+    keys: list[str]
+    digests: list[str]  # one a view
+
+
+class StoreCard(BaseModel, frozen=True):
+    """What a store's features are made from, and what the teacher says of them: its card.json."""
+
+    schema_version: Literal["prgkit.targets/2"] = Field("prgkit.targets/2", alias="schema")
+    teacher: dict[str, JsonValue]  # as `teacher_identity` has it
+    views: dict[str, JsonValue]
+    teacher_model: str
+    teacher_weights: str | None
+    width: int
+    logit_scale: float
+    preprocessing: dict[str, JsonValue]
 
 
 class FeatureStore:
@@ -62,35 +85,32 @@ class FeatureStore:
         self.folder = folder
         self.config = config
         self.context = load_context(config)
-        self.card = read_sealed(folder / "card.json", fix=LOST_CARD)
-        self.width: int = self.card["width"]
-        self.logit_scale: float = self.card["logit_scale"]
-        self.preprocessing = Preprocessing.from_dict(self.card["preprocessing"])
+        self.card = StoreCard.model_validate(read_sealed(folder / "card.json", fix=LOST_CARD))
+        self.width = self.card.width
+        self.logit_scale = self.card.logit_scale
         self._broken: list[tuple[str, list[str]]] = []  # where, and the keys of the images in it
         self._rows: dict[str, tuple[int, int]] = {}  # key -> (row, views)
         self._end = 0
         self._maps: dict[int, NDArray[np.float16]] = {}
-        self._journalled = 0  # lines taken in
+        self._journal = Journal(folder / "journal.jsonl", Block)
         self.refresh()
 
     def refresh(self) -> None:
         """Take in what has been journalled since, also by another process."""
-        lines = self._lines()
-        for number, block in lines[self._journalled :]:
+        for number, block in self._journal.new_lines():
             if block is None:
-                self._broken.append((f"{self._journal.name}, line {number}", [UNKNOWN]))
+                self._broken.append((f"{self._journal.path.name}, line {number}", [UNKNOWN]))
             else:
                 self._take_in(block)
-        self._journalled = len(lines)
 
     def mend(self) -> None:
         """Put an empty block in the place of each journal line that cannot be read: what it told of is lost, and named.
 
         The number of lines stays, since other processes count them. To be called by the holder of the store's lock.
         """
-        lines = self._lines()
+        lines = self._journal.lines()
         if any(block is None for _, block in lines):
-            write_text(self._journal, "".join(json.dumps(block or NOTHING) + "\n" for _, block in lines))
+            self._journal.replace(block or Block(row=0, keys=[], digests=[]) for _, block in lines)
         self._broken = [(place, keys) for place, keys in self._broken if UNKNOWN not in keys]
 
     @property
@@ -146,8 +166,7 @@ class FeatureStore:
                 file.write(content)
                 flush(file)
             digests.append(_digest(content))
-        append_line(self._journal, {"row": self._end, "keys": list(keys), "digests": digests})
-        self._journalled += 1
+        self._journal.append(Block(row=self._end, keys=list(keys), digests=digests))
         self._note(self._end, keys, len(features))
 
     def prompts(
@@ -181,29 +200,18 @@ class FeatureStore:
         write_bytes(self.folder / f"{stem}.{_digest(buffer.getvalue())}.npy", buffer.getvalue())
         return torch.from_numpy(embedded)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> TeacherFacts:
         """Return what a run's card says of its teacher."""
-        origin = self.card["teacher"]
-        return {
-            "model": self.card["teacher_model"],
-            "weights": self.card["teacher_weights"],
-            "fingerprint": fingerprint([origin, self.context.digest] if self.context else origin),
-            "targets": str(self.folder),
-            "width": self.width,
-            "logit_scale": self.logit_scale,
-            **({"context": self.context.digest} if self.context else {}),
-        }
-
-    @property
-    def _journal(self) -> Path:
-        return self.folder / "journal.jsonl"
-
-    def _lines(self) -> list[tuple[int, dict[str, Any] | None]]:
-        """Return the journal's lines with their numbers; None is one that is damaged."""
-        if not self._journal.exists():
-            return []
-        found = numbered_lines(self._journal)
-        return [(number, block if block and _is_block(block) else None) for number, block in found]
+        origin = self.card.teacher
+        return TeacherFacts(
+            model=self.card.teacher_model,
+            weights=self.card.teacher_weights,
+            fingerprint=fingerprint([origin, self.context.digest] if self.context else origin),
+            targets=(str(self.folder),),
+            width=self.width,
+            logit_scale=self.logit_scale,
+            context=self.context.digest if self.context else None,
+        )
 
     def _view_file(self, view: int) -> Path:
         return self.folder / f"view-{view:03d}.f16"
@@ -216,9 +224,9 @@ class FeatureStore:
             self._maps[view] = mapped(path, np.float16, (rows, self.width))
         return self._maps[view]
 
-    def _take_in(self, block: dict[str, Any]) -> None:
+    def _take_in(self, block: Block) -> None:
         """Take a journalled block in, if its content is what was journalled; else its images are embedded again."""
-        row, keys, digests = block["row"], block["keys"], block["digests"]
+        row, keys, digests = block.row, block.keys, block.digests
         size = len(keys) * self.width * 2
         for view, digest in enumerate(digests):
             path = self._view_file(view)
@@ -249,18 +257,16 @@ def open_store(config: TeacherConfig, views: Views, root: Path, teacher: Load) -
         return stored
     made_from = origin_of(config, views)
     folder = root / fingerprint(made_from)
-    seeing = teacher(config)
-    write_sealed(
-        folder / "card.json",
-        {
-            **made_from,
-            "teacher_model": config.model,
-            "teacher_weights": config.weights,
-            "width": seeing.width,
-            "logit_scale": seeing.logit_scale,
-            "preprocessing": seeing.preprocessing.to_dict(),
-        },
+    loaded = teacher(config)
+    card = StoreCard(
+        **made_from,
+        teacher_model=config.model,
+        teacher_weights=config.weights,
+        width=loaded.width,
+        logit_scale=loaded.logit_scale,
+        preprocessing=loaded.preprocessing.to_dict(),
     )
+    write_sealed(folder / "card.json", card.model_dump(mode="json", by_alias=True))
     return FeatureStore(folder, config)
 
 
@@ -274,15 +280,15 @@ def existing_store(config: TeacherConfig, views: Views, root: Path) -> FeatureSt
     folder = root / fingerprint(made_from)
     if not (folder / "card.json").exists():
         return None
-    targets = FeatureStore(folder, config)
-    if any(targets.card.get(key) != value for key, value in made_from.items()):
+    store = FeatureStore(folder, config)
+    if store.card.model_dump(mode="json", by_alias=True, include={"schema_version", "teacher", "views"}) != made_from:
         raise TargetsError(
             "the target store was made from something else than its name says", where=folder, fix="delete it"
         )
-    return targets
+    return store
 
 
-def origin_of(config: TeacherConfig, views: Views) -> dict[str, Any]:
+def origin_of(config: TeacherConfig, views: Views) -> dict[str, JsonValue]:
     """Return what decides a store's features, and so its name."""
     return {
         "schema": "prgkit.targets/2",
@@ -292,7 +298,7 @@ def origin_of(config: TeacherConfig, views: Views) -> dict[str, Any]:
 
 
 def embed(
-    targets: FeatureStore,
+    store: FeatureStore,
     image_index: ImageIndex,
     *,
     views: NDArray[np.int64],
@@ -300,34 +306,34 @@ def embed(
     teacher: Load,
     progress: Progress,
 ) -> None:
-    """Let the teacher see each image of ``image_index`` in its first ``views`` [images] views, where it has not yet.
+    """Have the teacher embed each image of ``image_index`` in its first ``views`` [images] views, where it has not.
 
     Raises:
         DiskFullError: before the work, or at a block; what is journalled stays.
     """
 
     def missing_now() -> NDArray[np.int64]:
-        stored = np.array([targets.stored_views(key) for key in image_index.keys])
+        stored = np.array([store.stored_views(key) for key in image_index.keys])
         return np.flatnonzero(stored < views)
 
     missing = missing_now()
     if not len(missing):
         return
-    require_space(targets.folder, int(views[missing].sum()) * targets.width * 2, "the target store")
-    # Two processes that want the same store mostly want the same images seen: the second goes on with what the first
-    # one stored, so waiting loses nothing, and being refused would only be tried again.
-    with locked(targets.folder, "target store", wait=progress.note):
-        targets.refresh()  # another process may have appended before the lock was ours
-        targets.mend()
+    require_space(store.folder, int(views[missing].sum()) * store.width * 2, "the target store")
+    # Two processes that want one store mostly want the same images embedded: the second goes on with what the first
+    # one stored, so waiting loses nothing.
+    with locked(store.folder, "target store", wait=progress.note):
+        store.refresh()  # another process may have appended before the lock was ours
+        store.mend()
         missing = missing_now()
         progress.start("teacher", len(missing), "img")
         for count in np.unique(views[missing]):
             chosen = missing[views[missing] == count]
-            _embed_views(targets, teacher(targets.config), image_index, chosen, int(count), recipe, progress)
+            _embed_views(store, teacher(store.config), image_index, chosen, int(count), recipe, progress)
 
 
 def _embed_views(
-    targets: FeatureStore,
+    store: FeatureStore,
     teacher: Teacher,
     image_index: ImageIndex,
     positions: NDArray[np.int64],
@@ -357,8 +363,8 @@ def _embed_views(
             waiting = waiting[size:]
         progress.advance(len(batch.positions))
         if last or (len(keys) >= BLOCK_IMAGES and not len(waiting)):
-            block = torch.cat(seen).view(-1, views, targets.width).transpose(0, 1)  # [views, images, D]
-            targets.append(keys, block.numpy())
+            block = torch.cat(seen).view(-1, views, store.width).transpose(0, 1)  # [views, images, D]
+            store.append(keys, block.numpy())
             keys, seen = [], []
 
 
@@ -366,14 +372,6 @@ def _embed_full(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
     """Embed a batch padded to the fixed size: features vary slightly with the size of the batch they are part of."""
     padding = pixels[-1:].expand(teacher.batch_size - len(pixels), -1, -1, -1)
     return teacher.embed_images(torch.cat([pixels, padding]))[: len(pixels)].cpu()
-
-
-def _is_block(block: dict[str, Any]) -> bool:
-    """Tell whether a journal line is one that `FeatureStore.append` wrote, as far as its form can tell."""
-    row, keys, digests = (block.get(key) for key in ("row", "keys", "digests"))
-    if not isinstance(row, int) or row < 0 or not isinstance(keys, list) or not isinstance(digests, list):
-        return False
-    return all(isinstance(word, str) for word in (*keys, *digests))
 
 
 def _is_whole(path: Path) -> bool:

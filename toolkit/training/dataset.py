@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prgkit.config.recipe import Training, Views
+from prgkit.config.sections import Training, Views
 from prgkit.data.augment import MultiViewDataset, make_dataloader
-from prgkit.data.index import (
-    ImageIndex,
-    Preprocessing,
-)
+from prgkit.data.index import ImageIndex
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.outputs import TeacherOutput
 from prgkit.storage.atomic import fingerprint
 from prgkit.teacher.ensemble import TeacherFeatures
 from prgkit.teacher.zero_shot import ZeroShotClassifier
 from prgkit.training.selection import images_an_epoch
+
+
+class Process(NamedTuple):
+    """One of the processes that train one student together."""
+
+    rank: int
+    world_size: int
 
 
 @dataclass(frozen=True)
@@ -83,37 +88,36 @@ class DistillationDataset:
 
 @dataclass(frozen=True)
 class LabelledDataset:
-    """Labelled images: the lesson's ``learned`` teach the first head, its ``held_out`` choose the vote."""
+    """A few labelled images: ``train_indices`` teach the first head, ``val_indices`` choose how the heads are mixed."""
 
     dataset: DistillationDataset
     labels: NDArray[np.int64]  # [images]
     first: int  # the number of the first one, after those without a label
 
-    def shown(
+    def batches(
         self,
         preprocessing: Preprocessing,
         config: Training,
         views: Views,
         steps: range,
-        process: int,
-        processes: int,
+        process: Process,
         stop: Sequence[int] = (),
     ) -> Iterator[tuple[Tensor, TeacherOutput]]:
-        """Yield pixels [n, S, S, 3] and the teacher's side, with the truth, of this process's share of each step.
+        """Yield pixels [n, S, S, 3] and the teacher's output, with true labels, of one process's part of each step.
 
-        A step has half as many of them as training.batch_size, or all there are; which ones is a function of the step.
+        A step has half as many labelled images as training.batch_size, or all there are; which ones is a function of
+        the step. With fewer images than processes, some processes share one.
         """
-        learned = self.dataset.train_indices
-        size = min(max(processes, config.batch_size // 2), len(learned))
-        drawn = (np.random.default_rng((config.seed, 1, step)).choice(learned, size, replace=False) for step in steps)
-        mine = (chosen[process % size :: processes] for chosen in drawn)  # with fewer images than processes some share
-        plan = (
-            [(int(position), [1 + step % views.count]) for position in part]
-            for step, part in zip(steps, mine, strict=True)
+        indices = self.dataset.train_indices
+        size = min(max(process.world_size, config.batch_size // 2), len(indices))
+        drawn = (np.random.default_rng((config.seed, 1, step)).choice(indices, size, replace=False) for step in steps)
+        items = (
+            [(int(position), [1 + step % views.count]) for position in batch[process.rank % size :: process.world_size]]
+            for step, batch in zip(steps, drawn, strict=True)
         )
         rendered = MultiViewDataset(self.dataset.image_index, preprocessing, views)
-        for batch in make_dataloader(rendered, plan, workers=config.workers, stop=stop):
+        for batch in make_dataloader(rendered, items, workers=config.workers, stop=stop):
             positions = batch.positions.numpy()
-            side = self.dataset.teacher_output(positions, batch.views[:, 0].numpy(), torch.device("cpu"))
+            teacher = self.dataset.teacher_output(positions, batch.views[:, 0].numpy(), torch.device("cpu"))
             truth = torch.from_numpy(self.labels[positions])
-            yield batch.pixels[:, 0], side._replace(images=side.images + self.first, truth=truth)
+            yield batch.pixels[:, 0], teacher._replace(images=teacher.images + self.first, truth=truth)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.config.recipe import Keep
+from prgkit.config.sections import Keep
 from prgkit.errors import TargetsError
 
 

@@ -14,12 +14,13 @@ from prgkit.config.recipe import (
     Recipe,
     find_recipe,
     load_recipe,
-    parse,
+    parse_yaml,
     save_recipe,
     shipped_recipes,
     validate,
 )
-from prgkit.data.index import ImagesError, open_images
+from prgkit.data.index import ImagesError
+from prgkit.data.sources import open_images
 from prgkit.errors import RecipeError
 
 PAGE = """
@@ -32,7 +33,7 @@ objective: {name: prg}
 
 def page(text: str) -> dict[str, Any]:
     """Return a page that is right, with some sections replaced."""
-    return {**parse(PAGE, where="test"), **parse(text, where="test")}
+    return {**parse_yaml(PAGE, where="test"), **parse_yaml(text, where="test")}
 
 
 def mistakes(text: str) -> str:
@@ -244,7 +245,7 @@ def test_a_mistake_is_told_with_its_path_and_what_is_right(text: str, told: str)
 )
 def test_broken_yaml_is_told_with_its_line(text: str, told: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        parse(text, where="x.yaml")
+        parse_yaml(text, where="x.yaml")
     assert str(caught.value).startswith(told)
 
 

@@ -335,10 +335,12 @@ def test_the_headline_says_what_is_kept_and_how_fast() -> None:
 
 def doubtful() -> dict[str, Any]:
     """Return the statistics of pseudo-labels that look like chance."""
+    flat = {"mean": 0.5, "histogram": [0, 10]}
     return {
         "doubts": ["nearly even odds for every class"],
         "images": 10,
-        "confidence": {"mean": 0.5, "histogram": [0, 10]},
+        "confidence": flat,
+        "margin": flat,
         "close_calls": 10,
         "balance": {
             "counts": [5, 5],
@@ -346,10 +348,11 @@ def doubtful() -> dict[str, Any]:
             "largest": {"class": "cat", "count": 5},
             "smallest": {"class": "dog", "count": 5},
             "unmatched": [],
+            "effective_classes": 2.0,
         },
         "confused": [],
-        "near_duplicates": {"images": 0},
-        "outliers": {"count": 0},
+        "near_duplicates": {"compared": 10, "images": 0, "pairs": []},
+        "outliers": {"count": 0, "floor": 0.5, "lowest": []},
         "templates": [{"template": "a {}", "agreement": 100.0}],
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.evaluate.bench.latency import Measured
 from prgkit.evaluate.bench.stages import golden_images, latency_stages, stage_images
 from prgkit.evaluate.bench.thread_sweep import thread_sweep

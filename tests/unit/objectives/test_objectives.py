@@ -1,15 +1,18 @@
 """PRG and its peers against numbers worked out by hand or by numpy."""
 
 import math
+import pkgutil
 import socket
+import typing
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from prgkit import objectives as losses
 from prgkit.config import objectives
-from prgkit.objectives import LOSSES, Objectives
+from prgkit.objectives import Objectives, build_loss
 from prgkit.objectives.ce import CE
 from prgkit.objectives.crd import CRD
 from prgkit.objectives.dho import DHO
@@ -256,13 +259,13 @@ def test_two_processes_hold_the_proxies_and_banks_of_one(tmp_path) -> None:  # t
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_every_objective_of_a_recipe_teaches_the_student_and_nothing_else(name: str) -> None:
     student, teacher = sides()
-    config = objectives.OBJECTIVES[name](name=name)  # type: ignore[call-arg]
+    config = objectives.OBJECTIVES[name](name=name)
     if config.learns_labels:
         student = student._replace(heads=(0.5 * student.logits, 2 * student.logits))
     if config.scores_by_text:
         student = student._replace(logits=F.normalize(student.features, dim=1) @ SPACE.class_vectors.T)
         student.logits.retain_grad()
-    objective = Objectives([config], SPACE)  # type: ignore[list-item]
+    objective = Objectives([config], SPACE)
     terms = objective(student, teacher)
     torch.stack(list(terms.values())).sum().backward()
     gradient = student.logits.grad
@@ -270,7 +273,15 @@ def test_every_objective_of_a_recipe_teaches_the_student_and_nothing_else(name: 
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
     assert (student.features.grad is not None) == objective.uses_features
-    assert sorted(LOSSES) == sorted(objectives.OBJECTIVES)
+
+
+def test_every_config_has_its_loss_and_every_loss_its_config() -> None:
+    assert sorted(module.name for module in pkgutil.iter_modules(losses.__path__)) == sorted(objectives.OBJECTIVES)
+    for name, config in objectives.OBJECTIVES.items():
+        loss = build_loss(config(name=name), SPACE)  # type: ignore[arg-type, call-arg]
+        assert type(loss).__name__ == config.__name__
+        assert typing.get_type_hints(type(loss).__init__)["config"] is config
+        assert isinstance(loss.uses_features, bool)
 
 
 def test_dkd_by_hand() -> None:
@@ -450,7 +461,7 @@ def test_crd_holds_no_image_against_another_with_its_pseudo_label() -> None:
 def test_class_vectors_are_shared(name: str, weight: float) -> None:
     vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     context = SPACE._replace(classes=2, width=2, class_vectors=vectors, logit_scale=2.0)
-    part = LOSSES[name](objectives.OBJECTIVES[name](name=name), context)  # type: ignore[call-arg]
+    part = build_loss(objectives.OBJECTIVES[name](name=name), context)
     teacher = TeacherOutput(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), ONE, ONE)  # 2 * <I, V> is 0 and 1.6
     shares = np.array([1, math.exp(1.6)]) / (1 + math.exp(1.6))
     terms = part(StudentOutput(torch.tensor([[3.0, 0.0]]), torch.zeros(1, 2)), teacher)

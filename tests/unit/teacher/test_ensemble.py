@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from prgkit.config.recipe import Recipe, save_recipe, validate
-from prgkit.data.index import index_images, open_images
+from prgkit.data.index import index_images
+from prgkit.data.sources import open_images
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RecipeError
 from prgkit.progress import NullProgress
@@ -27,7 +28,7 @@ from prgkit.training.distill import distill
 from prgkit.training.dry_run import estimate
 from prgkit.training.prepare import prepare
 from prgkit.training.pseudo_labels import labels_alone
-from prgkit.training.statistics import differing, disagreement
+from prgkit.training.statistics import measure_disagreement, summarise_disagreement
 
 IMAGES = 24
 TINY = {
@@ -187,9 +188,9 @@ def test_a_student_of_two_teachers_is_trained_judged_and_keeps_both_stores(
     recipe = recipe_for(place, digits(), tiny(place))
     progress = Noting()
     run = distill(recipe, Path("runs/two"), Path("targets"), progress)
-    card, found = run.card["teacher"], run.quality()
-    assert (card["model"], card["weights"]) == ("demo:digits + tiny", None)
-    assert sorted(row["runs"] for row in list_stores(Path("targets")) if row["teacher"]) == [["runs/two"]] * 2
+    card, found = run.teacher_facts, run.quality()
+    assert (card.model, card.weights) == ("demo:digits + tiny", None)
+    assert sorted(row.runs for row in list_stores(Path("targets")) if row.teacher) == [["runs/two"]] * 2
     assert found is not None
     assert [one["teacher"] for one in found["teachers"]["average"]] == ["demo:digits", "tiny"]
     assert 0 < found["teachers"]["differ"] <= 100
@@ -217,13 +218,13 @@ def test_a_rehearsal_tells_what_each_teacher_takes(
     monkeypatch.setattr("prgkit.training.dry_run.PROBE_SECONDS", 0.0)
     prepare(recipe_for(place, digits()), tmp_path, NullProgress())
     found = estimate(recipe_for(place, digits(), tiny(place)), tmp_path / "run", tmp_path, NullProgress())
-    seen, new = found["teachers"]
-    assert (seen["teacher"], seen["views_missing"], seen["targets_bytes"]) == ("demo:digits", 0, 0)
-    assert (new["teacher"], new["views_missing"], new["targets_bytes"]) == ("tiny", 2 * IMAGES, 2 * IMAGES * 12 * 2)
-    assert found["targets_bytes"] == new["targets_bytes"]
-    assert found["told"]["images"].endswith(f"{IMAGES} new to a teacher")
-    assert found["told"]["teacher"].startswith("demo:digits + tiny, 2 views an image, about ")
-    assert "tiny 0 s and 1.1 KiB)" in found["told"]["teacher"]
+    seen, new = found.teachers
+    assert (seen.teacher, seen.views_missing, seen.targets_bytes) == ("demo:digits", 0, 0)
+    assert (new.teacher, new.views_missing, new.targets_bytes) == ("tiny", 2 * IMAGES, 2 * IMAGES * 12 * 2)
+    assert found.targets_bytes == new.targets_bytes
+    assert found.told["images"].endswith(f"{IMAGES} new to a teacher")
+    assert found.told["teacher"].startswith("demo:digits + tiny, 2 views an image, about ")
+    assert "tiny 0 s and 1.1 KiB)" in found.told["teacher"]
 
 
 # What a recipe may say.
@@ -270,8 +271,10 @@ def test_the_same_teacher_under_two_names_is_refused(place: Path, tmp_path: Path
 
 def test_disagreement_is_counted_by_hand() -> None:
     alone = np.array([[0, 0, 1, 2, 1], [0, 1, 1, 1, 2], [0, 0, 1, 2, 1]])
-    found = disagreement(alone, np.array([0, 0, 1, 1, 1]), teachers=("a", "b", "c"), classes=("cat", "dog", "owl"))
-    assert found == {
+    found = measure_disagreement(
+        alone, np.array([0, 0, 1, 1, 1]), teachers=("a", "b", "c"), classes=("cat", "dog", "owl")
+    )
+    assert found.model_dump(mode="json", by_alias=True) == {
         "differ": 60.0,
         "pairs": [
             {"teachers": ["a", "b"], "differ": 60.0},
@@ -289,9 +292,9 @@ def test_disagreement_is_counted_by_hand() -> None:
             {"class": "cat", "contested": 1, "named": 2},
         ],
     }
-    assert differing(found) == [
+    assert summarise_disagreement(found) == [
         ("teachers", "they name different classes on 60.0 % of the images; with their average agree a on 80.0 %, b on 60.0 %, c on 80.0 %"),
         ("contested", "dog (3 of 4), owl (2 of 2), cat (1 of 2) of the images that a teacher gives to that class"),
     ]  # fmt: skip
-    same = disagreement(alone[[0, 2]], alone[0], teachers=("a", "c"), classes=("cat", "dog", "owl"))
-    assert (same["differ"], same["classes"], len(differing(same))) == (0.0, [], 1)
+    same = measure_disagreement(alone[[0, 2]], alone[0], teachers=("a", "c"), classes=("cat", "dog", "owl"))
+    assert (same.differ, same.classes, len(summarise_disagreement(same))) == (0.0, [], 1)

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from prgkit.config.recipe import Recipe, TargetsConfig, validate
+from prgkit.config.recipe import Recipe, validate
+from prgkit.config.sections import TargetsConfig
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RunError, TargetsError
 from prgkit.progress import NullProgress
 from prgkit.storage.run import Run, start_run
 from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.zero_shot import (
-    LogitAdjustment,
+    SavedAdjustment,
     ZeroShotClassifier,
     classifier_of,
     fit_adjustment,
@@ -116,7 +117,10 @@ def test_a_correction_is_half_way_at_half_strength_and_survives_its_file() -> No
     assert whole.temperature == 1.0
     assert mean_entropy(half.apply(logits), 1.0) == pytest.approx(0.3 * math.log(CLASSES), rel=1e-4)
     names = [f"class {number}" for number in range(CLASSES)]
-    again = LogitAdjustment.from_dict(json.loads(json.dumps(half.to_dict(names))), names)
+    saved = SavedAdjustment(
+        made_from="", confidence_sha256=None, temperature=half.temperature, log_prior=half.named(names)
+    )
+    again = SavedAdjustment.model_validate_json(saved.model_dump_json()).adjustment(names)
     assert torch.equal(again.apply(logits), half.apply(logits))
     assert not again.is_none
     assert no_adjustment(CLASSES).is_none
@@ -216,7 +220,8 @@ def test_the_images_that_are_kept_are_counted_and_told(photos: Path, tmp_path: P
     run, every = learn(photos, tmp_path / "all", notes)
     held_out = len(every.val_indices)
     assert notes.told[-1] == f"learning from {60 - held_out} of 60 images: {held_out} held out, none dropped"
-    assert run.card["learned"] == {
+    assert run.card.learned is not None
+    assert run.card.learned.model_dump() == {
         "images": 60 - held_out, "held_out": held_out, "dropped": 0, "an_epoch": 60 - held_out
     }  # fmt: skip
     assert not run.confidence_file.exists()
@@ -233,7 +238,7 @@ def test_the_images_that_are_kept_are_counted_and_told(photos: Path, tmp_path: P
         f"learning from {len(some.train_indices)} of 60 images: {held_out} held out, {dropped} below a confidence of "
         f"{threshold}"
     )
-    assert run.card["learned"]["dropped"] == dropped
+    assert getattr(run.card.learned, "dropped", None) == dropped
 
     _, weighted = learn(photos, tmp_path / "weighted", notes, keep={"weighted": True})
     assert weighted.sample_weights is not None
