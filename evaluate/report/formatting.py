@@ -89,8 +89,8 @@ def measured(report: Report) -> list[Row]:
 def row_name(row: ArtifactKey) -> str:
     """Return a row's name: the artifact, with its runtime and device where these are not ONNX Runtime and the CPU."""
     more = [RUNTIMES.get(row.backend, ""), "" if row.device == "cpu" else row.device]
-    told = ", ".join(filter(None, more))
-    return f"{row.artifact} ({told})" if told else row.artifact
+    where = ", ".join(filter(None, more))
+    return f"{row.artifact} ({where})" if where else row.artifact
 
 
 def row_key(row: ArtifactKey) -> tuple[str, str, str]:

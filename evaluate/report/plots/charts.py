@@ -38,11 +38,11 @@ def latency_bars(groups: Mapping[str, Sequence[Bar]]) -> Markup:
         for bar in bars:
             parts += draw_bar(bar, x, floor)
             floor += LINE
-    said = "; ".join(
+    description = "; ".join(
         f"{title}: " + ", ".join(f"{bar.label} {milliseconds(bar.latency_ms)} ms" for bar in bars)
         for title, bars in groups.items()
     )
-    return svg.drawing(bottom, parts, title="Latency by artifact and device", description=said)
+    return svg.drawing(bottom, parts, title="Latency by artifact and device", description=description)
 
 
 def draw_bar(bar: Bar, x: Axis, above: float) -> list[str]:
@@ -92,8 +92,8 @@ def class_shares(groups: Sequence[Sequence[Share]], *, left_out: int) -> Markup:
         for share in group:
             middle += ROW
             parts += draw_share(share, x, middle - ROW / 2 + 2)
-    said = ", ".join(f"{share.label} {share.student:.0f} %" for group in groups for share in group)
-    return svg.drawing(bottom, parts, title="Share by class", description=said)
+    description = ", ".join(f"{share.label} {share.student:.0f} %" for group in groups for share in group)
+    return svg.drawing(bottom, parts, title="Share by class", description=description)
 
 
 def class_key(x: Axis, *, teacher: bool) -> list[str]:
@@ -108,13 +108,13 @@ def draw_share(share: Share, x: Axis, middle: float) -> list[str]:
     """Return a class's name, marks, interval and number of images."""
     low, high = (x.at(value) for value in share.interval)
     ink, text_at = svg.colour(0), middle + FONT * 0.35
-    said = f"{share.label}: student {share.student:.1f} %"
-    said += "" if share.teacher is None else f", teacher {share.teacher:.1f} %"
+    title = f"{share.label}: student {share.student:.1f} %"
+    title += "" if share.teacher is None else f", teacher {share.teacher:.1f} %"
     return [
         svg.text(0, text_at, svg.shortened(share.label, NAME)),
         svg.line(low, middle, high, middle, stroke=ink, width=5, extra='opacity="0.4" stroke-linecap="round"'),
         *([] if share.teacher is None else [diamond(x.at(share.teacher), middle)]),
-        svg.circle(x.at(share.student), middle, radius=5, fill=ink, title=said),
+        svg.circle(x.at(share.student), middle, radius=5, fill=ink, title=title),
         svg.text(WIDTH, text_at, f"{share.images:,}", anchor="end", muted=True),
     ]
 

@@ -213,6 +213,7 @@ def test_the_page_is_well_formed_needs_nothing_else_and_escapes(tmp_path: Path) 
     reader.feed(html)
     assert "script" not in tags
     assert tags.count("svg") == 2
+    assert html.count("&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;") > 5  # it is shown, as text
     assert html.replace('xmlns="http://www.w3.org/2000/svg"', "").count("http") == 0
     assert "<script" not in (tmp_path / "comparison" / "comparison.md").read_text()
 

@@ -273,6 +273,23 @@ def test_what_came_from_outside_is_escaped_everywhere() -> None:
     assert EVIL in terminal(report)  # rich prints it as it is
 
 
+def test_a_class_named_like_a_script_is_shown_as_text() -> None:
+    name, shown = "<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"
+    report = made_up()
+    report["per_class"] = per_class.by_class("onnx-fp32", STUDENT, TEACHER, LABELS, (name, "dog", "hen")).model_dump()
+    picture = Picture(np.zeros((8, 8, 3), np.uint8), "sample", name, 50.0, "dog", 50.0, name)
+    html = page(report, samples=samples_of(report), pictures=[picture])
+    assert "script" not in read(html).tags
+    for start in (
+        f'<th scope="row">{shown}',
+        f"<b>{shown}</b>",
+        f'<td class="name" data-name="Taken for"><span>{shown}',
+    ):
+        assert start in html
+    assert re.search(f"<text [^>]*>{re.escape(shown[:12])}", html)  # in the chart, as far as there is room
+    assert "&lt;script>alert(1)&lt;/script>" in markdown(report)
+
+
 def test_brackets_in_names_are_text_in_the_terminal() -> None:
     report = made_up()
     report["rows"][0]["artifact"] = "[red]onnx[/nothing]"
