@@ -132,18 +132,15 @@ def interval(bounds: Interval | None, *, digits: int = 1) -> str:
 
 def interval_ms(bounds: Interval) -> str:
     """Return the bounds of a latency."""
-    return f"{milliseconds(bounds[0])}–{milliseconds(bounds[1])}"
-
-
-def milliseconds(value: float) -> str:
-    """Return a latency with three significant digits."""
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
-    return f"{value:,.{digits}f}"
+    return f"{ms(bounds[0])}–{ms(bounds[1])}"
 
 
 def ms(value: float | None) -> str:
-    """Return a latency, or a dash where there is none."""
-    return NONE if value is None else milliseconds(value)
+    """Return a latency with three significant digits, or a dash where there is none."""
+    if value is None:
+        return NONE
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:,.{digits}f}"
 
 
 def mib(value: float | None) -> str:
@@ -163,12 +160,11 @@ def best_throughput(row: Row) -> Throughput | None:
     return max(row.throughput, key=lambda entry: float(entry.images_per_s), default=None)
 
 
-def batches(report: Report) -> list[int]:
-    """Return every batch size that any row ran."""
-    return sorted({entry.batch for row in measured(report) for entry in row.throughput})
-
-
 def evaluated_on(evaluation: EvaluationImages) -> str:
     """Return what the quality was measured on."""
-    kind = "labelled images" if evaluation.labelled else "images without labels"
-    return f"{evaluation.images:,} {kind} held out of training"
+    return f"{images_text(evaluation)} held out of training"
+
+
+def images_text(evaluation: EvaluationImages) -> str:
+    """Return how many images there are, and of which kind."""
+    return f"{evaluation.images:,} {'labelled images' if evaluation.labelled else 'images without labels'}"

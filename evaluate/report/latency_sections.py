@@ -58,7 +58,7 @@ def latencies_ms(rows: Sequence[Row], samples: Samples) -> dict[str, list[float]
 
 def throughput(report: Report) -> Section | None:
     """Return the table of the batch sweep, if there was one."""
-    sizes = formatting.batches(report)
+    sizes = sorted({entry.batch for row in formatting.measured(report) for entry in row.throughput})
     if not sizes:
         return None
     rows = []

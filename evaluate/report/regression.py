@@ -95,7 +95,7 @@ def require_comparable(gate: Gate, machine: Machine, evaluation: EvaluationImage
             fix="keep a baseline for each machine; prgkit bench --merge shows the reports of several side by side",
         )
     if not same_images(gate.report.evaluation, evaluation):
-        before, now = images_text(gate.report.evaluation), images_text(evaluation)
+        before, now = formatting.images_text(gate.report.evaluation), formatting.images_text(evaluation)
         images = f"{before}, now {now}" if before != now else f"{before} each"
         raise BenchError(
             f"the baseline was measured on other evaluation images ({images})",
@@ -124,11 +124,6 @@ def same_images(old: EvaluationImages, new: EvaluationImages) -> bool:
     if None not in digests:
         return digests[0] == digests[1]
     return (old.images, old.labelled) == (new.images, new.labelled)
-
-
-def images_text(evaluation: EvaluationImages) -> str:
-    """Return how many images there are, and of which kind."""
-    return f"{evaluation.images:,} {'labelled images' if evaluation.labelled else 'images without labels'}"
 
 
 def against(report: Report, gate: Gate) -> BaselineComparison:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from prgkit.evaluate.report.formatting import milliseconds
+from prgkit.evaluate.report.formatting import ms
 from prgkit.evaluate.report.plots import svg
 from prgkit.evaluate.report.plots.svg import FONT, WIDTH, Axis
 
@@ -39,7 +39,7 @@ def latency_bars(groups: Mapping[str, Sequence[Bar]]) -> Markup:
             parts += draw_bar(bar, x, floor)
             floor += LINE
     description = "; ".join(
-        f"{title}: " + ", ".join(f"{bar.label} {milliseconds(bar.latency_ms)} ms" for bar in bars)
+        f"{title}: " + ", ".join(f"{bar.label} {ms(bar.latency_ms)} ms" for bar in bars)
         for title, bars in groups.items()
     )
     return svg.drawing(bottom, parts, title="Latency by artifact and device", description=description)
@@ -50,7 +50,7 @@ def draw_bar(bar: Bar, x: Axis, above: float) -> list[str]:
     ink, up = svg.colour(bar.colour), above + FONT + 6
     low, high = (x.at(value) for value in bar.interval_ms)
     middle, end = up + BAR / 2, x.at(bar.latency_ms)
-    value = f"{milliseconds(bar.latency_ms)} ms"
+    value = f"{ms(bar.latency_ms)} ms"
     return [
         svg.text(
             x.start_px, above + FONT, svg.shortened(bar.label, x.end_px - x.start_px - svg.text_width(value) - 12)

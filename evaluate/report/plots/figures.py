@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from prgkit.evaluate.report.formatting import milliseconds
+from prgkit.evaluate.report.formatting import ms
 from prgkit.evaluate.report.plots import svg
 from prgkit.evaluate.report.plots.svg import FONT, WIDTH, Axis
 
@@ -47,7 +47,7 @@ def accuracy_latency(points: Sequence[Point], *, score_name: str, reference: tup
     for point in points:
         parts += draw_point(point, x, y)
     parts += draw_labels(points, front, x, y, taken)
-    names = ", ".join(f"{point.label}: {point.score:.1f} at {milliseconds(point.latency_ms)} ms" for point in points)
+    names = ", ".join(f"{point.label}: {point.score:.1f} at {ms(point.latency_ms)} ms" for point in points)
     return svg.drawing(y.start_px, parts, title=f"{score_name} against latency", description=names)
 
 
@@ -103,7 +103,7 @@ def draw_point(point: Point, x: Axis, y: Axis) -> list[str]:
     if point.score_interval:
         ends = [y.at(value) for value in point.score_interval]
         parts.append(svg.line(across, ends[0], across, ends[1], stroke=ink, width=2, extra='opacity="0.45"'))
-    title = f"{point.label}: {point.score:.1f} at {milliseconds(point.latency_ms)} ms"
+    title = f"{point.label}: {point.score:.1f} at {ms(point.latency_ms)} ms"
     return [*parts, svg.circle(across, up, radius=5.5, fill=ink, title=title)]
 
 
@@ -170,7 +170,7 @@ def latency_distribution(series: Mapping[str, Sequence[float]]) -> Markup:
     parts = svg.horizontal_axis(x, bottom, "latency of one run, ms (bar height: square root of the count)", top=top)
     for index, (name, samples) in enumerate(series.items()):
         parts += draw_lane(name, np.asarray(samples), x, floor=top + lane * (index + 1), lane=lane, colour=index)
-    names = ", ".join(f"{name}: median {milliseconds(float(np.median(values)))} ms" for name, values in series.items())
+    names = ", ".join(f"{name}: median {ms(float(np.median(values)))} ms" for name, values in series.items())
     return svg.drawing(bottom, parts, title="Distribution of latency", description=names)
 
 
@@ -194,9 +194,9 @@ def draw_lane(name: str, samples: NDArray[np.float64], x: Axis, *, floor: float,
     for value in marks.values():
         parts.append(svg.line(x.at(value), floor - tall - 4, x.at(value), floor, width=1.2, extra=dashes))
     slowest = float(samples.max())
-    title = f"slowest run {milliseconds(slowest)} ms"
+    title = f"slowest run {ms(slowest)} ms"
     parts.append(svg.circle(x.at(slowest), floor - 3.5, radius=3.5, fill=ink, title=title))
-    words = [f"{mark} {milliseconds(value)}" for mark, value in (marks | {"slowest": slowest}).items()]
+    words = [f"{mark} {ms(value)}" for mark, value in (marks | {"slowest": slowest}).items()]
     # The name is bold; a long one leaves room for the median, perhaps for the slowest and p99.
     while len(words) > 1 and 1.12 * svg.text_width(name) + svg.text_width(" · ".join(words)) > WIDTH - 30:
         del words[1]
