@@ -42,9 +42,14 @@ class Column:
     terminal: bool = True
 
     @property
+    def full_name(self) -> str:
+        """Its name and unit; without the unit where all of the table's figures have the same."""
+        return self.name if self.short == self.name else f"{self.name} {self.unit}".strip()
+
+    @property
     def heading(self) -> str:
         """Its name in Markdown and in the terminal."""
-        return f"{self.name} {self.unit}".strip() if self.short is None else self.short
+        return self.full_name if self.short is None else self.short
 
 
 @dataclass(frozen=True)
