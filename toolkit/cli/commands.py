@@ -77,11 +77,11 @@ def relabel_bundle(session: Session, place: Path | None, classes: str) -> Docume
 
 def merge_reports(session: Session, reports: tuple[Path, ...], out: Path) -> Document:
     """Lay the reports of several benches side by side."""
+    from prgkit.evaluate.compare.devices import devices_table
     from prgkit.evaluate.compare.merge import merge
-    from prgkit.evaluate.compare.tables import comparison_table
 
     found = merge(reports, out=out, command="prgkit " + shlex.join(sys.argv[1:]))
-    session.terminal.show(comparison_table(found))
+    session.terminal.show(devices_table(found))
     session.terminal.say("comparison: ", (str(out / "comparison.html"), "bold"))
     return found.model_dump(mode="json")
 

@@ -144,8 +144,7 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
         return merge_reports(session, given["reports"], given["out"] or Path("comparison"))
     from prgkit.evaluate import system
     from prgkit.evaluate.bench.bench import bench as measure
-    from prgkit.evaluate.report import regression
-    from prgkit.evaluate.report.terminal import baseline_table, report_table
+    from prgkit.evaluate.report import bench_report, regression
     from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
@@ -161,10 +160,10 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
         gate=gate,
         note=session.terminal.note,
     )
-    session.terminal.show(report_table(report))
+    session.terminal.show(bench_report.report_table(report))
     if gate is not None:
         assert report.baseline is not None
-        session.terminal.show(baseline_table(report.baseline))
+        session.terminal.show(regression.baseline_table(report))
         session.failure = regression.regressions(report.baseline, path=out / "report.html")
     session.terminal.say("report: ", (str(out / "report.html"), "bold"))
     return report.model_dump(mode="json")
@@ -294,30 +293,33 @@ def compare(session: Session, /, options: RecipeOptions, *, out: Path | None, **
         raise click.UsageError("compare trains one run after another in one process; start it without torchrun.")
     with needs_extra("distill"):
         recipe, folder = choose_recipe(session, options)
-        from prgkit.evaluate.compare.ranking import candidates
-        from prgkit.evaluate.compare.tables import ranking_table, standings_table
+        from prgkit.evaluate.compare import aggregate, diswot
+        from prgkit.evaluate.compare.trials import Plan, trials_of
         from prgkit.evaluate.compare.trials import compare as work
-        from prgkit.evaluate.compare.trials import trials_of
+        from prgkit.evaluate.report.terminal import table
     if given["rank_students"] and not given["students"]:
-        given["students"] = candidates(recipe.student.model)
+        given["students"] = diswot.candidates(recipe.student.model)
     asked = ("objectives", "students", "seeds", "ladder", "sweeps", "base_to_novel")
-    cells = trials_of(recipe, **{key: given[key] for key in asked})
+    trials = trials_of(recipe, Plan(**{key: given[key] for key in asked}))
     out = out or folder.with_name(f"{folder.name}-compared")
     command = "prgkit " + shlex.join(sys.argv[1:])
     whole = recipe if given["base_to_novel"] else None
     if given["rank_students"]:
-        from prgkit.evaluate.compare.diswot import rank_students
-
-        ranking = rank_students(cells, out, options.targets_root, session.terminal, command=command, whole=whole)
-        session.terminal.show(ranking_table(ranking))
+        ranking = diswot.rank_students(
+            trials, out, options.targets_root, session.terminal, command=command, whole=whole
+        )
+        section = diswot.ranking_section(ranking)
+        session.terminal.show(table(section, title=diswot.headline(ranking), notes=section.notes))
         session.terminal.say("ranking: ", (str(out / "rank.json"), "bold"))
-        return ranking
-    found = work(cells, out, options.targets_root, session.terminal, command=command, whole=whole)
-    session.terminal.show(standings_table(found))
+        return ranking.model_dump(mode="json")
+    found = work(trials, out, options.targets_root, session.terminal, command=command, whole=whole)
+    section = aggregate.objectives(found)
+    session.terminal.show(table(section, title=aggregate.headline(found), notes=[section.about]))
     session.terminal.say("comparison: ", (str(out / "compare.html"), "bold"))
-    if failed := found["failed"]:
-        session.failure = RunError(f"{len(failed)} of {len(cells)} cells came apart; the others stand", where=out)
-    return found
+    if found.failed:
+        what = f"{len(found.failed)} of {len(trials)} trials came apart; the others stand"
+        session.failure = RunError(what, where=out)
+    return found.model_dump(mode="json")
 
 
 @cli.command(short_help="List the recipes.")

@@ -18,9 +18,9 @@ from prgkit.data.index import index_images
 from prgkit.data.sources import open_images
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RecipeError
-from prgkit.export.from_run import teacher_logits
 from prgkit.progress import NullProgress
 from prgkit.storage.run import Run
+from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.clip import Teacher
 from prgkit.teacher.ensemble import TeacherEnsemble
 from prgkit.teacher.stores import list_stores
@@ -197,8 +197,8 @@ def test_a_student_of_two_teachers_is_trained_judged_and_keeps_both_stores(
     assert any(note.startswith("  teachers    they name different classes on ") for note in progress.notes)
 
     images = index_images(open_images(recipe.data.images), workers=1)
-    monkeypatch.setattr("prgkit.export.from_run.load_teacher", lambda *_: pytest.fail("nothing is new to a teacher"))
-    weighted, _ = teacher_logits(run, recipe, images, np.arange(len(images)), NullProgress())
+    monkeypatch.setattr("prgkit.teacher.answers.load_teacher", lambda *_: pytest.fail("nothing is new to a teacher"))
+    weighted = teacher_answers(run, recipe, images, np.arange(len(images)), NullProgress()).logits
     dataset = prepare(recipe, Path("targets"), NullProgress())
     said = dataset.teacher_output(np.arange(len(images)), np.zeros(len(images), dtype=int), torch.device("cpu"))
     np.testing.assert_allclose(weighted, said.logits.numpy(), rtol=1e-5, atol=1e-5)

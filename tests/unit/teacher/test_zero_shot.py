@@ -15,9 +15,9 @@ from prgkit.config.recipe import Recipe, validate
 from prgkit.config.sections import TargetsConfig
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RunError, TargetsError
-from prgkit.export.from_run import teacher_logits
 from prgkit.progress import NullProgress
 from prgkit.storage.run import Run, start_run
+from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.zero_shot import (
     SavedAdjustment,
     ZeroShotClassifier,
@@ -178,7 +178,7 @@ def test_everyone_is_given_the_same_corrected_answers(photos: Path, tmp_path: Pa
     assert torch.equal(side.labels, side.logits.argmax(dim=1))
 
     run.update_card(teacher=dataset.store.facts())
-    weighted, uniform = teacher_logits(run, run.recipe, dataset.image_index, positions, NullProgress())
+    weighted, uniform, *_ = teacher_answers(run, run.recipe, dataset.image_index, positions, NullProgress())
     torch.testing.assert_close(torch.from_numpy(weighted), side.logits)
     by_itself = replace(plain, prompt_weighting="mean").logits(side.features)
     torch.testing.assert_close(torch.from_numpy(uniform), by_itself)
