@@ -45,8 +45,8 @@ def judge(row: Row, against: Row, *, floor: float, images: int) -> Int8Verdict:
     the faster of FP32 and FP16: its whole 95 % interval must lie below 1.
     """
     ratio, interval = round_ratio(measured_latency(row).round_p50_ms, measured_latency(against).round_p50_ms)
-    agreement = fidelity(round((row.agreement_fp32 or 0) * images / 100), images)
-    faithful, faster = agreement["interval"][0] >= floor, interval[1] < 1
+    agreement = row.agreement_fp32 or 0.0
+    faithful, faster = holds_floor(agreement, images, floor=floor), interval[1] < 1
     return Int8Verdict(
         artifact=row.artifact,
         backend=row.backend,
@@ -55,13 +55,24 @@ def judge(row: Row, against: Row, *, floor: float, images: int) -> Int8Verdict:
         faithful=faithful,
         faster=faster,
         images=images,
-        agreement=agreement["agreement"],
-        agreement_interval=agreement["interval"],
+        agreement=agreement,
+        agreement_interval=agreement_interval(agreement, images),
         floor=floor,
         against=against.artifact,
         ratio=ratio,
         ratio_interval=interval,
     )
+
+
+def holds_floor(agreement: float, images: int, *, floor: float) -> bool:
+    """Return whether INT8 that gives FP32's answer on ``agreement`` % of the images surely does so on ``floor`` %."""
+    return agreement_interval(agreement, images)[0] >= floor
+
+
+def agreement_interval(agreement: float, images: int) -> Interval:
+    """Return the 95 % interval of a share of images, both in percent."""
+    low, high = fidelity(round(agreement * images / 100), images)["interval"]
+    return low, high
 
 
 def round_ratio(

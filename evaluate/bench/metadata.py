@@ -9,7 +9,18 @@ from typing import Any
 
 from prgkit import metrics
 from prgkit.config.recipe import Export
-from prgkit.evaluate.report.schema import Epoch, EvaluationImages, Row, RunFacts, StudentScores, TeacherScores
+from prgkit.data.index import load_image
+from prgkit.errors import PrgkitError
+from prgkit.evaluate.bench.latency import EncodedImages
+from prgkit.evaluate.report.schema import (
+    Epoch,
+    EvaluationImages,
+    Row,
+    RunFacts,
+    StageImages,
+    StudentScores,
+    TeacherScores,
+)
 from prgkit.export.bundle.bundle import NCHW, Bundle, Evaluation
 from prgkit.export.runtimes.engine_metadata import load_engine_metadata
 from prgkit.storage.atomic import fingerprint
@@ -62,6 +73,26 @@ def evaluation_images(evaluation: Evaluation, bundle: Bundle) -> EvaluationImage
         # Bundles of earlier versions do not say which pictures they hold.
         digest=None if evaluation.keys is None else fingerprint([evaluation.keys, labels, *relabelled]),
     )
+
+
+def golden_images(bundle: Bundle) -> EncodedImages | None:
+    """Return the bundle's golden images as the PNG files that they are; None where there are none to read."""
+    paths = sorted(path for path in (bundle.folder / "golden").glob("[0-9]*.png") if path.suffixes == [".png"])
+    try:
+        files = [path.read_bytes() for path in paths]
+        for file in files:
+            load_image(file)
+    except (OSError, PrgkitError):  # golden images that are damaged have a note already
+        return None
+    return EncodedImages(files, bundle.preprocessing.to_dict()) if files else None
+
+
+def stage_images(images: EncodedImages | None) -> StageImages | None:
+    """Return how many images the stages ran on, and of what sizes in pixels."""
+    if images is None:
+        return None
+    sizes = sorted({load_image(file).size for file in images.files})
+    return StageImages(images=len(images.files), smallest=sizes[0], largest=sizes[-1])
 
 
 def made_by(bundle: Bundle, typed: str) -> list[str]:

@@ -21,6 +21,7 @@ from prgkit.evaluate.accuracy.examples import choose_pictures
 from prgkit.evaluate.bench import cases
 from prgkit.evaluate.bench.bench import bench
 from prgkit.evaluate.bench.metadata import evaluation_images, pseudo_labels, training
+from prgkit.evaluate.bench.options import BenchOptions
 from prgkit.export.bundle.bundle import (
     Evaluation,
     contract,
@@ -157,14 +158,9 @@ def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> 
 
 
 def measure(bundle: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "run_folder": None,
-        "threads": 1,
-        "seconds": 0.3,
-        "batches": (1, 4),
-        "note": lambda text: None,
-    }
-    content: dict[str, Any] = bench(bundle, out=out, **{**options, **changes}).model_dump(mode="json")
+    note, command = changes.pop("note", lambda text: None), changes.pop("command", None)
+    options = BenchOptions(**{"threads": 1, "seconds": 0.3, "batches": (1, 4), **changes})
+    content: dict[str, Any] = bench(bundle, options, out=out, note=note, command=command).model_dump(mode="json")
     return content
 
 
