@@ -17,10 +17,10 @@ from prgkit.config.recipe import Export
 from prgkit.data.ticks import Tick
 from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate import system
-from prgkit.evaluate.accuracy.examples import choose_pictures
+from prgkit.evaluate.accuracy.examples import choose_examples
 from prgkit.evaluate.accuracy.opencv import opencv_notes
 from prgkit.evaluate.accuracy.per_class import per_class
-from prgkit.evaluate.accuracy.ticked import audit, find_ticks
+from prgkit.evaluate.accuracy.ticked import audit_section, find_ticks
 from prgkit.evaluate.bench import latency, metadata
 from prgkit.evaluate.bench.cases import plan
 from prgkit.evaluate.bench.fixed_rate import measure_fixed_rate
@@ -145,7 +145,7 @@ def bench(
         write_selection(out, subject.bundle, results.int8)
         note("writing the report")
         logits = student_logits(results.session, subject.evaluation)
-        examples = choose_pictures(subject.evaluation, logits, subject.bundle.classes)
+        examples = choose_examples(subject.evaluation, logits, subject.bundle.classes)
         write_report(out, report, samples=results.samples, pictures=examples)
     return report
 
@@ -260,7 +260,7 @@ def judged(row: Row, one: Measured, subject: Subject) -> Row:
             )
         else:
             figures |= accuracy(row, one.logits, subject)
-    return row.model_copy(update={**figures, "status": "failed" if failed else "measured", "reason": failed})
+    return Row.model_validate({**dict(row), **figures, "status": "failed" if failed else "measured", "reason": failed})
 
 
 def accuracy(row: Row, logits: NDArray[np.float32], subject: Subject) -> dict[str, Any]:
@@ -288,7 +288,7 @@ def make_report(subject: Subject, results: Results, machine: Machine, command: s
     """Put the report together; ``notes`` are those that are known before what the results say."""
     bundle, evaluation, run_folder = subject.bundle, subject.evaluation, subject.run_folder
     teacher, student = metadata.teacher_scores(evaluation), metadata.student_scores(evaluation, results.rows)
-    audited, audit_notes = audit(subject.ticks, evaluation, bundle.classes, results.logits)
+    audited, audit_notes = audit_section(subject.ticks, evaluation, bundle.classes, results.logits)
     return Report(
         prgkit=prgkit.__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -307,7 +307,7 @@ def make_report(subject: Subject, results: Results, machine: Machine, command: s
         soak=results.soak,
         int8=results.int8,
         audit=audited,
-        training=metadata.training(bundle, run_folder),
+        training=metadata.training_records(bundle, run_folder),
         pseudo_labels=metadata.pseudo_labels(bundle, run_folder),
         per_class=per_class(evaluation, results.logits, results.int8, bundle.classes),
         notes=[

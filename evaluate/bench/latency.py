@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prgkit.data.index import Preprocessing
 from prgkit.evaluate.bench.journal import BatchRecord, RoundRecord, RoundTurn, StageRecord, StageTurn
 from prgkit.evaluate.bench.worker import Pixels, Spec, Worker, WorkerFailedError
 from prgkit.evaluate.bench.workers import BenchContext, WorkerGroup, artifact_name, open_workers, rotate
@@ -33,7 +33,7 @@ class EncodedImages:
     """Encoded images and how one becomes an input: what the stages that begin before pixels run on."""
 
     files: Sequence[bytes]
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def golden_images(bundle: Bundle) -> EncodedImages | None:
             load_image(file)
     except (OSError, PrgkitError):  # golden images that are damaged have a note already
         return None
-    return EncodedImages(files, bundle.preprocessing.to_dict()) if files else None
+    return EncodedImages(files, bundle.preprocessing) if files else None
 
 
 def stage_images(images: EncodedImages | None) -> StageImages | None:
@@ -141,7 +141,7 @@ def vocabulary_notes(bundle: Bundle) -> list[str]:
     return notes
 
 
-def training(bundle: Bundle, run_folder: Path | None) -> list[Epoch]:
+def training_records(bundle: Bundle, run_folder: Path | None) -> list[Epoch]:
     """Return each epoch's loss, its terms and the agreement: the run's, or on a device what the bundle took along."""
     records = Run(run_folder).metrics() if run_folder is not None else bundle.manifest["run"].get("training", [])
     return [

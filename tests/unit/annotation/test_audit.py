@@ -19,7 +19,7 @@ from prgkit.config.recipe import load_recipe
 from prgkit.data.index import index_images, open_images
 from prgkit.data.ticks import Tick, read_ticks, ticked, write_ticks
 from prgkit.errors import ImagesError
-from prgkit.evaluate.accuracy.ticked import audit as report_on
+from prgkit.evaluate.accuracy.ticked import audit_section as report_on
 from prgkit.evaluate.accuracy.ticked import teacher_share
 from prgkit.evaluate.report.schema import Row
 from prgkit.export.bundle.bundle import Evaluation

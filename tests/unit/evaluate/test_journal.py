@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prgkit.data.index import Preprocessing
 from prgkit.errors import BenchError, RunError
 from prgkit.evaluate.bench import journal, latency, workers
 from prgkit.evaluate.bench.fixed_rate import measure_fixed_rate
@@ -29,6 +30,7 @@ from prgkit.evaluate.report.schema import FixedRateSamples, Machine, ThreadSweep
 from prgkit.storage.locks import locked
 
 SPECS: list[dict[str, Any]] = [{"artifact": name, "backend": "onnxruntime", "device": "cpu"} for name in ("a", "b")]
+SQUARE = Preprocessing(8, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 PIXELS = np.zeros((4, 2, 2, 3), dtype=np.uint8)
 
 
@@ -131,7 +133,7 @@ def all_of_it(
     """Measure rounds (6 answers), latency stages (5 rounds of 6), a thread sweep (10 rounds of 4) and frames (5 rounds of 2)."""
     monkeypatch.setattr(workers, "Worker", told.worker)
     context = BenchContext(PIXELS, seconds=60, journal=kept)
-    session = latency.measure(SPECS, LatencyPlan(rounds=3, encoded=EncodedImages([b"picture"], {})), context)
+    session = latency.measure(SPECS, LatencyPlan(rounds=3, encoded=EncodedImages([b"picture"], SQUARE)), context)
     specs = [{**spec, "kind": "onnx"} for spec in SPECS]
     _, by_threads = sweep_threads(specs, [1, 2], context)
     _, frames = measure_fixed_rate(specs, fps, context)
