@@ -32,10 +32,13 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from prgkit.config.objectives import CE, PRG
-from prgkit.config.recipe import Recipe, StudentConfig, TeacherConfig, Training, Views, validate
+from prgkit.config.recipe import Recipe, validate
+from prgkit.config.sections import StudentConfig, TeacherConfig, Training, Views
 from prgkit.data.augment import Batch, MultiViewDataset, make_dataloader
 from prgkit.data.cache import DecodedImageCache
-from prgkit.data.index import ImageIndex, Preprocessing, index_images, open_images
+from prgkit.data.index import ImageIndex, index_images
+from prgkit.data.preprocessing import Preprocessing
+from prgkit.data.sources import open_images
 from prgkit.device import best_device, seed_everything
 from prgkit.evaluate import system
 from prgkit.objectives import Objectives
@@ -165,11 +168,11 @@ def training_loops(bench: Bench, teacher: Teacher) -> tuple[dict[str, Iterator[N
     precision = probe_precision(trial, bench.device, bench.batch_size)
 
     def stored(batch: Batch, _seen: Tensor) -> TeacherOutput:
-        return dataset.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), bench.device)
+        return dataset.teacher_output(batch.positions.numpy(), batch.views[:, 0].numpy(), bench.device)
 
     def online(batch: Batch, seen: Tensor) -> TeacherOutput:
         features = teacher.embed_images(seen)
-        logits = dataset.answers.logits(features)
+        logits = dataset.classifier.logits(features)
         return TeacherOutput(features, logits, logits.argmax(dim=1), batch.positions)
 
     def hard_labels(batch: Batch, _seen: Tensor) -> TeacherOutput:
@@ -221,7 +224,7 @@ def stored_lesson(bench: Bench, teacher: Teacher) -> DistillationDataset:
     recipe = recipe_for(bench)
     targets = open_store(recipe.teacher[0], recipe.views, folder, lambda _page: teacher)
     images = index_images(
-        open_images(str(bench.photos)), workers=2, pictures=DecodedImageCache(bench.scratch / "pictures")
+        open_images(str(bench.photos)), workers=2, cache=DecodedImageCache(bench.scratch / "pictures")
     )
     generator = np.random.default_rng(0)
     features = generator.standard_normal((2, len(images), teacher.width)).astype(np.float16)
@@ -255,8 +258,8 @@ def rendered_batches(bench: Bench, dataset: DistillationDataset, teacher: Teache
     """Return some batches in the student's size, and the same crops in the teacher's."""
     student = build_student(bench.page, classes=CLASSES, teacher_width=8)
     size, made = bench.batch_size, []
-    for start in range(0, min(4 * size, len(dataset.learned) - size + 1), size):
-        items = [(int(position), [1]) for position in dataset.learned[start : start + size]]
+    for start in range(0, min(4 * size, len(dataset.train_indices) - size + 1), size):
+        items = [(int(position), [1]) for position in dataset.train_indices[start : start + size]]
         batch = MultiViewDataset(dataset.image_index, student.preprocessing, Views()).__getitems__(items)
         seen = MultiViewDataset(dataset.image_index, teacher.preprocessing, Views()).__getitems__(items)
         assert isinstance(batch, Batch)
@@ -326,7 +329,7 @@ def input_pipeline(bench: Bench) -> list[dict[str, Any]]:
     ):
         store = bench.scratch / f"pictures-{name}"
         started = time.perf_counter()
-        kept = index_images(open_images(str(folder)), workers=1, pictures=DecodedImageCache(store))
+        kept = index_images(open_images(str(folder)), workers=1, cache=DecodedImageCache(store))
         listed = {
             "listing_and_keeping_images_per_s": round(len(kept) / (time.perf_counter() - started)),
             "kept_bytes_an_image": round((store / "pictures.u8").stat().st_size / len(kept)),
@@ -343,7 +346,7 @@ def input_pipeline(bench: Bench) -> list[dict[str, Any]]:
 
 def compare(bench: Bench, kept: ImageIndex, peer: DataLoader[Any], size: int, count: int) -> dict[str, Any]:
     """Let the loaders take turns at the same number of images, all with torchvision's default interpolation."""
-    bare, workers = replace(kept, pictures=None), peer.num_workers
+    bare, workers = replace(kept, cache=None), peer.num_workers
     rounds = take_turns(
         {
             "prgkit": lambda: consume(prgkit_loader(kept, size, workers, count), count),

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from prgkit.data.archives import TAR, is_archive
 from prgkit.data.decode import GreyRange
-from prgkit.data.index import load_image, open_images
-from prgkit.data.sources import TAR, is_archive
+from prgkit.data.preprocessing import load_image
+from prgkit.data.sources import open_images
 from prgkit.errors import PrgkitError
 from prgkit.evaluate.selection import selected_artifact
 from prgkit.export.bundle.bundle import open_bundle

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -12,7 +12,8 @@ from pydantic import Field, ValidationError
 from prgkit.errors import PrgkitError
 from prgkit.evaluate.report.schema import Int8Verdict, Interval, Model, Row, measured_latency
 from prgkit.export.bundle.bundle import Bundle, fp32_onnx
-from prgkit.export.runtimes.fidelity import fidelity, told
+from prgkit.export.bundle.fidelity import fidelity, int8_sentence
+from prgkit.export.bundle.manifest import Artifact
 from prgkit.storage.atomic import read_sealed, write_sealed
 
 FILE = "selection.json"  # beside the report
@@ -40,11 +41,11 @@ def judge_int8(bundle: Bundle, rows: Sequence[Row], *, images: int) -> list[Int8
     if not floats:
         return []
     against = min(floats, key=lambda row: measured_latency(row).p50_ms)
-    files = [one for one in bundle.artifacts if (one["format"], one["precision"]) == ("onnx", "int8")]
+    files = [one for one in bundle.artifacts if (one.format, one.precision) == ("onnx", "int8")]
     verdicts = [
-        judge(ran[one["name"]], against, floor=float(one["quantization"]["floor"]), images=images)
+        judge(ran[one.name], against, floor=bundle.manifest.fidelity_floor(one), images=images)
         for one in files
-        if one["name"] in ran
+        if one.name in ran
     ]
     return sorted(verdicts, key=lambda one: (not one.kept, one.kept and one.ratio))
 
@@ -56,8 +57,8 @@ def judge(row: Row, against: Row, *, floor: float, images: int) -> Int8Verdict:
     the faster of FP32 and FP16: its whole 95 % interval must lie below 1.
     """
     ratio, interval = round_ratio(measured_latency(row).round_p50_ms, measured_latency(against).round_p50_ms)
-    agreement = row.agreement_fp32 or 0.0
-    faithful, faster = holds_floor(agreement, images, floor=floor), interval[1] < 1
+    agreement = fidelity(round((row.agreement_fp32 or 0) * images / 100), images)
+    faithful, faster = agreement.holds(floor), interval[1] < 1
     return Int8Verdict(
         artifact=row.artifact,
         backend=row.backend,
@@ -66,24 +67,13 @@ def judge(row: Row, against: Row, *, floor: float, images: int) -> Int8Verdict:
         faithful=faithful,
         faster=faster,
         images=images,
-        agreement=agreement,
-        agreement_interval=agreement_interval(agreement, images),
+        agreement=agreement.agreement,
+        agreement_interval=agreement.interval,
         floor=floor,
         against=against.artifact,
         ratio=ratio,
         ratio_interval=interval,
     )
-
-
-def holds_floor(agreement: float, images: int, *, floor: float) -> bool:
-    """Return whether INT8 that gives FP32's answer on ``agreement`` % of the images surely does so on ``floor`` %."""
-    return agreement_interval(agreement, images)[0] >= floor
-
-
-def agreement_interval(agreement: float, images: int) -> Interval:
-    """Return the 95 % interval of a share of images, both in percent."""
-    low, high = fidelity(round(agreement * images / 100), images)["interval"]
-    return low, high
 
 
 def round_ratio(
@@ -103,7 +93,7 @@ def round_ratio(
 
 def int8_notes(bundle: Bundle, verdicts: Sequence[Int8Verdict]) -> list[str]:
     """Say of every INT8 file whether it is kept, and why not; what was not kept at export says so again."""
-    notes = [f"{one['name']}: {told(one)}." for one in bundle.manifest.get("not_kept", [])]
+    notes = [f"{facts.name}: {int8_sentence(facts)}." for facts in bundle.manifest.not_kept]
     notes += [in_words(verdict) for verdict in verdicts]
     if sum(verdict.kept for verdict in verdicts) > 1:
         notes.append(f"predict runs {verdicts[0].artifact}, the fastest of these.")
@@ -129,12 +119,12 @@ def write_selection(folder: Path, bundle: Bundle, verdicts: Sequence[Int8Verdict
         return
     artifact = fp32_onnx(bundle)
     if verdicts[0].kept:
-        artifact = next(one for one in bundle.artifacts if one["name"] == verdicts[0].artifact)
-    selection = Selection(artifact=artifact["name"], sha256=artifact["sha256"], int8=list(verdicts))
+        artifact = next(one for one in bundle.artifacts if one.name == verdicts[0].artifact)
+    selection = Selection(artifact=artifact.name, sha256=artifact.sha256, int8=list(verdicts))
     write_sealed(folder / FILE, selection.model_dump(mode="json"))
 
 
-def selected_artifact(bundle: Bundle, folder: Path | None) -> dict[str, Any]:
+def selected_artifact(bundle: Bundle, folder: Path | None) -> Artifact:
     """Return the entry that `predict` runs: the one selected in this machine's bench folder, else the FP32 file.
 
     A selection of files that were exported anew since counts no more.
@@ -146,7 +136,7 @@ def selected_artifact(bundle: Bundle, folder: Path | None) -> dict[str, Any]:
     if folder is not None and (folder / FILE).exists():
         selection = read_selection(folder / FILE)
         for artifact in bundle.artifacts:
-            if artifact["format"] == "onnx" and artifact["sha256"] == selection.sha256:
+            if artifact.format == "onnx" and artifact.sha256 == selection.sha256:
                 return artifact
     return fp32_onnx(bundle)
 

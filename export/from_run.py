@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,15 +14,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.config.objectives import OBJECTIVES
-from prgkit.config.recipe import Recipe, TeacherConfig
-from prgkit.data.index import ImageIndex, Preprocessing, labelled, read_image_index, trimmed
-from prgkit.data.snapshot import only_members
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TeacherConfig
+from prgkit.data.index import ImageIndex, read_image_index, select_labelled
+from prgkit.data.preprocessing import Preprocessing, trimmed
+from prgkit.data.snapshot import restrict_to_snapshot
 from prgkit.data.ticks import audited_keys, bring_ticks
 from prgkit.device import best_device
 from prgkit.errors import ExportError
 from prgkit.export.bundle.artifact_cache import alone_in
+from prgkit.export.bundle.manifest import Manifest, RunFacts, StudentFacts, TeacherFacts
 from prgkit.export.int8.pipeline import Learned
-from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
+from prgkit.export.pipeline import ExportOptions, HeldOut, StudentOrigin, export_student
 from prgkit.progress import Progress
 from prgkit.storage.atomic import sha256
 from prgkit.storage.locks import locked
@@ -31,7 +34,7 @@ from prgkit.student.model import load_student, student_facts
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.ensemble import existing_targets, open_targets
 from prgkit.teacher.feature_store import embed
-from prgkit.teacher.zero_shot import ZeroShotClassifier, answers_of, no_adjustment
+from prgkit.teacher.zero_shot import ZeroShotClassifier, classifier_of, no_adjustment
 from prgkit.training.prepare import grey_of, hold_out
 from prgkit.training.pseudo_labels import confidence_of
 from prgkit.training.selection import sure_enough
@@ -53,9 +56,9 @@ def export_run(
     int8: bool = False,
     float_input: bool = False,
     evaluation_images: int | None = None,
-    open_vocabulary: str | None = None,
+    open_vocabulary: Literal["initializer", "input"] | None = None,
     progress: Progress,
-) -> dict[str, Any]:
+) -> Manifest:
     """Export a run's best student into ``<run>/bundle`` and return the manifest.
 
     ``backend``, ``batch`` (by default the recipe's) and ``sm`` are for the engines. ``evaluation_images`` takes the
@@ -86,24 +89,23 @@ def export_run(
         )
         check_vocabulary(recipe, options)
         manifest = export_best(run, recipe, options, progress)
-    there = manifest["evaluation"]["images"]
+    there = manifest.evaluation.images
     if evaluation_images is not None and there < evaluation_images:
         progress.note(f"there are {there} images to evaluate on; {evaluation_images} were asked for")
     return manifest
 
 
-def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Progress) -> dict[str, Any]:
+def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Progress) -> Manifest:
     """Gather what the bundle is made from, and make it."""
-    card = run.card
     student = load_student(run)
     learned = student_facts(run.weights)
     if not run.finished:
         progress.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
     seen = existing_targets(recipe, run.target_stores[0].parent) or ()
     grey, classes = grey_of(run), None
-    if recipe.data.evaluation:
-        found = read_image_index(recipe.data.evaluation, recipe, progress, known=seen, grey=grey)
-        images, classes = labelled(found, recipe.classes, note=progress.note)
+    if spec := recipe.data.evaluation_spec:
+        found = read_image_index(spec, progress, known=seen, grey=grey)
+        images, classes = select_labelled(found, recipe.classes, note=progress.note)
     else:
         images = images_of(run, recipe, seen, progress)
     positions = evaluation_positions(images, recipe, first=audited_keys(run))
@@ -111,8 +113,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
     taught = ask_teacher(run, recipe, images, positions, progress)
     if options.class_vectors and student.scorer is None:
         student.score_by(taught.answers.class_vectors(), taught.answers.logit_scale)
-    facts = card["student"] if student.scorer is None else student.facts(recipe.student)
-    vocabulary = {"teacher": card["teacher"]["fingerprint"], "templates": list(recipe.templates)}
+    facts = run.student_facts if student.scorer is None else student.facts(recipe.student)
     preprocessing = replace(student.preprocessing, grey_range=grey)
     prepare = preprocessing.prepare
     checked = [prepare(picture) for picture in parity_pictures(run, images, positions, recipe, seen, progress)]
@@ -129,33 +130,35 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
             teacher_logits=taught.weighted,
             teacher_uniform_logits=taught.uniform,
             labels=labels,
-            source=images.images.spec,
+            source=images.source.spec,
             keys=tuple(images.keys[position] for position in positions),
             teacher_features=taught.features if student.scorer else None,
         ),
         classes=recipe.classes,
         preprocessing=preprocessing,
-        facts={
-            "run": {
-                "name": run.name,
-                "fingerprint": card["fingerprint"],
-                "student_sha256": sha256(run.weights),
-                "objective": recipe.objective_name,
-                "learned_labels": recipe.learns_labels or any(page.context for page in recipe.teacher),
-                "epochs": recipe.training.epochs,
-                "best_epoch": learned["epoch"],
-                "images": card["images"]["used"],
-                "training": run.metrics(),
-                "quality": run.quality(),
-            },
-            "recipe": recipe.model_dump(mode="json"),
-            "teacher": {key: card["teacher"][key] for key in ("model", "weights", "fingerprint")},
-            "student": {
-                **{key: facts[key] for key in ("model", "initial", "parameters")},
-                "image_size": recipe.student.image_size,
-            },
-            **({"open_vocabulary": vocabulary} if student.scorer else {}),
-        },
+        facts=StudentOrigin(
+            run=RunFacts(
+                name=run.name,
+                fingerprint=run.card.fingerprint,
+                student_sha256=sha256(run.weights),
+                objective=recipe.objective_name,
+                learned_labels=recipe.learns_labels or any(page.context for page in recipe.teacher),
+                epochs=recipe.training.epochs,
+                best_epoch=learned["epoch"],
+                images=run.image_facts.used,
+                training=tuple(run.metrics()),
+                quality=run.quality(),
+            ),
+            recipe=recipe.model_dump(mode="json"),
+            teacher=TeacherFacts(**run.teacher_facts.model_dump(include={"model", "weights", "fingerprint"})),
+            student=StudentFacts(
+                model=facts.model,
+                initial=facts.initial,
+                parameters=facts.parameters,
+                image_size=recipe.student.image_size,
+            ),
+            templates=tuple(recipe.templates),
+        ),
         options=options,
         learned=cache(lambda: learned_images(run, images, positions, preprocessing, recipe, seen, progress)),
         note=progress.note,
@@ -177,8 +180,8 @@ def evaluation_positions(images: ImageIndex, recipe: Recipe, *, first: Container
 
 def images_of(run: Run, recipe: Recipe, seen: Container[str], progress: Progress) -> ImageIndex:
     """Read the images that a run was made from, as far as they are still there."""
-    return only_members(
-        read_image_index(recipe.data.images, recipe, progress, known=seen, grey=grey_of(run)), run, progress
+    return restrict_to_snapshot(
+        read_image_index(recipe.data.image_spec, progress, known=seen, grey=grey_of(run)), run, progress
     )
 
 
@@ -271,7 +274,7 @@ def ask_teacher(
         return load_teacher(page, best_device())
 
     targets = open_targets(recipe, run.target_stores[0].parent, teacher)
-    if targets.facts()["fingerprint"] != run.card["teacher"]["fingerprint"]:
+    if targets.facts()["fingerprint"] != run.teacher_facts.fingerprint:
         raise ExportError(
             f"the teacher, or its learned context, is not the one that the student learned from: {recipe.teacher_name}",
             where=run.folder,
@@ -280,7 +283,7 @@ def ask_teacher(
     for store in targets.stores:
         embed(store, images, views=np.ones(len(images), dtype=int), recipe=recipe, teacher=teacher, progress=progress)
     prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
-    answers = answers_of(run, recipe, prompts, targets.logit_scale)
+    answers = classifier_of(run, recipe, prompts, targets.logit_scale)
     rows = targets.rows([images.keys[position] for position in positions], views=1)
     features = targets.features(rows, np.zeros(len(rows), dtype=int))
     return Taught(*said(answers, features), features.numpy(), answers)
@@ -289,7 +292,7 @@ def ask_teacher(
 def said(answers: ZeroShotClassifier, features: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the teacher's answer W [n, C] to features I [n, D] twice: as it is given, and as said by itself."""
     classes = answers.prompts.shape[1]
-    by_itself = replace(answers, prompt_weighting="mean", correction=no_adjustment(classes))
+    by_itself = replace(answers, prompt_weighting="mean", adjustment=no_adjustment(classes))
     parts = torch.split(features, 256)
     weighted, uniform = ([one.logits(part) for part in parts] for one in (answers, by_itself))
     return torch.cat(weighted).numpy(), torch.cat(uniform).numpy()

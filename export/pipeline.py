@@ -12,42 +12,58 @@ from datetime import datetime, timezone
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import JsonValue
 from torch import nn
 
 import prgkit
 from prgkit.config.image_size import sides
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import DiskFullError, ExportError
-from prgkit.export.bundle.artifact_cache import Artifact, ArtifactCache, building
+from prgkit.export.bundle.artifact_cache import ArtifactCache, Origin, building
 from prgkit.export.bundle.bundle import (
-    contract,
     describe_artifact,
+    input_spec,
+    output_spec,
     read_evaluation,
     write_evaluation,
     write_golden,
     write_manifest,
 )
-from prgkit.export.bundle.checksums import digests
+from prgkit.export.bundle.checksums import checksums
+from prgkit.export.bundle.manifest import (
+    MATRIX,
+    VECTORS,
+    Artifact,
+    ClassScoring,
+    EvaluationFacts,
+    Facts,
+    Manifest,
+    NotBuilt,
+    NotKept,
+    RunFacts,
+    StudentFacts,
+    TeacherFacts,
+    TensorSpec,
+)
 from prgkit.export.formats.engines import make_engines
 from prgkit.export.formats.onnx import OnnxExportModule, export_onnx, onnx_export_module, rehearse_fp16, write_fp16
 from prgkit.export.formats.onnx_nchw import NAME as NCHW_NAME
 from prgkit.export.formats.onnx_nchw import nchw_artifact
-from prgkit.export.formats.open_vocabulary import FeatureRunner, answers_told, keep_features, taking_class_vectors
+from prgkit.export.formats.open_vocabulary import FeatureRunner, agreement_sentence, keep_features, taking_class_vectors
 from prgkit.export.formats.tensorrt import check_batch
 from prgkit.export.int8.pipeline import Learned, Network, Quantiser, calibration_of, quantise
-from prgkit.export.runtimes.base import MATRIX, VECTORS, OnnxRunner, TorchRunner
-from prgkit.export.runtimes.fidelity import Facts
+from prgkit.export.runtimes.base import OnnxRunner, TorchRunner
 from prgkit.export.runtimes.gpu import choose_backend
 from prgkit.export.runtimes.parity import require_agreement, run_batches
 from prgkit.storage.atomic import readable_bytes, require_space
 from prgkit.storage.reproducible import write_array
-from prgkit.student.heads import OpenVocabulary
+from prgkit.student.heads import ClassVectors, OpenVocabulary
 
 WRITERS = ("timm", "onnx", "onnxscript", "onnxruntime")  # besides torch: what writes ONNX files, and compares them
 FP16_SCALES_OPSET = 19
@@ -67,7 +83,19 @@ class ExportOptions:
     batch: tuple[int, int, int] = (1, 1, 32)  # of the engines: min, opt, max
     backend: str | None = None  # None: tensorrt where a GPU is, else tensorrt_rtx
     sm: tuple[str, ...] | None = None  # GPU generations, as "SM86"; None: all that tensorrt_rtx builds for
-    class_vectors: str | None = None  # of an open vocabulary: an "initializer" of its ONNX files (None), or an "input"
+    class_vectors: Literal["initializer", "input"] | None = (
+        None  # of an open vocabulary: an "initializer" of its ONNX files (None), or an "input"
+    )
+
+
+class StudentOrigin(Facts):
+    """What the student was made from, as the manifest says it."""
+
+    run: RunFacts
+    recipe: dict[str, JsonValue]
+    teacher: TeacherFacts
+    student: StudentFacts
+    templates: tuple[str, ...] = ()  # of the class vectors, where the vocabulary is open
 
 
 @dataclass(frozen=True)
@@ -92,11 +120,11 @@ def export_student(
     held_out: HeldOut,
     classes: Sequence[str],
     preprocessing: Preprocessing,
-    facts: dict[str, Any],
+    facts: StudentOrigin,
     options: ExportOptions,
     learned: Callable[[], Learned] | None = None,
     note: Callable[[str], None],
-) -> dict[str, Any]:
+) -> Manifest:
     """Write the bundle of ``student`` (uint8 NHWC pixels to logits, unfused) and return its manifest.
 
     ``pixels`` [256 or more, S, S, 3] are real images on which every artifact must agree with PyTorch; ``facts`` are the
@@ -155,7 +183,7 @@ def export_student(
             new, pixels=pixels, reference_logits=reference_logits(), preprocessing=preprocessing, note=note
         )
 
-    def engines(sources: list[Artifact]) -> tuple[list[Artifact], list[Facts]]:
+    def engines(sources: list[Artifact]) -> tuple[list[Artifact], list[NotBuilt]]:
         assert backend is not None
         return make_engines(
             new,
@@ -212,7 +240,7 @@ def export_student(
         )
         keep_features(new / "evaluation", runner, held_out.teacher_features)
         runner.close()
-        not_kept: list[Facts] = []
+        not_kept: list[NotKept] = []
         if options.int8 and learned:
             with tempfile.TemporaryDirectory() as work:
                 quantiser = Quantiser(
@@ -232,36 +260,52 @@ def export_student(
                     engines=engines if backend else None,
                 )
             artifacts += made
+        scoring = None
         if scorer is not None:
             if options.class_vectors == "input":
-                artifacts = [taking_class_vectors(new, entry, pixels, preprocessing) for entry in artifacts]
-            note(answers_told(fp32_logits, held_out.teacher_logits))
-            scoring = {"class_vectors": options.class_vectors or "initializer", "width": scorer.vectors.shape[1]}
-            scoring |= {"logit_scale": float(scorer.scale), "relabelled": None}
-            if scoring["class_vectors"] == "input":  # the files' second one
-                scoring["input"] = {"name": MATRIX, "dtype": "float32", "shape": ["classes", scoring["width"]]}
-            facts = {**facts, "open_vocabulary": {**facts.get("open_vocabulary", {}), **scoring}}
+                artifacts = [taking_class_vectors(new, artifact, pixels, preprocessing) for artifact in artifacts]
+            note(agreement_sentence(fp32_logits, held_out.teacher_logits))
+            scoring = class_scoring(scorer, facts, options)
         fixed = made_from if options.class_vectors != "input" else None  # else what has them inside is of no use
         kept, before = finished.carry_over(artifacts, fixed, decided=decided)
         artifacts, not_kept = artifacts + kept, not_kept + before
         finished.leave_only(artifacts)
-        evaluation = {
-            "images": len(held_out.teacher_logits),
-            "labelled": held_out.labels is not None,
-            "source": held_out.source,
-        }
-        manifest = {
-            "prgkit": prgkit.__version__,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **facts,
-            **contract(preprocessing, classes),
-            "artifacts": artifacts,
-            **({"not_kept": not_kept} if not_kept else {}),
-            "evaluation": evaluation,
-            "files": digests(new),
-        }
+        manifest = Manifest(
+            prgkit=prgkit.__version__,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            run=facts.run,
+            recipe=facts.recipe,
+            teacher=facts.teacher,
+            student=facts.student,
+            open_vocabulary=scoring,
+            classes=tuple(classes),
+            preprocessing=preprocessing,
+            input=input_spec(preprocessing),
+            output=output_spec(classes),
+            artifacts=tuple(artifacts),
+            not_kept=tuple(not_kept),
+            evaluation=EvaluationFacts(
+                images=len(held_out.teacher_logits), labelled=held_out.labels is not None, source=held_out.source
+            ),
+            checksums=checksums(new),
+        )
         write_manifest(new, manifest)
     return manifest
+
+
+def class_scoring(scorer: ClassVectors, facts: StudentOrigin, options: ExportOptions) -> ClassScoring:
+    """Return what the manifest says of class vectors in the place of a class head."""
+    place, width = options.class_vectors or "initializer", scorer.vectors.shape[1]
+    spec = TensorSpec(name=MATRIX, dtype="float32", shape=("classes", width))
+    return ClassScoring(
+        teacher=facts.teacher.fingerprint,
+        templates=facts.templates,
+        class_vectors=place,
+        width=width,
+        logit_scale=float(scorer.scale),
+        relabelled=None,
+        input=spec if place == "input" else None,
+    )
 
 
 def check_opset(options: ExportOptions) -> None:
@@ -281,7 +325,7 @@ def onnx_artifact(
     pixels: NDArray[np.uint8],
     reference_logits: NDArray[np.float32],
     note: Callable[[str], None],
-) -> dict[str, Any]:
+) -> Artifact:
     """Assert that an ONNX file agrees with PyTorch and return its manifest entry."""
     name = f"onnx-{precision}"
     runner = OnnxRunner(folder / file, name=name, spin=False)
@@ -297,12 +341,12 @@ def onnx_artifact(
         folder,
         file,
         name=name,
-        format_="onnx",
+        format="onnx",
         precision=precision,
         backend="onnxruntime",
         executed=True,
         note=CPU_FP16 if precision == "fp16" else None,
-        parity=parity.to_dict(),
+        parity=parity,
     )
 
 
@@ -312,7 +356,7 @@ def origin_of(
     classes: Sequence[str],
     preprocessing: Preprocessing,
     options: ExportOptions,
-) -> dict[str, Any]:
+) -> Origin:
     """Return all that decides an ONNX file and its parity: an artifact of the same origin need not be made again."""
     weights = hashlib.sha256(repr(student).encode())
     for name, tensor in student.state_dict().items():

@@ -10,46 +10,48 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from prgkit.config.prompts import canonical
-from prgkit.config.recipe import Recipe, TeacherConfig, validate
+from prgkit.config.recipe import Recipe, validate
+from prgkit.config.sections import TeacherConfig
 from prgkit.device import best_device
 from prgkit.errors import ExportError, ParityError, RunError
-from prgkit.export.bundle.artifact_cache import RELABELLED, Artifact, alone_in, building, files_of, link, put_back
+from prgkit.export.bundle.artifact_cache import RELABELLED, alone_in, building, files_of, link, put_back
 from prgkit.export.bundle.bundle import (
-    GOLDEN_TOLERANCE,
     Bundle,
-    contract,
-    describe_artifact,
     fp32_onnx,
     open_bundle,
+    output_spec,
     write_manifest,
 )
-from prgkit.export.bundle.checksums import PARTS, digests, require_unchanged
-from prgkit.export.formats.open_vocabulary import Matrix, answers_told, scored, write_classes
+from prgkit.export.bundle.checksums import PARTS, checksums, require_unchanged
+from prgkit.export.bundle.engine_metadata import load_engine_metadata
+from prgkit.export.bundle.manifest import VECTORS, Artifact, ClassScoring, Manifest, Quantization
+from prgkit.export.formats.open_vocabulary import Matrix, agreement_sentence, scored, write_classes
 from prgkit.export.from_run import said
-from prgkit.export.runtimes.base import VECTORS, OnnxRunner
-from prgkit.export.runtimes.engine_metadata import load_engine_metadata
+from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.runtimes.parity import GOLDEN_TOLERANCE
 from prgkit.progress import Progress
+from prgkit.storage.atomic import sha256
+from prgkit.storage.find import find_bundle, find_run
 from prgkit.storage.locks import locked
 from prgkit.storage.reproducible import read_array, read_png, write_array
-from prgkit.storage.run import Run, find_bundle, find_run
+from prgkit.storage.run import Run
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.ensemble import open_targets
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 OPEN = "prgkit export --open-vocabulary"
 # Of an INT8 file: all else of how it was quantised was found with the old classes; bench judges it by the new ones.
-OF_THE_NETWORK = ("name", "layout", "calibration_images", "floor", "blocks", "float_blocks", "tail")
+OF_THE_NETWORK = {"name", "layout", "calibration_images", "floor", "blocks", "float_blocks", "clip_quantile"}
 UNCOMPARED = "its network was compared with PyTorch when it was exported, with other classes"
 
 
-def relabel(folder: Path, classes: Sequence[str], *, run: Run | None, progress: Progress) -> dict[str, Any]:
+def relabel(folder: Path, classes: Sequence[str], *, run: Run | None, progress: Progress) -> Manifest:
     """Give the bundle in ``folder`` other classes and return its new manifest.
 
     ``run`` is the run that the bundle lies in, if any: its target store keeps what the teacher has read. The bundle is
@@ -63,14 +65,14 @@ def relabel(folder: Path, classes: Sequence[str], *, run: Run | None, progress: 
     """
     with locked(run.folder, "run") if run else contextlib.nullcontext(), alone_in(folder):
         bundle = open_bundle(folder)
-        require_open(bundle)
+        scoring = require_open(bundle)
         for part in PARTS:
             require_unchanged(folder, part)
-        recipe = validate(bundle.manifest["recipe"], where=folder)
+        recipe = validate(bundle.manifest.recipe, where=folder)
         answers = read_names(bundle, recipe, classes, run, progress)
         with building(folder, RELABELLED) as new:
             shutil.copytree(folder, new, copy_function=link, dirs_exist_ok=True)
-            manifest = write_relabelled(bundle, new, answers, classes, progress)
+            manifest = write_relabelled(bundle, new, scoring, answers, classes, progress)
     if recipe.targets.corrects:
         progress.note("the teacher's answers to the new classes are its own: the run's correction is of the old ones")
     return manifest
@@ -101,14 +103,15 @@ def settled_bundle(given: Path | None) -> tuple[Path, Run | None]:
     return bundle, run
 
 
-def require_open(bundle: Bundle) -> None:
-    """Refuse a bundle whose classes are fixed."""
-    if "open_vocabulary" not in bundle.manifest:
+def require_open(bundle: Bundle) -> ClassScoring:
+    """Return how a bundle's classes are scored; one whose classes are fixed is refused."""
+    if bundle.manifest.open_vocabulary is None:
         raise ExportError(
             "the classes of this bundle are fixed: its network ends in a class head",
             where=bundle.folder,
             fix=f"export it again where the student was trained: {OPEN}",
         )
+    return bundle.manifest.open_vocabulary
 
 
 def read_names(
@@ -123,7 +126,7 @@ def read_names(
 
     with store_of(run) as root:
         targets = open_targets(recipe, root, teacher)
-        if targets.facts()["fingerprint"] != bundle.manifest["teacher"]["fingerprint"]:
+        if targets.facts()["fingerprint"] != bundle.manifest.teacher.fingerprint:
             raise ExportError(
                 f"the teacher here is not the one that this student learned from: {recipe.teacher_name}",
                 where=bundle.folder,
@@ -144,12 +147,17 @@ def store_of(run: Run | None) -> Iterator[Path]:
 
 
 def write_relabelled(
-    bundle: Bundle, new: Path, answers: ZeroShotClassifier, classes: Sequence[str], progress: Progress
-) -> dict[str, Any]:
+    bundle: Bundle,
+    new: Path,
+    scoring: ClassScoring,
+    answers: ZeroShotClassifier,
+    classes: Sequence[str],
+    progress: Progress,
+) -> Manifest:
     """Change everything in ``new``, a copy of the bundle, that says something of its classes; return the manifest."""
     vectors: Matrix = answers.class_vectors().numpy()  # [C, D]
     write_array(new / VECTORS, vectors)
-    artifacts = [relabelled(new, entry, vectors, classes) for entry in bundle.artifacts if entry["format"] != "engine"]
+    artifacts = [relabelled(new, one, vectors, classes) for one in bundle.artifacts if one.format != "engine"]
     leave_engines(bundle, new, progress)
     for part in PARTS:
         features = read_array(new / part / "features.npy")
@@ -160,53 +168,53 @@ def write_relabelled(
     write_array(evaluation / "teacher_uniform_logits.npy", uniform)
     labelled = move_labels(evaluation / "labels.npy", bundle.classes, classes, progress)
     require_same(new, fp32_onnx(bundle))
-    progress.note(answers_told(read_array(evaluation / "logits.npy"), weighted))
-    manifest = {
-        **{key: value for key, value in bundle.manifest.items() if key not in ("schema", "not_kept")},
-        **contract(bundle.preprocessing, classes),
-        "artifacts": artifacts,
-        "evaluation": {**bundle.manifest["evaluation"], "labelled": labelled},
-        "open_vocabulary": {
-            **bundle.manifest["open_vocabulary"],
-            "relabelled": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        },
-        "files": digests(new),
-    }
+    progress.note(agreement_sentence(read_array(evaluation / "logits.npy"), weighted))
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    manifest = bundle.manifest.model_copy(
+        update={
+            "classes": tuple(classes),
+            "output": output_spec(classes),
+            "artifacts": tuple(artifacts),
+            "not_kept": (),
+            "evaluation": bundle.manifest.evaluation.model_copy(update={"labelled": labelled}),
+            "open_vocabulary": scoring.model_copy(update={"relabelled": now}),
+            "checksums": checksums(new),
+        }
+    )
     write_manifest(new, manifest)
     return manifest
 
 
-def relabelled(new: Path, entry: Artifact, vectors: Matrix, classes: Sequence[str]) -> Artifact:
-    """Write the new classes into an ONNX file and return its entry, of which an export takes nothing over."""
-    write_classes(new / entry["file"], new / entry["file"], vectors, classes)
-    told = describe_artifact(
-        new,
-        entry["file"],
-        name=entry["name"],
-        format_=entry["format"],
-        precision=entry["precision"],
-        backend=entry["backend"],
-        executed=(entry["format"], entry["precision"]) == ("onnx", "fp32"),  # by `require_same`
-        note="; ".join(
-            [*(part for part in (entry["note"] or "").split("; ") if part not in ("", UNCOMPARED)), UNCOMPARED]
-        ),
-        parity=None,
+def relabelled(new: Path, artifact: Artifact, vectors: Matrix, classes: Sequence[str]) -> Artifact:
+    """Write the new classes into an ONNX file and return what is known of it; an export takes nothing of it over."""
+    write_classes(new / artifact.file, new / artifact.file, vectors, classes)
+    notes = [part for part in (artifact.note or "").split("; ") if part not in ("", UNCOMPARED)]
+    quantization = artifact.quantization
+    if quantization:
+        quantization = Quantization(**quantization.model_dump(include=OF_THE_NETWORK, exclude_unset=True))
+    path = new / artifact.file
+    return artifact.model_copy(
+        update={
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+            "executed": (artifact.format, artifact.precision) == ("onnx", "fp32"),  # by `require_same`
+            "note": "; ".join([*notes, UNCOMPARED]),
+            "parity": None,
+            "quantization": quantization,
+            "made_from": None,
+        }
     )
-    kept = {key: value for key, value in entry.items() if key != "made_from"}
-    if found := entry.get("quantization"):
-        kept["quantization"] = {key: found[key] for key in OF_THE_NETWORK if key in found}
-    return {**kept, **told}
 
 
 def leave_engines(bundle: Bundle, new: Path, progress: Progress) -> None:
     """Remove what was built from the old classes, and say how it is built again."""
-    engines = [entry for entry in bundle.artifacts if entry["format"] == "engine"]
-    for entry in engines:
-        for path in files_of(new, entry):
+    engines = [artifact for artifact in bundle.artifacts if artifact.format == "engine"]
+    for engine in engines:
+        for path in files_of(new, engine):
             path.unlink(missing_ok=True)
     if engines:
-        names = ", ".join(entry["file"] for entry in engines)
-        card, made = load_engine_metadata(bundle.folder / engines[0]["file"]), {entry["precision"] for entry in engines}
+        names = ", ".join(engine.file for engine in engines)
+        card, made = load_engine_metadata(bundle.folder / engines[0].file), {engine.precision for engine in engines}
         kinds = [f"--{precision}" for precision in ("fp16", "int8") if precision in made]
         batch = ",".join(map(str, card.batch))
         build = ["prgkit", "export", "--trt", *kinds, "--backend", card.backend, "--batch", batch]
@@ -235,7 +243,7 @@ def require_same(new: Path, fp32: Artifact) -> None:
     golden = new / "golden"
     expected: Matrix = read_array(golden / "logits.npy")
     inputs = np.stack([read_png(golden / f"{number:02}.input.png") for number in range(len(expected))])
-    runner = OnnxRunner(new / fp32["file"], name=fp32["name"], spin=False)
+    runner = OnnxRunner(new / fp32.file, name=fp32.name, spin=False)
     try:
         difference = float(np.abs(expected - runner.run(inputs)).max())
     finally:
@@ -243,7 +251,7 @@ def require_same(new: Path, fp32: Artifact) -> None:
     allowed = GOLDEN_TOLERANCE["fp32"] * max(1.0, float(np.abs(expected).max()))  # the features are another machine's
     if not difference <= allowed:
         raise ParityError(
-            f"{fp32['file']} differs from what the stored features have by the new class vectors: by {difference:.3g}, "
+            f"{fp32.file} differs from what the stored features have by the new class vectors: by {difference:.3g}, "
             f"allowed {allowed:.3g}",
             where=new,
             fix="copy the bundle again, or export it again",

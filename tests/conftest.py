@@ -1,4 +1,4 @@
-"""What several test files share: two real students, exported once."""
+"""What several test files share: the command line in this process, a small recipe, two real students exported once."""
 
 from __future__ import annotations
 
@@ -7,14 +7,93 @@ import os
 # Two busy cores and two spinning OpenMP threads are a hundred times slower than one thread; subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+
+# A recipe that trains in a second: the demo's teacher, timm's smallest student, 24 pictures.
+TINY_RECIPE = """\
+# Distil a few pictures, to try the command line.
+data: {images: photos, classes: [one, two, three], prompts: ["a {}", "the digit {}"], held_out: 0.2}
+teacher: {model: "demo:digits", batch_size: 8}
+views: {count: 1, flip: false}
+student: {model: test_efficientnet, image_size: 32}
+objective: {name: ce}
+training: {epochs: 1, batch_size: 8, workers: 0, precision: fp32}
+"""
+
+
+@dataclass(frozen=True)
+class CliResult:
+    """What a call of the command line left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+PrgkitCommand = Callable[..., CliResult]
+
+
+@pytest.fixture
+def prgkit(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> PrgkitCommand:
+    """Call the command line in this process; an error that is a bug comes out as itself."""
+    from prgkit.cli.main import main
+
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def call(line: str = "", *more: str) -> CliResult:
+        arguments = [*shlex.split(line), *more]
+        monkeypatch.setattr(sys, "argv", ["prgkit", *arguments])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        result = capfd.readouterr()
+        assert "Traceback" not in result.err
+        return CliResult(code, result.out, result.err)
+
+    return call
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_photos(folder: Path, count: int = 24) -> Path:
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number:02}.png")
+    return folder
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def raises(**_: Any) -> None:
+        raise error
+
+    return raises
+
 
 FAMILIES = ("repvit_m0_9", "efficientnet_b0")
 CLASSES = tuple(f"thing {number}" for number in range(20))
@@ -47,6 +126,40 @@ def pictures(count: int, *, size: int = SIZE, seed: int = 0) -> NDArray[np.uint8
     return np.stack(made).clip(0, 255).astype(np.uint8)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Trace each network once in a session: what PyTorch's exporter makes of the same module and arguments is kept.
+
+    Tracing takes seconds, and many tests export the same student. What differs in one byte is traced anew.
+    """
+    if "torch" not in sys.modules:
+        return  # no test of this session exports
+    import onnx
+    import torch
+
+    export, traced = torch.onnx.export, dict[bytes, bytes]()
+
+    def export_once(module: Any, examples: tuple[Any, ...], **options: Any) -> Any:
+        key = sha256_of(module, repr([(example.shape, example.dtype) for example in examples] + [options]))
+        if key not in traced:
+            traced[key] = export(module, examples, **options).model_proto.SerializeToString()
+        return SimpleNamespace(model_proto=onnx.load_from_string(traced[key]))
+
+    torch.onnx.export = export_once
+
+
+def sha256_of(module: Any, arguments: str) -> bytes:
+    """Return the SHA-256 of a network: its layers with their plain attributes, its weights, and how it is traced."""
+    digest = hashlib.sha256(arguments.encode())
+    for name, layer in module.named_modules():
+        plain = {
+            key: value for key, value in vars(layer).items() if isinstance(value, bool | int | float | str | tuple)
+        }
+        digest.update(f"{name} {type(layer)} {layer.extra_repr()} {plain}".encode())
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.detach().numpy().tobytes())
+    return digest.digest()
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     pytest.importorskip("torch")
@@ -68,7 +181,7 @@ def export_family(model: str, folder: Path) -> Exported:
         return _done[model]
     import torch
 
-    from prgkit.config.recipe import StudentConfig
+    from prgkit.config.sections import StudentConfig
     from prgkit.export.formats.onnx import export_onnx, onnx_export_module, write_fp16
     from prgkit.student.model import build_student
 

@@ -1,4 +1,4 @@
-"""What an objective is given: the space it works in, then the student's and the teacher's side of each batch."""
+"""What a loss is given: the context that it is made for, then both outputs of each batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class LossContext(NamedTuple):
-    """What an objective is made for: C classes, features of width D, N images, epochs and the steps of each."""
+    """What a loss is made for: C classes, teacher features of width D, N images, epochs and the steps of each."""
 
     classes: int
     width: int
@@ -24,7 +24,7 @@ class LossContext(NamedTuple):
 
 
 class StudentOutput(NamedTuple):
-    """The student's answer: features F [B, D] in the teacher's space, and class logits L [B, C]."""
+    """The student's output: features F [B, D] in the teacher's space, and class logits L [B, C]."""
 
     features: Tensor
     logits: Tensor
@@ -33,7 +33,7 @@ class StudentOutput(NamedTuple):
 
 
 class TeacherOutput(NamedTuple):
-    """The teacher's answer: unit features I [B, D], prompt-weighted logits W [B, C], pseudo-labels y [B]."""
+    """The teacher's output: unit features I [B, D], logits W [B, C] over all prompts, pseudo-labels y [B]."""
 
     features: Tensor
     logits: Tensor
@@ -42,7 +42,7 @@ class TeacherOutput(NamedTuple):
     truth: Tensor | None = None  # [B], true labels of the few images of data.labelled, -1 for all others
 
 
-def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the batch mean of KL(softmax(teacher / T) || softmax(student / T)): logits [B, C] -> scalar."""
     return F.kl_div(
         (student_logits / temperature).log_softmax(dim=1),

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.config.image_size import sides
-from prgkit.data.index import Preprocessing, margins
+from prgkit.data.preprocessing import Preprocessing, margins
 from prgkit.export.bundle.bundle import Bundle
 from prgkit.export.runtimes.base import Runner
 from prgkit.storage.reproducible import read_png

@@ -25,7 +25,7 @@ def find_ticks(bundle: Bundle, run_folder: Path | None) -> list[Tick]:
     Raises:
         ImagesError: there is a file of ticks and it cannot be read; names line and value.
     """
-    if bundle.manifest.get("open_vocabulary", {}).get("relabelled"):
+    if bundle.manifest.relabelled:
         return []
     places = [Run(run_folder).ticks_file] if run_folder is not None else []
     for path in (*places, bundle.folder / TICKS):

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 import prgkit
 from prgkit import metrics
-from prgkit.config.recipe import Export
 from prgkit.data.ticks import Tick
 from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate import system
@@ -47,9 +46,11 @@ from prgkit.evaluate.report.schema import (
     ThroughputSamples,
 )
 from prgkit.evaluate.report.write import write_report
-from prgkit.evaluate.selection import holds_floor, int8_notes, judge_int8, write_selection
-from prgkit.export.bundle.bundle import Bundle, Evaluation, check_golden, open_bundle, read_evaluation
+from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection
+from prgkit.export.bundle.bundle import Bundle, Evaluation, open_bundle, read_evaluation
+from prgkit.export.bundle.fidelity import fidelity
 from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.runtimes.parity import check_golden
 from prgkit.storage.atomic import sha256
 from prgkit.storage.run import Run
 
@@ -158,7 +159,7 @@ def open_subject(bundle_folder: Path, run_folder: Path | None) -> Subject:
 
 def files_under_test(bundle: Bundle, run_folder: Path | None) -> list[str]:
     """Return the digests of all that is measured, and of the images that it is measured with."""
-    digests = [artifact["sha256"] for artifact in bundle.artifacts]
+    digests = [artifact.sha256 for artifact in bundle.artifacts]
     paths = [bundle.folder / "evaluation" / "images.zip"]
     if run_folder is not None and Run(run_folder).weights.exists():
         paths.append(Run(run_folder).weights)
@@ -167,11 +168,11 @@ def files_under_test(bundle: Bundle, run_folder: Path | None) -> list[str]:
 
 def golden_notes(bundle: Bundle) -> list[str]:
     """Check that this machine prepares images as training did, and that its FP32 student answers as exported."""
-    artifact = next((one for one in bundle.artifacts if one["format"] == "onnx" and one["precision"] == "fp32"), None)
+    artifact = next((one for one in bundle.artifacts if one.format == "onnx" and one.precision == "fp32"), None)
     if artifact is None:
         return []
     try:
-        runner = OnnxRunner(bundle.folder / artifact["file"], threads=1, name=artifact["name"])
+        runner = OnnxRunner(bundle.folder / artifact.file, threads=1, name=artifact.name)
         check_golden(bundle, runner, precision="fp32")
         notes = opencv_notes(bundle, runner)
         runner.close()
@@ -268,8 +269,8 @@ def accuracy(row: Row, logits: NDArray[np.float32], subject: Subject) -> dict[st
     evaluation = subject.evaluation
     scores = metrics.scores(logits, teacher=evaluation.teacher_logits, fp32=evaluation.logits, labels=evaluation.labels)
     if row.precision == "int8":
-        floor = subject.bundle.manifest.get("recipe", {}).get("export", {}).get("fidelity", Export().fidelity)
-        scores["faithful"] = holds_floor(scores["agreement_fp32"], len(logits), floor=floor)
+        same = round(scores["agreement_fp32"] * len(logits) / 100)
+        scores["faithful"] = fidelity(same, len(logits)).holds(subject.bundle.manifest.fidelity_floor())
     return scores
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 from prgkit.evaluate.bench.worker import Spec
 from prgkit.evaluate.report.schema import Row
-from prgkit.export.bundle.bundle import NCHW, QDQ, Bundle
-from prgkit.export.runtimes.base import PROVIDERS, VECTORS, available_providers, why_no_compiling
-from prgkit.export.runtimes.engine_metadata import load_engine_metadata
+from prgkit.export.bundle.bundle import NCHW, QDQ, Bundle, describe_artifact
+from prgkit.export.bundle.engine_metadata import load_engine_metadata
+from prgkit.export.bundle.manifest import VECTORS, Artifact
+from prgkit.export.runtimes.base import PROVIDERS, available_providers, why_no_compiling
 from prgkit.export.runtimes.tensorrt import why_not_here
 from prgkit.storage.run import Run
 
@@ -38,27 +38,37 @@ def plan(
 
     here = runtimes(gpu=gpu)
     for artifact in bundle.artifacts:
-        path = str(bundle.folder / artifact["file"])
-        if artifact["format"] == "engine":
-            row = blank(artifact["name"], artifact, device="cuda", threads=None)
+        path = str(bundle.folder / artifact.file)
+        if artifact.format == "engine":
+            row = blank(artifact.name, artifact, device="cuda", threads=None)
             add(
                 row,
                 {"kind": "engine", "path": path},
-                why_not_here(load_engine_metadata(bundle.folder / artifact["file"])),
+                why_not_here(load_engine_metadata(bundle.folder / artifact.file)),
             )
             continue
         for runtime in here:
             if suits(runtime["backend"], artifact, bundle):
                 device = runtime["device"]
-                entry = {**artifact, "backend": runtime["backend"]}
-                row = blank(artifact["name"], entry, device=device, threads=threads if device == "cpu" else None)
-                add(row, {**runtime, "path": path, "half": artifact["precision"] == "fp16"})
+                entry = artifact.model_copy(update={"backend": runtime["backend"]})
+                row = blank(artifact.name, entry, device=device, threads=threads if device == "cpu" else None)
+                add(row, {**runtime, "path": path, "half": artifact.precision == "fp16"})
     if run_folder is not None and Run(run_folder).weights.exists() and importlib.util.find_spec("torch"):
         weights = Run(run_folder).weights
-        kept = {"file": weights.name, "backend": "torch", "precision": "fp32", "bytes": weights.stat().st_size}
+        kept = describe_artifact(
+            run_folder,
+            weights.name,
+            name="torch",
+            format="torch",
+            precision="fp32",
+            backend="torch",
+            executed=True,
+            note=None,
+            parity=None,
+        )
         opened: Spec = {"kind": "torch", "path": str(run_folder)}
-        if scoring := bundle.manifest.get("open_vocabulary"):
-            opened |= {"class_vectors": str(bundle.folder / VECTORS), "logit_scale": scoring["logit_scale"]}
+        if scoring := bundle.manifest.open_vocabulary:
+            opened |= {"class_vectors": str(bundle.folder / VECTORS), "logit_scale": scoring.logit_scale}
         add(blank("torch", kept, device="cpu", threads=threads), opened)
         if seconds >= COMPILED_FROM_S:
             row = blank("torch-compiled", kept, device="cpu", threads=threads)
@@ -79,31 +89,31 @@ def runtimes(*, gpu: bool) -> list[Spec]:
     return here
 
 
-def suits(backend: str, artifact: dict[str, Any], bundle: Bundle) -> bool:
+def suits(backend: str, artifact: Artifact, bundle: Bundle) -> bool:
     """Return whether a backend runs an ONNX file in the precision that the file has, and from its fastest layout.
 
     ONNX Runtime's TensorRT provider is left the floats: INT8 is what the bundle's engines are for. OpenVINO would
     compute FP16 in FP32 on the CPU, and of the layouts of INT8 is faster with TensorRT's, where the bundle has it.
     """
-    kind = artifact["format"], artifact["precision"]
+    kind = artifact.format, artifact.precision
     if backend == "onnxruntime":
         return kind[0] not in (NCHW, QDQ)
     if backend == "onnxruntime-tensorrt":
         return kind in (("onnx", "fp32"), ("onnx", "fp16"))
-    layout = QDQ if any(one["format"] == QDQ for one in bundle.artifacts) else "onnx"
+    layout = QDQ if any(one.format == QDQ for one in bundle.artifacts) else "onnx"
     return kind in (("onnx", "fp32"), (layout, "int8"))
 
 
-def blank(name: str, artifact: dict[str, Any], *, device: str, threads: int | None) -> Row:
+def blank(name: str, artifact: Artifact, *, device: str, threads: int | None) -> Row:
     """Return a row without a figure yet."""
     return Row(
         artifact=name,
-        backend=artifact["backend"],
+        backend=artifact.backend,
         device=device,
-        file=artifact["file"],
-        precision=artifact["precision"],
+        file=artifact.file,
+        precision=artifact.precision,
         threads=threads,
-        size_mib=round(artifact["bytes"] / (1 << 20), 3),
+        size_mib=round(artifact.bytes / (1 << 20), 3),
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +22,9 @@ from numpy.typing import NDArray
 
 from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate.report.schema import Machine, Model, Soak, SoakWindow, Stage
-from prgkit.storage.atomic import fingerprint, sha256, write_bytes, write_text
+from prgkit.storage.atomic import fingerprint, sha256, write_bytes
+from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
-from prgkit.storage.run import append_line, numbered_lines
 
 MOST_PAUSE_S = 600.0
 # What describes the machine and does not change while a bench is under way.
@@ -147,12 +146,13 @@ class BenchJournal:
         if folder is None:
             return
         now, made_from = time.time(), fingerprint(conditions)
-        before = read_lines(folder / "journal.jsonl")
+        self.file = Journal(folder / "journal.jsonl", Line)
+        before = read_lines(self.file.path)
         if any("kind" in line and not line["kind"].endswith("failed") for line in before):  # measured something
             age_s = now - max(line["at"] for line in before)
             if before[0].get("conditions") == made_from and 0 <= age_s <= MOST_PAUSE_S:
                 self.lines = before
-                write_text(folder / "journal.jsonl", "".join(json.dumps(line) + "\n" for line in before))
+                self.file.replace(before)
                 self.notes.append(self.resumed(age_s))
             else:
                 self.notes.append(self.set_aside(before))
@@ -204,7 +204,7 @@ class BenchJournal:
         assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lines.append({"at": time.time(), **line})
-        append_line(self.folder / "journal.jsonl", self.lines[-1])
+        self.file.append(self.lines[-1])
 
     def resumed(self, age_s: float) -> str:
         """Say what this bench goes on from."""
@@ -258,7 +258,7 @@ def open_journal(folder: Path, made_from: Any, note: Callable[[str], None]) -> I
 def read_lines(path: Path) -> list[Line]:
     """Return the lines up to the first damaged one: what came after it belongs to an order that is lost."""
     lines: list[Line] = []
-    for _, line in numbered_lines(path) if path.exists() else ():
+    for _, line in Journal(path, Line).lines():
         if line is None or not isinstance(line.get("at"), float):
             break
         lines.append(line)

@@ -8,8 +8,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from prgkit import metrics
-from prgkit.config.recipe import Export
-from prgkit.data.index import load_image
+from prgkit.config.sections import Export
+from prgkit.data.preprocessing import load_image
 from prgkit.errors import PrgkitError
 from prgkit.evaluate.bench.latency import EncodedImages
 from prgkit.evaluate.report.schema import (
@@ -22,7 +22,7 @@ from prgkit.evaluate.report.schema import (
     TeacherScores,
 )
 from prgkit.export.bundle.bundle import NCHW, Bundle, Evaluation
-from prgkit.export.runtimes.engine_metadata import load_engine_metadata
+from prgkit.export.bundle.engine_metadata import load_engine_metadata
 from prgkit.storage.atomic import fingerprint
 from prgkit.storage.run import Run
 
@@ -31,18 +31,18 @@ NOT_TRAINING = {"learning_rate", "seconds", "images_per_s", "step"}
 
 def run_facts(bundle: Bundle) -> RunFacts:
     """Return what is known of the run that a bundle was exported from."""
-    run, teacher = bundle.manifest["run"], bundle.manifest["teacher"]
-    name = " ".join(str(teacher[key]) for key in ("model", "weights") if teacher.get(key))
+    run, teacher = bundle.manifest.run, bundle.manifest.teacher
+    name = " ".join(str(part) for part in (teacher.model, teacher.weights) if part)
     if name.startswith("local-dir:"):
         name = PurePath(name).name  # where it lay is nobody's business
     return RunFacts(
-        name=run["name"],
-        student=bundle.manifest["student"]["model"],
+        name=run.name,
+        student=bundle.manifest.student.model,
         teacher=name,
-        objective=run["objective"],
-        uses_labels=bool(run.get("learned_labels")),
+        objective=run.objective,
+        uses_labels=run.learned_labels,
         classes=len(bundle.classes),
-        epochs=run["epochs"],
+        epochs=run.epochs,
     )
 
 
@@ -65,11 +65,11 @@ def student_scores(evaluation: Evaluation, rows: Sequence[Row]) -> StudentScores
 def evaluation_images(evaluation: Evaluation, bundle: Bundle) -> EvaluationImages:
     """Return which images the quality is measured on; the digest is the same where pictures, labels and classes are."""
     labels = None if evaluation.labels is None else evaluation.labels.tolist()
-    relabelled = [bundle.classes] if (bundle.manifest.get("open_vocabulary") or {}).get("relabelled") else []
+    relabelled = [bundle.classes] if bundle.manifest.relabelled else []
     return EvaluationImages(
         images=len(evaluation.pixels),
         labelled=labels is not None,
-        source=bundle.manifest["evaluation"]["source"],
+        source=bundle.manifest.evaluation.source,
         # Bundles of earlier versions do not say which pictures they hold.
         digest=None if evaluation.keys is None else fingerprint([evaluation.keys, labels, *relabelled]),
     )
@@ -97,30 +97,30 @@ def stage_images(images: EncodedImages | None) -> StageImages | None:
 
 def made_by(bundle: Bundle, typed: str) -> list[str]:
     """Return the commands that make the bundle again from the run's recipe, as far as what was typed does not."""
-    run = shlex.quote(f"runs/{bundle.manifest['run']['name']}")
-    made = {artifact["format"] for artifact in bundle.artifacts} | {one["precision"] for one in bundle.artifacts}
+    run = shlex.quote(f"runs/{bundle.manifest.run.name}")
+    made = {artifact.format for artifact in bundle.artifacts} | {one.precision for one in bundle.artifacts}
     options = {"fp16": "--fp16", "int8": "--int8", NCHW: "--float-input", "engine": "--trt"}
     given = [option for kind, option in options.items() if kind in made]
     again: list[str] = []
-    if engines := [one["file"] for one in bundle.artifacts if one["format"] == "engine"]:
+    if engines := [one.file for one in bundle.artifacts if one.format == "engine"]:
         card = load_engine_metadata(bundle.folder / engines[0])
         built = ["--backend", card.backend, "--batch", ",".join(map(str, card.batch))]
-        if (bundle.manifest.get("open_vocabulary") or {}).get("relabelled"):  # which removed those of the old classes
+        if bundle.manifest.relabelled:  # which removed those of the old classes
             given.remove("--trt")
             again = ["--trt", *(option for option in ("--fp16", "--int8") if option in given), *built]
         else:
             given += built
-    if scoring := bundle.manifest.get("open_vocabulary"):
-        given += ["--open-vocabulary", scoring["class_vectors"]]
+    if scoring := bundle.manifest.open_vocabulary:
+        given += ["--open-vocabulary", scoring.class_vectors]
     usual = Export().evaluation_images
-    travelling = bundle.manifest.get("recipe", {}).get("export", {}).get("evaluation_images", usual)
+    travelling = bundle.manifest.export.evaluation_images
     if travelling != usual:
         given += ["--evaluation-images", str(travelling)]
     steps = {
         "distill": f"prgkit distill {run}/recipe.yaml --run {run}",
         "export": " ".join(["prgkit export", *given, "--run", run]),
     }
-    if scoring and scoring["relabelled"]:
+    if scoring and scoring.relabelled:
         steps["relabel"] = f"prgkit relabel --classes FILE --run {run}"
         if again:
             steps["engines"] = " ".join(["prgkit export", *again, "--run", f"{run}/bundle"])
@@ -129,13 +129,13 @@ def made_by(bundle: Bundle, typed: str) -> list[str]:
 
 def vocabulary_notes(bundle: Bundle) -> list[str]:
     """Say that the classes are not the network's, and what is left of a report that was about other ones."""
-    scoring = bundle.manifest.get("open_vocabulary")
+    scoring = bundle.manifest.open_vocabulary
     if scoring is None:
         return []
     notes = ["Open vocabulary: images are scored by the teacher's class vectors; prgkit relabel changes the classes."]
-    if scoring["relabelled"]:
+    if scoring.relabelled:
         notes.append(
-            f"The classes were changed at {scoring['relabelled']}: what is said of the training and its targets is of "
+            f"The classes were changed at {scoring.relabelled}: what is said of the training and its targets is of "
             "those that the student learned with, and ticks of those are left out."
         )
     return notes
@@ -143,7 +143,7 @@ def vocabulary_notes(bundle: Bundle) -> list[str]:
 
 def training_records(bundle: Bundle, run_folder: Path | None) -> list[Epoch]:
     """Return each epoch's loss, its terms and the agreement: the run's, or on a device what the bundle took along."""
-    records = Run(run_folder).metrics() if run_folder is not None else bundle.manifest["run"].get("training", [])
+    records = Run(run_folder).metrics() if run_folder is not None else bundle.manifest.run.training
     return [
         {key: value for key, value in record.items() if key not in NOT_TRAINING and isinstance(value, (int, float))}
         for record in records
@@ -153,5 +153,5 @@ def training_records(bundle: Bundle, run_folder: Path | None) -> list[Epoch]:
 def pseudo_labels(bundle: Bundle, run_folder: Path | None) -> dict[str, Any] | None:
     """Return what was known of the pseudo-labels before training: the run's, or what the bundle took along."""
     statistics = Run(run_folder).quality() if run_folder is not None else None
-    in_bundle: dict[str, Any] | None = bundle.manifest["run"].get("quality")
+    in_bundle: dict[str, Any] | None = bundle.manifest.run.quality
     return statistics or in_bundle

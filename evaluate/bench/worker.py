@@ -25,7 +25,7 @@ from prgkit.evaluate.bench.timing import clocked_runs, fixed_rate_runs, timed_ru
 from prgkit.evaluate.report.schema import STAGES, Stage, WarmUp
 
 if TYPE_CHECKING:
-    from prgkit.data.index import Preprocessing
+    from prgkit.data.preprocessing import Preprocessing
     from prgkit.export.runtimes.base import Runner
 
 Pixels = NDArray[np.uint8]  # [batch, height, width, 3]
@@ -236,7 +236,7 @@ class Resident:
 
     def take_images(self, files: Sequence[bytes], preprocessing: Preprocessing) -> list[Stage]:
         """Keep the images, encoded and decoded, and what prepares them; return the stages that can be measured."""
-        from prgkit.data.index import load_image
+        from prgkit.data.preprocessing import load_image
 
         self.prepare = preprocessing.prepare
         self.load = load_image

@@ -17,7 +17,8 @@ import numpy as np
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from prgkit.config.recipe import Recipe, TeacherConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TeacherConfig
 from prgkit.data.augment import evaluation_views
 from prgkit.data.index import ImageIndex
 from prgkit.device import best_device

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from prgkit.config.image_size import sides
-from prgkit.config.recipe import Recipe, StudentConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import StudentConfig
 from prgkit.data.augment import evaluation_views
 from prgkit.device import best_device, seed_everything
 from prgkit.evaluate.compare.aggregate import spread
@@ -67,7 +68,7 @@ def rank_students(
     # Whatever the recipe starts from: DisWOT's score is about random weights.
     pages = {c.recipe.student.model: c.recipe.student.model_copy(update={"initial": "random"}) for c in cells}
     dataset = prepare(recipe, targets_root, progress)
-    dataset = replace(dataset, answers=dataset.answers.to(best_device()))
+    dataset = replace(dataset, classifier=dataset.classifier.to(best_device()))
     seeds = range(recipe.training.seed, recipe.training.seed + INITIALISATIONS)
     costs = {name: cost(untrained(page, dataset, seeds[0])) for name, page in pages.items()}
     batches, trained = some_batches(dataset, recipe.training.seed), measured(cells, out, targets_root, progress, whole)
@@ -104,7 +105,7 @@ def rank_students(
 def untrained(page: StudentConfig, dataset: DistillationDataset, seed: int) -> Student:
     """Return a student with the random weights of a seed."""
     seed_everything(seed)
-    return build_student(page, classes=dataset.answers.prompts.shape[1], teacher_width=dataset.targets.width)
+    return build_student(page, classes=dataset.classifier.prompts.shape[1], teacher_width=dataset.store.width)
 
 
 @torch.no_grad()
@@ -119,7 +120,7 @@ def cost(student: Student) -> dict[str, int]:
 
 def some_batches(dataset: DistillationDataset, seed: int) -> list[NDArray[np.int64]]:
     """Return the positions of a few batches of the images that are learned from, none twice."""
-    chosen = np.random.default_rng(seed).permutation(dataset.learned)[: BATCHES * BATCH_IMAGES]
+    chosen = np.random.default_rng(seed).permutation(dataset.train_indices)[: BATCHES * BATCH_IMAGES]
     return np.array_split(chosen, max(1, len(chosen) // BATCH_IMAGES))
 
 
@@ -132,7 +133,7 @@ def distances(
     progress: Progress,
 ) -> NDArray[np.float64]:
     """Return both distances of a student to its teacher for each initialisation and batch: [seeds, batches, 2]."""
-    device, classes = best_device(), dataset.answers.prompts.shape[1]
+    device, classes = best_device(), dataset.classifier.prompts.shape[1]
     shown = student_preprocessing(page)
     pixels = [view.pixels[:, 0] for b in batches for view in evaluation_views(dataset.image_index, shown, b, workers=0)]
     found = np.empty((len(seeds), len(batches), 2))
@@ -140,7 +141,7 @@ def distances(
         # Batch norm takes its statistics from the batch: those of a network that has seen nothing yet mean nothing.
         student = untrained(page, dataset, seed).to(device).train()
         for column, (batch, seen) in enumerate(zip(batches, pixels, strict=True)):
-            teacher = dataset.answer(batch, np.zeros(len(batch), dtype=np.int64), device)
+            teacher = dataset.teacher_output(batch, np.zeros(len(batch), dtype=np.int64), device)
             maps = student.model.forward_features(student.images(seen.to(device)))  # type: ignore[operator]
             pooled = student.model.forward_head(maps, pre_logits=True)  # type: ignore[operator]
             found[row, column] = dissimilarity(pooled, teacher.features, teacher.labels, classes)

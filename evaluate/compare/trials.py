@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import Recipe, validate
 from prgkit.data.augment import evaluation_views
-from prgkit.data.index import ImageIndex, labelled, read_image_index
-from prgkit.data.snapshot import members_of
+from prgkit.data.index import ImageIndex, read_image_index, select_labelled
+from prgkit.data.snapshot import load_snapshot
 from prgkit.device import best_device
 from prgkit.errors import ImagesError, PrgkitError, RecipeError, RunError, nearest
 from prgkit.evaluate.compare.aggregate import standings, write_standings
@@ -177,7 +177,7 @@ def compare(
                 failed.append({"cell": name, "reason": str(error)})
                 continue
             told = ProgressOnly(progress)
-            if (members := members_of(run)) is not None and members.images != split.learned:
+            if (snapshot := load_snapshot(run)) is not None and snapshot.keys != split.learned:
                 raise changed(folder)
             result = judge(run, recipe, split, progress)
             write_json(folder / "cell.json", result)
@@ -247,16 +247,16 @@ class EvalSplit:
     def of(cls, recipe: Recipe, targets_root: Path, progress: Progress, *, base_to_novel: bool = False) -> EvalSplit:
         """Read all of them: no device has to carry them here."""
         seen = existing_targets(recipe, targets_root) or ()
-        learned = read_image_index(recipe.data.images, recipe, progress, known=seen)
+        learned = read_image_index(recipe.data.image_spec, progress, known=seen)
         origin, keys = fingerprint(learned.keys), frozenset(learned.keys)
-        if recipe.data.labelled:
-            few = read_image_index(recipe.data.labelled, recipe, progress, known=seen, grey=learned.images.grey)
-            few, truth = labelled(few, recipe.classes, note=progress.note)
+        if spec := recipe.data.labelled_spec:
+            few = read_image_index(spec, progress, known=seen, grey=learned.source.grey)
+            few, truth = select_labelled(few, recipe.classes, note=progress.note)
             origin = fingerprint([origin, few.keys, truth.tolist()])
-        if not recipe.data.evaluation:
+        if not (spec := recipe.data.evaluation_spec):
             return cls(learned, hold_out(learned.keys, recipe.data.held_out), None, origin, keys)
-        images = read_image_index(recipe.data.evaluation, recipe, progress, known=seen, grey=learned.images.grey)
-        images, labels = labelled(images, recipe.classes, note=progress.note)
+        images = read_image_index(spec, progress, known=seen, grey=learned.source.grey)
+        images, labels = select_labelled(images, recipe.classes, note=progress.note)
         places = np.arange(len(images))
         if not base_to_novel:
             return cls(images, places, labels, origin, keys)
@@ -265,7 +265,7 @@ class EvalSplit:
         if taught.all() or not taught.any():
             raise ImagesError(
                 f"all evaluation images are of the {'first' if taught.all() else 'second'} half of the classes",
-                where=images.images.spec,
+                where=images.source.spec,
                 fix="name images of both halves as data.evaluation",
             )
         novel = Novel(names, places[~taught], labels[~taught] - len(base))
@@ -297,11 +297,12 @@ def judge(run: Run, recipe: Recipe, split: EvalSplit, progress: Progress) -> dic
         "objective": [page.model_dump(mode="json") for page in recipe.objective],
         "seed": recipe.training.seed,
         "epochs": recipe.training.epochs,
-        "images": card["images"]["used"],
-        "images_per_s": card["images_per_s"],
-        "selected": card["best"],  # by agreement with the teacher on the held-out images, no label among them
+        "images": run.image_facts.used,
+        "images_per_s": card.images_per_s,
+        # By agreement with the teacher on the held-out images, no label among them.
+        "selected": card.best.model_dump() if card.best is not None else None,
         "evaluation": {
-            "source": split.images.images.spec,
+            "source": split.images.source.spec,
             "images": len(split.positions),
             "digest": split.digest,
         },

@@ -13,7 +13,8 @@ from prgkit.evaluate.report.html import cell, document, grid, heading, section, 
 from prgkit.evaluate.report.plots import figures, svg
 from prgkit.evaluate.report.schema import Report, Row, RowSamples, Samples, measured_latency
 from prgkit.evaluate.report.soak_section import soak_section
-from prgkit.training import statistics
+from prgkit.training.statistics import summarise
+from prgkit.training.statistics_schema import Statistics
 
 MOST_PICTURES = 48
 
@@ -334,7 +335,8 @@ def trust(report: Report) -> str:
         ),
         figures.class_sizes(found["balance"]["counts"], uniform=found["balance"]["uniform"]),
     ]
-    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(line)}</dd>" for name, line in statistics.summary(found))
+    lines = summarise(Statistics.model_validate(found))
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(line)}</dd>" for name, line in lines)
     about = f"Of the {found['images']:,} unlabelled images, known before the first epoch. No label is involved."
     plotted = f'<div class="plots">{"".join(f"<div>{one}</div>" for one in drawn)}</div>'
     return section("The teacher's answers", about, f'{plotted}<dl class="facts">{facts}</dl>')

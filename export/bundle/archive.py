@@ -5,16 +5,15 @@ from __future__ import annotations
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from prgkit.errors import ExportError
 from prgkit.export.bundle.artifact_cache import files_of
 from prgkit.export.bundle.bundle import Bundle, open_bundle
 from prgkit.export.bundle.checksums import PARTS, require_unchanged
-from prgkit.export.runtimes.base import VECTORS
+from prgkit.export.bundle.manifest import VECTORS, Manifest
 from prgkit.storage.atomic import require_space, writing
+from prgkit.storage.find import run_name
 from prgkit.storage.reproducible import member
-from prgkit.storage.run import run_name
 
 
 def pack(folder: Path) -> Path:
@@ -50,10 +49,10 @@ def pack(folder: Path) -> Path:
     return archive
 
 
-def archive_of(folder: Path, manifest: dict[str, Any]) -> Path:
+def archive_of(folder: Path, manifest: Manifest) -> Path:
     """Return where a bundle is packed to: beside it, under the name of its run."""
     parent = folder.parent if folder.name not in ("", "..") else folder.resolve().parent
-    return parent / f"{run_name(str(manifest['run']['name']))}.zip"
+    return parent / f"{run_name(manifest.run.name)}.zip"
 
 
 def left_out(folder: Path) -> list[str]:
@@ -65,11 +64,11 @@ def left_out(folder: Path) -> list[str]:
 
 def packed_files(bundle: Bundle) -> list[Path]:
     """Return the files that the manifest describes, and the manifest and README themselves."""
-    folder, stated = bundle.folder, bundle.manifest.get("files")
+    folder, stated = bundle.folder, bundle.manifest.checksums
     models = [path for artifact in bundle.artifacts for path in files_of(folder, artifact)]
     images = [path for part in PARTS for path in (folder / part).iterdir()]
     images += [folder / VECTORS] if (folder / VECTORS).exists() else []
-    known = [path for path in images if stated is None or path.relative_to(folder).as_posix() in stated]
+    known = [path for path in images if not stated or path.relative_to(folder).as_posix() in stated]
     return [folder / "manifest.json", folder / "README.md", *models, *known]
 
 

@@ -7,104 +7,109 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from prgkit.errors import ExportError, PrgkitError
-from prgkit.export.bundle.bundle import require_artifact, verify_artifact
-from prgkit.export.runtimes.engine_metadata import engine_metadata_path, load_engine_metadata
-from prgkit.export.runtimes.fidelity import Facts
-from prgkit.storage.atomic import fingerprint, read_sealed, writing
+from prgkit.export.bundle.bundle import verify_artifact
+from prgkit.export.bundle.engine_metadata import engine_metadata_path, load_engine_metadata
+from prgkit.export.bundle.manifest import FILE, Artifact, Manifest, NotKept, Quantization, read_manifest, require_inside
+from prgkit.storage.atomic import fingerprint, writing
+from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
-from prgkit.storage.run import TICKS, append_line, numbered_lines
+from prgkit.storage.run import TICKS
 
 RELABELLED = "relabelled"  # what `building` calls the folder that takes the place of one with other classes
 JOURNAL = "finished.jsonl"  # in a folder that is being built; in a bundle the manifest says the same
 
-Artifact = dict[str, Any]  # a manifest's entry
+Origin = dict[str, JsonValue]  # all that decides an artifact
 
 
 class ArtifactCache:
-    """What is finished in a folder that is being built, and what can be taken over from the bundle it will replace.
+    """What is finished in a folder that is being built, and what can be taken over from the bundle it replaces.
 
-    An artifact is the same if it was made from the same: its entry carries a fingerprint of the student, the images
-    that it was compared on, the options, and the versions of what wrote it. Its parity travels with it.
+    An artifact is the same if it was made from the same: it carries a fingerprint of the student, the images that it
+    was compared on, the options, and the versions of what wrote it. Its parity travels with it.
     """
 
     def __init__(self, folder: Path, *, bundle: Path, note: Callable[[str], None]) -> None:
         self.folder = folder
         self.bundle = bundle
         self.note = note
-        self.entries: list[Artifact] = [entry for entry in journalled(folder) if is_whole(folder, entry)]
+        self.before = manifest_of(bundle)
+        self.artifacts = [artifact for artifact in journalled(folder) if is_whole(folder, artifact)]
 
-    def get(self, name: str, made_from: Any, make: Callable[[], Artifact]) -> Artifact:
-        """Return the entry of an artifact that is finished, or of one that ``make`` finishes now."""
-        if (entry := self.take(name, made_from)) is None:
+    def get(self, name: str, made_from: Origin, make: Callable[[], Artifact]) -> Artifact:
+        """Return an artifact that is finished, or one that ``make`` finishes now."""
+        if (artifact := self.take(name, made_from)) is None:
             return self.add(make(), made_from)
-        self.note(f"{entry['file']}: finished before, and made from the same; it is kept")
-        return entry
+        self.note(f"{artifact.file}: finished before, and made from the same; it is kept")
+        return artifact
 
-    def take(self, name: str, made_from: Any) -> Artifact | None:
-        """Return the entry of an artifact that was made from the same before, with its file in place, or None."""
-        for folder, entries in ((self.folder, self.entries), (self.bundle, in_bundle(self.bundle))):
-            for entry in entries:
-                if (entry["name"], entry.get("made_from")) != (name, fingerprint(made_from)):
-                    continue
-                if folder == self.folder:
-                    return entry
-                if is_whole(folder, entry):
-                    return self.bring(entry)
+    def take(self, name: str, made_from: Origin) -> Artifact | None:
+        """Return an artifact that was made from the same before, with its file in place, or None."""
+        wanted = (name, fingerprint(made_from))
+        for artifact in self.artifacts:
+            if (artifact.name, artifact.made_from) == wanted:
+                return artifact
+        for artifact in self.before.artifacts if self.before else ():
+            if (artifact.name, artifact.made_from) == wanted and is_whole(self.bundle, artifact):
+                return self.bring(artifact)
         return None
 
-    def not_kept(self, name: str, made_from: Any) -> Facts | None:
-        """Return what was found of an artifact that was made from the same and not kept, or None."""
-        for found in in_bundle(self.bundle, "not_kept"):
-            if (found["name"], found.get("made_from")) == (name, fingerprint(made_from)):
-                return found
+    def not_kept(self, name: str, made_from: Origin) -> Quantization | None:
+        """Return what became of an INT8 file that was made from the same and not kept, or None."""
+        for facts in self.before.not_kept if self.before else ():
+            if isinstance(facts, Quantization) and (facts.name, facts.made_from) == (name, fingerprint(made_from)):
+                return facts
         return None
 
     def carry_over(
-        self, artifacts: Sequence[Artifact], origin: Any, *, decided: Callable[[str], bool]
-    ) -> tuple[list[Artifact], list[Facts]]:
+        self, artifacts: Sequence[Artifact], origin: Origin | None, *, decided: Callable[[str], bool]
+    ) -> tuple[list[Artifact], list[NotKept]]:
         """Take over what else the bundle holds of the same student, and what was not kept; say what it loses.
 
         Args:
             artifacts: what this export has made.
-            origin: what its FP32 file is made from.
+            origin: what its FP32 file is made from; None where nothing can be taken over.
             decided: tells of an artifact's name whether this export was to decide on it, whatever came of that.
         """
-        before, names = in_bundle(self.bundle), {entry["name"] for entry in artifacts}
-        same = ("onnx-fp32", fingerprint(origin)) in [(entry["name"], entry.get("made_from")) for entry in before]
-        others = [entry for entry in before if entry["name"] not in names]
-        kept = [one for one in others if same and not decided(one["name"]) and is_whole(self.bundle, one)]
-        for told, entries in (
-            ("stays in the bundle, not asked for, and of the same student", kept),
-            ("no longer in the bundle", [entry for entry in others if entry not in kept]),
+        if self.before is None:
+            return [], []
+        before, names = self.before.artifacts, {artifact.name for artifact in artifacts}
+        same = ("onnx-fp32", fingerprint(origin)) in [(artifact.name, artifact.made_from) for artifact in before]
+        others = [artifact for artifact in before if artifact.name not in names]
+        stay = [other for other in others if same and not decided(other.name) and is_whole(self.bundle, other)]
+        for message, group in (
+            ("stays in the bundle, not asked for, and of the same student", stay),
+            ("no longer in the bundle", [other for other in others if other not in stay]),
         ):
-            if entries:
-                self.note(f"{told}: {', '.join(entry['file'] for entry in entries)}")
-        refused = [one for one in in_bundle(self.bundle, "not_kept") if same and not decided(one["name"])]
-        return [self.bring(entry) for entry in kept], refused
+            if group:
+                self.note(f"{message}: {', '.join(artifact.file for artifact in group)}")
+        not_kept = [facts for facts in self.before.not_kept if same and not decided(facts.name)]
+        return [self.bring(artifact) for artifact in stay], not_kept
 
-    def bring(self, entry: Artifact) -> Artifact:
+    def bring(self, artifact: Artifact) -> Artifact:
         """Give an artifact of the bundle a second name here, or copy it, and write down that it is finished."""
-        for path in files_of(self.bundle, entry):
+        for path in files_of(self.bundle, artifact):
             with writing(self.folder / path.name) as temporary:
                 link(str(path), str(temporary))
-        append_line(self.folder / JOURNAL, entry)
-        self.entries.append(entry)
-        return entry
+        return self.write_down(artifact)
 
-    def add(self, entry: Artifact, made_from: Any) -> Artifact:
+    def add(self, artifact: Artifact, made_from: Origin) -> Artifact:
         """Write down that an artifact is finished: its file is whole, and was compared."""
-        known = {**entry, "made_from": fingerprint(made_from)}
-        append_line(self.folder / JOURNAL, known)
-        self.entries.append(known)
-        return known
+        return self.write_down(artifact.model_copy(update={"made_from": fingerprint(made_from)}))
+
+    def write_down(self, artifact: Artifact) -> Artifact:
+        """Add a finished artifact to the journal."""
+        Journal(self.folder / JOURNAL, Artifact).append(artifact)
+        self.artifacts.append(artifact)
+        return artifact
 
     def leave_only(self, artifacts: Iterable[Artifact]) -> None:
         """Remove what else is finished: a killed export may have been of another student, or asked for more."""
-        wanted = {path for entry in artifacts for path in files_of(self.folder, entry)}
-        for path in {path for entry in self.entries for path in files_of(self.folder, entry)} - wanted:
+        wanted = {path for artifact in artifacts for path in files_of(self.folder, artifact)}
+        for path in {path for artifact in self.artifacts for path in files_of(self.folder, artifact)} - wanted:
             path.unlink(missing_ok=True)
 
 
@@ -121,7 +126,7 @@ def building(folder: Path, name: str = "new") -> Iterator[Path]:
     clear_unfinished(new)
     if name != RELABELLED:  # what a killed relabel has left is of no use to an export
         shutil.rmtree(folder.with_name(f".{folder.name}.{RELABELLED}"), ignore_errors=True)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
+    if folder.exists() and any(folder.iterdir()) and not (folder / FILE).exists():
         raise ExportError(
             "the folder holds something that is not a bundle", where=folder, fix="remove it, or choose another"
         )
@@ -147,7 +152,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         RunError: another process holds it.
     """
-    with locked(folder, "bundle") if (folder / "manifest.json").exists() else nullcontext():
+    with locked(folder, "bundle") if (folder / FILE).exists() else nullcontext():
         yield
 
 
@@ -160,11 +165,11 @@ def put_back(folder: Path) -> None:
 
 def clear_unfinished(folder: Path) -> None:
     """Remove all of a folder but what is finished in it; where nothing is, the folder itself."""
-    entries = [entry for entry in journalled(folder) if is_whole(folder, entry)]
-    if not entries:
+    artifacts = [artifact for artifact in journalled(folder) if is_whole(folder, artifact)]
+    if not artifacts:
         shutil.rmtree(folder, ignore_errors=True)
         return
-    kept = {path for entry in entries for path in files_of(folder, entry)} | {folder / JOURNAL}
+    kept = {path for artifact in artifacts for path in files_of(folder, artifact)} | {folder / JOURNAL}
     for path in set(folder.iterdir()) - kept:
         if path.is_dir():
             shutil.rmtree(path)
@@ -172,38 +177,35 @@ def clear_unfinished(folder: Path) -> None:
             path.unlink()
 
 
-def is_whole(folder: Path, entry: Artifact) -> bool:
-    """Tell whether an artifact's file, and an engine's card with it, are there and what they were."""
+def is_whole(folder: Path, artifact: Artifact) -> bool:
+    """Tell whether an artifact's file, and an engine's metadata with it, are there and what they were."""
     try:
-        require_artifact(entry, folder)
-        verify_artifact(folder, entry)
-        if entry["format"] == "engine":
-            load_engine_metadata(folder / entry["file"])
+        require_inside(artifact.file, folder)
+        verify_artifact(folder, artifact)
+        if artifact.format == "engine":
+            load_engine_metadata(folder / artifact.file)
     except (PrgkitError, OSError):
         return False
     return True
 
 
-def files_of(folder: Path, entry: Artifact) -> list[Path]:
-    """Return an artifact's file, and with an engine's its card."""
-    path = folder / entry["file"]
-    return [path, engine_metadata_path(path)] if entry["format"] == "engine" else [path]
+def files_of(folder: Path, artifact: Artifact) -> list[Path]:
+    """Return an artifact's file, and with an engine's its metadata."""
+    path = folder / artifact.file
+    return [path, engine_metadata_path(path)] if artifact.format == "engine" else [path]
 
 
 def journalled(folder: Path) -> Iterator[Artifact]:
     """Yield what a folder's journal says is finished; a damaged line says nothing."""
-    if (folder / JOURNAL).exists():
-        yield from (entry for _, entry in numbered_lines(folder / JOURNAL) if entry is not None and "name" in entry)
+    yield from (artifact for _, artifact in Journal(folder / JOURNAL, Artifact).lines() if artifact is not None)
 
 
-def in_bundle(folder: Path, part: str = "artifacts") -> list[dict[str, Any]]:
-    """Return the entries of a part of a bundle's manifest, where there is one that can be read."""
+def manifest_of(folder: Path) -> Manifest | None:
+    """Return a bundle's manifest, where there is one that can be read."""
     try:
-        manifest = read_sealed(folder / "manifest.json")
+        return read_manifest(folder)
     except PrgkitError:
-        return []
-    entries = manifest.get(part) if isinstance(manifest, dict) else None
-    return [entry for entry in entries or [] if isinstance(entry, dict) and "name" in entry]
+        return None
 
 
 def link(source: str, target: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.config.image_size import sides
-from prgkit.data.index import Preprocessing
-from prgkit.errors import ExportError, ParityError, PrgkitError
+from prgkit.data.preprocessing import Preprocessing
+from prgkit.errors import ExportError
 from prgkit.export.bundle.checksums import require_unchanged
+from prgkit.export.bundle.manifest import FILE, SCHEMA, VECTORS, Artifact, Manifest, TensorSpec, read_manifest
 from prgkit.export.bundle.readme import readme
-from prgkit.export.runtimes.base import VECTORS, Runner
-from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed, write_text, writing
-from prgkit.storage.reproducible import Pixels, as_pixels, member, png, read_array, read_png, write_array
+from prgkit.storage.atomic import sha256, write_bytes, write_sealed, write_text, writing
+from prgkit.storage.reproducible import Pixels, as_pixels, member, png, read_array, write_array
 
-SCHEMA = "prgkit.bundle/1"
 NCHW = "onnx-nchw"  # the format of an ONNX file for other runtimes: normalised floats in, never run or measured by us
 QDQ = "onnx-tensorrt"  # the format of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
 REMAKE = {
@@ -32,9 +30,6 @@ REMAKE = {
     NCHW: "prgkit export --float-input",
     QDQ: "prgkit export --int8 --trt",
 }
-ARTIFACT_KEYS = {"name", "file", "format", "precision", "backend", "bytes", "sha256", "executed", "note", "parity"}
-KEYS = ("run", "recipe", "teacher", "student", "classes", "preprocessing", "input", "output", "artifacts", "evaluation")
-GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}  # of the largest logit: other processors sum in other orders
 STUDENT_BATCH = 32
 
 Logits = NDArray[np.float32]
@@ -45,10 +40,22 @@ class Bundle:
     """An opened bundle: everything a device needs to run, check and measure the student."""
 
     folder: Path
-    manifest: dict[str, Any]
-    classes: tuple[str, ...]
-    preprocessing: Preprocessing
-    artifacts: tuple[dict[str, Any], ...]
+    manifest: Manifest
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the order of the logits."""
+        return self.manifest.classes
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a picture becomes an input."""
+        return self.manifest.preprocessing
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """The files that run the student."""
+        return self.manifest.artifacts
 
 
 @dataclass(frozen=True)
@@ -69,75 +76,45 @@ def open_bundle(folder: Path, *, verify: Sequence[str] = ("onnx", "engine", NCHW
     Raises:
         ExportError: there is no bundle, or something in it is missing, truncated or changed; names what remakes it.
     """
-    path = folder / "manifest.json"
-    if not path.exists():
-        raise ExportError("there is no bundle here", where=folder, fix="make one: prgkit export")
-    try:
-        manifest = read_sealed(path)
-    except PrgkitError as error:
-        raise ExportError(error.what, where=path, fix="make the bundle again: prgkit export") from error
-    schema = manifest.get("schema")
-    if schema != SCHEMA:
-        raise ExportError(
-            f"{path.name} has schema {schema!r}, not {SCHEMA!r}", where=path, fix="export again: prgkit export"
-        )
-    if missing := [key for key in KEYS if key not in manifest]:
-        raise ExportError(f"{path.name} lacks {', '.join(missing)}", where=path, fix="export again: prgkit export")
-    for artifact in manifest["artifacts"]:
-        require_artifact(artifact, path)
-        if artifact["format"] in verify:
+    manifest = read_manifest(folder)
+    for artifact in manifest.artifacts:
+        if artifact.format in verify:
             verify_artifact(folder, artifact)
     require_unchanged(folder, VECTORS)
-    return Bundle(
-        folder=folder,
-        manifest=manifest,
-        classes=tuple(manifest["classes"]),
-        preprocessing=Preprocessing.from_dict(manifest["preprocessing"]),
-        artifacts=tuple(manifest["artifacts"]),
-    )
+    return Bundle(folder, manifest)
 
 
-def require_artifact(artifact: dict[str, Any], path: Path) -> None:
-    """Refuse an entry that is none, or whose file would lie outside the bundle."""
-    fix = "copy the bundle again, or make it again: prgkit export"
-    if not isinstance(artifact, dict) or not artifact.keys() >= ARTIFACT_KEYS:
-        raise ExportError(f"{path.name} has an artifact that lacks facts: {artifact}", where=path, fix=fix)
-    file = artifact["file"]
-    if file in ("", ".", "..") or PurePosixPath(file).name != file or PureWindowsPath(file).name != file:
-        raise ExportError(f"{path.name} names a file outside the bundle: {file!r}", where=path, fix=fix)
-
-
-def fp32_onnx(bundle: Bundle) -> dict[str, Any]:
+def fp32_onnx(bundle: Bundle) -> Artifact:
     """Return the entry of the FP32 ONNX file, the one that every bundle has.
 
     Raises:
         ExportError: this one has none.
     """
     for artifact in bundle.artifacts:
-        if (artifact["format"], artifact["precision"]) == ("onnx", "fp32"):
+        if (artifact.format, artifact.precision) == ("onnx", "fp32"):
             return artifact
     raise ExportError("the bundle has no fp32 ONNX file", where=bundle.folder, fix="export again: prgkit export")
 
 
-def verify_artifact(folder: Path, artifact: dict[str, Any]) -> None:
+def verify_artifact(folder: Path, artifact: Artifact) -> None:
     """Compare a file's size and hash with the manifest's."""
-    path = folder / artifact["file"]
-    more = f" --{artifact['precision']}" if artifact["precision"] != "fp32" and artifact["format"] != QDQ else ""
-    fix = f"copy the bundle again, or make the file again: {REMAKE.get(artifact['format'], 'prgkit export')}{more}"
+    path = folder / artifact.file
+    more = f" --{artifact.precision}" if artifact.precision != "fp32" and artifact.format != QDQ else ""
+    fix = f"copy the bundle again, or make the file again: {REMAKE.get(artifact.format, 'prgkit export')}{more}"
     if not path.exists():
         raise ExportError(f"{path.name} is missing from the bundle", where=folder, fix=fix)
     size = path.stat().st_size
-    if size != artifact["bytes"]:
-        is_short = "truncated" if size < artifact["bytes"] else "not the file that was exported"
-        raise ExportError(f"{path.name} is {is_short}: {size} of {artifact['bytes']} bytes", where=path, fix=fix)
-    if sha256(path) != artifact["sha256"]:
+    if size != artifact.bytes:
+        is_short = "truncated" if size < artifact.bytes else "not the file that was exported"
+        raise ExportError(f"{path.name} is {is_short}: {size} of {artifact.bytes} bytes", where=path, fix=fix)
+    if sha256(path) != artifact.sha256:
         raise ExportError(f"{path.name} is damaged: its content is not what was exported", where=path, fix=fix)
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest and the README that goes with it."""
     write_text(folder / "README.md", readme(manifest))
-    write_sealed(folder / "manifest.json", {"schema": SCHEMA, **manifest})
+    write_sealed(folder / FILE, {"schema": SCHEMA, **manifest.to_json()})
 
 
 def write_golden(folder: Path, pictures: Sequence[Image.Image], prepared: Pixels, logits: Logits) -> None:
@@ -147,42 +124,6 @@ def write_golden(folder: Path, pictures: Sequence[Image.Image], prepared: Pixels
         write_bytes(golden / f"{number:02}.png", png(picture))
         write_bytes(golden / f"{number:02}.input.png", png(Image.fromarray(pixels)))
     write_array(golden / "logits.npy", logits.astype(np.float32))
-
-
-def check_golden(bundle: Bundle, runner: Runner, *, precision: str) -> None:
-    """Run the golden images through this machine's preprocessing and ``runner``.
-
-    Raises:
-        ExportError: a golden file is missing or damaged.
-        ParityError: names the stage that differs, preprocessing or model, and the image.
-    """
-    require_unchanged(bundle.folder, "golden")
-    golden = bundle.folder / "golden"
-    expected = read_array(golden / "logits.npy")
-    inputs = np.stack([read_png(golden / f"{number:02}.input.png") for number in range(len(expected))])
-    for number, pixels in enumerate(inputs):
-        with Image.open(golden / f"{number:02}.png") as picture:
-            here = bundle.preprocessing.prepare(picture.convert("RGB"))
-        if not np.array_equal(here, pixels):
-            furthest = int(np.abs(here.astype(int) - pixels.astype(int)).max())
-            raise ParityError(
-                f"preprocessing differs from where the student was exported: golden image {number:02}, "
-                f"by up to {furthest} of 255",
-                where=golden,
-                fix="install the Pillow version of the export, or report both versions",
-            )
-    logits = runner.run(inputs)
-    scale = max(1.0, float(np.abs(expected).max()))
-    tolerance = GOLDEN_TOLERANCE[precision]
-    differences = np.abs(logits - expected).max(axis=1)
-    if not differences.max() <= tolerance * scale:
-        worst = int(np.nan_to_num(differences, nan=np.inf).argmax())
-        raise ParityError(
-            f"{runner.name} differs from the exported logits on golden image {worst:02}: "
-            f"by {differences[worst]:.3g}, allowed {tolerance * scale:.3g}; "
-            "its input is identical, so the model stage differs",
-            where=golden,
-        )
 
 
 def write_evaluation(
@@ -269,44 +210,18 @@ def batches(images: Iterable[Pixels], size: int) -> Iterator[Pixels]:
         yield np.stack(waiting)
 
 
-def describe_artifact(
-    folder: Path,
-    file: str,
-    *,
-    name: str,
-    format_: str,
-    precision: str,
-    backend: str,
-    executed: bool,
-    note: str | None,
-    parity: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Return the manifest's entry for a file that lies in ``folder``."""
+def describe_artifact(folder: Path, file: str, **facts: Any) -> Artifact:
+    """Return the manifest's entry for a file that lies in ``folder``; ``facts`` are the other fields of `Artifact`."""
     path = folder / file
-    return {
-        "name": name,
-        "file": file,
-        "format": format_,
-        "precision": precision,
-        "backend": backend,
-        "bytes": path.stat().st_size,
-        "sha256": sha256(path),
-        "executed": executed,
-        "note": note,
-        "parity": parity,
-    }
+    return Artifact(file=file, bytes=path.stat().st_size, sha256=sha256(path), **facts)
 
 
-def contract(preprocessing: Preprocessing, classes: Sequence[str]) -> dict[str, Any]:
-    """Return the manifest's part that says what goes in and what comes out."""
-    return {
-        "classes": list(classes),
-        "preprocessing": json.loads(json.dumps(preprocessing.to_dict())),
-        "input": {
-            "name": "pixels",
-            "dtype": "uint8",
-            "layout": "NHWC",
-            "shape": ["batch", *sides(preprocessing.image_size), 3],
-        },
-        "output": {"name": "logits", "dtype": "float32", "shape": ["batch", len(classes)]},
-    }
+def input_spec(preprocessing: Preprocessing) -> TensorSpec:
+    """Return what goes into the network: pixels, as they are."""
+    shape = ("batch", *sides(preprocessing.image_size), 3)
+    return TensorSpec(name="pixels", dtype="uint8", layout="NHWC", shape=shape)
+
+
+def output_spec(classes: Sequence[str]) -> TensorSpec:
+    """Return what comes out of it."""
+    return TensorSpec(name="logits", dtype="float32", shape=("batch", len(classes)))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from prgkit.errors import ExportError, PrgkitError
-from prgkit.export.runtimes.base import VECTORS
+from prgkit.export.bundle.manifest import VECTORS
 from prgkit.storage.atomic import read_json, sha256
 
 PARTS = ("evaluation", "golden")
 
 
-def digests(folder: Path) -> dict[str, str]:
+def checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in the bundle's `PARTS`, and of its class vectors, by its path in the bundle."""
     paths = sorted(path for part in PARTS for path in (folder / part).iterdir())
     paths += [folder / VECTORS] if (folder / VECTORS).exists() else []
@@ -21,14 +21,12 @@ def digests(folder: Path) -> dict[str, str]:
 def require_unchanged(folder: Path, part: str) -> None:
     """Compare one part of a bundle, a folder or a file, with what its manifest says was exported.
 
-    A manifest of an earlier version says nothing.
-
     Raises:
         ExportError: a file is missing or is not what was exported.
     """
     fix = "copy the bundle again, or make it again: prgkit export"
     try:
-        stated = read_json(folder / "manifest.json").get("files", {})
+        stated = read_json(folder / "manifest.json").get("checksums", {})
     except (PrgkitError, AttributeError):  # `open_bundle` says so
         return
     for name, digest in stated.items():

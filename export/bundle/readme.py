@@ -5,43 +5,40 @@ from __future__ import annotations
 import math
 import textwrap
 from pathlib import PurePath
-from typing import Any
 
 from prgkit.config.image_size import Size, sides, size_told
 from prgkit.data.decode import LARGEST, NO_DATA
-from prgkit.data.index import LONGEST
+from prgkit.data.preprocessing import LONGEST, Preprocessing
+from prgkit.export.bundle.manifest import Artifact, ClassScoring, Manifest, TensorSpec
 
-BATCH = (1, 1, 32)  # of the engine that trtexec builds, where the recipe says nothing
 OLDEST_ONNXRUNTIME = {17: "1.12", 18: "1.15", 19: "1.16", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23"}  # by opset
 TWO_INPUTS = """In other languages give both inputs, too: `pixels`, and `class_vectors` [classes, D] float32. Engines
 hold their class vectors: `prgkit export --open-vocabulary --trt`, where the student was trained, makes such a bundle.
 """
 
 
-def readme(manifest: dict[str, Any]) -> str:
+def readme(manifest: Manifest) -> str:
     """Return the bundle's README: what it is, how to run it with onnxruntime and TensorRT, and what lies beside it."""
-    size, classes = manifest["preprocessing"]["image_size"], len(manifest["classes"])
+    size, classes = manifest.preprocessing.image_size, len(manifest.classes)
     height, width = sides(size)
-    teacher = str(manifest["teacher"]["model"])
+    teacher = manifest.teacher.model
     if teacher.startswith("local-dir:"):
         teacher = PurePath(teacher).name  # where it lay is nobody's business
     rows = "\n".join(
-        f"| {entry['file']} | {entry['precision']} | {entry['backend']} | {whether_executed(entry)} |"
-        for entry in manifest["artifacts"]
+        f"| {artifact.file} | {artifact.precision} | {artifact.backend} | {whether_executed(artifact)} |"
+        for artifact in manifest.artifacts
     )
-    found = manifest["preprocessing"].get("grey_range")
-    by_what = (
-        "the range of the images that were learned from" if found else "the range that each one's values speak for"
-    )
-    scoring = manifest.get("open_vocabulary")
-    takes_vectors = bool(scoring and scoring["class_vectors"] == "input")
-    second = f" and `class_vectors` [classes, {scoring['width']}] float32" if scoring and takes_vectors else ""
-    opset = manifest["recipe"].get("export", {}).get("opset", 20)
-    floats = [entry for entry in manifest["artifacts"] if entry.get("input", {}).get("layout") == "NCHW"]
-    others = [TWO_INPUTS if takes_vectors else cpp_sections(size, manifest), *map(float_section, floats)]
+    by_what = "the range that each one's values speak for"
+    if manifest.preprocessing.grey_range:
+        by_what = "the range of the images that were learned from"
+    scoring, opset = manifest.open_vocabulary, manifest.export.opset
+    takes_vectors = bool(scoring and scoring.class_vectors == "input")
+    second = f" and `class_vectors` [classes, {scoring.width}] float32" if scoring and takes_vectors else ""
+    others = [TWO_INPUTS if takes_vectors else cpp_sections(size, manifest)]
+    others += [float_section(artifact.file, artifact.input) for artifact in manifest.artifacts if artifact.input]
     if scoring:
         others.append(vocabulary_section(scoring, takes_vectors=takes_vectors))
-    return f"""# {manifest["student"]["model"]}, {classes} classes, {size_told(size)} px
+    return f"""# {manifest.student.model}, {classes} classes, {size_told(size)} px
 
 Made by prgkit from the teacher {teacher}. Input `pixels` [batch, {height}, {width}, 3] uint8 RGB{second}, output
 `logits` [batch, {classes}] float32. Mean and standard deviation are applied inside; class names are in the file, as
@@ -57,7 +54,7 @@ export again with `export.opset` set to a lower number, down to 17.
 ## Python, with onnxruntime alone
 
 ```python
-{python_lines(manifest["preprocessing"], takes_vectors=takes_vectors)}
+{python_lines(manifest.preprocessing, takes_vectors=takes_vectors)}
 ```
 
 Pictures of every kind are read as they were for training: upright, transparency on white, and grey of more than 8 bits
@@ -73,7 +70,7 @@ and the student's logits. `prgkit bench` in this folder checks the first and mea
 """
 
 
-def cpp_sections(size: Size, manifest: dict[str, Any]) -> str:
+def cpp_sections(size: Size, manifest: Manifest) -> str:
     """Return how the student runs in C++ and as an engine."""
     return f"""## C++, with onnxruntime
 
@@ -104,15 +101,15 @@ do not add `--fp16`. TensorRT 11 is always strongly typed; leave `--stronglyType
 engine: read them from `manifest.json`.
 
 ```cpp
-{tensorrt_lines(size, len(manifest["classes"]))}
+{tensorrt_lines(size, len(manifest.classes))}
 ```
 
 Both C++ programs are written from the documented interfaces; prgkit's tests run the Python lines only.
 """
 
 
-def python_lines(facts: dict[str, Any], *, takes_vectors: bool = False) -> str:
-    """Return lines that name what is in an image file, read as `prgkit.data.index.load_image` and ``prepare`` do.
+def python_lines(facts: Preprocessing, *, takes_vectors: bool = False) -> str:
+    """Return lines that name what is in an image file, read as `load_image` and ``prepare`` do.
 
     They need numpy, Pillow and onnxruntime.
     """
@@ -128,7 +125,7 @@ classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
 print(classes[session.run(None, {{{given}}})[0][0].argmax()])"""
 
 
-def reading(facts: dict[str, Any]) -> str:
+def reading(facts: Preprocessing) -> str:
     """Return the lines that bring an image of any kind to upright 8-bit RGB, as `data.decode.upright_rgb` does."""
     return f"""if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
     image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for Adobe's inverted kind
@@ -146,10 +143,10 @@ left, top = (max(0, side - {LONGEST} * min(image.size)) // 2 for side in image.s
 image = image.convert("RGB").crop((left, top, image.width - left, image.height - top))"""
 
 
-def range_of_deep_grey(facts: dict[str, Any]) -> str:
+def range_of_deep_grey(facts: Preprocessing) -> str:
     """Return the lines that say which values are black and white, as `prgkit.data.decode.grey_range` does."""
-    if facts.get("grey_range"):
-        low, high = facts["grey_range"]
+    if facts.grey_range:
+        low, high = facts.grey_range
         return f"low, high = {low!r}, {high!r}  # black and white in the images that were learned from"
     return """numbers = np.sort(values[real]) if real.any() else np.zeros(1)
 low, high = numbers[[numbers.size // 1000, -1 - numbers.size // 1000]].tolist()  # a few lie far from all others
@@ -159,12 +156,12 @@ if low >= 0 and not high / 2 < low < high:  # as many bits as hold the largest; 
     low, high = 0, 1 if image.mode == "F" and 0.25 < high <= 1 else (depths or [high])[0]"""
 
 
-def resizing(facts: dict[str, Any]) -> str:
+def resizing(facts: Preprocessing) -> str:
     """Return the lines that bring an image to the input's size, as `Preprocessing.prepare` does."""
-    (height, width), filter_ = sides(facts["image_size"]), f"Image.Resampling.{facts['interpolation'].upper()}"
-    if facts.get("squash"):
+    (height, width), filter_ = sides(facts.image_size), f"Image.Resampling.{facts.interpolation.upper()}"
+    if facts.squash:
         return f"image = image.resize(({width}, {height}), {filter_})"
-    tall, wide = (math.floor(side / facts["crop"]) for side in (height, width))
+    tall, wide = (math.floor(side / facts.crop) for side in (height, width))
     size = f"tuple(int({tall} * side / min(image.size)) for side in image.size)"
     if tall != wide:
         size = f"tuple(round(side / min(image.width / {wide}, image.height / {tall})) for side in image.size)"
@@ -202,13 +199,12 @@ int main() {{
 }}"""
 
 
-def trtexec_line(manifest: dict[str, Any]) -> str:
+def trtexec_line(manifest: Manifest) -> str:
     """Return the command that builds an FP32 engine with TensorRT's own tool, for the recipe's batch sizes."""
-    height, width = sides(manifest["preprocessing"]["image_size"])
-    batch = manifest["recipe"].get("export", {}).get("batch", BATCH)
+    height, width = sides(manifest.preprocessing.image_size)
     shapes = " ".join(
         f"--{bound}Shapes=pixels:{count}x{height}x{width}x3"
-        for bound, count in zip(("min", "opt", "max"), batch, strict=True)
+        for bound, count in zip(("min", "opt", "max"), manifest.export.batch, strict=True)
     )
     return f"$ trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped --noTF32 {shapes}"
 
@@ -258,14 +254,14 @@ int main() {{
 }}"""
 
 
-def vocabulary_section(scoring: dict[str, Any], *, takes_vectors: bool) -> str:
+def vocabulary_section(scoring: ClassScoring, *, takes_vectors: bool) -> str:
     """Return how the classes are changed where the network has no class head."""
     place = "the second input" if takes_vectors else "the initializer"
     return f"""
 ## Other classes
 
-This student has no class head. It ends in features in its teacher's space, and a logit is {scoring["logit_scale"]:.6g}
-times the cosine between them and the class's vector. These are {place} `class_vectors` [classes, {scoring["width"]}] of
+This student has no class head. It ends in features in its teacher's space, and a logit is {scoring.logit_scale:.6g}
+times the cosine between them and the class's vector. These are {place} `class_vectors` [classes, {scoring.width}] of
 every ONNX file here, and `class_vectors.npy`. Where the teacher is at hand,
 
 ```console
@@ -277,21 +273,20 @@ image and without training. Engines are then built again: `prgkit export --trt`.
 """
 
 
-def float_section(entry: dict[str, Any]) -> str:
+def float_section(file: str, takes: TensorSpec) -> str:
     """Return what a reader must know of the file that takes normalised floats."""
-    takes = entry["input"]
-    shape = ", ".join(map(str, takes["shape"]))
+    mean, std, shape = list(takes.mean or ()), list(takes.std or ()), ", ".join(map(str, takes.shape))
     return f"""
 ## Floats in place of pixels
 
-`{entry["file"]}` is the same network for a runtime or tool that prepares images itself: input `{takes["name"]}`
-[{shape}] float32, {takes["layout"]}, `{takes["values"]}` with mean {takes["mean"]} and std
-{takes["std"]} of red, green and blue. Resize and crop as above.
+`{file}` is the same network for a runtime or tool that prepares images itself: input `{takes.name}`
+[{shape}] float32, {takes.layout}, `{takes.values}` with mean {mean} and std
+{std} of red, green and blue. Resize and crop as above.
 """
 
 
-def whether_executed(entry: dict[str, Any]) -> str:
+def whether_executed(artifact: Artifact) -> str:
     """Say of an artifact whether it ran on the machine that made it."""
-    if entry["format"] == "onnx-tensorrt":
-        return f"in ONNX Runtime alone: {entry['note']}"
-    return "yes" if entry["executed"] else str(entry["note"] or "never executed here")
+    if artifact.format == "onnx-tensorrt":
+        return f"in ONNX Runtime alone: {artifact.note}"
+    return "yes" if artifact.executed else artifact.note or "never executed here"

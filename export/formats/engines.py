@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,15 @@ from numpy.typing import NDArray
 import prgkit
 from prgkit.config.recipe import validate
 from prgkit.errors import ExportError, NotWorthItError
-from prgkit.export.bundle.artifact_cache import Artifact, alone_in, files_of, is_whole
+from prgkit.export.bundle.artifact_cache import Origin, alone_in, files_of, is_whole
 from prgkit.export.bundle.bundle import QDQ, Bundle, describe_artifact, open_bundle, read_evaluation, write_manifest
+from prgkit.export.bundle.engine_metadata import EngineMetadata, engine_metadata_path, write_engine_metadata
+from prgkit.export.bundle.fidelity import int8_sentence
+from prgkit.export.bundle.manifest import Artifact, Manifest, NotBuilt, Parity
 from prgkit.export.formats.tensorrt import build_engine
 from prgkit.export.runtimes.base import open_runner
-from prgkit.export.runtimes.engine_metadata import EngineMetadata, engine_metadata_path, write_engine_metadata
-from prgkit.export.runtimes.fidelity import Facts, told
 from prgkit.export.runtimes.gpu import Backend, choose_backend, choose_targets, find_gpu, this_platform
-from prgkit.export.runtimes.parity import Parity, require_agreement, run_batches
+from prgkit.export.runtimes.parity import require_agreement, run_batches
 from prgkit.export.runtimes.tensorrt import TensorRTRunner, why_not_here
 from prgkit.storage.atomic import fingerprint
 
@@ -42,7 +42,7 @@ def build_engines(
     backend: str | None = None,
     sm: Sequence[str] | None = None,
     note: Callable[[str], None],
-) -> dict[str, Any]:
+) -> Manifest:
     """Build the engines of a bundle that exists, needing neither torch nor onnx, and return its new manifest.
 
     One that is not worth building is not kept: the manifest says why.
@@ -59,10 +59,10 @@ def build_engines(
     chosen = choose_backend(backend)
     with alone_in(folder):
         bundle = open_bundle(folder, verify=("onnx", QDQ))
-        batch = batch or validate(bundle.manifest["recipe"], where=folder).export.batch
+        batch = batch or validate(bundle.manifest.recipe, where=folder).export.batch
         sources = sources_of(bundle, ["fp32", *(["fp16"] if fp16 else []), *(["int8"] if int8 else [])])
         pixels = read_evaluation(folder, limit=PARITY_IMAGES).pixels
-        manifest = dict(bundle.manifest)
+        manifest = bundle.manifest
 
         @cache
         def reference_logits() -> NDArray[np.float32]:
@@ -71,25 +71,28 @@ def build_engines(
             reference.close()
             return logits
 
-        def finished(name: str, made_from: Any, make: Callable[[], Artifact]) -> Artifact:
-            before = next((entry for entry in manifest["artifacts"] if entry["name"] == name), None)
-            if before and before.get("made_from") == fingerprint(made_from) and is_whole(folder, before):
-                note(f"{before['file']}: finished before, and made from the same; it is kept")
-                return dict(before)
+        def save(artifacts: Iterable[Artifact]) -> None:
+            nonlocal manifest
+            manifest = manifest.model_copy(update={"artifacts": tuple(artifacts)})
+            write_manifest(folder, manifest)
+
+        def finished(name: str, made_from: Origin, make: Callable[[], Artifact]) -> Artifact:
+            before = next((artifact for artifact in manifest.artifacts if artifact.name == name), None)
+            if before and before.made_from == fingerprint(made_from) and is_whole(folder, before):
+                note(f"{before.file}: finished before, and made from the same; it is kept")
+                return before
             try:
-                made = {**make(), "made_from": fingerprint(made_from)}
+                made = make().model_copy(update={"made_from": fingerprint(made_from)})
             except NotWorthItError:
                 giving_way(name)
                 for path in files_of(folder, before) if before else ():
                     path.unlink(missing_ok=True)
                 raise
-            manifest["artifacts"].append(made)
-            write_manifest(folder, manifest)
+            save([*manifest.artifacts, made])
             return made
 
         def giving_way(name: str) -> None:  # a kill now leaves no claim about a file that is gone
-            manifest["artifacts"] = [entry for entry in manifest["artifacts"] if entry["name"] != name]
-            write_manifest(folder, manifest)
+            save(artifact for artifact in manifest.artifacts if artifact.name != name)
 
         _, not_kept = make_engines(
             folder,
@@ -98,15 +101,15 @@ def build_engines(
             batch=batch,
             sm=sm,
             pixels=pixels,
-            reference=sources[0]["name"],
+            reference=sources[0].name,
             reference_logits=reference_logits,
             finished=finished,
             note=note,
             giving_way=giving_way,
         )
         anew = {engine_name(chosen.name, source) for source in sources}
-        not_kept = [one for one in manifest.pop("not_kept", []) if one["name"] not in anew] + not_kept
-        manifest |= {"not_kept": not_kept} if not_kept else {}
+        others = [facts for facts in manifest.not_kept if facts.name not in anew]
+        manifest = manifest.model_copy(update={"not_kept": (*others, *not_kept)})
         write_manifest(folder, manifest)
         return manifest
 
@@ -117,12 +120,14 @@ def sources_of(bundle: Bundle, wanted: Sequence[str]) -> list[Artifact]:
     Raises:
         ExportError: there is none of one of them.
     """
-    can = [one for one in bundle.artifacts if one["format"] == (QDQ if one["precision"] == "int8" else "onnx")]
-    sources = [one for precision in wanted for one in can if one["precision"] == precision]
-    missing = [precision for precision in wanted if precision not in {one["precision"] for one in sources}]
-    refused = [one for one in bundle.manifest.get("not_kept", []) if one.get("layout") == "tensorrt"]
+    can = [source for source in bundle.artifacts if source.format == (QDQ if source.precision == "int8" else "onnx")]
+    sources = [source for precision in wanted for source in can if source.precision == precision]
+    missing = [precision for precision in wanted if precision not in {source.precision for source in sources}]
+    refused = [
+        facts for facts in bundle.manifest.not_kept if not isinstance(facts, NotBuilt) and facts.layout == "tensorrt"
+    ]
     if missing == ["int8"] and refused:
-        raise ExportError(told(refused[0]), where=bundle.folder, fix="build without --int8")
+        raise ExportError(int8_sentence(refused[0]), where=bundle.folder, fix="build without --int8")
     if missing:
         raise ExportError(
             f"the bundle has no {missing[0]} ONNX file to build from",
@@ -134,19 +139,20 @@ def sources_of(bundle: Bundle, wanted: Sequence[str]) -> list[Artifact]:
 
 def make_engines(
     folder: Path, sources: Sequence[Artifact], *, backend: Backend, note: Callable[[str], None], **build: Any
-) -> tuple[list[Artifact], list[Facts]]:
+) -> tuple[list[Artifact], list[NotBuilt]]:
     """Return the manifest entries of the engines of ONNX artifacts, and why there is none where one is not worth it.
 
     The rest is as for `make_engine`.
     """
-    made, not_kept = [], []
+    made: list[Artifact] = []
+    not_built: list[NotBuilt] = []
     for source in buildable(sources, backend):
         try:
             made.append(make_engine(folder, source, backend=backend, note=note, **build))
         except NotWorthItError as error:
-            not_kept.append({"name": engine_name(backend.name, source), "kept": False, "why": error.what})
-            note(f"{not_kept[-1]['name']}: {told(not_kept[-1])}")
-    return made, not_kept
+            not_built.append(NotBuilt(name=engine_name(backend.name, source), kept=False, why=error.what))
+            note(f"{not_built[-1].name}: {int8_sentence(not_built[-1])}")
+    return made, not_built
 
 
 def make_engine(
@@ -159,7 +165,7 @@ def make_engine(
     pixels: NDArray[np.uint8],
     reference: str,
     reference_logits: Callable[[], NDArray[np.float32]],
-    finished: Callable[[str, Any, Callable[[], Artifact]], Artifact],
+    finished: Callable[[str, Origin, Callable[[], Artifact]], Artifact],
     note: Callable[[str], None],
     giving_way: Callable[[str], None] = lambda name: None,
 ) -> Artifact:
@@ -171,13 +177,13 @@ def make_engine(
     Raises:
         NotWorthItError: an INT8 engine would be larger than FP16's.
     """
-    gpu, name, precision = find_gpu(), engine_name(backend.name, source), source["precision"]
-    made_from = {
-        "onnx": source["sha256"],
+    gpu, name, precision = find_gpu(), engine_name(backend.name, source), source.precision
+    made_from: Origin = {
+        "onnx": source.sha256,
         "versions": [prgkit.__version__, backend.name, backend.version],
         "platform": this_platform(),
         "batch": list(batch),
-        "targets": choose_targets(backend.name, sm),
+        "targets": list(choose_targets(backend.name, sm)),
         "asked": list(sm or ()),  # tensorrt builds for a GPU model, or for its generation where that is asked for
         "gpu": [gpu.name, gpu.capability] if gpu else None,  # one that can run it compares it, too
         "compared": [reference, hashlib.sha256(pixels.tobytes()).hexdigest()],
@@ -186,7 +192,7 @@ def make_engine(
     def build() -> Artifact:
         with room_in(folder) as work:
             card = build_engine(
-                folder / source["file"], work, precision=precision, batch=batch, backend=backend.name, sm=sm
+                folder / source.file, work, precision=precision, batch=batch, backend=backend.name, sm=sm
             )
             card, parity = compared(
                 card, work, name=name, pixels=pixels, reference=reference, reference_logits=reference_logits
@@ -204,12 +210,12 @@ def make_engine(
             folder,
             card.file,
             name=name,
-            format_="engine",
+            format="engine",
             precision=precision,
             backend=backend.name,
             executed=card.executed,
             note=card.note,
-            parity=parity.to_dict() if parity else None,
+            parity=parity,
         )
 
     return finished(name, made_from, build)
@@ -238,7 +244,7 @@ def compared(
     """Compare an engine in ``folder`` with the reference where it can run here; return its card, which says so."""
     path, parity = folder / card.file, None
     if reason := why_not_here(card):
-        card = replace(card, executed=False, note=f"never executed here: {reason}")
+        card = card.model_copy(update={"executed": False, "note": f"never executed here: {reason}"})
     else:
         runner = TensorRTRunner(path, name=name)
         try:
@@ -246,14 +252,14 @@ def compared(
             parity = require_agreement(reference_logits(), logits, precision=card.precision, names=(reference, name))
         finally:
             runner.close()
-        card = replace(card, executed=True, note=None)
+        card = card.model_copy(update={"executed": True, "note": None})
     write_engine_metadata(path, card)
     return card, parity
 
 
 def engine_name(backend: str, source: Artifact) -> str:
     """Return the name of the engine that a backend builds from an ONNX artifact, as "tensorrt-int8-heavy"."""
-    return f"{backend}-{source['name'].removeprefix('onnx-').removesuffix('-tensorrt')}"
+    return f"{backend}-{source.name.removeprefix('onnx-').removesuffix('-tensorrt')}"
 
 
 def buildable(sources: Sequence[Artifact], backend: Backend) -> list[Artifact]:
@@ -262,5 +268,5 @@ def buildable(sources: Sequence[Artifact], backend: Backend) -> list[Artifact]:
     Its engines compute only convolutions of many weights in INT8 (see `leave_small_in_fp16`), so of the INT8 files the
     last, which has the others in float where there are two, loses nothing and rounds least.
     """
-    last = {one["precision"]: one for one in sources}
-    return [one for one in sources if backend.name != "tensorrt_rtx" or one is last[one["precision"]]]
+    last = {source.precision: source for source in sources}
+    return [source for source in sources if backend.name != "tensorrt_rtx" or source is last[source.precision]]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import prgkit
 from prgkit.config.image_size import Size, sides
 from prgkit.errors import ExportError
+from prgkit.export.bundle.manifest import MATRIX
 from prgkit.export.formats.onnx_graph import normalised_input, rename, save
 from prgkit.export.formats.open_vocabulary import FEATURES, append_scoring, half_scoring, scoring_nodes
-from prgkit.export.runtimes.base import MATRIX
 from prgkit.export.runtimes.parity import FP32_RELATIVE_TOLERANCE
 from prgkit.student.heads import OpenVocabulary, pooled
 from prgkit.student.model import reparameterised

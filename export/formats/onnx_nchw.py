@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from prgkit.config.image_size import sides
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.export.bundle.bundle import NCHW, describe_artifact
+from prgkit.export.bundle.manifest import Artifact, TensorSpec
 from prgkit.export.formats.onnx_graph import normalised_input, rename, save
 from prgkit.export.runtimes.base import OnnxRunner
 from prgkit.export.runtimes.parity import require_agreement, run_batches
@@ -31,7 +32,7 @@ def nchw_artifact(
     reference_logits: NDArray[np.float32],
     preprocessing: Preprocessing,
     note: Callable[[str], None],
-) -> dict[str, Any]:
+) -> Artifact:
     """Write ``model.nchw.onnx`` beside the FP32 file in ``folder`` and return its manifest entry.
 
     ``pixels`` [n, S, S, 3] are normalised here, outside of the file, and it must then give PyTorch's
@@ -48,18 +49,18 @@ def nchw_artifact(
         f"{FILE}: fp32 from normalised floats, max abs difference {parity.max_abs_difference:.2g}, "
         f"top-1 agreement {parity.top1_agreement:.2f} % on {parity.images} images"
     )
-    entry = describe_artifact(
+    return describe_artifact(
         folder,
         FILE,
         name=NAME,
-        format_=NCHW,
+        format=NCHW,
         precision="fp32",
         backend="onnxruntime",
         executed=True,
         note=None,
-        parity=parity.to_dict(),
+        parity=parity,
+        input=float_input(preprocessing),
     )
-    return {**entry, "input": float_contract(preprocessing)}
 
 
 def write_nchw(fp32_path: Path, path: Path, preprocessing: Preprocessing) -> None:
@@ -80,21 +81,21 @@ def write_nchw(fp32_path: Path, path: Path, preprocessing: Preprocessing) -> Non
     graph.node.extend(inside)
     graph.initializer.extend(weights)
     graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, shape))
-    model.metadata_props.add(key="input", value=json.dumps(float_contract(preprocessing)))
+    model.metadata_props.add(key="input", value=json.dumps(float_input(preprocessing).to_json()))
     save(model, path)
 
 
-def float_contract(preprocessing: Preprocessing) -> dict[str, Any]:
+def float_input(preprocessing: Preprocessing) -> TensorSpec:
     """Return what the file takes, as the manifest and its own metadata say it."""
-    return {
-        "name": INPUT,
-        "dtype": "float32",
-        "layout": "NCHW",
-        "shape": ["batch", 3, *sides(preprocessing.image_size)],
-        "values": "(RGB / 255 - mean) / std",
-        "mean": list(preprocessing.mean),
-        "std": list(preprocessing.std),
-    }
+    return TensorSpec(
+        name=INPUT,
+        dtype="float32",
+        layout="NCHW",
+        shape=("batch", 3, *sides(preprocessing.image_size)),
+        values="(RGB / 255 - mean) / std",
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+    )
 
 
 class NormalisingRunner:

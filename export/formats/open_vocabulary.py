@@ -12,12 +12,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from prgkit.data.index import Preprocessing
-from prgkit.export.bundle.artifact_cache import Artifact
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.export.bundle.bundle import NCHW
+from prgkit.export.bundle.manifest import MATRIX, Artifact
 from prgkit.export.formats.onnx_graph import rename, save
 from prgkit.export.formats.onnx_nchw import NormalisingRunner
-from prgkit.export.runtimes.base import MATRIX, OnnxRunner
+from prgkit.export.runtimes.base import OnnxRunner
 from prgkit.export.runtimes.parity import require_agreement, run_batches
 from prgkit.storage.atomic import sha256
 from prgkit.storage.reproducible import write_array
@@ -36,7 +36,7 @@ def scored(features: Matrix, vectors: Matrix, logit_scale: float) -> Matrix:
     return logits
 
 
-def answers_told(logits: Matrix, teacher_logits: Matrix) -> str:
+def agreement_sentence(logits: Matrix, teacher_logits: Matrix) -> str:
     """Say how often a student that is scored by class vectors gives its teacher's answer, by logits [n, C] of both."""
     same = 100 * float((logits.argmax(axis=1) == teacher_logits.argmax(axis=1)).mean())
     return f"scored by class vectors, the student gives its teacher's answer on {same:.1f} % of {len(logits):,} images"
@@ -185,7 +185,7 @@ def keep_features(
 
 
 def taking_class_vectors(
-    folder: Path, entry: Artifact, pixels: NDArray[np.uint8], preprocessing: Preprocessing
+    folder: Path, artifact: Artifact, pixels: NDArray[np.uint8], preprocessing: Preprocessing
 ) -> Artifact:
     """Turn the class vectors of an ONNX artifact into an input, assert that it says the same, return its new entry.
 
@@ -193,16 +193,15 @@ def taking_class_vectors(
     """
 
     def logits() -> NDArray[np.float32]:
-        runner = NormalisingRunner(path, preprocessing) if entry["format"] == NCHW else OnnxRunner(path, spin=False)
+        runner = NormalisingRunner(path, preprocessing) if artifact.format == NCHW else OnnxRunner(path, spin=False)
         try:
             return run_batches(runner, pixels)
         finally:
             runner.close()
 
-    path = folder / entry["file"]
+    path = folder / artifact.file
     before = logits()
     make_input(path)
     names = (f"{path.name} that holds its class vectors", "the same that takes them")
-    require_agreement(before, logits(), precision=entry["precision"], names=names)
-    kept = {key: value for key, value in entry.items() if key != "made_from"}
-    return {**kept, "bytes": path.stat().st_size, "sha256": sha256(path)}
+    require_agreement(before, logits(), precision=artifact.precision, names=names)
+    return artifact.model_copy(update={"made_from": None, "bytes": path.stat().st_size, "sha256": sha256(path)})

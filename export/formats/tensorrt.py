@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from prgkit.errors import BackendError, ExportError
+from prgkit.export.bundle.engine_metadata import EngineMetadata, write_engine_metadata
+from prgkit.export.bundle.manifest import MATRIX, TensorSpec
 from prgkit.export.formats.tensorrt_precision import (
     inspect,
     layer_dtypes,
@@ -19,8 +21,6 @@ from prgkit.export.formats.tensorrt_precision import (
     require_precision,
 )
 from prgkit.export.formats.timing_cache import attach_cache, cache_path, keep_cache
-from prgkit.export.runtimes.base import MATRIX
-from prgkit.export.runtimes.engine_metadata import SCHEMA, EngineMetadata, write_engine_metadata
 from prgkit.export.runtimes.gpu import (
     AMPERE_PLUS,
     choose_backend,
@@ -116,7 +116,6 @@ def build_engine(
     path = folder / f"{stem}.{kind}.{chosen.name}.engine"
     write_bytes(path, plan)
     card = EngineMetadata(
-        schema=SCHEMA,
         file=path.name,
         bytes=len(plan),
         sha256=sha256(path),
@@ -129,8 +128,8 @@ def build_engine(
         batch=batch,
         compute_capabilities=targets,
         gpu=gpu.name if gpu else None,
-        input=tensor_facts(network.get_input(0)),
-        output=tensor_facts(network.get_output(0)),
+        input=tensor_spec(network.get_input(0)),
+        output=tensor_spec(network.get_output(0)),
         layer_dtypes=types,
         inspected_dtypes=inspected,
         build_s=round(build_s, 3),
@@ -213,6 +212,6 @@ def set_batch(builder: Any, config: Any, network: Any, batch: tuple[int, int, in
     config.add_optimization_profile(profile)
 
 
-def tensor_facts(tensor: Any) -> dict[str, Any]:
+def tensor_spec(tensor: Any) -> TensorSpec:
     """Return a network tensor's name, type and shape; -1 is the batch."""
-    return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
+    return TensorSpec(name=tensor.name, dtype=tensor.dtype.name, shape=tuple(tensor.shape))

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from prgkit.export.bundle.fidelity import fidelity
+from prgkit.export.bundle.manifest import Attempt, BlockSensitivity, Quantization
 from prgkit.export.int8.calibration import CLIP_QUANTILES, Spread
 from prgkit.export.int8.qdq import Block, Layout, write_int8
 from prgkit.export.runtimes.base import OnnxRunner
-from prgkit.export.runtimes.fidelity import Facts, fidelity
 from prgkit.export.runtimes.parity import run_batches
 from prgkit.metrics import divergences
 
@@ -41,7 +42,7 @@ def choose_clip_quantile(fp32: Path, blocks: Sequence[Block], spreads: Mapping[s
 
 def analyse_sensitivity(
     fp32: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], tail: float, pixels: Pixels
-) -> list[Facts]:
+) -> list[BlockSensitivity]:
     """Quantise each block by itself and return what that does to the student's logits, the most sensitive block first.
 
     ``median_kl`` is what `median_kl` returns, ``agreement`` the share of equal answers in percent, on `SCAN_IMAGES` of
@@ -56,8 +57,8 @@ def analyse_sensitivity(
             write_int8(fp32, path, nodes=block.nodes, spreads=spreads, tail=tail, layout="onnxruntime")
             found = logits_of(path, some)
             agreement = 100 * float((found.argmax(axis=1) == logits.argmax(axis=1)).mean())
-            rows.append({"block": block.name, "median_kl": median_kl(logits, found), "agreement": agreement})
-    return sorted(rows, key=lambda row: float(row["median_kl"]), reverse=True)
+            rows.append(BlockSensitivity(block=block.name, median_kl=median_kl(logits, found), agreement=agreement))
+    return sorted(rows, key=lambda row: row.median_kl, reverse=True)
 
 
 def root_kl(wanted: Logits, found: Logits) -> float:
@@ -85,7 +86,7 @@ def control_accuracy(
     path: Path,
     *,
     blocks: Sequence[Block],
-    scan: Sequence[Facts],
+    scan: Sequence[BlockSensitivity],
     spreads: Mapping[str, Spread],
     tail: float,
     layout: Layout,
@@ -94,7 +95,7 @@ def control_accuracy(
     floor: float,
     left: Sequence[str] = (),
     note: Callable[[str], None],
-) -> Facts:
+) -> Quantization:
     """Write ``path`` with as many blocks in INT8 as keep the fidelity floor, and return what was found.
 
     The fidelity is the share of images [n, S, S, 3] with the answer of the FP32 ``logits`` [n, classes]; what must
@@ -102,9 +103,9 @@ def control_accuracy(
     ``scan`` found most sensitive go back to float; how many is found by bisection. Where even a single quantised block
     misses the floor, ``kept`` is false and there is no file. Blocks ``left`` in float are counted with the others.
     """
-    ranked = [row["block"] for row in scan]  # the most sensitive first
+    ranked = [row.block for row in scan]  # the most sensitive first
     total = len(left) + len(ranked)
-    tried: dict[int, Facts] = {}
+    tried: dict[int, Attempt] = {}
 
     def write(count: int) -> None:
         floating = set(ranked[:count])
@@ -114,10 +115,10 @@ def control_accuracy(
     def holds(count: int) -> bool:
         write(count)
         same = int((logits_of(path, pixels).argmax(axis=1) == logits.argmax(axis=1)).sum())
-        tried[count] = {"float_blocks": len(left) + count, **fidelity(same, len(pixels))}
-        share = f"{tried[count]['agreement']:.2f} %"
+        attempt = tried[count] = Attempt(float_blocks=len(left) + count, fidelity=fidelity(same, len(pixels)))
+        share = f"{attempt.fidelity.agreement:.2f} %"
         note(f"{path.name}: with {len(ranked) - count} of {total} blocks in INT8 the same answer as FP32 on {share}")
-        return bool(tried[count]["interval"][0] >= floor)
+        return attempt.fidelity.holds(floor)
 
     fewest = find_fewest(len(ranked), holds)
     best = len(ranked) - 1 if fewest is None else fewest
@@ -125,17 +126,17 @@ def control_accuracy(
         path.unlink()
     else:
         write(fewest)
-    return {
-        "kept": fewest is not None,
-        "layout": layout,
-        "tail": tail,
-        "floor": floor,
-        **{key: tried[best][key] for key in ("images", "agreement", "interval")},
-        "blocks": total,
-        "float_blocks": [*ranked[:best], *left],
-        "scan": list(scan),
-        "tried": [tried[count] for count in sorted(tried)],
-    }
+    return Quantization(
+        kept=fewest is not None,
+        layout=layout,
+        clip_quantile=tail,
+        floor=floor,
+        fidelity=tried[best].fidelity,
+        blocks=total,
+        float_blocks=(*ranked[:best], *left),
+        sensitivity=tuple(scan),
+        tried=tuple(tried[count] for count in sorted(tried)),
+    )
 
 
 def find_fewest(blocks: int, holds: Callable[[int], bool]) -> int | None:

@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import ExportError
-from prgkit.export.bundle.artifact_cache import Artifact, ArtifactCache
+from prgkit.export.bundle.artifact_cache import ArtifactCache, Origin
 from prgkit.export.bundle.bundle import QDQ, describe_artifact
+from prgkit.export.bundle.fidelity import int8_sentence, too_few
+from prgkit.export.bundle.manifest import Artifact, BlockSensitivity, NotBuilt, NotKept, Quantization, TooFewImages
 from prgkit.export.int8.accuracy_control import (
     Logits,
     Pixels,
@@ -30,14 +31,13 @@ from prgkit.export.int8.accuracy_control import (
 )
 from prgkit.export.int8.calibration import Spread, measure_spreads
 from prgkit.export.int8.qdq import COMPUTE_BOUND_WORK, Block, Layout, find_blocks, tensors_of
-from prgkit.export.runtimes.fidelity import Facts, told, too_few
 from prgkit.export.runtimes.parity import compare
 from prgkit.storage.atomic import fingerprint
 
 CALIBRATION_IMAGES = 256
 ENOUGH = 0.8  # of the blocks, the least sensitive ones, decide how much of each tensor's spread is clipped
 SCAN_TAIL = 0.02  # the share of the images that is clipped while blocks are scanned
-Result = tuple[Artifact | None, Facts]  # a file's entry, None where it is not kept, and what was found of it
+Result = Artifact | Quantization | TooFewImages  # a file that is kept, or what became of one that is not
 FOR_TENSORRT = "TensorRT's layout; its fidelity is that of this file in ONNX Runtime"
 
 
@@ -80,10 +80,10 @@ def quantise(
     folder: Path,
     *,
     half: Callable[[], Path],
-    made_from: dict[str, Any],
+    made_from: Origin,
     finished: ArtifactCache,
-    engines: Callable[[list[Artifact]], tuple[list[Artifact], list[Facts]]] | None,
-) -> tuple[list[Artifact], list[Facts]]:
+    engines: Callable[[list[Artifact]], tuple[list[Artifact], list[NotBuilt]]] | None,
+) -> tuple[list[Artifact], list[NotKept]]:
     """Make the INT8 files of ONNX Runtime in ``folder`` and, where ``engines`` builds from them, TensorRT's.
 
     Returns the entries of what is kept, and what was found of those that are not. ``half`` gives the FP16 file, over
@@ -92,11 +92,11 @@ def quantise(
     results = quantiser.make_all("onnxruntime", lambda: quantiser.network.fp32, folder, made_from, finished)
     if engines is not None:
         results += quantiser.make_all("tensorrt", half, folder, made_from, finished)
-    kept = [entry for entry, _ in results if entry is not None]
-    not_kept = [found for entry, found in results if entry is None]
+    kept = [result for result in results if isinstance(result, Artifact)]
+    not_kept: list[NotKept] = [result for result in results if not isinstance(result, Artifact)]
     if engines is not None:
-        built, not_built = engines([entry for entry in kept if entry["format"] == QDQ])
-        kept, not_kept = kept + built, not_kept + not_built
+        built, not_built = engines([artifact for artifact in kept if artifact.format == QDQ])
+        kept, not_kept = kept + built, [*not_kept, *not_built]
     return kept, not_kept
 
 
@@ -125,12 +125,12 @@ class Network:
 
         The most sensitive ones would decide it, and most likely they are the ones that will be in float.
         """
-        floating = {row["block"] for row in self.scan[: len(self.scan) - math.ceil(ENOUGH * len(self.scan))]}
+        floating = {row.block for row in self.scan[: len(self.scan) - math.ceil(ENOUGH * len(self.scan))]}
         blocks = [block for block in self.blocks if block.name not in floating]
         return choose_clip_quantile(self.fp32, blocks, self.spreads, self.calibration)
 
     @cached_property
-    def scan(self) -> list[Facts]:
+    def scan(self) -> list[BlockSensitivity]:
         """What each block costs, the most sensitive first."""
         self.note(f"INT8: scanning {len(self.blocks)} blocks")
         return analyse_sensitivity(self.fp32, self.blocks, self.spreads, SCAN_TAIL, self.calibration)
@@ -152,15 +152,15 @@ class Quantiser:
         layout: Layout,
         source: Callable[[], Path],
         folder: Path,
-        made_from: dict[str, Any],
+        made_from: Origin,
         finished: ArtifactCache,
     ) -> list[Result]:
         """Return what `make` returns of a layout's files; of the heavy one only where the other has light blocks."""
         full, heavy = VARIANTS[layout]
         results = [self.make(full, source, folder, made_from, finished)]
-        if (found := results[0][1])["kept"]:
+        if isinstance(results[0], Artifact) and (made := results[0].quantization):
             left = set(heavy.left(self.network.blocks))
-            if len(left) < len(self.network.blocks) and not left <= set(found["float_blocks"]):
+            if len(left) < len(self.network.blocks) and not left <= set(made.float_blocks):
                 results.append(self.make(heavy, source, folder, made_from, finished))
         return results
 
@@ -169,50 +169,51 @@ class Quantiser:
         variant: Variant,
         source: Callable[[], Path],
         folder: Path,
-        made_from: dict[str, Any],
+        made_from: Origin,
         finished: ArtifactCache,
     ) -> Result:
-        """Return the entry of a file, or None where it is not kept; and what was found of it."""
+        """Return a file's artifact, or what became of it where it is not kept."""
         name, path, layout = variant.name, folder / variant.file, variant.layout
         seen = [digest(self.network.calibration), digest(self.pixels)]
         made_from = {**made_from, "int8": [name, self.floor, *seen]}
-        if entry := finished.take(name, made_from):
-            self.note(f"{entry['file']}: finished before, and made from the same; it is kept")
-            return entry, entry["quantization"]
-        if found := finished.not_kept(name, made_from):
-            self.note(f"{path.name}: {told(found)} (found before, from the same)")
-            return None, found
-        found = too_few(len(self.pixels), self.floor)
-        if found is None:
-            found = self.hold(source(), path, layout, variant.left(self.network.blocks))
-        calibrated = len(self.network.calibration)
-        found = {"name": name, "layout": layout, "calibration_images": calibrated, **found}
-        self.note(f"{path.name}: {told(found)}")
-        if not found["kept"]:
-            again = found["agreement"] is None  # too few images: it costs nothing to find that out again
-            return None, {**found, **({} if again else {"made_from": fingerprint(made_from)})}
-        images, reference = self.compared
-        entry = describe_artifact(
+        if artifact := finished.take(name, made_from):
+            self.note(f"{artifact.file}: finished before, and made from the same; it is kept")
+            return artifact
+        if before := finished.not_kept(name, made_from):
+            self.note(f"{path.name}: {int8_sentence(before)} (found before, from the same)")
+            return before
+        known = {"name": name, "calibration_images": len(self.network.calibration)}
+        if few := too_few(len(self.pixels), self.floor):  # to find that out again costs nothing: no made_from
+            self.note(f"{path.name}: {int8_sentence(few)}")
+            return few.model_copy(update={**known, "layout": layout})
+        made = self.hold(source(), path, layout, variant.left(self.network.blocks))
+        made = made.model_copy(update=known)
+        self.note(f"{path.name}: {int8_sentence(made)}")
+        if not made.kept:
+            return made.model_copy(update={"made_from": fingerprint(made_from)})
+        compared, reference = self.compared
+        artifact = describe_artifact(
             folder,
             path.name,
             name=name,
-            format_=QDQ if layout == "tensorrt" else "onnx",
+            format=QDQ if layout == "tensorrt" else "onnx",
             precision="int8",
             backend=layout,
             executed=True,
             note=FOR_TENSORRT if layout == "tensorrt" else None,
-            parity=compare(reference(), logits_of(path, images), precision="int8").to_dict(),
+            parity=compare(reference(), logits_of(path, compared), precision="int8"),
+            quantization=made,
         )
-        return finished.add({**entry, "quantization": found}, made_from), found
+        return finished.add(artifact, made_from)
 
-    def hold(self, source: Path, path: Path, layout: Layout, left: tuple[str, ...]) -> Facts:
-        """Write ``path`` with as many of the network's blocks in INT8 as hold the floor; see `hold_floor`."""
+    def hold(self, source: Path, path: Path, layout: Layout, left: tuple[str, ...]) -> Quantization:
+        """Write ``path`` with as many of the network's blocks in INT8 as hold the floor; see `control_accuracy`."""
         network = self.network
         return control_accuracy(
             source,
             path,
             blocks=[block for block in network.blocks if block.name not in left],
-            scan=[row for row in network.scan if row["block"] not in left],
+            scan=[row for row in network.scan if row.block not in left],
             spreads=network.spreads,
             tail=network.tail,
             layout=layout,

@@ -13,17 +13,13 @@ from numpy.typing import NDArray
 
 from prgkit.config.image_size import Size, sides
 from prgkit.errors import BackendError, ExportError, one_line
+from prgkit.export.bundle.manifest import MATRIX, VECTORS, Artifact
 from prgkit.export.runtimes.tensorrt import TensorRTRunner
 from prgkit.storage.reproducible import read_array
 
 EXPORT_AGAIN = "export it again: prgkit export"
 GPU_BUILD = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
 SHAPES = 4  # OpenVINO's compiled networks that are kept, each with the weights: one for each batch size
-
-
-MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
-
-VECTORS = f"{MATRIX}.npy"  # [C, D] float32
 
 
 class Provider(NamedTuple):
@@ -302,7 +298,7 @@ def last_line(error: BaseException) -> str:
 
 
 def open_runner(
-    folder: Path, artifact: dict[str, Any], *, threads: int | None = None, provider: str = "CPUExecutionProvider"
+    folder: Path, artifact: Artifact, *, threads: int | None = None, provider: str = "CPUExecutionProvider"
 ) -> Runner:
     """Open one artifact of a bundle's manifest.
 
@@ -310,9 +306,9 @@ def open_runner(
         BackendError: it cannot run on this machine; says what is missing.
         ExportError: it is an engine that is damaged or not ours.
     """
-    path = folder / artifact["file"]
-    if artifact["format"] == "onnx":
-        return OnnxRunner(path, provider, threads, name=artifact["name"])
-    if artifact["format"] == "engine":
-        return TensorRTRunner(path, name=artifact["name"])
-    raise BackendError(f"artifact {artifact['name']} has unknown format {artifact['format']!r}", where=folder)
+    path = folder / artifact.file
+    if artifact.format == "onnx":
+        return OnnxRunner(path, provider, threads, name=artifact.name)
+    if artifact.format == "engine":
+        return TensorRTRunner(path, name=artifact.name)
+    raise BackendError(f"artifact {artifact.name} has unknown format {artifact.format!r}", where=folder)

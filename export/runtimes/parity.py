@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from prgkit.errors import ParityError
+from prgkit.export.bundle.bundle import Bundle
+from prgkit.export.bundle.checksums import require_unchanged
+from prgkit.export.bundle.manifest import Parity
 from prgkit.export.runtimes.base import Runner
 from prgkit.metrics import agreement, kl
+from prgkit.storage.reproducible import read_array, read_png
 
 FP32_RELATIVE_TOLERANCE = (
     1e-4  # of max(1, largest reference logit): rounding in another order of summation stays below it
 )
 # Percent; INT8 files are judged by export.fidelity, on more images: this tells a broken INT8 engine from a right one.
 MIN_TOP1_AGREEMENT = {"fp32": 100.0, "fp16": 99.0, "int8": 85.0}
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How closely two sets of logits agree."""
-
-    images: int
-    max_abs_difference: float
-    tolerance: float | None  # None where the precision is judged by top-1 alone
-    top1_agreement: float  # percent
-    kl: float  # mean KL(reference || other) of the softmax, in nats
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the parity as the manifest stores it."""
-        return asdict(self)
+GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}  # of the largest logit: other processors sum in other orders
 
 
 def require_agreement(
@@ -80,3 +68,39 @@ def compare(reference_logits: NDArray[np.float32], logits: NDArray[np.float32], 
 def run_batches(runner: Runner, pixels: NDArray[np.uint8], *, batch: int = 32) -> NDArray[np.float32]:
     """Run any number of images [n, S, S, 3] in batches, so that memory does not grow with n; returns [n, classes]."""
     return np.concatenate([runner.run(pixels[start : start + batch]) for start in range(0, len(pixels), batch)])
+
+
+def check_golden(bundle: Bundle, runner: Runner, *, precision: str) -> None:
+    """Run the golden images through this machine's preprocessing and ``runner``.
+
+    Raises:
+        ExportError: a golden file is missing or damaged.
+        ParityError: names the stage that differs, preprocessing or model, and the image.
+    """
+    require_unchanged(bundle.folder, "golden")
+    golden = bundle.folder / "golden"
+    expected = read_array(golden / "logits.npy")
+    inputs = np.stack([read_png(golden / f"{number:02}.input.png") for number in range(len(expected))])
+    for number, pixels in enumerate(inputs):
+        with Image.open(golden / f"{number:02}.png") as picture:
+            prepared = bundle.preprocessing.prepare(picture.convert("RGB"))
+        if not np.array_equal(prepared, pixels):
+            furthest = int(np.abs(prepared.astype(int) - pixels.astype(int)).max())
+            raise ParityError(
+                f"preprocessing differs from where the student was exported: golden image {number:02}, "
+                f"by up to {furthest} of 255",
+                where=golden,
+                fix="install the Pillow version of the export, or report both versions",
+            )
+    logits = runner.run(inputs)
+    scale = max(1.0, float(np.abs(expected).max()))
+    tolerance = GOLDEN_TOLERANCE[precision]
+    differences = np.abs(logits - expected).max(axis=1)
+    if not differences.max() <= tolerance * scale:
+        worst = int(np.nan_to_num(differences, nan=np.inf).argmax())
+        raise ParityError(
+            f"{runner.name} differs from the exported logits on golden image {worst:02}: "
+            f"by {differences[worst]:.3g}, allowed {tolerance * scale:.3g}; "
+            "its input is identical, so the model stage differs",
+            where=golden,
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BackendError, one_line
-from prgkit.export.runtimes.engine_metadata import EngineMetadata, load_engine_metadata, rebuild
+from prgkit.export.bundle.engine_metadata import EngineMetadata, load_engine_metadata, rebuild
 from prgkit.export.runtimes.gpu import AMPERE_PLUS, Gpu, find_gpu, generations, quiet_logger, this_platform
 
 INSTALL_CUDA = "pip install cuda-python (on a Jetson with JetPack 6: pip install 'cuda-python<13')"
@@ -50,9 +49,9 @@ class TensorRTRunner:
         self.name, self.backend, self.device = name or path.name, card.backend, "cuda"
         self.min_batch: int = card.batch[0]
         self.max_batch: int | None = card.batch[2]
-        self._input, self._output = card.input["name"], card.output["name"]
-        self._pixel_shape = tuple(card.input["shape"][1:])  # (H, W, 3)
-        self._classes = int(card.output["shape"][1])
+        self._input, self._output = card.input.name, card.output.name
+        self._pixel_shape = tuple(map(int, card.input.shape[1:]))  # (H, W, 3)
+        self._classes = int(card.output.shape[1])
         self._pinned: list[int] = []
         self._device_buffers: list[int] = []
         self._graph: Any = None  # of the batch size that the context has
@@ -275,7 +274,7 @@ def require_match(card: EngineMetadata, path: Path) -> None:
             fix = rebuild(card)
             if card.backend == "tensorrt_rtx" and not is_for(card, gpu):
                 able = why_no_engine_runs(card.backend) is not None or gpu.capability in generations(card.backend)
-                other = rebuild(replace(card, backend="tensorrt"))
+                other = rebuild(card.model_copy(update={"backend": "tensorrt"}))
                 fix = f"{fix} --sm {gpu.capability.removeprefix('SM')}" if able else other
         raise BackendError(f"{path.name} cannot run here: {reason}", where=path, fix=fix)
 

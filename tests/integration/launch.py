@@ -26,10 +26,10 @@ def tear(path: Path) -> None:
     die()
 
 
-def tear_line(path: Path, record: dict[str, Any]) -> None:
+def tear_line(journal: Any, record: Any) -> None:
     """Append half a line and end."""
-    line = json.dumps(record)
-    with open(path, "a") as file:
+    line = json.dumps(record if isinstance(record, dict) else record.model_dump())
+    with open(journal.path, "a") as file:
         file.write(line[: len(line) // 2])
         file.flush()
         os.fsync(file.fileno())
@@ -37,11 +37,13 @@ def tear_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def set_trap(place: str, call: int, when: str) -> None:
-    """Put the trap around ``module:name`` or ``module:Class.name``."""
+    """Put the trap around ``module:name`` or ``module:Class.name``; of a class that a module imports, in it alone."""
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)
     for one in owners:
+        if isinstance(getattr(owner, one), type) and getattr(owner, one).__module__ != module:
+            setattr(owner, one, type(one, (getattr(owner, one),), {}))
         owner = getattr(owner, one)
     original, calls = getattr(owner, name), 0
 
@@ -55,7 +57,7 @@ def set_trap(place: str, call: int, when: str) -> None:
         if when == "stop":
             os.kill(os.getpid(), signal.SIGTERM)
             return original(*arguments, **named)
-        if when == "within" and name == "append_line":
+        if when == "within" and name == "append":
             tear_line(*arguments)
         result = original(*arguments, **named)
         if when == "within":  # a function whose second argument is the file that it writes

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.ticks import Tick, write_ticks
 from prgkit.errors import BenchError, ExportError
 from prgkit.evaluate.accuracy.examples import choose_examples
@@ -24,14 +24,16 @@ from prgkit.evaluate.bench.metadata import evaluation_images, pseudo_labels, tra
 from prgkit.evaluate.bench.options import BenchOptions
 from prgkit.export.bundle.bundle import (
     Evaluation,
-    contract,
     describe_artifact,
+    input_spec,
+    output_spec,
     read_evaluation,
     write_evaluation,
     write_golden,
     write_manifest,
 )
-from prgkit.export.runtimes.engine_metadata import SCHEMA, EngineMetadata, write_engine_metadata
+from prgkit.export.bundle.engine_metadata import EngineMetadata, write_engine_metadata
+from prgkit.export.bundle.manifest import EvaluationFacts, Manifest, RunFacts
 from prgkit.storage.atomic import sha256
 
 onnx = pytest.importorskip("onnx", reason="the model under test is made with the onnx package")
@@ -67,7 +69,6 @@ def answers(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 def card(engine: Path) -> EngineMetadata:
     """Return the card of an engine that was built for a GPU of which there is none."""
     return EngineMetadata(
-        schema=SCHEMA,
         file=engine.name,
         bytes=engine.stat().st_size,
         sha256=sha256(engine),
@@ -80,8 +81,8 @@ def card(engine: Path) -> EngineMetadata:
         batch=(1, 1, 1),
         compute_capabilities=("0.0",),
         gpu=None,
-        input={"name": "pixels", "shape": [1, SIDE, SIDE, 3]},
-        output={"name": "logits", "shape": [1, 3]},
+        input={"name": "pixels", "dtype": "UINT8", "shape": [1, SIDE, SIDE, 3]},
+        output={"name": "logits", "dtype": "FLOAT", "shape": [1, 3]},
         layer_dtypes={},
         inspected_dtypes=None,
         build_s=0.0,
@@ -135,7 +136,7 @@ def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> 
             folder,
             file,
             name=name,
-            format_=kind,
+            format=kind,
             precision=precision,
             backend=backend,
             executed=False,
@@ -145,15 +146,20 @@ def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> 
         for name, file, kind, precision, backend in files
     ]
     manifest = {
+        "prgkit": "0",
+        "created": "today",
         "run": {"name": "colours", "fingerprint": "0" * 16, "objective": "prg", "epochs": 3},
         "recipe": {},
         "teacher": {"model": "eye", "weights": "human", "fingerprint": "0" * 16},
         "student": {"model": "repvit_m0_9", "parameters": 1},
         "artifacts": artifacts,
         "evaluation": {"images": 40, "labelled": labelled, "source": "made up"},
-        **contract(preprocessing, CLASSES),
+        "classes": CLASSES,
+        "preprocessing": preprocessing,
+        "input": input_spec(preprocessing),
+        "output": output_spec(CLASSES),
     }
-    write_manifest(folder, manifest)
+    write_manifest(folder, Manifest.model_validate(manifest))
     return folder
 
 
@@ -259,20 +265,22 @@ def test_latency_stages_threads_and_frames_stand_beside_the_rows(tmp_path: Path)
 
 
 def test_the_run_travels_in_the_manifest_and_the_run_at_hand_goes_first(tmp_path: Path) -> None:
+    run = {"name": "colours", "fingerprint": "0" * 16, "objective": "prg", "epochs": 3}
     told = {"training": [{"epoch": 1, "loss": 2.0, "seconds": 3.0}], "quality": {"images": 40}}
-    bundle: Any = SimpleNamespace(manifest={"run": told})
+    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(run=RunFacts(**run, **told)))
     assert training_records(bundle, None) == [{"epoch": 1, "loss": 2.0}]
     assert pseudo_labels(bundle, None) == {"images": 40}
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0}\n')
     (tmp_path / "quality.json").write_text('{"images": 41}')
     assert training_records(bundle, tmp_path) == [{"epoch": 1, "loss": 1.0}]
     assert pseudo_labels(bundle, tmp_path) == {"images": 41}
-    older: Any = SimpleNamespace(manifest={"run": {}})
+    older: Any = SimpleNamespace(manifest=SimpleNamespace(run=RunFacts(**run)))
     assert (training_records(older, None), pseudo_labels(older, None)) == ([], None)
 
 
 def test_evaluation_images_are_the_same_where_pictures_and_labels_are() -> None:
-    bundle: Any = SimpleNamespace(manifest={"evaluation": {"source": "made up"}})
+    source = EvaluationFacts(images=2, labelled=True, source="made up")
+    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(evaluation=source, relabelled=None))
     pixels, logits = np.zeros((2, 4, 4, 3), dtype=np.uint8), np.zeros((2, 3), dtype=np.float32)
     one = Evaluation(pixels, logits, logits, logits, np.array([0, 1]), ("a", "b"))
     digest = evaluation_images(one, bundle).digest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import re
 import shutil
 import subprocess
@@ -18,20 +17,21 @@ import torch
 from PIL import Image
 
 from prgkit.config.recipe import shipped_recipes
-from prgkit.config.yaml_io import parse
+from prgkit.config.yaml_io import parse_yaml
 from prgkit.errors import BackendError, DiskFullError, ExportError, ParityError, PrgkitError, RunError
 from prgkit.evaluate.predict import predict
 from prgkit.export import pipeline
 from prgkit.export.bundle import bundle as bundle_module
 from prgkit.export.bundle.artifact_cache import building
-from prgkit.export.bundle.bundle import check_golden, open_bundle, read_evaluation, write_evaluation
+from prgkit.export.bundle.bundle import open_bundle, read_evaluation, write_evaluation
+from prgkit.export.bundle.engine_metadata import load_engine_metadata
 from prgkit.export.formats import engines
 from prgkit.export.formats.engines import build_engines
 from prgkit.export.int8.pipeline import Learned
-from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
+from prgkit.export.pipeline import ExportOptions, HeldOut, StudentOrigin, export_student
 from prgkit.export.runtimes.base import OnnxRunner, open_runner
-from prgkit.export.runtimes.engine_metadata import load_engine_metadata
 from prgkit.export.runtimes.gpu import available_backends
+from prgkit.export.runtimes.parity import check_golden
 from prgkit.storage import reproducible
 from prgkit.storage.atomic import read_json, write_sealed
 from prgkit.storage.locks import locked
@@ -79,7 +79,7 @@ def export(repvit, folder, *, notes=None, learned=None, **options):
         held_out=held_out(repvit),
         classes=CLASSES,
         preprocessing=repvit.preprocessing,
-        facts=FACTS,
+        facts=StudentOrigin.model_validate(FACTS),
         options=ExportOptions(**options),
         learned=learned,
         note=(notes if notes is not None else []).append,
@@ -102,32 +102,33 @@ def copy(whole, tmp_path):
 
 def test_what_was_written_opens_again(whole, repvit):
     bundle = open_bundle(whole.folder)
-    assert bundle.manifest == {"schema": "prgkit.bundle/1", **json.loads(json.dumps(whole.manifest))}
+    assert bundle.manifest == whole.manifest
+    assert read_json(whole.folder / "manifest.json")["schema"] == "prgkit.bundle/2"
     assert bundle.classes == tuple(CLASSES)
     assert bundle.preprocessing == repvit.preprocessing
-    names = [entry["name"] for entry in bundle.artifacts]
+    names = [entry.name for entry in bundle.artifacts]
     assert names[:2] == ["onnx-fp32", "onnx-fp16"]
-    assert bundle.manifest["evaluation"] == {"images": 40, "labelled": True, "source": "made up"}
-    assert bundle.manifest["input"]["shape"] == ["batch", 64, 64, 3]
+    assert bundle.manifest.evaluation.to_json() == {"images": 40, "labelled": True, "source": "made up"}
+    assert bundle.manifest.input.shape == ("batch", 64, 64, 3)
     fp32, fp16 = bundle.artifacts[:2]
-    assert fp32["parity"]["images"] == 256
-    assert fp32["parity"]["top1_agreement"] == 100.0
-    assert fp16["parity"]["top1_agreement"] >= 99.0
+    assert fp32.parity.images == 256
+    assert fp32.parity.top1_agreement == 100.0
+    assert fp16.parity.top1_agreement >= 99.0
     assert not [path.name for path in whole.folder.rglob("*") if path.name.endswith(".part")]
 
 
 @needs_rtx
 def test_engines_are_in_the_bundle_and_said_to_be_unexecuted(whole):
-    entries = [entry for entry in open_bundle(whole.folder).artifacts if entry["format"] == "engine"]
-    assert [entry["name"] for entry in entries] == ["tensorrt_rtx-fp32", "tensorrt_rtx-fp16"]
+    entries = [entry for entry in open_bundle(whole.folder).artifacts if entry.format == "engine"]
+    assert [entry.name for entry in entries] == ["tensorrt_rtx-fp32", "tensorrt_rtx-fp16"]
     for entry in entries:
-        card = load_engine_metadata(whole.folder / entry["file"])
-        assert entry["sha256"] == card.sha256
-        if not entry["executed"]:
-            assert entry["note"].startswith("never executed here: ")
-            assert card.note == entry["note"]
-            assert entry["parity"] is None
-    assert entries[1]["bytes"] < 0.7 * entries[0]["bytes"]
+        card = load_engine_metadata(whole.folder / entry.file)
+        assert entry.sha256 == card.sha256
+        if not entry.executed:
+            assert entry.note.startswith("never executed here: ")
+            assert card.note == entry.note
+            assert entry.parity is None
+    assert entries[1].bytes < 0.7 * entries[0].bytes
     said = "\n".join(whole.notes)
     assert "model.fp16.tensorrt_rtx.engine: tensorrt_rtx 1." in said
 
@@ -180,7 +181,7 @@ def test_what_is_damaged_in_a_manifest_is_not_sealed_anew(copy, repvit):
     (copy / "manifest.json").write_text(text.replace('"top1_agreement": 100.0', '"top1_agreement": 500.0', 1))
     notes = []
     export(repvit, copy, notes=notes)
-    assert open_bundle(copy).artifacts[0]["parity"]["top1_agreement"] == 100.0
+    assert open_bundle(copy).artifacts[0].parity.top1_agreement == 100.0
     assert not any("finished before" in note for note in notes)
 
 
@@ -188,11 +189,11 @@ def test_what_is_damaged_in_a_manifest_is_not_sealed_anew(copy, repvit):
 def test_what_an_export_is_not_asked_for_stays_where_the_student_is_the_same(repvit, tmp_path, monkeypatch):
     folder, options = tmp_path / "bundle", {"fp16": True, "trt": True, "float_input": True}
     export(repvit, folder, **options)
-    before = {entry["name"]: entry for entry in open_bundle(folder).artifacts}
+    before = {entry.name: entry for entry in open_bundle(folder).artifacts}
     assert len(before) == 5
     notes = []
     export(repvit, folder, notes=notes)
-    assert {entry["name"]: entry for entry in open_bundle(folder).artifacts} == before
+    assert {entry.name: entry for entry in open_bundle(folder).artifacts} == before
     stay = "model.fp16.onnx, model.fp32.tensorrt_rtx.engine, model.fp16.tensorrt_rtx.engine, model.nchw.onnx"
     assert notes[-1] == f"stays in the bundle, not asked for, and of the same student: {stay}"
     damaged = folder / "model.fp16.onnx"
@@ -200,11 +201,11 @@ def test_what_an_export_is_not_asked_for_stays_where_the_student_is_the_same(rep
     notes.clear()
     export(repvit, folder, notes=notes)
     assert notes[-1] == "no longer in the bundle: model.fp16.onnx"
-    assert {entry["name"] for entry in open_bundle(folder).artifacts} == before.keys() - {"onnx-fp16"}
+    assert {entry.name for entry in open_bundle(folder).artifacts} == before.keys() - {"onnx-fp16"}
     notes.clear()
     monkeypatch.setattr(pipeline, "origin_of", lambda *_: {"student": "another"})
     export(repvit, folder, notes=notes)
-    assert [entry["name"] for entry in open_bundle(folder).artifacts] == ["onnx-fp32"]
+    assert [entry.name for entry in open_bundle(folder).artifacts] == ["onnx-fp32"]
     assert notes[-1].startswith("no longer in the bundle: ")
     assert sorted(path.name for path in folder.glob("model*")) == ["model.onnx"]
 
@@ -212,14 +213,14 @@ def test_what_an_export_is_not_asked_for_stays_where_the_student_is_the_same(rep
 def test_golden_images_pass_where_they_were_made(whole):
     bundle = open_bundle(whole.folder)
     for entry in bundle.artifacts[:2]:
-        check_golden(bundle, open_runner(whole.folder, entry, threads=1), precision=entry["precision"])
+        check_golden(bundle, open_runner(whole.folder, entry, threads=1), precision=entry.precision)
     assert len(list((whole.folder / "golden").glob("*.input.png"))) == 16
 
 
 def without_digests(folder):
     """Open a bundle whose golden files may be changed: that stands for a machine that works in another way."""
     manifest = read_json(folder / "manifest.json")
-    del manifest["files"]
+    del manifest["checksums"]
     write_sealed(folder / "manifest.json", manifest)
     return open_bundle(folder)
 
@@ -256,10 +257,10 @@ def test_the_readmes_ten_lines_run_and_agree(whole, repvit):
 
 @pytest.mark.parametrize(("file", "fix"), [("model.onnx", "prgkit export"), ("engine", "prgkit export --trt")])
 def test_a_truncated_artifact_is_named_with_what_remakes_it(copy, file, fix):
-    entries = [entry for entry in read_json(copy / "manifest.json")["artifacts"] if entry["file"].endswith(file)]
+    entries = [entry for entry in open_bundle(copy).artifacts if entry.file.endswith(file)]
     if not entries:
         pytest.skip("no engine without tensorrt_rtx")
-    path = copy / entries[0]["file"]
+    path = copy / entries[0].file
     size = path.stat().st_size
     with open(path, "r+b") as stream:
         stream.truncate(size - 1)
@@ -290,8 +291,9 @@ def test_a_missing_artifact_is_named(copy):
     [
         ("{", "manifest.json is damaged"),
         ("[]", "manifest.json is damaged: it holds no object"),
-        ('{"schema": "prgkit.bundle/9"}', "manifest.json has schema 'prgkit.bundle/9', not 'prgkit.bundle/1'"),
-        ('{"schema": "prgkit.bundle/1", "run": {}}', "manifest.json lacks recipe, teacher"),
+        ('{"schema": "prgkit.bundle/9"}', "manifest.json has schema 'prgkit.bundle/9', not 'prgkit.bundle/2'"),
+        ('{"schema": "prgkit.bundle/1"}', "manifest.json has schema 'prgkit.bundle/1', not 'prgkit.bundle/2'"),
+        ('{"schema": "prgkit.bundle/2", "run": {}}', "manifest.json lacks prgkit, created, run.name, run.fingerprint"),
     ],
 )
 def test_a_damaged_manifest_is_a_short_error(copy, text, message):
@@ -417,9 +419,9 @@ def test_what_is_the_same_is_not_made_again(copy, repvit, monkeypatch):
     monkeypatch.setattr(pipeline, "export_onnx", lambda *_, **__: pytest.fail("made again"))
     monkeypatch.setattr(pipeline, "write_fp16", lambda *_, **__: pytest.fail("made again"))
     again = export(repvit, copy, fp16=True, trt=len(manifest["artifacts"]) > 2, notes=notes)
-    assert again["artifacts"] == manifest["artifacts"]
+    assert [entry.to_json() for entry in again.artifacts] == manifest["artifacts"]
     kept = ": finished before, and made from the same; it is kept"
-    assert notes == [f"{entry['file']}{kept}" for entry in manifest["artifacts"]]
+    assert notes == [f"{entry.file}{kept}" for entry in again.artifacts]
     open_bundle(copy)
 
     monkeypatch.undo()
@@ -457,7 +459,7 @@ def test_engines_come_to_a_bundle_without_another_onnx_export(repvit, tmp_path, 
     export(repvit, tmp_path / "bundle")
     monkeypatch.setattr(pipeline, "export_onnx", lambda *_, **__: pytest.fail("made again"))
     manifest = export(repvit, tmp_path / "bundle", trt=True)
-    assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32", "tensorrt_rtx-fp32"]
+    assert [entry.name for entry in manifest.artifacts] == ["onnx-fp32", "tensorrt_rtx-fp32"]
     monkeypatch.setattr(engines, "build_engine", lambda *_, **__: pytest.fail("built again"))
     build = {"fp16": False, "batch": (1, 1, 32), "backend": "tensorrt_rtx", "note": lambda _: None}
     with pytest.raises(pytest.fail.Exception, match="built again"):  # compared with ONNX here, with PyTorch there
@@ -550,8 +552,8 @@ def test_a_disk_that_fills_up_is_said_with_what_was_needed(repvit, tmp_path, mon
 def test_a_device_builds_engines_from_the_bundle_alone(copy):
     manifest = build_engines(copy, fp16=True, batch=(2, 2, 2), backend="tensorrt_rtx", note=lambda _: None)
     bundle = open_bundle(copy)
-    assert bundle.manifest == json.loads(json.dumps(manifest))
-    assert sorted(entry["name"] for entry in bundle.artifacts) == [
+    assert bundle.manifest == manifest
+    assert sorted(entry.name for entry in bundle.artifacts) == [
         "onnx-fp16",
         "onnx-fp32",
         "tensorrt_rtx-fp16",
@@ -571,7 +573,7 @@ def test_a_device_may_leave_the_batch_to_the_recipe_and_names_its_gpus(copy, mon
     monkeypatch.setattr(engines, "why_not_here", lambda card: None)
     monkeypatch.setattr(engines, "TensorRTRunner", Right)
     manifest = read_json(copy / "manifest.json")
-    page = parse(shipped_recipes()["demo"].read_text(), where="demo")
+    page = parse_yaml(shipped_recipes()["demo"].read_text(), where="demo")
     manifest["recipe"] = {**page, "export": {"batch": [1, 2, 4]}}
     write_sealed(copy / "manifest.json", manifest)
     notes = []
@@ -640,7 +642,7 @@ def test_a_kill_as_an_engine_takes_its_place_leaves_a_bundle_that_opens(copy):
 
     with pytest.raises(KeyboardInterrupt):
         build_engines(copy, fp16=False, batch=(1, 1, 4), backend="tensorrt_rtx", note=kill)
-    assert "tensorrt_rtx-fp32" not in [entry["name"] for entry in open_bundle(copy).artifacts]
+    assert "tensorrt_rtx-fp32" not in [entry.name for entry in open_bundle(copy).artifacts]
 
 
 @needs_rtx

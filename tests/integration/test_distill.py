@@ -11,24 +11,26 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from prgkit import workers
 from prgkit.config.recipe import Recipe, validate
-from prgkit.data import cache, workers
+from prgkit.data import cache
 from prgkit.data.augment import MultiViewDataset
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import ImagesError, PrgkitError, RunError, StudentError, WorkerError
+from prgkit.interrupt import Interrupted
 from prgkit.progress import NullProgress
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed
-from prgkit.storage.run import Interrupted, Run
+from prgkit.storage.run import Run
 from prgkit.storage.tensors import load_tensors
 from prgkit.student.model import load_student
-from prgkit.training.distill import distill, schedule
+from prgkit.training.distill import distill
+from prgkit.training.optimizer import schedule
 from prgkit.training.prepare import hold_out
 
 EPOCHS = 3
@@ -93,15 +95,15 @@ def test_a_run_leaves_what_it_promises(finished: Run, photos: Path) -> None:
         assert record["loss"] == pytest.approx(record["supervision"] + record["node"] + record["edge"], rel=1e-5)
     assert records[-1]["loss"] < records[0]["loss"]
     assert finished.finished
-    assert finished.card["best"]["agreement"] == max(record["agreement"] for record in records)
-    assert finished.card["images"] == {
-        **{"source": str(photos), "used": 72, "duplicates": 0, "unreadable": []},
+    assert getattr(finished.card.best, "agreement", None) == max(record["agreement"] for record in records)
+    assert finished.image_facts.model_dump() == {
+        **{"source": str(photos), "used": 72, "duplicates": 0, "unreadable": ()},
         **{"left_out": "", "grey_range": None},
     }
     student = load_student(finished)
     answer = student(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
     assert answer.logits.shape == (2, 10)
-    assert answer.features.shape == (2, finished.card["teacher"]["width"])
+    assert answer.features.shape == (2, finished.teacher_facts.width)
 
 
 def test_labels_shuffled_or_deleted_leave_training_bit_identical(photos: Path, tmp_path: Path, finished: Run) -> None:
@@ -278,9 +280,10 @@ def test_a_stopped_run_with_corrected_answers_and_chosen_images_goes_on_bit_for_
 ) -> None:
     root = finished.folder.parent / "targets"
     whole = distill(corrected(photos), tmp_path / "whole", root, NullProgress())
-    learned = whole.card["learned"]
-    assert 0 < learned["dropped"] < learned["images"]
-    assert learned["an_epoch"] < learned["images"]
+    learned = whole.card.learned
+    assert learned is not None
+    assert 0 < learned.dropped < learned.images
+    assert learned.an_epoch < learned.images
     arguments = (
         corrected(photos, photos.parent / "labelled"),
         tmp_path / "run",
@@ -414,11 +417,7 @@ def test_a_flipped_byte_in_a_run_is_named_with_what_brings_it_back(photos: Path,
     assert caught.value.fix == f"delete it, then: prgkit distill {run.recipe_file} --run {run.folder}"
     run.card_file.unlink()
     again = distill(*arguments, NullProgress())
-    assert (again.card["images"]["used"], again.card["best"], again.finished) == (
-        72,
-        {"agreement": ANY, "epoch": 1},
-        True,
-    )
+    assert (again.image_facts.used, getattr(again.card.best, "epoch", None), again.finished) == (72, 1, True)
     assert again.weights.read_bytes() == before
 
     run.metrics_file.write_text('{"epoch": 1, "loss\n{"epoch": 2}\n')

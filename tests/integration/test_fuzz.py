@@ -23,13 +23,15 @@ from PIL import Image
 
 from prgkit.config.prompts import load_classes
 from prgkit.config.recipe import Recipe, load_recipe, shipped_recipes, validate
-from prgkit.config.yaml_io import parse
-from prgkit.data.index import ImageSource, index_images, load_image, open_images
+from prgkit.config.yaml_io import parse_yaml
+from prgkit.data.files import printable
+from prgkit.data.index import index_images
 from prgkit.data.label_table import read_label_table, read_ways
 from prgkit.data.labels import class_indices
-from prgkit.data.sources import printable
+from prgkit.data.preprocessing import load_image
+from prgkit.data.sources import ImageSource, open_images
 from prgkit.errors import ImagesError, PrgkitError, RecipeError
-from prgkit.storage.run import RUNS, run_name
+from prgkit.storage.find import RUNS, run_name
 
 QUICK, SOAK = 150, 1500  # inputs to each of the ten tests below
 
@@ -84,7 +86,7 @@ sizes = pytest.mark.parametrize("count", each(fuzz))
 def read_recipe(text: str) -> None:
     """Take a page as far as `prgkit distill --dry-run` would before it looks for images."""
     try:
-        recipe = validate(parse(text, where="page"), where="page").resolved()
+        recipe = validate(parse_yaml(text, where="page"), where="page").resolved()
     except PrgkitError as error:
         told(error)
     else:

@@ -11,11 +11,11 @@ import pytest
 
 from prgkit.config.prompts import load_classes
 from prgkit.config.recipe import load_recipe
-from prgkit.config.yaml_io import parse, read_page
-from prgkit.data.index import open_images
+from prgkit.config.yaml_io import parse_yaml, read_recipe_text
 from prgkit.data.label_table import read_ways
+from prgkit.data.sources import open_images
 from prgkit.errors import ImagesError, PrgkitError, RecipeError
-from prgkit.storage.run import run_name
+from prgkit.storage.find import run_name
 
 # A recipe may point at ../photos, since it is its user's; what is refused is what would leave the machine, or not end.
 
@@ -50,7 +50,7 @@ def test_text_files_that_would_not_end_are_not_read(tmp_path: Path) -> None:
             load_classes(str(path))
         assert caught.value.what == f"{path.name} cannot be read: {reason}"
         with pytest.raises(RecipeError, match=reason):
-            read_page(path)
+            read_recipe_text(path)
         with pytest.raises(ImagesError, match=reason.replace("2.0 MiB", "256.0 MiB")):
             read_ways(path)
 
@@ -87,7 +87,7 @@ def test_a_run_is_named_after_its_source_and_stays_below_runs(source: str, name:
 )
 def test_yaml_that_its_own_reader_stumbles_over(value: str, told: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        parse(f"\nvalue: {value}", where="page.yaml")
+        parse_yaml(f"\nvalue: {value}", where="page.yaml")
     assert caught.value.what == told
     assert caught.value.where == "page.yaml, line 2"
 

@@ -35,26 +35,26 @@ Trap = tuple[str, int, str]
 POINTS: dict[str, tuple[str, Trap]] = {
     "targets: the card is not there yet": (TARGETS, ("prgkit.teacher.feature_store:write_sealed", 1, "before")),
     "targets: while embedding": (TARGETS, ("prgkit.teacher.clip:Teacher.embed_images", 6, "before")),
-    "targets: block written, not journalled": (TARGETS, ("prgkit.teacher.feature_store:append_line", 2, "before")),
-    "targets: half a journal line": (TARGETS, ("prgkit.teacher.feature_store:append_line", 2, "within")),
-    "targets: block journalled": (TARGETS, ("prgkit.teacher.feature_store:append_line", 3, "after")),
+    "targets: block written, not journalled": (TARGETS, ("prgkit.teacher.feature_store:Journal.append", 2, "before")),
+    "targets: half a journal line": (TARGETS, ("prgkit.teacher.feature_store:Journal.append", 2, "within")),
+    "targets: block journalled": (TARGETS, ("prgkit.teacher.feature_store:Journal.append", 3, "after")),
     "targets: prompts not written": (TARGETS, ("prgkit.teacher.feature_store:FeatureStore.prompts", 1, "before")),
     "distill: recipe written, no card": (DISTILL, ("prgkit.storage.run:write_sealed", 1, "before")),
     "distill: recipe written, not renamed": (DISTILL, ("prgkit.storage.atomic:os.replace", 1, "before")),
-    "distill: block written, not journalled": (DISTILL, ("prgkit.teacher.feature_store:append_line", 2, "before")),
-    "distill: during the quality stage": (DISTILL, ("prgkit.training.statistics:assess", 1, "before")),
-    "distill: quality told, not written": (DISTILL, ("prgkit.training.statistics:summary", 1, "after")),
+    "distill: block written, not journalled": (DISTILL, ("prgkit.teacher.feature_store:Journal.append", 2, "before")),
+    "distill: during the quality stage": (DISTILL, ("prgkit.training.statistics:compute_statistics", 1, "before")),
+    "distill: quality told, not written": (DISTILL, ("prgkit.training.statistics:summarise", 1, "after")),
     "distill: before the first step": (DISTILL, ("prgkit.training.distill:train", 1, "before")),
-    "distill: within an epoch": (DISTILL, ("prgkit.training.checkpoint:ModelEma.update", 6, "after")),
+    "distill: within an epoch": (DISTILL, ("timm.utils:ModelEmaV3.update", 6, "after")),
     "distill: in the middle of a checkpoint": (DISTILL, ("prgkit.storage.tensors:save_file", 3, "within")),
     "distill: checkpoint written, not renamed": (DISTILL, ("prgkit.training.checkpoint:save_tensors", 3, "before")),
-    "distill: best student written, no metrics": (DISTILL, ("prgkit.training.distill:judge", 1, "after")),
-    "distill: half a line of metrics": (DISTILL, ("prgkit.storage.run:append_line", 2, "within")),
+    "distill: best student written, no metrics": (DISTILL, ("prgkit.training.distill:evaluate", 1, "after")),
+    "distill: half a line of metrics": (DISTILL, ("prgkit.storage.run:Journal.append", 2, "within")),
     "distill: an epoch's end, metrics but no checkpoint": (
         DISTILL,
-        ("prgkit.training.distill:finish_epoch", 2, "after"),
+        ("prgkit.training.distill:end_epoch", 2, "after"),
     ),
-    "distill: trained, not yet said to be": (DISTILL, ("prgkit.training.distill:finish_epoch", 3, "after")),
+    "distill: trained, not yet said to be": (DISTILL, ("prgkit.training.distill:end_epoch", 3, "after")),
 }
 QUICK = [
     "targets: block written, not journalled",
@@ -188,7 +188,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         found["metrics"] = [{key: value for key, value in one.items() if key not in timing} for one in run.metrics()]
         found["weights"] = run.weights.read_bytes()
         found["quality"] = run.quality_file.read_bytes()
-        found["card of the run"] = {key: value for key, value in run.card.items() if key not in (*timing, "created")}
+        found["card of the run"] = run.card.model_dump(exclude={*timing, "created"})
     return found
 
 

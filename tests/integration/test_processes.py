@@ -97,7 +97,7 @@ def test_two_processes_train_one_student_and_a_stop_loses_nothing(folder: Path) 
         assert process.returncode == 0, err
         assert out.count("agrees with its teacher") == 1
         assert err.count("student: ") == 1
-    assert whole.card.keys() >= {"images", "teacher", "student", "best", "images_per_s", "origin", "finished"}
+    assert whole.card.to_json().keys() >= {"images", "teacher", "student", "best", "images_per_s", "origin", "finished"}
     assert [record["epoch"] for record in whole.metrics()] == [1, 2]
     assert told(run) == told(whole)
     weights, expected = load_file(run.weights), load_file(whole.weights)

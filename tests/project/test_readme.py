@@ -11,7 +11,7 @@ import tomllib
 from prgkit.cli.chain import split_at_commands
 from prgkit.cli.main import cli
 from prgkit.config.recipe import validate
-from prgkit.config.yaml_io import parse
+from prgkit.config.yaml_io import parse_yaml
 
 ROOT = Path(__file__).parents[2]
 PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
@@ -53,7 +53,7 @@ def test_every_make_target_exists(command: str) -> None:
 
 @pytest.mark.parametrize("page", [block for kind, block in BLOCKS if kind == "yaml"])
 def test_every_recipe_on_the_page_is_valid(page: str) -> None:
-    recipe = validate(parse(page, where="README"), where="README").resolved()
+    recipe = validate(parse_yaml(page, where="README"), where="README").resolved()
     assert recipe.objective_name == "prg"
 
 

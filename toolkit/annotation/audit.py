@@ -94,7 +94,9 @@ def drawn(run: Run, recipe: Recipe, targets_root: Path, *, count: int | None, pr
         "ticks": str(run.ticks_file),
         "images": len(ticks),
         "drawn_from": len(dataset.image_index),
-        "held_out": len({tick.key for tick in ticks} & {dataset.image_index.keys[place] for place in dataset.held_out}),
+        "held_out": len(
+            {tick.key for tick in ticks} & {dataset.image_index.keys[place] for place in dataset.val_indices}
+        ),
         "ticked": len(seen),
         "teacher": teacher_share(seen).model_dump(mode="json") if seen else None,
     }
@@ -103,11 +105,11 @@ def drawn(run: Run, recipe: Recipe, targets_root: Path, *, count: int | None, pr
 def ask(dataset: DistillationDataset, progress: Progress) -> Said:
     """Return the teacher's first answers to every image's evaluation view."""
     device, count = best_device(), len(dataset.image_index)
-    dataset = replace(dataset, answers=dataset.answers.to(device))
+    dataset = replace(dataset, classifier=dataset.classifier.to(device))
     classes, confidence = [], []
     progress.start("answers", count, "img")
     for part in np.array_split(np.arange(count), -(-count // BATCH)):
-        logits = dataset.answer(part, np.zeros(len(part), dtype=int), device).logits
+        logits = dataset.teacher_output(part, np.zeros(len(part), dtype=int), device).logits
         best = torch.topk(logits.double().softmax(dim=1), min(1 + NEXT_ANSWERS, logits.shape[1]))
         classes.append(best.indices.cpu().numpy())
         confidence.append(best.values.cpu().numpy())
@@ -123,12 +125,12 @@ def choose(dataset: DistillationDataset, said: Said, recipe: Recipe, count: int,
     were drawn in the same way, so it is when others are added, or when only the first of them are kept. The others'
     order is that of the content keys, hashes again: whoever ticks the first thirty has ticked a fair thirty.
     """
-    keys, images = dataset.image_index.keys, dataset.image_index.images
+    keys, images = dataset.image_index.keys, dataset.image_index.source
     places = {key: position for position, key in enumerate(keys)}
     chosen = [places[key] for key in first[:count]]
     chance = np.random.default_rng([int(fingerprint(keys), 16), len(chosen)])
     added: list[int] = []
-    for part in (dataset.held_out, np.setdiff1d(np.arange(len(keys)), dataset.held_out)):
+    for part in (dataset.val_indices, np.setdiff1d(np.arange(len(keys)), dataset.val_indices)):
         part = np.setdiff1d(part, chosen)
         wanted = min(count - len(chosen) - len(added), len(part))
         added += part[draw(said.classes[part, 0], said.confidence[part, 0], wanted, chance)].tolist()

@@ -13,9 +13,10 @@ from prgkit.storage.atomic import readable_bytes
 
 if TYPE_CHECKING:
     from prgkit.config.recipe import Recipe
+    from prgkit.export.bundle.manifest import Artifact, Manifest
 
 
-def pack_bundle(session: Session, bundle: Path, manifest: dict[str, Any], *, asked: bool) -> dict[str, Any]:
+def pack_bundle(session: Session, bundle: Path, manifest: Manifest, *, asked: bool) -> dict[str, Any]:
     """Pack a bundle and say what was left out; where it was not asked for, say of an older archive that it is one."""
     from prgkit.export.bundle.archive import archive_of, is_packed_bundle, left_out, pack
 
@@ -29,27 +30,27 @@ def pack_bundle(session: Session, bundle: Path, manifest: dict[str, Any], *, ask
     return {"zip": str(archive), "zip_bytes": archive.stat().st_size}
 
 
-def tell_bundle(session: Session, bundle: Path, manifest: dict[str, Any], *, packs: bool) -> dict[str, Any]:
+def tell_bundle(session: Session, bundle: Path, manifest: Manifest, *, packs: bool) -> dict[str, Any]:
     """Pack a bundle if that was asked for, and say what is in it."""
     packed = pack_bundle(session, bundle, manifest, asked=packs)
-    for artifact in manifest["artifacts"]:
-        size_mib = artifact["bytes"] / 2**20
-        session.terminal.say(f"  {artifact['file']:<34} {size_mib:7.1f} MiB  {checked(artifact)}".rstrip())
+    for artifact in manifest.artifacts:
+        size_mib = artifact.bytes / 2**20
+        session.terminal.say(f"  {artifact.file:<34} {size_mib:7.1f} MiB  {checked(artifact)}".rstrip())
     if packed:
         session.terminal.say((packed["zip"], "bold"), f" ({readable_bytes(packed['zip_bytes'])}) is ready to travel")
     else:
         session.terminal.say((str(bundle), "bold"), " is ready to travel")
-    return {"bundle": str(bundle), **packed, **manifest}
+    return {"bundle": str(bundle), **packed, **manifest.to_json()}
 
 
-def checked(artifact: dict[str, Any]) -> str:
+def checked(artifact: Artifact) -> str:
     """Say how an artifact was checked."""
-    parity = artifact["parity"]
+    parity = artifact.parity
     if not parity:
-        return artifact["note"] or ""
+        return artifact.note or ""
     return (
-        f"max difference {parity['max_abs_difference']:.1e}, same answer on {parity['top1_agreement']:.4g} % "
-        f"of {parity['images']} images"
+        f"max difference {parity.max_abs_difference:.1e}, same answer on {parity.top1_agreement:.4g} % "
+        f"of {parity.images} images"
     )
 
 
@@ -57,7 +58,7 @@ def relabel_bundle(session: Session, place: Path | None, classes: str) -> dict[s
     """Give a bundle other classes, and say what is in it then."""
     from prgkit.config.prompts import load_classes
     from prgkit.export.relabel import relabel, settled_bundle
-    from prgkit.storage.run import standing_where_it_started
+    from prgkit.storage.find import standing_where_it_started
 
     names = load_classes(classes, note=session.terminal.note)
     bundle, run = settled_bundle(session.folder or place)

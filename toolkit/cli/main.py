@@ -64,18 +64,19 @@ def distill(session: Session, /, **given: Any) -> dict[str, Any]:
         from prgkit.training.distill import distill as work
     run = work(recipe, folder, given["targets_root"], session.terminal)
     session.folder = run.folder
-    card = run.card
-    best, images = card["best"], card["images"]
-    skipped = f", {len(images['unreadable'])} unreadable" if images["unreadable"] else ""
-    copies = f", {images['duplicates']} duplicates" if images["duplicates"] else ""
+    card, images = run.card, run.image_facts
+    assert card.best is not None
+    assert card.images_per_s is not None
+    skipped = f", {len(images.unreadable)} unreadable" if images.unreadable else ""
+    copies = f", {images.duplicates} duplicates" if images.duplicates else ""
     session.terminal.say(
         (str(run.folder), "bold"),
-        f": {card['student']['model']} agrees with its teacher on ",
-        (f"{best['agreement']:.1f} %", "bold"),
-        f" of the held-out images (epoch {best['epoch']} of {recipe.training.epochs}; "
-        f"{images['used']:,} images{skipped}{copies}; {card['images_per_s']:,.0f} img/s)",
+        f": {run.student_facts.model} agrees with its teacher on ",
+        (f"{card.best.agreement:.1f} %", "bold"),
+        f" of the held-out images (epoch {card.best.epoch} of {recipe.training.epochs}; "
+        f"{images.used:,} images{skipped}{copies}; {card.images_per_s:,.0f} img/s)",
     )
-    return {"run": str(run.folder), **card}
+    return {"run": str(run.folder), **card.to_json()}
 
 
 @cli.command(short_help="Turn the student into ONNX and TensorRT.")
@@ -98,7 +99,7 @@ def export(session: Session, /, folder: Path | None, as_json: bool, **given: Any
         manifest = build_engines(bundle, **kinds, note=note) if trt else open_bundle(bundle).manifest
         session.folder = bundle
     else:
-        from prgkit.storage.run import find_run, standing_where_it_started
+        from prgkit.storage.find import find_run, standing_where_it_started
 
         run = click.get_current_context().with_resource(standing_where_it_started(find_run(place)))
         with needing("distill"):
@@ -139,7 +140,7 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
     from prgkit.evaluate.bench.options import BenchOptions
     from prgkit.evaluate.report import regression
     from prgkit.evaluate.report.terminal import baseline_table, report_table
-    from prgkit.storage.run import find_bundle
+    from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
     out = given["out"] or (run.folder if run else bundle) / "bench" / system.machine_folder()
@@ -180,7 +181,7 @@ def predict(
     """
     from prgkit.evaluate import system
     from prgkit.evaluate.predict import predict as answer
-    from prgkit.storage.run import find_bundle
+    from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
     measured = (run.folder if run else bundle) / "bench" / system.machine_folder()
@@ -218,11 +219,11 @@ def targets(session: Session, /, *, listed: bool, prune: bool, **given: Any) -> 
             return {}
         from prgkit.training.prepare import prepare
     dataset = prepare(recipe, given["targets_root"], session.terminal)
-    folders = [store.folder for store in dataset.targets.stores]
+    folders = [store.folder for store in dataset.store.stores]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     for store, size in zip(folders, sizes, strict=True):
         session.terminal.say((str(store), "bold"), f": {len(dataset.image_index):,} images, {size / 2**20:,.1f} MiB")
-    return {"targets": dataset.targets.facts()["targets"], "images": len(dataset.image_index), "bytes": sum(sizes)}
+    return {"targets": dataset.store.facts()["targets"], "images": len(dataset.image_index), "bytes": sum(sizes)}
 
 
 @cli.command("adapt-teacher", short_help="Fit the teacher to your images by a few labels.")
@@ -316,10 +317,10 @@ def recipes(session: Session, show: str | None, objectives: bool, as_json: bool)
     """List the recipes that are shipped, or print one to copy."""
     from prgkit.config.objectives import objective_lines
     from prgkit.config.recipe import find_recipe, shipped_recipes, summary_line
-    from prgkit.config.yaml_io import read_page
+    from prgkit.config.yaml_io import read_recipe_text
 
     if show:
-        page = read_page(find_recipe(show))
+        page = read_recipe_text(find_recipe(show))
         session.terminal.verbatim(page)
         return {show: page}
     named = {name: summary_line(path) for name, path in shipped_recipes().items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -268,7 +267,7 @@ def choose_recipe(session: Session, given: dict[str, Any]) -> tuple[Recipe, Path
     """Return the recipe that was meant and the folder of its run."""
     from prgkit.config.recipe import load_recipe
     from prgkit.progress import silent
-    from prgkit.storage.run import RUNS, find_run, run_name, standing_where_it_started
+    from prgkit.storage.find import RUNS, find_run, run_name, standing_where_it_started
 
     note = silent if session.asked else session.terminal.note  # said once in a chain
     named = ("recipe", "images", "classes")
@@ -283,11 +282,7 @@ def choose_recipe(session: Session, given: dict[str, Any]) -> tuple[Recipe, Path
         return load_recipe(str(run.recipe_file), overrides=given["overrides"], note=note), run.folder
     if not name and not (images and classes):
         raise click.UsageError("Name a RECIPE, or give both --images and --classes.", click.get_current_context())
-    # JSON is YAML, and keeps a path with a colon or a hash in one piece.
-    sources = [
-        f"data.{key}={json.dumps(given[key], ensure_ascii=False)}" for key in ("images", "classes") if given[key]
-    ]
-    recipe = load_recipe(name or "custom", overrides=[*sources, *given["overrides"]], note=note)
+    recipe = load_recipe(name or "custom", images=images, classes=classes, overrides=given["overrides"], note=note)
     return recipe, given["folder"] or session.folder or RUNS / run_name(name or images)
 
 
@@ -378,7 +373,7 @@ def names(ctx: click.Context, option: click.Parameter, text: str) -> list[str]:
 
 def swept_values(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> list[tuple[str, list[Any]]]:
     """Read ``edge_weight=0,1,3`` as a parameter and its values, which are read as YAML."""
-    from prgkit.config.yaml_io import parse
+    from prgkit.config.yaml_io import parse_yaml
     from prgkit.errors import RecipeError
 
     each_key_once(ctx, option, texts)
@@ -386,7 +381,7 @@ def swept_values(ctx: click.Context, option: click.Parameter, texts: tuple[str, 
     for text in texts:
         key, _, values = text.partition("=")
         try:
-            found = parse(f"values: [{values}]", where="--sweep")["values"]
+            found = parse_yaml(f"values: [{values}]", where="--sweep")["values"]
         except RecipeError:
             found = []
         if not key.strip() or not found:

@@ -7,16 +7,16 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from prgkit.config.delimited import Row, rows, ways
+from prgkit.config.delimited import Row, column_word, rows, ways
 from prgkit.config.yaml_io import plain_yaml
 from prgkit.errors import RecipeError, some
 
-Entry = tuple[str, object]  # where a name stands, and the name
+Entry = tuple[str, str]  # where a name stands, and the name
 Numbered = tuple[str, str]  # an id and a name
 
 # A number or WordNet id in front of a name, in brackets or after a word such as "class", and what parts the two.
@@ -27,7 +27,7 @@ IN_FRONT = re.compile(
 )
 # Behind one there has to be a mark: "channel 1" is a name.
 BEHIND = re.compile(r"(?P<open>)(?P<name>\S.*?)(?P<mark>\s*(?:[:=|,;\t]|\()\s*)(?P<id>\d+|n\d{8})\)?")
-BULLET = re.compile(r"([-*+•–—])\s+(?:\[[ xX]\]\s+)?(\S.*)")  # with Markdown's box to tick, too
+BULLET = re.compile(r"(?P<bullet>[-*+•–—])\s+(?:\[[ xX]\]\s+)?(?P<name>\S.*)")  # with Markdown's box to tick, too
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»"}
 NAME_TITLES = ("name", "names", "classname", "class", "classes", "label", "labels", "category", "categories", "species")
 TITLES = {*NAME_TITLES, "id", "ids", "index", "idx", "number", "no", "wnid", "synset"}
@@ -67,8 +67,8 @@ def read_names(text: str, path: Path) -> tuple[list[Entry], list[str]]:
     is_json = path.suffix.lower() == ".json"
     written = ASSIGNED.sub("", text, count=1)
     value = parsed(written) if is_json or written.lstrip()[:1] in ("[", "{", "(") else None
-    if value is None and KEYED.search(text) and isinstance(page := plain_yaml(text), dict):
-        value = page if any(isinstance(page.get(key), list | dict) for key in LISTS) else None
+    if value is None and KEYED.search(text) and isinstance(mapping := plain_yaml(text), dict):
+        value = mapping if any(isinstance(mapping.get(key), list | dict) for key in LISTS) else None
     if value is not None or is_json:
         return from_value(value, path)
     lines = [(f"line {number}", line.strip()) for number, line in enumerate(re.split("\r\n|\r|\n", text), 1)]
@@ -80,11 +80,11 @@ def read_names(text: str, path: Path) -> tuple[list[Entry], list[str]]:
     if len(comments) > 1 and not entries:
         what = f"every line of {path.name} is a comment, as it begins with #"
         raise RecipeError(what, where=path, fix="write the names without #, one a line")
-    found, remarks = from_text(text, entries, path)
+    names, notes = from_text(text, entries, path)
     if comments:
         count = "1 line is a comment, and is" if len(comments) == 1 else f"{len(comments)} lines are comments, and are"
-        remarks = [f"{count} left out of the class names: {comments[0][:80]!r}", *remarks]
-    return found, remarks
+        notes = [f"{count} left out of the class names: {comments[0][:80]!r}", *notes]
+    return names, notes
 
 
 def from_text(text: str, entries: Sequence[tuple[str, str]], path: Path) -> tuple[list[Entry], list[str]]:
@@ -92,22 +92,22 @@ def from_text(text: str, entries: Sequence[tuple[str, str]], path: Path) -> tupl
     if len(entries) == 1:
         return from_one_line(entries[0][1])
     if table := table_of(text, entries, path):
-        found, remarks = from_table(table, path)
+        names, notes = from_table(table, path)
         quoted = without_quotes([line for _, line in entries])  # as CSV has them, so that none is left
-        return found, [f"class names {quoted[1]}, which are left out", *remarks] if quoted else remarks
+        return names, [f"class names {quoted.what}, which are left out", *notes] if quoted else notes
     header = [entries[0][1]] if is_header([line for _, line in entries]) else []
-    found, remarks = from_lines(entries[len(header) :])
-    with_commas = [name for _, name in found if "," in str(name)]
+    names, notes = from_lines(entries[len(header) :])
+    with_commas = [name for _, name in names if "," in name]
     if len(with_commas) > 1:
-        remarks.append(f"class names have commas, and each line is one class: {with_commas[0]}; ...")
-    return found, [f"class names begin below a header: {title!r} is none of them" for title in header] + remarks
+        notes.append(f"class names have commas, and each line is one class: {with_commas[0]}; ...")
+    return names, [f"class names begin below a header: {title!r} is none of them" for title in header] + notes
 
 
 def is_header(lines: Sequence[str]) -> bool:
     """Tell whether the first line is the title of the others: the word for a name, or words above ids and names."""
     words = re.findall(r"[^\W_]+", lines[0].casefold()) if len(lines) > 2 else []
-    said = bool(words) and TITLES.issuperset(words)
-    return said and (set(words) <= set(NAME_TITLES) or without_ids(list(lines[1:])) is not None)
+    titled = bool(words) and TITLES.issuperset(words)
+    return titled and (set(words) <= set(NAME_TITLES) or without_ids(list(lines[1:])) is not None)
 
 
 def like_ids(names: Sequence[str]) -> list[str]:
@@ -140,36 +140,36 @@ def parsed(text: str) -> Any:
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a mapping of which no key is lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         raise RecipeError("a key stands twice in the class names", fix="keep one of each")
-    return found
+    return mapping
 
 
 def from_value(value: Any, path: Path) -> tuple[list[Entry], list[str]]:
     """Return the names in a list or mapping; nothing of any other file is shown, as it could hold anything."""
     keys = [key for key in LISTS if key in value] if isinstance(value, dict) else []
-    readings = {key: found for key in keys if (found := listed(value[key]))} if keys else {"": listed(value)}
+    readings = {key: reading for key in keys if (reading := listed(value[key]))} if keys else {"": listed(value)}
     if len(readings) > 1:
         readings.pop("labels", None)
     first, *others = readings or [""]
-    names = {key: [name for _, name in found[0]] for key, found in readings.items() if found}
+    names = {key: [name for _, name in reading[0]] for key, reading in readings.items() if reading}
     if differing := next((key for key in others if names[key] != names[first]), None):
         what = f"{path.name} has other class names in {differing!r} than in {first!r}"
         raise RecipeError(what, where=path, fix="keep one of the two")
-    if found := readings.get(first):
-        return found[0], [*([f"class names are those in {first!r}"] if len(keys) > 1 else []), *found[1]]
+    if reading := readings.get(first):
+        return reading[0], [*([f"class names are those in {first!r}"] if len(keys) > 1 else []), *reading[1]]
     what = f"{path.name} is no list of class names, nor a mapping of numbers to names"
     raise RecipeError(what, where=path, fix='write ["apple", "bus"], or {"0": "apple", "1": "bus"}, or one name a line')
 
 
 def listed(value: Any) -> tuple[list[Entry], list[str]] | None:
     """Return the names in a list, or in a mapping of numbers to names or of names to numbers; None where it is none."""
-    if isinstance(value, list | tuple) and value and all(isinstance(one, dict) and "name" in one for one in value):
-        numbers = [one.get("id") for one in value]
+    if isinstance(value, list | tuple) and value and all(isinstance(item, dict) and "name" in item for item in value):
+        numbers = [item.get("id") for item in value]
         known = len({number for number in numbers if type(number) is int}) == len(value)
         value = {
-            number: one["name"] for number, one in zip(numbers if known else range(len(value)), value, strict=True)
+            number: item["name"] for number, item in zip(numbers if known else range(len(value)), value, strict=True)
         }
     if isinstance(value, dict) and not all(str(key).isdecimal() for key in value):  # numbers as text: names in front
         texts = [number for number in value.values() if isinstance(number, str) and re.fullmatch(r"[0-9]{1,9}", number)]
@@ -180,12 +180,12 @@ def listed(value: Any) -> tuple[list[Entry], list[str]] | None:
         named = {int(key): behind_id(name) for key, name in value.items()}
         entries: list[Entry] = [(f"number {number}", named[number]) for number in sorted(named)]
         if len(named) == len(value) and all(isinstance(name, str) for _, name in entries):
-            return entries, [numbered_told([(at.split()[1], str(name)) for at, name in entries], moved=False)]
+            return entries, [numbering_note([(at.split()[1], name) for at, name in entries], moved=False)]
     if isinstance(value, dict) and value and all(WORDNET_ID.fullmatch(str(key)) for key in value):
         value = list(value.values())
-    if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         first = f": {', '.join(map(repr, value[:2]))}, ..." if len(value) > 2 else ""
-        return [(f"entry {n}", one) for n, one in enumerate(value, 1)], [
+        return [(f"entry {n}", item) for n, item in enumerate(value, 1)], [
             f"class names look like a list, and are read as one{first}"
         ]
     return None
@@ -216,20 +216,20 @@ def table_of(text: str, entries: Sequence[tuple[str, str]], path: Path) -> list[
     """Return the rows of a file that is a table: by its suffix, tabs in every line, or the words of its header."""
     first = entries[0][1] if entries else ""
     titles = re.split("[\t;,|]", first)
-    titled = len(titles) > 1 and any(plain(title) in NAME_TITLES for title in titles)
+    titled = len(titles) > 1 and any(column_word(title) in NAME_TITLES for title in titles)
     is_csv = path.suffix.lower() == ".csv"
     tabbed = all("\t" in line for _, line in entries)
     if not (is_csv or titled or (entries and tabbed)):
         return None
     by_delimiter, _ = ways(text)
     try:
-        found = rows(text, "\t") if tabbed and entries else by_delimiter[0]() if by_delimiter else rows(text, ",")
+        table = rows(text, "\t") if tabbed and entries else by_delimiter[0]() if by_delimiter else rows(text, ",")
     except csv.Error as error:
         if not is_csv:
             return None
         raise RecipeError(f"{path.name} is no CSV file: {error}", where=path, fix="write one name a line") from error
-    found = [(line, cells) for line, cells in found if not cells[0].startswith("#")]
-    return found if is_csv or len({len(cells) for _, cells in found}) == 1 else None
+    table = [(line, cells) for line, cells in table if not cells[0].startswith("#")]
+    return table if is_csv or len({len(cells) for _, cells in table}) == 1 else None
 
 
 def from_table(table: Sequence[Row], path: Path) -> tuple[list[Entry], list[str]]:
@@ -241,102 +241,109 @@ def from_table(table: Sequence[Row], path: Path) -> tuple[list[Entry], list[str]
         raise RecipeError(what, where=f"{path}, line {long}", fix=fix)
     padded = [(line, [*cells, *[""] * (width - len(cells))][:width]) for line, cells in table]
     filled = [column for column in range(width) if any(cells[column] for _, cells in padded)]
-    titles = [plain(title) for title in padded[0][1]] if padded else []
+    titles = [column_word(title) for title in padded[0][1]] if padded else []
     ids = [column for column in filled if are_ids([cells[column] for _, cells in padded])]
     below = [column for column in filled if are_ids([cells[column] for _, cells in padded[1:]])]
     untitled = any(not re.fullmatch(r"n?\d+", padded[0][1][column]) for column in set(below) - set(ids))
     has_header = bool(set(titles) & set(NAME_TITLES)) or untitled
     body, ids = (padded[1:], below) if has_header else (padded, ids)
     texts = [column for column in filled if column not in ids] or filled[:1]
-    said = [titles.index(title) for title in NAME_TITLES if title in titles and titles.index(title) in texts]
-    column = said[0] if has_header and said else texts[0] if len(texts) == 1 else None
+    named = [titles.index(title) for title in NAME_TITLES if title in titles and titles.index(title) in texts]
+    column = named[0] if has_header and named else texts[0] if len(texts) == 1 else None
     if column is None:
         lines = "".join(f"\n    {','.join(cells)[:160]}" for _, cells in padded[:3])
         what = f"which column of {path.name} holds the class names is not certain:{lines}"
         raise RecipeError(what, where=path, fix="call it name in the first line, or write one name a line")
-    remarks = []
+    notes = []
     if has_header and len(filled) == 1:
-        remarks.append(f"class names begin below a header: {padded[0][1][column]!r} is none of them")
+        notes.append(f"class names begin below a header: {padded[0][1][column]!r} is none of them")
     if len(filled) > 1:
         title = f"{padded[0][1][column]!r}" if has_header else f"{column + 1}"
-        remarks.append(f"class names seem to be column {title} of {path.name}: {some([c[column] for _, c in body])}")
+        notes.append(f"class names seem to be column {title} of {path.name}: {some([c[column] for _, c in body])}")
     entries: list[Entry] = [(f"line {line}", cells[column]) for line, cells in body]
-    numbers = [[cells[one] for _, cells in body] for one in ids if all(cells[one].isdecimal() for _, cells in body)]
+    numbers = [
+        [cells[column] for _, cells in body] for column in ids if all(cells[column].isdecimal() for _, cells in body)
+    ]
     if numbers:
-        entries, told = in_order(entries, numbers[0])
-        remarks.append(told)
-    found, more = from_lines([(at, str(name)) for at, name in entries])
-    return found, remarks + more
+        entries, note = in_order(entries, numbers[0])
+        notes.append(note)
+    names, more = from_lines(entries)
+    return names, notes + more
 
 
-def from_lines(entries: Sequence[tuple[str, str]]) -> tuple[list[Entry], list[str]]:
+def from_lines(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     """Take off what every line has besides the name, as long as there is something."""
-    remarks: list[str] = []
-    found = list(entries)
-    if found and re.fullmatch(r"(names|classes)\s*:", found[0][1], re.IGNORECASE):
-        found = found[1:]
-    taken: list[Callable[[list[str]], tuple[list[str], str, list[str]] | None]] = [
-        without_commas, without_quotes, without_bullets, without_folder, without_colors, without_ids,
-    ]  # fmt: skip
-    while step := next((step for take in taken if len(found) > 1 and (step := take([n for _, n in found]))), None):
-        names, what, numbers = step
-        remarks.append(f"class names {what}, which are left out: {found[0][1]!r} is read as {names[0]!r}")
-        found = [(at, name) for (at, _), name in zip(found, names, strict=True)]
-        if numbers and all(map(str.isdecimal, numbers)):
-            moved, told = in_order(list(found), numbers)
-            if moved != found:
-                remarks.append(told)
-            found = [(at, str(name)) for at, name in moved]
-    return list(found), remarks
+    notes: list[str] = []
+    named = list(entries)
+    if named and re.fullmatch(r"(names|classes)\s*:", named[0][1], re.IGNORECASE):
+        named = named[1:]
+    strips = (without_commas, without_quotes, without_bullets, without_folder, without_colors, without_ids)
+    while len(named) > 1 and (step := next(filter(None, (strip([n for _, n in named]) for strip in strips)), None)):
+        notes.append(f"class names {step.what}, which are left out: {named[0][1]!r} is read as {step.names[0]!r}")
+        named = [(at, name) for (at, _), name in zip(named, step.names, strict=True)]
+        if step.ids and all(map(str.isdecimal, step.ids)):
+            ordered, note = in_order(named, step.ids)
+            notes += [note] if ordered != named else []
+            named = ordered
+    return named, notes
 
 
-def without_commas(names: list[str]) -> tuple[list[str], str, list[str]] | None:
+class Stripped(NamedTuple):
+    """Names without something that every line had."""
+
+    names: list[str]
+    what: str  # that was taken off, in words
+    ids: Sequence[str] = ()
+
+
+def without_commas(names: list[str]) -> Stripped | None:
     """Take off the comma, semicolon or slash at the end of every line but the last."""
     for mark, what in {",": "commas", ";": "semicolons", "/": "slashes"}.items():
         if all(name.endswith(mark) for name in names[:-1]):
-            return [name.removesuffix(mark).strip() for name in names], f"end with {what}", []
+            return Stripped([name.removesuffix(mark).strip() for name in names], f"end with {what}")
     return None
 
 
-def without_folder(names: list[str]) -> tuple[list[str], str, list[str]] | None:
-    """Take off the folder of a split, as ``train/``, that all names stand in; "apse/indoor" is a name."""
-    matches = [match for match in map(BELOW.fullmatch, names) if match]
-    if len(matches) < len(names) or len({match["folder"] for match in matches}) > 1:
-        return None
-    return [match["name"] for match in matches], "begin with a folder", []
-
-
-def without_colors(names: list[str]) -> tuple[list[str], str, list[str]] | None:
-    """Take off the colors, parts and actions behind every name."""
-    matches = [match for match in map(COLORED.fullmatch, names) if match]
-    return ([match["name"] for match in matches], "end with colors", []) if len(matches) == len(names) else None
-
-
-def without_quotes(names: list[str]) -> tuple[list[str], str, list[str]] | None:
+def without_quotes(names: list[str]) -> Stripped | None:
     """Take off quotes around every name; a line of several quoted names stays as it is."""
     several = any(re.search(r"""["']\s*,\s*["']""", name) for name in names)
     if several or not all(len(name) > 2 and QUOTES.get(name[0]) == name[-1] for name in names):
         return None
-    return [name[1:-1].strip() for name in names], "begin and end with quotes", []
+    return Stripped([name[1:-1].strip() for name in names], "begin and end with quotes")
 
 
-def without_bullets(names: list[str]) -> tuple[list[str], str, list[str]] | None:
+def without_bullets(names: list[str]) -> Stripped | None:
     """Take off the mark in front of every name of a list."""
-    matches = [match for match in map(BULLET.fullmatch, names) if match]
-    if len(matches) < len(names) or len({match[1] for match in matches}) > 1:
+    return without_form(BULLET, names, "begin with the marks of a list", same="bullet")
+
+
+def without_folder(names: list[str]) -> Stripped | None:
+    """Take off the folder of a split, as ``train/``, that all names stand in; "apse/indoor" is a name."""
+    return without_form(BELOW, names, "begin with a folder", same="folder")
+
+
+def without_colors(names: list[str]) -> Stripped | None:
+    """Take off the colors, parts and actions behind every name."""
+    return without_form(COLORED, names, "end with colors")
+
+
+def without_form(form: re.Pattern[str], names: list[str], what: str, *, same: str | None = None) -> Stripped | None:
+    """Return each line's part called name, where all have the form, and the ``same`` part in common."""
+    matches = [match for match in map(form.fullmatch, names) if match]
+    if len(matches) < len(names) or (same and len({match[same] for match in matches}) > 1):
         return None
-    return [match[2] for match in matches], "begin with the marks of a list", []
+    return Stripped([match["name"] for match in matches], what)
 
 
-def without_ids(names: list[str]) -> tuple[list[str], str, list[str]] | None:
+def without_ids(names: list[str]) -> Stripped | None:
     """Take off ids where every line has one, in one form, and they cannot belong to the names."""
     for form, where in ((IN_FRONT, "begin with ids"), (BEHIND, "seem to end with ids")):
         matches = [match for match in map(form.fullmatch, names) if match]
         marks = {(match["open"].strip(), (match["mark"] or "").strip()) for match in matches}
-        numbers, bare = [match["id"] for match in matches], [match["name"] for match in matches]
-        same = len(set(bare)) < len(bare) and marks <= {("", "")}  # "1 wheeler", "2 wheeler" are names
-        if len(matches) == len(names) and len(marks) == 1 and are_ids(numbers) and not same:
-            return bare, where, numbers
+        ids, bare = [match["id"] for match in matches], [match["name"] for match in matches]
+        repeat = len(set(bare)) < len(bare) and marks <= {("", "")}  # "1 wheeler", "2 wheeler" are names
+        if len(matches) == len(names) and len(marks) == 1 and are_ids(ids) and not repeat:
+            return Stripped(bare, where, ids)
     return None
 
 
@@ -356,18 +363,13 @@ def are_ids(texts: Sequence[str]) -> bool:
 def in_order(entries: list[Entry], numbers: Sequence[str]) -> tuple[list[Entry], str]:
     """Put names in the order of their numbers, and say so."""
     order = sorted(range(len(entries)), key=lambda place: int(numbers[place]))
-    pairs = [(numbers[place], str(entries[place][1])) for place in order]
-    return [entries[place] for place in order], numbered_told(pairs, moved=order != list(range(len(entries))))
+    pairs = [(numbers[place], entries[place][1]) for place in order]
+    return [entries[place] for place in order], numbering_note(pairs, moved=order != list(range(len(entries))))
 
 
-def numbered_told(pairs: Sequence[Numbered], *, moved: bool) -> str:
+def numbering_note(pairs: Sequence[Numbered], *, moved: bool) -> str:
     """Say which number is which name."""
     told = [f"{number} is {name}" for number, name in pairs]
     shown = told if len(told) <= 3 else [*told[:2], "...", told[-1]]
     order = ", and put in the order of their numbers" if moved else ""
     return f"class names are numbered{order}: {', '.join(shown)}"
-
-
-def plain(title: str) -> str:
-    """Return a column's name in small letters and digits alone."""
-    return "".join(letter for letter in title.casefold() if letter.isalnum())

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from prgkit.errors import nearest
 
@@ -16,7 +16,7 @@ ONE_OR_MANY = ("teacher", "objective")  # sections that are one mapping, or a li
 
 
 def explain(mistake: Mapping[str, Any], sections: Models, objectives: Models, *, listed: Container[str]) -> str:
-    """Say one of pydantic's errors; ``listed`` are those of ONE_OR_MANY that are a list in the page."""
+    """Say one of pydantic's errors; ``listed`` are those of ONE_OR_MANY that are a list in the recipe."""
     location, kind, value = mistake["loc"], mistake["type"], mistake["input"]
     path = spell(location, listed=listed)
     if kind == "extra_forbidden":
@@ -36,7 +36,7 @@ def explain(mistake: Mapping[str, Any], sections: Models, objectives: Models, *,
 
 
 def spell(location: Location, *, listed: Container[str]) -> str:
-    """Return a place in the page as its writer sees it: ``training.epochs``, ``data.classes[2]``."""
+    """Return a place in the recipe as its writer sees it: ``training.epochs``, ``data.classes[2]``."""
     path = ""
     for before, part in zip(("", *location), location, strict=False):
         if isinstance(part, int):
@@ -98,7 +98,7 @@ def to_number(value: object) -> float | None:
 
 
 def described(mistake: Mapping[str, Any]) -> str:
-    """Return pydantic's own words, or those of one of the recipe's validators, in the page's terms."""
+    """Return pydantic's own words, or those of one of the recipe's validators, in the recipe's terms."""
     if mistake["type"] in ("too_long", "too_short"):
         return f"must have {mistake['ctx'].get('max_length') or mistake['ctx']['min_length']} values"
     if not mistake["loc"]:
@@ -108,3 +108,9 @@ def described(mistake: Mapping[str, Any]) -> str:
         words = words.replace(theirs, ours)
     words = words.replace("a valid ", "a ").replace("a true or false", "true or false")
     return f"{words[0].lower()}{words[1:]}, not {mistake['input']!r}"
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Return the first of pydantic's mistakes in a file that a program wrote: where it is, and what."""
+    mistake = error.errors()[0]
+    return f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}"

@@ -1,8 +1,11 @@
-"""What a recipe can set of each objective; the objectives themselves are in `prgkit.objectives`, beside torch."""
+"""What a recipe can set of each objective; the losses themselves need torch and are in `prgkit.objectives`.
+
+A new objective is a config here, named in `AnyObjective`, and a loss of the same name in its own file there.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,7 +17,7 @@ class Config(BaseModel):
 
 
 class ObjectiveConfig(Config):
-    """What every objective has: its share in a weighted list, and how the prompts are combined (METHOD: W)."""
+    """What every objective has: its share in a weighted list, and how the prompts are combined."""
 
     # Whether the student has no class head of its own: it scores its features by the teacher's class vectors.
     scores_by_text: ClassVar[bool] = False
@@ -175,23 +178,12 @@ AnyObjective = Annotated[
     PRG | KD | CE | DKD | DIST | RKD | CRD | ND | PLD | OFA | PromptKD | CLIPKD | DHO,
     Field(discriminator="name"),
 ]
+# By the names that recipes use. The loss is the class of the same name in prgkit/objectives/NAME.py.
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
-    "prg": PRG,
-    "kd": KD,
-    "ce": CE,
-    "dkd": DKD,
-    "dist": DIST,
-    "rkd": RKD,
-    "crd": CRD,
-    "nd": ND,
-    "pld": PLD,
-    "ofa": OFA,
-    "promptkd": PromptKD,
-    "clipkd": CLIPKD,
-    "dho": DHO,
+    get_args(config.model_fields["name"].annotation)[0]: config for config in get_args(get_args(AnyObjective)[0])
 }
 
 
 def objective_lines() -> dict[str, str]:
     """Return each objective's name with one line on what it is."""
-    return {name: (model.__doc__ or "").splitlines()[0] for name, model in OBJECTIVES.items()}
+    return {name: (config.__doc__ or "").splitlines()[0] for name, config in OBJECTIVES.items()}

@@ -1,198 +1,38 @@
-"""A recipe: one YAML page that says everything a run depends on, checked whole before anything starts."""
+"""A recipe: one YAML file that says everything a run depends on, checked whole before anything starts."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import ValidationError, field_serializer, field_validator, model_validator
 
-from prgkit.config.image_size import Size, sides, size_of
+from prgkit.config.image_size import sides
 from prgkit.config.messages import ONE_OR_MANY, explain
 from prgkit.config.objectives import OBJECTIVES, AnyObjective, Config
 from prgkit.config.prompts import LEARNED, load_classes, load_templates
-from prgkit.config.yaml_io import parse, read_page, write_page
+from prgkit.config.sections import (
+    Data,
+    Export,
+    Keep,
+    LabelFormat,
+    StudentConfig,
+    TargetsConfig,
+    TeacherConfig,
+    Training,
+    Views,
+)
+from prgkit.config.yaml_io import YamlMapping, parse_yaml, read_yaml, write_yaml
 from prgkit.errors import RecipeError, nearest
 from prgkit.progress import silent
 from prgkit.storage.atomic import fingerprint, sha256
 
-
-def _shape(value: Any) -> str:
-    return "a list" if isinstance(value, list | tuple) else "one word"
-
-
-# Told apart by their shape, so that a mistake in a list is not also told as a list that is no word.
-Words = Annotated[Annotated[str, Tag("one word")] | Annotated[tuple[str, ...], Tag("a list")], Discriminator(_shape)]
-
-
-# The same of an image's size: one side of a square, or [height, width].
-Side = Annotated[int, Field(ge=16)]
-InputSize = Annotated[
-    Annotated[Side, Tag("one word")] | Annotated[tuple[Side, Side], Tag("a list")], Discriminator(_shape)
-]
-
-
-class Keep(Config):
-    """Which images are learned from, by the teacher's confidence: the largest probability in its answer."""
-
-    min_confidence: float = Field(0.0, ge=0, lt=1)  # images below it are not learned from
-    weighted: bool = False  # an image is in that share of the epochs that its confidence is
-
-    @property
-    def asks(self) -> bool:
-        """Whether any confidence has to be known."""
-        return self.weighted or self.min_confidence > 0
-
-
-class LabelFormat(Config):
-    """How labels are to be read, where a table or numbers do not say it for certain themselves."""
-
-    image_column: str | None = None  # of a table: its name in the header, or its number, counted from 1
-    label_column: str | None = None  # the same of the labels
-    first_number: Literal[0, 1] | None = None  # what the first class's number is, where labels are numbers
-
-    @field_validator("image_column", "label_column", mode="before")
-    @classmethod
-    def _number_as_text(cls, column: Any) -> Any:
-        return str(column) if type(column) is int else column
-
-
-class Data(Config):
-    """Where the images come from, and what may be in them."""
-
-    images: str  # a folder, a .zip, shards-{000..041}.tar, torchvision:NAME/split, hf:owner/name/split
-    evaluation: str | None = None  # labelled images; their labels are read by evaluation alone
-    evaluation_labels: str | None = None  # a CSV of file,label where folders or .cls members do not say it
-    labelled: str | None = None  # a few labelled images; only objectives and commands that say so read them
-    labelled_labels: str | None = None  # their CSV, as evaluation_labels is
-    label_format: LabelFormat = LabelFormat()
-    classes: Words  # a named list, a file with one name a line, or the names
-    prompts: Words = "photo"  # a named template set, or templates with one {} each
-    held_out: float = Field(0.05, gt=0, lt=0.5)  # share of the unlabelled images that selects the checkpoint
-    keep: Keep = Keep()
-
-
-class TeacherConfig(Config):
-    """Any open_clip model: a name with its weights, ``hf-hub:owner/name`` or ``local-dir:path``."""
-
-    model: str
-    weights: str | None = None  # its tag; of a folder with several files of weights, one file's name
-    context: str | None = None  # a file of prgkit adapt-teacher: what it learned is read in place of data.prompts
-    precision: Literal["fp32", "bf16"] = "fp32"  # of its own pass
-    batch_size: int = Field(64, ge=1)  # fixed, since a feature varies a little with the batch it is computed in
-
-    @property
-    def name(self) -> str:
-        """The model and its weights in a few words; of a folder its own name, as where it lies is nobody's business."""
-        if not self.model.startswith("local-dir:"):
-            return " ".join(filter(None, (self.model, self.weights)))
-        # A tag, left from the named model whose place the folder takes, says nothing of it; a file's name does.
-        file = self.weights if self.weights and Path(self.weights).suffix else None
-        return " ".join(filter(None, (Path(self.model).name, file)))
-
-
-class Views(Config):
-    """The random crops and flips that teacher and student both see."""
-
-    count: int = Field(8, ge=1, le=255)  # random views of an image; each epoch shows the student the next one
-    crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
-    flip: bool = True  # half of them mirrored
-    seed: int = 0
-    # Width / height that crops have on average; None: the student's, whose input is then filled without squashing.
-    aspect: float | None = Field(None, gt=0)
-
-    @field_validator("crop_scale")
-    @classmethod
-    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError("must be [low, high] with 0 < low <= high <= 1")
-        return scale
-
-
-class TargetsConfig(Config):
-    """How the teacher's answers are put right before anyone learns from them; without a label, without the teacher."""
-
-    debias: float = Field(0.0, ge=0, le=1)  # how much of the teacher's own prior is taken off; 0: none
-    entropy: float | None = Field(None, gt=0, lt=1)  # the mean that a temperature gives them, as a share of ln C
-
-    @property
-    def corrects(self) -> bool:
-        """Whether the answers differ from what the teacher says by itself."""
-        return self.debias > 0 or self.entropy is not None
-
-
-class StudentConfig(Config):
-    """Any timm model: a name of timm's, ``hf-hub:owner/name``, or ``local-dir:path`` of a folder in the hub's form."""
-
-    model: str
-    image_size: InputSize = 224  # pixels: one side of a square, or [height, width]
-    initial: str = "random"  # random, pretrained, or a weights file of the same timm model
-    # The share that the centre crop keeps; None: 1, or timm's own where the start is pretrained.
-    crop: float | None = Field(None, gt=0, le=1)
-
-    @field_validator("image_size")
-    @classmethod
-    def _square_is_a_number(cls, size: Size) -> Size:
-        return size_of(size)
-
-
-class Training(Config):
-    """How the student is trained."""
-
-    epochs: int = Field(100, ge=1)
-    batch_size: int = Field(256, ge=2)  # over all processes
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd has a momentum of 0.9
-    learning_rate: float = Field(0.001, gt=0)  # at the end of the warm-up; it falls to zero along a cosine
-    weight_decay: float = Field(0.05, ge=0)  # of matrices and kernels; biases and norms have none
-    warmup_epochs: float = Field(1.0, ge=0)  # over which the rate rises, at most a fifth of the run
-    gradient_clip: float | None = Field(5.0, gt=0)  # of the gradient's norm; null: none
-    mixup: float | None = Field(None, gt=0)  # of Beta(mixup, mixup), by which two images are mixed, and their targets
-    ema: float = Field(0.9998, ge=0, lt=1)  # warms up: min(ema, (1 + t) / (10 + t))
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto times both for a few steps and writes down which won
-    compile: bool = False  # with torch.compile
-    seed: int = 0
-    workers: int | None = Field(None, ge=0)  # processes that decode images; None: chosen from the CPU count
-    checkpoint_minutes: float = Field(5.0, gt=0)  # between two checkpoints within an epoch; each epoch ends with one
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where the metrics go besides metrics.jsonl
-
-
-class Export(Config):
-    """What leaves for the device."""
-
-    opset: int = 20  # the oldest ONNX Runtime that runs it: 17 1.12, 18 1.15, 19 1.16, 20 1.17, 21 1.18, 22 1.21
-    batch: tuple[int, int, int] = (1, 1, 32)  # [min, opt, max] of a TensorRT profile; opt is the deployed batch
-    evaluation_images: int = Field(2000, ge=1)  # that travel in the bundle, of the held-out or labelled ones
-    fidelity: float = Field(98.0, ge=90, lt=100)  # percent of those on which INT8 must surely give FP32's answer
-
-    @field_validator("opset")
-    @classmethod
-    def _writable(cls, opset: int) -> int:
-        if not 17 <= opset <= 23:
-            raise ValueError("must be 17 to 23; ONNX Runtime 1.12 and newer run 17, 1.15 18, 1.16 19, 1.17 20")
-        return opset
-
-    @field_validator("batch")
-    @classmethod
-    def _ordered(cls, batch: tuple[int, int, int]) -> tuple[int, int, int]:
-        if not 1 <= batch[0] <= batch[1] <= batch[2]:
-            raise ValueError("must be [min, opt, max] with 1 <= min <= opt <= max")
-        return batch
-
-
 # What may change in a run that was started: how it is judged, exported and watched.
-NOT_LEARNED_FROM: dict[str, Any] = {
+NOT_LEARNED_FROM: YamlMapping = {
     "data": {"evaluation", "evaluation_labels", "label_format"},
     "training": {"workers", "checkpoint_minutes", "trackers"},
     "export": True,
@@ -218,17 +58,17 @@ class Recipe(Config):
 
     @field_serializer(*ONE_OR_MANY)
     def _one_as_mapping(self, section: tuple[Config, ...]) -> Any:
-        pages = [page.model_dump(mode="json") for page in section]
-        return pages[0] if len(pages) == 1 else pages
+        configs = [config.model_dump(mode="json") for config in section]
+        return configs[0] if len(configs) == 1 else configs
 
     @model_validator(mode="after")
     def _different_teachers(self) -> Recipe:
         if not self.teacher:
             raise ValueError("teacher: name at least one")
-        names = [(page.model, page.weights) for page in self.teacher]
+        names = [(teacher.model, teacher.weights) for teacher in self.teacher]
         if len(set(names)) < len(names):
             raise ValueError("teacher: each teacher of a list may stand there once")
-        if len({page.context is None for page in self.teacher}) > 1:
+        if len({teacher.context is None for teacher in self.teacher}) > 1:
             raise ValueError("teacher: give every teacher of a list a context, or none")
         return self
 
@@ -255,7 +95,7 @@ class Recipe(Config):
 
     @property
     def prompt_weighting(self) -> Literal["max", "mean", "softmax"]:
-        """How the templates' logits become one (METHOD: W), the same for every objective of the run."""
+        """How the templates' logits become one, the same for every objective of the run."""
         return self.objective[0].prompt_weighting
 
     @property
@@ -276,7 +116,7 @@ class Recipe(Config):
     @property
     def teacher_name(self) -> str:
         """The teacher in a few words: ``ViT-L-14 openai``, or ``ViT-L-14 openai + RN50 openai`` for a list."""
-        return " + ".join(page.name for page in self.teacher)
+        return " + ".join(teacher.name for teacher in self.teacher)
 
     @property
     def learns_labels(self) -> bool:
@@ -320,88 +160,111 @@ class Recipe(Config):
 
         What is not set leaves no trace, so that a run outlives new keys.
         """
-        page = self.model_dump(mode="json", exclude=NOT_LEARNED_FROM, exclude_none=True)
+        config = self.model_dump(mode="json", exclude=NOT_LEARNED_FROM, exclude_none=True)
         contexts = [Path(os.path.expanduser(teacher.context)) for teacher in self.teacher if teacher.context]
-        return fingerprint([page, *(sha256(path) for path in contexts if path.is_file())] if contexts else page)
+        return fingerprint([config, *(sha256(path) for path in contexts if path.is_file())] if contexts else config)
 
 
-def load_recipe(name: str, *, overrides: Sequence[str] = (), note: Callable[[str], None] = silent) -> Recipe:
+def load_recipe(
+    name: str,
+    *,
+    images: str | None = None,
+    classes: str | None = None,
+    overrides: Sequence[str] = (),
+    note: Callable[[str], None] = silent,
+) -> Recipe:
     """Read a shipped recipe by name or a YAML file by path, apply ``key=value`` overrides, and resolve it.
 
+    ``images`` and ``classes`` take the place of its ``data.images`` and ``data.classes``, before the overrides.
+
     Raises:
-        RecipeError: with every mistake of the page at once, each with its path and the nearest right key.
+        RecipeError: with every mistake in it at once, each with its path and the nearest right key.
     """
     path = find_recipe(name)
-    raw = parse(read_page(path), where=path)
+    raw = read_yaml(path)
+    given = {f"data.{key}": value for key, value in (("images", images), ("classes", classes)) if value}
+    for key, value in given.items():
+        section_of(raw, key)[key.removeprefix("data.")] = value
     for override in overrides:
         apply_override(raw, override)
-    where = f"{path}, with {', '.join(overrides)}" if overrides else path
+    changes = [*(f"{key}={value}" for key, value in given.items()), *overrides]
+    where = f"{path}, with {', '.join(changes)}" if changes else path
     return validate(raw, where=where).resolved(note)
 
 
 def find_recipe(name: str) -> Path:
-    """Return the page of a recipe's name, or of a path to a YAML file."""
+    """Return the file of a recipe's name, or of a path to a YAML file."""
     path = Path(os.path.expanduser(name))
     shipped = shipped_recipes()
     if name in shipped:
         return shipped[name]
-    is_page = path.suffix in (".yaml", ".yml")
-    if is_page and path.is_file():
+    is_yaml = path.suffix in (".yaml", ".yml")
+    if is_yaml and path.is_file():
         return path
     if path.is_dir():
         raise RecipeError(f"{name} is a folder, not a recipe", fix=f"--images {name} --classes FILE needs no recipe")
-    pages = [page.name for page in path.parent.glob("*.y*ml")]
-    close = nearest(path.name, pages if is_page else [*shipped, *pages])
+    files = [file.name for file in path.parent.glob("*.y*ml")]
+    close = nearest(path.name, files if is_yaml else [*shipped, *files])
     raise RecipeError(
-        f"there is no recipe file {name}{close}" if is_page else f"unknown recipe {name!r}{close}",
+        f"there is no recipe file {name}{close}" if is_yaml else f"unknown recipe {name!r}{close}",
         fix=f"choose one of {', '.join(shipped)}, or give the path of a .yaml file",
     )
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Return the pages that come with the package, by name."""
+    """Return the files that come with the package, by name."""
     folder = Path(str(resources.files("prgkit.recipes")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def summary_line(path: Path) -> str:
-    """Return a recipe page's first comment line, which says what it does."""
+    """Return the first comment line of a recipe's file, which says what it does."""
     first = path.read_text(encoding="utf-8").splitlines()[0]
     return first.lstrip("# ").rstrip()
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as YAML that `load_recipe` reads back as the same recipe."""
-    write_page(recipe.model_dump(mode="json"), path)
+    write_yaml(recipe.model_dump(mode="json"), path)
 
 
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one value of the raw page: ``training.epochs=5``; the value is read as YAML."""
+def apply_override(raw: YamlMapping, override: str) -> None:
+    """Set one value of a recipe that is not checked yet: ``training.epochs=5``; the value is read as YAML."""
     key, equals, text = override.partition("=")
-    *sections, last = key.split(".")
-    if not equals or not all((*sections, last)):
+    if not equals or not all(key.split(".")):
         raise RecipeError(f"--set takes KEY=VALUE, not {override!r}", fix="for example --set training.epochs=5")
-    page: Any = raw
-    for section in sections:
-        page = page.setdefault(section, {}) if isinstance(page, dict) else None
-    if not isinstance(page, dict):
+    section = section_of(raw, key)
+    value = parse_yaml(f"value: {text}", where=f"--set {override}")["value"]
+    if key == "objective.name" and value in OBJECTIVES:
+        # A new objective brings its own parameters; the old one's are not carried over.
+        for foreign in section.keys() - OBJECTIVES[value].model_fields.keys():
+            del section[foreign]
+    section[key.rpartition(".")[2]] = value
+
+
+def section_of(raw: YamlMapping, key: str) -> YamlMapping:
+    """Return the mapping that holds a dotted key, made where it is missing.
+
+    Raises:
+        RecipeError: something else stands in its place.
+    """
+    *sections, _ = key.split(".")
+    section: Any = raw
+    for name in sections:
+        section = section.setdefault(name, {}) if isinstance(section, dict) else None
+    if not isinstance(section, dict):
         raise RecipeError(
             f"--set {key}: {'.'.join(sections)} is no section of keys",
             fix=f"give it as a whole: --set '{sections[0]}=...'",
         )
-    value = parse(f"value: {text}", where=f"--set {override}")["value"]
-    if key == "objective.name" and value in OBJECTIVES:
-        # A new objective brings its own parameters; the old one's are not carried over.
-        for foreign in page.keys() - OBJECTIVES[value].model_fields.keys():
-            del page[foreign]
-    page[last] = value
+    return section
 
 
-def validate(raw: Mapping[str, Any], *, where: object) -> Recipe:
-    """Check a raw page against the models; JSON keeps lists apart from tuples, and text apart from numbers.
+def validate(raw: YamlMapping, *, where: object) -> Recipe:
+    """Check a recipe's content against the models; JSON keeps lists apart from tuples, and text apart from numbers.
 
     Raises:
-        RecipeError: with every mistake of the page.
+        RecipeError: with every mistake in it.
     """
     try:
         return Recipe.model_validate_json(json.dumps(raw, default=str))

@@ -1,8 +1,8 @@
-"""A recipe's page: YAML read without its traps, and written."""
+"""YAML as a recipe may have it: read without its traps, and written."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,27 @@ import yaml
 from prgkit.errors import RecipeError
 from prgkit.storage.atomic import read_text, write_text
 
+YamlMapping = dict[str, Any]  # of sections and keys, as they stand in a file and before anything in it is checked
 
-def read_page(path: Path) -> str:
-    """Read a recipe's text."""
+
+def read_yaml(path: Path) -> YamlMapping:
+    """Read a recipe's file.
+
+    Raises:
+        RecipeError: it cannot be read, or is broken.
+    """
+    return parse_yaml(read_recipe_text(path), where=path)
+
+
+def read_recipe_text(path: Path) -> str:
+    """Read a recipe's text as it stands in its file."""
     try:
         return read_text(path)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RecipeError(f"the recipe cannot be read: {reason}", where=path, fix="save it as UTF-8 text") from error
+    except ValueError as error:
+        raise RecipeError(f"the recipe cannot be read: {error}", where=path, fix="save it as UTF-8 text") from error
 
 
-def parse(text: str, *, where: object) -> dict[str, Any]:
+def parse_yaml(text: str, *, where: object) -> YamlMapping:
     """Read YAML into a mapping, or say on which line it is broken."""
     try:
         raw = yaml.load(text, _Loader)
@@ -48,9 +58,9 @@ def plain_yaml(text: str) -> Any:
         return None
 
 
-def write_page(values: Mapping[str, Any], path: Path) -> None:
+def write_yaml(values: YamlMapping, path: Path) -> None:
     """Write a mapping as YAML, in its own order."""
-    write_text(path, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120))
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
 
 
 class _Refused(yaml.MarkedYAMLError):

@@ -19,19 +19,35 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from prgkit.errors import DiskFullError, RunError
 from prgkit.storage.atomic import flush, free_bytes, is_disk_full, mapped
+from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
-from prgkit.storage.run import append_line, numbered_lines
 
-Picture = NDArray[np.uint8]  # [height, width, 3]
+Pixels = NDArray[np.uint8]  # [height, width, 3]
 
 PICTURES = "pictures"
 FILE = "pictures.u8"
 BLOCK_BYTES = 16 << 20  # what a kill can lose
 MOST_BYTES = 8 << 30  # no more than this in one store,
 SHARE_OF_DISK = 0.1  # and of what is free when it is opened
+
+
+class Block(BaseModel, strict=True):
+    """A line of the journal: pictures that lie one after the other."""
+
+    offset: int  # [bytes], of the first
+    keys: list[str]
+    heights: list[int]  # [pixels]
+    widths: list[int]  # [pixels]
+    digest: str
+
+    @property
+    def size_bytes(self) -> int:
+        """How long its pictures are together."""
+        return 3 * sum(height * width for height, width in zip(self.heights, self.widths, strict=True))
 
 
 class DecodedImageCache:
@@ -43,7 +59,7 @@ class DecodedImageCache:
         self._places: dict[str, tuple[int, int, int]] = {}  # key -> (offset, height, width)
         self._end = 0
         self._map: NDArray[np.uint8] | None = None
-        self._journalled = 0  # lines taken in
+        self._journal = Journal(folder / "journal.jsonl", Block)
         self.refresh()
 
     def __contains__(self, key: object) -> bool:
@@ -56,7 +72,7 @@ class DecodedImageCache:
         """Leave the memory map behind: another process maps the file itself."""
         return {**self.__dict__, "_map": None}
 
-    def get(self, key: str) -> Picture | None:
+    def get(self, key: str) -> Pixels | None:
         """Return a picture [height, width, 3], mapped from the disk and not to be written to."""
         if (place := self._places.get(key)) is None:
             return None
@@ -66,49 +82,46 @@ class DecodedImageCache:
         return self._map[offset : offset + 3 * height * width].reshape(height, width, 3)
 
     @contextmanager
-    def adding(self) -> Iterator[Adder]:
+    def adding(self) -> Iterator[CacheWriter]:
         """Give what adds to the store; where another process is adding to it, or the disk is full, nothing is added."""
         with ExitStack() as held:
             try:
                 held.enter_context(locked(self.folder, "picture store"))
                 self.refresh()
-                adder = Adder(self, room_bytes=room_bytes(self.folder))
+                adder = CacheWriter(self, room_bytes=room_bytes(self.folder))
             except RunError:
-                adder = Adder(self, room_bytes=0)
+                adder = CacheWriter(self, room_bytes=0)
             yield adder
             adder.flush()
 
     def refresh(self) -> None:
         """Take in what has been journalled since, also by another process, if its content is what was journalled."""
-        journal = self.folder / "journal.jsonl"
-        lines = numbered_lines(journal)[self._journalled :] if journal.exists() else []
+        lines = self._journal.new_lines()
         blocks = [block for _, block in lines if block is not None]
         with ThreadPoolExecutor(2) as pool:
             for block, whole in zip(blocks, pool.map(self._is_whole, blocks), strict=True):
                 if whole:
                     self._note(block)
                 else:
-                    self.damaged.append(f"{self._file.name}, {_size(block):,} bytes from {block['offset']:,}")
-        self.damaged += [f"{journal.name}, line {number}" for number, block in lines if block is None]
+                    self.damaged.append(f"{self._file.name}, {block.size_bytes:,} bytes from {block.offset:,}")
+        self.damaged += [f"{self._journal.path.name}, line {number}" for number, block in lines if block is None]
         self._end = self._file.stat().st_size if self._file.exists() else 0
-        self._journalled += len(lines)
 
-    def append(self, keys: Sequence[str], pictures: Sequence[Picture]) -> None:
+    def append(self, keys: Sequence[str], pictures: Sequence[Pixels]) -> None:
         """Append a block: written and flushed first, journalled after."""
         content = b"".join(picture.tobytes() for picture in pictures)
-        block = {
-            "offset": self._end,
-            "keys": list(keys),
-            "heights": [len(picture) for picture in pictures],
-            "widths": [picture.shape[1] for picture in pictures],
-            "digest": _digest(content),
-        }
+        block = Block(
+            offset=self._end,
+            keys=list(keys),
+            heights=[len(picture) for picture in pictures],
+            widths=[picture.shape[1] for picture in pictures],
+            digest=_digest(content),
+        )
         with open(self._file, "r+b" if self._file.exists() else "w+b") as file:
             file.seek(self._end)
             file.write(content)
             flush(file)
-        append_line(self.folder / "journal.jsonl", block)
-        self._journalled += 1
+        self._journal.append(block)
         self._end += len(content)
         self._note(block)
 
@@ -116,27 +129,27 @@ class DecodedImageCache:
     def _file(self) -> Path:
         return self.folder / FILE
 
-    def _note(self, block: dict[str, Any]) -> None:
-        offset = block["offset"]
-        for key, height, width in zip(block["keys"], block["heights"], block["widths"], strict=True):
+    def _note(self, block: Block) -> None:
+        offset = block.offset
+        for key, height, width in zip(block.keys, block.heights, block.widths, strict=True):
             self._places[key] = (offset, height, width)
             offset += 3 * height * width
 
-    def _is_whole(self, block: dict[str, Any]) -> bool:
+    def _is_whole(self, block: Block) -> bool:
         if not self._file.exists():
             return False
         with open(self._file, "rb") as file:
-            file.seek(block["offset"])
-            return bool(_digest(file.read(_size(block))) == block["digest"])
+            file.seek(block.offset)
+            return _digest(file.read(block.size_bytes)) == block.digest
 
 
-class Adder:
+class CacheWriter:
     """Collects pictures from any number of threads and appends them in blocks, as long as there is room."""
 
     def __init__(self, pictures: DecodedImageCache, *, room_bytes: int) -> None:
         self._pictures = pictures
         self._room_bytes = room_bytes
-        self._waiting: dict[str, Picture] = {}
+        self._waiting: dict[str, Pixels] = {}
         self._waiting_bytes = 0
         self._lock = Lock()
 
@@ -144,7 +157,7 @@ class Adder:
         """Return whether a picture would be taken."""
         return self._room_bytes >= BLOCK_BYTES and key not in self._pictures
 
-    def add(self, key: str, picture: Picture) -> None:
+    def add(self, key: str, picture: Pixels) -> None:
         """Take a picture [height, width, 3]; one that is there already, or for which there is no room, is passed by."""
         with self._lock:
             if key in self._pictures or key in self._waiting or picture.nbytes > self._room_bytes:
@@ -173,10 +186,6 @@ def room_bytes(folder: Path) -> int:
     """Return how many bytes may still be added to the store at ``folder``, which may not be there yet."""
     used = (folder / FILE).stat().st_size if (folder / FILE).exists() else 0
     return min(MOST_BYTES - used, int(SHARE_OF_DISK * free_bytes(folder)))
-
-
-def _size(block: dict[str, Any]) -> int:
-    return 3 * sum(int(height) * int(width) for height, width in zip(block["heights"], block["widths"], strict=True))
 
 
 def _digest(content: bytes) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from io import BytesIO
 from typing import Any
@@ -47,6 +49,9 @@ UPRIGHT = {
 }
 
 
+REDUCED_SIDE = 512  # pixels of the shorter side that crops are cut from; it can be up to twice as many
+
+
 class UnreadableImage(ImagesError):  # noqa: N818  the name says what it is: one image, not a failure of the run
     """One image that cannot be read; ``reason`` is short and meant for people."""
 
@@ -59,10 +64,10 @@ class UnreadableImage(ImagesError):  # noqa: N818  the name says what it is: one
         return UnreadableImage, (self.name, self.reason)  # so that it survives the trip out of a worker process
 
 
-def decode(data: bytes, name: str, *, enough: int | None = None, grey: GreyRange | None = None) -> Image.Image:
+def decode(data: bytes, name: str, *, min_side: int | None = None, grey: GreyRange | None = None) -> Image.Image:
     """Return the first frame of an image file as upright RGB; transparency lies on white.
 
-    With ``enough``, a picture whose shorter side is twice that or more is reduced by a whole factor to no less than
+    With ``min_side``, a picture whose shorter side is twice that or more is reduced by a whole factor to no less than
     it; a JPEG is decoded at that scale in the first place, which is several times faster. Of deep greys, ``grey`` is
     black and white: see `grey_range`, which goes by the picture's own values where none is given.
 
@@ -71,16 +76,16 @@ def decode(data: bytes, name: str, *, enough: int | None = None, grey: GreyRange
     """
     try:
         with Image.open(BytesIO(data), formats=formats_for(name)) as image:
-            if enough:
-                image.draft(None, (enough, enough))
-            return reduced(upright_rgb(image, grey), enough)
+            if min_side:
+                image.draft(None, (min_side, min_side))
+            return reduced(upright_rgb(image, grey), min_side)
     except Exception as error:  # on damaged bytes Pillow's plugins raise nearly anything
         raise UnreadableImage(name, reason_for(error, data)) from error
 
 
-def reduced(image: Image.Image, enough: int | None) -> Image.Image:
-    """Average blocks of pixels into one, so that the shorter side is no less than ``enough`` and less than twice it."""
-    factor = min(image.size) // enough if enough else 1
+def reduced(image: Image.Image, min_side: int | None) -> Image.Image:
+    """Average blocks of pixels into one, so that the shorter side is at least ``min_side`` and less than twice it."""
+    factor = min(image.size) // min_side if min_side else 1
     return image.reduce(factor) if factor > 1 else image
 
 
@@ -90,6 +95,7 @@ def upright_rgb(image: Image.Image, grey: GreyRange | None = None) -> Image.Imag
     orientation = read_orientation(image)
     rgb = to_rgb(image, grey)
     rgb.info = {}  # an orientation that was applied must not be applied again
+    # ImageOps.exif_transpose would turn the original, and lose with that the format and the tags that to_rgb reads.
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
@@ -126,8 +132,10 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode[0] in "IF"
 
 
-def holds_deep_grey(data: bytes, name: str) -> bool:
-    """Tell by the header of an image file whether it is deep grey; an unreadable one is not."""
+def is_deep_grey(data: bytes | Image.Image, name: str) -> bool:
+    """Tell whether an image, or an image file by its header, is grey of more than 8 bits; an unreadable one is not."""
+    if not isinstance(data, bytes):
+        return is_deep(data)
     if data.startswith((b"\xff\xd8\xff", b"GIF8", b"RIFF")):  # most files, and never
         return False
     if data.startswith(b"\x89PNG"):
@@ -260,3 +268,31 @@ def undecodable_kind(data: bytes) -> str | None:
     if data.startswith(JPEG_XL):
         return "JPEG XL"
     return UNDECODABLE_BRANDS.get(data[8:12]) if data[4:8] == b"ftyp" else None
+
+
+def decoded(
+    fetched: bytes | Image.Image, name: str, min_side: int | None = None, grey: GreyRange | None = None
+) -> Image.Image:
+    """Turn what a source hands out into RGB."""
+    if isinstance(fetched, bytes):
+        return decode(fetched, name, min_side=min_side, grey=grey)
+    return reduced(upright_rgb(fetched, grey), min_side)
+
+
+def opened(fetched: bytes | Image.Image, name: str) -> AbstractContextManager[Image.Image]:
+    """Open what a source hands out, without decoding it yet."""
+    return (
+        Image.open(BytesIO(fetched), formats=formats_for(name)) if isinstance(fetched, bytes) else nullcontext(fetched)
+    )
+
+
+def content_key(fetched: bytes | Image.Image, grey: GreyRange | None = None) -> str:
+    """Hash the encoded bytes of a file, or the size and pixels of a picture that never had any.
+
+    A deep grey is another picture where other values are black and white.
+    """
+    if isinstance(fetched, bytes):
+        read_as = b"" if grey in (None, SIXTEEN_BITS) else repr(grey).encode()
+        return hashlib.blake2b(fetched + read_as, digest_size=16).hexdigest()
+    rgb = upright_rgb(fetched, grey)
+    return hashlib.blake2b(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes(), digest_size=16).hexdigest()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from prgkit.config.prompts import load_classes
 from prgkit.data.decode import UnreadableImage
-from prgkit.data.sources import Source, read_span
+from prgkit.data.files import Source, read_span
 from prgkit.errors import ImagesError, nearest
 from prgkit.storage.atomic import cache_folder
 
@@ -48,7 +48,7 @@ def open_torchvision(rest: str) -> Source:
     return parts[0] if len(parts) == 1 else JoinedSource(parts)
 
 
-def open_split(make: Any, name: str, split: str) -> TorchvisionSource:
+def open_split(make: Any, name: str, split: str) -> DatasetSource:
     """Open one split of the dataset that ``make`` builds."""
     accepted = inspect.signature(make).parameters
     root = Path(os.path.expanduser(os.environ.get("PRGKIT_DATA_ROOT") or cache_folder("data")))
@@ -64,7 +64,7 @@ def open_split(make: Any, name: str, split: str) -> TorchvisionSource:
         what = f"torchvision:{title} could not be opened: {first_line(error)}"
         fix = f"pip install {error.name}" if isinstance(error, ImportError) else LOCAL_COPY
         raise ImagesError(what, where=root, fix=fix) from error
-    return TorchvisionSource(title, dataset, class_names_of(name, dataset))
+    return DatasetSource(title, dataset, class_names_of(name, dataset))
 
 
 def split_options(name: str, split: str, accepted: Container[str]) -> dict[str, Any]:
@@ -85,8 +85,8 @@ def split_options(name: str, split: str, accepted: Container[str]) -> dict[str, 
     return {"train": split == "train"}
 
 
-class TorchvisionSource:
-    """A torchvision dataset; its labels are the class names it knows."""
+class DatasetSource:
+    """A dataset of (picture, label) pairs, such as torchvision's; its labels are the class names it knows."""
 
     def __init__(self, title: str, dataset: Any, class_names: Sequence[str] | None) -> None:
         self.title = title
@@ -184,15 +184,16 @@ def open_hub(rest: str) -> HubSource:
 class HubSource:
     """A Hugging Face dataset: encoded images in one column, labels in another."""
 
-    def __init__(self, title: str, dataset: Any, images: str, labels: str | None) -> None:
+    def __init__(self, title: str, dataset: Any, image_column: str, label_column: str | None) -> None:
         self.title = title
-        self.pictures = dataset.select_columns([images]).with_format(None)
-        self.column = images
-        self.labels = dataset.with_format(None)[labels] if labels else None
-        self.class_names = plain_class_names(getattr(dataset.features[labels], "names", None)) if labels else None
+        self.images = dataset.select_columns([image_column]).with_format(None)
+        self.column = image_column
+        self.labels = dataset.with_format(None)[label_column] if label_column else None
+        names = getattr(dataset.features[label_column], "names", None) if label_column else None
+        self.class_names = plain_class_names(names)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def name(self, index: int) -> str:
         """Return ``owner/name/split[index]``."""
@@ -204,13 +205,13 @@ class HubSource:
 
     def fetch(self, index: int) -> bytes:
         """Return the encoded image."""
-        item = self.pictures[index][self.column]
+        item = self.images[index][self.column]
         if item is None:
             raise UnreadableImage(self.name(index), "the dataset has no image here")
         return bytes(item["bytes"]) if item["bytes"] is not None else read_span(Path(item["path"]), self.name(index))
 
 
-def open_demo(rest: str) -> DigitsSource:
+def open_demo(rest: str) -> DatasetSource:
     """Open ``digits/train`` or ``digits/test``, which need no network.
 
     Raises:
@@ -222,35 +223,11 @@ def open_demo(rest: str) -> DigitsSource:
     try:
         from prgkit.demo.digits import load_digits
 
-        pictures, labels = load_digits(rest.removeprefix("digits/"))
+        digits = load_digits(rest.removeprefix("digits/"))
     except ImportError as error:
         fix = "pip install 'prgkit[demo]'"
         raise ImagesError(f"demo:{rest} needs {error.name}, which is not installed", fix=fix) from error
-    return DigitsSource(rest, pictures, labels)
-
-
-class DigitsSource:
-    """Pictures in memory."""
-
-    def __init__(self, title: str, pictures: Sequence[Image.Image], labels: Sequence[int]) -> None:
-        self.title = title
-        self.pictures = pictures
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def name(self, index: int) -> str:
-        """Return ``digits/split[index]``."""
-        return f"{self.title}[{index}]"
-
-    def label(self, index: int) -> int:
-        """Return the digit."""
-        return int(self.labels[index])
-
-    def fetch(self, index: int) -> Image.Image:
-        """Return the picture."""
-        return self.pictures[index]
+    return DatasetSource(rest, [*zip(*digits, strict=True)], None)
 
 
 def picture_of(read: Any, name: str) -> Image.Image:

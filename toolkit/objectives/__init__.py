@@ -1,63 +1,43 @@
-"""Objectives: both sides of a batch in, named loss terms out; their sum is the loss."""
+"""Objectives: the outputs of student and teacher for a batch in, named loss terms out; their sum is the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
 
 from torch import Tensor, nn
 
-from prgkit.config import objectives
-from prgkit.objectives.ce import CE
-from prgkit.objectives.clipkd import CLIPKD
-from prgkit.objectives.crd import CRD
-from prgkit.objectives.dho import DHO
-from prgkit.objectives.dist import DIST
-from prgkit.objectives.dkd import DKD
-from prgkit.objectives.kd import KD
-from prgkit.objectives.nd import ND
-from prgkit.objectives.ofa import OFA
-from prgkit.objectives.pld import PLD
-from prgkit.objectives.prg import PRG
-from prgkit.objectives.promptkd import PromptKD
-from prgkit.objectives.rkd import RKD
+from prgkit.config.objectives import AnyObjective
 from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
-
-# An objective is made of its page and the space. It says whether it `uses_features`, and gives its terms weighted.
-LOSSES: dict[str, Any] = {
-    "prg": PRG,
-    "kd": KD,
-    "ce": CE,
-    "dkd": DKD,
-    "dist": DIST,
-    "rkd": RKD,
-    "crd": CRD,
-    "nd": ND,
-    "pld": PLD,
-    "ofa": OFA,
-    "promptkd": PromptKD,
-    "clipkd": CLIPKD,
-    "dho": DHO,
-}
 
 
 class Objectives(nn.Module):
     """A recipe's objectives, each with its weight; always in float32, whatever the student was run in."""
 
-    def __init__(self, pages: Sequence[objectives.AnyObjective], space: LossContext) -> None:
+    def __init__(self, configs: Sequence[AnyObjective], context: LossContext) -> None:
         super().__init__()
-        self.weights = [page.weight for page in pages]
-        parts = [LOSSES[page.name](page, space) for page in pages]
-        self.parts = nn.ModuleList(parts)
-        self.uses_features = any(part.uses_features for part in parts)  # else the projector learns nothing
-        self.prefixes = [f"{page.name}." if len(pages) > 1 else "" for page in pages]
+        self.weights = [config.weight for config in configs]
+        losses = [build_loss(config, context) for config in configs]
+        self.losses = nn.ModuleList(losses)
+        self.uses_features = any(loss.uses_features for loss in losses)  # else the projector learns nothing
+        self.prefixes = [f"{config.name}." if len(configs) > 1 else "" for config in configs]
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
-        """Return every part's terms, weighted; with several parts a term is named ``prg.node``."""
-        maps = tuple(stage.float() for stage in student.stages)
+        """Return every loss's terms, weighted; with several losses a term is named ``prg.node``."""
+        stages = tuple(stage.float() for stage in student.stages)
         heads = tuple(head.float() for head in student.heads)
-        student = StudentOutput(student.features.float(), student.logits.float(), maps, heads)
+        student = StudentOutput(student.features.float(), student.logits.float(), stages, heads)
         terms: dict[str, Tensor] = {}
-        for weight, part, prefix in zip(self.weights, self.parts, self.prefixes, strict=True):
-            terms.update({f"{prefix}{name}": weight * term for name, term in part(student, teacher).items()})
+        for weight, loss, prefix in zip(self.weights, self.losses, self.prefixes, strict=True):
+            terms.update({f"{prefix}{name}": weight * term for name, term in loss(student, teacher).items()})
         return terms
+
+
+def build_loss(config: AnyObjective, context: LossContext) -> nn.Module:
+    """Build the loss of a config: the class of the same name, in the file of the objective's name in this folder.
+
+    A loss says whether it ``uses_features``, and returns its terms, weighted by its config.
+    """
+    module = import_module(f"{__name__}.{config.name}")
+    loss: nn.Module = getattr(module, type(config).__name__)(config, context)
+    return loss

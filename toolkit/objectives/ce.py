@@ -14,7 +14,7 @@ class CE(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: objectives.CE, space: LossContext) -> None:
+    def __init__(self, config: objectives.CE, context: LossContext) -> None:
         super().__init__()
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
 
 
 class CLIPKD(nn.Module):
@@ -19,16 +19,16 @@ class CLIPKD(nn.Module):
     uses_features = True
     class_vectors: Tensor
 
-    def __init__(self, page: objectives.CLIPKD, space: LossContext) -> None:
+    def __init__(self, config: objectives.CLIPKD, context: LossContext) -> None:
         super().__init__()
-        self.page, self.scale = page, space.logit_scale
-        self.register_buffer("class_vectors", space.class_vectors)
+        self.config, self.scale = config, context.logit_scale
+        self.register_buffer("class_vectors", context.class_vectors)
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``features`` and ``kl``, each a scalar."""
-        said = self.scale * teacher.features @ self.class_vectors.T  # s * I * V^T [B, C]
-        copied = F.mse_loss(F.normalize(student.features, dim=1), teacher.features)
+        teacher_logits = self.scale * teacher.features @ self.class_vectors.T  # s * I * V^T [B, C]
+        feature_loss = F.mse_loss(F.normalize(student.features, dim=1), teacher.features)
         return {
-            "features": self.page.feature_weight * copied,
-            "kl": self.page.kl_weight * soft_cross_entropy(student.logits, said),
+            "features": self.config.feature_weight * feature_loss,
+            "kl": self.config.kl_weight * kl_divergence(student.logits, teacher_logits),
         }

@@ -1,4 +1,4 @@
-"""CRD (Tian et al., ICLR 2020, arXiv 1910.10699): an image's teacher features, told apart from those of others."""
+"""CRD (Tian et al., ICLR 2020, arXiv 1910.10699): an image's teacher features against those of others."""
 
 from __future__ import annotations
 
@@ -28,66 +28,70 @@ class CRD(nn.Module):
     step: Tensor
     partition: Tensor
 
-    def __init__(self, page: objectives.CRD, space: LossContext) -> None:
+    def __init__(self, config: objectives.CRD, context: LossContext) -> None:
         super().__init__()
-        self.page, self.steps_per_epoch = page, space.steps_per_epoch
-        self.student_head = nn.Linear(space.width, page.width)
-        self.teacher_head = nn.Linear(space.width, page.width)
-        bound = math.sqrt(3 / page.width)  # so that rows have length one, on average
+        self.config, self.steps_per_epoch = config, context.steps_per_epoch
+        self.student_head = nn.Linear(context.width, config.width)
+        self.teacher_head = nn.Linear(context.width, config.width)
+        bound = math.sqrt(3 / config.width)  # so that rows have length one, on average
         for side in ("student_bank", "teacher_bank"):
-            self.register_buffer(side, torch.empty(space.images, page.width).uniform_(-bound, bound))
-        self.register_buffer("labels", torch.full((space.images,), -1))  # y of each image when it was last seen
+            self.register_buffer(side, torch.empty(context.images, config.width).uniform_(-bound, bound))
+        self.register_buffer("labels", torch.full((context.images,), -1))  # y of each image when it was last seen
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("partition", torch.zeros(2))  # Z of both sides, kept from the first step
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce`` and ``crd``, each a scalar."""
-        mine = F.normalize(self.student_head(student.features), dim=1)  # [B, width]
-        theirs = F.normalize(self.teacher_head(teacher.features), dim=1)  # [B, width]
+        student_embedding = F.normalize(self.student_head(student.features), dim=1)  # [B, width]
+        teacher_embedding = F.normalize(self.teacher_head(teacher.features), dim=1)  # [B, width]
         drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(int(self.step)))
-        drawn = drawn[: self.page.negatives].to(self.labels.device)  # [K]
-        apart = (self.labels[drawn] != teacher.labels[:, None]) & (drawn != teacher.images[:, None])  # [B, K]
+        drawn = drawn[: self.config.negatives].to(self.labels.device)  # [K]
+        negative = (self.labels[drawn] != teacher.labels[:, None]) & (drawn != teacher.images[:, None])  # [B, K]
         if self.step >= self.steps_per_epoch:  # a row that no epoch has filled is an image that none will
-            apart &= self.labels[drawn] >= 0
+            negative &= self.labels[drawn] >= 0
         contrast = sum(
-            self.nce(anchor, bank, teacher.images, drawn, apart, side)
-            for side, (anchor, bank) in enumerate(((mine, self.teacher_bank), (theirs, self.student_bank)))
+            self.nce(anchor, bank, teacher.images, drawn, negative, side)
+            for side, (anchor, bank) in enumerate(
+                ((student_embedding, self.teacher_bank), (teacher_embedding, self.student_bank))
+            )
         )
-        self.remember(mine.detach(), theirs.detach(), teacher)
+        self.update_banks(student_embedding.detach(), teacher_embedding.detach(), teacher)
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),
-            "crd": self.page.crd_weight * torch.as_tensor(contrast),
+            "crd": self.config.crd_weight * torch.as_tensor(contrast),
         }
 
-    def nce(self, anchor: Tensor, bank: Tensor, images: Tensor, drawn: Tensor, apart: Tensor, side: int) -> Tensor:
+    def nce(self, anchor: Tensor, bank: Tensor, images: Tensor, drawn: Tensor, negative: Tensor, side: int) -> Tensor:
         """Return the batch mean of -log P(own) - sum over negatives of log(1 - P(negative)): [B, width] -> scalar.
 
         P(v) = h / (h + K / N) with h = exp(<anchor, v> / T) / Z; Z makes h a density over the N images.
         """
-        own = (anchor * bank[images]).sum(dim=1) / self.page.temperature  # [B]
-        others = anchor @ bank[drawn].T / self.page.temperature  # [B, K]
+        own = (anchor * bank[images]).sum(dim=1) / self.config.temperature  # [B]
+        others = anchor @ bank[drawn].T / self.config.temperature  # [B, K]
         if self.partition[side] == 0:
             self.partition[side] = others.detach().logsumexp(dim=1).mean() + math.log(len(bank) / len(drawn))
             if several_processes():
                 torch.distributed.all_reduce(self.partition[side])
                 self.partition[side] /= torch.distributed.get_world_size()
-        noise = apart.sum(dim=1).clamp(min=1).log() - math.log(len(bank))  # log(K / N) [B]
+        noise = negative.sum(dim=1).clamp(min=1).log() - math.log(len(bank))  # log(K / N) [B]
         own_odds = own - self.partition[side] - noise  # log of h / (K / N)
         odds = others - self.partition[side] - noise[:, None]
-        missed = F.softplus(odds).masked_fill(~apart, 0).sum(dim=1)  # -log(1 - P)
-        return (F.softplus(-own_odds) + missed).mean()
+        rejected = F.softplus(odds).masked_fill(~negative, 0).sum(dim=1)  # -log(1 - P)
+        return (F.softplus(-own_odds) + rejected).mean()
 
     @torch.no_grad()
-    def remember(self, mine: Tensor, theirs: Tensor, teacher: TeacherOutput) -> None:
+    def update_banks(self, student: Tensor, teacher: Tensor, seen: TeacherOutput) -> None:
         """Average the batch into both banks, over all processes."""
-        seen = [(teacher.images, teacher.labels, mine, theirs)]
+        batches = [(seen.images, seen.labels, student, teacher)]
         if several_processes():
             everyone: list[tuple[Tensor, ...] | None] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everyone, tuple(part.cpu() for part in seen[0]))
-            seen = [tuple(part.to(mine.device) for part in one) for one in everyone if one]  # type: ignore[misc]
-        for images, labels, student, taught in seen:
-            for bank, new in ((self.student_bank, student), (self.teacher_bank, taught)):
-                bank[images] = F.normalize(self.page.bank_momentum * bank[images] + (1 - self.page.bank_momentum) * new)
+            torch.distributed.all_gather_object(everyone, tuple(part.cpu() for part in batches[0]))
+            batches = [tuple(part.to(student.device) for part in batch) for batch in everyone if batch]  # type: ignore[misc]
+        for images, labels, student_rows, teacher_rows in batches:
+            for bank, new in ((self.student_bank, student_rows), (self.teacher_bank, teacher_rows)):
+                bank[images] = F.normalize(
+                    self.config.bank_momentum * bank[images] + (1 - self.config.bank_momentum) * new
+                )
             self.labels[images] = labels
         self.step += 1
 

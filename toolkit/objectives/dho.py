@@ -1,4 +1,4 @@
-"""DHO, dual-head optimisation (arXiv 2505.07675): a few labels and the teacher teach a head each, and the two vote."""
+"""DHO, dual-head optimisation (arXiv 2505.07675): labels teach one head, the teacher the other, and both answer."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
 
 
 class DHO(nn.Module):
     """loss = ce_weight * CE(L1, truth) over the labelled images + kl_weight * T^2 * KL(W / T || L2 / T) over all.
 
-    How the heads vote is chosen afterwards, on labelled images that neither learned from (`prgkit.training.few_shot`).
+    How the heads are mixed is chosen afterwards, on labelled images that neither has learned from
+    (`prgkit.training.few_shot`).
     """
 
     uses_features = False
 
-    def __init__(self, page: objectives.DHO, space: LossContext) -> None:
+    def __init__(self, config: objectives.DHO, context: LossContext) -> None:
         super().__init__()
-        self.page = page
+        self.config = config
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce`` and ``kl``, each a scalar; ``ce`` is 0 where no image has a label."""
-        for_labels, for_teacher = student.heads
-        page, truth = self.page, teacher.truth
-        total = for_labels.sum() * 0.0
-        known = 0
+        label_head, teacher_head = student.heads  # logits [B, C] each
+        config, truth = self.config, teacher.truth
+        total, labelled = label_head.sum() * 0.0, 0
         if truth is not None:
-            total = total + F.cross_entropy(for_labels, truth, ignore_index=-1, reduction="sum")
-            known = int((truth >= 0).sum())
-        softened = soft_cross_entropy(for_teacher, teacher.logits, page.temperature)
+            total = total + F.cross_entropy(label_head, truth, ignore_index=-1, reduction="sum")
+            labelled = int((truth >= 0).sum())
+        kl = kl_divergence(teacher_head, teacher.logits, config.temperature)
         return {
-            "ce": page.ce_weight * total / max(1, known),
-            "kl": page.kl_weight * page.temperature**2 * softened,
+            "ce": config.ce_weight * total / max(1, labelled),
+            "kl": config.kl_weight * config.temperature**2 * kl,
         }

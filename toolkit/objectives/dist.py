@@ -18,17 +18,21 @@ class DIST(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: objectives.DIST, space: LossContext) -> None:
+    def __init__(self, config: objectives.DIST, context: LossContext) -> None:
         super().__init__()
-        self.page = page
+        self.config = config
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``inter`` (classes of an image) and ``intra`` (images of a class), scalars."""
-        page = self.page
-        answer = (student.logits / page.temperature).softmax(dim=1)  # [B, C]
-        wanted = (teacher.logits / page.temperature).softmax(dim=1)  # [B, C]
+        config = self.config
+        student_probabilities = (student.logits / config.temperature).softmax(dim=1)  # [B, C]
+        teacher_probabilities = (teacher.logits / config.temperature).softmax(dim=1)  # [B, C]
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),
-            "inter": page.inter_weight * page.temperature**2 * (1 - pearson(answer, wanted)).mean(),
-            "intra": page.intra_weight * page.temperature**2 * (1 - pearson(answer.T, wanted.T)).mean(),
+            "inter": config.inter_weight
+            * config.temperature**2
+            * (1 - pearson(student_probabilities, teacher_probabilities)).mean(),
+            "intra": config.intra_weight
+            * config.temperature**2
+            * (1 - pearson(student_probabilities.T, teacher_probabilities.T)).mean(),
         }

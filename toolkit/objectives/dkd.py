@@ -16,30 +16,30 @@ class DKD(nn.Module):
     uses_features = False
     steps: Tensor
 
-    def __init__(self, page: objectives.DKD, space: LossContext) -> None:
+    def __init__(self, config: objectives.DKD, context: LossContext) -> None:
         super().__init__()
-        self.page = page
+        self.config = config
         # The paper's 20 epochs are a twelfth of its 240: a short run is more than its warm-up.
-        epochs = min(20.0, 0.2 * space.epochs) if page.warmup_epochs is None else page.warmup_epochs
-        self.warmup_steps = epochs * space.steps_per_epoch
+        epochs = min(20.0, 0.2 * context.epochs) if config.warmup_epochs is None else config.warmup_epochs
+        self.warmup_steps = epochs * context.steps_per_epoch
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # taken so far; saved with the checkpoint
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``tckd`` and ``nckd``, each a scalar."""
         self.steps += 1
-        grown = (self.steps / self.warmup_steps).clamp(max=1) if self.warmup_steps else 1.0
-        target, others = decoupled(student.logits, teacher.logits, teacher.labels, self.page.temperature)
+        warmup = (self.steps / self.warmup_steps).clamp(max=1) if self.warmup_steps else 1.0
+        target, others = decoupled(student.logits, teacher.logits, teacher.labels, self.config.temperature)
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),
-            "tckd": grown * self.page.alpha * target.mean(),
-            "nckd": grown * self.page.beta * others.mean(),
+            "tckd": warmup * self.config.alpha * target.mean(),
+            "nckd": warmup * self.config.beta * others.mean(),
         }
 
 
 def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return T^2 * KL between the binary shares of the label and of all else, and between the other classes: [B], [B].
 
-    With p the teacher's softened share of the label, the first plus (1 - p) times the second is KD's T^2 * KL.
+    With p the teacher's kl share of the label, the first plus (1 - p) times the second is KD's T^2 * KL.
     """
     label = F.one_hot(labels, teacher.shape[1]).bool()  # [B, C]
     target, others = [], []

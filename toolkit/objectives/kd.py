@@ -1,4 +1,4 @@
-"""KD: the teacher's softened probabilities beside its pseudo-labels (Hinton et al., arXiv 1503.02531)."""
+"""KD: the teacher's kl probabilities beside its pseudo-labels (Hinton et al., arXiv 1503.02531)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
 
 
 class KD(nn.Module):
@@ -14,14 +14,14 @@ class KD(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: objectives.KD, space: LossContext) -> None:
+    def __init__(self, config: objectives.KD, context: LossContext) -> None:
         super().__init__()
-        self.page = page
+        self.config = config
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce`` and ``kl``, each a scalar."""
-        softened = soft_cross_entropy(student.logits, teacher.logits, self.page.temperature)
+        kl = kl_divergence(student.logits, teacher.logits, self.config.temperature)
         return {
-            "ce": (1 - self.page.alpha) * F.cross_entropy(student.logits, teacher.labels),
-            "kl": self.page.alpha * self.page.temperature**2 * softened,
+            "ce": (1 - self.config.alpha) * F.cross_entropy(student.logits, teacher.labels),
+            "kl": self.config.alpha * self.config.temperature**2 * kl,
         }

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
 
 
 class ND(nn.Module):
@@ -18,19 +18,19 @@ class ND(nn.Module):
     uses_features = True
     class_means: Tensor
 
-    def __init__(self, page: objectives.ND, space: LossContext) -> None:
+    def __init__(self, config: objectives.ND, context: LossContext) -> None:
         super().__init__()
-        self.page = page
-        self.register_buffer("class_means", F.normalize(space.class_means(), dim=1))  # e [C, D]
+        self.config = config
+        self.register_buffer("class_means", F.normalize(context.class_means(), dim=1))  # e [C, D]
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``kl`` and ``nd``, each a scalar."""
-        page = self.page
-        along = (student.features * self.class_means[teacher.labels]).sum(dim=1)  # <f, e_y> [B]
-        longer = student.features.norm(dim=1).maximum(teacher.features.norm(dim=1))  # [B]
-        softened = soft_cross_entropy(student.logits, teacher.logits, page.temperature)
+        config = self.config
+        dots = (student.features * self.class_means[teacher.labels]).sum(dim=1)  # <f, e_y> [B]
+        lengths = student.features.norm(dim=1).maximum(teacher.features.norm(dim=1))  # [B]
+        kl = kl_divergence(student.logits, teacher.logits, config.temperature)
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),
-            "kl": page.kl_weight * page.temperature**2 * softened,
-            "nd": page.nd_weight * (1 - along / longer).mean(),
+            "kl": config.kl_weight * config.temperature**2 * kl,
+            "nd": config.nd_weight * (1 - dots / lengths).mean(),
         }

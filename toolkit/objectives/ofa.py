@@ -20,30 +20,30 @@ class OFA(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: objectives.OFA, space: LossContext) -> None:
+    def __init__(self, config: objectives.OFA, context: LossContext) -> None:
         super().__init__()
-        self.page = page
-        widths = space.stages()
-        self.exits = nn.ModuleList(exit_after(widths[stage:], space.classes) for stage in range(len(widths)))
+        self.config = config
+        widths = context.stages()
+        self.exits = nn.ModuleList(exit_after(widths[stage:], context.classes) for stage in range(len(widths)))
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``ofa`` and ``exits``, each a scalar."""
         exits = [
-            enhanced(leave(maps), teacher, self.page) for leave, maps in zip(self.exits, student.stages, strict=True)
+            enhanced(leave(maps), teacher, self.config) for leave, maps in zip(self.exits, student.stages, strict=True)
         ]
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),
-            "ofa": enhanced(student.logits, teacher, self.page),
-            "exits": self.page.exit_weight * sum(exits, start=student.logits.new_zeros(())),
+            "ofa": enhanced(student.logits, teacher, self.config),
+            "exits": self.config.exit_weight * sum(exits, start=student.logits.new_zeros(())),
         }
 
 
-def enhanced(logits: Tensor, teacher: TeacherOutput, page: objectives.OFA) -> Tensor:
+def enhanced(logits: Tensor, teacher: TeacherOutput, config: objectives.OFA) -> Tensor:
     """Return the batch mean of -sum over c of [(p_t + 1_y)^gamma - 1_y] * log p_s: logits [B, C] -> scalar."""
-    target = (teacher.logits / page.temperature).softmax(dim=1)  # p_t [B, C]
+    target = (teacher.logits / config.temperature).softmax(dim=1)  # p_t [B, C]
     label = F.one_hot(teacher.labels, target.shape[1])  # 1_y [B, C]
-    weights = (target + label) ** page.gamma - label
-    return -(weights * (logits / page.temperature).log_softmax(dim=1)).sum(dim=1).mean()
+    weights = (target + label) ** config.gamma - label
+    return -(weights * (logits / config.temperature).log_softmax(dim=1)).sum(dim=1).mean()
 
 
 def exit_after(widths: tuple[int, ...], classes: int) -> nn.Sequential:

@@ -16,14 +16,14 @@ class PLD(nn.Module):
 
     uses_features = False
 
-    def __init__(self, page: objectives.PLD, space: LossContext) -> None:
+    def __init__(self, config: objectives.PLD, context: LossContext) -> None:
         super().__init__()
-        self.page = page
+        self.config = config
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss term ``pld``, a scalar."""
         ranking = teacher.logits.argsort(dim=1, descending=True, stable=True)  # pi [B, C]
-        sure = (teacher.logits / self.page.temperature).softmax(dim=1).gather(1, ranking)  # q [B, C]
+        weights = (teacher.logits / self.config.temperature).softmax(dim=1).gather(1, ranking)  # q [B, C]
         ranked = student.logits.gather(1, ranking)  # [B, C]
         remaining = ranked.flip(1).logcumsumexp(dim=1).flip(1)  # [B, C]
-        return {"pld": (sure * (remaining - ranked)).sum(dim=1).mean()}
+        return {"pld": (weights * (remaining - ranked)).sum(dim=1).mean()}

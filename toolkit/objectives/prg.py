@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
 
 
 class PRG(nn.Module):
@@ -25,36 +25,40 @@ class PRG(nn.Module):
     student_proxies: Tensor
     seen: Tensor
 
-    def __init__(self, page: objectives.PRG, space: LossContext) -> None:
+    def __init__(self, config: objectives.PRG, context: LossContext) -> None:
         super().__init__()
-        self.page = page
+        self.config = config
         # No gradient reaches a proxy; as buffers they are saved with the checkpoint.
-        shape = (space.classes, space.width + space.classes)
+        shape = (context.classes, context.width + context.classes)
         self.register_buffer("teacher_proxies", torch.zeros(shape))  # P^t [C, D+C]
         self.register_buffer("student_proxies", torch.zeros(shape))  # P^s [C, D+C]
-        self.register_buffer("seen", torch.zeros(space.classes, dtype=torch.bool))
+        self.register_buffer("seen", torch.zeros(context.classes, dtype=torch.bool))
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``supervision``, ``node`` and ``edge``, each a scalar."""
-        teacher_nodes = nodes(teacher.features, teacher.logits, self.page.block)  # N^t [B, D+C]
-        student_nodes = nodes(student.features, student.logits, self.page.block)  # N^s [B, D+C]
+        teacher_nodes = nodes(teacher.features, teacher.logits, self.config.block)  # N^t [B, D+C]
+        student_nodes = nodes(student.features, student.logits, self.config.block)  # N^s [B, D+C]
         self.update_proxies(student_nodes.detach(), teacher_nodes, teacher.labels)
         teacher_edges = correlate(teacher_nodes, self.teacher_proxies[self.seen])  # E^t [B, seen classes]
         student_edges = correlate(student_nodes, self.student_proxies[self.seen])  # E^s [B, seen classes]
 
-        if self.page.supervision == "soft":
-            supervision = soft_cross_entropy(student.logits, teacher.logits)
+        if self.config.supervision == "soft":
+            supervision = kl_divergence(student.logits, teacher.logits)
         else:
             supervision = F.cross_entropy(student.logits, teacher.labels)
-        if self.page.node_loss == "pearson":
+        if self.config.node_loss == "pearson":
             node = (1 - pearson(student_nodes, teacher_nodes)).mean()
         else:
             node = F.mse_loss(student_nodes, teacher_nodes)
-        if self.page.edge_loss == "mse":
+        if self.config.edge_loss == "mse":
             edge = F.mse_loss(student_edges, teacher_edges)
         else:
             edge = (1 - pearson(student_edges, teacher_edges)).mean()
-        return {"supervision": supervision, "node": self.page.node_weight * node, "edge": self.page.edge_weight * edge}
+        return {
+            "supervision": supervision,
+            "node": self.config.node_weight * node,
+            "edge": self.config.edge_weight * edge,
+        }
 
     @torch.no_grad()
     def update_proxies(self, student_nodes: Tensor, teacher_nodes: Tensor, labels: Tensor) -> None:
@@ -71,7 +75,9 @@ class PRG(nn.Module):
             torch.distributed.all_reduce(sums)
         present = counts > 0
         means = torch.chunk(sums / counts.clamp(min=1)[:, None], 2, dim=1)  # the student's, the teacher's
-        momentum = self.page.proxy_momentum * self.seen.to(means[0].dtype)[:, None]  # 0 where there is nothing to keep
+        momentum = (
+            self.config.proxy_momentum * self.seen.to(means[0].dtype)[:, None]
+        )  # 0 where there is nothing to keep
         for proxies, mean in ((self.student_proxies, means[0]), (self.teacher_proxies, means[1])):
             proxies.copy_(torch.where(present[:, None], momentum * proxies + (1 - momentum) * mean, proxies))
         self.seen |= present

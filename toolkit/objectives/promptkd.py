@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, soft_cross_entropy
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
 
 
 class PromptKD(nn.Module):
@@ -17,14 +17,14 @@ class PromptKD(nn.Module):
     uses_features = True
     class_vectors: Tensor
 
-    def __init__(self, page: objectives.PromptKD, space: LossContext) -> None:
+    def __init__(self, config: objectives.PromptKD, context: LossContext) -> None:
         super().__init__()
-        self.page, self.scale = page, space.logit_scale
-        self.register_buffer("class_vectors", space.class_vectors)
+        self.config, self.scale = config, context.logit_scale
+        self.register_buffer("class_vectors", context.class_vectors)
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss term ``kl``, a scalar."""
-        said = self.scale * teacher.features @ self.class_vectors.T  # s * I * V^T [B, C]
-        page = self.page
-        softened = soft_cross_entropy(student.logits, said, page.temperature)
-        return {"kl": page.kl_weight * page.temperature**2 * softened}
+        teacher_logits = self.scale * teacher.features @ self.class_vectors.T  # s * I * V^T [B, C]
+        config = self.config
+        kl = kl_divergence(student.logits, teacher_logits, config.temperature)
+        return {"kl": config.kl_weight * config.temperature**2 * kl}

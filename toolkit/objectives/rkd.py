@@ -15,25 +15,25 @@ class RKD(nn.Module):
 
     uses_features = True
 
-    def __init__(self, page: objectives.RKD, space: LossContext) -> None:
+    def __init__(self, config: objectives.RKD, context: LossContext) -> None:
         super().__init__()
-        self.page = page
+        self.config = config
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``distance`` and ``angle``, each a scalar; memory grows with B^2 * D."""
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),
-            "distance": self.page.distance_weight
+            "distance": self.config.distance_weight
             * F.smooth_l1_loss(distances(student.features), distances(teacher.features)),
-            "angle": self.page.angle_weight * F.smooth_l1_loss(angles(student.features), angles(teacher.features)),
+            "angle": self.config.angle_weight * F.smooth_l1_loss(angles(student.features), angles(teacher.features)),
         }
 
 
 def distances(features: Tensor) -> Tensor:
     """Return the Euclidean distances between rows [B, D], in units of their mean over all pairs: [B, B]."""
-    found = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    pairwise = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
     pairs = max(1, len(features) * (len(features) - 1))
-    return found / (found.sum() / pairs).clamp(min=1e-12)
+    return pairwise / (pairwise.sum() / pairs).clamp(min=1e-12)
 
 
 def angles(features: Tensor) -> Tensor:

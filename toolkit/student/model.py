@@ -21,11 +21,12 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from prgkit.config.image_size import Size, sides, size_told
-from prgkit.config.recipe import StudentConfig
-from prgkit.data.index import Preprocessing
+from prgkit.config.sections import StudentConfig
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import StudentError, nearest, one_line
 from prgkit.outputs import StudentOutput
 from prgkit.storage.run import Run
+from prgkit.storage.run_card import StudentFacts
 from prgkit.storage.tensors import load_facts, load_tensors
 from prgkit.student.heads import ClassVectors, DualHead, DualHeadModel, OpenVocabulary
 
@@ -113,17 +114,17 @@ class Student(Normalised):
             ) from error
         return tuple(one.shape[1] for one in maps)
 
-    def facts(self, page: StudentConfig) -> dict[str, Any]:
+    def facts(self, config: StudentConfig) -> StudentFacts:
         """Return what a run's card says of its student; parameters are counted as they are deployed."""
         network = self.deployed().model
         if isinstance(network, OpenVocabulary):
             network.model.reset_classifier(0)  # type: ignore[operator]
-        return {
-            "model": page.model,
-            "initial": page.initial,
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "preprocessing": self.preprocessing.to_dict(),
-        }
+        return StudentFacts(
+            model=config.model,
+            initial=config.initial,
+            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            preprocessing=self.preprocessing.to_dict(),
+        )
 
     def deployed(self) -> Deployed:
         """Return what leaves for the device: the same weights, without the projector unless class vectors need it."""
@@ -148,35 +149,35 @@ class Deployed(Normalised):
         return logits
 
 
-def build_student(page: StudentConfig, *, classes: int, teacher_width: int) -> Student:
+def build_student(config: StudentConfig, *, classes: int, teacher_width: int) -> Student:
     """Build the timm model with a fresh head for ``classes``, and the projector to ``teacher_width``.
 
     Raises:
         StudentError: timm has no such model, its weights cannot be had, or it does not give pooled features.
     """
-    preprocessing = student_preprocessing(page)
-    model = _create(page, classes)
+    preprocessing = student_preprocessing(config)
+    model = _create(config, classes)
     try:
         student = Student(model, preprocessing, teacher_width)
     except (AttributeError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise StudentError(
-            f"{page.model} cannot be a student at {size_told(page.image_size)} px: {error}",
+            f"{config.model} cannot be a student at {size_told(config.image_size)} px: {error}",
             where="student",
             fix="choose another image_size, or a model of the RepViT or EfficientNet family",
         ) from error
     return student.to(memory_format=torch.channels_last)
 
 
-def student_preprocessing(page: StudentConfig) -> Preprocessing:
+def student_preprocessing(config: StudentConfig) -> Preprocessing:
     """Return how images reach the student: timm's mean, std and interpolation; its crop where it was pretrained."""
-    config = timm_config(page.model)
-    crop = page.crop or (1.0 if page.initial == "random" else config["crop_pct"])
+    pretrained_cfg = timm_config(config.model)
+    crop = config.crop or (1.0 if config.initial == "random" else pretrained_cfg["crop_pct"])
     return Preprocessing(
-        image_size=page.image_size,
+        image_size=config.image_size,
         crop=crop,
-        interpolation=config["interpolation"],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
+        interpolation=pretrained_cfg["interpolation"],
+        mean=tuple(pretrained_cfg["mean"]),
+        std=tuple(pretrained_cfg["std"]),
     )
 
 
@@ -245,13 +246,14 @@ def load_student(run: Run) -> Student:
     if not run.weights.exists():
         again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"
         raise StudentError("the run has no student yet", where=run.folder, fix=f"{again} goes on with it")
-    recipe, card = run.recipe, run.card
+    recipe = run.recipe
     try:
         weights, _ = load_tensors(run.weights)
         # The weights come from the file, so a pretrained start is not fetched again.
-        page = recipe.student.model_copy(update={"initial": "random", "crop": card["student"]["preprocessing"]["crop"]})
-        width = card["teacher"]["width"]
-        student = build_student(page, classes=len(recipe.classes), teacher_width=width)
+        crop = run.student_facts.preprocessing["crop"]
+        config = recipe.student.model_copy(update={"initial": "random", "crop": crop})
+        width = run.teacher_facts.width
+        student = build_student(config, classes=len(recipe.classes), teacher_width=width)
         if recipe.scores_by_text:
             student.score_by(torch.zeros(len(recipe.classes), width), 0.0)
         if recipe.learns_labels:
@@ -284,15 +286,15 @@ def reparameterised(model: nn.Module) -> nn.Module:
     return reparameterize_model(copy.deepcopy(model).eval(), inplace=True)  # type: ignore[no-any-return]
 
 
-def _create(page: StudentConfig, classes: int) -> nn.Module:
+def _create(config: StudentConfig, classes: int) -> nn.Module:
     options: dict[str, Any] = {"num_classes": classes}
-    if timm_config(page.model).get("architecture", page.model).startswith("repvit"):
+    if timm_config(config.model).get("architecture", config.model).startswith("repvit"):
         options["distillation"] = False  # one head: the second one is of no use without a CNN teacher
-    if page.initial == "pretrained":
-        return _pretrained(page.model, options)
-    model: nn.Module = timm.create_model(page.model, **options)
-    if page.initial != "random":
-        _start_from(model, page)
+    if config.initial == "pretrained":
+        return _pretrained(config.model, options)
+    model: nn.Module = timm.create_model(config.model, **options)
+    if config.initial != "random":
+        _start_from(model, config)
     return model
 
 
@@ -329,10 +331,10 @@ def _require_equal(model: nn.Module, again: nn.Module, heads: tuple[str, ...]) -
         raise ValueError(f"{len(strangers)} weights are not in the file, e.g. {strangers[0]}")
 
 
-def _start_from(model: nn.Module, page: StudentConfig) -> None:
+def _start_from(model: nn.Module, config: StudentConfig) -> None:
     """Load every weight but the head's from a file of the same timm model."""
-    path, heads = Path(os.path.expanduser(page.initial)), _heads(page.model)
-    _require_weights(path, page.initial)
+    path, heads = Path(os.path.expanduser(config.initial)), _heads(config.model)
+    _require_weights(path, config.initial)
     try:
         weights = _read_weights(path, model.state_dict().keys())
         kept = {name: tensor for name, tensor in weights.items() if not name.startswith(heads)}
@@ -345,9 +347,9 @@ def _start_from(model: nn.Module, page: StudentConfig) -> None:
             raise ValueError(f"{len(broken)} of its weights hold values that are no numbers, e.g. {broken[0]}")
     except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, EOFError) as error:
         raise StudentError(
-            f"the file cannot start {page.model}: {one_line(error)[:300]}",
+            f"the file cannot start {config.model}: {one_line(error)[:300]}",
             where=path,
-            fix=f"give the weights of {page.model} as timm saves them",
+            fix=f"give the weights of {config.model} as timm saves them",
         ) from error
 
 

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from prgkit import demo
 from prgkit.config.image_size import sides, size_of
-from prgkit.config.recipe import TeacherConfig
-from prgkit.data.index import Preprocessing
+from prgkit.config.sections import TeacherConfig
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import TeacherError, nearest, one_line, some
 from prgkit.progress import silent
 from prgkit.storage.atomic import sha256
@@ -53,14 +53,14 @@ class Sentences:
 class Teacher:
     """A frozen open_clip model, CLIP or SigLIP."""
 
-    def __init__(self, model: Any, tokenizer: Any, device: torch.device, page: TeacherConfig) -> None:
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device, config: TeacherConfig) -> None:
         import open_clip
 
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = device
-        self.batch_size = page.batch_size
-        self.autocast_to_bf16 = page.precision == "bf16"
+        self.batch_size = config.batch_size
+        self.autocast_to_bf16 = config.precision == "bf16"
         # Both families are scored alike: SigLIP's logit bias is one constant, and drops out of argmax and softmax.
         self.logit_scale = float(model.logit_scale.exp())
         self.preprocessing = _preprocessing(open_clip.get_model_preprocess_cfg(model))
@@ -216,7 +216,7 @@ class Teacher:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast_to_bf16)
 
 
-def load_teacher(page: TeacherConfig, device: torch.device) -> Teacher:
+def load_teacher(config: TeacherConfig, device: torch.device) -> Teacher:
     """Load an open_clip model with its weights and its tokenizer.
 
     Raises:
@@ -224,10 +224,10 @@ def load_teacher(page: TeacherConfig, device: torch.device) -> Teacher:
     """
     import open_clip
 
-    check_teacher(page)
-    folder = _local_folder(page.model)
-    name = f"local-dir:{folder}" if folder else page.model
-    tag = None if ":" in name else page.weights
+    check_teacher(config)
+    folder = _local_folder(config.model)
+    name = f"local-dir:{folder}" if folder else config.model
+    tag = None if ":" in name else config.weights
     try:
         with _quiet():
             model = open_clip.create_model(
@@ -237,28 +237,28 @@ def load_teacher(page: TeacherConfig, device: torch.device) -> Teacher:
                 pretrained_text=False,
                 force_quick_gelu=_trained_with_quick_gelu(name, tag),
             )
-            _load_weights(model, _weights_file(folder, page.weights) if folder else _fetched(name, tag))
+            _load_weights(model, _weights_file(folder, config.weights) if folder else _fetched(name, tag))
             tokenizer = open_clip.get_tokenizer(name)
     except TeacherError:
         raise
     except Exception as error:
-        raise _load_error(page, folder, error) from error
-    return Teacher(model, tokenizer, device, page)
+        raise _load_error(config, folder, error) from error
+    return Teacher(model, tokenizer, device, config)
 
 
-def check_teacher(page: TeacherConfig, *, note: Callable[[str], None] = silent) -> None:
+def check_teacher(config: TeacherConfig, *, note: Callable[[str], None] = silent) -> None:
     """Refuse a name, a tag or a folder that no teacher can be loaded from, without loading it.
 
     ``note`` is told where other files in a folder may be its weights as well.
     """
-    if (folder := _local_folder(page.model)) is not None:
-        chosen = _weights_file(folder, page.weights)
+    if (folder := _local_folder(config.model)) is not None:
+        chosen = _weights_file(folder, config.weights)
         others = [path.name for path in _weights_files(folder) if path.name not in (chosen.name, *WEIGHTS)]
-        if others and page.weights != chosen.name:
+        if others and config.weights != chosen.name:
             beside = f"and not {some(others)} beside it: teacher.weights names another"
             note(f"the teacher is {chosen.name} of {folder}, {beside}")
-    elif not page.model.startswith("hf-hub:"):
-        _check_names(page.model, page.weights)
+    elif not config.model.startswith("hf-hub:"):
+        _check_names(config.model, config.weights)
 
 
 def _read_as_one(twins: Sequence[tuple[str, str | None]], most: int) -> TeacherError:
@@ -279,15 +279,15 @@ def _in_short(text: str) -> str:
     return repr(text if len(text) <= 70 else f"{text[:40]} ... {text[-25:]}")
 
 
-def teacher_identity(page: TeacherConfig) -> dict[str, Any]:
+def teacher_identity(config: TeacherConfig) -> dict[str, Any]:
     """Return what decides the teacher's features, without loading it: names, and the content of local files."""
-    identity: dict[str, Any] = {"precision": page.precision, "batch_size": page.batch_size}
-    folder = _local_folder(page.model)
+    identity: dict[str, Any] = {"precision": config.precision, "batch_size": config.batch_size}
+    folder = _local_folder(config.model)
     if folder is not None:
         deciding = [path for path in folder.iterdir() if path.suffix in DECIDING_SUFFIXES and path.is_file()]
-        files = sorted({*deciding, _weights_file(folder, page.weights)})
+        files = sorted({*deciding, _weights_file(folder, config.weights)})
         return {**identity, "files": {path.name: sha256(path) for path in files}}
-    return {**identity, "model": page.model, "weights": page.weights}
+    return {**identity, "model": config.model, "weights": config.weights}
 
 
 def _preprocessing(config: dict[str, Any]) -> Preprocessing:
@@ -467,26 +467,26 @@ def _trained_with_quick_gelu(model: str, weights: str | None) -> bool:
     return ":" not in model and bool(open_clip.get_pretrained_cfg(model, weights or "").get("quick_gelu"))
 
 
-def _load_error(page: TeacherConfig, folder: Path | None, error: Exception) -> TeacherError:
+def _load_error(config: TeacherConfig, folder: Path | None, error: Exception) -> TeacherError:
     """Say which file could not be had, from where, and how to point at a local copy."""
     import open_clip
 
     first_line = (str(error).splitlines() or [""])[0]
     reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
     if folder is not None:
-        return _files_error(folder, reason, _weights_file(folder, page.weights).name)
-    hub = page.model.removeprefix("hf-hub:")
-    if hub == page.model:
-        source = open_clip.get_pretrained_cfg(page.model, page.weights or "")
+        return _files_error(folder, reason, _weights_file(folder, config.weights).name)
+    hub = config.model.removeprefix("hf-hub:")
+    if hub == config.model:
+        source = open_clip.get_pretrained_cfg(config.model, config.weights or "")
         hub = (source.get("hf_hub") or "").strip("/")
         if not hub:
             return TeacherError(
-                f"the weights {page.weights!r} of {page.model} could not be fetched ({reason})",
+                f"the weights {config.weights!r} of {config.model} could not be fetched ({reason})",
                 where=source.get("url"),
                 fix="run where there is a network, or copy open_clip's cache folder from a machine that has one",
             )
     return TeacherError(
-        f"open_clip_model.safetensors of {page.model} could not be fetched ({reason})",
+        f"open_clip_model.safetensors of {config.model} could not be fetched ({reason})",
         where=f"https://huggingface.co/{hub}",
         fix="download it and open_clip_config.json from there into a folder, and name that: "
         "teacher: {model: 'local-dir:FOLDER'}",

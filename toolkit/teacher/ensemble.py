@@ -35,7 +35,7 @@ class TeacherEnsemble:
 
     def __init__(self, stores: Sequence[FeatureStore]) -> None:
         if len({_weights_of(store) for store in stores}) < len(stores):
-            names = ", ".join(store.page.model for store in stores)
+            names = ", ".join(store.config.model for store in stores)
             raise TargetsError(
                 f"two of the recipe's teachers are the same: {names}", where="teacher", fix="name each teacher once"
             )
@@ -67,11 +67,12 @@ class TeacherEnsemble:
         """Return T [M, C, D] float32; each teacher embeds a set of classes and templates once."""
         return self._joined([store.prompts(classes, templates, teacher, progress) for store in self.stores])
 
-    def alone(self, answers: ZeroShotClassifier) -> list[ZeroShotClassifier]:
+    def alone(self, classifier: ZeroShotClassifier) -> list[ZeroShotClassifier]:
         """Return what each teacher says by itself to its part of the features, as `split` gives it."""
-        scale, untouched = len(self.stores) * answers.logit_scale, no_adjustment(answers.prompts.shape[1])
+        scale, untouched = len(self.stores) * classifier.logit_scale, no_adjustment(classifier.prompts.shape[1])
         return [
-            ZeroShotClassifier(mine, scale, answers.prompt_weighting, untouched) for mine in self.split(answers.prompts)
+            ZeroShotClassifier(mine, scale, classifier.prompt_weighting, untouched)
+            for mine in self.split(classifier.prompts)
         ]
 
     def split(self, vectors: Tensor) -> list[Tensor]:
@@ -82,7 +83,7 @@ class TeacherEnsemble:
         """Return what a run's card says of its teachers."""
         each = [store.facts() for store in self.stores]
         return {
-            "model": " + ".join(store.page.name for store in self.stores),
+            "model": " + ".join(store.config.name for store in self.stores),
             "weights": None,
             "fingerprint": fingerprint([one["fingerprint"] for one in each]),
             "targets": [one["targets"] for one in each],
@@ -101,8 +102,8 @@ def teacher_fingerprint(recipe: Recipe) -> str:
         TeacherError: one of them is gone.
     """
     each = []
-    for page in recipe.teacher:
-        identity, context = teacher_identity(page), load_context(page)
+    for config in recipe.teacher:
+        identity, context = teacher_identity(config), load_context(config)
         each.append(fingerprint([identity, context.digest] if context else identity))
     return each[0] if len(each) == 1 else fingerprint(each)
 
@@ -116,7 +117,7 @@ def open_targets(recipe: Recipe, root: Path, teacher: Load) -> TeacherFeatures:
     Raises:
         TargetsError: a store was made by something else, or two teachers are the same.
     """
-    return _as_one([open_store(page, recipe.views, root, teacher) for page in recipe.teacher])
+    return _as_one([open_store(config, recipe.views, root, teacher) for config in recipe.teacher])
 
 
 def existing_targets(recipe: Recipe, root: Path) -> TeacherFeatures | None:
@@ -125,7 +126,7 @@ def existing_targets(recipe: Recipe, root: Path) -> TeacherFeatures | None:
     Raises:
         TargetsError: a store was made by something else, or two teachers are the same.
     """
-    found = [existing_store(page, recipe.views, root) for page in recipe.teacher]
+    found = [existing_store(config, recipe.views, root) for config in recipe.teacher]
     stores = [store for store in found if store is not None]
     return _as_one(stores) if len(stores) == len(found) else None
 

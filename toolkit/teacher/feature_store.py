@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,11 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, NonNegativeInt
 
 from prgkit.config.prompts import fill
-from prgkit.config.recipe import Recipe, TeacherConfig, Views
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TeacherConfig, Views
 from prgkit.data.augment import MultiViewDataset, make_dataloader
-from prgkit.data.index import ImageIndex, Preprocessing
+from prgkit.data.index import ImageIndex
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import (
@@ -43,25 +45,32 @@ from prgkit.storage.atomic import (
     write_sealed,
     write_text,
 )
+from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
-from prgkit.storage.run import append_line, numbered_lines
 from prgkit.teacher.clip import Teacher, teacher_identity
 from prgkit.teacher.prompt_context import load_context
 
 BLOCK_IMAGES = 256  # what a kill can lose at most
 LOST_CARD = "delete it, and the same command writes it again; what the teacher has seen is kept"
-NOTHING: dict[str, Any] = {"row": 0, "keys": [], "digests": []}
 Load = Callable[[TeacherConfig], Teacher]
 UNKNOWN = ""  # stands for the images of a journal line that cannot be read
+
+
+class Block(BaseModel, strict=True):
+    """A line of the journal: images whose features lie one after the other in each view's file."""
+
+    row: NonNegativeInt  # of the first
+    keys: list[str]
+    digests: list[str]  # one a view
 
 
 class FeatureStore:
     """A store of a teacher's features, opened for reading and appending."""
 
-    def __init__(self, folder: Path, page: TeacherConfig) -> None:
+    def __init__(self, folder: Path, config: TeacherConfig) -> None:
         self.folder = folder
-        self.page = page
-        self.context = load_context(page)
+        self.config = config
+        self.context = load_context(config)
         self.card = read_sealed(folder / "card.json", fix=LOST_CARD)
         self.width: int = self.card["width"]
         self.logit_scale: float = self.card["logit_scale"]
@@ -70,27 +79,25 @@ class FeatureStore:
         self._rows: dict[str, tuple[int, int]] = {}  # key -> (row, views)
         self._end = 0
         self._maps: dict[int, NDArray[np.float16]] = {}
-        self._journalled = 0  # lines taken in
+        self._journal = Journal(folder / "journal.jsonl", Block)
         self.refresh()
 
     def refresh(self) -> None:
         """Take in what has been journalled since, also by another process."""
-        lines = self._lines()
-        for number, block in lines[self._journalled :]:
+        for number, block in self._journal.new_lines():
             if block is None:
-                self._broken.append((f"{self._journal.name}, line {number}", [UNKNOWN]))
+                self._broken.append((f"{self._journal.path.name}, line {number}", [UNKNOWN]))
             else:
                 self._take_in(block)
-        self._journalled = len(lines)
 
     def mend(self) -> None:
         """Put an empty block in the place of each journal line that cannot be read: what it told of is lost, and named.
 
         The number of lines stays, since other processes count them. To be called by the holder of the store's lock.
         """
-        lines = self._lines()
+        lines = self._journal.lines()
         if any(block is None for _, block in lines):
-            write_text(self._journal, "".join(json.dumps(block or NOTHING) + "\n" for _, block in lines))
+            self._journal.replace(block or Block(row=0, keys=[], digests=[]) for _, block in lines)
         self._broken = [(place, keys) for place, keys in self._broken if UNKNOWN not in keys]
 
     @property
@@ -146,14 +153,13 @@ class FeatureStore:
                 file.write(content)
                 flush(file)
             digests.append(_digest(content))
-        append_line(self._journal, {"row": self._end, "keys": list(keys), "digests": digests})
-        self._journalled += 1
+        self._journal.append(Block(row=self._end, keys=list(keys), digests=digests))
         self._note(self._end, keys, len(features))
 
     def prompts(
         self, classes: Sequence[str], templates: Sequence[str], teacher: Load, progress: Progress = NULL_PROGRESS
     ) -> torch.Tensor:
-        """Return T [M, C, D] float32; a set of classes and templates is embedded once, by ``teacher(page)``.
+        """Return T [M, C, D] float32; a set of classes and templates is embedded once, by ``teacher(config)``.
 
         Where the teacher has a learned context, that is its one template.
 
@@ -171,7 +177,7 @@ class FeatureStore:
                 loaded: NDArray[np.float32] = np.load(path)
                 return torch.from_numpy(loaded)
             path.unlink(missing_ok=True)
-        reader = teacher(self.page)
+        reader = teacher(self.config)
         if (told := reader.proofread(texts, classes)) and not proofs.exists():
             write_text(proofs, told)
             progress.note(told)
@@ -194,17 +200,6 @@ class FeatureStore:
             **({"context": self.context.digest} if self.context else {}),
         }
 
-    @property
-    def _journal(self) -> Path:
-        return self.folder / "journal.jsonl"
-
-    def _lines(self) -> list[tuple[int, dict[str, Any] | None]]:
-        """Return the journal's lines with their numbers; None is one that is damaged."""
-        if not self._journal.exists():
-            return []
-        found = numbered_lines(self._journal)
-        return [(number, block if block and _is_block(block) else None) for number, block in found]
-
     def _view_file(self, view: int) -> Path:
         return self.folder / f"view-{view:03d}.f16"
 
@@ -216,9 +211,9 @@ class FeatureStore:
             self._maps[view] = mapped(path, np.float16, (rows, self.width))
         return self._maps[view]
 
-    def _take_in(self, block: dict[str, Any]) -> None:
+    def _take_in(self, block: Block) -> None:
         """Take a journalled block in, if its content is what was journalled; else its images are embedded again."""
-        row, keys, digests = block["row"], block["keys"], block["digests"]
+        row, keys, digests = block.row, block.keys, block.digests
         size = len(keys) * self.width * 2
         for view, digest in enumerate(digests):
             path = self._view_file(view)
@@ -239,42 +234,42 @@ class FeatureStore:
         self._end = max(self._end, row + len(keys))
 
 
-def open_store(page: TeacherConfig, views: Views, root: Path, teacher: Load) -> FeatureStore:
+def open_store(config: TeacherConfig, views: Views, root: Path, teacher: Load) -> FeatureStore:
     """Open the store of a teacher and views, creating it when it is new.
 
     Raises:
         TargetsError: the store was made by something else.
     """
-    if (stored := existing_store(page, views, root)) is not None:
+    if (stored := existing_store(config, views, root)) is not None:
         return stored
-    made_from = origin_of(page, views)
+    made_from = origin_of(config, views)
     folder = root / fingerprint(made_from)
-    seeing = teacher(page)
+    seeing = teacher(config)
     write_sealed(
         folder / "card.json",
         {
             **made_from,
-            "teacher_model": page.model,
-            "teacher_weights": page.weights,
+            "teacher_model": config.model,
+            "teacher_weights": config.weights,
             "width": seeing.width,
             "logit_scale": seeing.logit_scale,
             "preprocessing": seeing.preprocessing.to_dict(),
         },
     )
-    return FeatureStore(folder, page)
+    return FeatureStore(folder, config)
 
 
-def existing_store(page: TeacherConfig, views: Views, root: Path) -> FeatureStore | None:
+def existing_store(config: TeacherConfig, views: Views, root: Path) -> FeatureStore | None:
     """Open the store of a teacher and views where there is one.
 
     Raises:
         TargetsError: the store was made by something else.
     """
-    made_from = origin_of(page, views)
+    made_from = origin_of(config, views)
     folder = root / fingerprint(made_from)
     if not (folder / "card.json").exists():
         return None
-    targets = FeatureStore(folder, page)
+    targets = FeatureStore(folder, config)
     if any(targets.card.get(key) != value for key, value in made_from.items()):
         raise TargetsError(
             "the target store was made from something else than its name says", where=folder, fix="delete it"
@@ -282,11 +277,11 @@ def existing_store(page: TeacherConfig, views: Views, root: Path) -> FeatureStor
     return targets
 
 
-def origin_of(page: TeacherConfig, views: Views) -> dict[str, Any]:
+def origin_of(config: TeacherConfig, views: Views) -> dict[str, Any]:
     """Return what decides a store's features, and so its name."""
     return {
         "schema": "prgkit.targets/2",
-        "teacher": teacher_identity(page),
+        "teacher": teacher_identity(config),
         "views": views.model_dump(mode="json", exclude={"count"}, exclude_none=True),
     }
 
@@ -323,7 +318,7 @@ def embed(
         progress.start("teacher", len(missing), "img")
         for count in np.unique(views[missing]):
             chosen = missing[views[missing] == count]
-            _embed_views(targets, teacher(targets.page), image_index, chosen, int(count), recipe, progress)
+            _embed_views(targets, teacher(targets.config), image_index, chosen, int(count), recipe, progress)
 
 
 def _embed_views(
@@ -366,14 +361,6 @@ def _embed_full(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
     """Embed a batch padded to the fixed size: features vary slightly with the size of the batch they are part of."""
     padding = pixels[-1:].expand(teacher.batch_size - len(pixels), -1, -1, -1)
     return teacher.embed_images(torch.cat([pixels, padding]))[: len(pixels)].cpu()
-
-
-def _is_block(block: dict[str, Any]) -> bool:
-    """Tell whether a journal line is one that `FeatureStore.append` wrote, as far as its form can tell."""
-    row, keys, digests = (block.get(key) for key in ("row", "keys", "digests"))
-    if not isinstance(row, int) or row < 0 or not isinstance(keys, list) or not isinstance(digests, list):
-        return False
-    return all(isinstance(word, str) for word in (*keys, *digests))
 
 
 def _is_whole(path: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from prgkit.config.recipe import TeacherConfig
+from prgkit.config.sections import TeacherConfig
 from prgkit.errors import TeacherError
 from prgkit.storage.tensors import digest_of, load_tensors, save_tensors
 from prgkit.teacher.clip import Teacher, teacher_identity
@@ -41,21 +41,21 @@ class PromptContext:
         return teacher.embed_with_context(prompts, self.words, self.vectors)
 
 
-def save_context(path: Path, context: PromptContext, page: TeacherConfig, facts: dict[str, Any]) -> None:
-    """Write a context of the teacher ``page``, and how it was learned, as one safetensors file, atomically."""
-    origin = {"schema": SCHEMA, "teacher": _weights_of(page), "teacher_name": page.name, "words": context.words}
+def save_context(path: Path, context: PromptContext, config: TeacherConfig, facts: dict[str, Any]) -> None:
+    """Write a context of the teacher ``config``, and how it was learned, as one safetensors file, atomically."""
+    origin = {"schema": SCHEMA, "teacher": _weights_of(config), "teacher_name": config.name, "words": context.words}
     save_tensors(path, {"vectors": context.vectors}, {**origin, **facts})
 
 
-def load_context(page: TeacherConfig) -> PromptContext | None:
+def load_context(config: TeacherConfig) -> PromptContext | None:
     """Read the context that a recipe gives its teacher, or return None where it gives none.
 
     Raises:
         TeacherError: the file is missing, damaged, something else, or of another teacher.
     """
-    if page.context is None:
+    if config.context is None:
         return None
-    path = Path(os.path.expanduser(page.context))
+    path = Path(os.path.expanduser(config.context))
     again = "prgkit adapt-teacher RECIPE makes one"
     try:
         tensors, facts = load_tensors(path)
@@ -63,22 +63,24 @@ def load_context(page: TeacherConfig) -> PromptContext | None:
             raise ValueError("it is none by its header")
         context = PromptContext(tensors["vectors"], str(facts["words"]))
     except FileNotFoundError as error:
-        raise TeacherError(f"there is no learned context {page.context}", where="teacher.context", fix=again) from error
+        raise TeacherError(
+            f"there is no learned context {config.context}", where="teacher.context", fix=again
+        ) from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise TeacherError(f"{path.name} is no whole learned context: {reason}", where=path, fix=again) from error
-    if facts["teacher"] != _weights_of(page):
+    if facts["teacher"] != _weights_of(config):
         made_for = facts["teacher_name"]
-        other = made_for if made_for != page.name else f"another {made_for}"
+        other = made_for if made_for != config.name else f"another {made_for}"
         raise TeacherError(
-            f"{path.name} was learned for the teacher {other}, not for {page.name}",
+            f"{path.name} was learned for the teacher {other}, not for {config.name}",
             where="teacher.context",
             fix=f"name that teacher, or learn a context of this one: {again}",
         )
     return context
 
 
-def _weights_of(page: TeacherConfig) -> dict[str, Any]:
+def _weights_of(config: TeacherConfig) -> dict[str, Any]:
     """Return what a context depends on of its teacher; how images are batched is no part of it."""
-    identity = teacher_identity(page)
+    identity = teacher_identity(config)
     return {key: value for key, value in identity.items() if key not in ("precision", "batch_size")}

@@ -21,10 +21,11 @@ from torch.nn import functional as F
 
 from prgkit import __version__
 from prgkit.config.prompts import fill
-from prgkit.config.recipe import Recipe, TeacherConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TeacherConfig
 from prgkit.data.decode import GreyRange
-from prgkit.data.index import ImageIndex, index_images, labelled, open_images, read_image_index
-from prgkit.data.workers import default_workers
+from prgkit.data.index import ImageIndex, index_images, read_image_index, select_labelled
+from prgkit.data.sources import open_images
 from prgkit.device import best_device
 from prgkit.errors import ImagesError, RecipeError, some
 from prgkit.progress import Progress
@@ -32,6 +33,7 @@ from prgkit.teacher.clip import Teacher, check_teacher, load_teacher
 from prgkit.teacher.feature_store import FeatureStore, embed, open_store
 from prgkit.teacher.prompt_context import PromptContext, save_context
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
+from prgkit.workers import default_workers
 
 WORDS = "a photo of a"  # what a context starts as, and how many tokens it has
 EPOCHS = 20
@@ -48,8 +50,8 @@ class Shots:
     rows: NDArray[np.int64]  # [images], -1 for an image that is not used
     labels: NDArray[np.int64]  # [images], among the classes that have any
     views: int  # stored of each learned image, the evaluation view among them
-    learned: NDArray[np.int64]  # positions of the images that the context learns from
-    held_out: NDArray[np.int64]  # positions of those that pick the epoch
+    train_indices: NDArray[np.int64]  # positions of the images that the context learns from
+    val_indices: NDArray[np.int64]  # positions of those that pick the epoch
 
     def batch(
         self, positions: NDArray[np.int64], views: NDArray[np.int64], device: torch.device
@@ -70,19 +72,20 @@ def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, progres
         RecipeError: the recipe names no labelled images, or several teachers.
         ImagesError: a label is no class, or fewer than two classes have a labelled image.
     """
-    page = only_teacher(recipe)
-    recipe = recipe.model_copy(update={"teacher": (page,)})
-    check_teacher(page, note=progress.note)
+    config = only_teacher(recipe)
+    recipe = recipe.model_copy(update={"teacher": (config,)})
+    check_teacher(config, note=progress.note)
 
     @cache
-    def teacher(page: TeacherConfig) -> Teacher:
-        progress.note(f"loading the teacher {page.model}")
-        return load_teacher(page, best_device())
+    def teacher(config: TeacherConfig) -> Teacher:
+        progress.note(f"loading the teacher {config.model}")
+        return load_teacher(config, best_device())
 
-    targets = open_store(page, recipe.views, targets_root, teacher)
-    images = read_image_index(recipe.data.labelled or "", recipe, progress, known=targets)
-    images, labels = labelled(images, recipe.classes, note=progress.note)
-    chosen = draw(images, labels, shots, barred=evaluation_keys(recipe, images.images.grey), seed=recipe.training.seed)
+    targets = open_store(config, recipe.views, targets_root, teacher)
+    assert recipe.data.labelled_spec is not None
+    images = read_image_index(recipe.data.labelled_spec, progress, known=targets)
+    images, labels = select_labelled(images, recipe.classes, note=progress.note)
+    chosen = draw(images, labels, shots, barred=evaluation_keys(recipe, images.source.grey), seed=recipe.training.seed)
     named = tell_counts(chosen, labels, recipe.classes, shots, progress)
     held_out = np.concatenate([of_class[len(of_class) - len(of_class) // HELD_OUT :] for of_class in chosen])
     learned = np.setdiff1d(np.concatenate(chosen), held_out)
@@ -95,10 +98,10 @@ def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, progres
     prompts = targets.prompts(recipe.classes, recipe.templates, teacher, progress)[:, named]
     plain = ZeroShotClassifier(prompts, targets.logit_scale, recipe.prompt_weighting, no_adjustment(len(named)))
     names = [recipe.classes[label] for label in named]
-    context, found = learn(teacher(page), names, used, seed=recipe.training.seed, progress=progress)
+    context, found = learn(teacher(config), names, used, seed=recipe.training.seed, progress=progress)
     facts = {
         "prgkit": __version__,
-        "labelled": images.images.spec,
+        "labelled": images.source.spec,
         "classes": names,
         "shots": shots,
         "seed": recipe.training.seed,
@@ -107,7 +110,7 @@ def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, progres
         "learned": {"images": len(learned), "plain": worth_of(plain, used, learned), "context": found["learned"]},
         "held_out": {"images": len(held_out), "plain": worth_of(plain, used, held_out), "context": found["held_out"]},
     }
-    save_context(path, context, page, facts)
+    save_context(path, context, config, facts)
     return {"context": str(path), **facts}
 
 
@@ -160,7 +163,7 @@ def draw(
         left = "; those that are evaluation images do not count" if barred else ""
         raise ImagesError(
             f"{('no class has', 'only one class has')[len(drawn)]} labelled images{left}",
-            where=images.images.spec,
+            where=images.source.spec,
             fix="give a few of each class, and other ones than data.evaluation",
         )
     return [np.array(drawn[label][:shots]) for label in sorted(drawn)]
@@ -195,7 +198,7 @@ def learn(
     sentences = teacher.sentences(fill([f"{WORDS} {{}}."], names)[0], WORDS)
     vectors = teacher.embed_words(sentences).clone().requires_grad_()
     optimizer = torch.optim.Adam([vectors], lr=LEARNING_RATE * float(vectors.detach().square().mean().sqrt()))
-    steps = min(STEPS_AN_EPOCH, len(shots.learned))
+    steps = min(STEPS_AN_EPOCH, len(shots.train_indices))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * steps)
     generator = np.random.default_rng(seed)
 
@@ -204,10 +207,10 @@ def learn(
         with torch.no_grad():
             return worth(scale * features @ teacher.embed_sentences(sentences, vectors).T, labels)
 
-    best, kept, reached = 0, vectors.detach().clone(), judge(shots.held_out)
+    best, kept, reached = 0, vectors.detach().clone(), judge(shots.val_indices)
     progress.start("context", EPOCHS * steps, "step")
     for epoch in range(1, EPOCHS + 1):
-        for batch in np.array_split(generator.permutation(shots.learned), steps):
+        for batch in np.array_split(generator.permutation(shots.train_indices), steps):
             features, labels = shots.batch(batch, generator.integers(shots.views, size=len(batch)), device)
             loss = F.cross_entropy(scale * features @ teacher.embed_sentences(sentences, vectors).T, labels)
             optimizer.zero_grad()
@@ -215,12 +218,12 @@ def learn(
             optimizer.step()
             schedule.step()
             progress.advance(1, f"loss {loss.item():.3f}")
-        now = judge(shots.held_out)
+        now = judge(shots.val_indices)
         if now is None or reached is None or now["loss"] < reached["loss"]:
             best, kept, reached = epoch, vectors.detach().clone(), now
     with torch.no_grad():
         vectors.copy_(kept)
-    return PromptContext(kept.cpu(), WORDS), {"epoch": best, "held_out": reached, "learned": judge(shots.learned)}
+    return PromptContext(kept.cpu(), WORDS), {"epoch": best, "held_out": reached, "learned": judge(shots.train_indices)}
 
 
 def worth_of(plain: ZeroShotClassifier, shots: Shots, positions: NDArray[np.int64]) -> dict[str, float] | None:

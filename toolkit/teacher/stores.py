@@ -10,8 +10,10 @@ from typing import Any
 from prgkit.data.cache import PICTURES
 from prgkit.errors import RunError
 from prgkit.storage.atomic import read_json, readable_bytes
+from prgkit.storage.find import RUNS
+from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
-from prgkit.storage.run import RUNS, Run, numbered_lines
+from prgkit.storage.run import Run
 
 DAY_SECONDS = 86_400
 
@@ -56,7 +58,7 @@ def describe(folder: Path, users: dict[Path, list[str]]) -> dict[str, Any]:
     """Return what a store holds, without reading its features."""
     journal, card = folder / "journal.jsonl", folder / "card.json"
     facts = read_json(card) if card.exists() else {}
-    blocks = [block for _, block in numbered_lines(journal) if block] if journal.exists() else []
+    blocks = [block for _, block in Journal(journal, dict[str, Any]).lines() if block]
     written = max(path.stat().st_mtime for path in (folder, journal, card) if path.exists())
     return {
         "store": str(folder),
@@ -79,7 +81,7 @@ def used_by() -> dict[Path, list[str]]:
     for card in sorted(RUNS.glob("*/card.json")):
         run = Run(card.parent)
         for store in run.target_stores:
-            place = (card.parent / run.card.get("origin", "../..") / store).resolve()
+            place = (card.parent / run.card.origin / store).resolve()
             users.setdefault(place, []).append(str(card.parent))
     return users
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prgkit.config.recipe import Recipe, TargetsConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TargetsConfig
 from prgkit.errors import RunError, TargetsError
 from prgkit.storage.atomic import read_sealed
 from prgkit.storage.run import Run
@@ -67,7 +68,7 @@ class ZeroShotClassifier:
     prompts: Tensor  # T [M, C, D]
     logit_scale: float  # s
     prompt_weighting: str
-    correction: LogitAdjustment
+    adjustment: LogitAdjustment
 
     def class_vectors(self) -> Tensor:
         """Return each class's name as the teacher reads it: the mean over templates, of unit length [C, D]."""
@@ -75,7 +76,7 @@ class ZeroShotClassifier:
 
     def logits(self, features: Tensor) -> Tensor:
         """Return the corrected answer W [n, C] to unit features I [n, D]."""
-        return self.correction.apply(self.raw_logits(features))
+        return self.adjustment.apply(self.raw_logits(features))
 
     def raw_logits(self, features: Tensor) -> Tensor:
         """Return what the teacher says by itself: W of METHOD [n, C]."""
@@ -91,8 +92,8 @@ class ZeroShotClassifier:
 
     def to(self, device: torch.device) -> ZeroShotClassifier:
         """Return the same answers, given on another device."""
-        moved = replace(self.correction, log_prior=self.correction.log_prior.to(device))
-        return replace(self, prompts=self.prompts.to(device), correction=moved)
+        moved = replace(self.adjustment, log_prior=self.adjustment.log_prior.to(device))
+        return replace(self, prompts=self.prompts.to(device), adjustment=moved)
 
 
 def prompt_logits(features: Tensor, prompts: Tensor, scale: float) -> Tensor:
@@ -120,37 +121,37 @@ def weighted_logits(logits: Tensor, weighting: str) -> Tensor:
     return torch.einsum("bm,bmc->bc", weights, logits)
 
 
-def answers_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float) -> ZeroShotClassifier:
+def classifier_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float) -> ZeroShotClassifier:
     """Return the answers that a run's student learned from, with the very correction that it learned with.
 
     Raises:
         RunError: the run's recipe asks for a correction, and what it was is lost.
     """
-    correction = no_adjustment(len(recipe.classes))
+    adjustment = no_adjustment(len(recipe.classes))
     if recipe.targets.corrects:
         again = "put it back, or distil the recipe into a new run; the targets are kept"
         if not run.answers_file.exists():
             raise RunError("the correction that this run learned with is lost", where=run.answers_file, fix=again)
         try:
-            correction = LogitAdjustment.from_dict(read_sealed(run.answers_file, fix=again), recipe.classes)
+            adjustment = LogitAdjustment.from_dict(read_sealed(run.answers_file, fix=again), recipe.classes)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(
                 f"{run.answers_file.name} is not this recipe's", where=run.answers_file, fix=again
             ) from error
-    return ZeroShotClassifier(prompts, logit_scale, recipe.prompt_weighting, correction)
+    return ZeroShotClassifier(prompts, logit_scale, recipe.prompt_weighting, adjustment)
 
 
-def fit_adjustment(logits: Tensor, page: TargetsConfig) -> LogitAdjustment:
-    """Return the correction of ``page`` for uncorrected logits W [n, C], rounded to what its file says.
+def fit_adjustment(logits: Tensor, config: TargetsConfig) -> LogitAdjustment:
+    """Return the correction of ``config`` for uncorrected logits W [n, C], rounded to what its file says.
 
     Raises:
         TargetsError: no temperature gives these logits the entropy that is asked for.
     """
-    log_prior = page.debias * fit_log_prior(logits) if page.debias else torch.zeros(logits.shape[1])
-    correction = LogitAdjustment(log_prior.double().mul(1e6).round().div(1e6).float(), 1.0)
-    if page.entropy is None:
-        return correction
-    return replace(correction, temperature=float(f"{fit_temperature(correction.apply(logits), page.entropy):.6g}"))
+    log_prior = config.debias * fit_log_prior(logits) if config.debias else torch.zeros(logits.shape[1])
+    adjustment = LogitAdjustment(log_prior.double().mul(1e6).round().div(1e6).float(), 1.0)
+    if config.entropy is None:
+        return adjustment
+    return replace(adjustment, temperature=float(f"{fit_temperature(adjustment.apply(logits), config.entropy):.6g}"))
 
 
 def fit_log_prior(logits: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from prgkit.errors import RunError
@@ -54,28 +54,17 @@ class TrainingCounters:
         self.sums = {}
 
 
-class ModelEma:
-    """The exponential moving average of a student's weights and batch-norm statistics."""
-
-    def __init__(self, student: Student) -> None:
-        self.student = copy.deepcopy(student).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, student: Student, decay: float) -> None:
-        """average <- decay * average + (1 - decay) * student; integers are copied."""
-        mine, theirs = self.student.state_dict(), student.state_dict()
-        floating = [name for name, tensor in mine.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([mine[name] for name in floating], [theirs[name] for name in floating], 1 - decay)
-        for name in mine.keys() - set(floating):
-            mine[name].copy_(theirs[name])
+def model_ema(student: Student) -> ModelEmaV3:
+    """Return the exponential moving average of a student's weights and batch-norm statistics; integers are copied."""
+    return ModelEmaV3(student).requires_grad_(False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingState:
     """Everything a resumed run needs to go on as if it had never stopped."""
 
     student: Student
-    average: ModelEma
+    average: ModelEmaV3  # what is evaluated and kept
     optimizer: torch.optim.Optimizer
     objective: nn.Module
     counters: TrainingCounters
@@ -84,11 +73,11 @@ class TrainingState:
         """Write the checkpoint; the one before stays until this one is whole."""
         tensors = {
             **_prefixed("student", self.student.state_dict()),
-            **_prefixed("average", self.average.student.state_dict()),
+            **_prefixed("average", self.average.module.state_dict()),
             **_prefixed("objective", self.objective.state_dict()),
             **_prefixed("optimizer", _flat(self.optimizer.state_dict()["state"])),
         }
-        save_tensors(run.state, tensors, self.counters.__dict__)
+        save_tensors(run.state, tensors, asdict(self.counters))
 
     def load(self, run: Run) -> None:
         """Go on from the run's checkpoint, if it has one.
@@ -101,10 +90,11 @@ class TrainingState:
         try:
             tensors, facts = load_tensors(run.state)
             self.student.load_state_dict(_part("student", tensors))
-            self.average.student.load_state_dict(_part("average", tensors))
+            self.average.module.load_state_dict(_part("average", tensors))
             self.objective.load_state_dict(_part("objective", tensors))
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": _nested(_part("optimizer", tensors)), "param_groups": groups})
+            counters = TrainingCounters(**facts)
         except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
             raise RunError(
                 f"the checkpoint is damaged: {str(error).splitlines()[0]}",
@@ -115,14 +105,13 @@ class TrainingState:
             for name, tensor in slot.items():
                 if tensor.shape == parameter.shape:  # back into the parameter's layout, channels-last or not
                     slot[name] = torch.empty_like(parameter).copy_(tensor)
-        if facts["made_from"] != self.counters.made_from:
+        if counters.made_from != self.counters.made_from:
             raise RunError(
                 "the images, or the teacher, have changed since this run was started",
                 where=run.folder,
                 fix=f"start a new run with --run {run.folder}-2; what the teacher has seen is not lost",
             )
-        for name, value in facts.items():
-            setattr(self.counters, name, value)
+        self.counters = counters
 
 
 def expected_bytes(student: Student, kept_floats: int) -> int:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prgkit.config.recipe import Training, Views
+from prgkit.config.sections import Training, Views
 from prgkit.data.augment import MultiViewDataset, make_dataloader
-from prgkit.data.index import (
-    ImageIndex,
-    Preprocessing,
-)
+from prgkit.data.index import ImageIndex
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.outputs import TeacherOutput
 from prgkit.storage.atomic import fingerprint
 from prgkit.teacher.ensemble import TeacherFeatures
@@ -24,17 +22,24 @@ from prgkit.teacher.zero_shot import ZeroShotClassifier
 from prgkit.training.selection import images_an_epoch
 
 
+class Process(NamedTuple):
+    """One of the processes that train one student together."""
+
+    rank: int
+    world_size: int
+
+
 @dataclass(frozen=True)
 class DistillationDataset:
     """What there is to learn from: the images, and the teacher's answers to them."""
 
     image_index: ImageIndex
-    targets: TeacherFeatures
+    store: TeacherFeatures
     rows: NDArray[np.int64]  # [images], in the target store; [images, K] in those of K teachers
-    held_out: NDArray[np.int64]  # positions that select the checkpoint
-    learned: NDArray[np.int64]  # positions that the student learns from
-    shares: NDArray[np.float32] | None  # of the epochs that each learned image [learned] is in; None: of all
-    answers: ZeroShotClassifier  # on the device that asks
+    val_indices: NDArray[np.int64]  # positions that select the checkpoint
+    train_indices: NDArray[np.int64]  # positions that the student learns from
+    sample_weights: NDArray[np.float32] | None  # of the epochs that each learned image [learned] is in; None: of all
+    classifier: ZeroShotClassifier  # on the device that asks
     labelled: LabelledDataset | None = (
         None  # the few images whose labels are learned from, where an objective reads any
     )
@@ -42,37 +47,39 @@ class DistillationDataset:
     @property
     def images_an_epoch(self) -> int:
         """How many images there are to learn from in an epoch."""
-        return len(self.learned) if self.shares is None else images_an_epoch(self.shares)
+        return len(self.train_indices) if self.sample_weights is None else images_an_epoch(self.sample_weights)
 
     def fingerprint(self) -> str:
         """Return what changes when other images are learned from, or when the teacher says something else of them."""
-        made_from: list[Any] = [self.targets.name, [self.image_index.keys[position] for position in self.learned]]
-        if self.shares is not None:
-            made_from.append(self.shares.tolist())
+        made_from: list[Any] = [self.store.name, [self.image_index.keys[position] for position in self.train_indices]]
+        if self.sample_weights is not None:
+            made_from.append(self.sample_weights.tolist())
         if self.labelled is not None:
             made_from += [self.labelled.dataset.image_index.keys, self.labelled.labels.tolist()]
-        if not self.answers.correction.is_none:
-            made_from.append([self.answers.correction.log_prior.tolist(), self.answers.correction.temperature])
+        if not self.classifier.adjustment.is_none:
+            made_from.append([self.classifier.adjustment.log_prior.tolist(), self.classifier.adjustment.temperature])
         return fingerprint(made_from)
 
-    def answer(self, positions: NDArray[np.int64], views: NDArray[np.int64], device: torch.device) -> TeacherOutput:
+    def teacher_output(
+        self, positions: NDArray[np.int64], views: NDArray[np.int64], device: torch.device
+    ) -> TeacherOutput:
         """Return the teacher's side (I, W, y) of these views."""
-        features = self.targets.features(self.rows[positions], views).to(device)  # I [B, D]
-        logits = self.answers.logits(features)  # W [B, C]
+        features = self.store.features(self.rows[positions], views).to(device)  # I [B, D]
+        logits = self.classifier.logits(features)  # W [B, C]
         return TeacherOutput(features, logits, logits.argmax(dim=1), torch.from_numpy(positions).to(device))
 
     def class_vectors(self) -> torch.Tensor:
         """Return each class's name as the teacher reads it: the mean over templates, of unit length [C, D]."""
-        return self.answers.class_vectors()
+        return self.classifier.class_vectors()
 
     def class_means(self) -> torch.Tensor:
         """Return the mean of the teacher's features of each class, by its own answers: [C, D], zero for no image."""
-        prompts = self.answers.prompts  # [M, C, D]
+        prompts = self.classifier.prompts  # [M, C, D]
         sums = torch.zeros(prompts.shape[1:], dtype=torch.float64)
         counts = torch.zeros(len(sums), dtype=torch.float64)
-        for start in range(0, len(self.learned), 4096):
-            some = self.learned[start : start + 4096]
-            seen = self.answer(some, np.zeros(len(some), dtype=np.int64), prompts.device)
+        for start in range(0, len(self.train_indices), 4096):
+            some = self.train_indices[start : start + 4096]
+            seen = self.teacher_output(some, np.zeros(len(some), dtype=np.int64), prompts.device)
             labels = seen.labels.cpu()
             sums.index_add_(0, labels, seen.features.double().cpu())
             counts += torch.bincount(labels, minlength=len(counts))
@@ -81,37 +88,36 @@ class DistillationDataset:
 
 @dataclass(frozen=True)
 class LabelledDataset:
-    """Labelled images: the lesson's ``learned`` teach the first head, its ``held_out`` choose the vote."""
+    """A few labelled images: ``train_indices`` teach the first head, ``val_indices`` choose how the heads are mixed."""
 
     dataset: DistillationDataset
     labels: NDArray[np.int64]  # [images]
     first: int  # the number of the first one, after those without a label
 
-    def shown(
+    def batches(
         self,
         preprocessing: Preprocessing,
-        page: Training,
+        config: Training,
         views: Views,
         steps: range,
-        process: int,
-        processes: int,
+        process: Process,
         stop: Sequence[int] = (),
     ) -> Iterator[tuple[Tensor, TeacherOutput]]:
-        """Yield pixels [n, S, S, 3] and the teacher's side, with the truth, of this process's share of each step.
+        """Yield pixels [n, S, S, 3] and the teacher's output, with true labels, of one process's part of each step.
 
-        A step has half as many of them as training.batch_size, or all there are; which ones is a function of the step.
+        A step has half as many labelled images as training.batch_size, or all there are; which ones is a function of
+        the step. With fewer images than processes, some processes share one.
         """
-        learned = self.dataset.learned
-        size = min(max(processes, page.batch_size // 2), len(learned))
-        drawn = (np.random.default_rng((page.seed, 1, step)).choice(learned, size, replace=False) for step in steps)
-        mine = (chosen[process % size :: processes] for chosen in drawn)  # with fewer images than processes some share
-        plan = (
-            [(int(position), [1 + step % views.count]) for position in part]
-            for step, part in zip(steps, mine, strict=True)
+        indices = self.dataset.train_indices
+        size = min(max(process.world_size, config.batch_size // 2), len(indices))
+        drawn = (np.random.default_rng((config.seed, 1, step)).choice(indices, size, replace=False) for step in steps)
+        items = (
+            [(int(position), [1 + step % views.count]) for position in batch[process.rank % size :: process.world_size]]
+            for step, batch in zip(steps, drawn, strict=True)
         )
         rendered = MultiViewDataset(self.dataset.image_index, preprocessing, views)
-        for batch in make_dataloader(rendered, plan, workers=page.workers, stop=stop):
+        for batch in make_dataloader(rendered, items, workers=config.workers, stop=stop):
             positions = batch.positions.numpy()
-            side = self.dataset.answer(positions, batch.views[:, 0].numpy(), torch.device("cpu"))
+            teacher = self.dataset.teacher_output(positions, batch.views[:, 0].numpy(), torch.device("cpu"))
             truth = torch.from_numpy(self.labels[positions])
-            yield batch.pixels[:, 0], side._replace(images=side.images + self.first, truth=truth)
+            yield batch.pixels[:, 0], teacher._replace(images=teacher.images + self.first, truth=truth)

@@ -1,47 +1,46 @@
-"""Distil: a student learns from what the teacher saw, without a label, and the teacher is not in the room.
+"""Distillation: a student learns from what the teacher saw of unlabelled images; the teacher itself is not loaded.
 
-Reads top to bottom: train on the stored targets, and keep the student that agrees most with the teacher on images it
-has not learned from.
+Reads top to bottom: train on the stored features, and keep the student that agrees most with the teacher on held-out
+images.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prgkit.config.recipe import Recipe, Training
-from prgkit.data.augment import Batch, MultiViewDataset, evaluation_views, make_dataloader
-from prgkit.data.snapshot import anew, tell_changes
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import Training
+from prgkit.data.augment import evaluation_views
+from prgkit.data.snapshot import report_changes, restart_command
 from prgkit.device import seed_everything
-from prgkit.errors import BackendError, RunError, TeacherError
+from prgkit.errors import BackendError, TeacherError
+from prgkit.interrupt import Interrupted, stopping
 from prgkit.objectives import Objectives
 from prgkit.outputs import LossContext, TeacherOutput
 from prgkit.progress import NullProgress, Progress
 from prgkit.storage.atomic import require_space
 from prgkit.storage.locks import locked
-from prgkit.storage.run import Interrupted, Run, differences, require_own_folder, start_run, stopping, undoing
+from prgkit.storage.run import Run, differences, require_own_folder, start_run, undoing
 from prgkit.storage.tensors import save_tensors
 from prgkit.student.model import Student, build_student
 from prgkit.teacher.ensemble import teacher_fingerprint
-from prgkit.training.checkpoint import ModelEma, TrainingCounters, TrainingState, expected_bytes
+from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
+from prgkit.training.checkpoint import TrainingCounters, TrainingState, expected_bytes, model_ema
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.distributed import first_goes_on, from_first, join_processes, probe_precision
 from prgkit.training.few_shot import beside, tune_head_mixing
-from prgkit.training.mixup import mixed
+from prgkit.training.optimizer import build_optimizer, schedule
 from prgkit.training.prepare import prepare
-from prgkit.training.selection import systematic_sample
 
 
 def distill(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress) -> Run:
@@ -56,11 +55,15 @@ def distill(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress
     check_trackers(recipe.training)
     accelerator = join_processes(recipe.training.trackers, Run(folder).trackers)
     with first_goes_on(accelerator):
-        work(recipe, folder, targets_root, accelerator, progress if accelerator.is_main_process else NullProgress())
+        distill_in_process(
+            recipe, folder, targets_root, accelerator, progress if accelerator.is_main_process else NullProgress()
+        )
     return Run(folder)
 
 
-def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelerator, progress: Progress) -> None:
+def distill_in_process(
+    recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelerator, progress: Progress
+) -> None:
     """Do one process's part: the first reads the images and asks the teacher, all of them train."""
     run = Run(folder)
     if from_first(accelerator, lambda: already_finished(run, recipe, progress)):
@@ -71,9 +74,9 @@ def work(recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelera
             trial.stage_widths()
         dataset = from_first(accelerator, lambda: prepare(recipe, targets_root, progress, run))
         seed_everything(recipe.training.seed)
-        student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=dataset.targets.width)
+        student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=dataset.store.width)
         if recipe.scores_by_text:
-            student.score_by(dataset.class_vectors(), dataset.targets.logit_scale)
+            student.score_by(dataset.class_vectors(), dataset.store.logit_scale)
         if recipe.learns_labels:
             student.grow_second_head()
         if accelerator.is_main_process:
@@ -89,12 +92,11 @@ def already_finished(run: Run, recipe: Recipe, progress: Progress) -> bool:
         return False
     start_run(run.folder, recipe)
     progress.note(f"{run.folder} is finished already")
-    tell_changes(run, recipe, progress)
+    report_changes(run, recipe, progress)
     with suppress(TeacherError):  # it is gone, and needed no more
-        if teacher_fingerprint(recipe) != run.card["teacher"]["fingerprint"]:
-            progress.note(
-                f"the teacher is not the one that it learned from any more; to learn from this one: {anew(run)}"
-            )
+        if teacher_fingerprint(recipe) != run.teacher_facts.fingerprint:
+            again = restart_command(run)
+            progress.note(f"the teacher is not the one that it learned from any more; to learn from this one: {again}")
     return True
 
 
@@ -112,10 +114,10 @@ def starting(run: Run, recipe: Recipe) -> Iterator[None]:
             raise
 
 
-def check_trackers(page: Training) -> None:
+def check_trackers(config: Training) -> None:
     """Refuse a tracker that is not installed before any work is done."""
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-    for tracker in page.trackers:
+    for tracker in config.trackers:
         if not available[tracker]():
             raise BackendError(
                 f"training.trackers names {tracker}, which is not installed", fix=f"pip install {tracker}"
@@ -130,259 +132,242 @@ def train(
     accelerator: Accelerator,
     progress: Progress,
 ) -> None:
-    """Train the student on the stored targets; every step is a function of (seed, epoch, step, process)."""
-    page, device = recipe.training, accelerator.device
-    batch_size = min(page.batch_size, dataset.images_an_epoch)
-    if batch_size < accelerator.num_processes:
-        raise RunError(
-            f"a batch of {batch_size} images cannot be shared by {accelerator.num_processes} processes",
-            fix="give more images, raise training.batch_size, or start fewer processes",
-        )
-    steps = dataset.images_an_epoch // batch_size  # in an epoch; the last, smaller batch is left out
-    total = steps * page.epochs
-    warmup = round(min(page.warmup_epochs * steps, 0.2 * total))  # a run of one epoch is more than its warm-up
-    autocast = partial(
-        torch.autocast, device.type, torch.bfloat16, enabled=decide_precision(run, student, page, accelerator)
-    )
+    """Train the student on the stored features; every step is a function of (seed, epoch, step, process)."""
+    trainer = set_up(recipe, run, dataset, student, accelerator)
+    plan, counters = trainer.plan, trainer.state.counters
+    progress.start("student", plan.steps * plan.batch_size, "img")
+    progress.advance(counters.step * plan.batch_size)
+    with stopping() as signals:
+        if counters.steps_in_epoch == plan.steps_per_epoch:  # its evaluation failed, and the run was resumed
+            end_epoch(trainer)
+        steps = range(counters.step, plan.steps)
+        batches = load_batches(trainer.dataset, student.preprocessing, recipe, plan, steps, accelerator, stop=signals)
+        for step in steps:
+            batch, error = fetch(batches)
+            stop = any_process(bool(signals) or batch is None, accelerator)  # all stop before the same step
+            if batch is None or stop:
+                if counters.steps_in_epoch:  # the end of an epoch is saved already
+                    save_checkpoint(trainer)
+                raise stopped(trainer, error)
+            terms = train_step(trainer, batch, step)
+            counters.add(accelerator.reduce(terms, "mean"))
+            progress.advance(plan.batch_size, describe(counters, recipe.training))
+            if epoch_ends := counters.steps_in_epoch == plan.steps_per_epoch:
+                end_epoch(trainer)
+            if epoch_ends or trainer.clock.due(recipe.training.checkpoint_minutes):
+                save_checkpoint(trainer)
+        if any_process(bool(signals), accelerator):
+            raise stopped(trainer)
+    finish(trainer)
 
+
+@dataclass(frozen=True)
+class Trainer:
+    """What the steps of a training share."""
+
+    config: Training
+    run: Run
+    dataset: DistillationDataset
+    plan: StepPlan
+    state: TrainingState
+    model: nn.Module  # the student as accelerate and torch.compile wrap it
+    stepper: torch.optim.Optimizer  # the optimizer as accelerate wraps it
+    autocast: Callable[[], torch.autocast]
+    accelerator: Accelerator
+    clock: Clock
+
+
+def set_up(
+    recipe: Recipe, run: Run, dataset: DistillationDataset, student: Student, accelerator: Accelerator
+) -> Trainer:
+    """Build everything that a training needs, and bring it to where the run's checkpoint is, if there is one."""
+    config, device = recipe.training, accelerator.device
+    plan = plan_steps(dataset, config, accelerator)
+    bf16 = decide_precision(run, student, config, accelerator)
     student.to(device)
-    dataset = replace(dataset, answers=dataset.answers.to(device))
-    space = LossContext(
-        classes=len(recipe.classes),
-        width=dataset.targets.width,
-        epochs=page.epochs,
-        steps_per_epoch=steps,
-        images=len(dataset.image_index) + (len(dataset.labelled.labels) if dataset.labelled else 0),
-        class_means=dataset.class_means,
-        class_vectors=dataset.class_vectors(),
-        logit_scale=dataset.targets.logit_scale,
-        stages=student.stage_widths,
-    )
-    seed_everything(page.seed)  # what an objective learns begins alike in every process, whatever was probed before
-    objective = Objectives(recipe.objective, space).to(device)
+    dataset = replace(dataset, classifier=dataset.classifier.to(device))
+    seed_everything(config.seed)  # what an objective learns begins alike in every process, whatever was probed before
+    objective = Objectives(recipe.objective, loss_context(recipe, dataset, student, plan)).to(device)
     student.projector.requires_grad_(objective.uses_features)  # several processes wait for every gradient
     student.shows_stages = recipe.reads_stages
-    learning = nn.ModuleList([student, objective])  # some objectives learn beside the student, and stay here
-    optimizer = build_optimizer(learning, page)
-    average = ModelEma(student)  # the weight EMA is what is judged and kept
+    optimizer = build_optimizer(nn.ModuleList([student, objective]), config)
     counters = TrainingCounters(made_from=dataset.fingerprint())
-    state = TrainingState(student, average, optimizer, objective, counters)
+    state = TrainingState(student, model_ema(student), optimizer, objective, counters)
     state.load(run)
     if accelerator.is_main_process:
-        run.keep_metrics(counters.epoch)
-    model, stepper = accelerator.prepare(torch.compile(student) if page.compile else student, optimizer)
+        run.keep_metrics(state.counters.epoch)
+    model, stepper = accelerator.prepare(torch.compile(student) if config.compile else student, optimizer)
     accelerator.init_trackers(run.name)
+    return Trainer(
+        config=config,
+        run=run,
+        dataset=dataset,
+        plan=plan,
+        state=state,
+        model=model,
+        stepper=stepper,
+        autocast=partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16),
+        accelerator=accelerator,
+        clock=Clock(state.counters.seconds),
+    )
 
-    first, rendered = counters.step, MultiViewDataset(dataset.image_index, student.preprocessing, recipe.views)
-    progress.start("student", total * batch_size, "img")
-    progress.advance(first * batch_size)
-    clock = Clock(counters.seconds)
 
-    def save() -> None:
-        if accelerator.is_main_process and counters.step > first:
-            counters.seconds = clock.seconds()
-            state.save(run)
+def train_step(trainer: Trainer, batch: StepBatch, step: int) -> dict[str, Tensor]:
+    """Learn from one batch, and return its loss and the terms of it, each a scalar without gradient."""
+    config, state, accelerator = trainer.config, trainer.state, trainer.accelerator
+    pixels, teacher = inputs_of(trainer, batch, step)
+    trainer.model.train()
+    with trainer.autocast():
+        output = trainer.model(pixels)
+    terms = state.objective(output, teacher)
+    loss = torch.stack(list(terms.values())).sum()
 
-    with stopping() as signals:
-        plan = batches(dataset, page, recipe.views.count, batch_size, range(first, total), accelerator)
-        loaded = make_dataloader(rendered, plan, workers=page.workers, stop=signals)
-        labelled = labelled_batches(dataset, student, recipe, range(first, total), accelerator, signals)
-        if counters.steps_in_epoch == steps:  # what failed before was the judging
-            finish_epoch(run, dataset, state, accelerator, page)
-        fetched, failure = fetch(loaded, labelled) if first < total else None, None
-        for step in range(first, total):
-            if fetched is None:  # stopped while the first batch was waited for
-                raise interrupted(run, counters, page)
-            batch, few = fetched
-            pixels = batch.pixels[:, 0].to(device, non_blocking=True)
-            teacher = dataset.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), device)
-            if page.mixup is not None:
-                pixels, teacher = mixed(pixels, teacher, page.mixup, seed=(page.seed, step, accelerator.process_index))
-            if few is not None:
-                pixels, teacher = beside(pixels, teacher, *few)
-            model.train()
-            with autocast():
-                answer = model(pixels)
-            terms = objective(answer, teacher)
-            loss = torch.stack(list(terms.values())).sum()
-            for group in optimizer.param_groups:
-                group["lr"] = page.learning_rate * schedule(step, total, warmup)
-            stepper.zero_grad()
-            accelerator.backward(loss)
-            for parameter in objective.parameters():  # the student's are averaged over the processes already
-                parameter.grad = accelerator.reduce(parameter.grad, "mean")
-            if page.gradient_clip is not None:
-                accelerator.clip_grad_norm_(learning.parameters(), page.gradient_clip)
-            stepper.step()
-            average.update(student, decay=min(page.ema, (1 + step) / (10 + step)))
+    for group in state.optimizer.param_groups:
+        group["lr"] = config.learning_rate * schedule(step, trainer.plan.steps, trainer.plan.warmup_steps)
+    trainer.stepper.zero_grad()
+    accelerator.backward(loss)
+    for parameter in state.objective.parameters():  # the student's are averaged over the processes already
+        parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    if config.gradient_clip is not None:
+        accelerator.clip_grad_norm_([*state.student.parameters(), *state.objective.parameters()], config.gradient_clip)
+    trainer.stepper.step()
+    state.average.decay = min(config.ema, (1 + step) / (10 + step))
+    state.average.update(state.student)
+    return {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
 
-            told = {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
-            counters.add(accelerator.reduce(told, "mean"))
-            progress.advance(batch_size, describe(counters, page))
-            epoch_ends = counters.steps_in_epoch == steps
-            if epoch_ends:
-                counters.seconds = clock.seconds()
-                with saving_first(save):
-                    finish_epoch(run, dataset, state, accelerator, page)
-            if step + 1 < total:
-                try:
-                    fetched = fetch(loaded, labelled)
-                except Exception as error:  # raised when all processes have stopped, and what they did is saved
-                    fetched, failure = None, error
-            stop = stop_requested(bool(signals) or fetched is None, accelerator)
-            if epoch_ends or stop or clock.due(page.checkpoint_minutes):
-                save()
-            if stop:
-                accelerator.wait_for_everyone()  # a launcher ends them all as soon as one has ended
-                raise failure or interrupted(run, counters, page)
+
+def inputs_of(trainer: Trainer, batch: StepBatch, step: int) -> tuple[Tensor, TeacherOutput]:
+    """Return a step's pixels [B, S, S, 3] and what the teacher says of them, mixed and with labels where asked for."""
+    config, device = trainer.config, trainer.accelerator.device
+    positions, views = batch.unlabelled.positions.numpy(), batch.unlabelled.views[:, 0].numpy()
+    pixels = batch.unlabelled.pixels[:, 0].to(device, non_blocking=True)
+    teacher = trainer.dataset.teacher_output(positions, views, device)
+    if config.mixup is not None:
+        seed = (config.seed, step, trainer.accelerator.process_index)
+        pixels, teacher = mixup(pixels, teacher, config.mixup, seed=seed)
+    if batch.labelled is not None:
+        pixels, teacher = beside(pixels, teacher, *batch.labelled)
+    return pixels, teacher
+
+
+def end_epoch(trainer: Trainer) -> None:
+    """Evaluate the student and write the epoch's metrics.
+
+    An epoch whose evaluation fails is not over, but what it learned is saved.
+    """
+    counters, accelerator = trainer.state.counters, trainer.accelerator
+    counters.seconds = trainer.clock.seconds()
+    epoch = counters.epoch + 1
+    try:
+        agreement = evaluate(trainer, epoch)
+    except Exception:
+        save_checkpoint(trainer)
+        raise
+    if accelerator.is_main_process:
+        record = {"epoch": epoch, **counters.means(), "agreement": agreement, "seconds": round(counters.seconds, 1)}
+        trainer.run.append_metrics(record)
+        accelerator.log({name: value for name, value in record.items() if name != "epoch"}, step=epoch)
+    counters.end_epoch()
+
+
+def evaluate(trainer: Trainer, epoch: int) -> float:
+    """Evaluate the averaged student without labels and keep it if it is the best so far; of equals, the later one."""
+    counters, average, dataset = trainer.state.counters, trainer.state.average.module, trainer.dataset
+    if dataset.labelled is not None:
+        tune_head_mixing(average, dataset.labelled, trainer.config)
+    agreement = agreement_with_teacher(average, dataset, trainer.config, trainer.accelerator)
+    if trainer.accelerator.is_main_process and (
+        agreement >= counters.best_agreement or not trainer.run.weights.exists()
+    ):
+        counters.best_epoch, counters.best_agreement = epoch, agreement
+        save_tensors(trainer.run.weights, average.state_dict(), {"epoch": epoch, "agreement": agreement})
+    return agreement
+
+
+def save_checkpoint(trainer: Trainer) -> None:
+    """Write how far the training is, in the first process."""
+    if trainer.accelerator.is_main_process:
+        trainer.state.counters.seconds = trainer.clock.seconds()
+        trainer.state.save(trainer.run)
+
+
+def stopped(trainer: Trainer, error: Exception | None = None) -> Exception:
+    """Wait until every process is here, and return why: the error of this one, or the notice that it was stopped."""
+    trainer.accelerator.wait_for_everyone()  # a launcher ends them all as soon as one has ended
+    epochs = trainer.config.epochs
+    return error or Interrupted(
+        f"stopped in epoch {min(trainer.state.counters.epoch + 1, epochs)} of {epochs}; everything up to here is saved",
+        where=trainer.run.folder,
+        fix="the same command goes on from here",
+    )
+
+
+def finish(trainer: Trainer) -> None:
+    """Write into the run's card that it is finished, and which epoch was the best."""
+    counters, accelerator, run = trainer.state.counters, trainer.accelerator, trainer.run
     accelerator.wait_for_everyone()
     if not run.weights.exists():  # deleted since, as it was damaged; the last average takes its place
-        judge(run, dataset, state, accelerator, page, epoch=counters.epoch)
+        evaluate(trainer, counters.epoch)
     if accelerator.is_main_process:
-        rate = total * batch_size / max(counters.seconds, 1e-9)
+        rate = trainer.plan.steps * trainer.plan.batch_size / max(counters.seconds, 1e-9)
         best = {"epoch": counters.best_epoch, "agreement": counters.best_agreement}
         run.update_card(best=best, images_per_s=round(rate, 1), seconds=round(counters.seconds, 1), finished=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def batches(
-    dataset: DistillationDataset, page: Training, views: int, batch_size: int, steps: range, accelerator: Accelerator
-) -> Iterator[list[tuple[int, list[int]]]]:
-    """Yield this process's part of each batch: an image at most once an epoch, and each epoch its next view."""
-    offsets = {int(position): int(dataset.image_index.keys[position][:8], 16) for position in dataset.learned}
-    in_epoch = dataset.images_an_epoch // batch_size
-    order = np.empty(0, dtype=np.int64)
-    for step in steps:
-        epoch, place = divmod(step, in_epoch)
-        if place == 0 or not len(order):
-            learned = learned_in(dataset, page, epoch, in_epoch * batch_size)
-            order = np.random.default_rng((page.seed, epoch)).permutation(learned)
-        chosen = order[place * batch_size : (place + 1) * batch_size]
-        mine = chosen[accelerator.process_index :: accelerator.num_processes]
-        yield [(int(position), [1 + (offsets[int(position)] + epoch) % views]) for position in mine]
-
-
-def labelled_batches(
-    dataset: DistillationDataset,
-    student: Student,
-    recipe: Recipe,
-    steps: range,
-    accelerator: Accelerator,
-    stop: Sequence[int],
-) -> Iterator[tuple[Tensor, TeacherOutput]] | None:
-    """Return the labelled images of each step, where an objective of the recipe reads any."""
-    if dataset.labelled is None:
-        return None
-    share = (accelerator.process_index, accelerator.num_processes)
-    return dataset.labelled.shown(student.preprocessing, recipe.training, recipe.views, steps, *share, stop)
-
-
-def fetch(
-    loaded: Iterator[Batch], labelled: Iterator[tuple[Tensor, TeacherOutput]] | None
-) -> tuple[Batch, tuple[Tensor, TeacherOutput] | None] | None:
-    """Return what the next step learns from; None where a stop was asked for while it was waited for."""
-    batch = next(loaded, None)
-    few = next(labelled, None) if labelled is not None and batch is not None else None
-    return None if batch is None or (few is None and labelled is not None) else (batch, few)
-
-
-@contextmanager
-def saving_first(save: Callable[[], None]) -> Iterator[None]:
-    """Save what was learned before an error goes on its way."""
-    try:
-        yield
-    except Exception:
-        save()
-        raise
-
-
-def interrupted(run: Run, counters: TrainingCounters, page: Training) -> Interrupted:
-    """Build the notice of a run that was stopped."""
-    return Interrupted(
-        f"stopped in epoch {min(counters.epoch + 1, page.epochs)} of {page.epochs}; everything up to here is saved",
-        where=run.folder,
-        fix="the same command goes on from here",
+def loss_context(recipe: Recipe, dataset: DistillationDataset, student: Student, plan: StepPlan) -> LossContext:
+    """Return what the objectives are made for."""
+    return LossContext(
+        classes=len(recipe.classes),
+        width=dataset.store.width,
+        epochs=recipe.training.epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+        images=len(dataset.image_index) + (len(dataset.labelled.labels) if dataset.labelled else 0),
+        class_means=dataset.class_means,
+        class_vectors=dataset.class_vectors(),
+        logit_scale=dataset.store.logit_scale,
+        stages=student.stage_widths,
     )
 
 
-def learned_in(dataset: DistillationDataset, page: Training, epoch: int, count: int) -> NDArray[np.int64]:
-    """Return the positions of an epoch: every learned image, or ``count`` of them drawn by their shares."""
-    if dataset.shares is None:
-        return dataset.learned
-    return dataset.learned[systematic_sample(dataset.shares, count, epoch=epoch, epochs=page.epochs, seed=page.seed)]
-
-
-def schedule(step: int, total: int, warmup: int) -> float:
-    """Return the learning rate's factor: linear warm-up, then a cosine down to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def build_optimizer(learning: nn.Module, page: Training) -> torch.optim.Optimizer:
-    """Build the optimizer; biases and norms, which are vectors, do not decay."""
-    matrices = [parameter for parameter in learning.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in learning.parameters() if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": page.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    if page.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=page.learning_rate)
-    return torch.optim.SGD(groups, lr=page.learning_rate, momentum=0.9, nesterov=True)
-
-
-def decide_precision(run: Run, student: Student, page: Training, accelerator: Accelerator) -> bool:
+def decide_precision(run: Run, student: Student, config: Training, accelerator: Accelerator) -> bool:
     """Return whether to train in bfloat16; what a probe decides is written down first, and read again on resume."""
-    if page.precision != "auto":
-        return page.precision == "bf16"
+    if config.precision != "auto":
+        return config.precision == "bf16"
     with accelerator.main_process_first():
-        if "precision" not in run.card:
-            run.update_card(precision=probe_precision(student, accelerator.device, page.batch_size))
-    return bool(run.card["precision"]["chosen"] == "bf16")
+        if run.card.precision is None:
+            run.update_card(precision=probe_precision(student, accelerator.device, config.batch_size))
+    probe = run.card.precision
+    return probe is not None and probe.chosen == "bf16"
 
 
-def finish_epoch(
-    run: Run, dataset: DistillationDataset, state: TrainingState, accelerator: Accelerator, page: Training
-) -> None:
-    """Judge the student and write the epoch's metrics."""
-    counters = state.counters
-    epoch = counters.epoch + 1
-    agreement = judge(run, dataset, state, accelerator, page, epoch=epoch)
-    if accelerator.is_main_process:
-        record = {"epoch": epoch, **counters.means(), "agreement": agreement, "seconds": round(counters.seconds, 1)}
-        run.append_metrics(record)
-        accelerator.log({name: value for name, value in record.items() if name != "epoch"}, step=epoch)
-    counters.end_epoch()  # an epoch that could not be judged is not over
+def fetch(batches: Iterator[StepBatch]) -> tuple[StepBatch | None, Exception | None]:
+    """Return the next batch; None where a stop was asked for while it was waited for, or with what went wrong."""
+    try:
+        return next(batches, None), None
+    except Exception as error:  # raised when all processes have stopped, and what they did is saved
+        return None, error
 
 
-def judge(
-    run: Run,
-    dataset: DistillationDataset,
-    state: TrainingState,
-    accelerator: Accelerator,
-    page: Training,
-    *,
-    epoch: int,
-) -> float:
-    """Judge the averaged student without labels and keep it if it is the best so far; of equals, the later one."""
-    counters, average = state.counters, state.average.student
-    if dataset.labelled is not None:
-        tune_head_mixing(average, dataset.labelled, page)
-    agreement = agreement_with_teacher(average, dataset, page, accelerator)
-    if accelerator.is_main_process and (agreement >= counters.best_agreement or not run.weights.exists()):
-        counters.best_epoch, counters.best_agreement = epoch, agreement
-        save_tensors(run.weights, average.state_dict(), {"epoch": epoch, "agreement": agreement})
-    return agreement
+def any_process(asks: bool, accelerator: Accelerator) -> bool:
+    """Return whether any process asks to stop."""
+    if accelerator.num_processes == 1:
+        return asks
+    if asks:
+        accelerator.set_trigger()
+    return bool(accelerator.check_trigger())
 
 
 @torch.inference_mode()
 def agreement_with_teacher(
-    student: Student, dataset: DistillationDataset, page: Training, accelerator: Accelerator
+    student: Student, dataset: DistillationDataset, config: Training, accelerator: Accelerator
 ) -> float:
     """Return the percentage of held-out images on which student and teacher name the same class."""
-    mine = dataset.held_out[accelerator.process_index :: accelerator.num_processes]
+    mine = dataset.val_indices[accelerator.process_index :: accelerator.num_processes]
     counts = torch.zeros(2, device=accelerator.device)  # agreeing, all
-    for batch in evaluation_views(dataset.image_index, student.preprocessing, mine, workers=page.workers):
-        teacher = dataset.answer(batch.positions.numpy(), batch.views[:, 0].numpy(), accelerator.device)
+    for batch in evaluation_views(dataset.image_index, student.preprocessing, mine, workers=config.workers):
+        teacher = dataset.teacher_output(batch.positions.numpy(), batch.views[:, 0].numpy(), accelerator.device)
         logits = student(batch.pixels[:, 0].to(accelerator.device)).logits
         counts[0] += (logits.argmax(1) == teacher.labels).sum()
         counts[1] += len(logits)
@@ -390,20 +375,11 @@ def agreement_with_teacher(
     return float(round(100 * agreeing / images, 4))
 
 
-def stop_requested(asked: bool, accelerator: Accelerator) -> bool:
-    """Return whether any process was asked to stop, so that all stop after the same step."""
-    if accelerator.num_processes == 1:
-        return asked
-    if asked:
-        accelerator.set_trigger()
-    return bool(accelerator.check_trigger())
-
-
-def describe(counters: TrainingCounters, page: Training) -> str:
+def describe(counters: TrainingCounters, config: Training) -> str:
     """Return the progress line: the epoch and the mean of each loss term in it."""
     terms = "  ".join(f"{name} {value:.3f}" for name, value in counters.means().items())
     best = f"  agreement {counters.best_agreement:.1f} %" if counters.best_epoch else ""
-    return f"epoch {counters.epoch + 1}/{page.epochs}  {terms}{best}"
+    return f"epoch {counters.epoch + 1}/{config.epochs}  {terms}{best}"
 
 
 class Clock:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from prgkit.config.image_size import sides
-from prgkit.storage.run import Interrupted
+from prgkit.interrupt import Interrupted
 from prgkit.student.model import Student
 
 PROBE_STEPS = 3

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from prgkit.config.image_size import size_told
-from prgkit.config.recipe import Recipe, TeacherConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import ImageSpec, TeacherConfig
 from prgkit.data.cache import PICTURES, room_bytes
-from prgkit.data.decode import UnreadableImage
-from prgkit.data.index import ENOUGH, ImageSource, gauge, open_images
+from prgkit.data.decode import REDUCED_SIDE, UnreadableImage
 from prgkit.data.labels import class_indices
+from prgkit.data.sources import ImageSource, measure_deep_greys, open_images
 from prgkit.device import best_device
 from prgkit.progress import Progress, duration
 from prgkit.storage.atomic import free_bytes, readable_bytes, require_space
@@ -44,19 +45,18 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
         PrgkitError: for whatever would also stop the real work at its start.
     """
     check_trackers(recipe.training)
-    for page in recipe.teacher:
-        load_context(page)
+    for config in recipe.teacher:
+        load_context(config)
     require_own_folder(folder, recipe)
     device = best_device()
-    stored = [existing_store(page, recipe.views, targets_root) for page in recipe.teacher]
+    stored = [existing_store(config, recipe.views, targets_root) for config in recipe.teacher]
     images = gauged(open_images(recipe.data.images, note=progress.note))
     if images.left_out:
         progress.note(f"{images.spec}: {images.left_out}")
     images_missing = count_missing(images, stored)
     pictures_bytes = len(images) * mean_picture_bytes(images)
-    judged = open_matched(recipe, recipe.data.evaluation, recipe.data.evaluation_labels, progress)
-    few_labelled = recipe.data.labelled if recipe.learns_labels else None
-    few = open_matched(recipe, few_labelled, recipe.data.labelled_labels, progress)
+    judged = open_matched(recipe, recipe.data.evaluation_spec, progress)
+    few = open_matched(recipe, recipe.data.labelled_spec if recipe.learns_labels else None, progress)
     judged, few = (one.with_grey(images.grey) if one else None for one in (judged, few))
     judged_missing = count_missing(judged, stored) if judged else [0] * len(stored)
     if judged:
@@ -67,7 +67,7 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
     few_missing = count_missing(few, stored) if few else [0] * len(stored)
     counts = zip(images_missing, judged_missing, few_missing, strict=True)
     missing = [views * (new + labelled) + new_judged for new, new_judged, labelled in counts]
-    passes = [teacher_pass(page, count, device) for page, count in zip(recipe.teacher, missing, strict=True)]
+    passes = [teacher_pass(config, count, device) for config, count in zip(recipe.teacher, missing, strict=True)]
     width = sum(one["width"] for one in passes)
     student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=width)
     if recipe.reads_stages:
@@ -96,15 +96,15 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
 def gauged(images: ImageSource) -> ImageSource:
     """Return the images with a range for deep greys where the first few have any: their keys depend on it."""
     sample = sample_of(images)
-    deep = gauge(images, sample) if gauge(images, sample[:SAMPLE_PICTURES]) else None
+    deep = measure_deep_greys(images, sample) if measure_deep_greys(images, sample[:SAMPLE_PICTURES]) else None
     return images.with_grey(deep.grey if deep else None)
 
 
-def open_matched(recipe: Recipe, spec: str | None, labels: str | None, progress: Progress) -> ImageSource | None:
+def open_matched(recipe: Recipe, spec: ImageSpec | None, progress: Progress) -> ImageSource | None:
     """Open labelled images, where there are any; their labels are only matched with the classes."""
     if not spec:
         return None
-    images = open_images(spec, labels=Path(labels) if labels else None, label_format=recipe.data.label_format)
+    images = open_images(spec)
     numbers = range(len(images))
     class_indices(
         images.labels(numbers, recipe.classes, note=progress.note),
@@ -124,11 +124,11 @@ def count_missing(images: ImageSource, stored: Sequence[FeatureStore | None]) ->
     return [round(share * len(images)) for share in unseen]
 
 
-def teacher_pass(page: TeacherConfig, views: int, device: torch.device) -> dict[str, Any]:
+def teacher_pass(config: TeacherConfig, views: int, device: torch.device) -> dict[str, Any]:
     """Return what it takes to have a teacher see so many views, in seconds and bytes, timed for a moment."""
-    teacher = load_teacher(page, device)
+    teacher = load_teacher(config, device)
     return {
-        "teacher": page.name,
+        "teacher": config.name,
         "width": teacher.width,
         "views_missing": views,
         "targets_bytes": views * teacher.width * 2,
@@ -142,7 +142,7 @@ def mean_picture_bytes(images: ImageSource) -> int:
     first: UnreadableImage | None = None
     for index in sample_of(images):
         try:
-            picture = images.read(index, enough=ENOUGH)
+            picture = images.read(index, min_side=REDUCED_SIDE)
         except UnreadableImage as error:
             first = first or error
             continue

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prgkit.config.recipe import Training
+from prgkit.config.sections import Training
 from prgkit.data.augment import evaluation_views
 from prgkit.metrics import log_softmax
 from prgkit.outputs import TeacherOutput
@@ -36,12 +36,12 @@ def beside(pixels: Tensor, side: TeacherOutput, more: Tensor, labelled: TeacherO
 
 
 @torch.inference_mode()
-def tune_head_mixing(student: Student, labelled: LabelledDataset, page: Training) -> None:
+def tune_head_mixing(student: Student, labelled: LabelledDataset, config: Training) -> None:
     """Set alpha and beta of a student's two heads so that the labelled images held out are most probable."""
     if student.second is None:
         return
-    places, device = labelled.dataset.held_out, student.mean.device
-    shown = evaluation_views(labelled.dataset.image_index, student.preprocessing, places, workers=page.workers)
+    places, device = labelled.dataset.val_indices, student.mean.device
+    shown = evaluation_views(labelled.dataset.image_index, student.preprocessing, places, workers=config.workers)
     heads = [[head.float().cpu() for head in student(batch.pixels[:, 0].to(device)).heads] for batch in shown]
     first, second = (torch.cat(parts).numpy() for parts in zip(*heads, strict=True))  # [n, C] each
     alpha, beta = best_vote(first, second, labelled.labels[places])

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.config.recipe import Recipe, TeacherConfig
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import TeacherConfig
 from prgkit.data.cache import PICTURES, DecodedImageCache
 from prgkit.data.decode import GreyRange
-from prgkit.data.index import NEARLY_BLACK, ImageIndex, as_grey_range, labelled, nearly_black, plain, read_image_index
-from prgkit.data.snapshot import keep_members, only_members
+from prgkit.data.index import NEARLY_BLACK, ImageIndex, nearly_black, of_one_colour, read_image_index, select_labelled
+from prgkit.data.snapshot import restrict_to_snapshot, save_snapshot
 from prgkit.device import best_device
 from prgkit.errors import ImagesError
 from prgkit.progress import Progress
@@ -27,7 +28,7 @@ from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 from prgkit.training.dataset import DistillationDataset, LabelledDataset
 from prgkit.training.few_shot import VALIDATION
-from prgkit.training.pseudo_labels import adjust_and_filter, tell_learned, tell_quality
+from prgkit.training.pseudo_labels import adjust_and_filter, report_selection, report_statistics
 
 
 def prepare(
@@ -40,20 +41,20 @@ def prepare(
     """
 
     @cache
-    def teacher(page: TeacherConfig) -> Teacher:  # loaded once, and only if something is missing
-        progress.note(f"loading the teacher {page.model}")
-        return load_teacher(page, best_device())
+    def teacher(config: TeacherConfig) -> Teacher:  # loaded once, and only if something is missing
+        progress.note(f"loading the teacher {config.model}")
+        return load_teacher(config, best_device())
 
-    for page in recipe.teacher:
-        check_teacher(page, note=progress.note)
-        load_context(page)
+    for config in recipe.teacher:
+        check_teacher(config, note=progress.note)
+        load_context(config)
     stored, pictures = existing_targets(recipe, targets_root), DecodedImageCache(targets_root / PICTURES)
     same = next((one for one in (run, like) if one is not None and one.begun), None)
     grey = grey_of(same) if same is not None else None
-    images = read_image_index(recipe.data.images, recipe, progress, known=stored or (), pictures=pictures, grey=grey)
+    images = read_image_index(recipe.data.image_spec, progress, known=stored or (), cache=pictures, grey=grey)
     tell_reading(images, progress)
     if same is not None:
-        images = only_members(images, same, progress, all_needed=same is run)
+        images = restrict_to_snapshot(images, same, progress, all_needed=same is run)
     targets = stored or open_targets(recipe, targets_root, teacher)
     for store in targets.stores:
         for place in store.damaged:
@@ -63,11 +64,11 @@ def prepare(
     evaluation = read_evaluation(recipe, images, targets, progress) if recipe.data.evaluation else None
     few = read_labelled(recipe, images, evaluation, targets, progress) if recipe.learns_labels else None
     if few is not None and same is not None:
-        kept = only_members(few[0], same, progress, all_needed=same is run, labelled=True)
+        kept = restrict_to_snapshot(few[0], same, progress, all_needed=same is run, labelled=True)
         few = kept, few[1][np.isin(few[0].keys, kept.keys)]
     if run is not None:
         if same is None:
-            keep_members(run, images, few[0] if few else None)
+            save_snapshot(run, images, few[0] if few else None)
         judged = facts_of(evaluation) if evaluation else None
         run.update_card(images=facts_of(images), evaluation=judged, teacher=targets.facts())
     prompts = targets.prompts(recipe.classes, recipe.templates, teacher, progress)  # names are refused before the hours
@@ -87,20 +88,20 @@ def prepare(
             )
     dataset = DistillationDataset(
         image_index=images,
-        targets=targets,
+        store=targets,
         rows=targets.rows(images.keys, views=1),
-        held_out=held_out,
-        learned=np.setdiff1d(np.arange(len(images)), held_out),
-        shares=None,
-        answers=ZeroShotClassifier(
+        val_indices=held_out,
+        train_indices=np.setdiff1d(np.arange(len(images)), held_out),
+        sample_weights=None,
+        classifier=ZeroShotClassifier(
             prompts, targets.logit_scale, recipe.prompt_weighting, no_adjustment(len(recipe.classes))
         ),
     )
     if recipe.targets.corrects or recipe.data.keep.asks:
         dataset = adjust_and_filter(dataset, recipe, progress, run)
     if run is None or not run.quality_file.exists():
-        tell_quality(dataset, recipe, progress, run)
-    tell_learned(dataset, recipe.data.keep, progress, run)
+        report_statistics(dataset, recipe, progress, run)
+    report_selection(dataset, recipe.data.keep, progress, run)
     if few is not None:
         dataset = with_labelled(dataset, *few, recipe, teacher, progress)
     return dataset
@@ -108,24 +109,25 @@ def prepare(
 
 def grey_of(run: Run) -> GreyRange | None:
     """Return which values of a deep grey were black and white in the images that a run learned from."""
-    return as_grey_range(run.card.get("images", {}).get("grey_range"))
+    images = run.card.images
+    return images.grey_range if images is not None else None
 
 
 def tell_reading(images: ImageIndex, progress: Progress) -> None:
     """Say what was passed over, how deep greys are read, and whether all that is seen is black."""
-    if images.images.left_out:
-        progress.note(f"{images.images.spec}: {images.images.left_out}")
-    if images.deep:
-        progress.note(str(images.deep))
+    if images.source.left_out:
+        progress.note(f"{images.source.spec}: {images.source.left_out}")
+    if images.deep_greys:
+        progress.note(str(images.deep_greys))
     if nearly_black(images):
         progress.note(
-            f"{images.images.spec} is nearly black: 999 of 1,000 values are at most {NEARLY_BLACK} of 255. So is half "
+            f"{images.source.spec} is nearly black: 999 of 1,000 values are at most {NEARLY_BLACK} of 255. So is half "
             "of what was looked at or more. 12 bits in a file of 16 look like this in colour, or where single values "
             "are white: scale the images to 8 bits"
         )
-    elif plain(images):
+    elif of_one_colour(images):
         progress.note(
-            f"{images.images.spec}: half of the images looked at or more are of one colour throughout: view them"
+            f"{images.source.spec}: half of the images looked at or more are of one colour throughout: view them"
         )
 
 
@@ -134,9 +136,10 @@ def read_evaluation(recipe: Recipe, learned: ImageIndex, targets: TeacherFeature
 
     Nothing of a label goes any further: the teacher will see these images, and the student only when it is measured.
     """
-    found = read_image_index(recipe.data.evaluation or "", recipe, progress, known=targets, grey=learned.images.grey)
+    assert recipe.data.evaluation_spec is not None
+    found = read_image_index(recipe.data.evaluation_spec, progress, known=targets, grey=learned.source.grey)
     tell_reading(found, progress)
-    evaluation, _ = labelled(found, recipe.classes, note=progress.note)
+    evaluation, _ = select_labelled(found, recipe.classes, note=progress.note)
     if shared := len(set(evaluation.keys) & set(learned.keys)):
         progress.note(f"{shared} evaluation images are also among those to learn from: accuracy on them flatters")
     return evaluation
@@ -146,9 +149,10 @@ def read_labelled(
     recipe: Recipe, learned: ImageIndex, evaluation: ImageIndex | None, targets: TeacherFeatures, progress: Progress
 ) -> tuple[ImageIndex, NDArray[np.int64]]:
     """Read the few images whose labels are learned from, and say now rather than after the teacher what is wrong."""
-    found = read_image_index(recipe.data.labelled or "", recipe, progress, known=targets, grey=learned.images.grey)
+    assert recipe.data.labelled_spec is not None
+    found = read_image_index(recipe.data.labelled_spec, progress, known=targets, grey=learned.source.grey)
     tell_reading(found, progress)
-    few, labels = labelled(found, recipe.classes, note=progress.note)
+    few, labels = select_labelled(found, recipe.classes, note=progress.note)
     if evaluation is not None and (shared := len(set(evaluation.keys) & set(few.keys))):
         progress.note(f"{shared} evaluation images are also among the labelled ones: accuracy on them flatters")
     return few, labels
@@ -169,23 +173,23 @@ def with_labelled(
     validation = hold_out(few.keys, VALIDATION)
     views = np.full(len(few), 1 + recipe.views.count)
     views[validation] = 1
-    for store in dataset.targets.stores:
+    for store in dataset.store.stores:
         embed(store, few, views=views, recipe=recipe, teacher=teacher, progress=progress)
     teaching = np.setdiff1d(np.arange(len(few)), validation)
     own = replace(
         dataset,
         image_index=few,
-        rows=dataset.targets.rows(few.keys, views=1),
-        held_out=validation,
-        learned=teaching,
-        shares=None,
+        rows=dataset.store.rows(few.keys, views=1),
+        val_indices=validation,
+        train_indices=teaching,
+        sample_weights=None,
     )
-    kept = without(dataset.image_index, dataset.learned, {few.keys[position] for position in validation})
+    kept = without(dataset.image_index, dataset.train_indices, {few.keys[position] for position in validation})
     return replace(
         dataset,
-        learned=dataset.learned[kept],
-        shares=None if dataset.shares is None else dataset.shares[kept],
-        held_out=dataset.held_out[without(dataset.image_index, dataset.held_out, set(few.keys))],
+        train_indices=dataset.train_indices[kept],
+        sample_weights=None if dataset.sample_weights is None else dataset.sample_weights[kept],
+        val_indices=dataset.val_indices[without(dataset.image_index, dataset.val_indices, set(few.keys))],
         labelled=LabelledDataset(own, labels, first=len(dataset.image_index)),
     )
 
@@ -200,12 +204,12 @@ def facts_of(images: ImageIndex) -> dict[str, Any]:
     """Return what a run's card says of its images: how many, and each unreadable one with its reason."""
     unreadable = [{"name": file.name, "reason": file.reason} for file in images.unreadable]
     return {
-        "source": images.images.spec,
+        "source": images.source.spec,
         "used": len(images),
         "duplicates": images.duplicates,
         "unreadable": unreadable,
-        "left_out": images.images.left_out,
-        "grey_range": images.images.grey,
+        "left_out": images.source.left_out,
+        "grey_range": images.source.grey,
     }
 
 

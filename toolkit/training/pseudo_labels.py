@@ -12,16 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prgkit.config.recipe import Keep, Recipe
+from prgkit.config.recipe import Recipe
+from prgkit.config.sections import Keep
 from prgkit.device import best_device
 from prgkit.errors import TargetsError
 from prgkit.progress import Progress
 from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed
 from prgkit.storage.run import Run
 from prgkit.teacher.ensemble import TeacherEnsemble
-from prgkit.teacher.zero_shot import ZeroShotClassifier, answers_of, fit_adjustment
+from prgkit.teacher.zero_shot import ZeroShotClassifier, classifier_of, fit_adjustment
 from prgkit.training import statistics
 from prgkit.training.selection import sure_enough
+from prgkit.training.statistics_schema import Statistics
 
 if TYPE_CHECKING:
     from prgkit.training.dataset import DistillationDataset
@@ -41,30 +43,34 @@ def adjust_and_filter(
     Raises:
         TargetsError: no temperature fits, or no image is left.
     """
-    page, made_from = recipe.data.keep, dataset.fingerprint()
+    config, made_from = recipe.data.keep, dataset.fingerprint()
     confidence = None
     if run is not None and found_before(run, made_from):
-        known = answers_of(run, recipe, dataset.answers.prompts, dataset.targets.logit_scale)
-        dataset = replace(dataset, answers=known)
-        confidence = np.load(run.confidence_file) if page.asks else None
+        known = classifier_of(run, recipe, dataset.classifier.prompts, dataset.store.logit_scale)
+        dataset = replace(dataset, classifier=known)
+        confidence = np.load(run.confidence_file) if config.asks else None
     else:
         if recipe.targets.corrects:
-            sample = dataset.learned[
-                spread(len(dataset.learned), max(statistics.MOST_IMAGES, 20 * len(recipe.classes)))
+            sample = dataset.train_indices[
+                spread(len(dataset.train_indices), max(statistics.MOST_IMAGES, 20 * len(recipe.classes)))
             ]
-            correction = fit_adjustment(uncorrected_logits(dataset, sample), recipe.targets)
-            dataset = replace(dataset, answers=replace(dataset.answers, correction=correction))
-        if page.asks:
+            adjustment = fit_adjustment(uncorrected_logits(dataset, sample), recipe.targets)
+            dataset = replace(dataset, classifier=replace(dataset.classifier, adjustment=adjustment))
+        if config.asks:
             confidence = ask_confidence(dataset, progress)
         if run is not None:
-            keep_found(run, made_from, dataset.answers.correction.to_dict(recipe.classes), confidence)
+            keep_found(run, made_from, dataset.classifier.adjustment.to_dict(recipe.classes), confidence)
     if confidence is None:
         return dataset
-    chosen = sure_enough(confidence, page)
-    return replace(dataset, learned=dataset.learned[chosen], shares=confidence[chosen] if page.weighted else None)
+    chosen = sure_enough(confidence, config)
+    return replace(
+        dataset,
+        train_indices=dataset.train_indices[chosen],
+        sample_weights=confidence[chosen] if config.weighted else None,
+    )
 
 
-def keep_found(run: Run, made_from: str, correction: dict[str, Any], confidence: NDArray[np.float32] | None) -> None:
+def keep_found(run: Run, made_from: str, adjustment: dict[str, Any], confidence: NDArray[np.float32] | None) -> None:
     """Write into the run what was found; the JSON comes last and vouches for the array."""
     digest = None
     if confidence is not None:
@@ -72,7 +78,7 @@ def keep_found(run: Run, made_from: str, correction: dict[str, Any], confidence:
         np.save(buffer, confidence, allow_pickle=False)
         write_bytes(run.confidence_file, buffer.getvalue())
         digest = sha256(run.confidence_file)
-    write_sealed(run.answers_file, {"made_from": made_from, "confidence_sha256": digest, **correction})
+    write_sealed(run.answers_file, {"made_from": made_from, "confidence_sha256": digest, **adjustment})
 
 
 def confidence_of(run: Run, *, images: int) -> NDArray[np.float32]:
@@ -104,19 +110,19 @@ def found_before(run: Run, made_from: str) -> bool:
 def uncorrected_logits(dataset: DistillationDataset, positions: NDArray[np.int64]) -> Tensor:
     """Return what the teacher says by itself of the evaluation views: W [positions, C], on the CPU."""
     device = best_device()
-    answers = dataset.answers.to(device)
+    classifier = dataset.classifier.to(device)
     parts = np.array_split(dataset.rows[positions], max(1, len(positions) // PART))
-    features = (dataset.targets.features(part, np.zeros(len(part), dtype=int)) for part in parts)
-    return torch.cat([answers.raw_logits(part.to(device)).cpu() for part in features])
+    features = (dataset.store.features(part, np.zeros(len(part), dtype=int)) for part in parts)
+    return torch.cat([classifier.raw_logits(part.to(device)).cpu() for part in features])
 
 
 def ask_confidence(dataset: DistillationDataset, progress: Progress) -> NDArray[np.float32]:
     """Return how sure the teacher is of each learned image [learned]: the largest probability in its answer."""
-    progress.start("confidence", len(dataset.learned), "img")
+    progress.start("confidence", len(dataset.train_indices), "img")
     found = []
-    for start in range(0, len(dataset.learned), 16 * PART):
-        logits = uncorrected_logits(dataset, dataset.learned[start : start + 16 * PART])
-        found.append(dataset.answers.correction.apply(logits).softmax(dim=1).amax(dim=1))
+    for start in range(0, len(dataset.train_indices), 16 * PART):
+        logits = uncorrected_logits(dataset, dataset.train_indices[start : start + 16 * PART])
+        found.append(dataset.classifier.adjustment.apply(logits).softmax(dim=1).amax(dim=1))
         progress.advance(len(logits))
     confidence: NDArray[np.float32] = torch.cat(found).numpy()
     return confidence
@@ -127,90 +133,98 @@ def spread(count: int, most: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
-def tell_learned(dataset: DistillationDataset, keep: Keep, progress: Progress, run: Run | None) -> None:
+def report_selection(dataset: DistillationDataset, keep: Keep, progress: Progress, run: Run | None) -> None:
     """Say how many images are learned from, and write it into the run's card."""
-    dropped = len(dataset.image_index) - len(dataset.held_out) - len(dataset.learned)
+    dropped = len(dataset.image_index) - len(dataset.val_indices) - len(dataset.train_indices)
     facts = {
-        "images": len(dataset.learned),
-        "held_out": len(dataset.held_out),
+        "images": len(dataset.train_indices),
+        "held_out": len(dataset.val_indices),
         "dropped": dropped,
         "an_epoch": dataset.images_an_epoch,
     }
     below = f"{dropped:,} below a confidence of {keep.min_confidence}" if keep.min_confidence else "none dropped"
     weighted = f"; weighted by confidence, {dataset.images_an_epoch:,} an epoch" if keep.weighted else ""
     progress.note(
-        f"learning from {len(dataset.learned):,} of {len(dataset.image_index):,} images: "
-        f"{len(dataset.held_out):,} held out, {below}{weighted}"
+        f"learning from {len(dataset.train_indices):,} of {len(dataset.image_index):,} images: "
+        f"{len(dataset.val_indices):,} held out, {below}{weighted}"
     )
     if run is not None:
         run.update_card(learned=facts)
 
 
-def tell_quality(dataset: DistillationDataset, recipe: Recipe, progress: Progress, run: Run | None) -> None:
-    """Say how far the pseudo-labels can be trusted, and keep it in the run."""
-    positions = spread(len(dataset.image_index), statistics.MOST_IMAGES)
-    correction, scale = dataset.answers.correction, dataset.targets.logit_scale
-    features, logits, template_labels = [], [], []
-    for part in np.array_split(dataset.rows[positions], max(1, len(positions) // PART)):
-        features.append(dataset.targets.features(part, np.zeros(len(part), dtype=int)))
-        per_prompt = dataset.answers.per_prompt(features[-1])  # [part, M, C]
-        logits.append(dataset.answers.combine(per_prompt))
-        template_labels.append(correction.apply(per_prompt).argmax(dim=2).T)  # [M, part]
-    by_itself = torch.cat(logits)
-    corrected = correction.apply(by_itself).numpy()
-    found = statistics.assess(
-        torch.cat(features).numpy(),
-        corrected,
-        torch.cat(template_labels, dim=1).numpy(),
-        cosines=(by_itself.amax(dim=1) / scale).numpy(),
-        classes=recipe.classes,
-        templates=recipe.templates,
-        names=[dataset.image_index.images.name(int(index)) for index in dataset.image_index.indices[positions]],
-    )
-    vectors = dataset.answers.class_vectors().numpy()
-    found["doubts"] = statistics.doubts(torch.cat(features).numpy(), by_itself.numpy(), vectors, two_views(dataset))
-    found["read_as_one"] = statistics.read_as_one(vectors, recipe.classes)
-    if recipe.targets.corrects:
-        found["correction"] = {
-            "debias": recipe.targets.debias,
-            "entropy": recipe.targets.entropy,
-            "temperature": correction.temperature,
-            **statistics.changes(by_itself.numpy(), corrected),
-        }
-    if isinstance(dataset.targets, TeacherEnsemble):
-        found["teachers"] = statistics.disagreement(
-            labels_alone(dataset.targets, dataset.answers, features),
-            by_itself.argmax(dim=1).numpy(),
-            teachers=[store.page.name for store in dataset.targets.stores],
-            classes=recipe.classes,
-        )
-    for doubt in found["doubts"]:
+def report_statistics(dataset: DistillationDataset, recipe: Recipe, progress: Progress, run: Run | None) -> None:
+    """Say how far the pseudo-labels can be trusted, and write it into the run."""
+    result = pseudo_label_statistics(dataset, recipe)
+    for doubt in result.doubts:
         progress.note(
             f"the teacher's answers look like chance: {doubt}; a student of them learns nothing, so look at the "
             "teacher, its weights and the class names first"
         )
     progress.note("the teacher's answers:")
-    for name, line in statistics.summary(found):
+    for name, line in statistics.summarise(result):
         progress.note(f"  {name:<12}{line}")
     if run is not None:
-        write_sealed(run.quality_file, found)
+        write_sealed(run.quality_file, result.model_dump(mode="json", by_alias=True, exclude_unset=True))
+
+
+def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Statistics:
+    """Return what there is to know of the pseudo-labels, from a sample of at most MOST_IMAGES evaluation views."""
+    positions = spread(len(dataset.image_index), statistics.MOST_IMAGES)
+    classifier, adjustment = dataset.classifier, dataset.classifier.adjustment
+    feature_parts, logit_parts, template_labels = [], [], []
+    for rows in np.array_split(dataset.rows[positions], max(1, len(positions) // PART)):
+        feature_parts.append(dataset.store.features(rows, np.zeros(len(rows), dtype=int)))
+        per_prompt = classifier.per_prompt(feature_parts[-1])  # [part, M, C]
+        logit_parts.append(classifier.combine(per_prompt))
+        template_labels.append(adjustment.apply(per_prompt).argmax(dim=2).T)  # [M, part]
+    features, raw_logits = torch.cat(feature_parts).numpy(), torch.cat(logit_parts)
+    logits, vectors = adjustment.apply(raw_logits).numpy(), classifier.class_vectors().numpy()
+    result = statistics.compute_statistics(
+        features,
+        logits,
+        torch.cat(template_labels, dim=1).numpy(),
+        cosines=(raw_logits.amax(dim=1) / dataset.store.logit_scale).numpy(),
+        classes=recipe.classes,
+        templates=recipe.templates,
+        names=[dataset.image_index.source.name(int(index)) for index in dataset.image_index.indices[positions]],
+    )
+    update: dict[str, object] = {
+        "doubts": statistics.find_doubts(features, raw_logits.numpy(), vectors, two_views(dataset)),
+        "read_as_one": statistics.find_read_as_one(vectors, recipe.classes),
+    }
+    if recipe.targets.corrects:
+        update["correction"] = statistics.adjustment_effect(
+            raw_logits.numpy(),
+            logits,
+            debias=recipe.targets.debias,
+            entropy=recipe.targets.entropy,
+            temperature=adjustment.temperature,
+        )
+    if isinstance(dataset.store, TeacherEnsemble):
+        update["teachers"] = statistics.measure_disagreement(
+            labels_alone(dataset.store, classifier, feature_parts),
+            raw_logits.argmax(dim=1).numpy(),
+            teachers=[store.config.name for store in dataset.store.stores],
+            classes=recipe.classes,
+        )
+    return result.model_copy(update=update)
 
 
 def two_views(dataset: DistillationDataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the classes that the teacher names of some learned images in their evaluation view, and in a crop."""
-    positions = dataset.learned[spread(len(dataset.learned), VIEWED_TWICE)]
+    positions = dataset.train_indices[spread(len(dataset.train_indices), VIEWED_TWICE)]
     first, second = (
-        dataset.answers.raw_logits(dataset.targets.features(dataset.rows[positions], np.full(len(positions), view)))
+        dataset.classifier.raw_logits(dataset.store.features(dataset.rows[positions], np.full(len(positions), view)))
         for view in (0, 1)
     )
     return first.argmax(dim=1).numpy(), second.argmax(dim=1).numpy()
 
 
 def labels_alone(
-    targets: TeacherEnsemble, answers: ZeroShotClassifier, features: Sequence[Tensor]
+    targets: TeacherEnsemble, classifier: ZeroShotClassifier, features: Sequence[Tensor]
 ) -> NDArray[np.int64]:
     """Return the class that each of K teachers names by itself, uncorrected: [K, n], for joint features in parts."""
-    each, parts = targets.alone(answers), [targets.split(part) for part in features]
+    each, parts = targets.alone(classifier), [targets.split(part) for part in features]
     said = [torch.cat([one.raw_logits(part[place]).argmax(dim=1) for part in parts]) for place, one in enumerate(each)]
     labels: NDArray[np.int64] = torch.stack(said).numpy()
     return labels

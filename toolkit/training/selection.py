@@ -7,23 +7,23 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.config.recipe import Keep
+from prgkit.config.sections import Keep
 from prgkit.errors import TargetsError
 
 
-def sure_enough(confidence: NDArray[np.float32], page: Keep) -> NDArray[np.bool_]:
+def sure_enough(confidence: NDArray[np.float32], config: Keep) -> NDArray[np.bool_]:
     """Return which images [n] are learned from.
 
     Raises:
         TargetsError: fewer than two images an epoch are left.
     """
-    chosen: NDArray[np.bool_] = confidence >= page.min_confidence
-    left = images_an_epoch(confidence[chosen]) if page.weighted else int(chosen.sum())
+    chosen: NDArray[np.bool_] = confidence >= config.min_confidence
+    left = images_an_epoch(confidence[chosen]) if config.weighted else int(chosen.sum())
     if left < 2:
         raise TargetsError(
             f"{('no image is', 'only one image is')[left]} left to learn from: the teacher's confidence is at most "
             f"{float(confidence.max()):.2f}",
-            where=f"data.keep.min_confidence: {page.min_confidence}",
+            where=f"data.keep.min_confidence: {config.min_confidence}",
             fix="lower it, or give class names and prompts that fit the images better",
         )
     return chosen

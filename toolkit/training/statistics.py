@@ -1,16 +1,32 @@
-"""How far the teacher's pseudo-labels can be trusted, told before the first epoch and without a label."""
+"""How far the teacher's pseudo-labels can be trusted, known before the first epoch and without a label."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prgkit.training.statistics_schema import (
+    AdjustmentEffect,
+    Balance,
+    BeforeAfter,
+    ClassCount,
+    ContestedClass,
+    Disagreement,
+    Distribution,
+    NearDuplicates,
+    Outliers,
+    Statistics,
+    TeacherAgreement,
+    TeacherPair,
+    TemplateAgreement,
+)
+
 Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
 
 BINS = 20
 LISTED = 10  # of anything that is named one by one
@@ -26,23 +42,23 @@ SAME = 1e-5  # between two unit vectors, a distance that is rounding alone
 FENCE = 3.0  # interquartile ranges below the first quartile: "far out" (Tukey, 1977)
 
 
-def assess(
+def compute_statistics(
     features: Floats,
     logits: Floats,
-    template_labels: NDArray[np.int64],
+    template_labels: Labels,
     *,
     cosines: Floats,
     classes: Sequence[str],
     templates: Sequence[str],
     names: Sequence[str],
-) -> dict[str, Any]:
+) -> Statistics:
     """Return what there is to know of pseudo-labels before anyone learns from them.
 
     Args:
         features: the teacher's unit features I [n, D] of the evaluation view.
-        logits: its answers W [n, C], as the student will learn them.
+        logits: its logits W [n, C], as the student will learn them.
         template_labels: the class that each template alone would name [M, n].
-        cosines: of each image [n] with the class nearest to it, before any correction.
+        cosines: of each image [n] with the class nearest to it, before any adjustment.
         classes: C names.
         templates: M templates.
         names: n names of images, for the ones worth a look.
@@ -51,53 +67,48 @@ def assess(
     order = np.argsort(-logits, axis=1)[:, :2]  # the best and the second best class
     best, second = np.take_along_axis(probabilities, order, axis=1).T
     labels, margin = order[:, 0], best - second
-    return {
-        "images": len(logits),
-        "confidence": {"mean": mean(best), "histogram": histogram(best)},
-        "margin": {"mean": mean(margin), "histogram": histogram(margin)},
-        "close_calls": int((margin < CLOSE_CALL).sum()),
-        "balance": balance(labels, classes),
-        "confused": confused(order[margin < CLOSE_CALL], classes),
-        "near_duplicates": near_duplicates(features.astype(np.float32), labels, names),
-        "outliers": outliers(cosines, names),
-        "templates": [
-            {"template": template, "agreement": round(100 * float((chosen == labels).mean()), 2)}
+    return Statistics(
+        images=len(logits),
+        confidence=distribution(best),
+        margin=distribution(margin),
+        close_calls=int((margin < CLOSE_CALL).sum()),
+        balance=balance(labels, classes),
+        confused=confused(order[margin < CLOSE_CALL], classes),
+        near_duplicates=near_duplicates(features.astype(np.float32), labels, names),
+        outliers=outliers(cosines, names),
+        templates=[
+            TemplateAgreement(template=template, agreement=round(100 * float((chosen == labels).mean()), 2))
             for template, chosen in zip(templates, template_labels, strict=True)
         ],
-    }
+    )
 
 
-def doubts(
-    features: Floats,
-    logits: Floats,
-    class_vectors: Floats,
-    views: tuple[NDArray[np.int64], NDArray[np.int64]],
-) -> list[str]:
-    """Return why the answers look like chance, in words, as those of random weights do; nothing of a sound teacher.
+def find_doubts(features: Floats, logits: Floats, class_vectors: Floats, views: tuple[Labels, Labels]) -> list[str]:
+    """Return why the teacher's answers look like chance, as those of random weights do; nothing for a sound teacher.
 
     Args:
         features: the teacher's unit features I [n, D] of the evaluation view.
-        logits: its answers W [n, C], uncorrected.
-        class_vectors: the class names as it reads them [C, D], of unit length.
+        logits: its logits W [n, C], not adjusted.
+        class_vectors: the class names as it reads them [C, D], unit vectors.
         views: the classes that it names of some images [m] in one view, and in another.
     """
     probabilities, classes = softmax(logits), logits.shape[1]
     entropy = float(-(probabilities * np.log(np.maximum(probabilities, 1e-12))).sum(axis=1).mean() / np.log(classes))
     largest = float(np.bincount(logits.argmax(axis=1)).max() / len(logits))
-    found = []
+    doubts = []
     if not entropy < FLAT:  # nor where it is no number
-        found.append(f"nearly even odds for every class (mean entropy {entropy:.2f} of ln {classes})")
+        doubts.append(f"nearly even odds for every class (mean entropy {entropy:.2f} of ln {classes})")
     if len(features) > 1 and (cosine := mean_cosine(features)) > ALIKE:
-        found.append(f"nearly the same is seen in every image (mean cosine {cosine:.3f})")
+        doubts.append(f"nearly the same is seen in every image (mean cosine {cosine:.3f})")
     if (cosine := mean_cosine(class_vectors)) > ALIKE:
-        found.append(f"nearly the same is read in every class name (mean cosine {cosine:.3f})")
+        doubts.append(f"nearly the same is read in every class name (mean cosine {cosine:.3f})")
     if largest > ONE_CLASS and entropy > UNSURE:
-        found.append(
+        doubts.append(
             f"one class is named for {100 * largest:.0f} % of the images, with a mean entropy of {entropy:.2f}"
         )
     if len(views[0]) >= 50 and largest <= ONE_CLASS and (agreement := kappa(*views)) < BY_CHANCE:
-        found.append(f"two views of one image agree hardly more often than by chance (kappa {agreement:.2f})")
-    return found
+        doubts.append(f"two views of one image agree hardly more often than by chance (kappa {agreement:.2f})")
+    return doubts
 
 
 def mean_cosine(vectors: Floats) -> float:
@@ -106,7 +117,7 @@ def mean_cosine(vectors: Floats) -> float:
     return float(((vectors.sum(axis=0, dtype=np.float64) ** 2).sum() - count) / (count * (count - 1)))
 
 
-def kappa(one: NDArray[np.int64], other: NDArray[np.int64]) -> float:
+def kappa(one: Labels, other: Labels) -> float:
     """Return Cohen's kappa of two namings [n] of the same images: 0 for chance, 1 where they are equal."""
     most = int(max(one.max(), other.max())) + 1
     shares = [np.bincount(labels, minlength=most) / len(labels) for labels in (one, other)]
@@ -114,99 +125,120 @@ def kappa(one: NDArray[np.int64], other: NDArray[np.int64]) -> float:
     return 1.0 if chance == 1 else (float((one == other).mean()) - chance) / (1 - chance)
 
 
-def read_as_one(class_vectors: Floats, classes: Sequence[str]) -> list[tuple[str, str]]:
+def find_read_as_one(class_vectors: Floats, classes: Sequence[str]) -> list[tuple[str, str]]:
     """Return pairs of classes whose vectors [C, D] are one and the same, at most LISTED."""
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     for start in range(0, len(classes), 1024):
         cosines = np.triu(class_vectors[start : start + 1024] @ class_vectors[start:].T, k=1)
         for row, column in zip(*np.nonzero(cosines > 1 - SAME), strict=True):
             if np.abs(class_vectors[start + row] - class_vectors[start + column]).max() < SAME:
-                found.append((classes[start + row], classes[start + column]))
-        if len(found) >= LISTED:
+                pairs.append((classes[start + row], classes[start + column]))
+        if len(pairs) >= LISTED:
             break
-    return found[:LISTED]
+    return pairs[:LISTED]
 
 
-def summary(quality: dict[str, Any]) -> list[tuple[str, str]]:
+def summarise(statistics: Statistics) -> list[tuple[str, str]]:
     """Return the few lines that a person reads before training starts."""
-    spread, pairs = quality["balance"], quality["confused"]
-    alike, far = quality["near_duplicates"], quality["outliers"]
-    close = 100 * quality["close_calls"] / quality["images"]
-    lines = [("doubtful", f"looks like chance: {doubt}") for doubt in quality.get("doubts", ())]
-    if same := quality.get("read_as_one"):
-        lines.append(("one vector", ", ".join(f"{a} / {b}" for a, b in same[:3])))
-    lines += [("correction", corrected(quality["correction"]))] if quality.get("correction") else []
-    lines += differing(quality["teachers"]) if quality.get("teachers") else []
+    spread, alike, far = statistics.balance, statistics.near_duplicates, statistics.outliers
+    close = 100 * statistics.close_calls / statistics.images
+    lines = [("doubtful", f"looks like chance: {doubt}") for doubt in statistics.doubts]
+    if statistics.read_as_one:
+        lines.append(("one vector", ", ".join(f"{a} / {b}" for a, b in statistics.read_as_one[:3])))
+    if statistics.correction:
+        lines.append(("correction", summarise_adjustment(statistics.correction)))
+    if statistics.teachers:
+        lines += summarise_disagreement(statistics.teachers)
     lines += [
-        ("confidence", f"{quality['confidence']['mean']:.2f} on average, {close:.0f} % of the images are close calls"),
+        ("confidence", f"{statistics.confidence.mean:.2f} on average, {close:.0f} % of the images are close calls"),
         (
             "balance",
-            f"{spread['smallest']['count']:,} ({spread['smallest']['class']}) to {spread['largest']['count']:,} "
-            f"({spread['largest']['class']}) images a class; {spread['uniform']:,.0f} would be even",
+            f"{spread.smallest.count:,} ({spread.smallest.class_name}) to {spread.largest.count:,} "
+            f"({spread.largest.class_name}) images a class; {spread.uniform:,.0f} would be even",
         ),
     ]
-    if spread["unmatched"]:
-        lines.append(("no image", f"{len(spread['unmatched'])} classes, e.g. {', '.join(spread['unmatched'][:5])}"))
-    if pairs:
-        lines.append(("confused", ", ".join(f"{a} / {b} ({count:,})" for a, b, count in pairs[:3])))
-    if alike["images"]:
-        example = " = ".join(alike["pairs"][0][:2])
-        lines.append(("near copies", f"{alike['images']:,} of {alike['compared']:,} images, e.g. {example}"))
-    if far["count"]:
-        lines.append(("outliers", f"{far['count']:,} images fit no class, e.g. {far['lowest'][0][0]}"))
-    worst = min(quality["templates"], key=lambda row: row["agreement"])
-    if len(quality["templates"]) > 1:
-        lines.append(("odd prompt", f"{worst['template']!r} agrees with the others on {worst['agreement']:.1f} %"))
+    if spread.unmatched:
+        lines.append(("no image", f"{len(spread.unmatched)} classes, e.g. {', '.join(spread.unmatched[:5])}"))
+    if statistics.confused:
+        lines.append(("confused", ", ".join(f"{a} / {b} ({count:,})" for a, b, count in statistics.confused[:3])))
+    if alike.images:
+        example = " = ".join(alike.pairs[0][:2])
+        lines.append(("near copies", f"{alike.images:,} of {alike.compared:,} images, e.g. {example}"))
+    if far.count:
+        lines.append(("outliers", f"{far.count:,} images fit no class, e.g. {far.lowest[0][0]}"))
+    worst = min(statistics.templates, key=lambda template: template.agreement)
+    if len(statistics.templates) > 1:
+        lines.append(("odd prompt", f"{worst.template!r} agrees with the others on {worst.agreement:.1f} %"))
     return lines
 
 
-def balance(labels: NDArray[np.int64], classes: Sequence[str]) -> dict[str, Any]:
-    """Return images per pseudo-class against an even share; CLIP's are uneven even where the images are not."""
+def summarise_adjustment(effect: AdjustmentEffect) -> str:
+    """Say what was done to the teacher's logits."""
+    parts = []
+    if effect.debias:
+        varied = effect.effective_classes
+        parts.append(
+            f"debias {effect.debias} changed {effect.changed:,} of {effect.images:,} "
+            f"pseudo-labels, as varied as {varied.after:.1f} even classes, before {varied.before:.1f}"
+        )
+    if effect.entropy is not None:
+        parts.append(f"temperature {effect.temperature:.3g}")
+    return "; ".join(parts)
+
+
+def summarise_disagreement(disagreement: Disagreement) -> list[tuple[str, str]]:
+    """Say how far several teachers differ."""
+    agreeing = ", ".join(f"{one.teacher} on {one.agreement:.1f} %" for one in disagreement.average)
+    differ = f"they name different classes on {disagreement.differ:.1f} % of the images"
+    lines = [("teachers", f"{differ}; with their average agree {agreeing}")]
+    if disagreement.classes:
+        contested = [f"{one.class_name} ({one.contested:,} of {one.named:,})" for one in disagreement.classes[:3]]
+        lines.append(("contested", f"{', '.join(contested)} of the images that a teacher gives to that class"))
+    return lines
+
+
+def balance(labels: Labels, classes: Sequence[str]) -> Balance:
+    """Return images per pseudo-class."""
     counts = np.bincount(labels, minlength=len(classes))
-    return {
-        "counts": counts.tolist(),
-        "uniform": len(labels) / len(classes),
-        "largest": {"class": classes[int(counts.argmax())], "count": int(counts.max())},
-        "smallest": {"class": classes[int(counts.argmin())], "count": int(counts.min())},
-        "unmatched": [name for name, count in zip(classes, counts, strict=True) if count == 0],
-        "effective_classes": effective_classes(counts),
-    }
+    largest, smallest = (
+        ClassCount(class_name=classes[int(label)], count=int(counts[label]))
+        for label in (counts.argmax(), counts.argmin())
+    )
+    return Balance(
+        counts=counts.tolist(),
+        uniform=len(labels) / len(classes),
+        largest=largest,
+        smallest=smallest,
+        unmatched=[name for name, count in zip(classes, counts, strict=True) if count == 0],
+        effective_classes=effective_classes(counts),
+    )
 
 
-def effective_classes(counts: NDArray[np.int64]) -> float:
+def effective_classes(counts: Labels) -> float:
     """Return exp(entropy) of images per class [C]: as many evenly filled classes would be as varied."""
     shares = counts[counts > 0] / counts.sum()
     return round(float(np.exp(-(shares * np.log(shares)).sum())), 2)
 
 
-def changes(before: Floats, after: Floats) -> dict[str, Any]:
-    """Return what a correction did to the pseudo-labels: logits W [n, C] before and after it."""
+def adjustment_effect(
+    before: Floats, after: Floats, *, debias: float, entropy: float | None, temperature: float
+) -> AdjustmentEffect:
+    """Return what an adjustment did to the pseudo-labels: logits W [n, C] before and after it."""
     labels = [logits.argmax(axis=1) for logits in (before, after)]
-    varied = [effective_classes(np.bincount(one, minlength=before.shape[1])) for one in labels]
-    return {
-        "changed": int((labels[0] != labels[1]).sum()),
-        "images": len(before),
-        "effective_classes": {"before": varied[0], "after": varied[1]},
-    }
+    varied = [effective_classes(np.bincount(some, minlength=before.shape[1])) for some in labels]
+    return AdjustmentEffect(
+        debias=debias,
+        entropy=entropy,
+        temperature=temperature,
+        changed=int((labels[0] != labels[1]).sum()),
+        images=len(before),
+        effective_classes=BeforeAfter(before=varied[0], after=varied[1]),
+    )
 
 
-def corrected(correction: dict[str, Any]) -> str:
-    """Say what was done to the teacher's answers."""
-    told = []
-    if correction["debias"]:
-        varied = correction["effective_classes"]
-        told.append(
-            f"debias {correction['debias']} changed {correction['changed']:,} of {correction['images']:,} "
-            f"pseudo-labels, as varied as {varied['after']:.1f} even classes, before {varied['before']:.1f}"
-        )
-    if correction["entropy"] is not None:
-        told.append(f"temperature {correction['temperature']:.3g}")
-    return "; ".join(told)
-
-
-def disagreement(
-    alone: NDArray[np.int64], together: NDArray[np.int64], *, teachers: Sequence[str], classes: Sequence[str]
-) -> dict[str, Any]:
+def measure_disagreement(
+    alone: Labels, together: Labels, *, teachers: Sequence[str], classes: Sequence[str]
+) -> Disagreement:
     """Return how far K teachers differ: the classes that each names by itself [K, n], and that their average does [n].
 
     A class is contested on an image that some teacher gives to it and another does not.
@@ -218,58 +250,49 @@ def disagreement(
         named += np.bincount(mine[fresh], minlength=len(classes))
         contested += np.bincount(mine[fresh & differ], minlength=len(classes))
     most = [int(label) for label in np.argsort(-contested, kind="stable")[:LISTED] if contested[label]]
-    return {
-        "differ": share(differ),
-        "pairs": [
-            {"teachers": [teachers[a], teachers[b]], "differ": share(alone[a] != alone[b])}
+    return Disagreement(
+        differ=percent(differ),
+        pairs=[
+            TeacherPair(teachers=(teachers[a], teachers[b]), differ=percent(alone[a] != alone[b]))
             for a, b in combinations(range(len(alone)), 2)
         ],
-        "average": [
-            {"teacher": name, "agreement": share(mine == together)} for name, mine in zip(teachers, alone, strict=True)
+        average=[
+            TeacherAgreement(teacher=name, agreement=percent(mine == together))
+            for name, mine in zip(teachers, alone, strict=True)
         ],
-        "classes": [
-            {"class": classes[label], "contested": int(contested[label]), "named": int(named[label])} for label in most
+        classes=[
+            ContestedClass(class_name=classes[label], contested=int(contested[label]), named=int(named[label]))
+            for label in most
         ],
-    }
+    )
 
 
-def differing(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Say how far several teachers differ."""
-    agreeing = ", ".join(f"{one['teacher']} on {one['agreement']:.1f} %" for one in found["average"])
-    differ = f"they name different classes on {found['differ']:.1f} % of the images"
-    lines = [("teachers", f"{differ}; with their average agree {agreeing}")]
-    if found["classes"]:
-        told = [f"{one['class']} ({one['contested']:,} of {one['named']:,})" for one in found["classes"][:3]]
-        lines.append(("contested", f"{', '.join(told)} of the images that a teacher gives to that class"))
-    return lines
-
-
-def confused(close_calls: NDArray[np.int64], classes: Sequence[str]) -> list[tuple[str, str, int]]:
+def confused(close_calls: Labels, classes: Sequence[str]) -> list[tuple[str, str, int]]:
     """Return the pairs of classes [(a, b, images)] between which the teacher hesitates most."""
     pairs = Counter(tuple(sorted(pair)) for pair in close_calls.tolist())
     return [(classes[a], classes[b], count) for (a, b), count in pairs.most_common(LISTED)]
 
 
-def near_duplicates(features: Floats, labels: NDArray[np.int64], names: Sequence[str]) -> dict[str, Any]:
+def near_duplicates(features: Floats, labels: Labels, names: Sequence[str]) -> NearDuplicates:
     """Return how many images have a near copy, and the closest pairs."""
     closest = 1 - DUPLICATE_SHARE * usual_distance(features, labels)
-    found: list[tuple[float, int, int]] = []
+    closest_pairs: list[tuple[float, int, int]] = []
     copied = np.zeros(len(features), dtype=bool)
     for start in range(0, len(features), 1024):
         cosines = np.triu(features[start : start + 1024] @ features[start:].T, k=1)  # each pair once
         rows, columns = np.nonzero(cosines > closest)
         copied[start + rows] = copied[start + columns] = True
         best = np.argsort(-cosines[rows, columns], kind="stable")[:LISTED]
-        found += [
+        closest_pairs += [
             (float(cosines[a, b]), start + int(a), start + int(b))
             for a, b in zip(rows[best], columns[best], strict=True)
         ]
-        found = sorted(found, reverse=True)[:LISTED]
-    pairs = [(names[a], names[b], round(cosine, 4)) for cosine, a, b in found]
-    return {"compared": len(features), "images": int(copied.sum()), "pairs": pairs}
+        closest_pairs = sorted(closest_pairs, reverse=True)[:LISTED]
+    pairs = [(names[a], names[b], round(cosine, 4)) for cosine, a, b in closest_pairs]
+    return NearDuplicates(compared=len(features), images=int(copied.sum()), pairs=pairs)
 
 
-def usual_distance(features: Floats, labels: NDArray[np.int64]) -> float:
+def usual_distance(features: Floats, labels: Labels) -> float:
     """Return the median cosine distance between two images of one pseudo-class."""
     order = np.argsort(labels, kind="stable")
     one, other = order[:-1], order[1:]
@@ -278,22 +301,22 @@ def usual_distance(features: Floats, labels: NDArray[np.int64]) -> float:
     return float(np.median(distances)) if len(distances) else 0.0
 
 
-def outliers(cosines: Floats, names: Sequence[str]) -> dict[str, Any]:
+def outliers(cosines: Floats, names: Sequence[str]) -> Outliers:
     """Return the images far from every class, whose cosine [n] to the nearest one lies below Tukey's outer fence."""
     first, third = np.percentile(cosines, [25, 75])
     floor = float(first - FENCE * (third - first))
     lowest = [int(place) for place in np.argsort(cosines)[:LISTED] if cosines[place] < floor]
-    return {
-        "count": int((cosines < floor).sum()),
-        "floor": round(floor, 4),
-        "lowest": [(names[place], round(float(cosines[place]), 4)) for place in lowest],
-    }
+    return Outliers(
+        count=int((cosines < floor).sum()),
+        floor=round(floor, 4),
+        lowest=[(names[place], round(float(cosines[place]), 4)) for place in lowest],
+    )
 
 
-def histogram(values: Floats) -> list[int]:
-    """Return counts in 20 equal bins of [0, 1]."""
+def distribution(values: Floats) -> Distribution:
+    """Return the mean of values in [0, 1], and their counts in equal bins."""
     counts: list[int] = np.histogram(values, bins=BINS, range=(0, 1))[0].tolist()
-    return counts
+    return Distribution(mean=round(float(values.mean()), 4), histogram=counts)
 
 
 def softmax(logits: Floats) -> Floats:
@@ -303,11 +326,6 @@ def softmax(logits: Floats) -> Floats:
     return shares
 
 
-def share(chosen: NDArray[np.bool_]) -> float:
+def percent(chosen: NDArray[np.bool_]) -> float:
     """Return how many of them are true, in percent, for JSON."""
     return round(100 * float(chosen.mean()), 2)
-
-
-def mean(values: Floats) -> float:
-    """Return a mean for JSON."""
-    return round(float(values.mean()), 4)

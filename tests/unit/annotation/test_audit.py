@@ -16,7 +16,8 @@ pytest.importorskip("torch")
 
 from prgkit.annotation.audit import audit, draw
 from prgkit.config.recipe import load_recipe
-from prgkit.data.index import index_images, open_images
+from prgkit.data.index import index_images
+from prgkit.data.sources import open_images
 from prgkit.data.ticks import Tick, read_ticks, ticked, write_ticks
 from prgkit.errors import ImagesError
 from prgkit.evaluate.accuracy.ticked import audit_section as report_on

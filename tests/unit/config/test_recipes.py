@@ -18,8 +18,8 @@ from prgkit.cli.main import main
 from prgkit.config.prompts import load_classes
 from prgkit.config.recipe import load_recipe, shipped_recipes
 from prgkit.data.hub import split_options
-from prgkit.data.index import open_images
 from prgkit.data.labels import class_indices
+from prgkit.data.sources import open_images
 
 # Quick on a CPU; the demo rehearses with a student of the family that most of the others have.
 STAND_IN = "test_efficientnet"

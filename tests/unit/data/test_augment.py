@@ -14,11 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from prgkit.config.recipe import Views
+from prgkit.config.sections import Views
 from prgkit.data.augment import Batch, MultiViewDataset, View, make_dataloader, render, seeded_view
 from prgkit.data.cache import DecodedImageCache
-from prgkit.data.index import ImageIndex, Preprocessing, index_images, open_images
-from prgkit.data.workers import default_workers
+from prgkit.data.index import ImageIndex, index_images
+from prgkit.data.preprocessing import Preprocessing
+from prgkit.data.sources import open_images
+from prgkit.workers import default_workers
 
 PAGE = Views(count=3, crop_scale=(0.3, 0.8), seed=5)
 PREPROCESSING = Preprocessing(24, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -180,7 +182,7 @@ def test_a_large_picture_is_cut_from_a_reduced_one_and_view_0_from_the_whole(tmp
     photo(1300, 2100).save(tmp_path / "in" / f"large.{suffix}")
     found = index_images(open_images(str(tmp_path / "in")), workers=1)
     assert found.read(0).size == (1300, 2100)
-    enough = found.read_enough(0)
+    enough = found.read_reduced(0)
     assert enough.shape == (1050, 650, 3)
     batch = rendered(MultiViewDataset(found, PREPROCESSING, PAGE), (0, [0, 1]))
     np.testing.assert_array_equal(batch.pixels[0, 0], PREPROCESSING.prepare(found.read(0)))
@@ -193,15 +195,15 @@ def test_a_large_picture_is_cut_from_a_reduced_one_and_view_0_from_the_whole(tmp
 def test_kept_pictures_change_no_pixel(photos: ImageIndex, tmp_path: Path) -> None:
     photo(1100, 1060).save(tmp_path / "large.jpg")
     for name in ("small", "large"):
-        source = photos.images if name == "small" else open_images(str(tmp_path))
-        kept = index_images(source, workers=2, pictures=DecodedImageCache(tmp_path / f"pictures-{name}"))
-        again = index_images(source, workers=2, pictures=DecodedImageCache(tmp_path / f"pictures-{name}"), known=())
+        source = photos.source if name == "small" else open_images(str(tmp_path))
+        kept = index_images(source, workers=2, cache=DecodedImageCache(tmp_path / f"pictures-{name}"))
+        again = index_images(source, workers=2, cache=DecodedImageCache(tmp_path / f"pictures-{name}"), known=())
         bare = index_images(source, workers=2)
         items = [(position, [0, 1, 3]) for position in range(len(bare))]
         expected = rendered(MultiViewDataset(bare, PREPROCESSING, PAGE), *items).pixels
         for found in (kept, again):
-            assert found.pictures is not None
-            assert len(found.pictures) == len(bare)
+            assert found.cache is not None
+            assert len(found.cache) == len(bare)
             assert torch.equal(rendered(MultiViewDataset(found, PREPROCESSING, PAGE), *items).pixels, expected)
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from prgkit.data import cache, decode
 from prgkit.data.cache import DecodedImageCache
-from prgkit.data.index import ImageSource, index_images, open_images
+from prgkit.data.index import index_images
+from prgkit.data.sources import ImageSource, open_images
 from prgkit.storage.locks import locked
 
 
@@ -42,7 +43,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def fill(photos: ImageSource, folder: Path) -> DecodedImageCache:
-    index_images(photos, workers=2, pictures=DecodedImageCache(folder))
+    index_images(photos, workers=2, cache=DecodedImageCache(folder))
     return DecodedImageCache(folder)
 
 
@@ -57,7 +58,7 @@ def test_what_is_kept_is_the_picture_and_is_decoded_once(
             assert found is not None
             np.testing.assert_array_equal(found, np.asarray(photos.read(index)))
     decoded.clear()
-    found = index_images(photos, workers=2, pictures=kept, known=kept)
+    found = index_images(photos, workers=2, cache=kept, known=kept)
     assert [found.read(position).size for position in range(9)] == [found.read(position).size for position in range(9)]
     assert decoded == []
 
@@ -66,7 +67,7 @@ def test_a_known_image_is_decoded_for_keeping_only(photos: ImageSource, tmp_path
     known = [photos.key(index) for index in range(9)]
     assert len(index_images(photos, workers=1, known=known)) == 9
     assert decoded == []
-    index_images(photos, workers=1, known=known, pictures=DecodedImageCache(tmp_path / "kept"))
+    index_images(photos, workers=1, known=known, cache=DecodedImageCache(tmp_path / "kept"))
     assert len(decoded) == 9
 
 
@@ -78,7 +79,7 @@ def test_there_is_a_limit(
     assert 4 <= len(kept) < 9
     assert (tmp_path / "kept" / "pictures.u8").stat().st_size <= 5 * 30 * 30 * 3
     decoded.clear()
-    index_images(photos, workers=1, pictures=kept, known=[photos.key(index) for index in range(9)])
+    index_images(photos, workers=1, cache=kept, known=[photos.key(index) for index in range(9)])
     assert decoded == []  # what found no room is not decoded in vain
 
 
@@ -123,7 +124,7 @@ def test_a_full_disk_and_a_second_process_only_cost_time(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert len(index_images(photos, workers=1, pictures=DecodedImageCache(tmp_path / "kept"))) == 9
+    assert len(index_images(photos, workers=1, cache=DecodedImageCache(tmp_path / "kept"))) == 9
     monkeypatch.setattr(os, "fsync", fsync)
     assert len(DecodedImageCache(tmp_path / "kept")) == 0
     assert len(fill(photos, tmp_path / "kept")) == 9

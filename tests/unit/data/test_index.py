@@ -23,21 +23,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from prgkit.config.sections import ImageSpec
 from prgkit.data import index as image_module
-from prgkit.data.decode import UnreadableImage, decode, extremes, grey_range, image_suffixes
-from prgkit.data.index import (
-    ImageIndex,
-    ImageSource,
-    Preprocessing,
-    content_key,
-    index_images,
-    load_image,
-    match_labels,
-    nearly_black,
-    open_images,
-    plain,
-)
-from prgkit.data.sources import expand_braces
+from prgkit.data.archives import expand_braces
+from prgkit.data.decode import UnreadableImage, content_key, decode, extremes, grey_range, image_suffixes
+from prgkit.data.index import ImageIndex, index_images, match_labels, nearly_black, of_one_colour
+from prgkit.data.preprocessing import Preprocessing, load_image
+from prgkit.data.sources import ImageSource, open_images
 from prgkit.errors import ImagesError
 
 REAL = Path(os.environ.get("PRGKIT_DATA", "not given")) / "cifar100"
@@ -82,9 +74,9 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def error_text(spec: str | Path, **options: Path) -> str:
+def error_text(source: str | Path, labels: Path | None = None) -> str:
     with pytest.raises(ImagesError) as raised:
-        index_images(open_images(str(spec), **options), workers=2)
+        index_images(open_images(ImageSpec(str(source), labels)), workers=2)
     return str(raised.value)
 
 
@@ -590,7 +582,7 @@ def test_the_content_decides_what_is_a_picture(tmp_path: Path, kind: str) -> Non
 
 def test_a_folder_of_pictures_says_nothing_and_looks_into_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path, MEMBERS | {"cat/a.txt": b"0 1 1 2 2"})
-    monkeypatch.setattr("prgkit.data.sources.read_head", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr("prgkit.data.files.read_head", lambda path: pytest.fail(f"{path} was opened"))
     images = open_images(str(tmp_path))
     assert len(images) == 4
     assert images.left_out == "passed over 1 file that is no picture: 1 .txt"
@@ -707,9 +699,9 @@ def test_catalogue_counts_skips_and_reports_progress(tmp_path: Path) -> None:
     assert (len(found), found.duplicates) == (97, 2)
     assert [(one.name, one.reason) for one in found.unreadable] == [("x.png", "the file is empty")]
     assert list(found.keys) == sorted(found.keys)
-    assert [found.images.key(int(index)) for index in found.indices] == list(found.keys)
+    assert [found.source.key(int(index)) for index in found.indices] == list(found.keys)
     assert (len(calls), sum(calls)) == (4, 100)  # in steps, each saying how many more are done
-    assert (pixels(found.read(0)) == pixels(found.images.read(int(found.indices[0])))).all()
+    assert (pixels(found.read(0)) == pixels(found.source.read(int(found.indices[0])))).all()
 
 
 def deep(*values: int) -> bytes:
@@ -719,28 +711,28 @@ def deep(*values: int) -> bytes:
 def test_deep_greys_of_a_set_have_one_range(tmp_path: Path) -> None:
     members = {"a.png": deep(0, 900), "b.png": deep(100, 3987), "c.png": deep(800, 819), "d.png": deep(5, 6)[:-30]}
     found = index_images(open_images(str(write_folder(tmp_path, MEMBERS | members))), workers=2)
-    assert found.images.grey == (0, 4095)
-    assert str(found.deep) == (
+    assert found.source.grey == (0, 4095)
+    assert str(found.deep_greys) == (
         "4 images are deep grey; the values of the 3 looked at go from 0 to 3,987, so 0 to 4,095 (12 bits) is black to white"
     )
-    read = {found.images.name(int(index)): found.read(place) for place, index in enumerate(found.indices)}
+    read = {found.source.name(int(index)): found.read(place) for place, index in enumerate(found.indices)}
     assert [pixels(read[name])[0, :, 0].tolist() for name in ("a.png", "b.png", "c.png")] == [
         *([0, 56], [6, 248], [50, 51])  # v * 255 / 4095
     ]
     assert [one.name for one in found.unreadable] == ["d.png"]
     plain = index_images(open_images(str(write_folder(tmp_path / "plain", MEMBERS))), workers=2)
     assert set(plain.keys) < set(found.keys)  # all else is known as before
-    assert (plain.images.grey, plain.deep) == (None, None)
-    again = index_images(found.images, workers=1)
+    assert (plain.source.grey, plain.deep_greys) == (None, None)
+    again = index_images(found.source, workers=1)
     assert again.keys == found.keys
-    assert [found.images.key(int(index)) for index in found.indices] == list(found.keys)
+    assert [found.source.key(int(index)) for index in found.indices] == list(found.keys)
     assert index_images(open_images(str(tmp_path)).with_grey((0, 8000)), workers=1).keys != found.keys
 
 
 def test_true_16_bits_stay_what_they_were(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a.png": deep(0, 65535), "b.png": deep(257, 30 * 257)})
     found = index_images(open_images(str(tmp_path)), workers=1)
-    assert found.images.grey == (0, 65535)
+    assert found.source.grey == (0, 65535)
     assert set(found.keys) == {content_key(path.read_bytes()) for path in tmp_path.iterdir()}
     assert sorted(pixels(found.read(place))[0, 1, 0] for place in range(2)) == [30, 255]
 
@@ -778,9 +770,9 @@ def test_what_is_nearly_black_is_found(tmp_path: Path) -> None:
 def test_what_is_of_one_colour_is_found(tmp_path: Path) -> None:
     members = {f"{n}.png": encode(Image.new("RGB", (8, 6), (n, 255, 0))) for n in range(2)}
     members |= {f"more{n}.png": encode(noise(n)) for n in range(2)}
-    assert plain(index_images(open_images(str(write_folder(tmp_path, members))), workers=1))
+    assert of_one_colour(index_images(open_images(str(write_folder(tmp_path, members))), workers=1))
     write_folder(tmp_path, {"more2.png": encode(noise(2))})
-    assert not plain(index_images(open_images(str(tmp_path)), workers=1))
+    assert not of_one_colour(index_images(open_images(str(tmp_path)), workers=1))
 
 
 def test_names_places_and_containers_change_nothing(tmp_path: Path) -> None:
@@ -819,7 +811,7 @@ def test_real_shards() -> None:
     assert len(found) + found.duplicates == 5000
     names = (REAL / "classes.txt").read_text().split("\n")[:100]
     notes: list[str] = []
-    kept, indices = image_module.labelled(found, names, note=notes.append)
+    kept, indices = image_module.select_labelled(found, names, note=notes.append)
     assert (len(kept), len(indices)) == (len(found) - 1, len(found) - 1)  # CIFAR-100 has one picture in two classes
     assert notes[-1].startswith("1 image has two labels, and is left out: ")
     assert set(indices.tolist()) == set(range(100))
@@ -830,7 +822,7 @@ def test_real_shards() -> None:
 
 def open_labelled(root: Path, rows: str) -> list[str | int | None]:
     (root.parent / "labels.csv").write_text(rows, encoding="utf-8-sig")
-    images = open_images(str(root), labels=root.parent / "labels.csv")
+    images = open_images(ImageSpec(str(root), root.parent / "labels.csv"))
     return [images.label(i) for i in range(len(images))]
 
 
@@ -842,7 +834,7 @@ def test_csv_labels(tmp_path: Path) -> None:
     assert open_labelled(root, 'label;id;filename\n"x y";1;cat\\a.png\nx;2;b.png\nz;3;d.bmp\n') == whole
     tar = write_tar(tmp_path / "s.tar", {"0.png": MEMBERS["cat/a.png"], "x/1.png": MEMBERS["cat/b.png"]})
     (tmp_path / "t.csv").write_text("s.tar/0.png,cat\nx/1.png,dog\n")
-    images = open_images(str(tar), labels=tmp_path / "t.csv")
+    images = open_images(ImageSpec(str(tar), tmp_path / "t.csv"))
     assert [images.label(0), images.label(1)] == ["cat", "dog"]
 
 
@@ -873,7 +865,7 @@ def labelled(tmp_path: Path, labels: list[str]) -> ImageIndex:
 def matched(tmp_path: Path, labels: list[str], classes: list[str]) -> dict[str, int]:
     found = labelled(tmp_path, labels)
     return {
-        str(found.images.label(int(i))): c for i, c in zip(found.indices, match_labels(found, classes), strict=True)
+        str(found.source.label(int(i))): c for i, c in zip(found.indices, match_labels(found, classes), strict=True)
     }
 
 
@@ -1105,7 +1097,7 @@ def test_preprocessing_travels_as_json() -> None:
     assert made.to_dict()["grey_range"] is None
     ranged = replace(made, grey_range=(0.0, 4095.0))
     assert Preprocessing.from_dict(json.loads(json.dumps(ranged.to_dict()))) == ranged
-    with pytest.raises(ImagesError, match="the preprocessing is damaged: KeyError"):
+    with pytest.raises(ImagesError, match="the preprocessing is damaged: crop: Field required"):
         Preprocessing.from_dict({"image_size": 3})
     with pytest.raises(ImagesError, match=r"cannot prepare images with image_size 24, crop 1\.0, 'lanczos'"):
         preprocessing(interpolation="lanczos")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prgkit.config.recipe import LabelFormat
-from prgkit.data.index import ImageIndex, index_images, labelled, match_labels, open_images
+from prgkit.config.sections import ImageSpec, LabelFormat
+from prgkit.data.index import ImageIndex, index_images, match_labels, select_labelled
+from prgkit.data.sources import open_images
 from prgkit.errors import ImagesError
 
 NAMES = ("apple", "bus", "fire engine", "Löwe")
@@ -38,7 +39,7 @@ def opened(folder: Path, text: str | None = None, encoding: str = "utf-8", **lab
     if text is not None:
         table = folder.parent / "labels.csv"
         table.write_bytes(text.encode(encoding))
-    images = open_images(str(folder), labels=table, label_format=LabelFormat(**label_format))
+    images = open_images(ImageSpec(str(folder), table, LabelFormat(**label_format)))
     return index_images(images, workers=1)
 
 
@@ -46,7 +47,7 @@ def read(folder: Path, text: str | None = None, names: Sequence[str] = NAMES, **
     """Return the class index of each image by its name."""
     found = opened(folder, text, **options)
     labels = match_labels(found, names)
-    return {found.images.name(int(i)): int(c) for i, c in zip(found.indices, labels, strict=True)}
+    return {found.source.name(int(i)): int(c) for i, c in zip(found.indices, labels, strict=True)}
 
 
 def refused(folder: Path, text: str | None = None, names: Sequence[str] = NAMES, **options: Any) -> ImagesError:
@@ -59,7 +60,7 @@ def refused(folder: Path, text: str | None = None, names: Sequence[str] = NAMES,
 def said(folder: Path, text: str | None = None, names: Sequence[str] = NAMES, **options: Any) -> list[str]:
     """Return what is said when labels are read."""
     notes: list[str] = []
-    labelled(opened(folder, text, **options), names, note=notes.append)
+    select_labelled(opened(folder, text, **options), names, note=notes.append)
     return notes
 
 
@@ -280,13 +281,13 @@ def test_a_picture_with_two_labels_is_left_out_and_said(tmp_path: Path) -> None:
         picture(tmp_path / "in" / name, seed)
     found = opened(tmp_path / "in")
     notes: list[str] = []
-    kept, labels = labelled(found, NAMES, note=notes.append)
+    kept, labels = select_labelled(found, NAMES, note=notes.append)
     assert notes == ["1 image has two labels, and is left out: apple/x.png (apple) is also bus/y.png (bus)"]
-    names = [kept.images.name(int(index)) for index in kept.indices]
+    names = [kept.source.name(int(index)) for index in kept.indices]
     assert dict(zip(names, labels.tolist(), strict=True)) == {"apple/z.png": 0, "bus/v.png": 1}
     assert (len(kept), kept.duplicates) == (2, 1)
-    assert kept.images.name(int(kept.copies[0, 1])) == "bus/w.png"
-    assert kept.keys[int(kept.copies[0, 0])] == found.images.key(int(kept.copies[0, 1]))
+    assert kept.source.name(int(kept.copies[0, 1])) == "bus/w.png"
+    assert kept.keys[int(kept.copies[0, 0])] == found.source.key(int(kept.copies[0, 1]))
     with pytest.raises(ImagesError, match="1 of 3 images have two labels"):
         match_labels(found, NAMES)
 
@@ -318,14 +319,14 @@ def test_paths_that_are_typed_in_another_unicode_form_are_found(tmp_path: Path) 
     picture(folder / "a.png", 1)
     (folder / unicodedata.normalize("NFD", "ä.csv")).write_text("a.png,bus\n")
     typed = unicodedata.normalize("NFC", str(folder))
-    images = open_images(typed, labels=Path(typed) / "ä.csv")
+    images = open_images(ImageSpec(typed, Path(typed) / "ä.csv"))
     assert (len(images), images.label(0)) == (1, "bus")
     (folder / unicodedata.normalize("NFD", "ö.txt")).write_text("cat\ndog\n")
     assert load_classes(f"{typed}/ö.txt") == ("cat", "dog")
 
 
 def test_file_names_with_characters_that_act(tmp_path: Path) -> None:
-    from prgkit.data.sources import printable
+    from prgkit.data.files import printable
 
     assert printable("a\nb\t\x1b[2J\u202e\u2028.png") == r"a\nb\t\x1b[2J\u202e\u2028.png"
     picture(tmp_path / "in" / "a\nb.png", 1)

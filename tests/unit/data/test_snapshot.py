@@ -23,8 +23,9 @@ from prgkit.config.recipe import Recipe, validate
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import PrgkitError, RunError
 from prgkit.export.from_run import export_run
+from prgkit.interrupt import Interrupted
 from prgkit.progress import NullProgress
-from prgkit.storage.run import Interrupted, Run
+from prgkit.storage.run import Run
 from prgkit.training.distill import distill
 
 FEW, ALL = 40, 60
@@ -141,7 +142,7 @@ def test_a_finished_run_says_what_is_new_and_is_judged_on_its_own(photos: Path, 
     assert len(auditing.about("not made from")) == 1
 
     anew = distill(arguments[0], tmp_path / "run-2", tmp_path / "targets", NullProgress())
-    assert anew.card["images"]["used"] == ALL
+    assert anew.image_facts.used == ALL
 
 
 def test_a_stopped_run_goes_on_with_its_own_images_bit_for_bit(photos: Path, tmp_path: Path) -> None:
@@ -193,19 +194,19 @@ def test_a_start_that_was_stopped_before_it_learned_takes_what_is_there(photos: 
         distill(*arguments, Stop())
     put(photos, source, ALL)
     run = distill(*arguments, NullProgress())
-    assert (run.card["images"]["used"], (run.quality() or {})["images"]) == (ALL, ALL)
+    assert (run.image_facts.used, (run.quality() or {})["images"]) == (ALL, ALL)
 
 
 def test_a_damaged_list_of_images_is_named(photos: Path, tmp_path: Path) -> None:
     source = put(photos, tmp_path / "pics", FEW)
     arguments = (recipe_for(source), tmp_path / "run", tmp_path / "targets")
     run = distill(*arguments, NullProgress())
-    content = bytearray(run.members_file.read_bytes())
+    content = bytearray(run.snapshot_file.read_bytes())
     content[300] ^= 1
-    run.members_file.write_bytes(content)
+    run.snapshot_file.write_bytes(content)
     with pytest.raises(RunError, match=r"images\.npz, which says what the run was made from, is damaged"):
         distill(*arguments, NullProgress())
-    run.members_file.unlink()
+    run.snapshot_file.unlink()
     distill(*arguments, NullProgress())
 
 

@@ -15,6 +15,7 @@ from prgkit.evaluate.bench.latency import LatencyPlan
 from prgkit.evaluate.bench.workers import BenchContext, artifact_name
 from prgkit.evaluate.report import formatting
 from prgkit.export.bundle.bundle import NCHW, QDQ
+from prgkit.export.bundle.manifest import Artifact
 from prgkit.storage.run import Run
 
 FILES = [("onnx", "fp32"), ("onnx", "fp16"), ("onnx", "int8"), (QDQ, "int8"), (NCHW, "fp32")]
@@ -29,11 +30,14 @@ FP32, FP16, INT8, SYMMETRIC = ("onnx-fp32", "onnx-fp16", "onnx-int8", f"{QDQ}-in
 
 def bundle(files: list[tuple[str, str]] = FILES, folder: Path = Path()) -> Any:
     artifacts = [
-        {"name": f"{kind}-{precision}", "file": f"{kind}.{precision}.onnx", "format": kind, "precision": precision}
-        | {"backend": "onnxruntime", "bytes": 1 << 20}
+        Artifact(
+            **{"name": f"{kind}-{precision}", "file": f"{kind}.{precision}.onnx", "format": kind},
+            **{"precision": precision, "backend": "onnxruntime", "bytes": 1 << 20, "sha256": ""},
+            **{"executed": True, "note": None, "parity": None},
+        )
         for kind, precision in files
     ]
-    return SimpleNamespace(folder=folder, artifacts=artifacts, manifest={})
+    return SimpleNamespace(folder=folder, artifacts=artifacts, manifest=SimpleNamespace(open_vocabulary=None))
 
 
 @pytest.fixture
@@ -97,7 +101,7 @@ def test_pytorch_is_compiled_only_in_a_long_bench_and_with_a_compiler(
 def test_openvino_has_a_row_of_its_own_and_its_own_samples(repvit: Any) -> None:
     pytest.importorskip("openvino", reason="pip install 'prgkit[openvino]'")
     one = bundle([("onnx", "fp32")], repvit.fp32.parent)
-    one.artifacts[0]["file"] = repvit.fp32.name
+    one.artifacts[0] = one.artifacts[0].model_copy(update={"file": repvit.fp32.name})
     rows, specs = plan(one, None, gpu=False, threads=1)
     opened = [spec for spec in specs if spec]
     measuring = LatencyPlan(rounds=3, batches=[3], predict=[repvit.pixels[:4]])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import BenchError, RunError
 from prgkit.evaluate.bench import journal, latency, workers
 from prgkit.evaluate.bench.fixed_rate import measure_fixed_rate

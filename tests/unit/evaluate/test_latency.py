@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.evaluate.bench import latency
 from prgkit.evaluate.bench.latency import LatencyPlan
 from prgkit.evaluate.bench.timing import timed_runs

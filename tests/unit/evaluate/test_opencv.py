@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.evaluate.accuracy.opencv import opencv_notes, prepare
 
 PREPROCESSING = Preprocessing(32, 0.875, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

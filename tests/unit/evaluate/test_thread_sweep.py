@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.evaluate.bench.bench import Subject, judged
 from prgkit.evaluate.bench.latency import Measured
 from prgkit.evaluate.bench.metadata import golden_images, stage_images

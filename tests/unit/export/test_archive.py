@@ -15,15 +15,16 @@ from PIL import Image
 from prgkit.errors import ExportError
 from prgkit.evaluate.predict import predict
 from prgkit.export.bundle.archive import left_out, pack
-from prgkit.export.bundle.bundle import check_golden, open_bundle, read_evaluation
+from prgkit.export.bundle.bundle import open_bundle, read_evaluation
 from prgkit.export.bundle.checksums import PARTS, require_unchanged
 from prgkit.export.runtimes.base import open_runner
+from prgkit.export.runtimes.parity import check_golden
 from prgkit.storage.atomic import read_json, write_sealed
 
 
 def export(repvit: Any, folder: Path) -> list[str]:
     """Export with a float file and return what was noted."""
-    from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
+    from prgkit.export.pipeline import ExportOptions, HeldOut, StudentOrigin, export_student
 
     notes: list[str] = []
     logits = np.random.default_rng(0).normal(size=(16, 20)).astype(np.float32)
@@ -35,12 +36,14 @@ def export(repvit: Any, folder: Path) -> list[str]:
         held_out=HeldOut(iter(repvit.pixels[:16]), logits, logits, labels=np.arange(16), source="made up"),
         classes=[f"thing {number}" for number in range(20)],
         preprocessing=repvit.preprocessing,
-        facts={
-            "run": {"name": "my photos", "fingerprint": "0" * 16, "objective": "prg", "epochs": 1},
-            "recipe": {"student": {"model": "repvit_m0_9"}},
-            "teacher": {"model": "tiny", "weights": "none", "fingerprint": "1" * 16},
-            "student": {"model": "repvit_m0_9", "parameters": 5, "image_size": 64, "initial": "random"},
-        },
+        facts=StudentOrigin.model_validate(
+            {
+                "run": {"name": "my photos", "fingerprint": "0" * 16, "objective": "prg", "epochs": 1},
+                "recipe": {"student": {"model": "repvit_m0_9"}},
+                "teacher": {"model": "tiny", "weights": "none", "fingerprint": "1" * 16},
+                "student": {"model": "repvit_m0_9", "parameters": 5, "image_size": 64, "initial": "random"},
+            }
+        ),
         options=ExportOptions(float_input=True),
         note=notes.append,
     )
@@ -138,10 +141,10 @@ def test_a_runs_name_cannot_lead_out_of_its_folder(bundle: Path) -> None:
 def test_the_float_file_is_in_the_manifest_and_in_nobodys_way(bundle: Path) -> None:
     opened = open_bundle(bundle)
     fp32, floats = opened.artifacts
-    assert (floats["name"], floats["format"], floats["precision"]) == ("onnx-nchw", "onnx-nchw", "fp32")
-    assert floats["parity"]["images"] == 32
-    assert floats["parity"]["top1_agreement"] == 100.0
-    assert floats["input"] == {
+    assert (floats.name, floats.format, floats.precision) == ("onnx-nchw", "onnx-nchw", "fp32")
+    assert floats.parity.images == 32
+    assert floats.parity.top1_agreement == 100.0
+    assert floats.input.to_json() == {
         "name": "images",
         "dtype": "float32",
         "layout": "NCHW",
@@ -154,8 +157,8 @@ def test_the_float_file_is_in_the_manifest_and_in_nobodys_way(bundle: Path) -> N
     assert "| model.nchw.onnx | fp32 | onnxruntime | yes |" in text
     assert "input `images`\n[batch, 3, 64, 64] float32, NCHW, `(RGB / 255 - mean) / std` with mean" in text
     manifest = read_json(bundle / "manifest.json")
-    write_sealed(bundle / "manifest.json", {**manifest, "artifacts": [floats, fp32]})
-    (bundle / floats["file"]).write_bytes(b"damaged")  # what is not run does not stop what is
+    write_sealed(bundle / "manifest.json", {**manifest, "artifacts": [floats.to_json(), fp32.to_json()]})
+    (bundle / floats.file).write_bytes(b"damaged")  # what is not run does not stop what is
     (answer,) = predict(bundle, [bundle / "golden" / "00.png"], top_k=1, min_confidence=0)
     assert answer["class"].startswith("thing ")
     with pytest.raises(ExportError) as caught:

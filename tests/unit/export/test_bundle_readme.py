@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prgkit.data.index import Preprocessing, load_image
+from prgkit.data.preprocessing import Preprocessing, load_image
+from prgkit.export.bundle.manifest import Manifest
 from prgkit.export.bundle.readme import readme, resizing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,25 +34,32 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def test_its_lines_resize_as_training_did(size: tuple[int, int], facts: Preprocessing) -> None:
     grain = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     names: dict[str, Any] = {"Image": Image, "image": Image.fromarray(grain)}
-    exec(resizing(facts.to_dict()), names)
+    exec(resizing(facts), names)
     np.testing.assert_array_equal(np.asarray(names["image"]), facts.prepare(Image.fromarray(grain)))
 
 
-def manifest(**other: Any) -> dict[str, Any]:
-    return {
+def manifest(**other: Any) -> Manifest:
+    facts = {
+        "prgkit": "0",
+        "created": "today",
+        "run": {"name": "test", "fingerprint": "0" * 16, "objective": "prg", "epochs": 1},
         "student": {"model": "repvit_m0_9"},
-        "teacher": {"model": "ViT-L-14"},
+        "teacher": {"model": "ViT-L-14", "fingerprint": "0" * 16},
         "recipe": {"export": {"batch": [1, 4, 8]}},
         "classes": ["a", "b", "c"],
-        "preprocessing": Preprocessing(224, 0.95, "bicubic", MEAN, STD).to_dict(),
-        "artifacts": [
-            {
-                **{"file": "model.onnx", "format": "onnx", "precision": "fp32", "backend": "onnxruntime"},
-                **{"executed": True, "note": None},
-            }
-        ],
+        "preprocessing": Preprocessing(224, 0.95, "bicubic", MEAN, STD),
+        "input": {"name": "pixels", "dtype": "uint8", "shape": []},
+        "output": {"name": "logits", "dtype": "float32", "shape": []},
+        "artifacts": [artifact("model.onnx", "onnx", "fp32", "onnxruntime")],
+        "evaluation": {"images": 1, "labelled": False, "source": "made up"},
         **other,
     }
+    return Manifest.model_validate(facts)
+
+
+def artifact(file: str, kind: str, precision: str, backend: str, **other: Any) -> dict[str, Any]:
+    facts = {"name": file, "file": file, "format": kind, "precision": precision, "backend": backend, "bytes": 1}
+    return {**facts, "sha256": "", "executed": True, "note": None, "parity": None, **other}
 
 
 def test_it_is_about_this_bundle() -> None:
@@ -75,8 +83,8 @@ def test_it_is_about_this_bundle() -> None:
 
 
 def test_tensorrts_int8_is_not_said_to_have_run_in_tensorrt() -> None:
-    other = {"file": "model.int8.tensorrt.onnx", "format": "onnx-tensorrt", "precision": "int8", "backend": "tensorrt"}
-    text = readme(manifest(artifacts=[*manifest()["artifacts"], {**other, "executed": True, "note": "its layout"}]))
+    other = artifact("model.int8.tensorrt.onnx", "onnx-tensorrt", "int8", "tensorrt", note="its layout")
+    text = readme(manifest(artifacts=[other]))
     assert "| model.int8.tensorrt.onnx | int8 | tensorrt | in ONNX Runtime alone: its layout |" in text
 
 
@@ -171,7 +179,7 @@ def test_its_lines_read_every_kind_of_picture_as_training_does(
         run=lambda outputs, given: [np.array([[0.0, 1.0]])],
     )
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=lambda file: session))
-    lines = compile(python_of(readme(manifest(preprocessing=facts.to_dict()))), "README", "exec")
+    lines = compile(python_of(readme(manifest(preprocessing=facts))), "README", "exec")
     for name, data in zoo().items():
         (tmp_path / name).write_bytes(data)
         monkeypatch.setattr(sys, "argv", ["name.py", str(tmp_path / name)])
@@ -182,6 +190,6 @@ def test_its_lines_read_every_kind_of_picture_as_training_does(
 
 
 def test_where_a_teacher_lay_is_not_told() -> None:
-    text = readme(manifest(teacher={"model": "local-dir:/home/someone/teachers/mine"}))
+    text = readme(manifest(teacher={"model": "local-dir:/home/someone/teachers/mine", "fingerprint": ""}))
     assert "from the teacher mine." in text
     assert "someone" not in text

@@ -16,13 +16,16 @@ onnx = pytest.importorskip("onnx")
 from onnx import numpy_helper  # noqa: E402
 
 from prgkit.config.recipe import load_recipe  # noqa: E402
-from prgkit.data.index import Preprocessing, read_image_index  # noqa: E402
+from prgkit.data.index import read_image_index  # noqa: E402
+from prgkit.data.preprocessing import Preprocessing  # noqa: E402
 from prgkit.errors import ExportError, TargetsError  # noqa: E402
 from prgkit.evaluate.predict import predict  # noqa: E402
 from prgkit.evaluate.report.formatting import lead_row, refused  # noqa: E402
 from prgkit.evaluate.report.schema import Int8Verdict, Latency, Row  # noqa: E402
 from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection  # noqa: E402
 from prgkit.export.bundle.bundle import open_bundle  # noqa: E402
+from prgkit.export.bundle.fidelity import in_float, int8_sentence, too_few  # noqa: E402
+from prgkit.export.bundle.manifest import BlockSensitivity, Fidelity, Quantization  # noqa: E402
 from prgkit.export.formats import tensorrt_precision  # noqa: E402
 from prgkit.export.formats.engines import build_engines, buildable, engine_name  # noqa: E402
 from prgkit.export.formats.onnx import OnnxExportModule, export_onnx  # noqa: E402
@@ -40,8 +43,7 @@ from prgkit.export.int8.accuracy_control import (  # noqa: E402
 from prgkit.export.int8.calibration import Spread, measure_spreads  # noqa: E402
 from prgkit.export.int8.pipeline import Learned  # noqa: E402
 from prgkit.export.int8.qdq import Block, block_name, find_blocks, tensors_of, weight_scales, write_int8  # noqa: E402
-from prgkit.export.pipeline import ExportOptions, HeldOut, export_student  # noqa: E402
-from prgkit.export.runtimes.fidelity import apart, told, too_few  # noqa: E402
+from prgkit.export.pipeline import ExportOptions, HeldOut, StudentOrigin, export_student  # noqa: E402
 from prgkit.export.runtimes.gpu import Backend, available_backends  # noqa: E402
 from prgkit.progress import NullProgress  # noqa: E402
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed  # noqa: E402
@@ -276,7 +278,7 @@ def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
     pixels = exported.pixels[64:]
     logits = logits_of(exported.fp32, pixels)
     scan = analyse_sensitivity(exported.fp32, blocks, spreads, 0.02, pixels)
-    assert scan[0]["block"] == spoilt.name
+    assert scan[0].block == spoilt.name
     found = control_accuracy(
         exported.fp32,
         tmp_path / "model.int8.onnx",
@@ -290,24 +292,26 @@ def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
         floor=60,
         note=lambda text: None,
     )
-    assert found["kept"]
-    assert found["float_blocks"][0] == spoilt.name
-    assert found["interval"][0] >= 60
-    assert found["tried"][0]["float_blocks"] == 0
-    assert found["tried"][0]["interval"][0] < 60
+    assert found.kept
+    assert found.float_blocks[0] == spoilt.name
+    assert found.fidelity.interval[0] >= 60
+    assert found.tried[0].float_blocks == 0
+    assert found.tried[0].fidelity.interval[0] < 60
     kept = onnx.load(str(tmp_path / "model.int8.onnx"))
     for node in kept.graph.node:
         if node.name in spoilt.nodes:
             assert not node.input[1].endswith("_dequantised"), "its weights are float again"
-    assert told(found).startswith(f"{found['blocks'] - len(found['float_blocks'])} of {found['blocks']} blocks in INT8")
+    assert int8_sentence(found).startswith(f"{found.blocks - len(found.float_blocks)} of {found.blocks} blocks in INT8")
 
 
 def test_the_most_sensitive_blocks_do_not_choose_the_clipping(monkeypatch):
     asked = []
-    monkeypatch.setattr(pipeline, "choose_tail", lambda fp32, blocks, *rest: asked.extend(blocks) or 0.04)
+    monkeypatch.setattr(pipeline, "choose_clip_quantile", lambda fp32, blocks, *rest: asked.extend(blocks) or 0.04)
     network = pipeline.Network("model.onnx", np.zeros((1, 8, 8, 3), np.uint8), print)
     blocks = [Block(f"block {number}", ()) for number in range(10)]
-    scan = [{"block": f"block {number}"} for number in (7, 2, 0, 1, 3, 4, 5, 6, 8, 9)]  # the most sensitive first
+    scan = [
+        BlockSensitivity(block=f"block {number}", median_kl=0, agreement=0) for number in (7, 2, 0, 1, 3, 4, 5, 6, 8, 9)
+    ]  # the most sensitive first
     network.__dict__.update(blocks=blocks, scan=scan, spreads={})  # as if measured
     assert network.tail == 0.04
     assert {block.name for block in blocks} - {block.name for block in asked} == {"block 7", "block 2"}
@@ -321,7 +325,7 @@ def test_where_the_floor_cannot_be_held_no_file_remains(quantised, tmp_path):
         exported.fp32,
         tmp_path / "model.int8.onnx",
         blocks=quantised.blocks[:2],
-        scan=[{"block": block.name, "median_kl": 1.0, "agreement": 0.0} for block in quantised.blocks[:2]],
+        scan=[BlockSensitivity(block=block.name, median_kl=1.0, agreement=0.0) for block in quantised.blocks[:2]],
         spreads=quantised.spreads,
         tail=0.02,
         layout="onnxruntime",
@@ -330,9 +334,9 @@ def test_where_the_floor_cannot_be_held_no_file_remains(quantised, tmp_path):
         floor=98,
         note=lambda text: None,
     )
-    assert not found["kept"]
+    assert not found.kept
     assert not list(tmp_path.iterdir())
-    assert told(found) == (
+    assert int8_sentence(found) == (
         "INT8 is not kept: with only 1 of 2 blocks in it, the same answer as FP32 on 0.00 % of 64 held-out images, "
         "lower 95 % bound 0.00 %; the floor is 98 %; 2,000 images would make the bound narrower"
     )
@@ -341,8 +345,8 @@ def test_where_the_floor_cannot_be_held_no_file_remains(quantised, tmp_path):
 def test_too_few_images_can_show_nothing_and_that_is_said():
     assert too_few(189, 98) is None  # 189 / (189 + 1.96^2) = 98.01 %
     found = too_few(188, 98)
-    assert not found["kept"]
-    assert told(found) == (
+    assert not found.kept
+    assert int8_sentence(found) == (
         "INT8 is not kept: 188 held-out images cannot show its fidelity; with every answer the same its lower 95 % "
         "bound would be 98.00 %, and the floor is 98 %"
     )
@@ -387,7 +391,8 @@ def bundle(repvit, few_blocks, tmp_path_factory):
 def export(repvit, folder, notes, *, count, **options):
     generator = np.random.default_rng(4)
     teacher = generator.normal(size=(count, 20)).astype(np.float32)
-    facts = {"run": {"name": "test"}, "recipe": {}, "teacher": {"model": "tiny"}, "student": {"model": "repvit_m0_9"}}
+    run = {"name": "test", "fingerprint": "0" * 16, "objective": "prg", "epochs": 1}
+    facts = {"run": run, "recipe": {}, "teacher": {"model": "tiny", "fingerprint": ""}, "student": {"model": "repvit"}}
     return export_student(
         repvit.student,
         folder,
@@ -396,7 +401,7 @@ def export(repvit, folder, notes, *, count, **options):
         held_out=HeldOut(iter(repvit.pixels[64:][:count]), teacher, teacher, None, "made up"),
         classes=[f"thing {number}" for number in range(20)],
         preprocessing=repvit.preprocessing,
-        facts=facts,
+        facts=StudentOrigin.model_validate(facts),
         options=ExportOptions(**options),
         learned=lambda: Learned(64, lambda places: repvit.pixels[places]),
         note=notes.append,
@@ -406,37 +411,37 @@ def export(repvit, folder, notes, *, count, **options):
 def test_a_bundle_carries_int8_with_its_parity_and_what_was_found(bundle):
     opened = open_bundle(bundle.folder)
     entry = opened.artifacts[1]
-    assert (entry["name"], entry["file"], entry["precision"]) == ("onnx-int8", "model.int8.onnx", "int8")
-    assert entry["parity"]["images"] == 32
-    found = entry["quantization"]
-    assert (found["kept"], found["floor"], found["images"], found["calibration_images"]) == (True, 60.0, 192, 64)
-    assert found["interval"][0] >= 60
-    assert len(found["scan"]) == found["blocks"] == 5
-    assert "not_kept" not in opened.manifest
+    assert (entry.name, entry.file, entry.precision) == ("onnx-int8", "model.int8.onnx", "int8")
+    assert entry.parity.images == 32
+    found = entry.quantization
+    assert (found.kept, found.floor, found.fidelity.images, found.calibration_images) == (True, 60.0, 192, 64)
+    assert found.fidelity.interval[0] >= 60
+    assert len(found.sensitivity) == found.blocks == 5
+    assert opened.manifest.not_kept == ()
     assert any(note.startswith("model.int8.onnx: ") and "blocks in INT8" in note for note in bundle.notes)
 
 
 def test_the_heavy_file_leaves_the_blocks_of_little_arithmetic_in_float(bundle):
-    every, heavy = (entry["quantization"] for entry in bundle.manifest["artifacts"][1:])
-    assert [entry["name"] for entry in bundle.manifest["artifacts"]] == ["onnx-fp32", "onnx-int8", "onnx-int8-heavy"]
+    every, heavy = (entry.quantization for entry in bundle.manifest.artifacts[1:])
+    assert [entry.name for entry in bundle.manifest.artifacts] == ["onnx-fp32", "onnx-int8", "onnx-int8-heavy"]
     blocks = find_blocks(bundle.folder / "model.onnx")[7:12]
     light = [block.name for block in blocks if block.work < 80]
     assert [round(block.work) for block in blocks] == [64, 64, 128, 128, 128]
-    assert not set(light) <= set(every["float_blocks"]), "else it would be the same file"
-    assert heavy["float_blocks"][-2:] == light
-    assert (heavy["blocks"], heavy["kept"], heavy["layout"]) == (5, True, "onnxruntime")
+    assert not set(light) <= set(every.float_blocks), "else it would be the same file"
+    assert list(heavy.float_blocks[-2:]) == light
+    assert (heavy.blocks, heavy.kept, heavy.layout) == (5, True, "onnxruntime")
     names = {block.name: block.nodes for block in blocks}
     graph = onnx.load(str(bundle.folder / "model.int8-heavy.onnx")).graph
     taken = {node.name: node.input[0] for node in graph.node}
     assert not any(taken[node].endswith("_dequantised") for name in light for node in names[name])
-    assert all(taken[node].endswith("_dequantised") for node in names[(set(names) - set(heavy["float_blocks"])).pop()])
+    assert all(taken[node].endswith("_dequantised") for node in names[(set(names) - set(heavy.float_blocks)).pop()])
 
 
 def test_where_every_light_block_is_in_float_anyway_there_is_no_heavy_file(bundle, repvit, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "HEAVY_WORK", 60)
+        patch.setattr(pipeline, "COMPUTE_BOUND_WORK", 60)
         manifest = export(repvit, tmp_path / "bundle", [], count=192, int8=True, fidelity=60.0)
-    assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32", "onnx-int8"]
+    assert [entry.name for entry in manifest.artifacts] == ["onnx-fp32", "onnx-int8"]
 
 
 @needs_rtx
@@ -446,7 +451,7 @@ def test_each_runtime_has_its_two_files_and_what_makes_the_same_engine_of_both_b
     monkeypatch.setattr(tensorrt_precision, "LEAST_INT8_WEIGHTS", 1)
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     manifest = export(repvit, tmp_path / "bundle", [], count=192, int8=True, fidelity=60.0, trt=True)
-    files = {entry["name"]: entry["file"] for entry in manifest["artifacts"]}
+    files = {entry.name: entry.file for entry in manifest.artifacts}
     assert files == {
         "onnx-fp32": "model.onnx",
         "tensorrt_rtx-fp32": "model.fp32.tensorrt_rtx.engine",
@@ -456,7 +461,7 @@ def test_each_runtime_has_its_two_files_and_what_makes_the_same_engine_of_both_b
         "onnx-int8-heavy-tensorrt": "model.int8-heavy.tensorrt.onnx",
         "tensorrt_rtx-int8-heavy": "model.int8-heavy.tensorrt_rtx.engine",
     }
-    quantised = [entry for entry in manifest["artifacts"] if entry["format"] == "onnx-tensorrt"]
+    quantised = [entry for entry in manifest.artifacts if entry.format == "onnx-tensorrt"]
     rtx, tensorrt = (Backend(name, "11", None) for name in ("tensorrt_rtx", "tensorrt"))
     assert buildable(quantised, rtx) == quantised[1:]
     assert buildable(quantised, tensorrt) == quantised
@@ -464,7 +469,7 @@ def test_each_runtime_has_its_two_files_and_what_makes_the_same_engine_of_both_b
     notes = []
     build = {"fp16": False, "int8": True, "batch": (1, 1, 1), "backend": "tensorrt_rtx", "note": notes.append}
     on_device = build_engines(tmp_path / "bundle", **build)
-    assert {entry["name"]: entry["file"] for entry in on_device["artifacts"]} == files
+    assert {entry.name: entry.file for entry in on_device.artifacts} == files
     assert [note.split(":")[0] for note in notes] == [name for name in files.values() if name.endswith(".engine")]
 
 
@@ -480,19 +485,19 @@ def test_an_int8_engine_that_would_be_larger_than_fp16s_is_not_kept_and_that_is_
     )
     manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=60.0, trt=True)
     assert notes[-1] == f"tensorrt_rtx-int8-heavy: {why}"
-    assert [one["name"] for one in manifest["not_kept"]] == ["tensorrt_rtx-int8-heavy"]
+    assert [one.name for one in manifest.not_kept] == ["tensorrt_rtx-int8-heavy"]
     assert int8_notes(open_bundle(tmp_path / "bundle"), []) == [f"tensorrt_rtx-int8-heavy: {why}."]
     for asked in (True, False):  # what is not decided anew stays, and what was said of it
         again = export(repvit, tmp_path / "bundle", [], count=192, int8=asked, fidelity=60.0)
-        assert again["not_kept"] == manifest["not_kept"]
-        assert {entry["name"] for entry in again["artifacts"]} == {entry["name"] for entry in manifest["artifacts"]}
+        assert again.not_kept == manifest.not_kept
+        assert {entry.name for entry in again.artifacts} == {entry.name for entry in manifest.artifacts}
 
     def build(batch):
         notes.clear()
         on_device = {"fp16": False, "int8": True, "batch": batch, "backend": "tensorrt_rtx", "note": notes.append}
         assert build_engines(tmp_path / "bundle", **on_device) == open_bundle(tmp_path / "bundle").manifest
-        kept = open_bundle(tmp_path / "bundle").manifest.get("not_kept", [])
-        return [path.name for path in (tmp_path / "bundle").glob("*int8*.engine")], [one["name"] for one in kept]
+        kept = open_bundle(tmp_path / "bundle").manifest.not_kept
+        return [path.name for path in (tmp_path / "bundle").glob("*int8*.engine")], [one.name for one in kept]
 
     with monkeypatch.context() as patch:
         patch.setattr(tensorrt_precision, "LEAST_INT8_WEIGHTS", 1)
@@ -505,7 +510,7 @@ def test_int8_that_is_finished_is_not_made_again(bundle, repvit, tmp_path):
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     notes = []
     manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=60.0)
-    assert manifest["artifacts"] == bundle.manifest["artifacts"]
+    assert manifest.artifacts == bundle.manifest.artifacts
     assert "model.int8.onnx: finished before, and made from the same; it is kept" in notes
     assert not any("scanning" in note for note in notes)
 
@@ -514,10 +519,10 @@ def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tm
     shutil.copytree(bundle.folder, tmp_path / "bundle")  # its FP32 file need not be made again
     notes = []
     manifest = export(repvit, tmp_path / "bundle", notes, count=40, int8=True)
-    assert [entry["name"] for entry in manifest["artifacts"]] == ["onnx-fp32"]
+    assert [entry.name for entry in manifest.artifacts] == ["onnx-fp32"]
     assert not list((tmp_path / "bundle").glob("*int8*"))
-    assert [(one["name"], one["kept"], one["images"]) for one in manifest["not_kept"]] == [("onnx-int8", False, 40)]
-    assert "made_from" not in manifest["not_kept"][0], "to try again costs nothing"
+    assert [(one.name, one.kept, one.images) for one in manifest.not_kept] == [("onnx-int8", False, 40)]
+    assert not hasattr(manifest.not_kept[0], "made_from"), "to try again costs nothing"
     said = (
         "INT8 is not kept: 40 held-out images cannot show its fidelity; with every answer the same its lower 95 % bound "
         "would be 91.24 %, and the floor is 98 %"
@@ -530,7 +535,7 @@ def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tm
 def test_an_engine_of_int8_that_missed_its_floor_is_refused_with_the_figures(bundle, tmp_path):
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     manifest = read_sealed(tmp_path / "bundle" / "manifest.json")
-    manifest["not_kept"] = [{"name": "onnx-int8-tensorrt", "layout": "tensorrt", **too_few(40, 98.0)}]
+    manifest["not_kept"] = [{"name": "onnx-int8-tensorrt", "layout": "tensorrt", **too_few(40, 98.0).to_json()}]
     write_sealed(tmp_path / "bundle" / "manifest.json", manifest)
     build = {"fp16": False, "int8": True, "batch": (1, 1, 1), "backend": "tensorrt_rtx", "note": lambda _: None}
     with pytest.raises(ExportError, match="INT8 is not kept: 40 held-out images cannot show its fidelity") as caught:
@@ -544,10 +549,10 @@ def test_int8_that_was_not_kept_is_not_tried_again_before_something_changes(bund
 
     def missed(source, path, *, floor, **_):
         tried.append(floor)
-        found = {"kept": False, "floor": floor, "blocks": 5, "float_blocks": ["a"], "tried": [], "tail": 0.0}
-        return {**found, "images": 192, "agreement": 50.0, "interval": [40.0, 60.0]}
+        found = {"kept": False, "floor": floor, "blocks": 5, "float_blocks": ["a"], "clip_quantile": 0.0}
+        return Quantization(**found, fidelity=Fidelity(images=192, agreement=50.0, interval=(40.0, 60.0)))
 
-    monkeypatch.setattr(pipeline, "hold_floor", missed)
+    monkeypatch.setattr(pipeline, "control_accuracy", missed)
     said = []
     for floor in (70.0, 70.0, 71.0):
         notes = []
@@ -556,7 +561,7 @@ def test_int8_that_was_not_kept_is_not_tried_again_before_something_changes(bund
     assert tried == [70.0, 71.0]
     assert said[1] == f"{said[0]} (found before, from the same)"
     assert said[0].startswith("model.int8.onnx: INT8 is not kept: ")
-    assert [one["floor"] for one in open_bundle(tmp_path / "bundle").manifest["not_kept"]] == [71.0]
+    assert [one.floor for one in open_bundle(tmp_path / "bundle").manifest.not_kept] == [71.0]
 
 
 def rows(*, int8_ms, agreement, heavy_ms=None, heavy_agreement=100.0):
@@ -715,7 +720,7 @@ def test_silu_beside_int8_stays_one_pass_in_onnx_runtime(tmp_path):
     ],
 )
 def test_a_sentence_names_a_few_blocks(names, said):
-    assert apart(list(names)) == said
+    assert in_float(list(names)) == said
 
 
 def test_blocks_left_in_float_are_counted_and_stay_there(quantised, tmp_path):
@@ -725,7 +730,7 @@ def test_blocks_left_in_float_are_counted_and_stay_there(quantised, tmp_path):
         exported.fp32,
         path,
         blocks=blocks[1:],
-        scan=[{"block": block.name} for block in blocks[1:]],
+        scan=[BlockSensitivity(block=block.name, median_kl=0, agreement=0) for block in blocks[1:]],
         spreads=quantised.spreads,
         tail=0.02,
         layout="onnxruntime",
@@ -735,8 +740,8 @@ def test_blocks_left_in_float_are_counted_and_stay_there(quantised, tmp_path):
         left=[blocks[0].name],
         note=lambda text: None,
     )
-    assert (found["blocks"], found["float_blocks"]) == (len(blocks), [blocks[0].name])
-    assert [row["float_blocks"] for row in found["tried"]] == [1]
+    assert (found.blocks, found.float_blocks) == (len(blocks), (blocks[0].name,))
+    assert [row.float_blocks for row in found.tried] == [1]
     weights = {node.name: node.input[1] for node in onnx.load(str(path)).graph.node if node.op_type == "Conv"}
     assert not weights[blocks[0].nodes[0]].endswith("_dequantised")
     assert weights[blocks[1].nodes[0]].endswith("_dequantised")
@@ -748,7 +753,7 @@ def test_nothing_that_is_held_out_is_learned_from(tmp_path):
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     sets = [f"data.images={tmp_path}", "data.classes=[a, b]", "data.held_out=0.3"]
     recipe = load_recipe("custom", overrides=sets)
-    images = read_image_index(recipe.data.images, recipe, NullProgress())
+    images = read_image_index(recipe.data.image_spec, NullProgress())
     positions = evaluation_positions(images, recipe)
     run = Run(tmp_path / "run")
     learned = learned_images(run, images, positions[:-1], preprocessing, recipe, (), NullProgress())

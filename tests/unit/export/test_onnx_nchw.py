@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from prgkit.data.index import Preprocessing
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ParityError
 from prgkit.export.formats.onnx_nchw import normalised, write_nchw
 
@@ -72,7 +72,7 @@ def test_another_normalisation_does_not_pass(repvit: Any, tmp_path: Path) -> Non
     pixels = repvit.pixels[:16]
     given = {"pixels": pixels, "reference_logits": run_batches(TorchRunner(repvit.student), pixels)}
     entry = nchw_artifact(tmp_path, **given, preprocessing=repvit.preprocessing, note=lambda _: None)
-    assert entry["parity"]["top1_agreement"] == 100.0
+    assert entry.parity.top1_agreement == 100.0
     wrong = Preprocessing(64, 1.0, "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     with pytest.raises(ParityError, match=r"onnx-nchw \(fp32\) does not agree with torch on 16 images"):
         nchw_artifact(tmp_path, **given, preprocessing=wrong, note=lambda _: None)

@@ -24,7 +24,8 @@ from onnx import numpy_helper  # noqa: E402
 
 from prgkit.cli.main import main  # noqa: E402
 from prgkit.config.prompts import load_classes  # noqa: E402
-from prgkit.config.recipe import StudentConfig, validate  # noqa: E402
+from prgkit.config.recipe import validate  # noqa: E402
+from prgkit.config.sections import StudentConfig  # noqa: E402
 from prgkit.demo.digits import CLASSES, load_digits  # noqa: E402
 from prgkit.errors import BackendError, ExportError, RecipeError, RunError  # noqa: E402
 from prgkit.evaluate.bench.cases import plan  # noqa: E402
@@ -33,6 +34,7 @@ from prgkit.evaluate.predict import predict  # noqa: E402
 from prgkit.export import relabel as relabelling  # noqa: E402
 from prgkit.export.bundle.archive import pack  # noqa: E402
 from prgkit.export.bundle.bundle import open_bundle, read_evaluation  # noqa: E402
+from prgkit.export.bundle.manifest import Manifest  # noqa: E402
 from prgkit.export.formats.onnx import export_onnx, onnx_export_module, write_fp16  # noqa: E402
 from prgkit.export.formats.open_vocabulary import make_input, scored, write_classes  # noqa: E402
 from prgkit.export.formats.tensorrt import build_engine  # noqa: E402
@@ -117,25 +119,25 @@ def logits_of(bundle: Path, file: str = "model.onnx") -> Any:
 
 def test_the_exported_file_scores_as_the_student_does_by_the_teachers_class_vectors(run: Run) -> None:
     bundle, vectors = open_bundle(run.bundle), np.load(run.bundle / "class_vectors.npy")
-    student, scoring = load_student(run), bundle.manifest["open_vocabulary"]
-    student.score_by(torch.from_numpy(vectors), scoring["logit_scale"])
+    student, scoring = load_student(run), bundle.manifest.open_vocabulary
+    student.score_by(torch.from_numpy(vectors), scoring.logit_scale)
     expected = run_batches(TorchRunner(student.deployed()), read_evaluation(run.bundle).pixels)
     np.testing.assert_allclose(logits_of(run.bundle), expected, atol=1e-4)
     assert {one.name: one for one in onnx.load(str(run.bundle / "model.onnx")).graph.initializer}.keys() > {
         "class_vectors"
     }
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
-    assert vectors.shape == (4, scoring["width"])
-    assert scoring["class_vectors"] == "initializer"
-    assert scoring["templates"] == ["the digit {}", "a {}"]
-    assert scoring["teacher"] == run.card["teacher"]["fingerprint"]
-    assert "class_vectors.npy" in bundle.manifest["files"]
+    assert vectors.shape == (4, scoring.width)
+    assert scoring.class_vectors == "initializer"
+    assert scoring.templates == ("the digit {}", "a {}")
+    assert scoring.teacher == run.teacher_facts.fingerprint
+    assert "class_vectors.npy" in bundle.manifest.checksums
     assert "\n## Other classes\n" in (run.bundle / "README.md").read_text()
 
 
 def test_new_logits_are_one_product_of_what_is_stored(run: Run) -> None:
     vectors, evaluation = np.load(run.bundle / "class_vectors.npy"), run.bundle / "evaluation"
-    scale = open_bundle(run.bundle).manifest["open_vocabulary"]["logit_scale"]
+    scale = open_bundle(run.bundle).manifest.open_vocabulary.logit_scale
     np.testing.assert_allclose(
         scored(np.load(evaluation / "features.npy"), vectors, scale), logits_of(run.bundle), atol=1e-4
     )
@@ -144,7 +146,7 @@ def test_new_logits_are_one_product_of_what_is_stored(run: Run) -> None:
 
 def test_the_same_classes_in_another_order_give_the_same_logits_in_that_order(run: Run) -> None:
     order = [2, 0, 3, 1]
-    files = [entry["file"] for entry in open_bundle(run.bundle).artifacts if entry["format"] == "onnx"]
+    files = [entry.file for entry in open_bundle(run.bundle).artifacts if entry.format == "onnx"]
     before, logits = read_evaluation(run.bundle), {file: logits_of(run.bundle, file) for file in files}
     (run.bundle / "mine.txt").write_text("left alone")
     manifest = relabel(run.bundle, [LEARNED[place] for place in order], run=run, progress=NullProgress())
@@ -156,7 +158,7 @@ def test_the_same_classes_in_another_order_give_the_same_logits_in_that_order(ru
     np.testing.assert_allclose(after.teacher_logits, before.teacher_logits[:, order], atol=1e-5)
     np.testing.assert_allclose(after.teacher_uniform_logits, before.teacher_uniform_logits[:, order], atol=1e-5)
     np.testing.assert_array_equal(np.array(order)[after.labels], before.labels)
-    assert open_bundle(run.bundle).manifest == {"schema": "prgkit.bundle/1", **manifest}
+    assert open_bundle(run.bundle).manifest == manifest
     assert (run.bundle / "mine.txt").read_text() == "left alone"
 
 
@@ -167,14 +169,14 @@ def test_what_was_relabelled_is_not_taken_for_what_was_exported(run: Run, monkey
     def make_anew(*_: Any, **__: Any) -> None:
         raise MadeAnewError
 
-    def export() -> dict[str, Any]:
+    def export() -> Manifest:
         return export_run(run, fp16=False, trt=False, open_vocabulary="initializer", progress=NullProgress())
 
-    before = [entry["sha256"] for entry in open_bundle(run.bundle).artifacts]
+    before = [entry.sha256 for entry in open_bundle(run.bundle).artifacts]
     monkeypatch.setattr("prgkit.export.pipeline.export_onnx", make_anew)
-    assert [entry["sha256"] for entry in export()["artifacts"]] == before
+    assert [entry.sha256 for entry in export().artifacts] == before
     relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
-    assert not {entry["sha256"] for entry in open_bundle(run.bundle).artifacts} & set(before)  # nor by bench's choice
+    assert not {entry.sha256 for entry in open_bundle(run.bundle).artifacts} & set(before)  # nor by bench's choice
     with pytest.raises(MadeAnewError):
         export()
     assert open_bundle(run.bundle).classes == ("one", "two")
@@ -190,14 +192,14 @@ def test_a_bundle_is_not_replaced_while_another_process_works_in_it(run: Run) ->
 
 def test_how_faithful_int8_was_with_the_old_classes_is_not_said_of_the_new(run: Run) -> None:
     manifest = read_json(run.bundle / "manifest.json")
-    found = {"layout": "onnxruntime", "floor": 98.0, "blocks": 4, "float_blocks": ["a"], "agreement": 99.0, "scan": []}
+    found = {"layout": "onnxruntime", "floor": 98.0, "blocks": 4, "float_blocks": ["a"], "tried": [], "sensitivity": []}
     manifest["artifacts"][0]["quantization"] = found
-    manifest["not_kept"] = [{"name": "int8", "agreement": 90.0}]
+    manifest["not_kept"] = [{"name": "int8", "why": "it is slow"}]
     write_sealed(run.bundle / "manifest.json", manifest)
     told = relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
     kept = {"layout": "onnxruntime", "floor": 98.0, "blocks": 4, "float_blocks": ["a"]}  # the floor is what bench needs
-    assert told["artifacts"][0]["quantization"] == kept
-    assert "not_kept" not in told
+    assert told.artifacts[0].quantization.to_json() == kept
+    assert told.not_kept == ()
 
 
 def test_the_command_line_relabels(
@@ -226,20 +228,15 @@ def test_the_command_line_relabels(
 def test_there_may_be_more_or_fewer_classes(run: Run, count: int) -> None:
     names, progress = CLASSES[::-1][:count], Notes()
     manifest = relabel(run.bundle, names, run=run, progress=progress)
-    assert manifest["output"]["shape"] == ["batch", count]
-    for entry in manifest["artifacts"]:
-        model = onnx.load(str(run.bundle / entry["file"]))
+    assert manifest.output.shape == ("batch", count)
+    for entry in manifest.artifacts:
+        model = onnx.load(str(run.bundle / entry.file))
         assert model.graph.output[0].type.tensor_type.shape.dim[1].dim_value == count
     evaluation = read_evaluation(run.bundle)
     assert evaluation.teacher_logits.shape == evaluation.logits.shape == (len(evaluation.pixels), count)
     np.testing.assert_allclose(logits_of(run.bundle), evaluation.logits, atol=1e-4)
     lost = "the evaluation images have no labels any more: 4 of their classes are not among the new ones"
-    assert (
-        (lost in progress.told)
-        == (evaluation.labels is None)
-        == (not manifest["evaluation"]["labelled"])
-        == (count == 2)
-    )
+    assert (lost in progress.told) == (evaluation.labels is None) == (not manifest.evaluation.labelled) == (count == 2)
     (answer,) = predict(run.bundle, [run.bundle / "golden/00.png"], top_k=count, min_confidence=0)
     assert {name for name, _ in answer["top"]} == set(names)
     packed = pack(run.bundle)
@@ -319,19 +316,19 @@ def test_class_vectors_as_an_input_give_the_same_answers(run: Run) -> None:
     files = ["model.onnx", "model.fp16.onnx"]
     before = [logits_of(run.bundle, file) for file in files]
     manifest = export_run(run, fp16=True, trt=False, float_input=True, open_vocabulary="input", progress=NullProgress())
-    assert manifest["open_vocabulary"]["class_vectors"] == "input"
-    width = manifest["open_vocabulary"]["width"]
+    assert manifest.open_vocabulary.class_vectors == "input"
+    width = manifest.open_vocabulary.width
     wanted = {"name": "class_vectors", "dtype": "float32", "shape": ["classes", width]}
-    assert manifest["open_vocabulary"]["input"] == wanted
+    assert manifest.open_vocabulary.input.to_json() == wanted
     assert f"`class_vectors` [classes, {width}] float32" in (run.bundle / "README.md").read_text()
     for file, logits, furthest in zip(files, before, (1e-6, 0.05), strict=True):
         np.testing.assert_allclose(logits_of(run.bundle, file), logits, atol=furthest)
     inputs = onnx.load(str(run.bundle / "model.nchw.onnx")).graph.input
     assert [one.name for one in inputs] == ["images", "class_vectors"]
     assert inputs[1].type.tensor_type.shape.dim[0].dim_param == "classes"
-    shas = {entry["sha256"] for entry in manifest["artifacts"]}
+    shas = {entry.sha256 for entry in manifest.artifacts}
     manifest = relabel(run.bundle, CLASSES, run=run, progress=NullProgress())
-    assert not shas & {entry["sha256"] for entry in manifest["artifacts"]}
+    assert not shas & {entry.sha256 for entry in manifest.artifacts}
     evaluation = read_evaluation(run.bundle)
     np.testing.assert_allclose(logits_of(run.bundle), evaluation.logits, atol=1e-4)
     code = re.search(r"```python\n(.*?)```", (run.bundle / "README.md").read_text(), re.S)
@@ -460,7 +457,7 @@ def test_tensorrt_builds_from_the_initializer_in_both_precisions(run: Run) -> No
     for precision, file, dtype in (("fp32", "model.onnx", "FLOAT"), ("fp16", "model.fp16.onnx", "HALF")):
         card = build_engine(run.bundle / file, run.folder, precision=precision, batch=(1, 1, 4), backend="tensorrt_rtx")
         assert card.layer_dtypes["MATRIX_MULTIPLY"] == {dtype: 2}
-        assert card.output == {"name": "logits", "dtype": "FLOAT", "shape": [-1, 4]}
+        assert card.output.to_json() == {"name": "logits", "dtype": "FLOAT", "shape": [-1, 4]}
     make_input(run.bundle / "model.onnx")
     with pytest.raises(ExportError, match="takes its class vectors as an input, and an engine holds them"):
         build_engine(run.bundle / "model.onnx", run.folder, precision="fp32", batch=(1, 1, 4), backend="tensorrt_rtx")

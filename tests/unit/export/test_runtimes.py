@@ -11,6 +11,7 @@ import pytest
 
 from prgkit.errors import BackendError, ExportError
 from prgkit.evaluate.bench.worker import opener, reason
+from prgkit.export.bundle.manifest import Artifact
 from prgkit.export.runtimes import base
 from prgkit.export.runtimes.base import (
     PROVIDERS,
@@ -21,6 +22,11 @@ from prgkit.export.runtimes.base import (
     open_runner,
     why_no_compiling,
 )
+
+
+def artifact(name, file, kind):
+    facts = {"precision": "fp32", "backend": "", "bytes": 0, "sha256": "", "executed": True, "note": None}
+    return Artifact(name=name, file=file, format=kind, **facts, parity=None)
 
 
 def test_torch_and_onnx_runtime_speak_the_same_protocol(repvit):
@@ -223,14 +229,14 @@ def test_a_network_that_does_not_compile_is_a_line(monkeypatch, repvit):
 
 
 def test_the_manifest_chooses_the_runner(repvit):
-    entry = {"name": "onnx-fp32", "file": "model.onnx", "format": "onnx"}
+    entry = artifact("onnx-fp32", "model.onnx", "onnx")
     runner = open_runner(repvit.fp32.parent, entry, threads=1)
     assert (runner.name, runner.backend) == ("onnx-fp32", "onnxruntime")
     with pytest.raises(BackendError, match="unknown format 'tflite'"):
-        open_runner(repvit.fp32.parent, {**entry, "format": "tflite"})
+        open_runner(repvit.fp32.parent, entry.model_copy(update={"format": "tflite"}))
 
 
 def test_an_engine_that_is_not_there_is_named(tmp_path):
-    entry = {"name": "tensorrt_rtx-fp16", "file": "model.fp16.tensorrt_rtx.engine", "format": "engine"}
+    entry = artifact("tensorrt_rtx-fp16", "model.fp16.tensorrt_rtx.engine", "engine")
     with pytest.raises(ExportError, match=r"there is no engine model\.fp16\.tensorrt_rtx\.engine"):
         open_runner(tmp_path, entry)

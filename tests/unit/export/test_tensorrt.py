@@ -15,11 +15,11 @@ import pytest
 
 from prgkit.cli.options import gpu_generations
 from prgkit.errors import BackendError, ExportError
+from prgkit.export.bundle.engine_metadata import engine_metadata_path, load_engine_metadata
 from prgkit.export.formats import tensorrt, timing_cache
 from prgkit.export.formats.tensorrt import build_engine
 from prgkit.export.formats.tensorrt_precision import LEAST_INT8_WEIGHTS, constant, layers_of, leave_small_in_fp16
 from prgkit.export.runtimes import gpu
-from prgkit.export.runtimes.engine_metadata import engine_metadata_path, load_engine_metadata
 from prgkit.export.runtimes.gpu import Gpu, available_backends, choose_backend, choose_targets, find_gpu
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed
 
@@ -49,8 +49,8 @@ def test_both_precisions_build_for_both_families(engines):
         assert (card.bytes, card.sha256) == (path.stat().st_size, sha256(path))
         assert (card.onnx, card.onnx_sha256) == (source.name, sha256(source))
         assert (card.backend, card.precision, card.batch) == ("tensorrt_rtx", precision, (1, 1, 32))
-        assert card.input == {"name": "pixels", "dtype": "UINT8", "shape": [-1, 64, 64, 3]}
-        assert card.output == {"name": "logits", "dtype": "FLOAT", "shape": [-1, 20]}
+        assert card.input.to_json() == {"name": "pixels", "dtype": "UINT8", "shape": [-1, 64, 64, 3]}
+        assert card.output.to_json() == {"name": "logits", "dtype": "FLOAT", "shape": [-1, 20]}
         assert {"SM80", "SM86", "SM89", "SM120"} <= set(card.compute_capabilities)
         assert card.tf32 is False, "FP32 means FP32"
         assert not card.executed
@@ -87,8 +87,8 @@ def test_a_card_from_before_a_fact_was_kept_is_read(engines, tmp_path):
 @needs_rtx
 def test_equal_batches_make_a_static_engine(repvit, tmp_path):
     card = build_engine(repvit.fp16, tmp_path, precision="fp16", batch=(4, 4, 4), backend="tensorrt_rtx")
-    assert card.input["shape"] == [4, 64, 64, 3]
-    assert card.output["shape"] == [4, 20]
+    assert card.input.shape == (4, 64, 64, 3)
+    assert card.output.shape == (4, 20)
 
 
 @needs_rtx
@@ -332,7 +332,9 @@ def test_an_engine_without_a_card_is_not_loaded(engines, tmp_path):
 
 
 @needs_rtx
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema": "other/1"}', '{"schema": "prgkit.engine/1"}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"schema": "other/1"}', '{"schema": "prgkit.engine/1"}', '{"schema": "prgkit.engine/2"}']
+)
 def test_a_damaged_card_is_an_error(engines, tmp_path, text):
     path = copied(engines, tmp_path)
     engine_metadata_path(path).write_text(text)

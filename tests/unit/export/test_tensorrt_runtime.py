@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import enum
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,15 +19,15 @@ except ImportError:
     cudart = None
 
 from prgkit.errors import BackendError
+from prgkit.export.bundle.engine_metadata import EngineMetadata, write_engine_metadata
+from prgkit.export.bundle.manifest import TensorSpec
 from prgkit.export.formats.tensorrt import build_engine
 from prgkit.export.runtimes import tensorrt
-from prgkit.export.runtimes.engine_metadata import EngineMetadata, write_engine_metadata
 from prgkit.export.runtimes.gpu import Gpu, available_backends, this_platform
 from prgkit.export.runtimes.tensorrt import TensorRTRunner, require_match, why_not_here
 from prgkit.storage.atomic import sha256
 
 CARD = EngineMetadata(
-    schema="prgkit.engine/1",
     file="model.fp16.tensorrt_rtx.engine",
     bytes=1,
     sha256="",
@@ -49,6 +48,12 @@ CARD = EngineMetadata(
     executed=False,
     note=None,
 )
+
+
+def replace(card, **changes):
+    return card.model_copy(update=changes)
+
+
 FOR_GENERATION = {
     "backend": "tensorrt",
     "gpu": "RTX 4080",
@@ -207,8 +212,8 @@ def gpu(request, monkeypatch, tmp_path):
     path = tmp_path / "model.engine"
     path.write_bytes(b"engine")
     card = replace(CARD, backend=backend, gpu="RTX 4090", file=path.name, bytes=6, sha256=sha256(path), batch=(1, 1, 4))
-    card = replace(card, input={"name": "pixels", "dtype": "UINT8", "shape": [-1, SIDE, SIDE, 3]})
-    write_engine_metadata(path, replace(card, output={"name": "logits", "dtype": "FLOAT", "shape": [-1, CLASSES]}))
+    card = replace(card, input=TensorSpec(name="pixels", dtype="UINT8", shape=(-1, SIDE, SIDE, 3)))
+    write_engine_metadata(path, replace(card, output=TensorSpec(name="logits", dtype="FLOAT", shape=(-1, CLASSES))))
     return SimpleNamespace(cudart=cudart, trt=trt, open=lambda **options: TensorRTRunner(path, **options))
 
 

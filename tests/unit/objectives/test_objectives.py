@@ -1,15 +1,18 @@
 """PRG and its peers against numbers worked out by hand or by numpy."""
 
 import math
+import pkgutil
 import socket
+import typing
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from prgkit import objectives as losses
 from prgkit.config import objectives
-from prgkit.objectives import LOSSES, Objectives
+from prgkit.objectives import Objectives, build_loss
 from prgkit.objectives.ce import CE
 from prgkit.objectives.crd import CRD
 from prgkit.objectives.dho import DHO
@@ -256,13 +259,13 @@ def test_two_processes_hold_the_proxies_and_banks_of_one(tmp_path) -> None:  # t
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_every_objective_of_a_recipe_teaches_the_student_and_nothing_else(name: str) -> None:
     student, teacher = sides()
-    page = objectives.OBJECTIVES[name](name=name)  # type: ignore[call-arg]
-    if page.learns_labels:
+    config = objectives.OBJECTIVES[name](name=name)
+    if config.learns_labels:
         student = student._replace(heads=(0.5 * student.logits, 2 * student.logits))
-    if page.scores_by_text:
+    if config.scores_by_text:
         student = student._replace(logits=F.normalize(student.features, dim=1) @ SPACE.class_vectors.T)
         student.logits.retain_grad()
-    objective = Objectives([page], SPACE)  # type: ignore[list-item]
+    objective = Objectives([config], SPACE)
     terms = objective(student, teacher)
     torch.stack(list(terms.values())).sum().backward()
     gradient = student.logits.grad
@@ -270,7 +273,15 @@ def test_every_objective_of_a_recipe_teaches_the_student_and_nothing_else(name: 
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
     assert (student.features.grad is not None) == objective.uses_features
-    assert sorted(LOSSES) == sorted(objectives.OBJECTIVES)
+
+
+def test_every_config_has_its_loss_and_every_loss_its_config() -> None:
+    assert sorted(module.name for module in pkgutil.iter_modules(losses.__path__)) == sorted(objectives.OBJECTIVES)
+    for name, config in objectives.OBJECTIVES.items():
+        loss = build_loss(config(name=name), SPACE)  # type: ignore[arg-type, call-arg]
+        assert type(loss).__name__ == config.__name__
+        assert typing.get_type_hints(type(loss).__init__)["config"] is config
+        assert isinstance(loss.uses_features, bool)
 
 
 def test_dkd_by_hand() -> None:
@@ -342,11 +353,11 @@ def test_rkd_does_not_change_when_features_are_turned_and_scaled() -> None:
 
 def test_nd_by_hand() -> None:
     means = torch.tensor([[3.0, 4.0], [2.0, 0.0]])  # of unit length: (0.6, 0.8) and (1, 0)
-    space = SPACE._replace(classes=2, width=2, class_means=lambda: means)
+    context = SPACE._replace(classes=2, width=2, class_means=lambda: means)
     labels = torch.tensor([0, 0, 1])
     teacher = TeacherOutput(torch.tensor([[0.0, 1.0]] * 3), torch.zeros(3, 2), labels, torch.arange(3))
     features = torch.tensor([[6.0, 8.0], [0.3, 0.4], [0.0, 9.0]])  # long and along; half as long; at a right angle
-    terms = ND(objectives.ND(name="nd"), space)(StudentOutput(features, torch.zeros(3, 2)), teacher)
+    terms = ND(objectives.ND(name="nd"), context)(StudentOutput(features, torch.zeros(3, 2)), teacher)
     assert terms["nd"].item() == pytest.approx((0 + 0.5 + 1) / 3)
     assert terms["kl"].item() == pytest.approx(0, abs=1e-7)
     assert terms["ce"].item() == pytest.approx(math.log(2))
@@ -369,9 +380,9 @@ def test_ofa_by_hand() -> None:
     wanted = torch.tensor([[0.5, 0.25, 0.25]])
     teacher = TeacherOutput(torch.zeros(1, WIDTH), wanted.log(), ONE, ONE)
     flat, sure = torch.zeros(1, 3), torch.tensor([[0.8, 0.1, 0.1]]).log()
-    page = objectives.OFA(name="ofa", gamma=2.0)  # weights: 1.5^2 - 1 of the label, 0.25^2 of the others
-    assert enhanced(flat, teacher, page).item() == pytest.approx((1.25 + 2 * 0.0625) * math.log(3))
-    assert enhanced(sure, teacher, page).item() == pytest.approx(-1.25 * math.log(0.8) - 2 * 0.0625 * math.log(0.1))
+    config = objectives.OFA(name="ofa", gamma=2.0)  # weights: 1.5^2 - 1 of the label, 0.25^2 of the others
+    assert enhanced(flat, teacher, config).item() == pytest.approx((1.25 + 2 * 0.0625) * math.log(3))
+    assert enhanced(sure, teacher, config).item() == pytest.approx(-1.25 * math.log(0.8) - 2 * 0.0625 * math.log(0.1))
     plain = enhanced(sure, teacher, objectives.OFA(name="ofa"))  # gamma 1: cross-entropy with p_t itself
     torch.testing.assert_close(plain, F.cross_entropy(sure, wanted))
 
@@ -404,10 +415,10 @@ def test_dho_by_hand() -> None:
     assert terms["kl"].item() == pytest.approx(0.5 * 4 * kl, rel=1e-5)
 
 
-def crd_of(images: int, **page: object) -> CRD:
+def crd_of(images: int, **config: object) -> CRD:
     """Return CRD whose heads leave features as they are, in a space of two dimensions; its banks are always the same."""
     torch.manual_seed(3)
-    crd = CRD(objectives.CRD(name="crd", width=2, temperature=1.0, **page), SPACE._replace(width=2, images=images))  # type: ignore[arg-type]
+    crd = CRD(objectives.CRD(name="crd", width=2, temperature=1.0, **config), SPACE._replace(width=2, images=images))  # type: ignore[arg-type]
     for head in (crd.student_head, crd.teacher_head):
         head.weight.data, head.bias.data = torch.eye(2), torch.zeros(2)
     return crd
@@ -449,8 +460,8 @@ def test_crd_holds_no_image_against_another_with_its_pseudo_label() -> None:
 @pytest.mark.parametrize(("name", "weight"), [("promptkd", 10.0), ("clipkd", 1.0)])
 def test_class_vectors_are_shared(name: str, weight: float) -> None:
     vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
-    space = SPACE._replace(classes=2, width=2, class_vectors=vectors, logit_scale=2.0)
-    part = LOSSES[name](objectives.OBJECTIVES[name](name=name), space)  # type: ignore[call-arg]
+    context = SPACE._replace(classes=2, width=2, class_vectors=vectors, logit_scale=2.0)
+    part = build_loss(objectives.OBJECTIVES[name](name=name), context)
     teacher = TeacherOutput(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), ONE, ONE)  # 2 * <I, V> is 0 and 1.6
     shares = np.array([1, math.exp(1.6)]) / (1 + math.exp(1.6))
     terms = part(StudentOutput(torch.tensor([[3.0, 0.0]]), torch.zeros(1, 2)), teacher)

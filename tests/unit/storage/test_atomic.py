@@ -12,7 +12,7 @@ import pytest
 
 from prgkit.errors import PrgkitError
 from prgkit.storage.atomic import cache_folder, mapped, read_sealed, require_space, write_json, write_sealed
-from prgkit.storage.run import append_line
+from prgkit.storage.journal import Journal
 
 
 def flips(path: Path, read: Any, *errors: type[Exception]) -> tuple[int, int]:
@@ -79,7 +79,7 @@ def test_a_disk_that_knows_less_is_done_without(tmp_path: Path, monkeypatch: pyt
     for name in ("os.fsync", "os.chmod", "numpy.memmap", "shutil.disk_usage"):
         monkeypatch.setattr(name, refuse)
     write_json(tmp_path / "a.json", [1])
-    append_line(tmp_path / "a.jsonl", {"a": 1})
+    Journal(tmp_path / "a.jsonl", dict[str, int]).append({"a": 1})
     assert (tmp_path / "a.json").read_text() == "[\n  1\n]\n"
     assert (tmp_path / "a.jsonl").read_text() == '{"a": 1}\n'
     assert mapped(tmp_path / "a.jsonl", "u1", (2, 4)).tobytes() == b'{"a": 1}'

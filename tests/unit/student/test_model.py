@@ -15,7 +15,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from prgkit.config.recipe import StudentConfig, validate
+from prgkit.config.recipe import validate
+from prgkit.config.sections import StudentConfig
 from prgkit.errors import StudentError
 from prgkit.storage.run import Run, start_run
 from prgkit.student.model import (
@@ -363,7 +364,8 @@ def run(tmp_path: Path) -> Run:
         where="test",
     ).resolved()
     made = start_run(tmp_path / "run", recipe)
-    made.update_card(teacher={"width": WIDTH}, student=build(classes=3).facts(recipe.student))
+    teacher = {"model": "demo:digits", "weights": None, "fingerprint": "", "targets": [], "logit_scale": 100.0}
+    made.update_card(teacher={**teacher, "width": WIDTH}, student=build(classes=3).facts(recipe.student))
     return made
 
 

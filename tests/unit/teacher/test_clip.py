@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from prgkit.config.prompts import named_classes, named_templates
-from prgkit.config.recipe import TeacherConfig
+from prgkit.config.sections import TeacherConfig
 from prgkit.errors import TeacherError
 from prgkit.teacher.clip import Teacher, check_teacher, load_teacher, teacher_identity
 

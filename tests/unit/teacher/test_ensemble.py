@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from prgkit.config.recipe import Recipe, save_recipe, validate
-from prgkit.data.index import index_images, open_images
+from prgkit.data.index import index_images
+from prgkit.data.sources import open_images
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RecipeError
 from prgkit.export.from_run import teacher_logits
@@ -27,7 +28,7 @@ from prgkit.training.distill import distill
 from prgkit.training.dry_run import estimate
 from prgkit.training.prepare import prepare
 from prgkit.training.pseudo_labels import labels_alone
-from prgkit.training.statistics import differing, disagreement
+from prgkit.training.statistics import measure_disagreement, summarise_disagreement
 
 IMAGES = 24
 TINY = {
@@ -159,7 +160,7 @@ def test_each_teacher_has_a_store_of_its_own_that_other_runs_share(
     place: Path, tmp_path: Path, calls: Counter[str]
 ) -> None:
     alone = prepare(recipe_for(place, digits()), tmp_path, NullProgress())
-    width = alone.targets.width
+    width = alone.store.width
     assert set(calls) == {f"views of {width}", f"prompts of {width}"}
     calls.clear()
     both = prepare(recipe_for(place, digits(), tiny(place)), tmp_path, NullProgress())
@@ -167,16 +168,16 @@ def test_each_teacher_has_a_store_of_its_own_that_other_runs_share(
     calls.clear()
     again = prepare(recipe_for(place, tiny(place)), tmp_path, NullProgress())
     assert not calls
-    positions, views = alone.learned[:8], np.ones(8, dtype=int)
+    positions, views = alone.train_indices[:8], np.ones(8, dtype=int)
     per_prompt = [
-        one.answers.per_prompt(one.answer(positions, views, torch.device("cpu")).features)
+        one.classifier.per_prompt(one.teacher_output(positions, views, torch.device("cpu")).features)
         for one in (alone, again, both)
     ]
     torch.testing.assert_close(per_prompt[2], (per_prompt[0] + per_prompt[1]) / 2, rtol=1e-5, atol=1e-4)
-    assert isinstance(both.targets, TeacherEnsemble)
-    named = labels_alone(both.targets, both.answers, [both.targets.features(both.rows[positions], views)])
+    assert isinstance(both.store, TeacherEnsemble)
+    named = labels_alone(both.store, both.classifier, [both.store.features(both.rows[positions], views)])
     for mine, one in zip(named, (alone, again), strict=True):
-        assert mine.tolist() == one.answer(positions, views, torch.device("cpu")).labels.tolist()
+        assert mine.tolist() == one.teacher_output(positions, views, torch.device("cpu")).labels.tolist()
     assert len({one.fingerprint() for one in (alone, again, both)}) == 3
 
 
@@ -187,8 +188,8 @@ def test_a_student_of_two_teachers_is_trained_judged_and_keeps_both_stores(
     recipe = recipe_for(place, digits(), tiny(place))
     progress = Noting()
     run = distill(recipe, Path("runs/two"), Path("targets"), progress)
-    card, found = run.card["teacher"], run.quality()
-    assert (card["model"], card["weights"]) == ("demo:digits + tiny", None)
+    card, found = run.teacher_facts, run.quality()
+    assert (card.model, card.weights) == ("demo:digits + tiny", None)
     assert sorted(row["runs"] for row in list_stores(Path("targets")) if row["teacher"]) == [["runs/two"]] * 2
     assert found is not None
     assert [one["teacher"] for one in found["teachers"]["average"]] == ["demo:digits", "tiny"]
@@ -199,7 +200,7 @@ def test_a_student_of_two_teachers_is_trained_judged_and_keeps_both_stores(
     monkeypatch.setattr("prgkit.export.from_run.load_teacher", lambda *_: pytest.fail("nothing is new to a teacher"))
     weighted, _ = teacher_logits(run, recipe, images, np.arange(len(images)), NullProgress())
     dataset = prepare(recipe, Path("targets"), NullProgress())
-    said = dataset.answer(np.arange(len(images)), np.zeros(len(images), dtype=int), torch.device("cpu"))
+    said = dataset.teacher_output(np.arange(len(images)), np.zeros(len(images), dtype=int), torch.device("cpu"))
     np.testing.assert_allclose(weighted, said.logits.numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -270,8 +271,10 @@ def test_the_same_teacher_under_two_names_is_refused(place: Path, tmp_path: Path
 
 def test_disagreement_is_counted_by_hand() -> None:
     alone = np.array([[0, 0, 1, 2, 1], [0, 1, 1, 1, 2], [0, 0, 1, 2, 1]])
-    found = disagreement(alone, np.array([0, 0, 1, 1, 1]), teachers=("a", "b", "c"), classes=("cat", "dog", "owl"))
-    assert found == {
+    found = measure_disagreement(
+        alone, np.array([0, 0, 1, 1, 1]), teachers=("a", "b", "c"), classes=("cat", "dog", "owl")
+    )
+    assert found.model_dump(mode="json", by_alias=True) == {
         "differ": 60.0,
         "pairs": [
             {"teachers": ["a", "b"], "differ": 60.0},
@@ -289,9 +292,9 @@ def test_disagreement_is_counted_by_hand() -> None:
             {"class": "cat", "contested": 1, "named": 2},
         ],
     }
-    assert differing(found) == [
+    assert summarise_disagreement(found) == [
         ("teachers", "they name different classes on 60.0 % of the images; with their average agree a on 80.0 %, b on 60.0 %, c on 80.0 %"),
         ("contested", "dog (3 of 4), owl (2 of 2), cat (1 of 2) of the images that a teacher gives to that class"),
     ]  # fmt: skip
-    same = disagreement(alone[[0, 2]], alone[0], teachers=("a", "c"), classes=("cat", "dog", "owl"))
-    assert (same["differ"], same["classes"], len(differing(same))) == (0.0, [], 1)
+    same = measure_disagreement(alone[[0, 2]], alone[0], teachers=("a", "c"), classes=("cat", "dog", "owl"))
+    assert (same.differ, same.classes, len(summarise_disagreement(same))) == (0.0, [], 1)

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from prgkit import demo
 from prgkit.config.recipe import Recipe, validate
 from prgkit.data.augment import MultiViewDataset
-from prgkit.data.index import index_images, open_images
+from prgkit.data.index import index_images
+from prgkit.data.sources import open_images
 from prgkit.demo.digits import load_digits
 from prgkit.errors import DiskFullError, PrgkitError, TeacherError
 from prgkit.progress import NullProgress
@@ -90,7 +91,7 @@ def see(recipe: Recipe, root: Path) -> preparing.DistillationDataset:
 
 
 def features(dataset: preparing.DistillationDataset, view: int, positions: np.ndarray) -> torch.Tensor:
-    return dataset.targets.features(dataset.rows[positions], np.full(len(positions), view))
+    return dataset.store.features(dataset.rows[positions], np.full(len(positions), view))
 
 
 def test_a_name_that_is_not_read_to_its_end_is_said_every_time(
@@ -133,7 +134,7 @@ def test_a_stored_feature_is_what_the_teacher_says_of_that_view(photos: Path, tm
     dataset = see(recipe, tmp_path / "targets")
     teacher = load_teacher(recipe.teacher[0], torch.device("cpu"))
     rendered = MultiViewDataset(dataset.image_index, teacher.preprocessing, recipe.views)
-    positions = dataset.learned[:8]
+    positions = dataset.train_indices[:8]
     for view in range(3):
         pixels = rendered.batch([(int(position), [view]) for position in positions]).pixels[:, 0]
         torch.testing.assert_close(features(dataset, view, positions), teacher.embed_images(pixels), atol=5e-4, rtol=0)
@@ -142,8 +143,8 @@ def test_a_stored_feature_is_what_the_teacher_says_of_that_view(photos: Path, tm
 
 def test_class_means_are_those_of_the_learned_images_by_the_teachers_own_answers(photos: Path, tmp_path: Path) -> None:
     dataset = see(recipe_for(photos), tmp_path / "targets")
-    seen = features(dataset, 0, dataset.learned)
-    labels = dataset.answers.logits(seen).argmax(dim=1)
+    seen = features(dataset, 0, dataset.train_indices)
+    labels = dataset.classifier.logits(seen).argmax(dim=1)
     means = dataset.class_means()
     for label in range(len(means)):
         mine = seen[labels == label]
@@ -155,7 +156,7 @@ def test_the_teacher_sees_each_view_once(photos: Path, tmp_path: Path, calls: di
     root = tmp_path / "targets"
     dataset = see(recipe_for(photos), root)
     # Batches are of 8, and the last one is padded; the held-out images have one view.
-    learned, held_out = len(dataset.learned), len(dataset.held_out)
+    learned, held_out = len(dataset.train_indices), len(dataset.val_indices)
     assert calls == {"loaded": 1, "views": 8 * (-(-3 * learned // 8) + -(-held_out // 8)), "prompts": 3}
 
     calls.update(loaded=0, views=0, prompts=0)
@@ -182,7 +183,7 @@ def test_names_and_places_change_nothing_and_new_images_are_all_that_is_seen(
     after = see(recipe_for(photos), root)
     assert calls["views"] == calls["loaded"] == 0
     assert after.image_index.keys == before.image_index.keys
-    assert np.array_equal(after.held_out, before.held_out)
+    assert np.array_equal(after.val_indices, before.val_indices)
 
     for number, image in enumerate(load_digits("test")[0][:6]):
         image.save(photos / f"new-{number}.png")
@@ -190,7 +191,7 @@ def test_names_and_places_change_nothing_and_new_images_are_all_that_is_seen(
     new = [position for position, key in enumerate(grown.image_index.keys) if key not in set(before.image_index.keys)]
     assert len(new) == 6
     assert 0 < calls["views"] <= 8 * 6
-    old = np.array([position for position in grown.learned if position not in new])
+    old = np.array([position for position in grown.train_indices if position not in new])
     same = np.array([before.image_index.keys.index(grown.image_index.keys[position]) for position in old])
     assert torch.equal(features(grown, 1, old), features(before, 1, same))
 
@@ -202,17 +203,17 @@ def test_what_was_not_journalled_is_seen_again_and_ends_the_same(
     recipe = recipe_for(photos)
     whole = see(recipe, tmp_path / "whole")
     all_views = calls["views"]
-    folder = tmp_path / "cut" / whole.targets.folder.name
-    shutil.copytree(whole.targets.folder, folder)
+    folder = tmp_path / "cut" / whole.store.folder.name
+    shutil.copytree(whole.store.folder, folder)
     journal = (folder / "journal.jsonl").read_bytes().split(b"\n")
     (folder / "journal.jsonl").write_bytes(b"\n".join(journal[:2]) + b"\n" + journal[2][:30])  # torn in the third line
     calls["views"] = 0
     resumed = see(recipe, tmp_path / "cut")
-    assert see(recipe, tmp_path / "cut").targets.damaged == []  # what was appended after the torn line can be read
+    assert see(recipe, tmp_path / "cut").store.damaged == []  # what was appended after the torn line can be read
     assert 0 < calls["views"] < all_views
     for view in range(3):
-        assert torch.equal(features(resumed, view, resumed.learned), features(whole, view, whole.learned))
-    assert (folder / "view-001.f16").read_bytes() == (whole.targets.folder / "view-001.f16").read_bytes()
+        assert torch.equal(features(resumed, view, resumed.train_indices), features(whole, view, whole.train_indices))
+    assert (folder / "view-001.f16").read_bytes() == (whole.store.folder / "view-001.f16").read_bytes()
 
 
 def test_a_flipped_byte_is_named_and_its_block_alone_is_seen_again(
@@ -221,19 +222,19 @@ def test_a_flipped_byte_is_named_and_its_block_alone_is_seen_again(
     monkeypatch.setattr(storing, "BLOCK_IMAGES", 8)
     recipe = recipe_for(photos)
     whole = see(recipe, tmp_path)
-    before = features(whole, 1, whole.learned).clone()
-    path = whole.targets.folder / "view-001.f16"
+    before = features(whole, 1, whole.train_indices).clone()
+    path = whole.store.folder / "view-001.f16"
     content = bytearray(path.read_bytes())
     content[-100] ^= 1  # in the last row
     path.write_bytes(content)
-    damaged = FeatureStore(whole.targets.folder, recipe.teacher[0]).damaged
+    damaged = FeatureStore(whole.store.folder, recipe.teacher[0]).damaged
     assert len(damaged) == 1
     assert damaged[0].startswith("view-001.f16, rows ")
     calls["views"] = 0
     mended = see(recipe, tmp_path)
     assert 0 < calls["views"] <= 8 * 4  # at most eight images, two to a batch
-    assert FeatureStore(whole.targets.folder, recipe.teacher[0]).damaged == []
-    assert torch.equal(features(mended, 1, mended.learned), before)
+    assert FeatureStore(whole.store.folder, recipe.teacher[0]).damaged == []
+    assert torch.equal(features(mended, 1, mended.train_indices), before)
 
 
 class Noting(NullProgress):
@@ -255,7 +256,7 @@ def test_a_store_in_use_is_waited_for(photos: Path, tmp_path: Path, calls: dict[
     told, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with locked(dataset.targets.folder, "target store"):
+        with locked(dataset.store.folder, "target store"):
             done.set()
             told.wait(20)
 
@@ -265,9 +266,11 @@ def test_a_store_in_use_is_waited_for(photos: Path, tmp_path: Path, calls: dict[
     grown = prepare(recipe_for(photos), tmp_path, progress)
     assert progress.notes[0] == (
         f"another process ({os.getpid()}) is working on this target store; "
-        f"waiting until it has done its part ({dataset.targets.folder})"
+        f"waiting until it has done its part ({dataset.store.folder})"
     )
-    assert len(grown.learned) + len(grown.held_out) == len(dataset.learned) + len(dataset.held_out) + 3
+    assert (
+        len(grown.train_indices) + len(grown.val_indices) == len(dataset.train_indices) + len(dataset.val_indices) + 3
+    )
 
 
 def test_a_second_process_sees_what_the_first_has_stored(photos: Path, tmp_path: Path, calls: dict[str, int]) -> None:
@@ -275,7 +278,7 @@ def test_a_second_process_sees_what_the_first_has_stored(photos: Path, tmp_path:
     first = see(recipe, tmp_path)
     for number, image in enumerate(load_digits("test")[0][:4]):
         image.save(photos / f"new-{number}.png")
-    second = FeatureStore(first.targets.folder, recipe.teacher[0])
+    second = FeatureStore(first.store.folder, recipe.teacher[0])
     see(recipe, tmp_path)  # the first process stores the new images while the second is about to
     seen = calls["views"]
     images = index_images(open_images(str(photos)), workers=1)
@@ -303,7 +306,7 @@ def test_damaged_prompts_are_named_and_read_by_the_teacher_again(
     photos: Path, tmp_path: Path, calls: dict[str, int], damage: str
 ) -> None:
     whole = see(recipe_for(photos), tmp_path)
-    (path,) = whole.targets.folder.glob("prompts-*.npy")
+    (path,) = whole.store.folder.glob("prompts-*.npy")
     before = path.read_bytes()
     if damage == "a flipped byte":
         flip(path, len(before) - 7)  # in a number: numpy alone would not see it
@@ -312,10 +315,10 @@ def test_damaged_prompts_are_named_and_read_by_the_teacher_again(
     calls.update(views=0, prompts=0)
     progress = Noting()
     prepare(recipe_for(photos), tmp_path, progress)
-    assert progress.notes[0] == f"damaged in {whole.targets.folder}: {path.name}; what was in it is embedded again"
+    assert progress.notes[0] == f"damaged in {whole.store.folder}: {path.name}; what was in it is embedded again"
     assert (calls["views"], calls["prompts"]) == (0, 3)
     assert path.read_bytes() == before
-    assert [found.name for found in whole.targets.folder.glob("prompts-*")] == [path.name]
+    assert [found.name for found in whole.store.folder.glob("prompts-*")] == [path.name]
 
 
 @pytest.mark.parametrize("line", [0, 2])
@@ -326,19 +329,19 @@ def test_a_damaged_journal_line_is_named_and_its_block_alone_is_seen_again(
     monkeypatch.setattr(storing, "BLOCK_IMAGES", 8)
     recipe = recipe_for(photos)
     whole = see(recipe, tmp_path)
-    before = [features(whole, view, whole.learned) for view in range(3)]
-    journal = whole.targets.folder / "journal.jsonl"
+    before = [features(whole, view, whole.train_indices) for view in range(3)]
+    journal = whole.store.folder / "journal.jsonl"
     lines = journal.read_bytes().split(b"\n")
     lines[line] = lines[line].replace(b'{"row"', b'["row"' if damage == "no JSON" else b'{"rov"')
     journal.write_bytes(b"\n".join(lines))
-    lost = f"damaged in {whole.targets.folder}: journal.jsonl, line {line + 1}; what was in it is embedded again"
+    lost = f"damaged in {whole.store.folder}: journal.jsonl, line {line + 1}; what was in it is embedded again"
     calls["views"] = 0
     progress = Noting()
     mended = prepare(recipe, tmp_path, progress)
     assert progress.notes[0] == lost
     assert 0 < calls["views"] <= 8 * 4  # at most eight images, two to a batch
     for view in range(3):
-        assert torch.equal(features(mended, view, mended.learned), before[view])
+        assert torch.equal(features(mended, view, mended.train_indices), before[view])
     again = Noting()
     prepare(recipe, tmp_path, again)
     assert again.notes == [note for note in progress.notes if note != lost and "loading" not in note]
@@ -350,7 +353,7 @@ def test_a_changed_row_number_does_not_make_a_giant_of_a_store(
 ) -> None:
     monkeypatch.setattr(storing, "BLOCK_IMAGES", 8)
     whole = see(recipe_for(photos), tmp_path)
-    journal, view = whole.targets.folder / "journal.jsonl", whole.targets.folder / "view-000.f16"
+    journal, view = whole.store.folder / "journal.jsonl", whole.store.folder / "view-000.f16"
     journal.write_text(journal.read_text().replace('{"row": 8,', '{"row": 900000000008,'))
     before = view.stat().st_size
     see(recipe_for(photos), tmp_path)
@@ -361,7 +364,7 @@ def test_a_damaged_card_is_named_and_comes_back_with_what_the_teacher_has_seen(
     photos: Path, tmp_path: Path, calls: dict[str, int]
 ) -> None:
     whole = see(recipe_for(photos), tmp_path)
-    card = whole.targets.folder / "card.json"
+    card = whole.store.folder / "card.json"
     before = card.read_bytes()
     card.write_bytes(re.sub(rb'"logit_scale": \d', b'"logit_scale": 7', before))  # the form stays right
     with pytest.raises(PrgkitError, match=r"card\.json is damaged: its content is not what was written") as caught:
@@ -398,7 +401,7 @@ def test_a_disk_that_fills_up_at_a_block_loses_that_block_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        patch.setattr("prgkit.data.cache.Adder.add", lambda *_: None)  # pictures would be flushed, too
+        patch.setattr("prgkit.data.cache.CacheWriter.add", lambda *_: None)  # pictures would be flushed, too
         with pytest.raises(DiskFullError, match=r"no disk space left for (view-001\.f16|journal\.jsonl)") as caught:
             see(recipe, tmp_path / "cut")
     assert caught.value.fix == "free some space and run the same command again: finished work is kept"
@@ -413,6 +416,6 @@ def test_a_disk_that_fills_up_at_a_block_loses_that_block_alone(
 
 def test_the_journal_is_readable_json(photos: Path, tmp_path: Path) -> None:
     dataset = see(recipe_for(photos), tmp_path)
-    lines = [json.loads(line) for line in (dataset.targets.folder / "journal.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (dataset.store.folder / "journal.jsonl").read_text().splitlines()]
     assert sum(len(line["keys"]) for line in lines) == len(index_images(open_images(str(photos)), workers=1))
     assert {len(line["digests"]) for line in lines} == {1, 3}

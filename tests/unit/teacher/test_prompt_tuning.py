@@ -15,7 +15,8 @@ import torch
 from PIL import ImageOps
 
 from prgkit.config.recipe import Recipe, validate
-from prgkit.data.index import index_images, match_labels, open_images
+from prgkit.data.index import index_images, match_labels
+from prgkit.data.sources import open_images
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import ImagesError, PrgkitError, RecipeError, TeacherError
 from prgkit.progress import NullProgress
@@ -164,17 +165,17 @@ def test_a_student_learns_from_the_context_without_a_teacher_pass(
     recipe = recipe_for(labelled, context=path)
     dataset = prepare(recipe, root, NullProgress())
     assert shown == [1]  # one black image at loading tells the width
-    assert dataset.targets.stores[0].folder == plain.targets.stores[0].folder
-    assert dataset.answers.prompts.shape == (1, len(CLASSES), 64)
+    assert dataset.store.stores[0].folder == plain.targets.stores[0].folder
+    assert dataset.classifier.prompts.shape == (1, len(CLASSES), 64)
     assert dataset.fingerprint() != plain.fingerprint()
-    assert dataset.targets.facts().keys() - plain.targets.facts().keys() == {"context"}  # the run's card tells it
-    assert prepare(recipe, root, NullProgress()).answers.prompts.equal(dataset.answers.prompts)
+    assert dataset.store.facts().keys() - plain.targets.facts().keys() == {"context"}  # the run's card tells it
+    assert prepare(recipe, root, NullProgress()).classifier.prompts.equal(dataset.classifier.prompts)
     assert shown == [1]  # what it reads is stored, and read again without it
 
     images = index_images(open_images(str(labelled)), workers=1)
-    features = dataset.targets.features(dataset.targets.rows(images.keys, views=1), np.zeros(len(images), dtype=int))
+    features = dataset.store.features(dataset.store.rows(images.keys, views=1), np.zeros(len(images), dtype=int))
     labels = torch.from_numpy(match_labels(images, CLASSES))
-    by_plain, by_context = (worth(side.answers.logits(features), labels) for side in (plain, dataset))
+    by_plain, by_context = (worth(side.classifier.logits(features), labels) for side in (plain, dataset))
     assert by_plain is not None
     assert by_context is not None
     assert by_context["loss"] < by_plain["loss"] - 0.1
@@ -192,7 +193,7 @@ def test_another_context_in_the_same_place_is_another_run(
     assert recipe.fingerprint() != before
     second = prepare(recipe, adapted["folder"] / "targets", NullProgress())
     assert first.fingerprint() != second.fingerprint()
-    assert not first.answers.prompts.allclose(second.answers.prompts, atol=1e-3)
+    assert not first.classifier.prompts.allclose(second.classifier.prompts, atol=1e-3)
 
 
 def test_shots_are_drawn_by_content_and_seed(labelled: Path) -> None:
@@ -225,7 +226,7 @@ def test_classes_with_few_labels_or_none_are_named(labelled: Path, tmp_path: Pat
     assert found["epoch"] == found["epochs"]
     assert "of 26 learned labelled images" in told(found)
     with_context = recipe_for(folder, context=tmp_path / "few.safetensors")
-    assert prepare(with_context, tmp_path / "targets", NullProgress()).answers.prompts.shape[1] == 10
+    assert prepare(with_context, tmp_path / "targets", NullProgress()).classifier.prompts.shape[1] == 10
 
 
 def refusal(recipe: Recipe, tmp_path: Path) -> PrgkitError:

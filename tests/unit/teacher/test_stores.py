@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from prgkit.storage.atomic import write_json, write_sealed
+from prgkit.storage.atomic import write_sealed
 from prgkit.storage.locks import locked
+from prgkit.storage.run import Run
+from prgkit.storage.run_card import SCHEMA
 from prgkit.teacher.stores import list_stores, prune, told
+
+CARD = {"schema": SCHEMA, "prgkit": "0", "created": "", "fingerprint": "", "origin": "../..", "finished": False}
+TEACHER = {"model": "ViT-L-14", "weights": "openai", "fingerprint": "", "width": 4, "logit_scale": 100.0}
 
 
 def make_store(folder: Path, images: int, *, views: int, teacher: str) -> None:
@@ -29,9 +34,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "targets" / "pictures").mkdir()
     block = {"offset": 0, "keys": ["0" * 32], "heights": [2], "widths": [2], "digest": "0"}
     (tmp_path / "targets" / "pictures" / "journal.jsonl").write_text(json.dumps(block) + "\n")
-    for name, origin in (("first", "../.."), ("second", "../..")):
-        write_sealed(Path("runs", name, "card.json"), {"origin": origin, "teacher": {"targets": "targets/aaaa"}})
-    write_sealed(Path("runs/started/card.json"), {"origin": "../.."})
+    for name in ("first", "second"):
+        Run(Path("runs", name)).update_card(**CARD, teacher={**TEACHER, "targets": "targets/aaaa"})
+    Run(Path("runs/started")).update_card(**CARD)
     for path in (tmp_path / "targets" / "bbbb").iterdir():
         os.utime(path, (0, time.time() - 3 * 86_400))
     os.utime(tmp_path / "targets" / "bbbb", (0, time.time() - 3 * 86_400))
@@ -59,7 +64,7 @@ def test_what_no_run_uses_is_freed(root: Path) -> None:
     assert [Path(row["store"]).name for row in prune(root, rehearse=False)] == ["bbbb"]
     assert sorted(path.name for path in root.iterdir()) == ["aaaa", "pictures"]
     for name in ("first", "second"):
-        write_json(Path("runs", name, "card.json"), {})
+        write_sealed(Path("runs", name, "card.json"), CARD)
     assert [Path(row["store"]).name for row in prune(root, rehearse=False)] == ["aaaa", "pictures"]
     assert list_stores(root) == []
     assert list(root.iterdir()) == []

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prgkit.config.recipe import Recipe, TargetsConfig, validate
+from prgkit.config.recipe import Recipe, validate
+from prgkit.config.sections import TargetsConfig
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RunError, TargetsError
 from prgkit.export.from_run import teacher_logits
@@ -20,7 +21,7 @@ from prgkit.storage.run import Run, start_run
 from prgkit.teacher.zero_shot import (
     LogitAdjustment,
     ZeroShotClassifier,
-    answers_of,
+    classifier_of,
     fit_adjustment,
     fit_log_prior,
     fit_temperature,
@@ -165,23 +166,23 @@ def test_everyone_is_given_the_same_corrected_answers(photos: Path, tmp_path: Pa
     notes = Notes()
     run, dataset = learn(photos, tmp_path, notes, debias=1.0, entropy=0.2)
     positions = np.arange(20)
-    side = dataset.answer(positions, np.zeros(20, dtype=int), torch.device("cpu"))
-    plain: ZeroShotClassifier = replace(dataset.answers, correction=no_adjustment(10))
+    side = dataset.teacher_output(positions, np.zeros(20, dtype=int), torch.device("cpu"))
+    plain: ZeroShotClassifier = replace(dataset.classifier, adjustment=no_adjustment(10))
     said = plain.logits(side.features)
     facts = json.loads(run.answers_file.read_text())
     log_prior = torch.tensor(list(facts["log_prior"].values()), dtype=torch.float32)
     assert torch.equal(side.logits, (said - log_prior) / facts["temperature"])
     assert torch.equal(side.labels, side.logits.argmax(dim=1))
 
-    run.update_card(teacher=dataset.targets.facts())
+    run.update_card(teacher=dataset.store.facts())
     weighted, uniform = teacher_logits(run, run.recipe, dataset.image_index, positions, NullProgress())
     torch.testing.assert_close(torch.from_numpy(weighted), side.logits)
     by_itself = replace(plain, prompt_weighting="mean").logits(side.features)
     torch.testing.assert_close(torch.from_numpy(uniform), by_itself)
 
     found = json.loads(run.quality_file.read_text())
-    every = dataset.targets.features(dataset.rows, np.zeros(60, dtype=int))
-    before, after = plain.logits(every).argmax(dim=1), dataset.answers.logits(every).argmax(dim=1)
+    every = dataset.store.features(dataset.rows, np.zeros(60, dtype=int))
+    before, after = plain.logits(every).argmax(dim=1), dataset.classifier.logits(every).argmax(dim=1)
     changed = int((before != after).sum())
     assert 0 < changed < 30
     assert found["correction"]["changed"] == changed
@@ -197,47 +198,48 @@ def test_everyone_is_given_the_same_corrected_answers(photos: Path, tmp_path: Pa
 
 def test_a_lost_or_damaged_correction_is_never_guessed(photos: Path, tmp_path: Path) -> None:
     run, dataset = learn(photos, tmp_path, debias=1.0)
-    given = (run, run.recipe, dataset.answers.prompts, dataset.answers.logit_scale)
-    assert torch.equal(answers_of(*given).correction.log_prior, dataset.answers.correction.log_prior)
+    given = (run, run.recipe, dataset.classifier.prompts, dataset.classifier.logit_scale)
+    assert torch.equal(classifier_of(*given).adjustment.log_prior, dataset.classifier.adjustment.log_prior)
     content = run.answers_file.read_text()
     run.answers_file.write_text(content.replace('"zero": -', '"zero": '))
     with pytest.raises(PrgkitError, match=r"answers\.json is damaged"):
-        answers_of(*given)
+        classifier_of(*given)
     run.answers_file.unlink()
     with pytest.raises(RunError, match="the correction that this run learned with is lost"):
-        answers_of(*given)
+        classifier_of(*given)
     plain, _ = learn(photos, tmp_path / "plain")
     assert not plain.answers_file.exists()
-    assert answers_of(plain, plain.recipe, *given[2:]).correction.is_none
+    assert classifier_of(plain, plain.recipe, *given[2:]).adjustment.is_none
 
 
 def test_the_images_that_are_kept_are_counted_and_told(photos: Path, tmp_path: Path) -> None:
     notes = Notes()
     run, every = learn(photos, tmp_path / "all", notes)
-    held_out = len(every.held_out)
+    held_out = len(every.val_indices)
     assert notes.told[-1] == f"learning from {60 - held_out} of 60 images: {held_out} held out, none dropped"
-    assert run.card["learned"] == {
+    assert run.card.learned is not None
+    assert run.card.learned.model_dump() == {
         "images": 60 - held_out, "held_out": held_out, "dropped": 0, "an_epoch": 60 - held_out
     }  # fmt: skip
     assert not run.confidence_file.exists()
 
-    side = every.answer(every.learned, np.zeros(len(every.learned), dtype=int), torch.device("cpu"))
+    side = every.teacher_output(every.train_indices, np.zeros(len(every.train_indices), dtype=int), torch.device("cpu"))
     confidence = side.logits.softmax(dim=1).amax(dim=1).numpy()
     threshold = round(float(np.median(confidence)), 3)
     run, some = learn(photos, tmp_path / "some", notes, keep={"min_confidence": threshold})
-    assert np.array_equal(some.learned, every.learned[confidence >= threshold])
-    assert np.array_equal(some.held_out, every.held_out)
-    dropped = len(every.learned) - len(some.learned)
+    assert np.array_equal(some.train_indices, every.train_indices[confidence >= threshold])
+    assert np.array_equal(some.val_indices, every.val_indices)
+    dropped = len(every.train_indices) - len(some.train_indices)
     assert dropped > 10
     assert notes.told[-1] == (
-        f"learning from {len(some.learned)} of 60 images: {held_out} held out, {dropped} below a confidence of "
+        f"learning from {len(some.train_indices)} of 60 images: {held_out} held out, {dropped} below a confidence of "
         f"{threshold}"
     )
-    assert run.card["learned"]["dropped"] == dropped
+    assert getattr(run.card.learned, "dropped", None) == dropped
 
     _, weighted = learn(photos, tmp_path / "weighted", notes, keep={"weighted": True})
-    assert weighted.shares is not None
-    np.testing.assert_allclose(weighted.shares, confidence, atol=1e-6)
+    assert weighted.sample_weights is not None
+    np.testing.assert_allclose(weighted.sample_weights, confidence, atol=1e-6)
     an_epoch = int(confidence.sum())
     assert weighted.images_an_epoch == an_epoch
     assert notes.told[-1].endswith(f"held out, none dropped; weighted by confidence, {an_epoch} an epoch")

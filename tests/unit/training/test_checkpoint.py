@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from prgkit.config.objectives import OBJECTIVES
-from prgkit.config.recipe import StudentConfig, Training
+from prgkit.config.sections import StudentConfig, Training
 from prgkit.errors import DiskFullError, RunError
 from prgkit.objectives import Objectives
 from prgkit.outputs import LossContext, TeacherOutput
 from prgkit.storage.run import Run
 from prgkit.storage.tensors import save_tensors
 from prgkit.student.model import Student, build_student
-from prgkit.training.checkpoint import ModelEma, TrainingCounters, TrainingState, expected_bytes
-from prgkit.training.distill import build_optimizer
+from prgkit.training.checkpoint import TrainingCounters, TrainingState, expected_bytes, model_ema
+from prgkit.training.optimizer import build_optimizer
 
 CLASSES, WIDTH = 3, 8
 
@@ -54,7 +54,7 @@ def state_of(seed: int, *, optimizer: str = "adamw", objective: str = "prg", ima
     student.shows_stages = OBJECTIVES[objective].reads_stages
     learning = nn.ModuleList([student, objectives])
     optimizer_of = build_optimizer(learning, Training(optimizer=optimizer, learning_rate=0.01))  # type: ignore[arg-type]
-    return TrainingState(student, ModelEma(student), optimizer_of, objectives, TrainingCounters())
+    return TrainingState(student, model_ema(student), optimizer_of, objectives, TrainingCounters())
 
 
 def train(state: TrainingState, steps: int, *, seed: int) -> None:
@@ -70,14 +70,15 @@ def train(state: TrainingState, steps: int, *, seed: int) -> None:
         state.optimizer.zero_grad()
         loss.backward()
         state.optimizer.step()
-        state.average.update(state.student, decay=0.5)
+        state.average.decay = 0.5
+        state.average.update(state.student)
         state.counters.add({"loss": loss, **terms})
 
 
 def everything(state: TrainingState) -> dict[str, Any]:
     return {
         **{f"student/{name}": tensor for name, tensor in state.student.state_dict().items()},
-        **{f"average/{name}": tensor for name, tensor in state.average.student.state_dict().items()},
+        **{f"average/{name}": tensor for name, tensor in state.average.module.state_dict().items()},
         **{f"objective/{name}": tensor for name, tensor in state.objective.state_dict().items()},
         **{
             f"optimizer/{index}/{name}": value
@@ -194,17 +195,18 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
 
 def test_the_average_by_hand() -> None:
     student = fresh(1)
-    average = ModelEma(student)
+    average = model_ema(student)
     weight, mean, count = "model.fc.weight", "model.bn1.running_mean", "model.bn1.num_batches_tracked"
     with torch.no_grad():
-        average.student.state_dict()[weight].fill_(1.0)
-        average.student.state_dict()[mean].fill_(-2.0)
+        average.module.state_dict()[weight].fill_(1.0)
+        average.module.state_dict()[mean].fill_(-2.0)
         for value, batches in ((3.0, 7), (5.0, 8)):
             student.state_dict()[weight].fill_(value)
             student.state_dict()[mean].fill_(value)
             student.state_dict()[count].fill_(batches)
-            average.update(student, decay=0.75)
-    mine = average.student.state_dict()
+            average.decay = 0.75
+            average.update(student)
+    mine = average.module.state_dict()
     assert mine[weight].unique().tolist() == [0.75 * (0.75 * 1 + 0.25 * 3) + 0.25 * 5]  # 2.375
     assert mine[mean].unique().tolist() == [0.75 * (0.75 * -2 + 0.25 * 3) + 0.25 * 5]  # 0.6875
     assert mine[count].item() == 8
@@ -213,15 +215,17 @@ def test_the_average_by_hand() -> None:
 
 def test_an_average_is_apart_from_its_student() -> None:
     student = fresh(1)
-    average = ModelEma(student)
-    assert not average.student.training
+    average = model_ema(student)
+    assert not average.module.training
     assert student.training
-    assert not any(parameter.requires_grad for parameter in average.student.parameters())
-    average.update(fresh(2), decay=0.0)
-    assert not torch.equal(student.state_dict()["model.fc.weight"], average.student.state_dict()["model.fc.weight"])
-    before = copy.deepcopy(average.student.state_dict())
-    average.update(fresh(3), decay=1.0)
-    for name, tensor in average.student.state_dict().items():
+    assert not any(parameter.requires_grad for parameter in average.module.parameters())
+    average.decay = 0.0
+    average.update(fresh(2))
+    assert not torch.equal(student.state_dict()["model.fc.weight"], average.module.state_dict()["model.fc.weight"])
+    before = copy.deepcopy(average.module.state_dict())
+    average.decay = 1.0
+    average.update(fresh(3))
+    for name, tensor in average.module.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
@@ -241,7 +245,7 @@ def test_the_space_a_run_takes_is_what_it_is_said_to_take(tmp_path: Path, object
     run, state = Run(tmp_path), state_of(1, objective=objective, images=images)
     train(state, 1, seed=5)
     state.save(run)
-    save_tensors(run.weights, state.average.student.state_dict(), {})
+    save_tensors(run.weights, state.average.module.state_dict(), {})
     written = run.weights.stat().st_size + 2 * run.state.stat().st_size  # one checkpoint replaces another
     assert written == pytest.approx(expected_bytes(state.student, images * page_of(objective).kept_floats), rel=0.1)
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from prgkit.config.recipe import StudentConfig, Training
+from prgkit.config.sections import StudentConfig, Training
 from prgkit.device import best_device, seed_everything
 from prgkit.errors import BackendError
 from prgkit.storage.run import Run
+from prgkit.storage.run_card import SCHEMA
 from prgkit.student.model import Student, build_student
 from prgkit.training import distill, distributed
 from prgkit.training.distributed import from_first, probe_precision
@@ -31,7 +32,7 @@ def student() -> Student:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     run = Run(tmp_path / "run")
-    run.update_card(finished=False)
+    run.update_card(schema=SCHEMA, prgkit="0", created="", fingerprint="", origin="../..", finished=False)
     return run
 
 
@@ -76,8 +77,8 @@ def test_a_probe_is_written_down_and_read_again(student: Student, run: Run, monk
     assert distill.decide_precision(run, student, page, accelerator)
     assert distill.decide_precision(Run(run.folder), student, page, accelerator)
     assert asked == [(CPU, 48)]
-    assert run.card["precision"]["chosen"] == "bf16"
-    run.update_card(precision={"chosen": "fp32"})
+    assert getattr(run.card.precision, "chosen", None) == "bf16"
+    run.update_card(precision={"chosen": "fp32", "step_ms": {"fp32": 1.0, "bf16": 2.0}, "batch_size": 32})
     assert not distill.decide_precision(run, student, page, accelerator)
 
 
@@ -85,7 +86,7 @@ def test_what_was_asked_for_is_not_probed(student: Student, run: Run) -> None:
     accelerator = Accelerator(cpu=True)
     assert distill.decide_precision(run, student, Training(precision="bf16"), accelerator)
     assert not distill.decide_precision(run, student, Training(precision="fp32"), accelerator)
-    assert "precision" not in run.card
+    assert run.card.precision is None
 
 
 def test_seeds_decide_the_weights() -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prgkit.config.recipe import Recipe, StudentConfig, validate
+from prgkit.config.recipe import Recipe, validate
+from prgkit.config.sections import StudentConfig
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import RecipeError
 from prgkit.outputs import TeacherOutput
@@ -20,9 +21,9 @@ from prgkit.storage.atomic import read_sealed
 from prgkit.storage.run import Run
 from prgkit.student.heads import ClassVectors, DualHead
 from prgkit.student.model import build_student, load_student, reparameterised
+from prgkit.training.batches import mixup
 from prgkit.training.distill import distill
 from prgkit.training.few_shot import best_vote
-from prgkit.training.mixup import mixed
 from prgkit.training.prepare import prepare
 
 
@@ -92,7 +93,7 @@ def test_mixed_images_have_mixed_targets() -> None:
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
     side = TeacherOutput(torch.eye(2), probabilities.log(), torch.tensor([0, 1]), torch.arange(2))
     for step in range(50):
-        images, told = mixed(torch.tensor([0, 200]).view(2, 1, 1, 1), side, 1.0, seed=(0, step))
+        images, told = mixup(torch.tensor([0, 200]).view(2, 1, 1, 1), side, 1.0, seed=(0, step))
         if images[0] != 0:  # the other image is not the same one
             break
     share = 1 - float(images[0]) / 200  # of itself
@@ -101,7 +102,7 @@ def test_mixed_images_have_mixed_targets() -> None:
     length = math.hypot(share, 1 - share)
     torch.testing.assert_close(told.features[0], torch.tensor([share / length, (1 - share) / length]))
     assert told.labels.tolist() == told.logits.argmax(dim=1).tolist()
-    again, _ = mixed(torch.tensor([0, 200]).view(2, 1, 1, 1), side, 1.0, seed=(0, step))
+    again, _ = mixup(torch.tensor([0, 200]).view(2, 1, 1, 1), side, 1.0, seed=(0, step))
     assert torch.equal(images, again)  # a function of the step, so that a run can go on
 
 
@@ -129,7 +130,7 @@ def test_a_student_without_a_head_scores_by_class_vectors(folder: Path, name: st
     run = trained(folder, name, {"name": name})
     student = load_student(run)
     assert student.scorer is not None
-    assert student.scorer.vectors.shape == (10, run.card["teacher"]["width"])
+    assert student.scorer.vectors.shape == (10, run.teacher_facts.width)
     torch.testing.assert_close(student.scorer.vectors.norm(dim=1), torch.ones(10))
     with torch.no_grad():
         answer = student(pixels())
@@ -183,7 +184,11 @@ def test_images_that_choose_the_vote_teach_no_one_and_those_that_teach_choose_no
     own = dataset.labelled.dataset
     names = [
         {part.image_index.keys[position] for position in positions}
-        for part, positions in ((dataset, dataset.learned), (dataset, dataset.held_out), (own, own.held_out))
+        for part, positions in (
+            (dataset, dataset.train_indices),
+            (dataset, dataset.val_indices),
+            (own, own.val_indices),
+        )
     ]
     assert names[0]
     assert names[1]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prgkit.config.recipe import Keep
+from prgkit.config.sections import Keep
 from prgkit.errors import TargetsError
 from prgkit.training.selection import images_an_epoch, sure_enough, systematic_sample
 

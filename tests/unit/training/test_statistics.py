@@ -5,7 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from prgkit.training.statistics import assess, changes, doubts, kappa, mean_cosine, read_as_one, summary
+from prgkit.training.statistics import (
+    adjustment_effect,
+    compute_statistics,
+    find_doubts,
+    find_read_as_one,
+    kappa,
+    mean_cosine,
+    summarise,
+)
+from prgkit.training.statistics_schema import Statistics
 
 CLASSES = ("cat", "dog", "cow", "owl")
 
@@ -15,7 +24,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture
-def found() -> dict:  # type: ignore[type-arg]
+def found() -> Statistics:
     """60 cats, 30 dogs, 10 between the two; no cow, no owl; a near copy; one image that is nothing."""
     generator = np.random.default_rng(0)
     classes = np.eye(4, 32)
@@ -29,54 +38,58 @@ def found() -> dict:  # type: ignore[type-arg]
     logits = (20 * features @ classes.T).astype(np.float32)
     agreeing = logits.argmax(1)
     odd = np.where(np.arange(100) < 25, 3, agreeing)
-    return assess(
+    return compute_statistics(
         features, logits, np.stack([agreeing, odd]), cosines=logits.max(1) / 20, classes=CLASSES, templates=("a {}", "no {}"),
         names=[f"{number}.png" for number in range(100)],
     )  # fmt: skip
 
 
-def test_balance_is_told_against_an_even_share(found: dict) -> None:  # type: ignore[type-arg]
-    assert found["balance"]["unmatched"] == ["cow", "owl"]
-    assert found["balance"]["uniform"] == 25
-    assert sum(found["balance"]["counts"]) == 100
-    assert found["balance"]["largest"]["class"] == "cat"
-    assert found["balance"]["effective_classes"] < 2.01
+def test_balance_is_told_against_an_even_share(found: Statistics) -> None:
+    assert found.balance.unmatched == ["cow", "owl"]
+    assert found.balance.uniform == 25
+    assert sum(found.balance.counts) == 100
+    assert found.balance.largest.class_name == "cat"
+    assert found.balance.effective_classes < 2.01
 
 
-def test_histograms_count_every_image(found: dict) -> None:  # type: ignore[type-arg]
+def test_histograms_count_every_image(found: Statistics) -> None:
     for name in ("confidence", "margin"):
-        assert sum(found[name]["histogram"]) == 100
-        assert 0 < found[name]["mean"] <= 1
+        assert sum(getattr(found, name).histogram) == 100
+        assert 0 < getattr(found, name).mean <= 1
 
 
-def test_hesitation_copies_strangers_and_odd_prompts_are_named(found: dict) -> None:  # type: ignore[type-arg]
-    assert found["confused"][0][:2] == ("cat", "dog")
-    assert 1 <= found["close_calls"] <= 12
-    assert found["near_duplicates"]["images"] == 2
-    assert found["near_duplicates"]["pairs"] == [("88.png", "89.png", 1.0)]
-    assert found["outliers"]["lowest"][0][0] == "59.png"
-    assert [row["agreement"] for row in found["templates"]] == [100.0, 75.0]
+def test_hesitation_copies_strangers_and_odd_prompts_are_named(found: Statistics) -> None:
+    assert found.confused[0][:2] == ("cat", "dog")
+    assert 1 <= found.close_calls <= 12
+    assert found.near_duplicates.images == 2
+    assert found.near_duplicates.pairs == [("88.png", "89.png", 1.0)]
+    assert found.outliers.lowest[0][0] == "59.png"
+    assert [row.agreement for row in found.templates] == [100.0, 75.0]
 
 
-def test_the_summary_is_short_and_the_rest_is_json(found: dict) -> None:  # type: ignore[type-arg]
-    lines = dict(summary(found))
+def test_the_summary_is_short_and_the_rest_is_json(found: Statistics) -> None:
+    lines = dict(summarise(found))
     assert lines["no image"] == "2 classes, e.g. cow, owl"
     assert lines["near copies"] == "2 of 100 images, e.g. 88.png = 89.png"
     assert lines["odd prompt"] == "'no {}' agrees with the others on 75.0 %"
-    json.dumps(found, allow_nan=False)
+    json.dumps(found.model_dump(mode="json", by_alias=True), allow_nan=False)
 
 
-def test_what_a_correction_did_is_counted_by_hand(found: dict) -> None:  # type: ignore[type-arg]
+def test_what_a_correction_did_is_counted_by_hand(found: Statistics) -> None:
     before = np.array([[3, 1], [3, 2], [2, 1], [0, 1]], dtype=np.float32)  # three of the first class, one of the second
-    did = changes(before, before - np.array([1.5, 0], dtype=np.float32))
-    assert did == {"changed": 2, "images": 4, "effective_classes": {"before": 1.75, "after": 1.75}}
-    found = {**found, "correction": {"debias": 0.5, "entropy": 0.3, "temperature": 1.23456, **did}}
-    assert summary(found)[0] == (
+    after = before - np.array([1.5, 0], dtype=np.float32)
+    did = adjustment_effect(before, after, debias=0.5, entropy=0.3, temperature=1.23456)
+    assert did.model_dump(include={"changed", "images", "effective_classes"}) == {
+        "changed": 2,
+        "images": 4,
+        "effective_classes": {"before": 1.75, "after": 1.75},
+    }
+    assert summarise(found.model_copy(update={"correction": did}))[0] == (
         "correction",
         "debias 0.5 changed 2 of 4 pseudo-labels, as varied as 1.8 even classes, before 1.8; temperature 1.23",
     )
-    found["correction"].update(debias=0.0)
-    assert summary(found)[0] == ("correction", "temperature 1.23")
+    did = did.model_copy(update={"debias": 0.0})
+    assert summarise(found.model_copy(update={"correction": did}))[0] == ("correction", "temperature 1.23")
 
 
 # A teacher whose answers are chance.
@@ -99,7 +112,7 @@ def views(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_sound_teacher_is_not_doubted(classes: int, share: float) -> None:
     features, logits, vectors = sound(classes, share=share)
-    assert doubts(features, logits, vectors, views(logits)) == []
+    assert find_doubts(features, logits, vectors, views(logits)) == []
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
@@ -111,23 +124,29 @@ def test_answers_of_random_weights_are_doubted(classes: int) -> None:
     read = unit(generator.standard_normal((1, 64)) + 0.1 * generator.standard_normal((classes, 64)))
     for seen, words in ((same, read), (same, vectors), (features, read)):
         logits = (14.3 * seen @ words.T).astype(np.float32)
-        assert doubts(seen, logits, words, views(logits))
+        assert find_doubts(seen, logits, words, views(logits))
 
 
 def test_each_doubt_is_told_with_its_figure() -> None:
     features, logits, vectors = sound(10)
-    even = doubts(features, 0.01 * logits, vectors, views(logits))
+    even = find_doubts(features, 0.01 * logits, vectors, views(logits))
     assert even == ["nearly even odds for every class (mean entropy 1.00 of ln 10)"]
-    assert doubts(features, logits * np.nan, vectors, views(logits))[0].startswith("nearly even odds")
+    assert find_doubts(features, logits * np.nan, vectors, views(logits))[0].startswith("nearly even odds")
     near = unit(features + 5)
-    assert doubts(near, logits, vectors, views(logits))[0].startswith(
+    assert find_doubts(near, logits, vectors, views(logits))[0].startswith(
         "nearly the same is seen in every image (mean cos"
     )
-    assert doubts(features, logits, unit(vectors + 9), views(logits))[0].startswith("nearly the same is read in every")
+    assert find_doubts(features, logits, unit(vectors + 9), views(logits))[0].startswith(
+        "nearly the same is read in every"
+    )
     unsure = 0.02 * logits + np.eye(10, dtype=np.float32)[3] * 2.5
-    assert doubts(features, unsure, vectors, views(logits))[0].startswith("one class is named for 100 % of the images")
+    assert find_doubts(features, unsure, vectors, views(logits))[0].startswith(
+        "one class is named for 100 % of the images"
+    )
     drawn = np.random.default_rng(3).integers(10, size=(2, 400))
-    assert doubts(features, logits, vectors, (drawn[0], drawn[1]))[0].startswith("two views of one image agree hardly")
+    assert find_doubts(features, logits, vectors, (drawn[0], drawn[1]))[0].startswith(
+        "two views of one image agree hardly"
+    )
 
 
 def test_kappa_and_cosines_by_hand() -> None:
@@ -139,11 +158,11 @@ def test_kappa_and_cosines_by_hand() -> None:
 
 def test_classes_with_one_vector_are_named() -> None:
     vectors = sound(4)[2]
-    assert read_as_one(vectors, CLASSES) == []
+    assert find_read_as_one(vectors, CLASSES) == []
     vectors[3] = vectors[1] + 1e-7
-    assert read_as_one(vectors, CLASSES) == [("dog", "owl")]
+    assert find_read_as_one(vectors, CLASSES) == [("dog", "owl")]
 
 
-def test_doubts_stand_first(found: dict) -> None:  # type: ignore[type-arg]
-    told = summary({**found, "doubts": ["even odds"], "read_as_one": [("dog", "owl")]})
+def test_doubts_stand_first(found: Statistics) -> None:
+    told = summarise(found.model_copy(update={"doubts": ["even odds"], "read_as_one": [("dog", "owl")]}))
     assert told[:2] == [("doubtful", "looks like chance: even odds"), ("one vector", "dog / owl")]

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from prgkit.errors import ExportError, PrgkitError
+from prgkit.export.bundle.manifest import Facts, TensorSpec, mistakes
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed
 
-SCHEMA = "prgkit.engine/1"
+SCHEMA = "prgkit.engine/2"
 REBUILD = "prgkit export --trt"
 
 
-@dataclass(frozen=True)
-class EngineMetadata:
+class EngineMetadata(Facts):
     """What is known of an engine; an engine without its card is not loaded."""
 
-    schema: str
     file: str
     bytes: int
     sha256: str
@@ -30,8 +29,8 @@ class EngineMetadata:
     batch: tuple[int, int, int]  # min, opt, max
     compute_capabilities: tuple[str, ...]
     gpu: str | None  # the GPU it was built on; None where it was built without one
-    input: dict[str, Any]
-    output: dict[str, Any]
+    input: TensorSpec
+    output: TensorSpec
     layer_dtypes: dict[str, dict[str, int]]  # of the parsed network: layer type -> output type -> count
     inspected_dtypes: dict[str, int] | None  # of the built engine, where a GPU could open it
     build_s: float
@@ -47,7 +46,7 @@ class EngineMetadata:
 
 def write_engine_metadata(engine_path: Path, card: EngineMetadata) -> None:
     """Write the card beside its engine."""
-    write_sealed(engine_metadata_path(engine_path), asdict(card))
+    write_sealed(engine_metadata_path(engine_path), {"schema": SCHEMA, **card.to_json()})
 
 
 def load_engine_metadata(engine_path: Path) -> EngineMetadata:
@@ -68,14 +67,11 @@ def load_engine_metadata(engine_path: Path) -> EngineMetadata:
         )
     try:
         facts = read_sealed(path, fix=fix)
-        if facts["schema"] != SCHEMA:
-            raise ExportError(f"{path.name} has schema {facts['schema']!r}, not {SCHEMA!r}", where=path, fix=fix)
-        sequences = {key: tuple(facts[key]) for key in ("batch", "compute_capabilities")}
-        if counts := facts.get("int8_convolutions"):
-            sequences["int8_convolutions"] = tuple(counts)
-        card = EngineMetadata(**{**facts, **sequences})
-    except (KeyError, TypeError) as error:
-        raise ExportError(f"{path.name} is not an engine card: {error}", where=path, fix=fix) from error
+        if (schema := facts.pop("schema", None)) != SCHEMA:
+            raise ExportError(f"{path.name} has schema {schema!r}, not {SCHEMA!r}", where=path, fix=fix)
+        card = EngineMetadata.model_validate(facts)
+    except ValidationError as error:
+        raise ExportError(f"{path.name} is not an engine card: it {mistakes(error)}", where=path, fix=fix) from error
     except PrgkitError as error:
         raise ExportError(error.what, where=path, fix=fix) from error
     fix, size = f"build it again: {rebuild(card)}", engine_path.stat().st_size

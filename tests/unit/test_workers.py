@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from prgkit.data.workers import work_ahead
 from prgkit.errors import ImagesError, WorkerError
+from prgkit.workers import work_ahead
 
 TASKS = [(number, 1 + number % 3) for number in range(40)]  # the second task is larger than the first
 
@@ -55,7 +55,7 @@ def test_without_memory_to_share_results_go_through_the_pipes(monkeypatch: pytes
     def refuse(*_: object) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr("prgkit.data.workers.mmap.mmap", refuse)
+    monkeypatch.setattr("prgkit.workers.mmap.mmap", refuse)
     assert len(check(2)) == 2
 
 
@@ -133,7 +133,7 @@ def test_no_worker_outlives_its_parent(ending: str, tmp_path: Path) -> None:
     statement, code = ENDINGS[ending]
     program = f"""
 import os
-from prgkit.data.workers import work_ahead
+from prgkit.workers import work_ahead
 def make(task, into):
     open(f"{tmp_path}/{{os.getpid()}}", "w").close()
 results = work_ahead(make, lambda task: (9,), range(10**6), workers=3)
@@ -151,13 +151,12 @@ next(other)
 
 
 def test_a_full_shared_memory_disk_changes_nothing() -> None:
-    program = "import sys; sys.path.insert(0, 'tests'); import test_workers; assert len(test_workers.check(3)) == 3"
+    folder = str(Path(__file__).parent)
+    program = f"import sys; sys.path.insert(0, {folder!r}); import test_workers; assert len(test_workers.check(3)) == 3"
     filled = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/full"
     command = ["unshare", "-m", "bash", "-c", f'{filled} || exit 77; exec "$0" -c "$1"', sys.executable, program]
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=60, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError:
         pytest.skip("there is no unshare")
     if done.returncode == 77 or "unshare:" in done.stderr:

@@ -1,0 +1,284 @@
+"""What a bundle's manifest.json says: what made the student, what goes in and comes out, and every artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from prgkit.config.image_size import Size
+from prgkit.config.sections import Export
+from prgkit.data.preprocessing import Preprocessing
+from prgkit.errors import ExportError, PrgkitError
+from prgkit.storage.atomic import read_sealed
+
+SCHEMA = "prgkit.bundle/2"
+FILE = "manifest.json"
+EXPORT_AGAIN = "export again: prgkit export"
+MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
+VECTORS = f"{MATRIX}.npy"  # [C, D] float32
+
+
+class Facts(BaseModel):
+    """What is written to a file: immutable, and no key that is not known. What was not given is not in the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class TensorSpec(Facts):
+    """An input or output of a network; in its shape a word or -1 stands for any number."""
+
+    name: str
+    dtype: str
+    layout: str | None = None
+    shape: tuple[int | str, ...]
+    values: str | None = None  # what is done to pixels before, where the network does not do it itself
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
+class Parity(Facts):
+    """How closely two sets of logits agree on the same images."""
+
+    images: int
+    max_abs_difference: float
+    tolerance: float | None  # None where the precision is judged by top-1 alone
+    top1_agreement: float  # percent
+    kl: float  # mean KL(reference || other) of the softmax, in nats
+
+
+class Fidelity(Facts):
+    """How often a file gives the FP32 file's answer."""
+
+    images: int
+    agreement: float  # percent
+    interval: tuple[float, float]  # its 95 % interval
+
+    def holds(self, floor: float) -> bool:
+        """Tell whether the agreement is surely ``floor`` percent or more: the lower bound of its interval counts."""
+        return self.interval[0] >= floor
+
+
+class BlockSensitivity(Facts):
+    """What quantising one block by itself does to the student's logits."""
+
+    block: str
+    median_kl: float  # over images, in nats
+    agreement: float  # percent
+
+
+class Attempt(Facts):
+    """One INT8 file that was tried: its most sensitive blocks in float, and the fidelity that this gave."""
+
+    float_blocks: int
+    fidelity: Fidelity
+
+
+class Quantization(Facts):
+    """How an INT8 file was made, and what its fidelity is; after a relabel only what does not depend on the classes."""
+
+    name: str = ""
+    layout: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    calibration_images: int = 0
+    kept: bool = True
+    clip_quantile: float | None = None  # the share of the images clipped on either side of a tensor's range
+    floor: float  # percent
+    fidelity: Fidelity | None = None
+    blocks: int = 0
+    float_blocks: tuple[str, ...] = ()
+    sensitivity: tuple[BlockSensitivity, ...] = ()  # the most sensitive block first
+    tried: tuple[Attempt, ...] = ()
+    made_from: str | None = None
+
+
+class TooFewImages(Facts):
+    """An INT8 file that was not made: with every answer the same its fidelity would still not be sure."""
+
+    name: str = ""
+    layout: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    calibration_images: int = 0
+    kept: Literal[False] = False
+    floor: float  # percent
+    images: int
+
+
+class NotBuilt(Facts):
+    """An engine that was not built, and why."""
+
+    name: str
+    kept: Literal[False] = False
+    why: str
+
+
+NotKept = Quantization | TooFewImages | NotBuilt
+
+
+class Artifact(Facts):
+    """A file that runs the student, and how it was checked."""
+
+    name: str
+    file: str
+    format: str
+    precision: str
+    backend: str
+    bytes: int
+    sha256: str
+    executed: bool
+    note: str | None
+    parity: Parity | None
+    input: TensorSpec | None = None  # where it is not the manifest's
+    quantization: Quantization | None = None
+    made_from: str | None = None  # fingerprint of all that decides the file; None: the next export makes it anew
+
+
+class RunFacts(Facts):
+    """The run that trained the student."""
+
+    name: str
+    fingerprint: str
+    student_sha256: str | None = None
+    objective: str
+    learned_labels: bool = False
+    epochs: int
+    best_epoch: int | None = None
+    images: int | None = None  # that were used
+    training: tuple[dict[str, JsonValue], ...] = ()  # a record an epoch
+    quality: dict[str, JsonValue] | None = None  # of the pseudo-labels
+
+
+class TeacherFacts(Facts):
+    """The teacher."""
+
+    model: str
+    weights: str | None = None
+    fingerprint: str
+
+
+class StudentFacts(Facts):
+    """The student's network."""
+
+    model: str
+    initial: str | None = None
+    parameters: int | None = None
+    image_size: Size | None = None
+
+
+class ClassScoring(Facts):
+    """How features are scored by the teacher's class vectors, where the student has no class head."""
+
+    teacher: str  # fingerprint
+    templates: tuple[str, ...]
+    class_vectors: Literal["initializer", "input"]  # of the ONNX files
+    width: int
+    logit_scale: float
+    relabelled: str | None = None  # when other classes took the place of those that the student learned with
+    input: TensorSpec | None = None  # the files' second one, where the class vectors are an input
+
+
+class EvaluationFacts(Facts):
+    """The images that the bundle is evaluated on."""
+
+    images: int
+    labelled: bool
+    source: str
+
+
+class Manifest(Facts):
+    """All that is known of a bundle."""
+
+    prgkit: str
+    created: str
+    run: RunFacts
+    recipe: dict[str, JsonValue]
+    teacher: TeacherFacts
+    student: StudentFacts
+    open_vocabulary: ClassScoring | None = None
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    input: TensorSpec
+    output: TensorSpec
+    artifacts: tuple[Artifact, ...]
+    not_kept: tuple[NotKept, ...] = ()
+    evaluation: EvaluationFacts
+    checksums: dict[str, str] = {}  # SHA-256 of the images, logits and labels, by path in the bundle
+
+    @property
+    def export(self) -> Export:
+        """The recipe's section on exports."""
+        return Export.model_validate(self.recipe.get("export") or {}, strict=False)
+
+    @property
+    def relabelled(self) -> str | None:
+        """When the classes were changed, or None."""
+        return self.open_vocabulary.relabelled if self.open_vocabulary else None
+
+    def fidelity_floor(self, artifact: Artifact | None = None) -> float:
+        """Return the fidelity in percent that an INT8 file is held to: the one it was made for, else the recipe's."""
+        made_for = artifact.quantization if artifact else None
+        return made_for.floor if made_for else self.export.fidelity
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of the bundle in ``folder``.
+
+    Raises:
+        ExportError: there is none, or it is damaged, or of another version; names what makes it anew.
+    """
+    path = folder / FILE
+    if not path.exists():
+        raise ExportError("there is no bundle here", where=folder, fix="make one: prgkit export")
+    try:
+        facts = read_sealed(path)
+    except PrgkitError as error:
+        raise ExportError(error.what, where=path, fix="make the bundle again: prgkit export") from error
+    if (schema := facts.pop("schema", None)) != SCHEMA:
+        raise ExportError(f"{FILE} has schema {schema!r}, not {SCHEMA!r}", where=path, fix=EXPORT_AGAIN)
+    try:
+        manifest = Manifest.model_validate(facts)
+    except ValidationError as error:
+        raise ExportError(f"{FILE} {mistakes(error)}", where=path, fix=EXPORT_AGAIN) from error
+    for artifact in manifest.artifacts:
+        require_inside(artifact.file, path)
+    return manifest
+
+
+def require_inside(file: str, path: Path) -> None:
+    """Refuse an artifact's file that would lie outside the bundle, named in the file ``path``.
+
+    Raises:
+        ExportError: it would.
+    """
+    if file in ("", ".", "..") or PurePosixPath(file).name != file or PureWindowsPath(file).name != file:
+        raise ExportError(
+            f"{path.name} names a file outside the bundle: {file!r}",
+            where=path,
+            fix="copy the bundle again, or make it again: prgkit export",
+        )
+
+
+def mistakes(error: ValidationError) -> str:
+    """Say what is wrong with a file's facts: the keys that it lacks, else the first one that is wrong."""
+    found = error.errors(include_url=False)
+    for mistake in found:
+        if mistake["loc"][:1] == ("artifacts",) and len(mistake["loc"]) > 1:
+            place = spelled(mistake["loc"])
+            return f"has an artifact that lacks facts: {place}: {reason(mistake['type'], mistake['msg'])}"
+    if missing := [spelled(mistake["loc"]) for mistake in found if mistake["type"] == "missing"]:
+        return f"lacks {', '.join(missing)}"
+    return f"is damaged: {spelled(found[0]['loc'])}: {reason(found[0]['type'], found[0]['msg'])}"
+
+
+def spelled(location: Iterable[int | str]) -> str:
+    """Return a place in a file as ``artifacts[0].file``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
+def reason(kind: str, message: str) -> str:
+    """Say in a word what is wrong with a value."""
+    return {"missing": "missing", "extra_forbidden": "unknown key"}.get(kind, message)

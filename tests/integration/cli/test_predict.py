@@ -1,0 +1,97 @@
+"""What `predict` answers for pictures, folders and archives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.conftest import PrgkitCommand
+
+
+def test_predict_abstains_and_keeps_the_brackets_of_a_name(prgkit: PrgkitCommand, project_copy: Path) -> None:
+    shutil.copy("photos/00.png", "photos/a[bold].png")
+    result = prgkit("predict", "photos/a[bold].png", "--min-confidence", "1", "--top-k", "1")
+    assert result.out.startswith("photos/a[bold].png: abstains  (")
+    result = prgkit("predict", "nothing.jpg")
+    assert result.code == 1
+    assert result.err.startswith("Error: nothing.jpg does not exist")
+
+
+def test_predict_answers_every_picture_that_it_can_read(prgkit: PrgkitCommand, project_copy: Path) -> None:
+    whole = Path("photos/01.png").read_bytes()
+    Path("cut.png").write_bytes(whole[:60])
+    result = prgkit("predict photos/00.png cut.png nothing.jpg photos/01.png --top-k 1")
+    assert result.code == 1
+    assert [line.partition(":")[0] for line in result.out.splitlines()] == ["photos/00.png", "photos/01.png"]
+    assert result.err.startswith("cut.png cannot be read: truncated\nnothing.jpg does not exist")
+    assert result.err.endswith("Error: 2 of 4 pictures cannot be read; the others are answered\n")
+    result = prgkit("predict cut.png photos/00.png --json")
+    assert result.code == 1
+    bad, good = result.json["predict"]
+    assert bad == {
+        "image": "cut.png",
+        "error": {"what": "cut.png cannot be read: truncated", "where": None, "fix": None},
+    }
+    assert good["class"] in ("one", "two", "three")
+
+
+def test_predict_takes_folders_and_archives(prgkit: PrgkitCommand, project_copy: Path) -> None:
+    alone = prgkit("predict photos/00.png photos/01.png --json").json["predict"]
+    mine = Path("mine")
+    (mine / "deep").mkdir(parents=True)
+    shutil.copy("photos/00.png", mine / "deep" / "a")  # no suffix: its content tells
+    shutil.copy("photos/01.png", mine)
+    (mine / "notes.txt").write_text("x")
+    result = prgkit("predict mine --json")
+    assert result.code == 0
+    assert result.json["predict"] == [{**alone[1], "image": "mine/01.png"}, {**alone[0], "image": "mine/deep/a"}]
+    assert result.err == "mine: passed over 1 file that is no picture: 1 .txt\n"
+    shutil.make_archive("packed", "zip", "mine")
+    shutil.make_archive("packed", "tar", "mine")
+    result = prgkit("predict packed.zip packed.tar --top-k 1")
+    assert sorted(line.partition(":")[0] for line in result.out.splitlines()) == [
+        *("packed.tar/01.png", "packed.tar/deep/a", "packed.zip/01.png", "packed.zip/deep/a")
+    ]
+    Path("empty").mkdir()
+    result = prgkit("predict empty")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("Error: empty holds no images\n  where: empty\n  fix: it is empty")
+
+
+def test_predict_says_what_it_answers_as_it_goes(project_copy: Path) -> None:
+    from prgkit.evaluate.predict import predict
+
+    answers = predict(Path("runs/tiny/bundle"), [Path("photos/00.png"), Path("photos")], top_k=1, min_confidence=0)
+    assert next(answers)["image"] == "photos/00.png"
+    answers.close()
+
+
+def test_the_range_of_deep_greys_travels(prgkit: PrgkitCommand, project_copy: Path) -> None:
+    """Twelve bits in a file of 16: found from the images, said, noted, and used on the device."""
+    grain = np.random.default_rng(0)
+    Path("deep").mkdir()
+    for number in range(12):
+        values = grain.integers(300, 3000 + 80 * number, (32, 32), dtype=np.uint16)
+        Image.fromarray(values).save(f"deep/{number:02}.png")
+    Path("deep/notes.txt").write_text("x")
+    result = prgkit("distill tiny.yaml --set data.images=deep --run runs/deep export")
+    assert result.code == 0
+    assert "deep: passed over 1 file that is no picture: 1 .txt\n" in result.err
+    assert "12 images are deep grey; the values of the 12 looked at go from 300 to 3,87" in result.err
+    assert "so 0 to 4,095 (12 bits) is black to white" in result.err
+    assert "nearly black" not in result.err
+    images = json.loads(Path("runs/deep/card.json").read_text())["images"]
+    assert images["grey_range"] == [0.0, 4095.0]
+    assert images["left_out"] == "passed over 1 file that is no picture: 1 .txt"
+    manifest = json.loads(Path("runs/deep/bundle/manifest.json").read_text())
+    assert manifest["preprocessing"]["grey_range"] == [0.0, 4095.0]
+    Image.fromarray(np.full((32, 32), 900, dtype=np.uint16)).save("dark.png")  # by itself it would be 10 bits
+    Image.fromarray(np.full((32, 32), round(900 * 255 / 4095), dtype=np.uint8)).save("same.png")
+    dark, same = prgkit("predict dark.png same.png --run runs/deep --json").json["predict"]
+    assert dark["top"] == same["top"]
+    golden = np.asarray(Image.open("runs/deep/bundle/golden/00.png"))
+    assert golden.max() > 150

@@ -1,0 +1,52 @@
+"""A run's card: filled in as the run goes on, and refused where another prgkit wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prgkit.errors import RunError
+from prgkit.storage.atomic import read_sealed, write_sealed
+from prgkit.storage.run import Run
+from prgkit.storage.run_card import SCHEMA
+
+BEGUN = {"schema": SCHEMA, "prgkit": "0.1", "created": "now", "fingerprint": "f", "origin": "..", "finished": False}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(tmp_path / "a run")
+    run.update_card(**BEGUN)
+    return run
+
+
+def test_the_file_holds_what_is_known(run: Run) -> None:
+    assert read_sealed(run.card_file) == BEGUN
+    run.update_card(finished=True, best={"epoch": 3, "agreement": 61.5})
+    assert read_sealed(run.card_file) == {**BEGUN, "finished": True, "best": {"epoch": 3, "agreement": 61.5}}
+    assert run.finished
+    assert run.card.best is not None
+    assert run.card.best.agreement == 61.5
+
+
+def test_what_is_not_known_yet_is_said_with_the_command_that_goes_on(run: Run) -> None:
+    with pytest.raises(RunError) as caught:
+        _ = run.teacher_facts
+    assert caught.value.what == "the run was stopped before its images were read"
+    assert caught.value.fix == f"go on: prgkit distill '{run.recipe_file}' --run '{run.folder}'"
+    assert run.target_stores == []
+
+
+def test_a_card_of_another_schema_is_refused_by_its_number(run: Run) -> None:
+    write_sealed(run.card_file, {**BEGUN, "schema": "prgkit.run/1"})
+    with pytest.raises(RunError) as caught:
+        _ = run.card
+    assert caught.value.what == "the run's card is prgkit.run/1, and this prgkit reads prgkit.run/2"
+    assert caught.value.fix == f"delete it, then: prgkit distill '{run.recipe_file}' --run '{run.folder}'"
+
+
+def test_a_card_of_another_form_is_damaged(run: Run) -> None:
+    write_sealed(run.card_file, {**BEGUN, "finished": "perhaps"})
+    with pytest.raises(RunError, match=r"card\.json is damaged: finished: Input should be a valid boolean"):
+        _ = run.card
