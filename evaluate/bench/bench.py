@@ -119,7 +119,7 @@ def bench(
     notes = golden_notes(subject.bundle)
     made_from = conditions(
         machine,
-        files=files_under_test(subject.bundle, run_folder),
+        files=files_under_test(subject),
         opened=[spec for spec in cases[1] if spec is not None],
         options=[threads, options.seconds, sorted(set(options.batches))],
     )
@@ -133,21 +133,13 @@ def bench(
             before_round=lambda round_: monitor.sample(),
         )
         results = measure(subject, cases, options, context)
+        notes += [*metadata.vocabulary_notes(subject.bundle), *journal.notes]
         command = command or options.command(bundle_folder, threads=threads)
-        report = make_report(
-            subject,
-            results,
-            monitor.add_to(machine),
-            command,
-            [*notes, *metadata.vocabulary_notes(subject.bundle), *journal.notes],
-        )
+        report = make_report(subject, results, monitor.add_to(machine), command, notes)
         if gate is not None:
             report = report.model_copy(update={"baseline": against(report, gate)})
-        write_selection(out, subject.bundle, results.int8)
         note("writing the report")
-        logits = student_logits(results.session, subject.evaluation)
-        examples = choose_examples(subject.evaluation, logits, subject.bundle.classes)
-        write_report(out, report, samples=results.samples, pictures=examples)
+        write(out, subject, results, report)
     return report
 
 
@@ -157,13 +149,12 @@ def open_subject(bundle_folder: Path, run_folder: Path | None) -> Subject:
     return Subject(bundle, read_evaluation(bundle_folder), find_ticks(bundle, run_folder), run_folder)
 
 
-def files_under_test(bundle: Bundle, run_folder: Path | None) -> list[str]:
+def files_under_test(subject: Subject) -> list[str]:
     """Return the digests of all that is measured, and of the images that it is measured with."""
-    digests = [artifact.sha256 for artifact in bundle.artifacts]
-    paths = [bundle.folder / "evaluation" / "images.zip"]
-    if run_folder is not None and Run(run_folder).weights.exists():
-        paths.append(Run(run_folder).weights)
-    return [*digests, *(sha256(path) for path in paths)]
+    paths = [subject.bundle.folder / "evaluation" / "images.zip"]
+    if subject.run_folder is not None and Run(subject.run_folder).weights.exists():
+        paths.append(Run(subject.run_folder).weights)
+    return [*(artifact.sha256 for artifact in subject.bundle.artifacts), *(sha256(path) for path in paths)]
 
 
 def golden_notes(bundle: Bundle) -> list[str]:
@@ -320,6 +311,14 @@ def make_report(subject: Subject, results: Results, machine: Machine, command: s
             *failure_notes(results.thread_sweep, results.fixed_rate),
         ],
     )
+
+
+def write(out: Path, subject: Subject, results: Results, report: Report) -> None:
+    """Write the report, and what `predict` runs on this machine from now on."""
+    write_selection(out, subject.bundle, results.int8)
+    logits = student_logits(results.session, subject.evaluation)
+    examples = choose_examples(subject.evaluation, logits, subject.bundle.classes)
+    write_report(out, report, samples=results.samples, pictures=examples)
 
 
 def student_logits(session: latency.Session, evaluation: Evaluation) -> Any:
