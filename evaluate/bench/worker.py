@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate.bench.timing import clocked_runs, fixed_rate_runs, timed_runs
-from prgkit.evaluate.report.schema import Stage, WarmUp
+from prgkit.evaluate.report.schema import STAGES, Stage, WarmUp
 
 if TYPE_CHECKING:
+    from prgkit.data.preprocessing import Preprocessing
     from prgkit.export.runtimes.base import Runner
 
 Pixels = NDArray[np.uint8]  # [batch, height, width, 3]
@@ -86,7 +87,7 @@ class Worker:
         samples: list[int] = self.ask("measure", batch, seconds, at_least, settle_s)
         return samples
 
-    def take_images(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> Sequence[Stage]:
+    def take_images(self, files: Sequence[bytes], preprocessing: Preprocessing) -> Sequence[Stage]:
         """Give the worker encoded images, and how one becomes an input; return the stages that it can measure."""
         stages: Sequence[Stage] = self.ask("take_images", files, preprocessing)
         return stages
@@ -233,16 +234,16 @@ class Resident:
             gc.enable()
         return samples
 
-    def take_images(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> list[str]:
+    def take_images(self, files: Sequence[bytes], preprocessing: Preprocessing) -> list[Stage]:
         """Keep the images, encoded and decoded, and what prepares them; return the stages that can be measured."""
-        from prgkit.data.preprocessing import Preprocessing, load_image
+        from prgkit.data.preprocessing import load_image
 
-        self.prepare = Preprocessing.from_dict(preprocessing).prepare
+        self.prepare = preprocessing.prepare
         self.load = load_image
         self.files, self.decoded = list(files), [load_image(file) for file in files]
-        return [*(["compute"] if hasattr(self.runner, "compute_ns") else []), "io", "pipeline", "end_to_end"]
+        return [stage for stage in STAGES if stage != "compute" or hasattr(self.runner, "compute_ns")]
 
-    def measure_stage(self, stage: str, seconds: float, settle_s: float) -> list[int]:
+    def measure_stage(self, stage: Stage, seconds: float, settle_s: float) -> list[int]:
         """Return the ns of each timed run, one image a run: as pixels, prepared, or decoded and prepared."""
         if stage == "compute":
             runner: Any = self.runner  # not every one has such a clock

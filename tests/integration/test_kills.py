@@ -322,11 +322,11 @@ LATER: dict[str, tuple[str, Trap]] = {
     "bench: warming up": (BENCH, ("prgkit.evaluate.bench.worker:Worker.warm_up", 2, "after")),
     "bench: in the third round": (BENCH, ("prgkit.evaluate.bench.worker:Worker.measure", 8, "after")),
     "bench: swept, nothing predicted": (BENCH, ("prgkit.evaluate.bench.worker:Worker.predict", 1, "before")),
-    "bench: in the second scope": (BENCH, ("prgkit.evaluate.bench.worker:Worker.measure_scope", 2, "after")),
+    "bench: in the second latency stage": (BENCH, ("prgkit.evaluate.bench.worker:Worker.measure_stage", 2, "after")),
     # Three artifacts take ten rounds and two batch sizes (36 calls), the sweep's four go on from there.
     "bench: in the thread sweep": (LONGER, ("prgkit.evaluate.bench.worker:Worker.measure", 50, "after")),
     "bench: in the fixed-rate part": (LONGER, ("prgkit.evaluate.bench.worker:Worker.fixed_rate", 5, "after")),
-    "bench: in the soak": (LONGER, ("prgkit.evaluate.bench.soak:told_of", 5, "after")),
+    "bench: in the soak": (LONGER, ("prgkit.evaluate.bench.soak:percentiles_ms", 5, "after")),
     "bench: the report is half written": (BENCH, ("prgkit.evaluate.report.bench_report:markdown", 1, "before")),
 }
 

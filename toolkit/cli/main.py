@@ -144,6 +144,7 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
         return merge_reports(session, given["reports"], given["out"] or Path("comparison"))
     from prgkit.evaluate import system
     from prgkit.evaluate.bench.bench import bench as measure
+    from prgkit.evaluate.bench.options import BenchOptions
     from prgkit.evaluate.report import bench_report, regression
     from prgkit.storage.find import find_bundle
 
@@ -153,9 +154,9 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
     gate = regression.open_gate(given["baseline"], share, out=out) if given["baseline"] else None
     report = measure(
         bundle,
+        BenchOptions(**{key: given[key] for key in BenchOptions.model_fields}),
         run_folder=run.folder if run else None,
         out=out,
-        **{key: given[key] for key in ("threads", "seconds", "batches", "sweep_threads", "fps", "soak_minutes")},
         command="prgkit " + shlex.join(sys.argv[1:]),
         gate=gate,
         note=session.terminal.note,

@@ -11,6 +11,8 @@ import pytest
 from prgkit.evaluate.bench import cases as plan_module
 from prgkit.evaluate.bench import latency
 from prgkit.evaluate.bench.cases import COMPILED_FROM_S, plan
+from prgkit.evaluate.bench.latency import LatencyPlan
+from prgkit.evaluate.bench.workers import BenchContext, artifact_name
 from prgkit.evaluate.report import formatting
 from prgkit.export.bundle.bundle import NCHW, QDQ
 from prgkit.export.bundle.manifest import Artifact
@@ -65,7 +67,7 @@ def test_each_runtime_runs_what_it_computes_as_it_stands() -> None:
     }
     for key in (formatting.row_key, formatting.row_name):
         assert len({key(row) for row in rows}) == len(rows)
-    assert [latency.label(spec) for spec in specs if spec] == [formatting.row_name(row) for row in rows]
+    assert [artifact_name(spec) for spec in specs if spec] == [formatting.row_name(row) for row in rows]
     assert [formatting.row_name(row) for row in rows if row.artifact == FP32] == [
         *("onnx-fp32", "onnx-fp32 (cuda)", "onnx-fp32 (TensorRT EP, cuda)"),
         *("onnx-fp32 (OpenVINO EP)", "onnx-fp32 (OpenVINO)"),
@@ -102,12 +104,11 @@ def test_openvino_has_a_row_of_its_own_and_its_own_samples(repvit: Any) -> None:
     one.artifacts[0] = one.artifacts[0].model_copy(update={"file": repvit.fp32.name})
     rows, specs = plan(one, None, gpu=False, threads=1)
     opened = [spec for spec in specs if spec]
-    session = latency.measure(
-        opened, repvit.pixels[:8], seconds=0.2, batches=[3], predict=[repvit.pixels[:4]], rounds=3
-    )
+    measuring = LatencyPlan(rounds=3, batches=[3], predict=[repvit.pixels[:4]])
+    session = latency.measure(opened, measuring, BenchContext(repvit.pixels[:8], seconds=0.2))
     assert [formatting.row_name(row) for row in rows] == ["onnx-fp32", "onnx-fp32 (OpenVINO)"]
     for found in session.measured:
-        assert (found.failed, found.unmeasured, list(found.sweep_ns)) == (None, {}, [3])
+        assert (found.failed, found.unmeasured, list(found.batches_ns)) == (None, {}, [3])
     ours, theirs = (found.logits for found in session.measured)
     assert ours is not None
     assert theirs is not None
