@@ -126,7 +126,7 @@ def test_a_finished_run_says_what_is_new_and_is_judged_on_its_own(photos: Path, 
         distill(*arguments, same)
         assert f"1 files are new or changed, e.g. {path.relative_to(source)}" in same.said[-1]
         path.write_bytes(content)
-    before = export_run(run, fp16=False, trt=False, progress=NullProgress())["evaluation"]["images"]
+    before = export_run(run, fp16=False, trt=False, progress=NullProgress()).evaluation.images
 
     put(photos, source, ALL)
     again, exporting, auditing = Heard(), Heard(), Heard()
@@ -136,7 +136,7 @@ def test_a_finished_run_says_what_is_new_and_is_judged_on_its_own(photos: Path, 
     assert f"to learn from all: prgkit distill {run.folder}/recipe.yaml --run {run.folder}-2 " in told
     assert f"--set student.initial={run.weights}" in told
     manifest = export_run(run, fp16=False, trt=False, progress=exporting)
-    assert manifest["evaluation"]["images"] == before
+    assert manifest.evaluation.images == before
     assert f"{source} holds {ALL - FEW} images {OTHERS}" in exporting.about("not made from")[0]
     assert audit(*arguments, count=None, progress=auditing)["drawn_from"] == FEW
     assert len(auditing.about("not made from")) == 1
