@@ -138,7 +138,7 @@ def open_student(folder: Path, scratch: Path, *, images: int) -> Student:
         raise click.ClickException(f"{run.bundle} has no float file: prgkit export --int8 --float-input --run {folder}")
     files = {OURS: here["onnx-fp32"], FLOAT: here["onnx-nchw"]}
     files |= {file: here[name] for file, name in INT8.items() if name in here}
-    network = load_student(run).deployed().model
+    network = load_student(run).inference_model().model
     files |= peer_files(network, bundle.preprocessing.image_size, scratch)
     pixels = read_evaluation(run.bundle, limit=images).pixels[:, None]  # [n, 1, S, S, 3]
     floats = [normalised(one, bundle.preprocessing) for one in pixels]

@@ -6,21 +6,18 @@ from collections.abc import Container, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import Recipe
-from prgkit.config.sections import TeacherConfig
 from prgkit.data.index import ImageIndex, read_image_index, select_labelled
 from prgkit.data.preprocessing import Preprocessing, trimmed
 from prgkit.data.snapshot import restrict_to_snapshot
 from prgkit.data.ticks import audited_keys, bring_ticks
-from prgkit.device import best_device
 from prgkit.errors import ExportError
 from prgkit.export.bundle.artifact_cache import alone_in
 from prgkit.export.bundle.manifest import Manifest, RunFacts, StudentFacts, TeacherFacts
@@ -31,10 +28,8 @@ from prgkit.storage.atomic import sha256
 from prgkit.storage.locks import locked
 from prgkit.storage.run import TICKS, Run
 from prgkit.student.model import load_student, student_facts
-from prgkit.teacher.clip import Teacher, load_teacher
-from prgkit.teacher.ensemble import existing_targets, open_targets
-from prgkit.teacher.feature_store import embed
-from prgkit.teacher.zero_shot import ZeroShotClassifier, classifier_of, no_adjustment
+from prgkit.teacher.answers import teacher_answers
+from prgkit.teacher.ensemble import existing_targets
 from prgkit.training.prepare import grey_of, hold_out
 from prgkit.training.pseudo_labels import confidence_of
 from prgkit.training.selection import sure_enough
@@ -100,7 +95,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
     student = load_student(run)
     learned = student_facts(run.weights)
     if not run.finished:
-        progress.note(f"the run is not finished: this is its best student so far, of epoch {learned['epoch']}")
+        progress.note(f"the run is not finished: this is its best student so far, of epoch {learned.epoch}")
     seen = existing_targets(recipe, run.target_stores[0].parent) or ()
     grey, classes = grey_of(run), None
     if spec := recipe.data.evaluation_spec:
@@ -110,9 +105,9 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
         images = images_of(run, recipe, seen, progress)
     positions = evaluation_positions(images, recipe, first=audited_keys(run))
     labels = None if classes is None else classes[positions]
-    taught = ask_teacher(run, recipe, images, positions, progress)
+    taught = teacher_answers(run, recipe, images, positions, progress)
     if options.class_vectors and student.scorer is None:
-        student.score_by(taught.answers.class_vectors(), taught.answers.logit_scale)
+        student.use_class_vectors(taught.classifier.class_vectors(), taught.classifier.logit_scale)
     facts = run.student_facts if student.scorer is None else student.facts(recipe.student)
     preprocessing = replace(student.preprocessing, grey_range=grey)
     prepare = preprocessing.prepare
@@ -121,14 +116,14 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
         progress.note(f"there are {len(checked)} images to compare the exports on; {PARITY_IMAGES} would be better")
 
     manifest = export_student(
-        student.deployed(),
+        student.inference_model(),
         run.bundle,
         pixels=np.stack(checked),
         golden=golden_pictures(images, positions),
         held_out=HeldOut(
             prepared=(prepare(images.read(int(position))) for position in positions),
-            teacher_logits=taught.weighted,
-            teacher_uniform_logits=taught.uniform,
+            teacher_logits=taught.logits,
+            teacher_uniform_logits=taught.uniform_logits,
             labels=labels,
             source=images.source.spec,
             keys=tuple(images.keys[position] for position in positions),
@@ -144,7 +139,7 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
                 objective=recipe.objective_name,
                 learned_labels=recipe.learns_labels or any(page.context for page in recipe.teacher),
                 epochs=recipe.training.epochs,
-                best_epoch=learned["epoch"],
+                best_epoch=learned.epoch,
                 images=run.image_facts.used,
                 training=tuple(run.metrics()),
                 quality=run.quality(),
@@ -244,58 +239,6 @@ def golden_pictures(images: ImageIndex, positions: NDArray[np.int64]) -> list[Im
         if len(moderate) == GOLDEN_IMAGES:
             break
     return [*moderate, *shrunk][:GOLDEN_IMAGES]
-
-
-def teacher_logits(
-    run: Run, recipe: Recipe, images: ImageIndex, positions: NDArray[np.int64], progress: Progress
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return W [n, C] of the evaluation view twice: as the student learned it, and as the teacher says it by itself."""
-    taught = ask_teacher(run, recipe, images, positions, progress)
-    return taught.weighted, taught.uniform
-
-
-class Taught(NamedTuple):
-    """What the teacher says of n images, and what it says it with."""
-
-    weighted: NDArray[np.float32]  # W [n, C] as the student learned it, corrected where the run corrects
-    uniform: NDArray[np.float32]  # W [n, C] as the teacher says it by itself, its prompts weighted equally
-    features: NDArray[np.float32]  # I [n, D]
-    answers: ZeroShotClassifier
-
-
-def ask_teacher(
-    run: Run, recipe: Recipe, images: ImageIndex, positions: NDArray[np.int64], progress: Progress
-) -> Taught:
-    """Return what the teacher says of the evaluation view of some images."""
-
-    @cache
-    def teacher(page: TeacherConfig) -> Teacher:  # asked only where the run's targets are gone
-        progress.note(f"loading the teacher {page.model}")
-        return load_teacher(page, best_device())
-
-    targets = open_targets(recipe, run.target_stores[0].parent, teacher)
-    if targets.facts()["fingerprint"] != run.teacher_facts.fingerprint:
-        raise ExportError(
-            f"the teacher, or its learned context, is not the one that the student learned from: {recipe.teacher_name}",
-            where=run.folder,
-            fix="put the old one back, or distil again into a new run",
-        )
-    for store in targets.stores:
-        embed(store, images, views=np.ones(len(images), dtype=int), recipe=recipe, teacher=teacher, progress=progress)
-    prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
-    answers = classifier_of(run, recipe, prompts, targets.logit_scale)
-    rows = targets.rows([images.keys[position] for position in positions], views=1)
-    features = targets.features(rows, np.zeros(len(rows), dtype=int))
-    return Taught(*said(answers, features), features.numpy(), answers)
-
-
-def said(answers: ZeroShotClassifier, features: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the teacher's answer W [n, C] to features I [n, D] twice: as it is given, and as said by itself."""
-    classes = answers.prompts.shape[1]
-    by_itself = replace(answers, prompt_weighting="mean", adjustment=no_adjustment(classes))
-    parts = torch.split(features, 256)
-    weighted, uniform = ([one.logits(part) for part in parts] for one in (answers, by_itself))
-    return torch.cat(weighted).numpy(), torch.cat(uniform).numpy()
 
 
 def check_vocabulary(recipe: Recipe, options: ExportOptions) -> None:

@@ -32,14 +32,15 @@ from prgkit.export.bundle.checksums import PARTS, checksums, require_unchanged
 from prgkit.export.bundle.engine_metadata import load_engine_metadata
 from prgkit.export.bundle.manifest import VECTORS, Artifact, ClassScoring, Manifest, Quantization
 from prgkit.export.formats.open_vocabulary import Matrix, agreement_sentence, scored, write_classes
-from prgkit.export.from_run import said
 from prgkit.export.runtimes.base import OnnxRunner
 from prgkit.export.runtimes.parity import GOLDEN_TOLERANCE
 from prgkit.progress import Progress
 from prgkit.storage.atomic import sha256
+from prgkit.storage.find import find_bundle, find_run
 from prgkit.storage.locks import locked
 from prgkit.storage.reproducible import read_array, read_png, write_array
-from prgkit.storage.run import Run, find_bundle, find_run
+from prgkit.storage.run import Run
+from prgkit.teacher.answers import both_logits
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.ensemble import open_targets
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
@@ -125,7 +126,7 @@ def read_names(
 
     with store_of(run) as root:
         targets = open_targets(recipe, root, teacher)
-        if targets.facts()["fingerprint"] != bundle.manifest.teacher.fingerprint:
+        if targets.facts().fingerprint != bundle.manifest.teacher.fingerprint:
             raise ExportError(
                 f"the teacher here is not the one that this student learned from: {recipe.teacher_name}",
                 where=bundle.folder,
@@ -162,7 +163,7 @@ def write_relabelled(
         features = read_array(new / part / "features.npy")
         write_array(new / part / "logits.npy", scored(features, vectors, answers.logit_scale))
     evaluation = new / "evaluation"
-    weighted, uniform = said(answers, torch.from_numpy(read_array(evaluation / "teacher_features.npy")))
+    weighted, uniform = both_logits(answers, torch.from_numpy(read_array(evaluation / "teacher_features.npy")))
     write_array(evaluation / "teacher_logits.npy", weighted)
     write_array(evaluation / "teacher_uniform_logits.npy", uniform)
     labelled = move_labels(evaluation / "labels.npy", bundle.classes, classes, progress)

@@ -112,7 +112,7 @@ SIZE = 64
 class Exported:
     """A student with random weights and its files."""
 
-    student: Any  # prgkit.student.model.Deployed, unfused
+    student: Any  # prgkit.student.model.InferenceModel, unfused
     module: Any  # prgkit.export.formats.onnx.Deployable, fused
     fp32: Path
     fp16: Path
@@ -199,7 +199,7 @@ def export_family(model: str, folder: Path) -> Exported:
     page = StudentConfig(model=model, image_size=SIZE, initial="random")
     built = build_student(page, classes=len(CLASSES), teacher_width=8)
     pixels = pictures(256)
-    student = settled(built.deployed(), torch.from_numpy(pixels))
+    student = settled(built.inference_model(), torch.from_numpy(pixels))
     module = onnx_export_module(student, torch.from_numpy(pixels[:64]))
     fp32, fp16 = folder / "model.onnx", folder / "model.fp16.onnx"
     export_onnx(

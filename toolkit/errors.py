@@ -78,13 +78,13 @@ class DiskFullError(PrgkitError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known word closest to ``word``, or ``""`` where none is close."""
     by_lower = {candidate.lower(): candidate for candidate in known}
-    found = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.5)
-    return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
+    close = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.5)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
-def some(names: Sequence[str]) -> str:
-    """Return the first three names."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Return the first few names."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def one_line(error: BaseException) -> str:

@@ -76,8 +76,8 @@ def divergences(reference: Logits, other: Logits) -> NDArray[np.float64]:
     It is never below zero, where rounding would take it.
     """
     log_p, log_q = log_softmax(reference), log_softmax(other)  # [images, classes]
-    found: NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    return np.maximum(found, 0)
+    per_image: NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return np.maximum(per_image, 0)
 
 
 def calibration_error(logits: Logits, labels: Labels, *, bins: int = 15) -> float:

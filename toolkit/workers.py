@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from prgkit.errors import PrgkitError, WorkerError
 
 AHEAD = 2  # tasks that each worker has, where results need not go through its pipe
-LOOK_SECONDS = 0.2  # between two looks at whether to stop, while a result is waited for
+POLL_SECONDS = 0.2  # between two looks at whether to stop, while a result is waited for
 HAS_FORK = hasattr(os, "fork")
 Task = TypeVar("Task")
 Bytes = NDArray[np.uint8]
@@ -40,19 +40,19 @@ class Worker(NamedTuple):
     pipe: Connection
 
 
-class Bench(NamedTuple):
+class SharedMemory(NamedTuple):
     """Memory that processes share, in slots of one size, or none; a result that does not fit goes through the pipe."""
 
-    memory: mmap.mmap | None
+    buffer: mmap.mmap | None
     slot_bytes: int
     slots: int
 
     def place(self, number: int, shape: tuple[int, ...]) -> Bytes | None:
         """Return where result ``number`` lies, as long as it is the last one of its slot."""
         size = math.prod(shape)
-        if self.memory is None or size > self.slot_bytes:
+        if self.buffer is None or size > self.slot_bytes:
             return None
-        return np.frombuffer(self.memory, np.uint8, size, number % self.slots * self.slot_bytes).reshape(shape)
+        return np.frombuffer(self.buffer, np.uint8, size, number % self.slots * self.slot_bytes).reshape(shape)
 
 
 def work_ahead(
@@ -76,16 +76,16 @@ def work_ahead(
     first = next(plan, None)
     if first is None:
         return
-    bench = shared(math.prod(shape(first[1])), AHEAD * workers + 1)
-    with started(workers, _work, make, shape, bench) as team:
+    memory = shared(math.prod(shape(first[1])), AHEAD * workers + 1)
+    with started(workers, _work, make, shape, memory) as team:
         if not team:
             for _, task in (first, *plan):
-                here = np.empty(shape(task), np.uint8)
-                make(task, here)
-                yield task, here
+                made_here = np.empty(shape(task), np.uint8)
+                make(task, made_here)
+                yield task, made_here
             return
         # A worker that waits for its result to be taken out of the pipe would not take another task out of it.
-        most = len(team) * (AHEAD if bench.memory else 1)
+        most = len(team) * (AHEAD if memory.buffer else 1)
         waiting: deque[tuple[int, Task]] = deque()
 
         def hand_out(number: int, task: Task) -> None:
@@ -102,23 +102,23 @@ def work_ahead(
         while waiting:
             number, task = waiting.popleft()
             worker = team[number % len(team)]
-            while not worker.pipe.poll(LOOK_SECONDS):
+            while not worker.pipe.poll(POLL_SECONDS):
                 if stop:
                     return
             made = result_of(worker)
             if made is None:
-                made = bench.place(number, shape(task))
+                made = memory.place(number, shape(task))
             fill_up()
             if made is not None:
                 yield task, made
 
 
-def shared(slot_bytes: int, slots: int) -> Bench:
+def shared(slot_bytes: int, slots: int) -> SharedMemory:
     """Return memory for so many results, where forks can share it."""
     try:
-        return Bench(mmap.mmap(-1, max(1, slots * slot_bytes)) if HAS_FORK else None, slot_bytes, slots)
+        return SharedMemory(mmap.mmap(-1, max(1, slots * slot_bytes)) if HAS_FORK else None, slot_bytes, slots)
     except OSError:  # not as much as that
-        return Bench(None, slot_bytes, slots)
+        return SharedMemory(None, slot_bytes, slots)
 
 
 @contextmanager
@@ -201,7 +201,7 @@ def died(how: str) -> WorkerError:
 
 
 def _work(
-    pipe: Connection, make: Callable[[Any, Bytes], None], shape: Callable[[Any], tuple[int, ...]], bench: Bench
+    pipe: Connection, make: Callable[[Any, Bytes], None], shape: Callable[[Any], tuple[int, ...]], memory: SharedMemory
 ) -> None:
     """Make what is asked for until there is nobody left to ask."""
     # Ctrl-C, and often SIGTERM, reach the whole process group; the process that is worked for alone decides what they
@@ -211,7 +211,7 @@ def _work(
     with contextlib.suppress(EOFError, OSError):
         while True:
             number, task = pipe.recv()
-            pipe.send(_attempt(make, task, shape(task), bench.place(number, shape(task))))
+            pipe.send(_attempt(make, task, shape(task), memory.place(number, shape(task))))
 
 
 def _attempt(

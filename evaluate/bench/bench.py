@@ -29,9 +29,9 @@ from prgkit.evaluate.bench.soak import check_minutes, soak_lead
 from prgkit.evaluate.bench.stages import golden_images, latency_stages, stage_images
 from prgkit.evaluate.bench.thread_sweep import thread_sweep
 from prgkit.evaluate.bench.worker import artifact_key
+from prgkit.evaluate.report.bench_report import write_report
 from prgkit.evaluate.report.regression import Gate, against, require_comparable
 from prgkit.evaluate.report.schema import Report, Row, RowSamples, Samples, Throughput, ThroughputSamples
-from prgkit.evaluate.report.write import write_report
 from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection
 from prgkit.export.bundle.bundle import Bundle, Evaluation, open_bundle, read_evaluation
 from prgkit.export.bundle.fidelity import fidelity

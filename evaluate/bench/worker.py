@@ -298,8 +298,8 @@ def opener(spec: Spec) -> Callable[[], Runner]:
             torch.set_num_threads(spec["threads"])
             student = load_student(Run(path))
             if vectors := spec.get("class_vectors"):
-                student.score_by(torch.from_numpy(read_array(Path(vectors))), spec["logit_scale"])
-            module = student.deployed()
+                student.use_class_vectors(torch.from_numpy(read_array(Path(vectors))), spec["logit_scale"])
+            module = student.inference_model()
             if spec.get("compiled"):
                 module = base.compiled(module, student.preprocessing.image_size)
             return base.TorchRunner(module, spec["device"])

@@ -12,8 +12,8 @@ from prgkit.export.bundle.bundle import Bundle, open_bundle
 from prgkit.export.bundle.checksums import PARTS, require_unchanged
 from prgkit.export.bundle.manifest import VECTORS, Manifest
 from prgkit.storage.atomic import require_space, writing
+from prgkit.storage.find import run_name
 from prgkit.storage.reproducible import member
-from prgkit.storage.run import run_name
 
 
 def pack(folder: Path) -> Path:

@@ -23,9 +23,10 @@ from prgkit.data import cache
 from prgkit.data.augment import MultiViewDataset
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import ImagesError, PrgkitError, RunError, StudentError, WorkerError
+from prgkit.interrupt import Interrupted
 from prgkit.progress import NullProgress
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed
-from prgkit.storage.run import Interrupted, Run
+from prgkit.storage.run import Run
 from prgkit.storage.tensors import load_tensors
 from prgkit.student.model import load_student
 from prgkit.training.distill import distill
@@ -294,7 +295,7 @@ def test_a_stopped_run_with_corrected_answers_and_chosen_images_goes_on_bit_for_
         (tmp_path / "run" / lost).unlink()
     else:  # what was found before is read, and not found again
         monkeypatch.setattr("prgkit.training.pseudo_labels.fit_adjustment", lambda *_: pytest.fail("fitted again"))
-        monkeypatch.setattr("prgkit.training.pseudo_labels.ask_confidence", lambda *_: pytest.fail("asked again"))
+        monkeypatch.setattr("prgkit.training.pseudo_labels.teacher_confidence", lambda *_: pytest.fail("asked again"))
     assert_same(distill(*arguments, NullProgress()), whole)
 
 

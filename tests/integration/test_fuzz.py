@@ -31,7 +31,7 @@ from prgkit.data.labels import class_indices
 from prgkit.data.preprocessing import load_image
 from prgkit.data.sources import ImageSource, open_images
 from prgkit.errors import ImagesError, PrgkitError, RecipeError
-from prgkit.storage.run import RUNS, run_name
+from prgkit.storage.find import RUNS, run_name
 
 QUICK, SOAK = 150, 1500  # inputs to each of the ten tests below
 

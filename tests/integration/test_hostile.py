@@ -15,7 +15,7 @@ from prgkit.config.yaml_io import parse_yaml, read_recipe_text
 from prgkit.data.label_table import read_ways
 from prgkit.data.sources import open_images
 from prgkit.errors import ImagesError, PrgkitError, RecipeError
-from prgkit.storage.run import run_name
+from prgkit.storage.find import run_name
 
 # A recipe may point at ../photos, since it is its user's; what is refused is what would leave the machine, or not end.
 

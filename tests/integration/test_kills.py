@@ -327,7 +327,7 @@ LATER: dict[str, tuple[str, Trap]] = {
     "bench: in the thread sweep": (LONGER, ("prgkit.evaluate.bench.worker:Worker.measure", 50, "after")),
     "bench: in the fixed-rate part": (LONGER, ("prgkit.evaluate.bench.worker:Worker.fixed_rate", 5, "after")),
     "bench: in the soak": (LONGER, ("prgkit.evaluate.bench.soak:told_of", 5, "after")),
-    "bench: the report is half written": (BENCH, ("prgkit.evaluate.report.write:markdown", 1, "before")),
+    "bench: the report is half written": (BENCH, ("prgkit.evaluate.report.bench_report:markdown", 1, "before")),
 }
 
 

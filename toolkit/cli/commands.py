@@ -62,7 +62,7 @@ def relabel_bundle(session: Session, place: Path | None, classes: str) -> Docume
     """Give a bundle other classes, and say what is in it then."""
     from prgkit.config.prompts import load_classes
     from prgkit.export.relabel import relabel, settled_bundle
-    from prgkit.storage.run import standing_where_it_started
+    from prgkit.storage.find import standing_where_it_started
 
     names = load_classes(classes, note=session.terminal.note)
     bundle, run = settled_bundle(session.folder or place)
@@ -77,11 +77,11 @@ def relabel_bundle(session: Session, place: Path | None, classes: str) -> Docume
 
 def merge_reports(session: Session, reports: tuple[Path, ...], out: Path) -> Document:
     """Lay the reports of several benches side by side."""
+    from prgkit.evaluate.compare.devices import devices_table
     from prgkit.evaluate.compare.merge import merge
-    from prgkit.evaluate.compare.tables import comparison_table
 
     found = merge(reports, out=out, command="prgkit " + shlex.join(sys.argv[1:]))
-    session.terminal.show(comparison_table(found))
+    session.terminal.show(devices_table(found))
     session.terminal.say("comparison: ", (str(out / "comparison.html"), "bold"))
     return found.model_dump(mode="json")
 
@@ -92,13 +92,13 @@ def list_or_prune_stores(session: Session, root: Path, *, prune: bool, dry_run: 
 
     rows = stores.prune(root, rehearse=dry_run) if prune else stores.list_stores(root)
     if rows:
-        session.terminal.listing(stores.told(rows))
+        session.terminal.listing(stores.describe_stores(rows))
     if prune:
-        freed = readable_bytes(sum(row["bytes"] for row in rows))
+        freed = readable_bytes(sum(row.bytes for row in rows))
         session.terminal.say(f"{freed} would be freed" if dry_run else f"{freed} freed")
     elif not rows:
         session.terminal.say(f"there is no target store in {root}")
-    return {"freed" if prune else "stores": rows}
+    return {"freed" if prune else "stores": [row.model_dump(mode="json") for row in rows]}
 
 
 def print_estimate(session: Session, recipe: Recipe, folder: Path, targets_root: Path) -> Document:
@@ -109,8 +109,8 @@ def print_estimate(session: Session, recipe: Recipe, folder: Path, targets_root:
     from prgkit.training.dry_run import estimate
 
     expected = estimate(recipe, folder, targets_root, session.terminal)
-    session.terminal.listing({"run": str(folder), **expected["told"]})
-    return {"run": str(folder), **expected}
+    session.terminal.listing({"run": str(folder), **expected.told})
+    return {"run": str(folder), **expected.model_dump(mode="json")}
 
 
 def adapt_teacher(session: Session, recipe: Recipe, path: Path, options: RecipeOptions, shots: int) -> Document:
@@ -120,12 +120,12 @@ def adapt_teacher(session: Session, recipe: Recipe, path: Path, options: RecipeO
     session.recipe_options = replace(so_far, overrides=(*so_far.overrides, use))
     if not session.is_main_process:  # the context has one writer
         return {}
-    from prgkit.teacher.prompt_tuning import adapt, told
+    from prgkit.teacher.prompt_tuning import describe_tuning, tune_prompt
 
-    learned = adapt(recipe, path, options.targets_root, shots=shots, progress=session.terminal)
-    session.terminal.say((str(path), "bold"), f": {told(learned)}")
+    report = tune_prompt(recipe, path, options.targets_root, shots=shots, progress=session.terminal)
+    session.terminal.say((str(path), "bold"), f": {describe_tuning(report)}")
     session.terminal.say("to use it: ", (f"--set teacher.context={shlex.quote(str(path))}", "bold"))
-    return learned
+    return report.model_dump(mode="json")
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
         manifest = build_engines(bundle, **kinds, note=note) if trt else open_bundle(bundle).manifest
         session.folder = bundle
     else:
-        from prgkit.storage.run import find_run, standing_where_it_started
+        from prgkit.storage.find import find_run, standing_where_it_started
 
         run = click.get_current_context().with_resource(standing_where_it_started(find_run(place)))
         with needs_extra("distill"):
@@ -144,9 +144,8 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
         return merge_reports(session, given["reports"], given["out"] or Path("comparison"))
     from prgkit.evaluate import system
     from prgkit.evaluate.bench.bench import bench as measure
-    from prgkit.evaluate.report import regression
-    from prgkit.evaluate.report.terminal import baseline_table, report_table
-    from prgkit.storage.run import find_bundle
+    from prgkit.evaluate.report import bench_report, regression
+    from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
     out = given["out"] or (run.folder if run else bundle) / "bench" / system.machine_folder()
@@ -161,10 +160,10 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
         gate=gate,
         note=session.terminal.note,
     )
-    session.terminal.show(report_table(report))
+    session.terminal.show(bench_report.report_table(report))
     if gate is not None:
         assert report.baseline is not None
-        session.terminal.show(baseline_table(report.baseline))
+        session.terminal.show(regression.baseline_table(report))
         session.failure = regression.regressions(report.baseline, path=out / "report.html")
     session.terminal.say("report: ", (str(out / "report.html"), "bold"))
     return report.model_dump(mode="json")
@@ -187,7 +186,7 @@ def predict(
     """
     from prgkit.evaluate import system
     from prgkit.evaluate.predict import predict as answer
-    from prgkit.storage.run import find_bundle
+    from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
     measured = (run.folder if run else bundle) / "bench" / system.machine_folder()
@@ -229,7 +228,12 @@ def targets(session: Session, options: RecipeOptions, *, listed: bool, prune: bo
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     for store, size in zip(folders, sizes, strict=True):
         session.terminal.say((str(store), "bold"), f": {len(dataset.image_index):,} images, {size / 2**20:,.1f} MiB")
-    return {"targets": dataset.store.facts()["targets"], "images": len(dataset.image_index), "bytes": sum(sizes)}
+    stores = [str(folder) for folder in folders]
+    return {
+        "targets": stores[0] if len(stores) == 1 else stores,
+        "images": len(dataset.image_index),
+        "bytes": sum(sizes),
+    }
 
 
 @cli.command("adapt-teacher", short_help="Fit the teacher to your images by a few labels.")
@@ -270,10 +274,10 @@ def audit(session: Session, options: RecipeOptions, *, count: int | None) -> Doc
         if not session.is_main_process:  # the sheet has one writer
             return {}
         from prgkit.annotation.audit import audit as work
-        from prgkit.evaluate.report.formatting import audit_so_far
-    sheet = work(recipe, folder, options.targets_root, count=count, progress=session.terminal)
-    session.terminal.say((sheet["sheet"], "bold"), f": {audit_so_far(sheet)}")
-    return sheet
+        from prgkit.annotation.audit import describe_audit
+    report = work(recipe, folder, options.targets_root, count=count, progress=session.terminal)
+    session.terminal.say((report.sheet, "bold"), f": {describe_audit(report)}")
+    return report.model_dump(mode="json")
 
 
 @cli.command(short_help="Set objectives and students against each other.")
@@ -289,30 +293,33 @@ def compare(session: Session, /, options: RecipeOptions, *, out: Path | None, **
         raise click.UsageError("compare trains one run after another in one process; start it without torchrun.")
     with needs_extra("distill"):
         recipe, folder = choose_recipe(session, options)
-        from prgkit.evaluate.compare.ranking import candidates
-        from prgkit.evaluate.compare.tables import ranking_table, standings_table
+        from prgkit.evaluate.compare import aggregate, diswot
+        from prgkit.evaluate.compare.trials import Plan, trials_of
         from prgkit.evaluate.compare.trials import compare as work
-        from prgkit.evaluate.compare.trials import trials_of
+        from prgkit.evaluate.report.terminal import table
     if given["rank_students"] and not given["students"]:
-        given["students"] = candidates(recipe.student.model)
+        given["students"] = diswot.candidates(recipe.student.model)
     asked = ("objectives", "students", "seeds", "ladder", "sweeps", "base_to_novel")
-    cells = trials_of(recipe, **{key: given[key] for key in asked})
+    trials = trials_of(recipe, Plan(**{key: given[key] for key in asked}))
     out = out or folder.with_name(f"{folder.name}-compared")
     command = "prgkit " + shlex.join(sys.argv[1:])
     whole = recipe if given["base_to_novel"] else None
     if given["rank_students"]:
-        from prgkit.evaluate.compare.diswot import rank_students
-
-        ranking = rank_students(cells, out, options.targets_root, session.terminal, command=command, whole=whole)
-        session.terminal.show(ranking_table(ranking))
+        ranking = diswot.rank_students(
+            trials, out, options.targets_root, session.terminal, command=command, whole=whole
+        )
+        section = diswot.ranking_section(ranking)
+        session.terminal.show(table(section, title=diswot.headline(ranking), notes=section.notes))
         session.terminal.say("ranking: ", (str(out / "rank.json"), "bold"))
-        return ranking
-    found = work(cells, out, options.targets_root, session.terminal, command=command, whole=whole)
-    session.terminal.show(standings_table(found))
+        return ranking.model_dump(mode="json")
+    found = work(trials, out, options.targets_root, session.terminal, command=command, whole=whole)
+    section = aggregate.objectives(found)
+    session.terminal.show(table(section, title=aggregate.headline(found), notes=[section.about]))
     session.terminal.say("comparison: ", (str(out / "compare.html"), "bold"))
-    if failed := found["failed"]:
-        session.failure = RunError(f"{len(failed)} of {len(cells)} cells came apart; the others stand", where=out)
-    return found
+    if found.failed:
+        what = f"{len(found.failed)} of {len(trials)} trials came apart; the others stand"
+        session.failure = RunError(what, where=out)
+    return found.model_dump(mode="json")
 
 
 @cli.command(short_help="List the recipes.")

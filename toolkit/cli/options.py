@@ -296,7 +296,7 @@ def choose_recipe(session: Session, options: RecipeOptions) -> tuple[Recipe, Pat
     """Return the recipe that was meant and the folder of its run."""
     from prgkit.config.recipe import load_recipe
     from prgkit.progress import silent
-    from prgkit.storage.run import RUNS, find_run, run_name, standing_where_it_started
+    from prgkit.storage.find import RUNS, find_run, run_name, standing_where_it_started
 
     earlier = session.recipe_options
     note = silent if earlier else session.terminal.note  # said once in a chain

@@ -33,14 +33,16 @@ def ways(text: str) -> tuple[list[Way], list[Way]]:
     if not any(even.values()):  # a quote that does not close may hide them
         even = {delimiter: evenness(sample, delimiter, csv.QUOTE_NONE) for delimiter in DELIMITERS}
     likely = sorted(filter(even.get, DELIMITERS), key=even.__getitem__, reverse=True)
-    return [partial(rows, text, one) for one in likely], [partial(pairs, text, one) for one in (str.rsplit, str.split)]
+    return [partial(rows, text, mark) for mark in likely], [
+        partial(pairs, text, split) for split in (str.rsplit, str.split)
+    ]
 
 
 def rows(text: str, delimiter: str, *, above: int = 0) -> list[Row]:
     """Return the rows that are not blank; quoted cells may hold delimiters and line breaks."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    found = ((reader.line_num + above, [cell.strip() for cell in row]) for row in reader)
-    return [(line, cells) for line, cells in found if any(cells)]
+    stripped = ((reader.line_num + above, [cell.strip() for cell in row]) for row in reader)
+    return [(line, cells) for line, cells in stripped if any(cells)]
 
 
 def pairs(text: str, split: Callable[..., list[str]]) -> list[Row]:
@@ -53,11 +55,11 @@ def evenness(text: str, delimiter: str, quoting: Literal[0, 3]) -> float:
     """Return the share of the rows that have the width, two or more, that most of those have."""
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
-        found = [len(row) for row in reader if any(row)]
+        widths = [len(row) for row in reader if any(row)]
     except csv.Error:
         return 0.0
-    widths = Counter(width for width in found if width > 1)
-    return max(widths.values(), default=0) / max(1, len(found))
+    frequencies = Counter(width for width in widths if width > 1)
+    return max(frequencies.values(), default=0) / max(1, len(widths))
 
 
 def column_word(title: str) -> str:

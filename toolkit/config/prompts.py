@@ -14,21 +14,6 @@ from prgkit.progress import silent
 from prgkit.storage.atomic import as_on_disk, composed, read_text
 
 LISTS = Path(str(resources.files("prgkit.recipes"))) / "classes"  # one name a line, in label order
-LISTED = (
-    "caltech101",
-    "cifar10",
-    "cifar100",
-    "dtd",
-    "eurosat",
-    "fgvcaircraft",
-    "flowers102",
-    "food101",
-    "oxfordpets",
-    "stanfordcars",
-    "sun397",
-    "ucf101",
-)
-
 PLAIN = ("a photo of a {}.",)
 LEARNED = ("{context} {}.",)  # how a learned context is told; no teacher reads these words
 # The seven that OpenAI's forward search over its 80 ImageNet templates kept (CLIP, "Prompt Engineering for ImageNet").
@@ -99,7 +84,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-NAMED_CLASSES = tuple(sorted((*LISTED, "digits", "imagenet1k")))
+NAMED_CLASSES = tuple(sorted((*(path.stem for path in LISTS.glob("*.txt")), "digits", "imagenet1k")))
 LIST_SUFFIXES = (".txt", ".names", ".list", ".csv", ".json")
 NAMES_FIX = f"give a text file with one name a line, or one of {', '.join(NAMED_CLASSES)}"
 NAMED_TEMPLATES = tuple(sorted((*TEMPLATES, "digits", "imagenet")))
@@ -187,9 +172,8 @@ def listed_classes(path: Path, note: Callable[[str], None] = silent) -> tuple[st
     """Return the names in a file, in any of the forms that other tools write; ``note`` is told what was taken off."""
     try:
         text = read_text(path)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        what = f"{path.name} cannot be read: {reason}"
+    except ValueError as error:
+        what = f"{path.name} cannot be read: {error}"
         raise RecipeError(what, where=path, fix="save it as a UTF-8 text file") from error
     entries, remarks = read_names(text, path)
     names = checked_classes(entries, where=path)
@@ -242,11 +226,11 @@ def find_file(value: str, folder: Path | None) -> Path:
     given = Path(os.path.expandvars(os.path.expanduser(value)))
     candidates = [folder / given, given] if folder else [given]
     try:
-        found = next((path for path in map(as_on_disk, candidates) if path.exists()), None)
+        file = next((path for path in map(as_on_disk, candidates) if path.exists()), None)
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise RecipeError(f"there is no class list {value[:80]!r}: {error.strerror}", fix=NAMES_FIX) from error
-    if found is not None:
-        return require_list(found)
+    if file is not None:
+        return require_list(file)
     parent = candidates[0].parent
     siblings = [path.name for path in parent.iterdir() if path.is_file()] if parent.is_dir() else []
     raise RecipeError(

@@ -27,9 +27,8 @@ def read_recipe_text(path: Path) -> str:
     """Read a recipe's text as it stands in its file."""
     try:
         return read_text(path)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RecipeError(f"the recipe cannot be read: {reason}", where=path, fix="save it as UTF-8 text") from error
+    except ValueError as error:
+        raise RecipeError(f"the recipe cannot be read: {error}", where=path, fix="save it as UTF-8 text") from error
 
 
 def parse_yaml(text: str, *, where: object) -> YamlMapping:

@@ -70,7 +70,7 @@ class TarSource:
                 if name in chosen:
                     self.names.append(name)
                     places.append((number, offset, size))
-                    label_places.append(next((spans[one] for one in label_members(name) if one in spans), (0, 0)))
+                    label_places.append(next((spans[label] for label in label_members(name) if label in spans), (0, 0)))
             self.left_out = self.left_out.and_(left_out).and_(LeftOut(Counter({LINKS: links} if links else {})))
         if not self.names:
             raise no_images(spec, shards[0].parent, self.left_out)
@@ -89,8 +89,8 @@ class TarSource:
         """Return what the .cls or .json member says, else the folder inside the archive."""
         offset, size = (int(value) for value in self.label_places[index])
         shard = self.shards[int(self.places[index, 0])]
-        said = label_in(read_span(shard, self.name(index), offset=offset, size=size)) if size else None
-        return folder_name(printable(self.names[index])) if said is None else said
+        label = label_in(read_span(shard, self.name(index), offset=offset, size=size)) if size else None
+        return folder_name(printable(self.names[index])) if label is None else label
 
     def size(self, index: int) -> int:
         """Return the member's size [bytes]."""
@@ -234,8 +234,8 @@ def label_in(member: bytes) -> str | None:
         facts = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    found = [facts.get(key) for key in LABEL_KEYS] if isinstance(facts, dict) else [facts]
-    return next((str(one) for one in found if isinstance(one, str | int) and not isinstance(one, bool)), None)
+    labels = [facts.get(key) for key in LABEL_KEYS] if isinstance(facts, dict) else [facts]
+    return next((str(label) for label in labels if isinstance(label, str | int) and not isinstance(label, bool)), None)
 
 
 def read_member_head(shard: Path, spans: Mapping[str, tuple[int, int]], name: str) -> bytes:
@@ -258,17 +258,18 @@ def read_packed_head(archive: zipfile.ZipFile, members: Mapping[str, zipfile.Zip
 
 def expand_braces(pattern: str) -> Iterator[str]:
     """Expand ``{000..004}`` and ``{a,b}`` as a shell does, one name at a time: a range may be absurdly long."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
-    if not found:
+    # The package braceexpand would hold a whole range in memory before it gives the first name.
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if not braces:
         yield pattern
         return
-    first, last, choices = found.groups()
+    first, last, choices = braces.groups()
     # Zero-padded to the width of the first bound, as in {008..012}.
     options: Iterable[str] = (
         choices.split(",") if choices else (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
     )
     for option in options:
-        yield from expand_braces(pattern[: found.start()] + option + pattern[found.end() :])
+        yield from expand_braces(pattern[: braces.start()] + option + pattern[braces.end() :])
 
 
 def refuse_climbing(member: str, name: str) -> None:

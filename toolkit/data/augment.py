@@ -33,21 +33,21 @@ class View:
     flip: bool
 
 
-def seeded_view(key: str, number: int, width: int, height: int, page: Views) -> View:
+def seeded_view(key: str, number: int, width: int, height: int, views: Views) -> View:
     """Return view ``number`` >= 1 of the image with content ``key``: a function of (seed, image, view) alone.
 
     A random resized crop (Szegedy et al., 2015) in closed form: the area's share is uniform in ``crop_scale``, the
     aspect ratio log-uniform in [3/4, 4/3] times ``aspect``, and a side that would leave the image is cut to it.
     """
-    digest = hashlib.blake2b(f"{page.seed}/{key}/{number}".encode(), digest_size=40).digest()
+    digest = hashlib.blake2b(f"{views.seed}/{key}/{number}".encode(), digest_size=40).digest()
     area_at, ratio_at, x_at, y_at, flip_at = (np.frombuffer(digest, dtype="<u8") / 2.0**64).tolist()
-    low, high = page.crop_scale
+    low, high = views.crop_scale
     area = (low + (high - low) * area_at) * width * height
-    ratio = (page.aspect or 1.0) * math.exp((2 * ratio_at - 1) * math.log(4 / 3))
+    ratio = (views.aspect or 1.0) * math.exp((2 * ratio_at - 1) * math.log(4 / 3))
     crop_width = min(math.sqrt(area * ratio), width) / width
     crop_height = min(math.sqrt(area / ratio), height) / height
     left, top = x_at * (1 - crop_width), y_at * (1 - crop_height)
-    return View(left, top, left + crop_width, top + crop_height, page.flip and flip_at < 0.5)
+    return View(left, top, left + crop_width, top + crop_height, views.flip and flip_at < 0.5)
 
 
 def render(picture: NDArray[np.uint8], view: View, size: Size, interpolation: str) -> NDArray[np.uint8]:
@@ -67,20 +67,20 @@ class Batch(NamedTuple):
     """Views of some images: pixels [images, views, S, S, 3] uint8, and where they come from."""
 
     pixels: torch.Tensor
-    positions: torch.Tensor  # [images], in the catalogue
+    positions: torch.Tensor  # [images], in the index
     views: torch.Tensor  # [images, views]
 
 
-Item = tuple[int, Sequence[int]]  # a position in the catalogue, and which views of its image
+Item = tuple[int, Sequence[int]]  # a position in the index, and which views of its image
 
 
 class MultiViewDataset:
-    """The views of catalogued images as one model wants them."""
+    """The views of indexed images as one model wants them."""
 
-    def __init__(self, image_index: ImageIndex, preprocessing: Preprocessing, page: Views) -> None:
+    def __init__(self, image_index: ImageIndex, preprocessing: Preprocessing, views: Views) -> None:
         self.image_index = image_index
         self.preprocessing = preprocessing
-        self.page = page
+        self.views = views
 
     def shape(self, items: Sequence[Item]) -> tuple[int, ...]:
         """Return [images, views, H, W, 3] of some images that are all wanted in as many views."""
@@ -109,12 +109,12 @@ class MultiViewDataset:
                 continue
             if picture is None:
                 picture = self.image_index.read_reduced(position)
-            view = seeded_view(key, number, picture.shape[1], picture.shape[0], self.page)
+            view = seeded_view(key, number, picture.shape[1], picture.shape[0], self.views)
             into[place] = render(picture, view, preprocessing.image_size, preprocessing.interpolation)
 
 
 def make_dataloader(
-    rendered: MultiViewDataset,
+    dataset: MultiViewDataset,
     batches: Iterable[Sequence[Item]],
     *,
     workers: int | None = None,
@@ -131,15 +131,15 @@ def make_dataloader(
     count, on_gpu = default_workers() if workers is None else workers, torch.cuda.is_available()
     try:
         if count == 0:
-            yield from map(rendered.batch, batches)
+            yield from map(dataset.batch, batches)
             return
-        for items, made in work_ahead(rendered.fill, rendered.shape, batches, workers=count, stop=stop):
+        for items, made in work_ahead(dataset.fill, dataset.shape, batches, workers=count, stop=stop):
             pixels = torch.empty(made.shape, dtype=torch.uint8, pin_memory=on_gpu)
             yield batch_of(items, pixels.copy_(torch.from_numpy(made)))
     except UnreadableImage as error:
         raise ImagesError(
             f"{error.name} could be read before and no longer can: {error.reason}",
-            where=rendered.image_index.source.spec,
+            where=dataset.image_index.source.spec,
             fix="put it back, or start a new run without it",
         ) from error
 

@@ -95,6 +95,7 @@ def upright_rgb(image: Image.Image, grey: GreyRange | None = None) -> Image.Imag
     orientation = read_orientation(image)
     rgb = to_rgb(image, grey)
     rgb.info = {}  # an orientation that was applied must not be applied again
+    # ImageOps.exif_transpose would turn the original, and lose with that the format and the tags that to_rgb reads.
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
@@ -131,8 +132,10 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode[0] in "IF"
 
 
-def holds_deep_grey(data: bytes, name: str) -> bool:
-    """Tell by the header of an image file whether it is deep grey; an unreadable one is not."""
+def is_deep_grey(data: bytes | Image.Image, name: str) -> bool:
+    """Tell whether an image, or an image file by its header, is grey of more than 8 bits; an unreadable one is not."""
+    if not isinstance(data, bytes):
+        return is_deep(data)
     if data.startswith((b"\xff\xd8\xff", b"GIF8", b"RIFF")):  # most files, and never
         return False
     if data.startswith(b"\x89PNG"):
@@ -281,11 +284,6 @@ def opened(fetched: bytes | Image.Image, name: str) -> AbstractContextManager[Im
     return (
         Image.open(BytesIO(fetched), formats=formats_for(name)) if isinstance(fetched, bytes) else nullcontext(fetched)
     )
-
-
-def is_deep_grey(fetched: bytes | Image.Image, name: str) -> bool:
-    """Tell of what a source hands out whether it is grey of more than 8 bits."""
-    return holds_deep_grey(fetched, name) if isinstance(fetched, bytes) else is_deep(fetched)
 
 
 def content_key(fetched: bytes | Image.Image, grey: GreyRange | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Images that lie in files: a folder, a zip archive, tar shards; none is ever extracted."""
+"""Images that lie in files: those of a folder, and which files of a folder or an archive are images at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Protocol
 from PIL import Image
 
 from prgkit.data.decode import CAMERA_RAW, UnreadableImage, image_suffixes, is_picture, suffix_of
-from prgkit.errors import ImagesError, nearest
+from prgkit.errors import ImagesError, nearest, some
 from prgkit.storage.atomic import composed
 
 LONGEST_SAID = 200  # characters of a path that is wrong
@@ -182,14 +182,13 @@ def own_folders(names: Iterable[str], head_of: Callable[[str], bytes]) -> tuple[
 
     Their golden pictures are copies of what a student was shown. The folder that was asked for is none of them.
     """
-    found: list[str] = []
+    folders: list[str] = []
     for name in names:
         folder, _, file = name.rpartition("/")
         if folder and (file == STORE or (file in CARDS and OURS.search(head_of(name)))):
-            found.append(folder)
-    found.sort(key=len)
+            folders.append(folder)
     outermost: list[str] = []
-    for folder in found:
+    for folder in sorted(folders, key=len):
         if not any(f"{folder}/".startswith(f"{other}/") for other in outermost):
             outermost.append(folder)
     return tuple(sorted(outermost))
@@ -200,11 +199,6 @@ def kind_of(suffix: str) -> str:
     if suffix in CAMERA_RAW:
         return f"{suffix} (camera raw: convert to JPEG)"
     return suffix if re.fullmatch(r"\.\w{1,12}", suffix) else "of other names" if suffix else "without a suffix"
-
-
-def some(words: Sequence[str], most: int = 3) -> str:
-    """Return the first few."""
-    return ", ".join(words[:most]) + (", ..." if len(words) > most else "")
 
 
 def read_head(path: Path) -> bytes:
@@ -259,11 +253,10 @@ def require(path: Path, spec: str, *, fix: str = f"give {KINDS}") -> Path:
 
 def no_images(spec: str, where: Path, left_out: LeftOut) -> ImagesError:
     """Build the error for a place without images, telling what it holds instead."""
-    found = [most(counts) for counts in (left_out.kinds, left_out.system) if counts]
-    found += [f"what prgkit wrote ({some(left_out.own)})"] if left_out.own else []
-    fix = (
-        f"it holds {', '.join(found)}; images end in .jpg, .png, .webp, .tif" if found else "it is empty: name another"
-    )
+    content = [most(counts) for counts in (left_out.kinds, left_out.system) if counts]
+    content += [f"what prgkit wrote ({some(left_out.own)})"] if left_out.own else []
+    images = "images end in .jpg, .png, .webp, .tif"
+    fix = f"it holds {', '.join(content)}; {images}" if content else "it is empty: name another"
     return ImagesError(f"{spec} holds no images", where=where, fix=fix)
 
 
@@ -284,7 +277,7 @@ def printable(name: str) -> str:
     A line break would end a row of a table, an escape commands a terminal, a mark of direction reorders the line.
     """
     text = composed(name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-    return ACTING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return ACTING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def too_large(size: int) -> str:

@@ -184,15 +184,16 @@ def open_hub(rest: str) -> HubSource:
 class HubSource:
     """A Hugging Face dataset: encoded images in one column, labels in another."""
 
-    def __init__(self, title: str, dataset: Any, images: str, labels: str | None) -> None:
+    def __init__(self, title: str, dataset: Any, image_column: str, label_column: str | None) -> None:
         self.title = title
-        self.pictures = dataset.select_columns([images]).with_format(None)
-        self.column = images
-        self.labels = dataset.with_format(None)[labels] if labels else None
-        self.class_names = plain_class_names(getattr(dataset.features[labels], "names", None)) if labels else None
+        self.images = dataset.select_columns([image_column]).with_format(None)
+        self.column = image_column
+        self.labels = dataset.with_format(None)[label_column] if label_column else None
+        names = getattr(dataset.features[label_column], "names", None) if label_column else None
+        self.class_names = plain_class_names(names)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def name(self, index: int) -> str:
         """Return ``owner/name/split[index]``."""
@@ -204,7 +205,7 @@ class HubSource:
 
     def fetch(self, index: int) -> bytes:
         """Return the encoded image."""
-        item = self.pictures[index][self.column]
+        item = self.images[index][self.column]
         if item is None:
             raise UnreadableImage(self.name(index), "the dataset has no image here")
         return bytes(item["bytes"]) if item["bytes"] is not None else read_span(Path(item["path"]), self.name(index))

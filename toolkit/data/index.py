@@ -138,26 +138,18 @@ def index_images(
         try:
             examine_all(source, range(len(source)))
             if outcomes.unmeasured:
-                indices = [index for _, index in sorted(outcomes.unmeasured)]  # by content: what is measured first
-                deep_greys = measure_deep_greys(source, indices, pool.map)
+                waiting = [index for _, index in sorted(outcomes.unmeasured)]  # by content: what is measured first
+                deep_greys = measure_deep_greys(source, waiting, pool.map)
                 source = source.with_grey(deep_greys.grey if deep_greys else SIXTEEN_BITS)
-                examine_all(source, indices)
+                examine_all(source, waiting)
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
     if not outcomes.indices:
         raise none_readable(source, outcomes.unreadable)
     keys = sorted(outcomes.indices)
-    positions = {key: position for position, key in enumerate(keys)}
-    copies = [(positions[key], index) for key, index in outcomes.copies]
-    return ImageIndex(
-        source=source,
-        indices=np.array([outcomes.indices[key] for key in keys], dtype=np.int64),
-        keys=tuple(keys),
-        unreadable=tuple(outcomes.unreadable),
-        copies=np.array(copies, dtype=np.int64).reshape(-1, 2),
-        cache=cache,
-        deep_greys=deep_greys,
-    )
+    indices = np.array([outcomes.indices[key] for key in keys], dtype=np.int64)
+    unreadable, copies = tuple(outcomes.unreadable), outcomes.copies_of(keys)
+    return ImageIndex(source, indices, tuple(keys), unreadable, copies, cache, deep_greys)
 
 
 @dataclass
@@ -179,6 +171,11 @@ class Outcomes:
         elif self.indices.setdefault(outcome, index) != index:
             self.copies.append((outcome, index))
         return True
+
+    def copies_of(self, keys: Sequence[str]) -> NDArray[np.int64]:
+        """Return each copy's position among ``keys`` and its index [copies, 2]."""
+        positions = {key: position for position, key in enumerate(keys)}
+        return np.array([(positions[key], index) for key, index in self.copies], dtype=np.int64).reshape(-1, 2)
 
 
 def examine(

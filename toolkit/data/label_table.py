@@ -62,9 +62,8 @@ def read_ways(path: Path) -> tuple[list[Way], list[Way]]:
     """Return the ways to read a table, as `prgkit.config.delimited.ways` does."""
     try:
         text = read_text(as_on_disk(path), most_bytes=LARGEST_TABLE_BYTES)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        what = f"the labels in {path.name} cannot be read: {reason}"
+    except (OSError, ValueError) as error:  # OSError: a name that is too long, a folder that may not be looked into
+        what = f"the labels in {path.name} cannot be read: {getattr(error, 'strerror', error)}"
         raise ImagesError(what, where=path, fix=GIVE_ROWS) from error
     if path.suffix.lower() in (".json", ".jsonl", ".ndjson") or re.match(r'\s*(\{\s*"|\[\s*[\[{"])', text):
         raise ImagesError(f"{path.name} is a JSON file, and no table of labels", where=path, fix=GIVE_ROWS)
@@ -284,15 +283,15 @@ class Paths:
             return None
         if same := wholes.get("/".join(path)):
             return Match(same, count, True, False, not bare)
-        found = [(count, index) for index in self._ending(count, fold, bare).get("/".join(path), [])]
+        ranked = [(count, index) for index in self._ending(count, fold, bare).get("/".join(path), [])]
         for depth in range(1, count):
             for index in wholes.get("/".join(path[-depth:]), []):
                 if (above := self._agreeing(path[:-depth], index, fold)) is not None:
-                    found.append((depth + above, index))
-        if not found:
+                    ranked.append((depth + above, index))
+        if not ranked:
             return None
-        most = max(agreeing for agreeing, _ in found)
-        images = [index for agreeing, index in found if agreeing == most]
+        most = max(depth for depth, _ in ranked)
+        images = [index for depth, index in ranked if depth == most]
         own = self._own[images[0]].count("/") + 1
         return Match(images, most, most == count, own <= most < count and most == own, not bare)
 
@@ -326,10 +325,10 @@ class Paths:
 
 def parts(path: str) -> list[str]:
     """Split a path at its slashes, without what leads nowhere and without steps up at its start."""
-    found = [part for part in path.split("/") if part not in ("", ".")]
-    while found and found[0] == "..":
-        del found[0]
-    return found
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    while parts and parts[0] == "..":
+        del parts[0]
+    return parts
 
 
 def spelled(path: str, fold: bool, bare: bool) -> str:
@@ -340,7 +339,7 @@ def spelled(path: str, fold: bool, bare: bool) -> str:
 
 def indexed(pairs: Iterable[tuple[int, str]]) -> Index:
     """Collect the numbers of each text."""
-    found: Index = {}
+    indices: Index = {}
     for index, text in pairs:
-        found.setdefault(text, []).append(index)
-    return found
+        indices.setdefault(text, []).append(index)
+    return indices

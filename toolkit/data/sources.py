@@ -213,12 +213,12 @@ Measured = Iterable[GreyValues | None]
 
 
 def measure_deep_greys(
-    images: ImageSource,
+    source: ImageSource,
     indices: Sequence[int],
     mapper: Callable[[Callable[[int], GreyValues | None], Sequence[int]], Measured] = map,
 ) -> DeepGreys | None:
     """Find which values of the deep greys at ``indices`` are black and white, from the first that can be read."""
-    seen = [values for values in mapper(images.measure, indices[:MOST_GREYS_MEASURED]) if values is not None]
+    seen = [values for values in mapper(source.measure, indices[:MOST_GREYS_MEASURED]) if values is not None]
     if not seen:
         return None
     low, high = min(values.low for values in seen), max(values.high for values in seen)

@@ -78,10 +78,10 @@ def read_ticks(path: Path, classes: Sequence[str]) -> list[Tick]:
     """
     rows = read_table(path)
     texts = {row[column] for _, row in rows for column in ("teacher", "class") if row[column]}
-    found = {text: classes[index] for text, index in lookup(texts, classes).items() if isinstance(text, str)}
+    class_of = {text: classes[index] for text, index in lookup(texts, classes).items() if isinstance(text, str)}
     ticks: dict[str, Tick] = {}
     for line, row in rows:
-        tick = read_row(row, found, classes, where=f"{path}, line {line}")
+        tick = read_row(row, class_of, classes, where=f"{path}, line {line}")
         if (other := ticks.get(tick.key)) is not None:
             what = f"image {tick.number} is the same as image {other.number}: both have the key {tick.key}"
             raise ImagesError(what, where=f"{path}, line {line}", fix="keep one of the two rows")
@@ -94,10 +94,9 @@ def read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
     try:
         by_delimiter, at_spaces = ways(read_text(path, most_bytes=LARGEST_TABLE_BYTES))
         rows = [*by_delimiter, *at_spaces][0]()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+    except ValueError as error:
         fix = 'save it from the sheet, or from a spreadsheet as "CSV UTF-8"'
-        raise ImagesError(f"the ticks in {path.name} cannot be read: {reason}", where=path, fix=fix) from error
+        raise ImagesError(f"the ticks in {path.name} cannot be read: {error}", where=path, fix=fix) from error
     except csv.Error as error:
         raise ImagesError(f"{path.name} is no CSV: {error}", where=path, fix="prgkit audit writes a new one") from error
     header = [cell.lower() for cell in rows[0][1]] if rows else []
@@ -113,23 +112,23 @@ def without_guard(cell: str) -> str:
     return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell
 
 
-def read_row(row: Mapping[str, str], found: Mapping[str, str], classes: Sequence[str], *, where: str) -> Tick:
+def read_row(row: Mapping[str, str], class_of: Mapping[str, str], classes: Sequence[str], *, where: str) -> Tick:
     """Return one row as a tick, or say what in it cannot stand there."""
 
     def refuse(what: str, fix: str) -> ImagesError:
         return ImagesError(what, where=where, fix=fix)
 
-    number, key, said = row["number"], row["key"].lower(), row["right"].lower()
+    number, key, verdict = row["number"], row["key"].lower(), row["right"].lower()
     if not (number.isascii() and number.isdecimal()):
         raise refuse(f"number is {number!r}", "write the image's number on the sheet")
     if not KEY.fullmatch(key):
         fix = "take the column from the file that prgkit audit wrote; a spreadsheet must treat it as text"
         raise refuse(f"key is {row['key']!r}, not 32 hex digits", fix)
-    if said and said not in YES | NO:
+    if verdict and verdict not in YES | NO:
         fix = "write y (or yes, x, 1, true, right), n (or no, 0, false, wrong), or nothing"
         raise refuse(f"right is {row['right']!r}, neither yes nor no", fix)
     for column in ("teacher", "class"):
-        if (row[column] or column == "teacher") and row[column] not in found:
+        if (row[column] or column == "teacher") and row[column] not in class_of:
             known = classes if len(classes) <= 10 else [*classes[:3], "..."]
             fix = (
                 "these ticks are of a run with other classes"
@@ -138,11 +137,11 @@ def read_row(row: Mapping[str, str], found: Mapping[str, str], classes: Sequence
             )
             what = f"{column} is {row[column]!r}, which is no class{hint(row[column], classes)}"
             raise refuse(what, f"{fix}; the classes are {', '.join(known)}")
-    teacher, named = found[row["teacher"]], found.get(row["class"])
-    right = said in YES if said else None if named is None else named == teacher
+    teacher, named = class_of[row["teacher"]], class_of.get(row["class"])
+    right = verdict in YES if verdict else None if named is None else named == teacher
     if named is not None and right != (named == teacher):
-        verdict = "right" if right else "wrong"
-        what = f"right is {row['right']!r} and class {named!r}: the teacher's {teacher!r} cannot be {verdict} then"
+        word = "right" if right else "wrong"
+        what = f"right is {row['right']!r} and class {named!r}: the teacher's {teacher!r} cannot be {word} then"
         raise refuse(what, "change one of the two")
     tick = Tick(int(number), row["file"], key, teacher, row["confidence"], right)
     return tick if right else replace(tick, named=named)
@@ -156,7 +155,7 @@ def ticked(ticks: Iterable[Tick]) -> list[Tick]:
 def carried(rows: Iterable[Tick], earlier: Iterable[Tick]) -> list[Tick]:
     """Return ``rows`` with what ``earlier`` ticks say of the same images, where that holds for the answers now."""
     known = {tick.key: tick for tick in ticked(earlier)}
-    found = []
+    carried_rows = []
     for row in rows:
         old = known.get(row.key)
         if old is not None and old.truth is not None:
@@ -164,8 +163,8 @@ def carried(rows: Iterable[Tick], earlier: Iterable[Tick]) -> list[Tick]:
             row = replace(row, right=right, named=None if right else old.truth)
         elif old is not None and old.teacher == row.teacher:
             row = replace(row, right=old.right)
-        found.append(row)
-    return found
+        carried_rows.append(row)
+    return carried_rows
 
 
 def set_aside(path: Path) -> Path:
@@ -189,7 +188,7 @@ def bring_ticks(source: Path, target: Path, classes: Sequence[str]) -> None:
     if not source.exists() or (target.exists() and target.read_bytes() == source.read_bytes()):
         return
     if target.exists():
-        ours, theirs = said_in(source, classes), said_in(target, classes)
+        ours, theirs = ticks_in(source, classes), ticks_in(target, classes)
         if ours is not None and not ours and theirs:
             return  # ticked there and not here
         if ours is None or theirs is None or not theirs <= ours:
@@ -197,7 +196,7 @@ def bring_ticks(source: Path, target: Path, classes: Sequence[str]) -> None:
     write_bytes(target, source.read_bytes())
 
 
-def said_in(path: Path, classes: Sequence[str]) -> set[Tick] | None:
+def ticks_in(path: Path, classes: Sequence[str]) -> set[Tick] | None:
     """Return what was ticked in a file, or None where it cannot be read; whoever uses the ticks will say why."""
     try:
         return set(ticked(read_ticks(path, classes)))

@@ -34,16 +34,17 @@ def read_text(path: Path, *, most_bytes: int = LARGEST_TEXT_BYTES) -> str:
     """Read a text file that people write: UTF-8, with or without a byte order mark, or UTF-16 with one.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no text, or not one that a person wrote: a device, a pipe, or larger than ``most_bytes``.
+        ValueError: it cannot be read, is no text, or not one that a person wrote: a device, a pipe, or larger than
+            ``most_bytes``; in words that can stand behind a colon.
     """
-    if not path.is_file():  # reading /dev/zero never ends, and opening a pipe waits forever
-        raise (
-            ValueError("it is not a regular file") if path.exists() else FileNotFoundError(errno.ENOENT, "No such file")
-        )
-    if (size := path.stat().st_size) > most_bytes:
-        raise ValueError(f"it is {readable_bytes(size)}, and the limit is {readable_bytes(most_bytes)}")
-    data = path.read_bytes()
+    try:
+        if not path.is_file():  # reading /dev/zero never ends, and opening a pipe waits forever
+            raise ValueError("it is not a regular file" if path.exists() else "No such file")
+        if (size := path.stat().st_size) > most_bytes:
+            raise ValueError(f"it is {readable_bytes(size)}, and the limit is {readable_bytes(most_bytes)}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
     try:
         return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except UnicodeDecodeError as error:

@@ -41,14 +41,17 @@ class Journal(Generic[Record]):
             flush(file)
         self._lines_seen += 1
 
-    def lines(self) -> list[tuple[int, Record | None]]:
-        """Return the whole lines, numbered from 1; None stands for one that is damaged. A torn last one is left out."""
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
-        return [(number, self._record(line)) for number, line in enumerate(lines, start=1)]
+    def lines(self, *, after: int = 0) -> list[tuple[int, Record | None]]:
+        """Return the whole lines from line ``after`` + 1 on, with their numbers; None stands for one that is damaged.
+
+        A torn last one is left out.
+        """
+        lines = self.path.read_bytes().split(b"\n")[after:-1] if self.path.exists() else []
+        return [(number, self._record(line)) for number, line in enumerate(lines, start=after + 1)]
 
     def new_lines(self) -> list[tuple[int, Record | None]]:
         """Return the lines that this object has neither returned here nor appended: those of another process."""
-        new = self.lines()[self._lines_seen :]
+        new = self.lines(after=self._lines_seen)
         self._lines_seen += len(new)
         return new
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import NamedTuple, TextIO
 
 from prgkit.errors import RunError
 
@@ -24,6 +24,14 @@ LOOK_AGAIN_SECONDS = 0.2
 LetGo = Callable[[], None]
 
 
+class Holder(NamedTuple):
+    """The process that wrote a note."""
+
+    machine: str
+    process: int
+    began: str
+
+
 @contextmanager
 def locked(folder: Path, what: str, *, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold ``folder`` for this process alone; where another one holds it, wait if ``wait`` is there to be told so.
@@ -31,16 +39,16 @@ def locked(folder: Path, what: str, *, wait: Callable[[str], None] | None = None
     Raises:
         RunError: another process holds it, and there is no ``wait``.
     """
-    told = False
+    announced = False
     while (let_go := take(folder)) is None:
         holder, way_out = holder_of(folder)
         if wait is None:
             fix = f"wait for it, or stop it first{way_out}"
             raise RunError(f"another process{holder} is working on this {what}", where=folder, fix=fix)
-        if not told:
+        if not announced:
             doing = f"another process{holder} is working on this {what}"
             wait(f"{doing}; waiting until it has done its part ({folder}){way_out}")
-        told = True
+        announced = True
         time.sleep(LOOK_AGAIN_SECONDS)
     try:
         yield
@@ -81,11 +89,11 @@ def take_by_note(folder: Path) -> LetGo | None:
     path, aside = folder / NOTE, folder / f"{NOTE}.{os.getpid()}"
     try:
         with open(path, "x", encoding="utf-8") as file:
-            json.dump({"machine": machine(), "process": os.getpid(), "began": began(os.getpid())}, file)
+            json.dump(Holder(machine(), os.getpid(), began(os.getpid()))._asdict(), file)
         return lambda: path.unlink(missing_ok=True)
     except FileExistsError:
         theirs = read_note(path)
-    if not theirs or theirs["machine"] != machine() or began(theirs["process"]) == theirs["began"]:
+    if theirs is None or theirs.machine != machine() or began(theirs.process) == theirs.began:
         return None
     try:
         path.rename(aside)  # of several that would take over, one moves it,
@@ -122,22 +130,24 @@ def began(number: int) -> str:
     return "running"
 
 
-def read_note(path: Path) -> dict[str, Any]:
-    """Return what a note says of the process that wrote it; nothing where it is gone, or not yet written."""
+def read_note(path: Path) -> Holder | None:
+    """Return the process that wrote a note; None where the note is gone, or not yet written."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return {"machine": str(said["machine"]), "process": int(said["process"]), "began": str(said["began"])}
+        note = json.loads(path.read_text(encoding="utf-8"))
+        return Holder(str(note["machine"]), int(note["process"]), str(note["began"]))
     except (OSError, ValueError, TypeError, KeyError):
-        return {}
+        return None
 
 
 def holder_of(folder: Path) -> tuple[str, str]:
     """Return `` (its id)`` of the process that has a folder, where it is known, and what ends a lock that it left."""
     if (path := folder / NOTE).exists():
         theirs, way_out = read_note(path), f"; if none is running, delete {path}"
-        elsewhere = theirs and theirs["machine"] != machine()
-        where = f" on {theirs['machine'].partition(' ')[0]}" if elsewhere else ""
-        return (f" ({theirs['process']}{where})" if theirs else ""), (way_out if elsewhere or not theirs else "")
+        if theirs is None:
+            return "", way_out
+        if theirs.machine == machine():
+            return f" ({theirs.process})", ""
+        return f" ({theirs.process} on {theirs.machine.partition(' ')[0]})", way_out
     number = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip()
     return (f" ({number})" if number.isdecimal() else ""), ""
 

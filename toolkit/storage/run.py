@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
-import signal
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,14 +17,12 @@ from prgkit import __version__
 from prgkit.config.messages import first_mistake
 from prgkit.config.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
 from prgkit.config.yaml_io import YamlMapping, read_yaml
-from prgkit.errors import PrgkitError, RunError
-from prgkit.storage.atomic import read_json, read_sealed, sha256, write_sealed
+from prgkit.errors import RunError
+from prgkit.storage.atomic import read_sealed, write_sealed
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
 from prgkit.storage.run_card import SCHEMA, ImageFacts, RunCard, StudentFacts, TeacherFacts
 
-RUNS = Path("runs")
-LONGEST_NAME_BYTES = 200  # most file systems take 255
 Metrics = dict[str, int | float]  # of an epoch: its number, the losses, the agreement, the seconds so far
 Facts = TypeVar("Facts")
 TICKS = Path("audit") / "ticks.csv"  # in a run, and in the bundle that travels
@@ -71,15 +66,16 @@ class Run:
         Raises:
             RunError: the card is missing, damaged, or of another version of prgkit.
         """
-        content = read_sealed(self.card_file, fix=self.lost_card())
+        fix = f"delete it, then: {self.command}"
+        content = read_sealed(self.card_file, fix=fix)
         if content.get("schema") != SCHEMA:
             what = f"the run's card is {content.get('schema', 'of no schema')}, and this prgkit reads {SCHEMA}"
-            raise RunError(what, where=self.card_file, fix=self.lost_card())
+            raise RunError(what, where=self.card_file, fix=fix)
         try:
             return RunCard.model_validate(content)
         except ValidationError as error:
             what = f"{self.card_file.name} is damaged: {first_mistake(error)}"
-            raise RunError(what, where=self.card_file, fix=self.lost_card()) from error
+            raise RunError(what, where=self.card_file, fix=fix) from error
 
     def update_card(self, **facts: Any) -> None:
         """Add facts to the card; the file is replaced whole."""
@@ -89,33 +85,32 @@ class Run:
     @property
     def image_facts(self) -> ImageFacts:
         """What is known of its images since they were read."""
-        return self._known(self.card.images)
+        return self._known(self.card.images, "its images were read")
 
     @property
     def teacher_facts(self) -> TeacherFacts:
         """What is known of its teacher since the images were read."""
-        return self._known(self.card.teacher)
+        return self._known(self.card.teacher, "its images were read")
 
     @property
     def student_facts(self) -> StudentFacts:
         """What is known of its student since it was built."""
-        return self._known(self.card.student)
+        return self._known(self.card.student, "its student was built")
 
-    def _known(self, facts: Facts | None) -> Facts:
+    def _known(self, facts: Facts | None, since: str) -> Facts:
         if facts is None:
-            again = f"prgkit distill {shlex.quote(str(self.recipe_file))} --run {shlex.quote(str(self.folder))}"
-            raise RunError("the run was stopped before it knew that", where=self.folder, fix=f"{again} goes on with it")
+            raise RunError(f"the run was stopped before {since}", where=self.folder, fix=f"go on: {self.command}")
         return facts
+
+    @property
+    def command(self) -> str:
+        """The command that goes on with it; it finds its recipe and its checkpoint, and writes a lost card anew."""
+        return f"prgkit distill {shlex.quote(str(self.recipe_file))} --run {shlex.quote(str(self.folder))}"
 
     @property
     def target_stores(self) -> list[Path]:
         """The store of each of its teachers, seen from where it was started; none before the teachers are known."""
         return [Path(store) for store in self.card.teacher.targets] if self.card.teacher is not None else []
-
-    def lost_card(self) -> str:
-        """Say what brings a damaged card back: the run's own command finds its recipe and its checkpoint."""
-        recipe, folder = shlex.quote(str(self.recipe_file)), shlex.quote(str(self.folder))
-        return f"delete it, then: prgkit distill {recipe} --run {folder}"
 
     def clear_leftovers(self) -> None:
         """Remove what a kill left half-written of the files that only the holder of the run's lock writes."""
@@ -191,21 +186,16 @@ def start_run(folder: Path, recipe: Recipe) -> Run:
     run = Run(folder)
     if run.recipe_file.exists() and differences(run, recipe):
         run.forget()
-    base = {
-        "schema": SCHEMA,
-        "prgkit": __version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "fingerprint": recipe.fingerprint(),
-        "origin": os.path.relpath(Path.cwd(), folder),
-        "finished": False,
-    }
-    if run.recipe_file.exists():
-        save_recipe(recipe, run.recipe_file)  # what may change in a run: its export and how it is watched
-        if not run.card_file.exists():  # the first start was stopped between the two
-            run.update_card(**base)
-        return run
-    save_recipe(recipe, run.recipe_file)
-    run.update_card(**base)
+    save_recipe(recipe, run.recipe_file)  # of a run to go on with, its export and how it is watched may have changed
+    if not run.card_file.exists():  # the run is new, or its first start was stopped between the two
+        run.update_card(
+            schema=SCHEMA,
+            prgkit=__version__,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            fingerprint=recipe.fingerprint(),
+            origin=os.path.relpath(Path.cwd(), folder),
+            finished=False,
+        )
     return run
 
 
@@ -252,133 +242,15 @@ def differences(run: Run, recipe: Recipe) -> list[str]:
     return changed
 
 
-def find_run(given: Path | None) -> Run:
-    """Return the run that a command means: the one given, the one stood in, or the newest under runs/.
-
-    Raises:
-        RunError: there is none.
-    """
-    if given is not None:
-        if (given / "recipe.yaml").is_file():
-            return Run(given)
-        if given.is_file():
-            raise packed_or_no_folder(given)
-        raise RunError(
-            "this is no run folder: it has no recipe.yaml" if given.exists() else "there is no such run folder",
-            where=given,
-            fix="prgkit distill RECIPE makes one",
-        )
-    if Path("recipe.yaml").is_file() and Path("card.json").is_file():
-        return Run(Path())
-    runs = sorted(RUNS.glob("*/card.json"), key=lambda card: card.stat().st_mtime)
-    if not runs:
-        raise RunError(
-            "there is no run here", where=Path.cwd(), fix="prgkit distill demo makes one, or name one with --run FOLDER"
-        )
-    return Run(runs[-1].parent)
-
-
-def packed_or_no_folder(file: Path) -> RunError:
-    """Build the error for a file where a folder is meant: most likely a bundle that is still packed."""
-    if not zipfile.is_zipfile(file):
-        return RunError("this is a file, not a run or a bundle", where=file, fix="give the folder that holds it")
-    unpack = f"python -m zipfile -e {shlex.quote(str(file))} ."
-    return RunError("this bundle is still packed", where=file, fix=f"unpack it here, and give its folder: {unpack}")
-
-
-def find_bundle(given: Path | None) -> tuple[Path, Run | None]:
-    """Return the bundle that a command means and the run it lies in, if any; found as `find_run` finds a run.
-
-    Raises:
-        RunError: there is no run, it has not been exported, or the bundle holds another student than the run.
-    """
-    place = given or Path()
-    run: Run | None
-    if (place / "manifest.json").is_file():
-        bundle, run = place, Run(place.resolve().parent)
-        if not run.recipe_file.is_file() or run.bundle != bundle.resolve():
-            return bundle, None
-    else:
-        run = find_run(given)
-        bundle = run.bundle
-    again = f"prgkit export --run {shlex.quote(str(run.folder))}"
-    if not (bundle / "manifest.json").is_file():
-        raise RunError("the run has not been exported yet", where=run.folder, fix=again)
-    exported = read_json(bundle / "manifest.json").get("run", {}).get("student_sha256")
-    if run.weights.exists() and exported != sha256(run.weights):
-        raise RunError("the bundle is stale: it holds another student than the run", where=bundle, fix=again)
-    return bundle, run
-
-
-@contextmanager
-def standing_where_it_started(run: Run) -> Iterator[Run]:
-    """Work in the folder that the run was started from: its recipe's relative paths begin there.
-
-    The folder is remembered relative to the run, so that a project can be moved as a whole.
-    """
-    here, folder = Path.cwd(), run.folder.resolve()
-    origin = folder / run.card.origin
-    if origin.resolve() == here or not origin.is_dir():
-        yield run
-        return
-    os.chdir(origin)
-    try:
-        yield Run(folder)
-    finally:
-        os.chdir(here)
-
-
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """Return the dotted keys that make two recipes different runs."""
     before, after = (_flat(recipe.model_dump(mode="json", exclude=NOT_LEARNED_FROM)) for recipe in (old, new))
     return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 
 
-def run_name(source: str) -> str:
-    """Return a folder name for a recipe or a source of images, in letters that every system takes.
-
-    A path gives its last part, ``torchvision:CIFAR100/train`` all of its own.
-    """
-    scheme, colon, rest = source.partition(":")
-    spelled = colon and scheme in ("torchvision", "hf", "demo")
-    # What follows decides where a run is written, and may be a stranger's recipe: one part of a path, no more.
-    words = rest if spelled else os.path.basename(os.path.abspath(os.path.expanduser(source.replace("\0", ""))))
-    stem = re.sub(r"\.(yaml|yml|zip|tar(\.\w+)?|tgz)$", "", words)
-    name = re.sub(r"[^\w.-]+", "-", stem).encode()[:LONGEST_NAME_BYTES].decode(errors="ignore")
-    return name.strip("-.") or "run"
-
-
 def is_leftover(path: Path) -> bool:
     """Tell whether a file is what a kill left behind: a half-written one, or a lock."""
     return path.name.startswith(".lock") or (path.name.startswith(".") and path.name.endswith(".part"))
-
-
-class Interrupted(PrgkitError):  # noqa: N818 - nothing went wrong
-    """The user, or the system, asked to stop; everything computed so far is saved."""
-
-    exit_code = 130  # as after any SIGINT
-
-
-@contextmanager
-def stopping() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; the loop looks between steps and saves.
-
-    A second signal of the same kind ends the process as usual.
-    """
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def receive(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        previous[number] = signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _flat(config: YamlMapping, prefix: str = "") -> YamlMapping:

@@ -20,9 +20,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     size_bytes = sum(tensor.nbytes for tensor in contiguous.values())
     # One entry in the header: safetensors writes several in any order, and equal students should be equal files.
-    told = json.dumps({**facts, "digest": digest_of(contiguous, facts)})
+    header = json.dumps({**facts, "digest": digest_of(contiguous, facts)})
     with writing(path) as temporary, guarding_space(path, size_bytes):
-        save_file(contiguous, temporary, metadata={"facts": told})
+        save_file(contiguous, temporary, metadata={"facts": header})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

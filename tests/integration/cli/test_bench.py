@@ -22,7 +22,7 @@ def test_bench_is_given_the_run_or_the_bundle_alone(
         return {"rows": []}
 
     monkeypatch.setattr("prgkit.evaluate.bench.bench.bench", measure)
-    monkeypatch.setattr("prgkit.evaluate.report.terminal.report_table", lambda report: "the table")
+    monkeypatch.setattr("prgkit.evaluate.report.bench_report.report_table", lambda report: "the table")
     result = prgkit("bench", "--threads", "1", "--batches", "4,2", "--seconds", "1")
     assert result.out.startswith("the table\nreport: runs/tiny/bench/")
     shutil.copytree("runs/tiny/bundle", "device")

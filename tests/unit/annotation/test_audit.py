@@ -14,7 +14,7 @@ from PIL import Image
 
 pytest.importorskip("torch")
 
-from prgkit.annotation.audit import audit, draw
+from prgkit.annotation.audit import AuditReport, audit, draw
 from prgkit.config.recipe import load_recipe
 from prgkit.data.index import index_images
 from prgkit.data.sources import open_images
@@ -93,9 +93,9 @@ def ticks(rights: list[bool | None], teacher: str = "one", named: str | None = N
 
 def test_the_teacher_s_share_has_wilson_s_interval() -> None:
     found = teacher_share(ticks([True] * 8 + [False] * 2))
-    assert (found["images"], found["right"], found["top1"]) == (10, 8, 80.0)
+    assert (found.images, found.right, found.top1) == (10, 8, 80.0)
     # (0.8 + 3.8415/20 ± 1.96·√(0.8·0.2/10 + 3.8415/400)) / (1 + 3.8415/10), by hand
-    assert found["top1_interval"] == pytest.approx([49.016, 94.332], abs=1e-3)
+    assert found.top1_interval == pytest.approx([49.016, 94.332], abs=1e-3)
 
 
 def evaluation(count: int, *, keys: bool = True) -> Evaluation:
@@ -200,7 +200,7 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "place"
 
 
-def look(*, count: int | None = None) -> tuple[dict[str, Any], list[str]]:
+def look(*, count: int | None = None) -> tuple[AuditReport, list[str]]:
     sets = ["data.images=photos", "data.classes=[one, two, three]", "data.prompts=['a {}', 'the digit {}']",
             "data.held_out=0.2", "teacher={model: 'demo:digits', batch_size: 8}", "views={count: 1, flip: false}",
             "student={model: test_efficientnet, image_size: 32}"]  # fmt: skip
@@ -228,8 +228,8 @@ def test_a_fresh_audit_holds_what_it_says(place: Path) -> None:
     assert page.count('<li class="card"') == 20
     assert page.count("data:image/png") == 20
     found, _ = look()
-    assert (found["images"], found["drawn_from"], found["held_out"]) == (20, 60, len(held_out))
-    assert (found["ticked"], found["teacher"]) == (0, None)
+    assert (found.images, found.drawn_from, found.held_out) == (20, 60, len(held_out))
+    assert (found.ticked, found.teacher) == (0, None)
 
 
 def tick_some(path: Path, count: int) -> list[Tick]:
@@ -247,11 +247,11 @@ def test_a_second_audit_leaves_the_ticks_as_they_are_and_shows_them(place: Path)
     found, said = look()
     assert run.ticks_file.read_bytes() == text
     assert not any("kept as" in line for line in said)
-    assert (found["ticked"], found["teacher"]["right"]) == (12, 9)
+    assert (found.ticked, found.teacher.right) == (12, 9)
     page = run.sheet_file.read_text()
     assert (page.count('data-right="y" data-class'), page.count('data-right="n" data-class')) == (9, 3)
     run.ticks_file.unlink()
-    assert look()[0]["ticked"] == 0
+    assert look()[0].ticked == 0
     assert [tick.key for tick in read_ticks(run.ticks_file, CLASSES)] == [row.key for row in rows]
 
 
@@ -264,7 +264,7 @@ def test_more_images_are_added_and_fewer_lose_no_tick(place: Path) -> None:
     assert grown[:20] == rows
     assert ticked(grown) == rows
     assert not any("kept as" in line for line in said)
-    assert look()[0]["images"] == 40
+    assert look()[0].images == 40
     old = run.ticks_file.read_bytes()
     _, said = look(count=5)
     assert read_ticks(run.ticks_file, CLASSES) == rows[:5]
@@ -279,13 +279,13 @@ def test_other_images_make_another_sheet_and_lose_no_tick(place: Path) -> None:
     old = run.ticks_file.read_bytes()
     photos(place / "photos", 6, seed=1)
     found, said = look()
-    assert (found["images"], found["drawn_from"]) == (20, 66)
+    assert (found.images, found.drawn_from) == (20, 66)
     assert run.ticks_file.with_name("ticks-1.csv").read_bytes() == old
     before = {row.key: row.right for row in rows}
     carried = ticked(read_ticks(run.ticks_file, CLASSES))
     assert carried
     assert all(tick.right == before[tick.key] for tick in carried)
-    assert found["ticked"] == len(carried)
+    assert found.ticked == len(carried)
     assert any(
         line.startswith("the images or the teacher's answers have changed: the 20 ticks so far") for line in said
     )

@@ -44,7 +44,7 @@ def test_a_bug_keeps_its_traceback(prgkit: PrgkitCommand, monkeypatch: pytest.Mo
 
 
 def test_being_stopped_is_no_error(prgkit: PrgkitCommand, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prgkit.storage.run import Interrupted
+    from prgkit.interrupt import Interrupted
 
     stopped = Interrupted("stopped in epoch 1 of 2; everything up to here is saved", fix="the same command goes on")
     monkeypatch.setattr(cli.commands["doctor"], "callback", raising(stopped))

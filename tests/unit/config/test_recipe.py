@@ -14,14 +14,14 @@ from prgkit.config.recipe import (
     Recipe,
     find_recipe,
     load_recipe,
-    parse_yaml,
     save_recipe,
     shipped_recipes,
     validate,
 )
-from prgkit.data.index import ImagesError
+from prgkit.config.sections import Data, ImageSpec, LabelFormat
+from prgkit.config.yaml_io import parse_yaml
 from prgkit.data.sources import open_images
-from prgkit.errors import RecipeError
+from prgkit.errors import ImagesError, RecipeError
 
 PAGE = """
 data: {images: photos/, classes: [cat, dog]}
@@ -428,3 +428,23 @@ def test_everything_else_changes_it(mine: str) -> None:
         assert changed.fingerprint() not in seen, key
         seen.add(changed.fingerprint())
     assert len(seen) > 30
+
+
+def test_images_and_classes_that_are_named_apart_are_taken_letter_for_letter() -> None:
+    recipe = load_recipe("custom", images="a: b #c, 'd'", classes="cifar10", overrides=["training.epochs=5"])
+    assert (recipe.data.images, len(recipe.classes), recipe.training.epochs) == ("a: b #c, 'd'", 10, 5)
+    assert load_recipe("custom", images="a", classes="cifar10", overrides=["data.images=b"]).data.images == "b"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("custom", images="a", overrides=["training.epochs=0"])
+    assert str(caught.value.where).endswith("custom.yaml, with data.images=a, training.epochs=0")
+
+
+def test_each_source_of_images_has_its_own_table_of_labels() -> None:
+    data = Data(
+        images="photos", evaluation="photos", evaluation_labels="judged.csv", labelled="photos",
+        classes=("cat", "dog"), label_format=LabelFormat(first_number=1),
+    )  # fmt: skip
+    assert data.image_spec == ImageSpec("photos", None, data.label_format)
+    assert data.evaluation_spec == ImageSpec("photos", Path("judged.csv"), data.label_format)
+    assert data.labelled_spec == ImageSpec("photos", None, data.label_format)
+    assert data.model_copy(update={"labelled": None}).labelled_spec is None

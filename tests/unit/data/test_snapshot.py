@@ -23,8 +23,9 @@ from prgkit.config.recipe import Recipe, validate
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import PrgkitError, RunError
 from prgkit.export.from_run import export_run
+from prgkit.interrupt import Interrupted
 from prgkit.progress import NullProgress
-from prgkit.storage.run import Interrupted, Run
+from prgkit.storage.run import Run
 from prgkit.training.distill import distill
 
 FEW, ALL = 40, 60

@@ -10,8 +10,9 @@ import pytest
 from prgkit.evaluate.bench.fixed_rate import Frames, measure_fixed_rate, summarize
 from prgkit.evaluate.bench.notes import failure_notes
 from prgkit.evaluate.bench.timing import fixed_rate_runs
+from prgkit.evaluate.report.latency_sections import fixed_rate as fixed_rate_section
+from prgkit.evaluate.report.markdown import table_header, table_rows
 from prgkit.evaluate.report.schema import FixedRate, Report, ThreadSweep
-from prgkit.evaluate.report.sections import PACED_HEADER, paced_about, paced_lines, paced_said
 
 MS = 1_000_000
 SPEC = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
@@ -68,21 +69,23 @@ def test_late_frames_are_counted_and_p99_needs_a_thousand() -> None:
     assert times.p99_ms == pytest.approx(1.0)
     rows = [found, summarize(Frames(SPEC, "died"), fps=100)]
     report = Report.model_construct(fixed_rate=FixedRate(fps=100.0, deadline_ms=10.0, rows=rows))
-    assert paced_lines(report) == [
+    section = fixed_rate_section(report)
+    assert section is not None
+    assert table_rows(section) == [
         ["onnx-fp32", "13.5", "–", "23.0", "7.00", "2 of 4"], ["onnx-fp32", "failed", "–", "–", "–", "–"]
     ]  # fmt: skip
-    assert [len(line) for line in paced_lines(report)] == [len(PACED_HEADER)] * 2
-    assert paced_said(report) == [
+    assert table_header(section)[0] == ["frames", "p50 ms", "p99 ms", "slowest ms", "run p50 ms", "late"]
+    assert section.summary == (
         "onnx-fp32 at 100 frames/s: p50 13.5 ms, slowest 23.0 ms, late 2 of 4.", "onnx-fp32 at 100 frames/s: failed."
-    ]  # fmt: skip
+    )  # fmt: skip
     swept = {"counts": [1, 64], "rows": [{**SPEC, "artifact": "b", "failed": {"1": "none", "64": "two at most"}}]}
     assert failure_notes(ThreadSweep.model_validate(swept), report.fixed_rate) == [
         "b failed with 1 thread: none.", "b failed with 64 threads: two at most.",
         "onnx-fp32 failed at the camera's rate: died.",
     ]  # fmt: skip
     assert failure_notes(None, None) == []
-    assert "late after 10.0 ms. Clocks drop between frames" in paced_about(report)
-    assert paced_lines(Report.model_construct()) == paced_said(Report.model_construct()) == []
+    assert "late after 10.0 ms. Clocks drop between frames" in section.about
+    assert fixed_rate_section(Report.model_construct()) is None
 
 
 def test_without_a_rate_nothing_is_opened() -> None:

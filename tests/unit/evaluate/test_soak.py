@@ -15,6 +15,8 @@ from prgkit.evaluate.bench import soak as module
 from prgkit.evaluate.bench.journal import BenchJournal
 from prgkit.evaluate.bench.soak import SoakProgress, check_minutes, soak, soak_lead, summarize
 from prgkit.evaluate.bench.worker import WorkerFailedError
+from prgkit.evaluate.report.html import page
+from prgkit.evaluate.report.markdown import table_header, table_rows
 from prgkit.evaluate.report.schema import (
     Int8Verdict,
     Latency,
@@ -26,7 +28,8 @@ from prgkit.evaluate.report.schema import (
     SoakWindow,
     WarmUp,
 )
-from prgkit.evaluate.report.soak_section import HEADER, soak_about, soak_lines, soak_said, soak_section
+from prgkit.evaluate.report.sections import Document, Section
+from prgkit.evaluate.report.soak_section import soak as soak_section
 
 MS = 1_000_000
 SPEC: dict[str, Any] = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
@@ -55,6 +58,16 @@ def report_of(found: Soak | None) -> Report:
     return Report.model_construct(soak=found)
 
 
+def shown(report: Report, samples: Samples | None = None) -> Section:
+    section = soak_section(report, samples)
+    assert section is not None
+    return section
+
+
+def html_of(report: Report, samples: Samples) -> str:
+    return page(Document("a bench", ((shown(report, samples),),)))
+
+
 def test_the_last_minute_against_the_first() -> None:
     report, _ = soaked(2.0, 2.0, 2.2, 2.6, 3.0, 3.0)
     assert report.soak is not None
@@ -63,13 +76,14 @@ def test_the_last_minute_against_the_first() -> None:
     assert (found.ratio, found.ratio_interval) == (pytest.approx(1.5), pytest.approx((1.5, 1.5)))
     assert (found.first.p50_ms, found.last.p50_ms, found.last.p99_ms) == (2.0, 3.0, 3.0)
     assert (report.soak.windows, found.runs, found.verdict) == (6, 6000, "slower")
-    assert soak_said(report) == [
+    assert list(shown(report).summary) == [
         "Soak, onnx-fp32, 3 min back to back: slower, the last minute took 1.50 times the first (1.50–1.50), "
         "p50 2.00 → 3.00 ms."
     ]
-    assert "This device does not show its clock, its temperature, its power." in soak_about(report)
-    assert soak_lines(report)[1] == ["last minute", "3.00", "3.00", "3.00", "–", "–", "–"]
-    assert [len(line) for line in soak_lines(report)] == [len(HEADER)] * 2
+    section = shown(report)
+    assert "This device does not show its clock, its temperature, its power." in section.about
+    assert table_rows(section)[1] == ["last minute", "3.00", "3.00", "3.00", "–", "–", "–"]
+    assert [len(line) for line in table_rows(section)] == [len(table_header(section)[0])] * 2
 
 
 def test_only_the_first_and_the_last_minute_keep_their_single_runs() -> None:
@@ -109,17 +123,17 @@ def test_what_the_device_shows_is_told_and_drawn() -> None:
         power_w=[6.0, 6.0, 5.0, 5.0, 4.0, 4.0],
         throttling=[[], [], [], ["too hot"], ["too hot"], []],
     )
-    assert soak_said(report) == [
+    assert list(shown(report).summary) == [
         "Soak, onnx-fp32, 3 min back to back: throttled, the last minute took 1.50 times the first (1.50–1.50), "
         "p50 2.00 → 3.00 ms, 1,500 → 1,000 MHz, 43 → 84 °C, 6.0 → 4.0 W, the device said: too hot."
     ]
     assert report.soak is not None
     assert report.soak.result is not None
     assert report.soak.result.energy_mj == pytest.approx(5.0 * 180 / 6000 * 1000)  # 5 W for 180 s over 6,000 images
-    assert "This device does not show" not in soak_about(report)
-    page = soak_section(report, samples)
-    assert page.count("<svg") == 2
-    for drawn in page.split("<svg")[1:]:
+    assert "This device does not show" not in shown(report).about
+    html = html_of(report, samples)
+    assert html.count("<svg") == 2
+    for drawn in html.split("<svg")[1:]:
         root = ElementTree.fromstring("<svg" + drawn.split("</svg>")[0] + "</svg>")
         lines = [one.get("points", "").split() for one in root.iter("{http://www.w3.org/2000/svg}polyline")]
         temperature = "Temperature" in drawn
@@ -173,9 +187,9 @@ def test_a_soak_runs_for_its_time_in_windows(monkeypatch: pytest.MonkeyPatch) ->
     assert found is not None
     assert found.result is not None
     assert (found.windows, found.window_s, found.result.compared_s, found.result.late) == (12, 2.5, 10, 12)
-    assert soak_said(report_of(found))[0].endswith(", 12 of 24 frames late.")
+    assert shown(report_of(found)).summary[0].endswith(", 12 of 24 frames late.")
     assert soak(SPEC, PIXELS, None, fps=None, note=said.append) == (None, SoakSamples())
-    assert soak_said(report_of(None)) == soak_lines(report_of(None)) == []
+    assert soak_section(report_of(None)) is None
 
 
 def test_a_soak_that_was_killed_begins_anew_and_its_windows_stay(
@@ -211,15 +225,21 @@ def test_a_worker_that_dies_in_a_soak_leaves_what_it_measured(monkeypatch: pytes
     Told(monkeypatch, dies_at=24)
     found, _ = soak(SPEC, PIXELS, 10, fps=None, note=lambda text: None)
     report = report_of(found)
-    assert soak_said(report)[0].startswith(
-        "Soak, onnx-fp32, 10 min back to back: failed: its process was ended by SIGKILL; until then slower, "
+    assert (
+        shown(report)
+        .summary[0]
+        .startswith(
+            "Soak, onnx-fp32, 10 min back to back: failed: its process was ended by SIGKILL; until then slower, "
+        )
     )
     Told(monkeypatch, dies_at=0)
     found, raw = soak(SPEC, PIXELS, 10, fps=None, note=lambda text: None)
     report = report_of(found)
-    assert soak_said(report) == ["Soak, onnx-fp32, 10 min back to back: failed: its process was ended by SIGKILL."]
-    assert "<h2>Soak</h2>" in soak_section(report, Samples(order=[], rows=[], soak=raw))
-    assert "<svg" not in soak_section(report, Samples(order=[], rows=[], soak=raw))
+    assert list(shown(report).summary) == [
+        "Soak, onnx-fp32, 10 min back to back: failed: its process was ended by SIGKILL."
+    ]
+    assert "<h2>Soak</h2>" in html_of(report, Samples(order=[], rows=[], soak=raw))
+    assert "<svg" not in html_of(report, Samples(order=[], rows=[], soak=raw))
 
 
 def test_the_artifact_of_the_headline_is_soaked(monkeypatch: pytest.MonkeyPatch) -> None:

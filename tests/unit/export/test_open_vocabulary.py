@@ -120,8 +120,8 @@ def logits_of(bundle: Path, file: str = "model.onnx") -> Any:
 def test_the_exported_file_scores_as_the_student_does_by_the_teachers_class_vectors(run: Run) -> None:
     bundle, vectors = open_bundle(run.bundle), np.load(run.bundle / "class_vectors.npy")
     student, scoring = load_student(run), bundle.manifest.open_vocabulary
-    student.score_by(torch.from_numpy(vectors), scoring.logit_scale)
-    expected = run_batches(TorchRunner(student.deployed()), read_evaluation(run.bundle).pixels)
+    student.use_class_vectors(torch.from_numpy(vectors), scoring.logit_scale)
+    expected = run_batches(TorchRunner(student.inference_model()), read_evaluation(run.bundle).pixels)
     np.testing.assert_allclose(logits_of(run.bundle), expected, atol=1e-4)
     assert {one.name: one for one in onnx.load(str(run.bundle / "model.onnx")).graph.initializer}.keys() > {
         "class_vectors"
@@ -398,10 +398,10 @@ def reparameterised(repvit: Any, tmp_path_factory: pytest.TempPathFactory) -> Si
     built = build_student(StudentConfig(model="repvit_m0_9", image_size=64), classes=20, teacher_width=16)
     vectors = torch.nn.functional.normalize(torch.randn(20, 16, generator=generator), dim=1)
     built.model = repvit.student.model
-    built.score_by(vectors, 100.0)
+    built.use_class_vectors(vectors, 100.0)
     with torch.no_grad():
         built.projector.weight.mul_(3000)
-    student, pixels = built.deployed(), repvit.pixels[:64]
+    student, pixels = built.inference_model(), repvit.pixels[:64]
     fp32, fp16 = folder / "model.onnx", folder / "model.fp16.onnx"
     module = onnx_export_module(student, torch.from_numpy(pixels))
     facts = {"classes": [f"thing {number}" for number in range(20)], "preprocessing": repvit.preprocessing.to_dict()}

@@ -33,7 +33,8 @@ def test_the_file_holds_what_is_known(run: Run) -> None:
 def test_what_is_not_known_yet_is_said_with_the_command_that_goes_on(run: Run) -> None:
     with pytest.raises(RunError) as caught:
         _ = run.teacher_facts
-    assert caught.value.fix == f"prgkit distill '{run.recipe_file}' --run '{run.folder}' goes on with it"
+    assert caught.value.what == "the run was stopped before its images were read"
+    assert caught.value.fix == f"go on: prgkit distill '{run.recipe_file}' --run '{run.folder}'"
     assert run.target_stores == []
 
 
