@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 from prgkit.cli.main import cli
 from prgkit.config.objectives import OBJECTIVES, Config, ObjectiveConfig
 from prgkit.config.recipe import Recipe
+from prgkit.evaluate.compare.schema import DeviceComparison, ObjectiveComparison, Ranking, TrialResult
 from prgkit.evaluate.report.schema import Report, Samples
 from prgkit.export.bundle.engine_metadata import EngineMetadata
 from prgkit.export.bundle.manifest import Manifest
@@ -33,6 +34,10 @@ FILES: dict[str, type[BaseModel]] = {
     "bundle/NAME.engine.json": EngineMetadata,
     "bench/MACHINE/report.json": Report,
     "bench/MACHINE/samples.json": Samples,
+    "comparison/comparison.json": DeviceComparison,
+    "runs/NAME-compared/compare.json": ObjectiveComparison,
+    "runs/NAME-compared/rank.json": Ranking,
+    "runs/NAME-compared/TRIAL/trial.json": TrialResult,
 }
 LAYERS = Path(__file__).parents[1] / "tests" / "project" / "test_layers.py"
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}
