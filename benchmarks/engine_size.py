@@ -17,10 +17,11 @@ from unittest.mock import patch
 import click
 
 from prgkit.errors import NotWorthItError
-from prgkit.export.bundle.bundle import QDQ, Bundle, open_bundle
+from prgkit.export.bundle.bundle import Bundle, open_bundle
+from prgkit.export.bundle.manifest import QDQ
 from prgkit.export.formats import tensorrt_precision
-from prgkit.export.formats.engines import buildable
-from prgkit.export.formats.tensorrt import build_engine
+from prgkit.export.formats.tensorrt import buildable
+from prgkit.export.formats.tensorrt_build import build_engine
 from prgkit.export.runtimes.gpu import Backend, choose_backend
 
 BATCHES = ((1, 1, 32), (1, 1, 1))  # a range with the recipe's default, and a fixed size

@@ -35,9 +35,8 @@ from prgkit.evaluate.bench.latency import SETTLE_S
 from prgkit.evaluate.bench.timing import timed_runs
 from prgkit.evaluate.bench.worker import Worker
 from prgkit.export.bundle.bundle import Bundle, open_bundle, read_evaluation
-from prgkit.export.formats.onnx_nchw import normalised
-from prgkit.export.runtimes.base import OnnxRunner
 from prgkit.export.bundle.fidelity import told
+from prgkit.export.runtimes.onnxruntime import OnnxRunner, normalised
 from prgkit.export.runtimes.parity import compare, require_agreement
 from prgkit.storage.run import Run
 from prgkit.student.model import load_student, reparameterised

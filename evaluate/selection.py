@@ -126,6 +126,6 @@ def chosen_artifact(bundle: Bundle, folder: Path | None) -> Artifact:
     if folder is not None and (folder / FILE).exists():
         choice = read_sealed(folder / FILE, fix="measure again: prgkit bench")
         for artifact in bundle.artifacts:
-            if artifact.format == "onnx" and artifact.sha256 == choice.get("sha256"):
+            if artifact.sha256 == choice.get("sha256"):
                 return artifact
     return fp32_onnx(bundle)

@@ -25,14 +25,14 @@ from prgkit.export.bundle.bundle import (
     fp32_onnx,
     open_bundle,
     output_spec,
-    write_manifest,
 )
 from prgkit.export.bundle.checksums import PARTS, checksums, require_unchanged
 from prgkit.export.bundle.engine_metadata import load_engine_metadata
 from prgkit.export.bundle.manifest import VECTORS, Artifact, ClassScoring, Manifest, Quantization
 from prgkit.export.formats.open_vocabulary import Matrix, agreement_sentence, scored, write_classes
-from prgkit.export.from_run import said
-from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.from_run import weighted_and_uniform
+from prgkit.export.readme import write_manifest
+from prgkit.export.runtimes.onnxruntime import OnnxRunner
 from prgkit.export.runtimes.parity import GOLDEN_TOLERANCE
 from prgkit.progress import Progress
 from prgkit.storage.atomic import sha256
@@ -118,9 +118,9 @@ def read_names(
     """Return what turns features into answers about ``classes``: their names as the teacher reads them."""
 
     @cache
-    def teacher(page: TeacherConfig) -> Teacher:  # asked only where the store does not hold these names
-        progress.note(f"loading the teacher {page.model}")
-        return load_teacher(page, best_device())
+    def teacher(config: TeacherConfig) -> Teacher:  # asked only where the store does not hold these names
+        progress.note(f"loading the teacher {config.model}")
+        return load_teacher(config, best_device())
 
     with store_of(run) as root:
         targets = open_targets(recipe, root, teacher)
@@ -161,7 +161,7 @@ def write_relabelled(
         features = read_array(new / part / "features.npy")
         write_array(new / part / "logits.npy", scored(features, vectors, answers.logit_scale))
     evaluation = new / "evaluation"
-    weighted, uniform = said(answers, torch.from_numpy(read_array(evaluation / "teacher_features.npy")))
+    weighted, uniform = weighted_and_uniform(answers, torch.from_numpy(read_array(evaluation / "teacher_features.npy")))
     write_array(evaluation / "teacher_logits.npy", weighted)
     write_array(evaluation / "teacher_uniform_logits.npy", uniform)
     labelled = move_labels(evaluation / "labels.npy", bundle.classes, classes, progress)

@@ -20,7 +20,7 @@ from prgkit.evaluate.accuracy.opencv import opencv_notes
 from prgkit.evaluate.accuracy.per_class import per_class
 from prgkit.evaluate.accuracy.ticked import audit, find_ticks
 from prgkit.evaluate.bench import latency
-from prgkit.evaluate.bench.cases import Row, plan
+from prgkit.evaluate.bench.cases import OF_A_SPEC, Row, plan
 from prgkit.evaluate.bench.fixed_rate import paced
 from prgkit.evaluate.bench.journal import conditions, open_journal
 from prgkit.evaluate.bench.latency import Measured
@@ -35,7 +35,7 @@ from prgkit.evaluate.report.write import write_report
 from prgkit.evaluate.selection import choose, int8_notes, write_choice
 from prgkit.export.bundle.bundle import Bundle, Evaluation, open_bundle, read_evaluation
 from prgkit.export.bundle.fidelity import fidelity
-from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes.parity import check_golden
 from prgkit.storage.atomic import sha256
 from prgkit.storage.run import Run
@@ -98,7 +98,7 @@ def bench(
     made_from = conditions(
         facts,
         files=files_under_test(bundle, run_folder),
-        opened=opened,
+        opened=[{key: spec[key] for key in OF_A_SPEC} for spec in opened],
         options=[threads, seconds, sorted(set(batches))],
     )
     with open_journal(out, made_from, note) as kept:
@@ -240,7 +240,7 @@ def golden_notes(bundle: Bundle) -> list[str]:
     if artifact is None:
         return []
     try:
-        runner = OnnxRunner(bundle.folder / artifact.file, threads=1, name=artifact.name)
+        runner = open_runner(bundle.folder, artifact, threads=1)
         check_golden(bundle, runner, precision="fp32")
         notes = opencv_notes(bundle, runner)
         runner.close()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from prgkit.evaluate.bench.worker import Spec
-from prgkit.export.bundle.bundle import NCHW, QDQ, Bundle, describe_artifact
-from prgkit.export.bundle.engine_metadata import load_engine_metadata
-from prgkit.export.bundle.manifest import VECTORS, Artifact
-from prgkit.export.runtimes.base import PROVIDERS, available_providers, why_no_compiling
-from prgkit.export.runtimes.tensorrt import why_not_here
-from prgkit.storage.run import Run
+from prgkit.export.bundle.bundle import Bundle
+from prgkit.export.bundle.manifest import VECTORS
+from prgkit.export.runtimes import RUNTIMES
+from prgkit.export.runtimes.base import Runtime, Setup, Variant
 
 Row = dict[str, Any]
-COMPILED_FROM_S = 30  # seconds an artifact: compiling takes minutes where cores are few, so a short bench leaves it out
+OF_A_SPEC = ("artifact", "backend", "device", "threads")
 
 
 def plan(
@@ -25,98 +22,57 @@ def plan(
 
     Args:
         bundle: whose artifacts run.
-        run_folder: the run it came from, where that is at hand, for PyTorch's rows.
+        run_folder: the run it came from, where that is at hand: PyTorch runs what is in it.
         facts: the machine's.
         threads: threads of one call on the CPU.
-        seconds: the time for each artifact; from `COMPILED_FROM_S` on, PyTorch has a compiled row as well.
+        seconds: the time for each artifact; a short bench leaves out what takes long to open.
     """
     rows: list[Row] = []
     specs: list[Spec | None] = []
 
-    def add(row: Row, spec: Spec | None, reason: str | None = None) -> None:
+    def add(row: Row, setup: Setup, reason: str | None) -> None:
         rows.append({**row, "reason": reason})
-        specs.append(None if spec is None or reason else named(spec, row))
+        specs.append(None if reason else named(setup, row))
 
-    here = runtimes(facts)
-    for artifact in bundle.artifacts:
-        path = str(bundle.folder / artifact.file)
-        if artifact.format == "engine":
-            row = blank(artifact.name, artifact, device="cuda", threads=None)
-            add(
-                row,
-                {"kind": "engine", "path": path},
-                why_not_here(load_engine_metadata(bundle.folder / artifact.file)),
-            )
-            continue
-        for runtime in here:
-            if suits(runtime["backend"], artifact, bundle):
-                device = runtime["device"]
-                entry = artifact.model_copy(update={"backend": runtime["backend"]})
-                row = blank(artifact.name, entry, device=device, threads=threads if device == "cpu" else None)
-                add(row, {**runtime, "path": path, "half": artifact.precision == "fp16"})
-    if run_folder is not None and Run(run_folder).weights.exists() and importlib.util.find_spec("torch"):
-        weights = Run(run_folder).weights
-        kept = describe_artifact(
-            run_folder,
-            weights.name,
-            name="torch",
-            format="torch",
-            precision="fp32",
-            backend="torch",
-            executed=True,
-            note=None,
-            parity=None,
-        )
-        opened: Spec = {"kind": "torch", "path": str(run_folder)}
-        if scoring := bundle.manifest.open_vocabulary:
-            opened |= {"class_vectors": str(bundle.folder / VECTORS), "logit_scale": scoring.logit_scale}
-        add(blank("torch", kept, device="cpu", threads=threads), opened)
-        if seconds >= COMPILED_FROM_S:
-            row = blank("torch-compiled", kept, device="cpu", threads=threads)
-            add(row, {**opened, "compiled": True}, why_no_compiling())
+    gpu, scoring = bool(facts["gpus"]), bundle.manifest.open_vocabulary
+    vectors, scale = (bundle.folder / VECTORS, scoring.logit_scale) if scoring else (None, 1.0)
+    files = [(artifact, bundle.folder) for artifact in bundle.artifacts]
+    if run_folder is not None:
+        files += [(artifact, run_folder) for runtime in RUNTIMES for artifact in runtime.from_run(run_folder)]
+    for artifact, folder in files:
+        for runtime, variant in variants():
+            if seconds < variant.least_seconds or not runtime.runs(variant, artifact, bundle.artifacts):
+                continue
+            on_cpu = threads if variant.device == "cpu" else None
+            setup = Setup(runtime, variant, artifact, folder, on_cpu, vectors, scale)
+            reason = runtime.why_not_here(setup, gpu=gpu)
+            if reason is None or variant.always_listed:
+                add(blank(setup), setup, reason)
     return rows, specs
 
 
-def runtimes(facts: dict[str, Any]) -> list[Spec]:
-    """Return what can run ONNX files here: each with its kind, backend and device, and ONNX Runtime's provider."""
-    built_in = available_providers()
-    here: list[Spec] = [
-        {"kind": "onnx", "provider": name, "backend": provider.backend, "device": provider.device}
-        for name, provider in PROVIDERS.items()
-        if name in built_in and (provider.device == "cpu" or facts["gpus"])
-    ]
-    if importlib.util.find_spec("openvino"):
-        here.append({"kind": "openvino", "backend": "openvino", "device": "cpu"})
-    return here
+def named(setup: Setup, row: Row) -> Spec:
+    """Return what a worker opens, and whose figures these are."""
+    return {"setup": setup, "takes_threads": setup.variant.takes_threads, **{key: row[key] for key in OF_A_SPEC}}
 
 
-def suits(backend: str, artifact: Artifact, bundle: Bundle) -> bool:
-    """Return whether a backend runs an ONNX file in the precision that the file has, and from its fastest layout.
-
-    ONNX Runtime's TensorRT provider is left the floats: INT8 is what the bundle's engines are for. OpenVINO would
-    compute FP16 in FP32 on the CPU, and of the layouts of INT8 is faster with TensorRT's, where the bundle has it.
-    """
-    kind = artifact.format, artifact.precision
-    if backend == "onnxruntime":
-        return kind[0] not in (NCHW, QDQ)
-    if backend == "onnxruntime-tensorrt":
-        return kind in (("onnx", "fp32"), ("onnx", "fp16"))
-    layout = QDQ if any(one.format == QDQ for one in bundle.artifacts) else "onnx"
-    return kind in (("onnx", "fp32"), (layout, "int8"))
+def variants() -> list[tuple[Runtime, Variant]]:
+    """Return every way to run a file that prgkit knows."""
+    return [(runtime, variant) for runtime in RUNTIMES for variant in runtime.variants]
 
 
-def blank(name: str, artifact: Artifact, *, device: str, threads: int | None) -> Row:
+def blank(setup: Setup) -> Row:
     """Return a row with every key of the schema and no figure yet."""
     return {
-        "artifact": name,
-        "file": artifact.file,
-        "backend": artifact.backend,
-        "device": device,
-        "precision": artifact.precision,
-        "threads": threads,
+        "artifact": setup.artifact.name + setup.variant.suffix,
+        "file": setup.artifact.file,
+        "backend": setup.variant.backend,
+        "device": setup.variant.device,
+        "precision": setup.artifact.precision,
+        "threads": setup.threads,
         "status": "not executed",
         "reason": None,
-        "size_mib": round(artifact.bytes / (1 << 20), 3),
+        "size_mib": round(setup.artifact.bytes / (1 << 20), 3),
         "load_ms": None,
         "peak_memory_mib": None,
         "switches": {},
@@ -128,8 +84,3 @@ def blank(name: str, artifact: Artifact, *, device: str, threads: int | None) ->
         **dict.fromkeys(("agreement_teacher", "agreement_teacher_interval", "agreement_fp32", "kl_teacher")),
         "faithful": None,  # of INT8: whether it holds the fidelity floor here
     }
-
-
-def named(spec: Spec, row: Row) -> Spec:
-    """Return a specification that also says whose it is."""
-    return {**spec, **{key: row[key] for key in ("artifact", "backend", "device", "threads")}}

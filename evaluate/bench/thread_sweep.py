@@ -35,7 +35,7 @@ def thread_sweep(
         kept: what an earlier sitting measured with these numbers of threads, gone on with and added to.
         between_rounds: called before each round with its number.
     """
-    swept = [spec for spec in specs if spec["device"] == "cpu" and spec["kind"] != "torch"]
+    swept = [spec for spec in specs if spec["device"] == "cpu" and spec["takes_threads"]]
     if not counts or not swept:
         return None, []
     note(f"threads: {', '.join(map(str, counts))}")

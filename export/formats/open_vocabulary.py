@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from prgkit.data.index import Preprocessing
-from prgkit.export.bundle.bundle import NCHW
-from prgkit.export.bundle.manifest import MATRIX, Artifact
+from prgkit.export.bundle.manifest import MATRIX, NCHW, Artifact
 from prgkit.export.formats.onnx_graph import rename, save
-from prgkit.export.formats.onnx_nchw import NormalisingRunner
-from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.runtimes.onnxruntime import NormalisingRunner, OnnxRunner
 from prgkit.export.runtimes.parity import require_agreement, run_batches
 from prgkit.storage.atomic import sha256
 from prgkit.storage.reproducible import write_array

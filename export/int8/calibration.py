@@ -56,13 +56,13 @@ class Spread:
         self.lows += ordered[:, beyond].tolist()
         self.highs += ordered[:, -1 - beyond].tolist()
 
-    def range(self, tail: float, *, symmetric: bool) -> tuple[float, float]:
-        """Return the range beyond which a share of ``tail`` of the images reaches on either side.
+    def range(self, clip_quantile: float, *, symmetric: bool) -> tuple[float, float]:
+        """Return the range beyond which a share of ``clip_quantile`` of the images reaches on either side.
 
         Zero is always in it: padding and ReLU make it exact.
         """
-        low = min(0.0, float(np.quantile(self.lows, tail, method="higher")))
-        high = max(0.0, float(np.quantile(self.highs, 1 - tail, method="lower")))
+        low = min(0.0, float(np.quantile(self.lows, clip_quantile, method="higher")))
+        high = max(0.0, float(np.quantile(self.highs, 1 - clip_quantile, method="lower")))
         return (-max(-low, high), max(-low, high)) if symmetric else (low, high)
 
 

@@ -29,10 +29,12 @@ from prgkit.export.bundle.bundle import (
     read_evaluation,
     write_evaluation,
     write_golden,
-    write_manifest,
 )
 from prgkit.export.bundle.engine_metadata import EngineMetadata, write_engine_metadata
 from prgkit.export.bundle.manifest import EvaluationFacts, Manifest, RunFacts
+from prgkit.export.readme import write_manifest
+from prgkit.export.runtimes.onnxruntime import ONNXRUNTIME
+from prgkit.export.runtimes.tensorrt import TENSORRT, TENSORRT_RTX
 from prgkit.storage.atomic import sha256
 
 onnx = pytest.importorskip("onnx", reason="the model under test is made with the onnx package")
@@ -93,10 +95,11 @@ def card(engine: Path) -> EngineMetadata:
 @pytest.fixture(autouse=True)
 def _onnx_runtime_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure with the runtime that is everywhere; what else may be installed is told apart in test_cases.py."""
-    monkeypatch.setattr(cases, "runtimes", lambda facts: RUNTIMES[:1])
+    everywhere = (ONNXRUNTIME, ONNXRUNTIME.variants[0])
+    monkeypatch.setattr(cases, "variants", lambda: [everywhere, *((one, one.variants[0]) for one in ENGINES)])
 
 
-RUNTIMES = cases.runtimes({"gpus": []})
+ENGINES = (TENSORRT, TENSORRT_RTX)
 
 
 def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> Path:
@@ -141,6 +144,7 @@ def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> 
             executed=False,
             note=None,
             parity=None,
+            export_options=("--trt", "--fp16") if kind == "engine" else (),
         )
         for name, file, kind, precision, backend in files
     ]

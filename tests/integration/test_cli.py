@@ -330,8 +330,8 @@ def test_doctor_tells_building_engines_from_running_them(prgkit: Call, monkeypat
     from prgkit.export.runtimes.gpu import Backend, Gpu
 
     found = {"tensorrt": Backend("tensorrt", None, "not installed; pip"), "tensorrt_rtx": Backend("rtx", "1.7", None)}
-    monkeypatch.setattr("prgkit.cli.doctor.available_backends", lambda: found)
-    monkeypatch.setattr("prgkit.cli.doctor.torch_backends", lambda versions: [])
+    monkeypatch.setattr("prgkit.export.runtimes.tensorrt.probe_backend", found.get)
+    monkeypatch.setattr("prgkit.export.runtimes.pytorch.PyTorch.examine", lambda *_: [])
 
     def engines() -> dict[str, str]:
         rows = prgkit("doctor", "--json").json["doctor"]["backends"]
@@ -352,7 +352,7 @@ def test_doctor_tells_building_engines_from_running_them(prgkit: Call, monkeypat
 
 def test_doctor_survives_a_broken_onnxruntime(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr("prgkit.cli.doctor.torch_backends", lambda versions: [])
+    monkeypatch.setattr("prgkit.export.runtimes.pytorch.PyTorch.examine", lambda *_: [])
     said = prgkit("doctor")
     assert said.code == 0
     assert "no   onnxruntime " in said.out

@@ -126,7 +126,7 @@ def all_of_it(
     session = latency.measure(
         SPECS, PIXELS, seconds=60, batches=[], rounds=3, pictures=Pictures([b"picture"], {}), kept=kept
     )
-    specs = [{**spec, "kind": "onnx"} for spec in SPECS]
+    specs = [{**spec, "takes_threads": True} for spec in SPECS]
     how: dict[str, Any] = {"seconds": 60, "note": lambda text: None, "kept": kept}
     _, by_threads = thread_sweep(specs, PIXELS, [1, 2], **how)
     _, frames = paced(specs, PIXELS, fps, **how)

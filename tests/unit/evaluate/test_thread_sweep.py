@@ -49,10 +49,13 @@ def test_a_sweep_tells_each_median_and_the_gain_over_the_fewest_threads() -> Non
 
 def test_without_counts_or_anything_on_the_cpu_nothing_is_swept() -> None:
     images = np.zeros((2, 4, 4, 3), dtype=np.uint8)
-    specs = [{"artifact": "engine", "kind": "engine", "device": "cuda"}, {"kind": "torch", "device": "cpu"}]
+    specs = [{"device": "cuda", "takes_threads": False}, {"device": "cpu", "takes_threads": False}]
     said: list[str] = []
     assert thread_sweep(specs, images, [1, 2], seconds=1, note=said.append) == (None, [])
-    assert thread_sweep([{"kind": "onnx", "device": "cpu"}], images, [], seconds=1, note=said.append) == (None, [])
+    assert thread_sweep([{"takes_threads": True, "device": "cpu"}], images, [], seconds=1, note=said.append) == (
+        None,
+        [],
+    )
     assert said == []
 
 

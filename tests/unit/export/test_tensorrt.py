@@ -16,8 +16,8 @@ import pytest
 from prgkit.cli.options import gpu_generations
 from prgkit.errors import BackendError, ExportError
 from prgkit.export.bundle.engine_metadata import engine_metadata_path, load_engine_metadata
-from prgkit.export.formats import tensorrt, timing_cache
-from prgkit.export.formats.tensorrt import build_engine
+from prgkit.export.formats import tensorrt, tensorrt_build
+from prgkit.export.formats.tensorrt_build import build_engine
 from prgkit.export.formats.tensorrt_precision import LEAST_INT8_WEIGHTS, constant, layers_of, leave_small_in_fp16
 from prgkit.export.runtimes import gpu
 from prgkit.export.runtimes.gpu import Gpu, available_backends, choose_backend, choose_targets, find_gpu
@@ -205,15 +205,14 @@ def test_an_int8_engine_is_smaller_than_the_fp16_one(repvit, tmp_path):
     """RepViT-M0.9 at 224 px; with every convolution in INT8 its engine was 1.4 times as large as FP16's."""
     onnx = pytest.importorskip("onnx")
     from prgkit.export.int8.calibration import measure_spreads
-    from prgkit.export.int8.qdq import find_blocks, tensors_of, write_int8
+    from prgkit.export.int8.qdq import Quantizable, find_blocks, tensors_of
 
     blocks = find_blocks(repvit.fp32)
     spreads = measure_spreads(repvit.fp32, tensors_of(repvit.fp32, blocks), repvit.pixels[:4])
     half, quantised = tmp_path / "model.fp16.onnx", tmp_path / "model.int8.tensorrt.onnx"
     enlarge(repvit.fp16, half, onnx)
-    write_int8(
-        half, quantised, nodes={n for block in blocks for n in block.nodes}, spreads=spreads, tail=0, layout="tensorrt"
-    )
+    nodes = {node for block in blocks for node in block.nodes}
+    Quantizable(half, spreads, 0, "tensorrt").write(quantised, nodes)
     build = {"backend": "tensorrt_rtx", "batch": (1, 1, 32)}
     fp16 = build_engine(half, tmp_path, precision="fp16", **build)
     int8 = build_engine(quantised, tmp_path, precision="int8", **build)
@@ -226,13 +225,13 @@ def test_an_int8_engine_is_smaller_than_the_fp16_one(repvit, tmp_path):
 def test_a_small_convolution_of_an_int8_network_is_fp16_throughout(repvit, tmp_path):
     onnx = pytest.importorskip("onnx")
     from prgkit.export.int8.calibration import measure_spreads
-    from prgkit.export.int8.qdq import find_blocks, tensors_of, write_int8
+    from prgkit.export.int8.qdq import Quantizable, find_blocks, tensors_of
 
     blocks = find_blocks(repvit.fp32)
     spreads = measure_spreads(repvit.fp32, tensors_of(repvit.fp32, blocks), repvit.pixels[:4])
     path = tmp_path / "model.onnx"
     nodes = {node for block in blocks for node in block.nodes}
-    write_int8(repvit.fp16, path, nodes=nodes, spreads=spreads, tail=0, layout="tensorrt")
+    Quantizable(repvit.fp16, spreads, 0, "tensorrt").write(path, nodes)
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
     trt = pytest.importorskip("tensorrt_rtx")
     logger = gpu.quiet_logger(trt)
@@ -291,8 +290,8 @@ def test_a_level_of_compatibility_that_tensorrt_does_not_have_is_an_error():
 def test_timings_that_cannot_be_written_cost_no_engine(tmp_path):
     (tmp_path / "file").touch()
     config = SimpleNamespace(get_timing_cache=lambda: SimpleNamespace(serialize=lambda: b"timings"))
-    timing_cache.keep_cache(config, tmp_path / "file" / "cache")
-    timing_cache.keep_cache(config, tmp_path / "cache")
+    tensorrt_build.keep_cache(config, tmp_path / "file" / "cache")
+    tensorrt_build.keep_cache(config, tmp_path / "cache")
     assert (tmp_path / "cache").read_bytes() == b"timings"
 
 

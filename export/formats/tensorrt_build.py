@@ -1,0 +1,255 @@
+"""ONNX to a TensorRT engine, with the facts of the build in a card beside it."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from prgkit.errors import BackendError, DiskFullError, ExportError
+from prgkit.export.bundle.engine_metadata import EngineMetadata, write_engine_metadata
+from prgkit.export.bundle.manifest import MATRIX, TensorSpec
+from prgkit.export.formats.tensorrt_precision import (
+    inspect,
+    layer_dtypes,
+    leave_small_in_fp16,
+    refuse_tf32,
+    require_precision,
+)
+from prgkit.export.runtimes.gpu import (
+    AMPERE_PLUS,
+    choose_backend,
+    choose_targets,
+    find_gpu,
+    quiet_logger,
+    this_platform,
+)
+from prgkit.storage.atomic import cache_folder, sha256, write_bytes
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def leaving_nothing(work: Callable[P, R]) -> Callable[P, R]:
+    """Let what ``work`` holds die with it, also where it fails.
+
+    A traceback keeps the objects of its frames until the garbage collector finds it. That can be while TensorRT tells
+    its logger something during a later build: destroying a builder there waits for a lock of TensorRT's, for ever.
+    """
+
+    @wraps(work)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return work(*args, **kwargs)
+        except BaseException as error:
+            one: BaseException | None = error
+            while one is not None:
+                traceback.clear_frames(one.__traceback__)
+                one = one.__cause__ or one.__context__
+            raise
+
+    return wrapped
+
+
+@leaving_nothing
+def build_engine(
+    onnx_path: Path,
+    folder: Path,
+    *,
+    precision: str,
+    batch: tuple[int, int, int],
+    backend: str | None = None,
+    sm: Sequence[str] | None = None,
+) -> EngineMetadata:
+    """Build an engine in ``folder``, and its card (the same name with .json).
+
+    Its name is ``<onnx stem>.<kind>.<backend>.engine``; the kind is the ONNX file's, as in ``model.int8-heavy.onnx``,
+    or where that has none the precision.
+
+    The network is strongly typed: the types come from the ONNX file alone, and are checked against ``precision`` before
+    anything is built. ``batch`` is [min, opt, max]; three equal numbers make a static engine.
+
+    Raises:
+        BackendError: no usable TensorRT, or it cannot build for those compute capabilities.
+        ExportError: the file is damaged or holds another precision, or the build failed; with TensorRT's own words.
+        NotWorthItError: of an INT8 file tensorrt_rtx would make a larger engine than of FP16's.
+    """
+    chosen = choose_backend(backend)
+    trt = importlib.import_module(chosen.name)
+    check_batch(batch)
+    logger = quiet_logger(trt)
+    started = time.perf_counter()
+    builder = trt.Builder(logger)
+    network, parser = parse(trt, builder, logger, onnx_path)
+    types = layer_dtypes(network)
+    require_precision(types, precision, onnx_path)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    tf32 = refuse_tf32(trt, config)
+    targets = choose_targets(chosen.name, sm)
+    compatibility = set_targets(trt, config, chosen.name, targets, asked=bool(sm))
+    set_batch(builder, config, network, batch)
+    int8, alive = None, None
+    if precision == "int8" and chosen.name == "tensorrt_rtx":
+        int8, alive = leave_small_in_fp16(trt, network)
+    gpu, timings = find_gpu(), None
+    if chosen.name == "tensorrt" and gpu:  # TensorRT for RTX times nothing
+        timings = cache_path(str(chosen.version), gpu.name)
+    known = timings and attach_cache(config, timings)
+    serialized = builder.build_serialized_network(network, config)
+    del alive
+    if serialized is None:
+        raise ExportError(f"{chosen.name} could not build an engine: {logger.reason()}", where=onnx_path)
+    plan = bytes(serialized)
+    build_s = time.perf_counter() - started
+    del parser
+    if timings:
+        keep_cache(config, timings)
+    inspected = inspect(trt, logger, plan, precision, onnx_path) if gpu else None
+    stem, kind = (*onnx_path.name.split("."), "")[:2]
+    kind = kind if kind.startswith(precision) else precision  # model.int8-heavy.tensorrt.onnx
+    path = folder / f"{stem}.{kind}.{chosen.name}.engine"
+    write_bytes(path, plan)
+    card = EngineMetadata(
+        file=path.name,
+        bytes=len(plan),
+        sha256=sha256(path),
+        onnx=onnx_path.name,
+        onnx_sha256=sha256(onnx_path),
+        backend=chosen.name,
+        backend_version=str(chosen.version),
+        precision=precision,
+        tf32=tf32,
+        batch=batch,
+        compute_capabilities=targets,
+        gpu=gpu.name if gpu else None,
+        input=tensor_spec(network.get_input(0)),
+        output=tensor_spec(network.get_output(0)),
+        layer_dtypes=types,
+        inspected_dtypes=inspected,
+        build_s=round(build_s, 3),
+        executed=False,
+        note="built and never executed here",
+        driver=gpu.driver if gpu else None,
+        platform=this_platform(),
+        hardware_compatibility=compatibility,
+        timing_cache=("used" if known else "new") if timings else None,
+        int8_convolutions=int8,
+    )
+    write_engine_metadata(path, card)
+    return card
+
+
+def check_batch(batch: tuple[int, int, int]) -> None:
+    """Refuse a batch profile that no engine can have."""
+    if len(batch) != 3 or not 1 <= batch[0] <= batch[1] <= batch[2]:
+        raise ExportError(f"a batch profile is [min, opt, max] with 1 <= min <= opt <= max, not {list(batch)}")
+
+
+def parse(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> tuple[Any, Any]:
+    """Parse a file into a strongly typed network; the parser is returned because it owns the weights."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # gone where nothing else is left
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, logger)
+    fix = "export it again: prgkit export"
+    if not onnx_path.exists():
+        raise ExportError(f"there is no {onnx_path.name} to build an engine from", where=onnx_path.parent, fix=fix)
+    data = onnx_path.read_bytes()
+    if not data:  # the parser takes it for a model without layers
+        raise ExportError(f"{onnx_path.name} is empty", where=onnx_path, fix=fix)
+    if not parser.parse(data):
+        said = [parser.get_error(number).desc() for number in range(parser.num_errors)]
+        reason = "; ".join(dict.fromkeys(said)) or logger.reason()
+        raise ExportError(f"TensorRT's parser refused {onnx_path.name}: {reason}", where=onnx_path, fix=fix)
+    if MATRIX in [network.get_input(number).name for number in range(network.num_inputs)]:
+        raise ExportError(
+            f"{onnx_path.name} takes its class vectors as an input, and an engine holds them",
+            where=onnx_path,
+            fix="export it where the student was trained: prgkit export --open-vocabulary --trt",
+        )
+    if (network.num_inputs, network.num_outputs) != (1, 1):
+        raise ExportError(
+            f"{onnx_path.name} is not an export of ours: one input and one output expected", where=onnx_path, fix=fix
+        )
+    return network, parser
+
+
+def set_targets(trt: Any, config: Any, backend: str, targets: Sequence[str], *, asked: bool) -> str | None:
+    """Tell a builder the GPU generations that an engine is for; returns tensorrt's level of hardware compatibility.
+
+    Without one, an engine of tensorrt is for the GPU model that it was built on.
+
+    Raises:
+        BackendError: this TensorRT has no such level.
+    """
+    if backend == "tensorrt":
+        level = "NONE" if not asked else "AMPERE_PLUS" if targets[0] == AMPERE_PLUS else "SAME_COMPUTE_CAPABILITY"
+        levels = trt.HardwareCompatibilityLevel.__members__
+        if level not in levels:
+            raise BackendError(f"tensorrt {trt.__version__} cannot build for {targets[0]}", fix="build without --sm")
+        config.hardware_compatibility_level = levels[level]
+        return level
+    config.num_compute_capabilities = len(targets)
+    for position, name in enumerate(targets):
+        config.set_compute_capability(trt.ComputeCapability.__members__[name], position)
+    return None
+
+
+def set_batch(builder: Any, config: Any, network: Any, batch: tuple[int, int, int]) -> None:
+    """Fix the batch dimension, or give the range it may take: static engines can be faster."""
+    pixels = network.get_input(0)
+    rest = tuple(pixels.shape)[1:]
+    if batch[0] == batch[2]:
+        pixels.shape = (batch[0], *rest)
+        return
+    profile = builder.create_optimization_profile()
+    profile.set_shape(pixels.name, *((size, *rest) for size in batch))
+    config.add_optimization_profile(profile)
+
+
+def tensor_spec(tensor: Any) -> TensorSpec:
+    """Return a network tensor's name, type and shape; -1 is the batch."""
+    return TensorSpec(name=tensor.name, dtype=tensor.dtype.name, shape=tuple(tensor.shape))
+
+
+def cache_path(version: str, gpu: str) -> Path:
+    """Return the file for a TensorRT version and a GPU, in the user's own cache: a cache in a bundle is a stranger's.
+
+    TensorRT itself keys a cache by its version and the properties of the device, and refuses another's.
+    """
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"tensorrt-{version}-{gpu}")
+    return cache_folder(f"{name}.timing")
+
+
+def attach_cache(config: Any, path: Path) -> bool:
+    """Give a builder the cache in ``path``, or a new one where there is none that TensorRT accepts; returns which."""
+    try:
+        known = path.read_bytes()
+    except OSError:
+        known = b""
+    if known and attached(config, known):
+        return True
+    attached(config, b"")
+    return False
+
+
+def keep_cache(config: Any, path: Path) -> None:
+    """Write what a build has measured, whole or not at all; where it cannot be written, only time is lost."""
+    cache = config.get_timing_cache()
+    if cache is None:
+        return
+    try:
+        write_bytes(path, bytes(cache.serialize()))
+    except (OSError, DiskFullError):
+        return
+
+
+def attached(config: Any, content: bytes) -> bool:
+    """Tell whether TensorRT takes a serialised cache as one of this version and this GPU."""
+    cache = config.create_timing_cache(content)
+    return cache is not None and bool(config.set_timing_cache(cache, ignore_mismatch=False))
