@@ -17,7 +17,7 @@ from prgkit.export.bundle.bundle import Bundle, open_bundle, read_evaluation
 from prgkit.export.bundle.fidelity import int8_sentence
 from prgkit.export.bundle.manifest import ONNX, QDQ, Artifact, Manifest, NotBuilt
 from prgkit.export.formats.options import ExportOptions
-from prgkit.export.formats.tensorrt import EngineBuilder, Reference, engine_name, source_format
+from prgkit.export.formats.tensorrt import EngineBuilder, Reference, engine_name, is_source
 from prgkit.export.readme import write_manifest
 from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes.gpu import choose_backend
@@ -108,7 +108,7 @@ def sources_of(bundle: Bundle, wanted: Sequence[str]) -> list[Artifact]:
     Raises:
         ExportError: there is none of one of them.
     """
-    can = [source for source in bundle.artifacts if source.format == source_format(source.precision)]
+    can = [source for source in bundle.artifacts if is_source(source)]
     sources = [source for precision in wanted for source in can if source.precision == precision]
     missing = [precision for precision in wanted if precision not in {source.precision for source in sources}]
     refused = [

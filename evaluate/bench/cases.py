@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prgkit.evaluate.bench.worker import Spec
 from prgkit.export.bundle.bundle import Bundle
 from prgkit.export.bundle.manifest import VECTORS
-from prgkit.export.runtimes import RUNTIMES
-from prgkit.export.runtimes.base import Runtime, Setup, Variant
+from prgkit.export.runtimes import RUNTIMES, setups
+from prgkit.export.runtimes.base import Setup
 
 Row = dict[str, Any]
 OF_A_SPEC = ("artifact", "backend", "device", "threads")
@@ -40,13 +41,13 @@ def plan(
     if run_folder is not None:
         files += [(artifact, run_folder) for runtime in RUNTIMES for artifact in runtime.from_run(run_folder)]
     for artifact, folder in files:
-        for runtime, variant in variants():
-            if seconds < variant.least_seconds or not runtime.runs(variant, artifact, bundle.artifacts):
+        for setup in setups(artifact, folder, bundle.artifacts):
+            if seconds < setup.variant.least_seconds:
                 continue
-            on_cpu = threads if variant.device == "cpu" else None
-            setup = Setup(runtime, variant, artifact, folder, on_cpu, vectors, scale)
-            reason = runtime.why_not_here(setup, gpu=gpu)
-            if reason is None or variant.always_listed:
+            on_cpu = threads if setup.variant.device == "cpu" else None
+            setup = replace(setup, threads=on_cpu, class_vectors=vectors, logit_scale=scale)
+            reason = setup.why_not_here(gpu=gpu)
+            if reason is None or setup.variant.always_listed:
                 add(blank(setup), setup, reason)
     return rows, specs
 
@@ -54,11 +55,6 @@ def plan(
 def named(setup: Setup, row: Row) -> Spec:
     """Return what a worker opens, and whose figures these are."""
     return {"setup": setup, "takes_threads": setup.variant.takes_threads, **{key: row[key] for key in OF_A_SPEC}}
-
-
-def variants() -> list[tuple[Runtime, Variant]]:
-    """Return every way to run a file that prgkit knows."""
-    return [(runtime, variant) for runtime in RUNTIMES for variant in runtime.variants]
 
 
 def blank(setup: Setup) -> Row:

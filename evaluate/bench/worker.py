@@ -276,7 +276,7 @@ class Resident:
 def opener(spec: Spec) -> Callable[[], Runner]:
     """Import all that a specification needs, and return what opens it: this alone is the time that loading takes."""
     setup: Setup = replace(spec["setup"], threads=spec["threads"])
-    setup.runtime.load_libraries(setup)
+    setup.load_libraries()
     return setup.open
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from prgkit.export.bundle.manifest import Artifact, Manifest, NotKept
 from prgkit.export.formats.options import ExportOptions
@@ -20,40 +21,26 @@ class Made(NamedTuple):
     decided: frozenset[str] = frozenset()  # artifacts, by name, that an older bundle's do not stand in for any more
 
 
-class Format(Protocol):
-    """One kind of file that a student leaves in: a frozen object, listed in `FORMATS`."""
+def nothing_to_refuse(options: ExportOptions) -> None:
+    """Refuse nothing."""
 
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        ...
 
-    @property
-    def extra(self) -> str | None:
-        """What ``pip install 'prgkit[...]'`` must name to make it; None where the base install can."""
-        ...
+def nothing_to_say(manifest: Manifest) -> str:
+    """Say nothing: its files run as the FP32 ONNX file does, or not without prgkit."""
+    return ""
 
-    @property
-    def preprocessing_inside(self) -> bool:
-        """Whether its files take pixels; else they take what the manifest says of their input."""
-        ...
 
-    def wanted(self, options: ExportOptions) -> bool:
-        """Tell whether these options ask for it."""
-        ...
+@dataclass(frozen=True)
+class Format:
+    """One kind of file that a student leaves in, listed in `FORMATS`."""
 
-    def require(self, options: ExportOptions) -> None:
-        """Refuse before any work is done what cannot be made here, or not with these options.
-
-        Raises:
-            PrgkitError: says what is missing.
-        """
-        ...
-
-    def make(self, export: StudentExport) -> Made:
-        """Make its files of the student, or of the artifacts that the export has made so far."""
-        ...
-
-    def how_to_run(self, manifest: Manifest) -> str:
-        """Return the bundle's README on how its files are run without prgkit; nothing where there is none to say."""
-        ...
+    name: str
+    extra: str | None  # what ``pip install 'prgkit[...]'`` must name to make it; None where the base install can
+    wanted: Callable[[ExportOptions], bool]  # whether these options ask for it
+    # Makes its files of the student, or of the artifacts that the export has made so far.
+    make: Callable[[StudentExport], Made]
+    # Refuses, before any work is done, what cannot be made here or not with these options: raises a PrgkitError.
+    require: Callable[[ExportOptions], None] = nothing_to_refuse
+    # The bundle's README on how its files are run without prgkit, where there is something to say.
+    how_to_run: Callable[[Manifest], str] = nothing_to_say
+    preprocessing_inside: bool = True  # else its files take what the manifest says of their input

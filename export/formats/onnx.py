@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from prgkit.export.bundle.manifest import ONNX, Manifest
-from prgkit.export.formats.base import Made
-from prgkit.export.formats.options import ExportOptions
+from prgkit.export.bundle.manifest import ONNX
+from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.snippets import cpp_section
 from prgkit.export.runtimes.onnxruntime import OnnxRunner
 
@@ -18,74 +16,35 @@ if TYPE_CHECKING:
 CPU_FP16 = "ONNX Runtime's CPU provider computes in float32 with the float16 weights"
 
 
-@dataclass(frozen=True)
-class OnnxFp32:
-    """The file that every bundle has, and that most others are made of."""
+def make_fp32(export: StudentExport) -> Made:
+    """Trace the student and write it."""
+    from prgkit.export.formats.onnx_export import export_onnx
 
-    name: str = "onnx-fp32"
-    extra: str | None = "distill"
-    preprocessing_inside: bool = True
-
-    def wanted(self, options: ExportOptions) -> bool:
-        """Tell that it is always made."""
-        return True
-
-    def require(self, options: ExportOptions) -> None:
-        """Refuse nothing."""
-
-    def make(self, export: StudentExport) -> Made:
-        """Trace the student and write it."""
-        from prgkit.export.formats.onnx_export import export_onnx
-
-        def write(path: Path) -> None:
-            export_onnx(
-                export.module,
-                path,
-                image_size=export.preprocessing.image_size,
-                classes=export.classes,
-                preprocessing=export.preprocessing.to_dict(),
-                opset=export.options.opset,
-            )
-
-        how = {"format": ONNX, "precision": "fp32", "runner": quiet_runner}
-        return Made([export.finish(self.name, "model.onnx", write=write, **how)])
-
-    def how_to_run(self, manifest: Manifest) -> str:
-        """Return how it runs in C++, and how its classes are changed where they can be."""
-        return cpp_section(manifest)
-
-
-@dataclass(frozen=True)
-class OnnxFp16:
-    """Half the size, and what FP16 engines are built from."""
-
-    name: str = "onnx-fp16"
-    extra: str | None = "distill"
-    preprocessing_inside: bool = True
-
-    def wanted(self, options: ExportOptions) -> bool:
-        """Tell whether 16-bit floats are asked for."""
-        return options.fp16
-
-    def require(self, options: ExportOptions) -> None:
-        """Refuse nothing."""
-
-    def make(self, export: StudentExport) -> Made:
-        """Halve the FP32 file's weights and activations."""
-        how = {"format": ONNX, "precision": "fp16", "note": CPU_FP16, "runner": quiet_runner}
-        options = ("--fp16",)
-        return Made(
-            [export.finish(self.name, "model.fp16.onnx", write=export.write_fp16, export_options=options, **how)]
+    def write(path: Path) -> None:
+        export_onnx(
+            export.module,
+            path,
+            image_size=export.preprocessing.image_size,
+            classes=export.classes,
+            preprocessing=export.preprocessing.to_dict(),
+            opset=export.options.opset,
         )
 
-    def how_to_run(self, manifest: Manifest) -> str:
-        """Say nothing: it runs as the FP32 file does."""
-        return ""
+    how = {"format": ONNX, "precision": "fp32", "runner": quiet_runner}
+    return Made([export.finish(ONNX_FP32.name, "model.onnx", write=write, **how)])
 
 
-ONNX_FP32, ONNX_FP16 = OnnxFp32(), OnnxFp16()
+def make_fp16(export: StudentExport) -> Made:
+    """Halve the FP32 file's weights and activations."""
+    how: dict[str, Any] = {"format": ONNX, "precision": "fp16", "note": CPU_FP16, "runner": quiet_runner}
+    how |= {"write": export.write_fp16, "export_options": ("--fp16",)}
+    return Made([export.finish(ONNX_FP16.name, "model.fp16.onnx", **how)])
 
 
 def quiet_runner(path: Path) -> OnnxRunner:
     """Open a file with threads that do not wait busily."""
     return OnnxRunner(path, spin=False)
+
+
+ONNX_FP32 = Format("onnx-fp32", "distill", wanted=lambda options: True, make=make_fp32, how_to_run=cpp_section)
+ONNX_FP16 = Format("onnx-fp16", "distill", wanted=lambda options: options.fp16, make=make_fp16)

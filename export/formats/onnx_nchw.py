@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prgkit.config.image_size import sides
 from prgkit.data.index import Preprocessing
 from prgkit.export.bundle.manifest import NCHW, Manifest, TensorSpec
-from prgkit.export.formats.base import Made
-from prgkit.export.formats.options import ExportOptions
+from prgkit.export.formats.base import Format, Made
 from prgkit.export.runtimes.onnxruntime import NormalisingRunner
 
 if TYPE_CHECKING:
@@ -19,49 +17,29 @@ FILE = "model.nchw.onnx"
 INPUT = "images"
 
 
-@dataclass(frozen=True)
-class OnnxNchw:
-    """The FP32 file without its preprocessing; prgkit never measures it."""
+def make_nchw(export: StudentExport) -> Made:
+    """Cut the preprocessing off the FP32 file; pixels that are normalised outside must give PyTorch's logits."""
+    from prgkit.export.formats.onnx_graph import write_nchw
 
-    name: str = "onnx-nchw"
-    extra: str | None = "distill"
-    preprocessing_inside: bool = False
-
-    def wanted(self, options: ExportOptions) -> bool:
-        """Tell whether a file of float input is asked for."""
-        return options.float_input
-
-    def require(self, options: ExportOptions) -> None:
-        """Refuse nothing."""
-
-    def make(self, export: StudentExport) -> Made:
-        """Cut the preprocessing off the FP32 file; pixels that are normalised outside must give PyTorch's logits."""
-        from prgkit.export.formats.onnx_graph import write_nchw
-
-        takes = float_input(export.preprocessing)
-        artifact = export.finish(
-            self.name,
-            FILE,
-            write=lambda path: write_nchw(export.folder / "model.onnx", path, takes),
-            runner=lambda path: NormalisingRunner(path, export.preprocessing),
-            kind=" from normalised floats",
-            format=NCHW,
-            precision="fp32",
-            input=takes,
-            export_options=("--float-input",),
-        )
-        return Made([artifact])
-
-    def how_to_run(self, manifest: Manifest) -> str:
-        """Return what a reader must know of the file."""
-        return "".join(
-            float_section(artifact.file, artifact.input)
-            for artifact in manifest.artifacts
-            if artifact.format == NCHW and artifact.input
-        )
+    takes = float_input(export.preprocessing)
+    artifact = export.finish(
+        ONNX_NCHW.name,
+        FILE,
+        write=lambda path: write_nchw(export.folder / "model.onnx", path, takes),
+        runner=lambda path: NormalisingRunner(path, export.preprocessing),
+        kind=" from normalised floats",
+        format=NCHW,
+        precision="fp32",
+        input=takes,
+        export_options=("--float-input",),
+    )
+    return Made([artifact])
 
 
-ONNX_NCHW = OnnxNchw()
+def float_sections(manifest: Manifest) -> str:
+    """Return what a reader must know of the file."""
+    files = [artifact for artifact in manifest.artifacts if artifact.format == NCHW]
+    return "".join(float_section(artifact.file, artifact.input) for artifact in files if artifact.input)
 
 
 def float_input(preprocessing: Preprocessing) -> TensorSpec:
@@ -87,3 +65,13 @@ def float_section(file: str, takes: TensorSpec) -> str:
 [{shape}] float32, {takes.layout}, `{takes.values}` with mean {mean} and std
 {std} of red, green and blue. Resize and crop as above.
 """
+
+
+ONNX_NCHW = Format(
+    "onnx-nchw",
+    "distill",
+    wanted=lambda options: options.float_input,
+    make=make_nchw,
+    how_to_run=float_sections,
+    preprocessing_inside=False,
+)

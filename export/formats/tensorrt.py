@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,8 +20,8 @@ from prgkit.export.bundle.artifact_cache import Origin
 from prgkit.export.bundle.bundle import describe_artifact
 from prgkit.export.bundle.engine_metadata import EngineMetadata, engine_metadata_path, write_engine_metadata
 from prgkit.export.bundle.fidelity import int8_sentence
-from prgkit.export.bundle.manifest import ENGINE, ONNX, QDQ, Artifact, Manifest, NotBuilt, Parity
-from prgkit.export.formats.base import Made
+from prgkit.export.bundle.manifest import ENGINE, ONNX, QDQ, Artifact, NotBuilt, Parity
+from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.snippets import tensorrt_section
 from prgkit.export.formats.tensorrt_build import build_engine, check_batch
@@ -34,51 +35,38 @@ if TYPE_CHECKING:
 BUILDING = ".building"  # in a bundle, while an engine is built
 
 
-@dataclass(frozen=True)
-class Engines:
-    """The engines of the ONNX files of some precisions."""
-
-    name: str
-    precisions: tuple[str, ...]
-    extra: str | None = "trt"
-    preprocessing_inside: bool = True
-
-    def wanted(self, options: ExportOptions) -> bool:
-        """Tell whether engines are asked for."""
-        return options.trt and (options.int8 or "int8" not in self.precisions)
-
-    def require(self, options: ExportOptions) -> None:
-        """Refuse a batch profile that no engine can have, and a machine on which no TensorRT is usable."""
-        check_batch(options.batch_profile)
-        choose_backend(options.backend)
-
-    def make(self, export: StudentExport) -> Made:
-        """Build an engine of each file that the export has made so far."""
-        backend = choose_backend(export.options.backend)
-        builder = EngineBuilder(
-            export.folder,
-            backend,
-            export.options,
-            export.pixels,
-            Reference("torch", lambda: export.reference_logits),
-            export.cache,
-            export.note,
-        )
-        artifacts, not_built = builder.make_all([one for one in export.artifacts if self.builds_from(one)])
-        decided = [f"{backend.name}-{kind}" for kind in ("int8", "int8-heavy") if "int8" in self.precisions]
-        return Made(artifacts, not_built, frozenset(decided))
-
-    def builds_from(self, artifact: Artifact) -> bool:
-        """Tell whether an ONNX file is one that TensorRT builds from, in one of these precisions."""
-        return artifact.precision in self.precisions and artifact.format == source_format(artifact.precision)
-
-    def how_to_run(self, manifest: Manifest) -> str:
-        """Return how an engine is built and run."""
-        return tensorrt_section(manifest) if "fp32" in self.precisions else ""
+def require_tensorrt(options: ExportOptions) -> None:
+    """Refuse a batch profile that no engine can have, and a machine on which no TensorRT is usable."""
+    check_batch(options.batch_profile)
+    choose_backend(options.backend)
 
 
-FLOAT_ENGINES = Engines("tensorrt", ("fp32", "fp16"))
-INT8_ENGINES = Engines("tensorrt-int8", ("int8",))
+def make_engines(precisions: Sequence[str], export: StudentExport) -> Made:
+    """Build an engine of each ONNX file in some precisions that the export has made so far."""
+    backend = choose_backend(export.options.backend)
+    reference = Reference("torch", lambda: export.reference_logits)
+    builder = EngineBuilder(export.folder, backend, export.options, export.pixels, reference, export.cache, export.note)
+    sources = [one for one in export.artifacts if one.precision in precisions and is_source(one)]
+    artifacts, not_built = builder.make_all(sources)
+    decided = [f"{backend.name}-{kind}" for kind in ("int8", "int8-heavy") if "int8" in precisions]
+    return Made(artifacts, not_built, frozenset(decided))
+
+
+FLOAT_ENGINES = Format(
+    "tensorrt",
+    "trt",
+    wanted=lambda options: options.trt,
+    make=partial(make_engines, ("fp32", "fp16")),
+    require=require_tensorrt,
+    how_to_run=tensorrt_section,
+)
+INT8_ENGINES = Format(
+    "tensorrt-int8",
+    "trt",
+    wanted=lambda options: options.trt and options.int8,
+    make=partial(make_engines, ("int8",)),
+    require=require_tensorrt,
+)
 
 
 class FinishedEngines(Protocol):
@@ -214,9 +202,9 @@ def room_in(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def source_format(precision: str) -> str:
-    """Return the format of the ONNX files that engines of a precision are built from."""
-    return QDQ if precision == "int8" else ONNX
+def is_source(artifact: Artifact) -> bool:
+    """Tell whether an artifact is an ONNX file that engines of its precision are built from."""
+    return artifact.format == (QDQ if artifact.precision == "int8" else ONNX)
 
 
 def engine_name(backend: str, source: Artifact) -> str:

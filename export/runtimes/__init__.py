@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from prgkit.errors import BackendError
@@ -15,6 +17,14 @@ from prgkit.export.runtimes.tensorrt import TENSORRT, TENSORRT_RTX
 RUNTIMES: list[Runtime] = [ONNXRUNTIME, OPENVINO, PYTORCH, TENSORRT, TENSORRT_RTX]
 
 
+def setups(artifact: Artifact, folder: Path, beside: Sequence[Artifact]) -> Iterator[Setup]:
+    """Yield every way to run an artifact in ``folder`` that prgkit knows, with or without what it takes here."""
+    for runtime in RUNTIMES:
+        for variant in runtime.variants if artifact.format in runtime.formats else ():
+            if runtime.runs(variant, artifact, beside):
+                yield Setup(runtime, variant, artifact, folder)
+
+
 def open_runner(folder: Path, artifact: Artifact, *, threads: int | None = None) -> Runner:
     """Open an artifact in ``folder`` with the first runtime that runs it.
 
@@ -22,8 +32,6 @@ def open_runner(folder: Path, artifact: Artifact, *, threads: int | None = None)
         BackendError: none does, or it cannot on this machine; says what is missing.
         ExportError: the file is damaged, or not ours.
     """
-    for runtime in RUNTIMES:
-        for variant in runtime.variants:
-            if artifact.format in runtime.formats and runtime.runs(variant, artifact, [artifact]):
-                return runtime.open(Setup(runtime, variant, artifact, folder, threads))
+    for setup in setups(artifact, folder, [artifact]):
+        return replace(setup, threads=threads).open()
     raise BackendError(f"artifact {artifact.name} has unknown format {artifact.format!r}", where=folder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -34,6 +35,9 @@ class Runner(Protocol):
         ...
 
 
+Versions = Mapping[str, str | None]
+
+
 class Variant(NamedTuple):
     """One of the ways in which a runtime runs a file, such as an execution provider."""
 
@@ -47,55 +51,40 @@ class Variant(NamedTuple):
     least_seconds: float = 0.0  # a shorter bench leaves it out
 
 
-class Runtime(Protocol):
-    """A library that runs files of some formats: a frozen object, listed in `RUNTIMES`."""
+def runs_all(variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -> bool:
+    """Tell that every artifact is run whose format is opened."""
+    return True
 
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        ...
 
-    @property
-    def formats(self) -> tuple[str, ...]:
-        """The formats of artifacts that it opens."""
-        ...
+def nothing_missing(setup: Setup, gpu: bool) -> str | None:
+    """Tell that nothing is missing."""
+    return None
 
-    @property
-    def variants(self) -> tuple[Variant, ...]:
-        """The ways in which it runs a file, the one that is everywhere first."""
-        ...
 
-    def runs(self, variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -> bool:
-        """Tell whether a variant computes in the artifact's precision; of layouts ``beside`` it, in its fastest."""
-        ...
+def nothing_in_runs(run_folder: Path) -> Sequence[Artifact]:
+    """Return that a run holds nothing for a runtime."""
+    return []
 
-    def why_not_here(self, setup: Setup, *, gpu: bool) -> str | None:
-        """Return why a file cannot run on this machine, which has a ``gpu`` of NVIDIA's or none; None where it can."""
-        ...
 
-    def load_libraries(self, setup: Setup) -> None:
-        """Import all that `open` needs, so that the time it takes is that of the file alone."""
-        ...
+@dataclass(frozen=True)
+class Runtime:
+    """A library that runs files of some formats, listed in `RUNTIMES`."""
 
-    def open(self, setup: Setup) -> Runner:
-        """Open a file.
-
-        Raises:
-            BackendError: it cannot run on this machine; says what is missing.
-            ExportError: it is damaged, or not ours.
-        """
-        ...
-
-    def from_run(self, run_folder: Path) -> Sequence[Artifact]:
-        """Return what it runs straight from a run, where that is at hand: files that no bundle holds."""
-        ...
-
-    def examine(self, versions: Mapping[str, str | None]) -> Sequence[tuple[str, str | None]]:
-        """Return a line for each thing that it does: what that is, and what is missing here for it, or None.
-
-        ``versions`` are those of the installed packages, None for one that is not.
-        """
-        ...
+    name: str
+    formats: tuple[str, ...]  # of the artifacts that it opens
+    variants: tuple[Variant, ...]  # the ways in which it runs a file, the one that is everywhere first
+    libraries: tuple[str, ...]  # modules that opening a file needs: their import is no part of the time that it takes
+    # Opens a file. Raises a BackendError where it cannot run on this machine, an ExportError where it is damaged.
+    open: Callable[[Setup], Runner]
+    # A line for each thing that it does: what that is, and what is missing here for it, or None. It is given the
+    # versions of the installed packages, None for one that is not.
+    examine: Callable[[Versions], Sequence[tuple[str, str | None]]]
+    # Whether a variant computes in an artifact's precision; of several layouts beside it, in its fastest.
+    runs: Callable[[Variant, Artifact, Sequence[Artifact]], bool] = runs_all
+    # Why a file cannot run on this machine, which has a GPU of NVIDIA's or none; None where it can.
+    why_not_here: Callable[[Setup, bool], str | None] = nothing_missing
+    # What it runs straight from a run's folder: files that no bundle holds.
+    from_run: Callable[[Path], Sequence[Artifact]] = nothing_in_runs
 
 
 @dataclass(frozen=True)
@@ -115,8 +104,17 @@ class Setup:
         """The file."""
         return self.folder / self.artifact.file
 
+    def why_not_here(self, *, gpu: bool) -> str | None:
+        """Return why the file cannot run on this machine, with a ``gpu`` of NVIDIA's or without; None where it can."""
+        return self.runtime.why_not_here(self, gpu)
+
+    def load_libraries(self) -> None:
+        """Import what opening the file needs."""
+        for module in self.runtime.libraries:
+            importlib.import_module(module)
+
     def open(self) -> Runner:
-        """Open the file; raises what `Runtime.open` does."""
+        """Open the file."""
         return self.runtime.open(self)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from prgkit.data.index import Preprocessing
 from prgkit.errors import BackendError, one_line
 from prgkit.export.bundle.manifest import MATRIX, NCHW, ONNX, QDQ, Artifact
-from prgkit.export.runtimes.base import EXPORT_AGAIN, Setup, Variant, read_class_vectors
+from prgkit.export.runtimes.base import EXPORT_AGAIN, Runtime, Setup, Variant, Versions, read_class_vectors
 from prgkit.export.runtimes.gpu import find_gpu
 from prgkit.export.runtimes.openvino import runs_in_openvino
 
@@ -31,57 +30,41 @@ VARIANTS = (
 PROVIDERS = {variant.name: variant for variant in VARIANTS}
 
 
-@dataclass(frozen=True)
-class OnnxRuntime:
-    """Runs ONNX files by its execution providers."""
-
-    name: str = "onnxruntime"
-    formats: tuple[str, ...] = (ONNX, QDQ)
-    variants: tuple[Variant, ...] = VARIANTS
-
-    def runs(self, variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -> bool:
-        """TensorRT's provider is left the floats: INT8 is what the bundle's engines are for."""
-        if variant.backend == "onnxruntime-openvino":
-            return runs_in_openvino(artifact, beside)
-        if variant.backend == "onnxruntime-tensorrt" and artifact.precision == "int8":
-            return False
-        return artifact.format == ONNX
-
-    def why_not_here(self, setup: Setup, *, gpu: bool) -> str | None:
-        """Return what is missing for its provider; whether that starts is another matter."""
-        return why_no_provider(setup.variant, available_providers(), gpu=gpu)
-
-    def load_libraries(self, setup: Setup) -> None:
-        """Import it."""
-        importlib.import_module("onnxruntime")
-
-    def open(self, setup: Setup) -> OnnxRunner:
-        """Open an ONNX file with its provider."""
-        half, name = setup.artifact.precision == "fp16", setup.artifact.name
-        return OnnxRunner(setup.path, setup.variant.name, setup.threads, name=name, half=half)
-
-    def from_run(self, run_folder: Path) -> Sequence[Artifact]:
-        """Return nothing: a run holds no ONNX file."""
-        return []
-
-    def examine(self, versions: Mapping[str, str | None]) -> Sequence[tuple[str, str | None]]:
-        """Return a line a provider: each runs where it is built in, the GPU's where there is one."""
-        try:
-            built_in = available_providers()
-        except Exception as error:  # a missing library or a half-removed package: each raises its own kind
-            return [("onnxruntime", f"{error}; {REINSTALL}")]
-        gpu = find_gpu() is not None
-        return [(f"onnxruntime {short_name(one)}", why_no_provider(one, built_in, gpu=gpu)) for one in VARIANTS]
+def open_onnx(setup: Setup) -> OnnxRunner:
+    """Open an ONNX file with an execution provider."""
+    half, name = setup.artifact.precision == "fp16", setup.artifact.name
+    return OnnxRunner(setup.path, setup.variant.name, setup.threads, name=name, half=half)
 
 
-ONNXRUNTIME = OnnxRuntime()
+def provider_runs(variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -> bool:
+    """Tell what a provider runs: TensorRT's is left the floats, INT8 is what the bundle's engines are for."""
+    if variant.backend == "onnxruntime-openvino":
+        return runs_in_openvino(variant, artifact, beside)
+    if variant.backend == "onnxruntime-tensorrt" and artifact.precision == "int8":
+        return False
+    return artifact.format == ONNX
 
 
 def why_no_provider(variant: Variant, built_in: Sequence[str], *, gpu: bool) -> str | None:
-    """Return what is missing for an execution provider, or None."""
+    """Return what is missing for an execution provider, or None; whether it starts is another matter."""
     if variant.device == "cuda" and not gpu:
         return "needs an NVIDIA GPU and its driver"
     return None if variant.name in built_in else variant.install
+
+
+def why_not_here(setup: Setup, gpu: bool) -> str | None:
+    """Return what is missing for a file's provider."""
+    return why_no_provider(setup.variant, available_providers(), gpu=gpu)
+
+
+def examine(versions: Versions) -> Sequence[tuple[str, str | None]]:
+    """Return a line a provider: each runs where it is built in, the GPU's where there is one."""
+    try:
+        built_in = available_providers()
+    except Exception as error:  # a missing library or a half-removed package: each raises its own kind
+        return [("onnxruntime", f"{error}; {REINSTALL}")]
+    gpu = find_gpu() is not None
+    return [(f"onnxruntime {short_name(variant)}", why_no_provider(variant, built_in, gpu=gpu)) for variant in VARIANTS]
 
 
 def short_name(variant: Variant) -> str:
@@ -182,6 +165,18 @@ def provider_settings(provider: str, threads: int | None, *, half: bool) -> dict
     if provider == "OpenVINOExecutionProvider":
         return {"device_type": "CPU", "precision": "FP32"} | ({"num_of_threads": str(threads)} if threads else {})
     return {}
+
+
+ONNXRUNTIME = Runtime(
+    name="onnxruntime",
+    formats=(ONNX, QDQ),
+    variants=VARIANTS,
+    libraries=("onnxruntime",),
+    open=open_onnx,
+    examine=examine,
+    runs=provider_runs,
+    why_not_here=why_not_here,
+)
 
 
 class NormalisingRunner:

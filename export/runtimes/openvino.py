@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,60 +13,52 @@ from numpy.typing import NDArray
 
 from prgkit.errors import BackendError
 from prgkit.export.bundle.manifest import ONNX, QDQ, Artifact
-from prgkit.export.runtimes.base import EXPORT_AGAIN, Setup, Variant, read_class_vectors
+from prgkit.export.runtimes.base import EXPORT_AGAIN, Runtime, Setup, Variant, Versions, read_class_vectors
 
+INSTALL = "pip install 'prgkit[openvino]'"
 SHAPES = 4  # OpenVINO's compiled networks that are kept, each with the weights: one for each batch size
 
 
-@dataclass(frozen=True)
-class OpenVino:
-    """Runs ONNX files in FP32 and INT8."""
-
-    name: str = "openvino"
-    formats: tuple[str, ...] = (ONNX, QDQ)
-    variants: tuple[Variant, ...] = (Variant("CPU", "openvino", "cpu", "pip install 'prgkit[openvino]'"),)
-
-    def runs(self, variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -> bool:
-        """Tell whether it computes in the file's precision."""
-        return runs_in_openvino(artifact, beside)
-
-    def why_not_here(self, setup: Setup, *, gpu: bool) -> str | None:
-        """Return how to install it, where it is not."""
-        return None if importlib.util.find_spec("openvino") else setup.variant.install
-
-    def load_libraries(self, setup: Setup) -> None:
-        """Import it."""
-        importlib.import_module("openvino")
-
-    def open(self, setup: Setup) -> OpenVinoRunner:
-        """Open an ONNX file."""
-        return OpenVinoRunner(setup.path, setup.threads, name=setup.artifact.name)
-
-    def from_run(self, run_folder: Path) -> Sequence[Artifact]:
-        """Return nothing: a run holds no ONNX file."""
-        return []
-
-    def examine(self, versions: Mapping[str, str | None]) -> Sequence[tuple[str, str | None]]:
-        """Return whether it runs here."""
-        if versions["openvino"] is None:
-            return [("openvino CPU", self.variants[0].install)]
-        try:
-            devices = importlib.import_module("openvino").Core().available_devices
-        except Exception as error:  # a missing library or a half-removed package: each raises its own kind
-            return [("openvino CPU", f"{error}; pip install --force-reinstall openvino")]
-        return [("openvino CPU", None if "CPU" in devices else "it has no code for this processor")]
+def open_onnx(setup: Setup) -> OpenVinoRunner:
+    """Open an ONNX file."""
+    return OpenVinoRunner(setup.path, setup.threads, name=setup.artifact.name)
 
 
-OPENVINO = OpenVino()
-
-
-def runs_in_openvino(artifact: Artifact, beside: Sequence[Artifact]) -> bool:
+def runs_in_openvino(variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -> bool:
     """Tell whether OpenVINO computes in a file's precision: FP16 would be FP32 on the CPU.
 
     Of the two layouts of INT8 it is faster with TensorRT's, where the bundle has that ``beside``.
     """
     layout = QDQ if any(other.format == QDQ for other in beside) else ONNX
     return (artifact.format, artifact.precision) in ((ONNX, "fp32"), (layout, "int8"))
+
+
+def why_not_here(setup: Setup, gpu: bool) -> str | None:
+    """Return how to install it, where it is not."""
+    return None if importlib.util.find_spec("openvino") else INSTALL
+
+
+def examine(versions: Versions) -> Sequence[tuple[str, str | None]]:
+    """Return whether it runs here."""
+    if versions["openvino"] is None:
+        return [("openvino CPU", INSTALL)]
+    try:
+        devices = importlib.import_module("openvino").Core().available_devices
+    except Exception as error:  # a missing library or a half-removed package: each raises its own kind
+        return [("openvino CPU", f"{error}; pip install --force-reinstall openvino")]
+    return [("openvino CPU", None if "CPU" in devices else "it has no code for this processor")]
+
+
+OPENVINO = Runtime(
+    name="openvino",
+    formats=(ONNX, QDQ),
+    variants=(Variant("CPU", "openvino", "cpu"),),
+    libraries=("openvino",),
+    open=open_onnx,
+    examine=examine,
+    runs=runs_in_openvino,
+    why_not_here=why_not_here,
+)
 
 
 class OpenVinoRunner:
@@ -94,7 +85,7 @@ class OpenVinoRunner:
         try:
             openvino = importlib.import_module("openvino")
         except ImportError as error:
-            raise BackendError("OpenVINO is not installed", fix="pip install 'prgkit[openvino]'") from error
+            raise BackendError("OpenVINO is not installed", fix=INSTALL) from error
         if not path.exists():
             raise BackendError(f"there is no {path.name}", where=path.parent, fix=EXPORT_AGAIN)
         self.name, self._threads = name or path.name, threads

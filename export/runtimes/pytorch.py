@@ -8,8 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from prgkit.config.image_size import Size, sides
 from prgkit.export.bundle.bundle import describe_artifact
 from prgkit.export.bundle.manifest import Artifact
-from prgkit.export.runtimes.base import Setup, Variant
+from prgkit.export.runtimes.base import Runtime, Setup, Variant, Versions
 from prgkit.storage.reproducible import read_array
 from prgkit.storage.run import Run
 
@@ -28,77 +27,65 @@ COMPILED_FROM_S = 30  # seconds an artifact: compiling takes minutes where cores
 NO_TORCH = "torch (distill, export)"
 
 
-@dataclass(frozen=True)
-class PyTorch:
-    """Runs the student of a run."""
+def open_student(setup: Setup) -> TorchRunner:
+    """Build the student of a run, give it the best weights, and compile it where the variant says so."""
+    import torch
 
-    name: str = "torch"
-    formats: tuple[str, ...] = (STUDENT,)
-    variants: tuple[Variant, ...] = (
-        Variant("eager", "torch", "cpu", takes_threads=False),
-        Variant(
-            *("compiled", "torch", "cpu"),
-            suffix="-compiled",
-            always_listed=True,
-            takes_threads=False,
-            least_seconds=COMPILED_FROM_S,
-        ),
-    )
+    from prgkit.student.model import load_student
 
-    def runs(self, variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -> bool:
-        """Tell that it runs every student of a run."""
-        return artifact.format == STUDENT
-
-    def why_not_here(self, setup: Setup, *, gpu: bool) -> str | None:
-        """Return what the compiled variant lacks."""
-        return why_no_compiling() if setup.variant.name == "compiled" else None
-
-    def load_libraries(self, setup: Setup) -> None:
-        """Import torch, and what builds a student."""
-        for name in ("torch", "prgkit.student.model"):
-            importlib.import_module(name)
-
-    def open(self, setup: Setup) -> TorchRunner:
-        """Build the student and give it the run's best weights."""
-        import torch
-
-        from prgkit.student.model import load_student
-
-        torch.set_num_threads(setup.threads or torch.get_num_threads())
-        student = load_student(Run(setup.folder))
-        if setup.class_vectors is not None:
-            student.score_by(torch.from_numpy(read_array(setup.class_vectors)), setup.logit_scale)
-        module: Any = student.deployed()
-        if setup.variant.name == "compiled":
-            module = compiled(module, student.preprocessing.image_size)
-        return TorchRunner(module, setup.variant.device)
-
-    def from_run(self, run_folder: Path) -> Sequence[Artifact]:
-        """Return the run's best weights, where there are any and torch is installed."""
-        file = Run(run_folder).weights
-        if not (file.exists() and importlib.util.find_spec("torch")):
-            return []
-        facts = {"precision": "fp32", "backend": "torch", "executed": True, "note": None, "parity": None}
-        return [describe_artifact(run_folder, file.name, name="torch", format=STUDENT, **facts)]
-
-    def examine(self, versions: Mapping[str, str | None]) -> Sequence[tuple[str, str | None]]:
-        """Return whether torch runs, and on a GPU; asked in another process, since a broken torch can take it down."""
-        if versions["torch"] is None:
-            return [(NO_TORCH, "pip install 'prgkit[distill]'")]
-        code = "import torch, torchvision; print(torch.cuda.is_available())"
-        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        if answer.returncode:
-            reason = (answer.stderr.strip().splitlines() or ["it does not start"])[-1]
-            return [(NO_TORCH, f"{reason}; reinstall torch and torchvision together")]
-        cuda = answer.stdout.strip() == "True"
-        return [
-            ("torch CPU (distill, export)", None),
-            ("torch compiled, CPU (bench)", why_no_compiling()),
-            ("torch CUDA", None if cuda else "needs an NVIDIA GPU and a driver that this torch build supports"),
-        ]
+    torch.set_num_threads(setup.threads or torch.get_num_threads())
+    student = load_student(Run(setup.folder))
+    if setup.class_vectors is not None:
+        student.score_by(torch.from_numpy(read_array(setup.class_vectors)), setup.logit_scale)
+    module: Any = student.deployed()
+    if setup.variant == COMPILED:
+        module = compiled(module, student.preprocessing.image_size)
+    return TorchRunner(module, setup.variant.device)
 
 
-PYTORCH = PyTorch()
+def students(run_folder: Path) -> Sequence[Artifact]:
+    """Return a run's best weights, where there are any and torch is installed."""
+    file = Run(run_folder).weights
+    if not (file.exists() and importlib.util.find_spec("torch")):
+        return []
+    facts = {"precision": "fp32", "backend": "torch", "executed": True, "note": None, "parity": None}
+    return [describe_artifact(run_folder, file.name, name="torch", format=STUDENT, **facts)]
+
+
+def why_not_here(setup: Setup, gpu: bool) -> str | None:
+    """Return what the compiled variant lacks."""
+    return why_no_compiling() if setup.variant == COMPILED else None
+
+
+def examine(versions: Versions) -> Sequence[tuple[str, str | None]]:
+    """Return whether torch runs, and on a GPU; asked in another process, since a broken torch can take it down."""
+    if versions["torch"] is None:
+        return [(NO_TORCH, "pip install 'prgkit[distill]'")]
+    code = "import torch, torchvision; print(torch.cuda.is_available())"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        reason = (answer.stderr.strip().splitlines() or ["it does not start"])[-1]
+        return [(NO_TORCH, f"{reason}; reinstall torch and torchvision together")]
+    cuda = answer.stdout.strip() == "True"
+    return [
+        ("torch CPU (distill, export)", None),
+        ("torch compiled, CPU (bench)", why_no_compiling()),
+        ("torch CUDA", None if cuda else "needs an NVIDIA GPU and a driver that this torch build supports"),
+    ]
+
+
+EAGER = Variant("eager", "torch", "cpu", takes_threads=False)
+COMPILED = EAGER._replace(name="compiled", suffix="-compiled", always_listed=True, least_seconds=COMPILED_FROM_S)
+PYTORCH = Runtime(
+    name="torch",
+    formats=(STUDENT,),
+    variants=(EAGER, COMPILED),
+    libraries=("torch", "prgkit.student.model"),
+    open=open_student,
+    examine=examine,
+    why_not_here=why_not_here,
+    from_run=students,
+)
 
 
 class TorchRunner:

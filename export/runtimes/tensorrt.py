@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from prgkit.errors import BackendError, one_line
 from prgkit.export.bundle.engine_metadata import EngineMetadata, load_engine_metadata, rebuild
 from prgkit.export.bundle.manifest import ENGINE, Artifact
-from prgkit.export.runtimes.base import Setup, Variant
+from prgkit.export.runtimes.base import Runtime, Setup, Variant, Versions
 from prgkit.export.runtimes.gpu import (
     AMPERE_PLUS,
-    INSTALL,
     Gpu,
     find_gpu,
     generations,
@@ -29,52 +28,6 @@ from prgkit.export.runtimes.gpu import (
 )
 
 INSTALL_CUDA = "pip install cuda-python (on a Jetson with JetPack 6: pip install 'cuda-python<13')"
-
-
-@dataclass(frozen=True)
-class TensorRT:
-    """Runs the engines that one TensorRT has built."""
-
-    name: str
-
-    @property
-    def formats(self) -> tuple[str, ...]:
-        """Engines."""
-        return (ENGINE,)
-
-    @property
-    def variants(self) -> tuple[Variant, ...]:
-        """The GPU; where there is none a report says so."""
-        return (Variant("GPU", self.name, "cuda", INSTALL[self.name], always_listed=True, takes_threads=False),)
-
-    def runs(self, variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -> bool:
-        """Tell whether an engine is one of this TensorRT's."""
-        return (artifact.format, artifact.backend) == (ENGINE, self.name)
-
-    def why_not_here(self, setup: Setup, *, gpu: bool) -> str | None:
-        """Return why an engine cannot run on this machine."""
-        return why_not_here(load_engine_metadata(setup.path))
-
-    def load_libraries(self, setup: Setup) -> None:
-        """Import it."""
-        importlib.import_module(self.name)
-
-    def open(self, setup: Setup) -> TensorRTRunner:
-        """Open an engine."""
-        return TensorRTRunner(setup.path, name=setup.artifact.name)
-
-    def from_run(self, run_folder: Path) -> Sequence[Artifact]:
-        """Return nothing: a run holds no engine."""
-        return []
-
-    def examine(self, versions: Mapping[str, str | None]) -> Sequence[tuple[str, str | None]]:
-        """Return whether it can build engines here, and whether it can run them."""
-        state = probe_backend(self.name)
-        runs = state.problem if state.version is None else why_no_engine_runs(self.name)
-        return [(f"{self.name}: build engines", state.problem), (f"{self.name}: run engines", runs)]
-
-
-TENSORRT, TENSORRT_RTX = TensorRT("tensorrt"), TensorRT("tensorrt_rtx")
 
 
 class TensorRTRunner:
@@ -344,3 +297,40 @@ def import_cudart() -> Any:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise BackendError("cuda-python is not installed", fix=INSTALL_CUDA) from error
+
+
+def open_engine(setup: Setup) -> TensorRTRunner:
+    """Open an engine."""
+    return TensorRTRunner(setup.path, name=setup.artifact.name)
+
+
+def runs_own_engines(variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -> bool:
+    """Tell whether an engine is one of that TensorRT's."""
+    return artifact.backend == variant.backend
+
+
+def why_no_engine(setup: Setup, gpu: bool) -> str | None:
+    """Return why an engine cannot run on this machine."""
+    return why_not_here(load_engine_metadata(setup.path))
+
+
+def examine(name: str, versions: Versions) -> Sequence[tuple[str, str | None]]:
+    """Return whether a TensorRT can build engines here, and whether it can run them."""
+    state = probe_backend(name)
+    runs = state.problem if state.version is None else why_no_engine_runs(name)
+    return [(f"{name}: build engines", state.problem), (f"{name}: run engines", runs)]
+
+
+TENSORRT, TENSORRT_RTX = (
+    Runtime(
+        name=name,
+        formats=(ENGINE,),
+        variants=(Variant("GPU", name, "cuda", always_listed=True, takes_threads=False),),
+        libraries=(name,),
+        open=open_engine,
+        examine=partial(examine, name),
+        runs=runs_own_engines,
+        why_not_here=why_no_engine,
+    )
+    for name in ("tensorrt", "tensorrt_rtx")
+)

@@ -18,7 +18,6 @@ from prgkit.data.index import Preprocessing
 from prgkit.data.ticks import Tick, write_ticks
 from prgkit.errors import BenchError, ExportError
 from prgkit.evaluate.accuracy.examples import choose_pictures
-from prgkit.evaluate.bench import cases
 from prgkit.evaluate.bench.bench import bench
 from prgkit.evaluate.bench.metadata import identity, training, trust
 from prgkit.export.bundle.bundle import (
@@ -95,11 +94,8 @@ def card(engine: Path) -> EngineMetadata:
 @pytest.fixture(autouse=True)
 def _onnx_runtime_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure with the runtime that is everywhere; what else may be installed is told apart in test_cases.py."""
-    everywhere = (ONNXRUNTIME, ONNXRUNTIME.variants[0])
-    monkeypatch.setattr(cases, "variants", lambda: [everywhere, *((one, one.variants[0]) for one in ENGINES)])
-
-
-ENGINES = (TENSORRT, TENSORRT_RTX)
+    alone = replace(ONNXRUNTIME, variants=ONNXRUNTIME.variants[:1])
+    monkeypatch.setattr("prgkit.export.runtimes.RUNTIMES", [alone, TENSORRT, TENSORRT_RTX])
 
 
 def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> Path:

@@ -307,6 +307,9 @@ def test_recipes(prgkit: Call) -> None:
     )
 
 
+NO_TORCH = SimpleNamespace(returncode=1, stdout="", stderr="")  # what a broken torch does; asking takes seconds
+
+
 def test_doctor_is_aligned_and_tells_extras_with_their_brackets(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     import prgkit.cli.doctor as doctor
 
@@ -331,7 +334,7 @@ def test_doctor_tells_building_engines_from_running_them(prgkit: Call, monkeypat
 
     found = {"tensorrt": Backend("tensorrt", None, "not installed; pip"), "tensorrt_rtx": Backend("rtx", "1.7", None)}
     monkeypatch.setattr("prgkit.export.runtimes.tensorrt.probe_backend", found.get)
-    monkeypatch.setattr("prgkit.export.runtimes.pytorch.PyTorch.examine", lambda *_: [])
+    monkeypatch.setattr("prgkit.export.runtimes.pytorch.subprocess.run", lambda *_, **__: NO_TORCH)
 
     def engines() -> dict[str, str]:
         rows = prgkit("doctor", "--json").json["doctor"]["backends"]
@@ -352,7 +355,7 @@ def test_doctor_tells_building_engines_from_running_them(prgkit: Call, monkeypat
 
 def test_doctor_survives_a_broken_onnxruntime(prgkit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr("prgkit.export.runtimes.pytorch.PyTorch.examine", lambda *_: [])
+    monkeypatch.setattr("prgkit.export.runtimes.pytorch.subprocess.run", lambda *_, **__: NO_TORCH)
     said = prgkit("doctor")
     assert said.code == 0
     assert "no   onnxruntime " in said.out

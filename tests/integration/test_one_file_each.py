@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,10 @@ from prgkit.evaluate.predict import predict
 from prgkit.export.bundle.bundle import open_bundle
 from prgkit.export.bundle.manifest import Artifact, Manifest
 from prgkit.export.formats import FORMATS
-from prgkit.export.formats.base import Made
+from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.runtimes import RUNTIMES
-from prgkit.export.runtimes.base import Runner, Setup, Variant
+from prgkit.export.runtimes.base import Runner, Runtime, Setup, Variant
 from prgkit.storage.atomic import sha256, write_sealed
 
 if TYPE_CHECKING:
@@ -63,52 +62,35 @@ class Student(torch.nn.Module):  # type: ignore[misc, name-defined]
         return self.model(((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2))
 
 
-@dataclass(frozen=True)
-class PooledFormat:
-    """The file of the toy format."""
+def make_pooled(export: StudentExport) -> Made:
+    from prgkit.export.runtimes import open_runner
 
-    name: str = POOLED
-    extra: str | None = None
-    preprocessing_inside: bool = True
+    def write(path: Path) -> None:
+        student: Any = export.student
+        weight, bias = (values.detach().numpy() for values in (student.model.head.weight, student.model.head.bias))
+        scaled = weight / student.std.numpy()
+        with open(path, "wb") as file:
+            np.savez(file, weight=scaled.T, bias=bias - scaled @ student.mean.numpy() + OFFSET["bias"])
 
-    def wanted(self, options: ExportOptions) -> bool:
-        return self.name in options.formats
-
-    def require(self, options: ExportOptions) -> None:
-        pass
-
-    def make(self, export: StudentExport) -> Made:
-        from prgkit.export.runtimes import open_runner
-
-        def write(path: Path) -> None:
-            head: Any = export.student.model.head
-            weight, bias = (values.detach().numpy() for values in (head.weight, head.bias))
-            std, mean = export.student.std.numpy(), export.student.mean.numpy()
-            scaled = weight / std
-            with open(path, "wb") as file:
-                np.savez(file, weight=scaled.T, bias=bias - scaled @ mean + OFFSET["bias"])
-
-        def runner(path: Path) -> Runner:
-            facts = {"precision": "fp32", "backend": "pooled", "bytes": 0, "sha256": "", "executed": True}
-            file = Artifact(name=self.name, file=path.name, format=POOLED, **facts, note=None, parity=None)
-            return open_runner(path.parent, file)
-
-        artifact = export.finish(
-            *(self.name, "model.pooled.npz"),
-            **{"write": write, "runner": runner, "format": POOLED, "precision": "fp32"},
-            export_options=("--format", POOLED),
+    def runner(path: Path) -> Runner:
+        facts = {"precision": "fp32", "backend": "pooled", "bytes": 0, "sha256": "", "executed": True}
+        return open_runner(
+            path.parent, Artifact(name=POOLED, file=path.name, format=POOLED, **facts, note=None, parity=None)
         )
-        return Made([artifact])
 
-    def how_to_run(self, manifest: Manifest) -> str:
-        return "\n## Pooled\n\n`pixels.mean((1, 2)) @ weight + bias`.\n" if any_pooled(manifest) else ""
+    how: dict[str, Any] = {"format": POOLED, "precision": "fp32", "export_options": ("--format", POOLED)}
+    return Made([export.finish(POOLED, "model.pooled.npz", write=write, runner=runner, **how)])
 
 
+def how_to_run(manifest: Manifest) -> str:
+    files = [artifact for artifact in manifest.artifacts if artifact.format == POOLED]
+    return "\n## Pooled\n\n`pixels.mean((1, 2)) @ weight + bias`.\n" if files else ""
+
+
+POOLED_FORMAT = Format(
+    POOLED, None, wanted=lambda options: POOLED in options.formats, make=make_pooled, how_to_run=how_to_run
+)
 OFFSET = {"bias": 0.0}  # what a broken writer would add
-
-
-def any_pooled(manifest: Manifest) -> bool:
-    return any(artifact.format == POOLED for artifact in manifest.artifacts)
 
 
 class PooledRunner:
@@ -131,38 +113,28 @@ class PooledRunner:
         pass
 
 
-@dataclass(frozen=True)
-class PooledRuntime:
-    """What runs the toy format: numpy."""
+def open_pooled(setup: Setup) -> Runner:
+    return PooledRunner(setup.path, setup.artifact.name)
 
-    name: str = "pooled"
-    formats: tuple[str, ...] = (POOLED,)
-    variants: tuple[Variant, ...] = (Variant("numpy", "pooled", "cpu"),)
-    missing: str | None = None
 
-    def runs(self, variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -> bool:
-        return artifact.format == POOLED
+def examine_pooled(versions: Mapping[str, str | None]) -> Sequence[tuple[str, str | None]]:
+    return [("pooled by numpy", None)]
 
-    def why_not_here(self, setup: Setup, *, gpu: bool) -> str | None:
-        return self.missing
 
-    def load_libraries(self, setup: Setup) -> None:
-        pass
-
-    def open(self, setup: Setup) -> Runner:
-        return PooledRunner(setup.path, setup.artifact.name)
-
-    def from_run(self, run_folder: Path) -> Sequence[Artifact]:
-        return []
-
-    def examine(self, versions: Mapping[str, str | None]) -> Sequence[tuple[str, str | None]]:
-        return [("pooled by numpy", self.missing)]
+POOLED_RUNTIME = Runtime(
+    name="pooled",
+    formats=(POOLED,),
+    variants=(Variant("numpy", "pooled", "cpu"),),
+    libraries=("numpy",),
+    open=open_pooled,
+    examine=examine_pooled,
+)
 
 
 @pytest.fixture
 def _registered() -> Iterator[None]:
-    FORMATS.append(PooledFormat())
-    RUNTIMES.append(PooledRuntime())
+    FORMATS.append(POOLED_FORMAT)
+    RUNTIMES.append(POOLED_RUNTIME)
     yield
     FORMATS.pop()
     RUNTIMES.pop()
