@@ -26,6 +26,7 @@ from prgkit.export.bundle.checksums import checksums
 from prgkit.export.bundle.manifest import (
     MATRIX,
     VECTORS,
+    Artifact,
     ClassScoring,
     EvaluationFacts,
     Facts,
@@ -37,12 +38,11 @@ from prgkit.export.bundle.manifest import (
     TensorSpec,
 )
 from prgkit.export.formats import FORMATS
-from prgkit.export.formats.base import Format
+from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.open_vocabulary import (
     FeatureRunner,
     agreement_sentence,
     keep_features,
-    taking_class_vectors,
 )
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.student_export import CalibrationSet, StudentExport, origin_of
@@ -135,47 +135,66 @@ def export_student(
             origin=origin_of(student.network, images.parity, student.classes, student.preprocessing, options),
             note=note,
         )
-        not_kept: list[NotKept] = []
-        decided: set[str] = set()
-        for number, known in enumerate(formats):
-            made = known.make(export)
-            export.artifacts.extend(made.artifacts)
-            not_kept.extend(made.not_kept)
-            decided |= made.decided
-            if number == 0:  # the FP32 file is there: images go through it, and other files are judged by its logits
-                fp32_logits = write_images(student, images, new)
-        artifacts = export.artifacts
-        if student.scorer is not None:
-            note(agreement_sentence(fp32_logits, images.evaluation.teacher_logits))
-            if options.class_vectors == "input":
-                pixels, preprocessing = images.parity, student.preprocessing
-                artifacts = [taking_class_vectors(new, one, pixels, preprocessing) for one in artifacts]
+        made = [make_first(formats[0], export, student, images)]
+        made += [make(known, export) for known in formats[1:]]
+        if options.class_vectors == "input":
+            export.artifacts[:] = [export.take_class_vectors(artifact) for artifact in export.artifacts]
         origin = export.origin if options.class_vectors != "input" else None  # else what holds the vectors is no use
-        stay, refused = export.cache.carry_over(artifacts, origin, decided=decided.__contains__)
-        export.cache.leave_only([*artifacts, *stay])
-        manifest = Manifest(
-            prgkit=prgkit.__version__,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            run=student.origin.run,
-            recipe=student.origin.recipe,
-            teacher=student.origin.teacher,
-            student=student.origin.student,
-            open_vocabulary=class_scoring(student, options),
-            classes=tuple(student.classes),
-            preprocessing=student.preprocessing,
-            input=input_spec(student.preprocessing),
-            output=output_spec(student.classes),
-            artifacts=(*artifacts, *stay),
-            not_kept=(*not_kept, *refused),
-            evaluation=EvaluationFacts(
-                images=len(images.evaluation.teacher_logits),
-                labelled=images.evaluation.labels is not None,
-                source=images.evaluation.source,
-            ),
-            checksums=checksums(new),
-        )
+        decided = frozenset().union(*(result.decided for result in made))
+        stay, refused = export.cache.carry_over(export.artifacts, origin, decided=decided.__contains__)
+        artifacts = (*export.artifacts, *stay)
+        export.cache.leave_only(artifacts)
+        not_kept = [facts for result in made for facts in result.not_kept]
+        manifest = manifest_of(student, images, options, artifacts, (*not_kept, *refused), checksums(new))
         write_manifest(new, manifest)
     return manifest
+
+
+def make(known: Format, export: StudentExport) -> Made:
+    """Make the files of a format, from which others may be made."""
+    made = known.make(export)
+    export.artifacts.extend(made.artifacts)
+    return made
+
+
+def make_first(known: Format, export: StudentExport, student: TrainedStudent, images: ExportImages) -> Made:
+    """Make the FP32 file, and send the images through it: other files are judged by its logits."""
+    made = make(known, export)
+    logits = write_images(student, images, export.folder)
+    if student.scorer is not None:
+        export.note(agreement_sentence(logits, images.evaluation.teacher_logits))
+    return made
+
+
+def manifest_of(
+    student: TrainedStudent,
+    images: ExportImages,
+    options: ExportOptions,
+    artifacts: tuple[Artifact, ...],
+    not_kept: tuple[NotKept, ...],
+    checksums: dict[str, str],
+) -> Manifest:
+    """Return all that is known of a bundle."""
+    evaluation = images.evaluation
+    return Manifest(
+        prgkit=prgkit.__version__,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        run=student.origin.run,
+        recipe=student.origin.recipe,
+        teacher=student.origin.teacher,
+        student=student.origin.student,
+        open_vocabulary=class_scoring(student, options),
+        classes=tuple(student.classes),
+        preprocessing=student.preprocessing,
+        input=input_spec(student.preprocessing),
+        output=output_spec(student.classes),
+        artifacts=artifacts,
+        not_kept=not_kept,
+        evaluation=EvaluationFacts(
+            images=len(evaluation.teacher_logits), labelled=evaluation.labels is not None, source=evaluation.source
+        ),
+        checksums=checksums,
+    )
 
 
 def wanted_formats(options: ExportOptions) -> list[Format]:

@@ -212,10 +212,10 @@ def leave_engines(bundle: Bundle, new: Path, progress: Progress) -> None:
             path.unlink(missing_ok=True)
     if engines:
         names = ", ".join(engine.file for engine in engines)
-        card, made = load_engine_metadata(bundle.folder / engines[0].file), {engine.precision for engine in engines}
+        metadata, made = load_engine_metadata(bundle.folder / engines[0].file), {engine.precision for engine in engines}
         kinds = [f"--{precision}" for precision in ("fp16", "int8") if precision in made]
-        batch = ",".join(map(str, card.batch))
-        build = ["prgkit", "export", "--trt", *kinds, "--backend", card.backend, "--batch", batch]
+        batch = ",".join(map(str, metadata.batch))
+        build = ["prgkit", "export", "--trt", *kinds, "--backend", metadata.backend, "--batch", batch]
         again = shlex.join([*build, "--run", str(bundle.folder)])
         progress.note(f"{names}: of the old classes, and removed; {again} builds them again")
 

@@ -19,12 +19,15 @@ import prgkit
 from prgkit.data.index import Preprocessing
 from prgkit.export.bundle.artifact_cache import ArtifactCache, Origin
 from prgkit.export.bundle.bundle import describe_artifact
-from prgkit.export.bundle.manifest import Artifact
+from prgkit.export.bundle.manifest import NCHW, Artifact
 from prgkit.export.formats.onnx_export import OnnxExportModule, onnx_export_module, rehearse_fp16, write_fp16
+from prgkit.export.formats.open_vocabulary import make_input
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.runtimes.base import Runner
+from prgkit.export.runtimes.onnxruntime import NormalisingRunner, OnnxRunner
 from prgkit.export.runtimes.parity import require_agreement, run_batches
 from prgkit.export.runtimes.pytorch import TorchRunner
+from prgkit.storage.atomic import sha256
 
 WRITERS = ("timm", "onnx", "onnxscript", "onnxruntime")  # besides torch: what writes ONNX files, and compares them
 
@@ -115,6 +118,27 @@ class StudentExport:
         )
         known = {"backend": opened.backend, "executed": True, "note": None, **facts}
         return describe_artifact(self.folder, file, name=name, precision=precision, parity=parity, **known)
+
+    def take_class_vectors(self, artifact: Artifact) -> Artifact:
+        """Turn the class vectors of an ONNX artifact into an input, and assert that it says the same.
+
+        Such a file is made anew at each export: what is made from it needs the vectors in it.
+        """
+        path = self.folder / artifact.file
+
+        def logits() -> NDArray[np.float32]:
+            with_floats = artifact.format == NCHW
+            runner = NormalisingRunner(path, self.preprocessing) if with_floats else OnnxRunner(path, spin=False)
+            try:
+                return run_batches(runner, self.pixels)
+            finally:
+                runner.close()
+
+        before = logits()
+        make_input(path)
+        names = (f"{path.name} that holds its class vectors", "the same that takes them")
+        require_agreement(before, logits(), precision=artifact.precision, names=names)
+        return artifact.model_copy(update={"made_from": None, "bytes": path.stat().st_size, "sha256": sha256(path)})
 
 
 def origin_of(

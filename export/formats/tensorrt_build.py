@@ -1,4 +1,4 @@
-"""ONNX to a TensorRT engine, with the facts of the build in a card beside it."""
+"""ONNX to a TensorRT engine, with the facts of the build in a file beside it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from prgkit.export.formats.tensorrt_precision import (
 )
 from prgkit.export.runtimes.gpu import (
     AMPERE_PLUS,
+    Backend,
+    Gpu,
     choose_backend,
     choose_targets,
     find_gpu,
@@ -47,10 +49,10 @@ def leaving_nothing(work: Callable[P, R]) -> Callable[P, R]:
         try:
             return work(*args, **kwargs)
         except BaseException as error:
-            one: BaseException | None = error
-            while one is not None:
-                traceback.clear_frames(one.__traceback__)
-                one = one.__cause__ or one.__context__
+            cause: BaseException | None = error
+            while cause is not None:
+                traceback.clear_frames(cause.__traceback__)
+                cause = cause.__cause__ or cause.__context__
             raise
 
     return wrapped
@@ -66,10 +68,7 @@ def build_engine(
     backend: str | None = None,
     sm: Sequence[str] | None = None,
 ) -> EngineMetadata:
-    """Build an engine in ``folder``, and its card (the same name with .json).
-
-    Its name is ``<onnx stem>.<kind>.<backend>.engine``; the kind is the ONNX file's, as in ``model.int8-heavy.onnx``,
-    or where that has none the precision.
+    """Build an engine in ``folder``, and its metadata (the same name with .json).
 
     The network is strongly typed: the types come from the ONNX file alone, and are checked against ``precision`` before
     anything is built. ``batch`` is [min, opt, max]; three equal numbers make a static engine.
@@ -79,7 +78,7 @@ def build_engine(
         ExportError: the file is damaged or holds another precision, or the build failed; with TensorRT's own words.
         NotWorthItError: of an INT8 file tensorrt_rtx would make a larger engine than of FP16's.
     """
-    chosen = choose_backend(backend)
+    chosen, gpu = choose_backend(backend), find_gpu()
     trt = importlib.import_module(chosen.name)
     check_batch(batch)
     logger = quiet_logger(trt)
@@ -88,34 +87,20 @@ def build_engine(
     network, parser = parse(trt, builder, logger, onnx_path)
     types = layer_dtypes(network)
     require_precision(types, precision, onnx_path)
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    tf32 = refuse_tf32(trt, config)
-    targets = choose_targets(chosen.name, sm)
-    compatibility = set_targets(trt, config, chosen.name, targets, asked=bool(sm))
-    set_batch(builder, config, network, batch)
-    int8, alive = None, None
+    config, facts = configure(trt, builder, network, chosen.name, batch, sm)
+    alive = None
     if precision == "int8" and chosen.name == "tensorrt_rtx":
-        int8, alive = leave_small_in_fp16(trt, network)
-    gpu, timings = find_gpu(), None
-    if chosen.name == "tensorrt" and gpu:  # TensorRT for RTX times nothing
-        timings = cache_path(str(chosen.version), gpu.name)
-    known = timings and attach_cache(config, timings)
-    serialized = builder.build_serialized_network(network, config)
+        facts["int8_convolutions"], alive = leave_small_in_fp16(trt, network)
+    plan, facts["timing_cache"] = build_plan(builder, network, config, chosen, gpu)
     del alive
-    if serialized is None:
+    if plan is None:
         raise ExportError(f"{chosen.name} could not build an engine: {logger.reason()}", where=onnx_path)
-    plan = bytes(serialized)
     build_s = time.perf_counter() - started
     del parser
-    if timings:
-        keep_cache(config, timings)
     inspected = inspect(trt, logger, plan, precision, onnx_path) if gpu else None
-    stem, kind = (*onnx_path.name.split("."), "")[:2]
-    kind = kind if kind.startswith(precision) else precision  # model.int8-heavy.tensorrt.onnx
-    path = folder / f"{stem}.{kind}.{chosen.name}.engine"
+    path = folder / engine_file(onnx_path, precision, chosen.name)
     write_bytes(path, plan)
-    card = EngineMetadata(
+    metadata = EngineMetadata(
         file=path.name,
         bytes=len(plan),
         sha256=sha256(path),
@@ -124,9 +109,7 @@ def build_engine(
         backend=chosen.name,
         backend_version=str(chosen.version),
         precision=precision,
-        tf32=tf32,
         batch=batch,
-        compute_capabilities=targets,
         gpu=gpu.name if gpu else None,
         input=tensor_spec(network.get_input(0)),
         output=tensor_spec(network.get_output(0)),
@@ -137,12 +120,44 @@ def build_engine(
         note="built and never executed here",
         driver=gpu.driver if gpu else None,
         platform=this_platform(),
-        hardware_compatibility=compatibility,
-        timing_cache=("used" if known else "new") if timings else None,
-        int8_convolutions=int8,
+        **facts,
     )
-    write_engine_metadata(path, card)
-    return card
+    write_engine_metadata(path, metadata)
+    return metadata
+
+
+def engine_file(onnx_path: Path, precision: str, backend: str) -> str:
+    """Return the name of the engine that is built from an ONNX file, as ``model.int8-heavy.tensorrt.engine``."""
+    stem, kind = (*onnx_path.name.split("."), "")[:2]
+    return f"{stem}.{kind if kind.startswith(precision) else precision}.{backend}.engine"
+
+
+def configure(
+    trt: Any, builder: Any, network: Any, backend: str, batch: tuple[int, int, int], sm: Sequence[str] | None
+) -> tuple[Any, dict[str, Any]]:
+    """Return how an engine is to be built, and what its metadata says of that."""
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    tf32, targets = refuse_tf32(trt, config), choose_targets(backend, sm)
+    compatibility = set_targets(trt, config, backend, targets, asked=bool(sm))
+    set_batch(builder, config, network, batch)
+    return config, {"tf32": tf32, "compute_capabilities": targets, "hardware_compatibility": compatibility}
+
+
+def build_plan(
+    builder: Any, network: Any, config: Any, backend: Backend, gpu: Gpu | None
+) -> tuple[bytes | None, str | None]:
+    """Return a serialised engine, None where it could not be built; and whether its timing cache was used, or new."""
+    if backend.name != "tensorrt" or gpu is None:  # TensorRT for RTX times nothing
+        serialized = builder.build_serialized_network(network, config)
+        return None if serialized is None else bytes(serialized), None
+    path = cache_path(str(backend.version), gpu.name)
+    known = attach_cache(config, path)
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        return None, None
+    keep_cache(config, path)
+    return bytes(serialized), "used" if known else "new"
 
 
 def check_batch(batch: tuple[int, int, int]) -> None:
@@ -163,8 +178,8 @@ def parse(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> tuple[Any, An
     if not data:  # the parser takes it for a model without layers
         raise ExportError(f"{onnx_path.name} is empty", where=onnx_path, fix=fix)
     if not parser.parse(data):
-        said = [parser.get_error(number).desc() for number in range(parser.num_errors)]
-        reason = "; ".join(dict.fromkeys(said)) or logger.reason()
+        messages = [parser.get_error(number).desc() for number in range(parser.num_errors)]
+        reason = "; ".join(dict.fromkeys(messages)) or logger.reason()
         raise ExportError(f"TensorRT's parser refused {onnx_path.name}: {reason}", where=onnx_path, fix=fix)
     if MATRIX in [network.get_input(number).name for number in range(network.num_inputs)]:
         raise ExportError(
