@@ -277,8 +277,7 @@ def weighted_and_uniform(
 def check_vocabulary(recipe: Recipe, options: ExportOptions) -> None:
     """Refuse class vectors where the student's features are not the teacher's, or as an input of engines.
 
-    A projector that was trained is not enough: rkd and crd hold relations between images, in any space. On the demo's
-    digits their class heads were right on 92.8 and 91.6 %, their features scored by class vectors on 3.2 and 18.8 %.
+    A projector that was trained is not enough: rkd and crd hold relations between images, in any space.
 
     Raises:
         ExportError: says what to do instead.

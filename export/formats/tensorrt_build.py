@@ -70,8 +70,8 @@ def build_engine(
 ) -> EngineMetadata:
     """Build an engine in ``folder``, and its metadata (the same name with .json).
 
-    The network is strongly typed: the types come from the ONNX file alone, and are checked against ``precision`` before
-    anything is built. ``batch`` is [min, opt, max]; three equal numbers make a static engine.
+    The types come from the ONNX file alone and must be of ``precision``. ``batch`` is [min, opt, max]; three equal
+    numbers make a static engine.
 
     Raises:
         BackendError: no usable TensorRT, or it cannot build for those compute capabilities.
@@ -88,6 +88,7 @@ def build_engine(
     types = layer_dtypes(network)
     require_precision(types, precision, onnx_path)
     config, facts = configure(trt, builder, network, chosen.name, batch, sm)
+    facts |= {"gpu": gpu.name, "driver": gpu.driver} if gpu else {"gpu": None}
     alive = None
     if precision == "int8" and chosen.name == "tensorrt_rtx":
         facts["int8_convolutions"], alive = leave_small_in_fp16(trt, network)
@@ -97,33 +98,31 @@ def build_engine(
         raise ExportError(f"{chosen.name} could not build an engine: {logger.reason()}", where=onnx_path)
     build_s = time.perf_counter() - started
     del parser
-    inspected = inspect(trt, logger, plan, precision, onnx_path) if gpu else None
+    facts |= {"inspected_dtypes": inspect(trt, logger, plan, precision, onnx_path) if gpu else None}
+    facts |= {"backend": chosen.name, "backend_version": str(chosen.version), "precision": precision, "batch": batch}
+    facts |= {"layer_dtypes": types, "build_s": round(build_s, 3)}
     path = folder / engine_file(onnx_path, precision, chosen.name)
     write_bytes(path, plan)
-    metadata = EngineMetadata(
+    metadata = describe_engine(path, onnx_path, network, facts)
+    write_engine_metadata(path, metadata)
+    return metadata
+
+
+def describe_engine(path: Path, onnx_path: Path, network: Any, facts: dict[str, Any]) -> EngineMetadata:
+    """Return the metadata of an engine that was just built from an ONNX file; ``facts`` are what else is known."""
+    return EngineMetadata(
         file=path.name,
-        bytes=len(plan),
+        bytes=path.stat().st_size,
         sha256=sha256(path),
         onnx=onnx_path.name,
         onnx_sha256=sha256(onnx_path),
-        backend=chosen.name,
-        backend_version=str(chosen.version),
-        precision=precision,
-        batch=batch,
-        gpu=gpu.name if gpu else None,
         input=tensor_spec(network.get_input(0)),
         output=tensor_spec(network.get_output(0)),
-        layer_dtypes=types,
-        inspected_dtypes=inspected,
-        build_s=round(build_s, 3),
         executed=False,
         note="built and never executed here",
-        driver=gpu.driver if gpu else None,
         platform=this_platform(),
         **facts,
     )
-    write_engine_metadata(path, metadata)
-    return metadata
 
 
 def engine_file(onnx_path: Path, precision: str, backend: str) -> str:

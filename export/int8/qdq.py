@@ -6,9 +6,8 @@ alone, over a graph whose other types are FP16. Weights are int8, symmetric, wit
 
 On x86 without VNNI, ONNX Runtime's kernels add the products of two neighbouring channels in 16 bits, which saturate
 where both activations and both weights are large. So no two neighbours of one sign may sum to more than 128 steps:
-0.4 of the 8 bits on average, where weights of 7 bits, the usual remedy, cost a whole one. Without that rule a
-RepViT-M0.9's logits were off by 0.0087 on average, and by 0.0184 on an (emulated) Haswell; with it they are by 0.0081
-and 0.0079 (benchmarks/results/emulated.json).
+0.4 of the 8 bits on average, where weights of 7 bits, the usual remedy, cost a whole one
+(benchmarks/results/emulated.json).
 """
 
 from __future__ import annotations

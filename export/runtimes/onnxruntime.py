@@ -124,10 +124,10 @@ class OnnxRunner:
         )  # an idle session takes no core from others
         if provider in ("TensorrtExecutionProvider", "OpenVINOExecutionProvider"):  # what they refuse, no other runs
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        asked = [(provider, provider_settings(provider, threads, half=half))]
+        providers = [(provider, provider_settings(provider, threads, half=half))]
         try:
             # Left to itself, it goes on with another provider where this one fails, at a run as well.
-            self._session = ort.InferenceSession(str(path), options, providers=asked, enable_fallback=0)
+            self._session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
         except Exception as error:  # its exception types share no base but Exception
             raise BackendError(
                 f"ONNX Runtime cannot open {path.name}: {one_line(error)}", where=path, fix=EXPORT_AGAIN
