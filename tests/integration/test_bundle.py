@@ -392,7 +392,9 @@ def test_damaged_evaluation_images_are_an_error(copy):
 
 def test_a_parity_breach_leaves_the_old_bundle_and_nothing_else(copy, repvit, monkeypatch):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    monkeypatch.setattr(pipeline, "run_batches", lambda runner, pixels: np.random.default_rng().normal(size=(256, 20)))
+    monkeypatch.setattr(
+        student_export, "run_batches", lambda runner, pixels: np.random.default_rng().normal(size=(256, 20))
+    )
     with pytest.raises(ParityError):
         export(repvit, copy, opset=21)
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
@@ -418,8 +420,8 @@ def test_a_bundle_is_replaced_and_its_measurements_stay(copy, repvit):
 def test_what_is_the_same_is_not_made_again(copy, repvit, monkeypatch):
     """What travels with a kept file is its parity, and whatever it was made from has to be the same."""
     manifest, notes = read_json(copy / "manifest.json"), []
-    monkeypatch.setattr(pipeline, "export_onnx", lambda *_, **__: pytest.fail("made again"))
-    monkeypatch.setattr(pipeline, "write_fp16", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr("prgkit.export.formats.onnx_export.export_onnx", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr(student_export, "write_fp16", lambda *_, **__: pytest.fail("made again"))
     again = export(repvit, copy, fp16=True, trt=len(manifest["artifacts"]) > 2, notes=notes)
     assert [entry.to_json() for entry in again.artifacts] == manifest["artifacts"]
     kept = ": finished before, and made from the same; it is kept"
@@ -459,7 +461,7 @@ def test_what_an_onnx_file_is_made_from(repvit, what):
 @needs_rtx
 def test_engines_come_to_a_bundle_without_another_onnx_export(repvit, tmp_path, monkeypatch):
     export(repvit, tmp_path / "bundle")
-    monkeypatch.setattr(pipeline, "export_onnx", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr("prgkit.export.formats.onnx_export.export_onnx", lambda *_, **__: pytest.fail("made again"))
     manifest = export(repvit, tmp_path / "bundle", trt=True)
     assert [entry.name for entry in manifest.artifacts] == ["onnx-fp32", "tensorrt_rtx-fp32"]
     monkeypatch.setattr(engines, "build_engine", lambda *_, **__: pytest.fail("built again"))
@@ -481,18 +483,18 @@ def test_what_a_killed_export_had_finished_of_another_student_is_neither_used_no
     other = SimpleNamespace(**{**vars(repvit), "student": deepcopy(repvit.student)})
     with torch.no_grad():
         next(other.student.parameters()).mul_(1.0001)
-    monkeypatch.setattr(pipeline, "write_golden", kill)
+    monkeypatch.setattr(pipeline, "checksums", kill)
     with pytest.raises(KeyboardInterrupt):
         export(other, tmp_path / "bundle", fp16=True)
     monkeypatch.undo()
     assert (tmp_path / ".bundle.new" / "model.fp16.onnx").exists(), "it was finished"
     sources = []
 
-    def quantise(quantiser, folder, *, half, **_):
-        sources.append(half())
-        return [], []
+    def quantise(export, calibration):
+        sources.append(export.fp16_file)
+        return [], frozenset()
 
-    monkeypatch.setattr(pipeline, "quantise", quantise)
+    monkeypatch.setattr("prgkit.export.int8.quantise.quantise", quantise)
     learned = CalibrationSet(16, lambda places: repvit.pixels[places])
     export(repvit, tmp_path / "bundle", learned=lambda: learned, int8=True)
     assert sources[0].parent != tmp_path / ".bundle.new", "TensorRT's INT8 would have been the other student's"
@@ -519,7 +521,7 @@ def test_trt_without_a_tensorrt_fails_before_any_work(repvit, tmp_path, monkeypa
     def none(_):
         raise BackendError("no TensorRT can build an engine here")
 
-    monkeypatch.setattr(pipeline, "choose_backend", none)
+    monkeypatch.setattr(engines, "choose_backend", none)
     with pytest.raises(BackendError):
         export(repvit, tmp_path / "bundle", trt=True)
     assert not list(tmp_path.iterdir())

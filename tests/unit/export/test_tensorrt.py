@@ -16,7 +16,7 @@ import pytest
 from prgkit.cli.options import gpu_generations
 from prgkit.errors import BackendError, ExportError
 from prgkit.export.bundle.engine_metadata import engine_metadata_path, load_engine_metadata
-from prgkit.export.formats import tensorrt, tensorrt_build
+from prgkit.export.formats import tensorrt_build
 from prgkit.export.formats.tensorrt_build import build_engine
 from prgkit.export.formats.tensorrt_precision import LEAST_INT8_WEIGHTS, constant, layers_of, leave_small_in_fp16
 from prgkit.export.runtimes import gpu
@@ -236,7 +236,7 @@ def test_a_small_convolution_of_an_int8_network_is_fp16_throughout(repvit, tmp_p
     trt = pytest.importorskip("tensorrt_rtx")
     logger = gpu.quiet_logger(trt)
     builder = trt.Builder(logger)
-    network, parser = tensorrt.parse(trt, builder, logger, path)
+    network, parser = tensorrt_build.parse(trt, builder, logger, path)
     counts, alive = leave_small_in_fp16(trt, network)
     layers = layers_of(network)
     made_by = {layer.get_output(0).name: layer for layer in layers}
@@ -284,7 +284,7 @@ def test_tensorrt_keeps_its_timings_and_may_build_for_more_than_one_gpu_model(re
 def test_a_level_of_compatibility_that_tensorrt_does_not_have_is_an_error():
     old = SimpleNamespace(__version__="10.0", HardwareCompatibilityLevel=SimpleNamespace(__members__={"NONE": 0}))
     with pytest.raises(BackendError, match=r"tensorrt 10\.0 cannot build for SM89"):
-        tensorrt.set_targets(old, SimpleNamespace(), "tensorrt", ["SM89"], asked=True)
+        tensorrt_build.set_targets(old, SimpleNamespace(), "tensorrt", ["SM89"], asked=True)
 
 
 def test_timings_that_cannot_be_written_cost_no_engine(tmp_path):
@@ -298,7 +298,7 @@ def test_timings_that_cannot_be_written_cost_no_engine(tmp_path):
 @pytest.mark.parametrize("batch", [(0, 1, 1), (2, 1, 4), (1, 4, 2)])
 def test_an_impossible_batch_profile_is_refused(tmp_path, batch):
     with pytest.raises(ExportError, match="a batch profile is"):
-        tensorrt.check_batch(batch)
+        tensorrt_build.check_batch(batch)
 
 
 @needs_rtx
@@ -363,7 +363,7 @@ def test_an_unknown_backend_is_named_with_the_nearest():
 def test_tensorrt_is_preferred_only_where_a_gpu_is(monkeypatch):
     """Stand-ins for the modules: this is about the choice, not about TensorRT."""
     fakes = {"tensorrt": SimpleNamespace(__version__="11.0"), "tensorrt_rtx": SimpleNamespace(__version__="1.7")}
-    monkeypatch.setattr(tensorrt.importlib, "import_module", fakes.__getitem__)
+    monkeypatch.setattr(tensorrt_build.importlib, "import_module", fakes.__getitem__)
     monkeypatch.setattr(gpu, "find_gpu", lambda: None)
     assert choose_backend().name == "tensorrt_rtx"
     with pytest.raises(BackendError, match="tensorrt: installed, but it builds only where an NVIDIA GPU"):
@@ -377,7 +377,7 @@ def test_a_placeholder_wheel_that_cannot_be_imported_is_told_from_none(monkeypat
     def broken(name):
         raise ImportError("libnvinfer.so.11: cannot open shared object file")
 
-    monkeypatch.setattr(tensorrt.importlib, "import_module", broken)
+    monkeypatch.setattr(tensorrt_build.importlib, "import_module", broken)
     problem = available_backends()["tensorrt"].problem
     assert problem.startswith("cannot be imported (libnvinfer.so.11: cannot open shared object file); pip install")
 
@@ -447,8 +447,10 @@ def as_tensorrt(monkeypatch):
             return super().build_serialized_network(network, config.real)
 
     module = SimpleNamespace(**{**vars(rtx), "Builder": Builder, "__version__": "11.4"})
-    real = tensorrt.importlib.import_module
-    monkeypatch.setattr(tensorrt.importlib, "import_module", lambda name: module if name == "tensorrt" else real(name))
+    real = tensorrt_build.importlib.import_module
+    monkeypatch.setattr(
+        tensorrt_build.importlib, "import_module", lambda name: module if name == "tensorrt" else real(name)
+    )
     monkeypatch.setattr(gpu, "find_gpu", lambda: Gpu("some GPU", "SM89", "13.0"))
     return told
 
@@ -472,14 +474,14 @@ def test_a_gpu_is_asked_for_its_name_generation_and_driver(monkeypatch):
 
 
 def without(monkeypatch, *names):
-    real = tensorrt.importlib.import_module
+    real = tensorrt_build.importlib.import_module
 
     def import_module(name):
         if name in names:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name)
 
-    monkeypatch.setattr(tensorrt.importlib, "import_module", import_module)
+    monkeypatch.setattr(tensorrt_build.importlib, "import_module", import_module)
 
 
 def copied(engines, folder):
