@@ -136,7 +136,7 @@ def selected_artifact(bundle: Bundle, folder: Path | None) -> Artifact:
     if folder is not None and (folder / FILE).exists():
         selection = read_selection(folder / FILE)
         for artifact in bundle.artifacts:
-            if artifact.format == "onnx" and artifact.sha256 == selection.sha256:
+            if artifact.sha256 == selection.sha256:
                 return artifact
     return fp32_onnx(bundle)
 

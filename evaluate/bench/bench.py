@@ -21,7 +21,7 @@ from prgkit.evaluate.accuracy.opencv import opencv_notes
 from prgkit.evaluate.accuracy.per_class import per_class
 from prgkit.evaluate.accuracy.ticked import audit_section, find_ticks
 from prgkit.evaluate.bench import latency, metadata
-from prgkit.evaluate.bench.cases import plan
+from prgkit.evaluate.bench.cases import OF_A_SPEC, plan
 from prgkit.evaluate.bench.fixed_rate import measure_fixed_rate
 from prgkit.evaluate.bench.journal import conditions, open_journal
 from prgkit.evaluate.bench.latency import LatencyPlan, Measured
@@ -49,7 +49,7 @@ from prgkit.evaluate.report.schema import (
 from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection
 from prgkit.export.bundle.bundle import Bundle, Evaluation, open_bundle, read_evaluation
 from prgkit.export.bundle.fidelity import fidelity
-from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes.parity import check_golden
 from prgkit.storage.atomic import sha256
 from prgkit.storage.run import Run
@@ -120,7 +120,7 @@ def bench(
     made_from = conditions(
         machine,
         files=files_under_test(subject),
-        opened=[spec for spec in cases[1] if spec is not None],
+        opened=[{key: spec[key] for key in OF_A_SPEC} for spec in cases[1] if spec is not None],
         options=[threads, options.seconds, sorted(set(options.batches))],
     )
     with open_journal(out, made_from, note) as journal:
@@ -163,7 +163,7 @@ def golden_notes(bundle: Bundle) -> list[str]:
     if artifact is None:
         return []
     try:
-        runner = OnnxRunner(bundle.folder / artifact.file, threads=1, name=artifact.name)
+        runner = open_runner(bundle.folder, artifact, threads=1)
         check_golden(bundle, runner, precision="fp32")
         notes = opencv_notes(bundle, runner)
         runner.close()

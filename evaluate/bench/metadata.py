@@ -21,7 +21,7 @@ from prgkit.evaluate.report.schema import (
     StudentScores,
     TeacherScores,
 )
-from prgkit.export.bundle.bundle import NCHW, Bundle, Evaluation
+from prgkit.export.bundle.bundle import Bundle, Evaluation
 from prgkit.export.bundle.engine_metadata import load_engine_metadata
 from prgkit.storage.atomic import fingerprint
 from prgkit.storage.run import Run
@@ -98,9 +98,8 @@ def stage_images(images: EncodedImages | None) -> StageImages | None:
 def made_by(bundle: Bundle, typed: str) -> list[str]:
     """Return the commands that make the bundle again from the run's recipe, as far as what was typed does not."""
     run = shlex.quote(f"runs/{bundle.manifest.run.name}")
-    made = {artifact.format for artifact in bundle.artifacts} | {one.precision for one in bundle.artifacts}
-    options = {"fp16": "--fp16", "int8": "--int8", NCHW: "--float-input", "engine": "--trt"}
-    given = [option for kind, option in options.items() if kind in made]
+    options = dict.fromkeys(option for artifact in bundle.artifacts for option in artifact.export_options)
+    given = sorted(options, key="--trt".__eq__)  # --trt last: what says how engines are built follows it
     again: list[str] = []
     if engines := [one.file for one in bundle.artifacts if one.format == "engine"]:
         card = load_engine_metadata(bundle.folder / engines[0])

@@ -21,7 +21,7 @@ def sweep_threads(
     compared with the machine's temperature as well. PyTorch is left out, as it is in no bundle. Without counts nothing
     is measured.
     """
-    swept = [spec for spec in specs if spec["device"] == "cpu" and spec["kind"] != "torch"]
+    swept = [spec for spec in specs if spec["device"] == "cpu" and spec["takes_threads"]]
     if not counts or not swept:
         return None, []
     context.note(f"threads: {', '.join(map(str, counts))}")

@@ -18,7 +18,6 @@ from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.ticks import Tick, write_ticks
 from prgkit.errors import BenchError, ExportError
 from prgkit.evaluate.accuracy.examples import choose_examples
-from prgkit.evaluate.bench import cases
 from prgkit.evaluate.bench.bench import bench
 from prgkit.evaluate.bench.metadata import evaluation_images, pseudo_labels, training_records
 from prgkit.evaluate.bench.options import BenchOptions
@@ -30,10 +29,12 @@ from prgkit.export.bundle.bundle import (
     read_evaluation,
     write_evaluation,
     write_golden,
-    write_manifest,
 )
 from prgkit.export.bundle.engine_metadata import EngineMetadata, write_engine_metadata
 from prgkit.export.bundle.manifest import EvaluationFacts, Manifest, RunFacts
+from prgkit.export.readme import write_manifest
+from prgkit.export.runtimes.onnxruntime import ONNXRUNTIME
+from prgkit.export.runtimes.tensorrt import TENSORRT, TENSORRT_RTX
 from prgkit.storage.atomic import sha256
 
 onnx = pytest.importorskip("onnx", reason="the model under test is made with the onnx package")
@@ -94,10 +95,8 @@ def card(engine: Path) -> EngineMetadata:
 @pytest.fixture(autouse=True)
 def _onnx_runtime_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure with the runtime that is everywhere; what else may be installed is told apart in test_cases.py."""
-    monkeypatch.setattr(cases, "runtimes", lambda *, gpu: RUNTIMES[:1])
-
-
-RUNTIMES = cases.runtimes(gpu=False)
+    alone = replace(ONNXRUNTIME, variants=ONNXRUNTIME.variants[:1])
+    monkeypatch.setattr("prgkit.export.runtimes.RUNTIMES", [alone, TENSORRT, TENSORRT_RTX])
 
 
 def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> Path:
@@ -142,6 +141,7 @@ def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> 
             executed=False,
             note=None,
             parity=None,
+            export_options=("--trt", "--fp16") if kind == "engine" else (),
         )
         for name, file, kind, precision, backend in files
     ]

@@ -315,9 +315,13 @@ EXPORT = "export --run run --fp16"
 BENCH = "bench --run run --seconds 2 --batches 1,4 --threads 1"
 LONGER = f"{BENCH} --sweep-threads 1,2 --fps 50 --soak 0.05"
 LATER: dict[str, tuple[str, Trap]] = {
-    "export: no artifact finished": (EXPORT, ("prgkit.export.pipeline:onnx_artifact", 1, "before")),
-    "export: fp32 finished, fp16 not": (EXPORT, ("prgkit.export.pipeline:write_fp16", 1, "after")),
-    "export: both finished, no images": (EXPORT, ("prgkit.export.pipeline:write_evaluation", 1, "before")),
+    "export: no artifact finished": (
+        EXPORT,
+        ("prgkit.export.formats.student_export:StudentExport.describe", 1, "before"),
+    ),
+    "export: fp32 finished, fp16 not": (EXPORT, ("prgkit.export.formats.student_export:write_fp16", 1, "after")),
+    "export: fp32 finished, no images": (EXPORT, ("prgkit.export.pipeline:write_evaluation", 1, "before")),
+    "export: both finished, no manifest": (EXPORT, ("prgkit.export.pipeline:checksums", 1, "before")),
     "export: manifest written, not renamed": (EXPORT, ("prgkit.export.pipeline:write_manifest", 1, "after")),
     "bench: warming up": (BENCH, ("prgkit.evaluate.bench.worker:Worker.warm_up", 2, "after")),
     "bench: in the third round": (BENCH, ("prgkit.evaluate.bench.worker:Worker.measure", 8, "after")),

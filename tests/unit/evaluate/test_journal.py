@@ -134,7 +134,7 @@ def all_of_it(
     monkeypatch.setattr(workers, "Worker", told.worker)
     context = BenchContext(PIXELS, seconds=60, journal=kept)
     session = latency.measure(SPECS, LatencyPlan(rounds=3, encoded=EncodedImages([b"picture"], SQUARE)), context)
-    specs = [{**spec, "kind": "onnx"} for spec in SPECS]
+    specs = [{**spec, "takes_threads": True} for spec in SPECS]
     _, by_threads = sweep_threads(specs, [1, 2], context)
     _, frames = measure_fixed_rate(specs, fps, context)
     return session, by_threads, frames

@@ -20,6 +20,9 @@ from prgkit.evaluate.bench.latency import LatencyPlan
 from prgkit.evaluate.bench.timing import timed_runs
 from prgkit.evaluate.bench.worker import Resident, Worker, WorkerFailedError, reason
 from prgkit.evaluate.bench.workers import BenchContext, rotate
+from prgkit.export.bundle.manifest import Artifact
+from prgkit.export.runtimes.base import Setup
+from prgkit.export.runtimes.onnxruntime import ONNXRUNTIME
 
 onnx = pytest.importorskip("onnx", reason="the models under test are made with the onnx package")
 
@@ -45,15 +48,10 @@ def model(path: Path, *, batch: int | str = "batch", side: int = 8, weight: floa
 
 
 def spec(path: Path) -> dict[str, Any]:
-    return {
-        "artifact": path.stem,
-        "kind": "onnx",
-        "backend": "onnxruntime",
-        "device": "cpu",
-        "provider": "CPUExecutionProvider",
-        "threads": 1,
-        "path": str(path),
-    }
+    facts = {"precision": "fp32", "backend": "onnxruntime", "bytes": 0, "sha256": "", "executed": True, "note": None}
+    artifact = Artifact(name=path.name, file=path.name, format="onnx", **facts, parity=None)
+    setup = Setup(ONNXRUNTIME, ONNXRUNTIME.variants[0], artifact, path.parent)
+    return {"artifact": path.stem, "backend": "onnxruntime", "device": "cpu", "threads": 1, "setup": setup}
 
 
 def images(count: int = 12) -> NDArray[np.uint8]:

@@ -48,11 +48,11 @@ def test_a_sweep_tells_each_median_and_the_gain_over_the_fewest_threads() -> Non
 
 def test_without_counts_or_anything_on_the_cpu_nothing_is_swept() -> None:
     images = np.zeros((2, 4, 4, 3), dtype=np.uint8)
-    specs = [{"artifact": "engine", "kind": "engine", "device": "cuda"}, {"kind": "torch", "device": "cpu"}]
+    specs = [{"device": "cuda", "takes_threads": False}, {"device": "cpu", "takes_threads": False}]
     said: list[str] = []
     context = BenchContext(images, seconds=1, note=said.append)
     assert sweep_threads(specs, [1, 2], context) == (None, [])
-    assert sweep_threads([{"kind": "onnx", "device": "cpu"}], [], context) == (None, [])
+    assert sweep_threads([{"takes_threads": True, "device": "cpu"}], [], context) == (None, [])
     assert said == []
 
 
