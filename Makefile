@@ -1,6 +1,6 @@
 # Two commands do all their own set-up, on a machine with Python 3.11 and nothing else:
 #   make demo    install, then distil, export and bench the embedded digits; ends in a table and a report
-#   make test    install, then ruff, mypy and every test
+#   make test    install, then ruff, mypy and every test; WORKERS=2 runs them in two processes
 # Three more:
 #   make docs    install, then build the site in build/docs; a broken link or reference fails
 #   make soak    install, then some fifty kills and ten thousand hostile inputs
@@ -18,7 +18,7 @@ demo: .venv/demo.stamp
 test: .venv/dev.stamp .venv-base/base.stamp
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest $(if $(WORKERS),-n $(WORKERS) --dist loadfile)
 
 docs: .venv/docs.stamp
 	$(VENV)/python -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs build/docs
@@ -36,6 +36,10 @@ dist:
 	rm -rf .venv-dist build
 	$(PYTHON) -m venv .venv-dist
 	.venv-dist/bin/python $(PIP) dist/*.whl
+	cd dist && ../.venv-dist/bin/python -c "from importlib.resources import files; \
+	  lacks = [name for name in ('py.typed', 'demo/teacher/open_clip_model.safetensors', 'recipes/demo.yaml', \
+	    'recipes/classes/cifar100.txt', 'evaluate/report/templates/sheet.html') if not (files('prgkit') / name).is_file()]; \
+	  assert not lacks, lacks"
 	cd dist && ../.venv-dist/bin/prgkit --version && ../.venv-dist/bin/prgkit recipes && ../.venv-dist/bin/prgkit doctor
 	rm -rf .venv-dist
 

@@ -134,7 +134,7 @@ def student_steps(bench: Bench) -> list[dict[str, Any]]:
                 "teacher": name,
                 "teacher_precision": "bf16" if teacher.autocast_to_bf16 else "fp32",
                 "student": bench.page.model,
-                "student_precision": precision,
+                "student_precision": precision.model_dump(),
                 "step_ms_an_image": {key: per_image(times, bench.batch_size) for key, times in rounds.items()},
                 "online_to_stored": ratio(rounds["online"], rounds["stored"]),
                 "rounds_s": rounds,
@@ -149,7 +149,7 @@ def price_of_prg(bench: Bench) -> dict[str, Any]:
     rounds = take_turns({key: partial(next, loops[key]) for key in ("stored", "hard_labels")}, 4 * bench.rounds)
     return {
         "student": bench.page.model,
-        "student_precision": precision,
+        "student_precision": precision.model_dump(),
         "batch": bench.batch_size,
         "step_ms_an_image": {key: per_image(times, bench.batch_size) for key, times in rounds.items()},
         "stored_to_hard_labels": ratio(rounds["stored"], rounds["hard_labels"]),
@@ -179,7 +179,7 @@ def training_loops(bench: Bench, teacher: Teacher) -> tuple[dict[str, Iterator[N
         labels = batch.positions.to(bench.device) % CLASSES
         return TeacherOutput(torch.empty(0), torch.empty(0), labels, batch.positions)
 
-    train = partial(loop, bench, batches=batches, width=teacher.width, bf16=precision["chosen"] == "bf16")
+    train = partial(loop, bench, batches=batches, width=teacher.width, bf16=precision.chosen == "bf16")
     loops = {
         "stored": train(PRG(name="prg"), stored),
         "online": train(PRG(name="prg"), online),
@@ -295,7 +295,7 @@ def objective_share(bench: Bench) -> dict[str, Any]:
     precision = probe_precision(student, bench.device, 32)
 
     def step() -> None:
-        with torch.autocast(bench.device.type, torch.bfloat16, enabled=precision["chosen"] == "bf16"):
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=precision.chosen == "bf16"):
             said = student.train()(pixels.to(bench.device))
         (said.logits.float().square().mean() + said.features.float().square().mean()).backward()
         waited(bench)

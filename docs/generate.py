@@ -1,4 +1,4 @@
-"""The reference, made from the code: recipe keys, objectives and commands as Markdown. Needs no torch."""
+"""The reference, made from the code: recipe keys, objectives, commands and JSON schemas as Markdown. Needs no torch."""
 
 import ast
 import inspect
@@ -11,13 +11,34 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from prgkit.cli.main import cli
 from prgkit.config.objectives import OBJECTIVES, Config, ObjectiveConfig
 from prgkit.config.recipe import Recipe
+from prgkit.evaluate.compare.schema import DeviceComparison, ObjectiveComparison, Ranking, TrialResult
+from prgkit.evaluate.report.schema import Report, Samples
+from prgkit.export.bundle.engine_metadata import EngineMetadata
+from prgkit.export.bundle.manifest import Manifest
+from prgkit.storage.run_card import RunCard
+from prgkit.training.statistics_schema import Statistics
 
+# Every file that people or programs read, and the model that it is written by. A new file's model gets its line here.
+FILES: dict[str, type[BaseModel]] = {
+    "recipe.yaml": Recipe,
+    "runs/NAME/card.json": RunCard,
+    "runs/NAME/quality.json": Statistics,
+    "bundle/manifest.json": Manifest,
+    "bundle/NAME.engine.json": EngineMetadata,
+    "bench/MACHINE/report.json": Report,
+    "bench/MACHINE/samples.json": Samples,
+    "comparison/comparison.json": DeviceComparison,
+    "runs/NAME-compared/compare.json": ObjectiveComparison,
+    "runs/NAME-compared/rank.json": Ranking,
+    "runs/NAME-compared/TRIAL/trial.json": TrialResult,
+}
 LAYERS = Path(__file__).parents[1] / "tests" / "project" / "test_layers.py"
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}
 LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -46,13 +67,42 @@ def commands() -> str:
         )
 
 
+def file_schemas() -> str:
+    """Return a heading, a sentence and the JSON schema for each of `FILES`."""
+    return "\n\n".join(
+        f"## `{name}`\n\n{first_line(model)}\n\n{folded(schema(model))}" for name, model in FILES.items()
+    )
+
+
+def schema(model: type[BaseModel]) -> str:
+    """Return a model's JSON schema as a block of code."""
+    return f"```json\n{json.dumps(model.model_json_schema(), indent=2, ensure_ascii=False)}\n```"
+
+
+def folded(block: str) -> str:
+    """Return Markdown that is shown once the reader asks for it."""
+    return f"<details><summary>JSON schema</summary>\n\n{block}\n\n</details>"
+
+
+def layers() -> str:
+    """Return the folders from low to high as a numbered list, as the tests hold it."""
+    order: list[set[str]] = plan("LAYERS")
+    rows = [" and ".join(f"`{folder}`" for folder in sorted(layer)) for layer in order]
+    return "\n".join(f"{number}. {row}" for number, row in enumerate(rows, 1))
+
+
 def dependency_owners() -> str:
     """Return a table of the heavy dependencies and the modules that may import them, as the tests hold it."""
-    tree = ast.parse(LAYERS.read_text(encoding="utf-8"))
-    values = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
-    owners: dict[str, set[str]] = ast.literal_eval(values["OWNERS"])
+    owners: dict[str, set[str]] = plan("OWNERS")
     rows = [f"| `{name}` | {', '.join(f'`{module}`' for module in sorted(owners[name]))} |" for name in owners]
     return "\n".join(["| dependency | modules that may import it |", "|---|---|", *rows])
+
+
+def plan(name: str) -> Any:
+    """Return a table of the layers' test by its name."""
+    tree = ast.parse(LAYERS.read_text(encoding="utf-8"))
+    values = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    return ast.literal_eval(values[name])
 
 
 def help_of(command: click.Command, name: str, group: click.Context) -> str:
@@ -145,7 +195,7 @@ def comments(model: type[Config]) -> dict[str, str]:
     return {key: text.replace("|", "\\|").replace("None:", "null:") for key, text in found.items()}
 
 
-def first_line(model: type[Config]) -> str:
+def first_line(model: type[BaseModel]) -> str:
     """Return the first line of a docstring, its double backquotes as Markdown has them."""
     return (model.__doc__ or "").splitlines()[0].replace("``", "`")
 
@@ -154,5 +204,7 @@ MARKS: dict[str, Callable[[], str]] = {
     "@recipe_keys@": recipe_keys,
     "@objective_keys@": objective_keys,
     "@commands@": commands,
+    "@file_schemas@": file_schemas,
+    "@layers@": layers,
     "@dependency_owners@": dependency_owners,
 }

@@ -8,6 +8,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import hashlib
+import importlib
 import json
 import shlex
 import sys
@@ -95,6 +96,13 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return raises
 
 
+def pyproject() -> dict[str, Any]:
+    """Return pyproject.toml; in Python 3.10 tomli reads it, which pytest brings along."""
+    tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    read: dict[str, Any] = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    return read
+
+
 FAMILIES = ("repvit_m0_9", "efficientnet_b0")
 CLASSES = tuple(f"thing {number}" for number in range(20))
 SIZE = 64
@@ -104,8 +112,8 @@ SIZE = 64
 class Exported:
     """A student with random weights and its files."""
 
-    student: Any  # prgkit.student.model.Deployed, unfused
-    module: Any  # prgkit.export.formats.onnx.Deployable, fused
+    student: Any  # prgkit.student.model.InferenceModel, unfused
+    module: Any  # prgkit.export.formats.onnx_export.OnnxExportModule, fused
     fp32: Path
     fp16: Path
     pixels: NDArray[np.uint8]  # [256, 64, 64, 3]
@@ -182,7 +190,7 @@ def export_family(model: str, folder: Path) -> Exported:
     import torch
 
     from prgkit.config.sections import StudentConfig
-    from prgkit.export.formats.onnx import export_onnx, onnx_export_module, write_fp16
+    from prgkit.export.formats.onnx_export import export_onnx, onnx_export_module, write_fp16
     from prgkit.student.model import build_student
 
     torch.manual_seed(0)
@@ -191,7 +199,7 @@ def export_family(model: str, folder: Path) -> Exported:
     page = StudentConfig(model=model, image_size=SIZE, initial="random")
     built = build_student(page, classes=len(CLASSES), teacher_width=8)
     pixels = pictures(256)
-    student = settled(built.deployed(), torch.from_numpy(pixels))
+    student = settled(built.inference_model(), torch.from_numpy(pixels))
     module = onnx_export_module(student, torch.from_numpy(pixels[:64]))
     fp32, fp16 = folder / "model.onnx", folder / "model.fp16.onnx"
     export_onnx(

@@ -11,26 +11,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from prgkit.config.recipe import Recipe
-from prgkit.config.sections import TeacherConfig
 from prgkit.data.augment import evaluation_views
 from prgkit.data.index import ImageIndex
 from prgkit.device import best_device
 from prgkit.errors import RecipeError
-from prgkit.export.from_run import teacher_logits
+from prgkit.evaluate.compare.schema import NovelScores
 from prgkit.metrics import top1
 from prgkit.progress import Progress
 from prgkit.storage.run import Run
 from prgkit.storage.tensors import load_facts
 from prgkit.student.model import load_student, student_logits
-from prgkit.teacher.clip import Teacher, load_teacher
-from prgkit.teacher.ensemble import open_targets
+from prgkit.teacher.answers import teacher_answers
 
 
 @dataclass(frozen=True)
@@ -74,27 +70,20 @@ def require_two_halves(recipe: Recipe) -> None:
             )
 
 
-def judge_novel(run: Run, recipe: Recipe, images: ImageIndex, novel: Novel, progress: Progress) -> dict[str, Any]:
+def judge_novel(run: Run, recipe: Recipe, images: ImageIndex, novel: Novel, progress: Progress) -> NovelScores:
     """Return how right the student, and the teacher, are among the novel classes, in percent."""
-    asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"classes": novel.names})})
-    weighted, _ = teacher_logits(run, asked, images, novel.positions, progress)
-    found = {
-        "classes": len(novel.names),
-        "images": len(novel.positions),
-        "top1": None,
-        "teacher_top1": top1(weighted, novel.labels),
-    }
-    if any(page.aligns_features for page in recipe.objective):
-        student, targets = load_student(run), open_targets(asked, run.target_stores[0].parent, load)
-        prompts = targets.prompts(asked.classes, asked.templates, load)  # stored when the teacher was asked just now
-        student.score_by(F.normalize(prompts.mean(dim=0), dim=1), targets.logit_scale)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"classes": novel.names})})
+    teacher = teacher_answers(run, recipe, images, novel.positions, progress)
+    top1_student = None
+    if any(objective.aligns_features for objective in recipe.objective):
+        student = load_student(run)
+        student.use_class_vectors(teacher.classifier.class_vectors(), teacher.classifier.logit_scale)
         student = student.to(best_device())
-        workers = recipe.training.workers
-        shown = evaluation_views(images, student.preprocessing, novel.positions, workers=workers)
-        found["top1"] = top1(student_logits(student, shown), novel.labels)
-    return found
-
-
-def load(page: TeacherConfig) -> Teacher:
-    """Load the teacher, should what it said be gone again."""
-    return load_teacher(page, best_device())
+        views = evaluation_views(images, student.preprocessing, novel.positions, workers=recipe.training.workers)
+        top1_student = top1(student_logits(student, views), novel.labels)
+    return NovelScores(
+        classes=len(novel.names),
+        images=len(novel.positions),
+        top1=top1_student,
+        teacher_top1=top1(teacher.logits, novel.labels),
+    )

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import prgkit
 from prgkit.errors import BenchError
-from prgkit.evaluate.compare.devices import ComparedReport, ComparedRow, Comparison, comparison_page, markdown
+from prgkit.evaluate.compare.devices import devices_document
+from prgkit.evaluate.compare.schema import ComparedReport, ComparedRow, DeviceComparison
 from prgkit.evaluate.report import formatting
+from prgkit.evaluate.report.html import page
 from prgkit.evaluate.report.load import read_report, report_file
+from prgkit.evaluate.report.markdown import markdown
 from prgkit.evaluate.report.regression import machine_name, same_images
 from prgkit.evaluate.report.schema import Report, Row
 from prgkit.storage.atomic import write_json, write_text
 
 
-def merge(paths: Sequence[Path], *, out: Path, command: str) -> Comparison:
+def merge(paths: Sequence[Path], *, out: Path, command: str) -> DeviceComparison:
     """Lay reports side by side, write them as comparison.json, .md and .html into ``out``, and return the first.
 
     Args:
@@ -45,7 +48,7 @@ def merge(paths: Sequence[Path], *, out: Path, command: str) -> Comparison:
     ]
     if not any(row.status == "measured" for row in rows):
         raise BenchError("nothing was measured in any of these reports", fix="measure some: prgkit bench")
-    found = Comparison(
+    comparison = DeviceComparison(
         prgkit=prgkit.__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
@@ -67,10 +70,11 @@ def merge(paths: Sequence[Path], *, out: Path, command: str) -> Comparison:
         rows=rows,
         notes=cautions(reports),
     )
-    write_text(out / "comparison.md", markdown(found))
-    write_text(out / "comparison.html", comparison_page(found))
-    write_json(out / "comparison.json", found.model_dump(mode="json"))
-    return found
+    document = devices_document(comparison)
+    write_text(out / "comparison.md", markdown(document))
+    write_text(out / "comparison.html", page(document))
+    write_json(out / "comparison.json", comparison.model_dump(mode="json"))
+    return comparison
 
 
 def names_of(reports: Sequence[Report]) -> list[str]:
@@ -92,16 +96,16 @@ def names_of(reports: Sequence[Report]) -> list[str]:
 
 def cautions(reports: Sequence[Report]) -> list[str]:
     """Return what must be known before figures of different reports are compared."""
-    first, told = reports[0], []
+    first, sentences = reports[0], []
     if not all(same_images(first.evaluation, other.evaluation) for other in reports[1:]):
-        told.append("Accuracy and agreement were not measured on the same images everywhere.")
+        sentences.append("Accuracy and agreement were not measured on the same images everywhere.")
     elif any(report.evaluation.digest is None for report in reports):
-        told.append("Not every report says which images it was measured on: they are taken to be the same.")
+        sentences.append("Not every report says which images it was measured on: they are taken to be the same.")
     if any(report.teacher != first.teacher for report in reports):
-        told.append("The teacher is not the same everywhere: agreement is with different answers.")
+        sentences.append("The teacher is not the same everywhere: agreement is with different answers.")
     if any(row.device == "cpu" for row in all_rows(reports)) and len(thread_counts(reports)) > 1:
-        told.append("The processors were not measured with the same number of threads; each row says its own.")
-    return told
+        sentences.append("The processors were not measured with the same number of threads; each row says its own.")
+    return sentences
 
 
 def thread_counts(reports: Sequence[Report]) -> set[int]:

@@ -1,4 +1,4 @@
-"""Pictures in HTML: evaluation images with the answers given to them, each embedded in the page."""
+"""Evaluation images with the answers given to them, each embedded in the page."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from prgkit.evaluate.report.sections import Answer, Chip, Example, Section
+
 LARGEST_SIDE = 224  # a larger picture only makes the page heavier: it is shown smaller than this
 PIXELATED_SIDE = 96  # below this, smoothing would show something that the student did not see
+MOST_EXAMPLES = 48
 
 
 @dataclass(frozen=True)
@@ -29,54 +31,49 @@ class Picture:
     label: str | None
 
 
-def gallery(pictures: Sequence[Picture]) -> list[tuple[str, str, str]]:
-    """Return the images [(title, about, HTML)]: some drawn by chance, then some on which the answers differ."""
-    groups = [
-        ("A sample", "Drawn by chance from the evaluation images.", [one for one in pictures if one.group == "sample"]),
-        (
+def galleries(pictures: Sequence[Picture]) -> list[Section]:
+    """Return the images as sections: some drawn by chance, then some on which the answers differ."""
+    groups = {
+        "sample": ("A sample", "Drawn by chance from the evaluation images."),
+        "differs": (
             "Where teacher and student disagree",
             "Chosen, not typical: of the images with two answers, those on which the student is most sure of itself.",
-            [one for one in pictures if one.group == "differs"],
         ),
+    }
+    shown = pictures[:MOST_EXAMPLES]
+    sections = [
+        Section(title, about, examples=tuple(example(one) for one in shown if one.group == group), page_only=True)
+        for group, (title, about) in groups.items()
     ]
-    return [
-        (title, about, f'<ul class="sheet">{"".join(map(picture, chosen))}</ul>')
-        for title, about, chosen in groups
-        if chosen
-    ]
+    return [section for section in sections if section.examples]
 
 
-def picture(one: Picture) -> str:
-    """Return one image with its verdict and the answers."""
-    kind, verdict = judge(one)
-    small = ' class="small"' if max(one.pixels.shape[:2]) <= PIXELATED_SIDE else ""
-    alt = f"evaluation image; teacher: {one.teacher}; student: {one.student}"
-    return (
-        f'<li><img{small} alt="{escape(alt)}" src="{data_uri(one.pixels)}"><div class="words">'
-        f'<span class="chip {kind}">{verdict}</span>{answers(one)}</div></li>'
+def example(picture: Picture) -> Example:
+    """Return an image with its verdict and each answer once, so that a long class name has the whole line."""
+    label = picture.label
+    givers: dict[str, tuple[str, ...]] = {} if label is None else {label: ("label",)}
+    for who, name, confidence in (
+        ("teacher", picture.teacher, picture.teacher_confidence),
+        ("student", picture.student, picture.student_confidence),
+    ):
+        givers[name] = (*givers.get(name, ()), f"{who} {confidence:.0f} %")
+    return Example(
+        data_uri(picture.pixels),
+        max(picture.pixels.shape[:2]) <= PIXELATED_SIDE,
+        f"evaluation image; teacher: {picture.teacher}; student: {picture.student}",
+        verdict(picture),
+        tuple(Answer(name, who, label is not None and name != label) for name, who in givers.items()),
     )
 
 
-def judge(one: Picture) -> tuple[str, str]:
-    """Return the colour and the words for the two answers."""
-    if one.label is None:
-        return ("good", "same answer") if one.teacher == one.student else ("warn", "differ")
-    if one.student == one.label:
-        return ("good", "both right") if one.teacher == one.label else ("good", "student right")
-    return ("bad", "student wrong") if one.teacher == one.label else ("warn", "both wrong")
-
-
-def answers(one: Picture) -> str:
-    """Return each answer with those who gave it, so that a long class name has the whole line."""
-    by_name: dict[str, list[str]] = {} if one.label is None else {one.label: ["label"]}
-    by_name.setdefault(one.teacher, []).append(f"teacher {one.teacher_confidence:.0f} %")
-    by_name.setdefault(one.student, []).append(f"student {one.student_confidence:.0f} %")
-    lines = []
-    for name, givers in by_name.items():
-        kind = "answer wrong" if one.label is not None and name != one.label else "answer"
-        who = " ".join(f"<span>{giver}</span>" for giver in givers)
-        lines.append(f'<p class="{kind}"><b>{escape(name)}</b> <small>{who}</small></p>')
-    return "".join(lines)
+def verdict(picture: Picture) -> Chip:
+    """Return who is right, or whether both agree where there is no label."""
+    if picture.label is None:
+        return Chip("same answer", "good") if picture.teacher == picture.student else Chip("differ", "warn")
+    teacher_right = picture.teacher == picture.label
+    if picture.student == picture.label:
+        return Chip("both right" if teacher_right else "student right", "good")
+    return Chip("student wrong", "bad") if teacher_right else Chip("both wrong", "warn")
 
 
 def data_uri(pixels: NDArray[np.uint8], *, largest_side: int = LARGEST_SIDE) -> str:

@@ -1,45 +1,58 @@
-"""The parts that pages are made of: the document, its sections, and tables of ready-made cells."""
+"""A report as one self-contained HTML page, drawn without a script and without the network.
+
+templates/ has the pages, their style sheets and scripts. Whatever comes from outside is escaped, all but the plots:
+these escape what they quote themselves.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from html import escape
+from functools import cache
+from importlib import resources
+from typing import Any
 
-from prgkit.evaluate.report.templating import asset
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from prgkit.evaluate.report.sections import Document, Section
 
-def document(title: str, parts: Sequence[str]) -> str:
-    """Return a page of ready-made parts, its style within it."""
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{asset('report.css')}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+MOST_FIGURES, MOST_LETTERS = 3, 26  # in a row of a table that still fits on a phone
 
 
-def section(title: str, about: str, body: str) -> str:
-    """Return a part of the page: its title, a sentence on what is shown, and what is shown."""
-    said = f'<p class="about">{words(about)}</p>' if about else ""
-    return f"<section><h2>{escape(title)}</h2>{said}{body}</section>"
+def page(document: Document) -> str:
+    """Return a document as a page."""
+    return render("document.html", document=document)
+
+
+def render(name: str, **values: Any) -> str:
+    """Return the page that a template makes of ``values``."""
+    return environment().get_template(name).render(values)
+
+
+@cache
+def environment() -> Environment:
+    """Return what reads our templates."""
+    templates = PackageLoader("prgkit.evaluate.report", "templates")
+    made = Environment(loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    made.globals["asset"] = asset
+    made.filters["words"] = words
+    made.tests["stacked"] = stacked
+    return made
+
+
+@cache
+def asset(name: str) -> Markup:
+    """Return a style sheet or a script of ours, to be put into a page as it is."""
+    folder = resources.files("prgkit.evaluate.report").joinpath("templates")
+    return Markup(folder.joinpath(name).read_text(encoding="utf-8"))
 
 
 def words(text: str) -> str:
-    """Return text for the page, in which no line break parts a figure from its unit."""
-    return re.sub(r"(?<=\d) (?=(%|ms|MiB|MHz|°C)(?!\w))", "\u00a0", escape(text))
+    """Return text in which no line break parts a figure from its unit."""
+    return re.sub(r"(?<=\d) (?=(%|ms|MiB|MHz|°C)(?!\w))", "\u00a0", text)
 
 
-def grid(header: str, lines: Sequence[str], *, kind: str = "") -> str:
-    """Return a table of ready-made cells; the style's ``stacked`` makes each row a block on a narrow screen."""
-    return f'<table class="{kind}"><thead><tr>{header}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-
-
-def heading(name: str, unit: str = "") -> str:
-    """Return a column's heading, its unit under it."""
-    return f'<th scope="col">{escape(name)}{f"<small>{escape(unit)}</small>" if unit else ""}</th>'
-
-
-def cell(name: str, value: str, under: str) -> str:
-    """Return a figure with a smaller one under it."""
-    smaller = f"<small>{escape(under)}</small>" if under else ""
-    return f'<td data-name="{escape(name)}"><span>{escape(value)}</span>{smaller}</td>'
+def stacked(section: Section) -> bool:
+    """Return whether each row of a table becomes a block on a narrow screen, as it would not fit there."""
+    letters = (sum(len(cell.text) for cell in row.cells[1:]) for row in section.rows)
+    return len(section.columns) - 1 > MOST_FIGURES or max(letters, default=0) > MOST_LETTERS

@@ -32,17 +32,17 @@ from prgkit.evaluate.report.schema import (
     Row,
     measured_latency,
 )
+from prgkit.evaluate.report.sections import Cell, Chip, Column, Section, table_row
+from prgkit.evaluate.report.terminal import Table, table
 from prgkit.metrics import wilson
 
 # Of what runs the artifacts.
 VERSIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino", "tensorrt", "tensorrt_rtx")
 
-HOW = (
-    "A latency is worse where it grew beyond the tolerance and the 95 % intervals of the medians do not overlap (where "
-    "the rounds of a bench were unstable, the range of their medians, 10th to 90th percentile, stands in for its "
-    "interval); a size, where it grew beyond the tolerance; a share of images, where it lies below the baseline's 95 % "
-    "interval."
-)
+
+Share = Literal["top1", "agreement_teacher", "agreement_fp32"]
+What = Share | Literal["latency", "size", "missing"]
+Verdict = Literal["worse", "better", "same", "noise"]
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,18 @@ def require_comparable(gate: Gate, machine: Machine, evaluation: EvaluationImage
     Raises:
         BenchError: the baseline is of another machine, of other evaluation images, or of other threads.
     """
-    old, here = (machine_name(facts) for facts in (gate.report.machine, machine))
-    if old != here:
+    old_machine, new_machine = machine_name(gate.report.machine), machine_name(machine)
+    if old_machine != new_machine:
         raise BenchError(
-            f"the baseline was measured on another machine: {old}; this is {here}",
+            f"the baseline was measured on another machine: {old_machine}; this is {new_machine}",
             where=gate.path,
             fix="keep a baseline for each machine; prgkit bench --merge shows the reports of several side by side",
         )
     if not same_images(gate.report.evaluation, evaluation):
-        before, now = (f"{facts.images:,} {labels(facts)}" for facts in (gate.report.evaluation, evaluation))
-        told = f"{before}, now {now}" if before != now else f"{before} each"
+        before, now = formatting.images_text(gate.report.evaluation), formatting.images_text(evaluation)
+        images = f"{before}, now {now}" if before != now else f"{before} each"
         raise BenchError(
-            f"the baseline was measured on other evaluation images ({told})",
+            f"the baseline was measured on other evaluation images ({images})",
             where=gate.path,
             fix="measure the older bundle again on these, or make this report the baseline",
         )
@@ -112,11 +112,10 @@ def require_comparable(gate: Gate, machine: Machine, evaluation: EvaluationImage
         )
 
 
-def machine_name(facts: Machine) -> str:
+def machine_name(machine: Machine) -> str:
     """Return what makes latencies comparable: processor, cores and GPUs."""
-    cores = facts.usable_cores
-    processor = f"{facts.cpu}, {cores} core{'' if cores == 1 else 's'}"
-    return ", ".join([processor, *(gpu.name for gpu in facts.gpus)])
+    cores = formatting.counted(machine.usable_cores, "core")
+    return ", ".join([machine.cpu, cores, *(gpu.name for gpu in machine.gpus)])
 
 
 def same_images(old: EvaluationImages, new: EvaluationImages) -> bool:
@@ -127,14 +126,10 @@ def same_images(old: EvaluationImages, new: EvaluationImages) -> bool:
     return (old.images, old.labelled) == (new.images, new.labelled)
 
 
-def labels(facts: EvaluationImages) -> str:
-    """Return what kind of images they are."""
-    return "labelled images" if facts.labelled else "images without labels"
-
-
 def against(report: Report, gate: Gate) -> BaselineComparison:
     """Return the section of the new report that holds it against its baseline, line by line."""
-    old, new = ({key(row): row for row in gated(one)} for one in (gate.report, report))
+    old, new = ({row_place(row): row for row in gated(one)} for one in (gate.report, report))
+    images = gate.report.evaluation.images, report.evaluation.images
     lines: list[BaselineLine] = []
     for place, before in old.items():
         if before.status != "measured":
@@ -142,17 +137,16 @@ def against(report: Report, gate: Gate) -> BaselineComparison:
         now = new.get(place)
         if now is None or now.status != "measured":
             why = "not in this bench" if now is None else formatting.why_missing(now)
-            lines.append(BaselineLine(**whose(before), what="missing", verdict="worse", reason=why))
+            lines.append(baseline_line(before, "missing", "worse", reason=why))
             continue
-        images = gate.report.evaluation.images, report.evaluation.images
         quality: Share = "top1" if before.top1 is not None and now.top1 is not None else "agreement_teacher"
-        found = [
+        compared = [
             latency_line(before, now, gate.tolerance),
             size_line(before, now, gate.tolerance),
             share_line(quality, before, now, images),
             share_line("agreement_fp32", before, now, images),
         ]
-        lines += [line for line in found if line is not None]
+        lines += [line for line in compared if line is not None]
     return BaselineComparison(
         file=str(gate.path),
         created=gate.report.created,
@@ -165,17 +159,12 @@ def against(report: Report, gate: Gate) -> BaselineComparison:
     )
 
 
-def whose(row: Row) -> dict[str, Any]:
-    """Return what says whose line it is."""
-    return {"artifact": row.artifact, "backend": row.backend, "device": row.device, "threads": row.threads}
-
-
 def gated(report: Report) -> list[Row]:
     """Return the rows that a gate judges."""
     return [row for row in report.rows if row.backend != "torch"]
 
 
-def key(row: Row) -> tuple[Any, ...]:
+def row_place(row: Row) -> tuple[str | int | None, ...]:
     """Return what makes two rows the same artifact in the same place.
 
     OpenVINO runs INT8 from TensorRT's layout where a bundle has that, from ONNX Runtime's where not.
@@ -184,22 +173,21 @@ def key(row: Row) -> tuple[Any, ...]:
     return artifact.removesuffix("-tensorrt") if row.backend == "openvino" else artifact, *where, row.threads
 
 
+def baseline_line(row: Row, what: What, verdict: Verdict, **figures: Any) -> BaselineLine:
+    """Return one line of the comparison, whose row's it is included."""
+    place = {"artifact": row.artifact, "backend": row.backend, "device": row.device, "threads": row.threads}
+    return BaselineLine.model_validate({**place, "what": what, "verdict": verdict, **figures})
+
+
 def latency_line(before: Row, now: Row, tolerance: float) -> BaselineLine:
     """Compare two medians at batch 1, in ms, by their ratio."""
     old, new = measured_latency(before), measured_latency(now)
-    (old_low, old_high), (new_low, new_high) = bounds = [bounds_ms(old), bounds_ms(new)]
-    ratio = new.p50_ms / old.p50_ms
-    found = verdict(ratio, tolerance)
-    return BaselineLine(
-        **whose(before),
-        what="latency",
-        before=old.p50_ms,
-        before_interval=bounds[0],
-        now=new.p50_ms,
-        now_interval=bounds[1],
-        change_percent=100 * (ratio - 1),
-        verdict=found if found == "same" or new_low > old_high or new_high < old_low else "noise",
-    )
+    intervals = {"before_interval": bounds_ms(old), "now_interval": bounds_ms(new)}
+    (old_low, old_high), (new_low, new_high) = intervals.values()
+    verdict = cost_verdict(old.p50_ms, new.p50_ms, tolerance)
+    if verdict != "same" and new_low <= old_high and old_low <= new_high:
+        verdict = "noise"
+    return baseline_line(before, "latency", verdict, **costs(old.p50_ms, new.p50_ms), **intervals)
 
 
 def bounds_ms(latency: Latency) -> Interval:
@@ -218,20 +206,23 @@ def bounds_ms(latency: Latency) -> Interval:
 
 def size_line(before: Row, now: Row, tolerance: float) -> BaselineLine | None:
     """Compare two files' sizes, in MiB, by their ratio."""
-    if not before.size_mib or not now.size_mib:
+    old, new = before.size_mib, now.size_mib
+    if not old or not new:
         return None
-    ratio = now.size_mib / before.size_mib
-    return BaselineLine(
-        **whose(before),
-        what="size",
-        before=before.size_mib,
-        now=now.size_mib,
-        change_percent=100 * (ratio - 1),
-        verdict=verdict(ratio, tolerance),
-    )
+    return baseline_line(before, "size", cost_verdict(old, new, tolerance), **costs(old, new))
 
 
-Share = Literal["top1", "agreement_teacher", "agreement_fp32"]
+def costs(old: float, new: float) -> dict[str, float]:
+    """Return two costs and the change from one to the other."""
+    return {"before": old, "now": new, "change_percent": 100 * (new / old - 1)}
+
+
+def cost_verdict(old: float, new: float, tolerance: float) -> Verdict:
+    """Return what a ratio of two costs means; just the tolerance is within it, whatever floating point makes of it."""
+    ratio = new / old
+    if ratio > 1 + tolerance and not math.isclose(ratio, 1 + tolerance, rel_tol=1e-9):
+        return "worse"
+    return "better" if ratio < 1 / (1 + tolerance) else "same"
 
 
 def share_line(name: Share, before: Row, now: Row, images: tuple[int, int]) -> BaselineLine | None:
@@ -239,60 +230,39 @@ def share_line(name: Share, before: Row, now: Row, images: tuple[int, int]) -> B
     old, new = getattr(before, name), getattr(now, name)
     if old is None or new is None:
         return None
-    intervals = [wilson(round(share * count / 100), count) for share, count in zip((old, new), images, strict=True)]
-    low, high = intervals[0]
-    return BaselineLine(
-        **whose(before),
-        what=name,
-        before=old,
-        before_interval=intervals[0],
-        now=new,
-        now_interval=intervals[1],
-        change_points=new - old,
-        verdict="worse" if new < low else "better" if new > high else "same",
-    )
-
-
-def verdict(ratio: float, tolerance: float) -> Literal["worse", "better", "same"]:
-    """Return what a ratio of two costs means; just the tolerance is within it, whatever floating point makes of it."""
-    if ratio > 1 + tolerance and not math.isclose(ratio, 1 + tolerance, rel_tol=1e-9):
-        return "worse"
-    return "better" if ratio < 1 / (1 + tolerance) else "same"
+    low, high = before_interval = wilson(round(old * images[0] / 100), images[0])
+    now_interval = wilson(round(new * images[1] / 100), images[1])
+    intervals = {"before_interval": before_interval, "now_interval": now_interval}
+    verdict: Verdict = "worse" if new < low else "better" if new > high else "same"
+    return baseline_line(before, name, verdict, before=old, now=new, change_points=new - old, **intervals)
 
 
 def differences(old: Report, new: Report) -> list[str]:
     """Return what else is not as it was, for whoever looks for the cause."""
-    told = []
-    for name in VERSIONS:
-        before, now = (report.machine.versions.get(name) for report in (old, new))
-        if before != now:
-            told.append(f"{name} was {before or 'not installed'} and is {now or 'not installed'}.")
-    for name, what in (("governor", "The governor"), ("clocks_locked", "Whether the clocks are locked")):
-        before, now = (getattr(report.machine, name) for report in (old, new))
-        if before != now:
-            told.append(f"{what} was {before} and is {now}.")
-    for name, what in (("student", "The student"), ("teacher", "The teacher")):
-        before, now = (getattr(report.run, name) for report in (old, new))
-        if before != now:
-            told.append(f"{what} was {before} and is {now}.")
+    installed = [[report.machine.versions.get(name) or "not installed" for report in (old, new)] for name in VERSIONS]
+    facts: list[tuple[str, object, object]] = [
+        *((name, before, now) for name, (before, now) in zip(VERSIONS, installed, strict=True)),
+        ("The governor", old.machine.governor, new.machine.governor),
+        ("Whether the clocks are locked", old.machine.clocks_locked, new.machine.clocks_locked),
+        ("The student", old.run.student, new.run.student),
+        ("The teacher", old.run.teacher, new.run.teacher),
+    ]
+    notes = [f"{what} was {before} and is {now}." for what, before, now in facts if before != now]
     if old.teacher != new.teacher:
-        told.append("The teacher answers differently: agreement with it is not agreement with the same answers.")
+        notes.append("The teacher answers differently: agreement with it is not agreement with the same answers.")
     if None in (old.evaluation.digest, new.evaluation.digest):
-        told.append("Not both reports say which images they were measured on: they are taken to be the same.")
-    return told
+        notes.append("Not both reports say which images they were measured on: they are taken to be the same.")
+    return notes
 
 
-def regressions(found: BaselineComparison, *, path: Path) -> RegressionError | None:
+def regressions(comparison: BaselineComparison, *, path: Path) -> RegressionError | None:
     """Return the error that tells what became worse, or None where nothing did."""
-    worse = [line for line in found.lines if line.verdict == "worse"]
+    worse = [f"  {line_text(line)}" for line in comparison.lines if line.verdict == "worse"]
     if not worse:
         return None
-    count = f"{len(worse)} regression{'' if len(worse) == 1 else 's'} against {found.file}"
-    return RegressionError(
-        "\n".join([f"{count}:", *(f"  {told(line)}" for line in worse)]),
-        where=path,
-        fix="make it good again, or accept it: this report.json is then the next baseline",
-    )
+    count = f"{formatting.counted(len(worse), 'regression')} against {comparison.file}:"
+    fix = "make it good again, or accept it: this report.json is then the next baseline"
+    return RegressionError("\n".join([count, *worse]), where=path, fix=fix)
 
 
 NAMES = {
@@ -301,10 +271,11 @@ NAMES = {
     "top1": "top-1",
     "agreement_teacher": "= teacher",
     "agreement_fp32": "= FP32",
+    "missing": "itself",
 }
 
 
-def told(line: BaselineLine) -> str:
+def line_text(line: BaselineLine) -> str:
     """Return a line in words: whose, what, before, now, and the change."""
     if line.what == "missing":
         return f"{formatting.row_name(line)}: {line.reason}"
@@ -312,12 +283,12 @@ def told(line: BaselineLine) -> str:
     if line.before_interval and line.now_interval:
         bounds = formatting.interval_ms if line.what == "latency" else formatting.interval
         intervals = f" (95 %: {bounds(line.before_interval)}, now {bounds(line.now_interval)})"
-    before, now, change = figures(line)
+    before, now, change = line_figures(line)
     return f"{formatting.row_name(line)}: {NAMES[line.what]} {before} → {now}, {change}{intervals}"
 
 
-def figures(line: BaselineLine) -> tuple[str, str, str]:
-    """Return a line's cells: before, now and the change, with their units."""
+def line_figures(line: BaselineLine) -> tuple[str, str, str]:
+    """Return a line's figures: before, now and the change, with their units."""
     before, now = line.before, line.now
     if before is None or now is None:
         return "measured", "missing", ""
@@ -328,28 +299,56 @@ def figures(line: BaselineLine) -> tuple[str, str, str]:
     return formatting.percent(before), formatting.percent(now), f"{line.change_points:+.1f} points"
 
 
-HEADER = ["artifact", "", "before", "now", "change", ""]
+HOW = (
+    "A latency is worse where it grew beyond the tolerance and the 95 % intervals of the medians do not overlap (where "
+    "the rounds of a bench were unstable, the range of their medians, 10th to 90th percentile, stands in for its "
+    "interval); a size, where it grew beyond the tolerance; a share of images, where it lies below the baseline's 95 % "
+    "interval."
+)
+CHIPS: dict[str, Literal["bad", "good"]] = {"worse": "bad", "better": "good"}
 
 
-def cells(found: BaselineComparison) -> list[tuple[str, str, str, str, str, str]]:
-    """Return the table of a comparison: artifact, what, before, now, change, verdict."""
-    return [
-        (formatting.row_name(line), NAMES.get(line.what, "itself"), *figures(line), line.verdict)
-        for line in found.lines
-    ]
-
-
-def about(found: BaselineComparison) -> str:
-    """Return what was compared with what, and how it ended, in one sentence."""
-    count = found.regressions
-    result = "no regression" if not count else f"{count} regression{'' if count == 1 else 's'}"
-    return (
-        f"Against {found.file} (run {found.run}, {found.created[:10]}), tolerance "
-        f"{100 * found.tolerance:g} %: {result}."
+def against_baseline(report: Report) -> Section | None:
+    """Return what became worse, what better, and what else is not as it was; None where there is no baseline."""
+    comparison = report.baseline
+    if comparison is None:
+        return None
+    new = [f"Not in the baseline: {', '.join(comparison.new)}."] if comparison.new else []
+    return Section(
+        "Against the baseline",
+        f"{baseline_headline(comparison)} {HOW}",
+        (
+            Column("Artifact", short="artifact", left=True),
+            Column("Figure", short="figure", left=True),
+            *(Column(name.capitalize(), short=name) for name in ("before", "now", "change")),
+            Column("Verdict", short="verdict"),
+        ),
+        tuple(
+            table_row(
+                formatting.row_name(line),
+                NAMES[line.what],
+                *line_figures(line),
+                Cell("", chip=Chip(line.verdict, CHIPS.get(line.verdict, ""))),
+            )
+            for line in comparison.lines
+        ),
+        notes=(*new, *comparison.notes),
     )
 
 
-def notes(found: BaselineComparison) -> list[str]:
-    """Return what else is not as it was, and what has nothing to be held against."""
-    new = [f"Not in the baseline: {', '.join(found.new)}."] if found.new else []
-    return [*new, *found.notes]
+def baseline_table(report: Report) -> Table:
+    """Return a report held against its baseline for the terminal."""
+    section = against_baseline(report)
+    assert section is not None
+    assert report.baseline is not None
+    return table(section, title=baseline_headline(report.baseline), notes=section.notes)
+
+
+def baseline_headline(comparison: BaselineComparison) -> str:
+    """Return what was compared with what, and how it ended, in one sentence."""
+    count = comparison.regressions
+    result = formatting.counted(count, "regression") if count else "no regression"
+    return (
+        f"Against {comparison.file} (run {comparison.run}, {comparison.created[:10]}), tolerance "
+        f"{100 * comparison.tolerance:g} %: {result}."
+    )

@@ -1,133 +1,138 @@
-"""The sections of a report: what each shows, and in which words."""
+"""What a report shows, as data: html.py, markdown.py and terminal.py draw it, and know no section by its name."""
 
 from __future__ import annotations
 
-from prgkit.evaluate.report import formatting
-from prgkit.evaluate.report.formatting import NONE, P99_SAMPLES
-from prgkit.evaluate.report.schema import STAGES, Report, Stage
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-PACED_HEADER = ["frames", "p50 ms", "p99 ms", "slowest ms", "run p50 ms", "late"]
-
-
-SWEEP_HOW = (
-    "Latency at batch 1 by the number of CPU threads, in a session of its own in which all take turns; in brackets, "
-    "how many times faster than with the fewest threads."
-)
+from markupsafe import Markup
 
 
-SCOPE_NAMES = {"compute": "compute", "io": "io", "pipeline": "pipeline", "end_to_end": "end-to-end"}
+@dataclass(frozen=True)
+class Chip:
+    """A word on a coloured ground: a verdict."""
+
+    text: str
+    kind: Literal["", "good", "warn", "bad"] = ""
+    brief: str = ""  # what the terminal shows in its place
 
 
-def scope_columns(report: Report) -> list[Stage]:
-    """Return the scopes of a table: what only GPUs have is left out where none was measured."""
-    gpus = any("compute" in row.latency_stages for row in formatting.measured(report))
-    return [scope for scope in STAGES if gpus or scope != "compute"]
+@dataclass(frozen=True)
+class Cell:
+    """A figure of a table, with what qualifies it."""
+
+    text: str
+    small: str = ""  # the smaller figure under it, such as its interval
+    chip: Chip | None = None
+    dot: str = ""  # the colour of a dot before it, as CSS names it
+    strong: bool = False
+    span: int = 1  # how many columns it takes
 
 
-def scope_header(report: Report) -> list[str]:
-    """Return the columns of the scopes' table."""
-    return ["p50 ms", *(SCOPE_NAMES[scope] for scope in scope_columns(report))]
+@dataclass(frozen=True)
+class Column:
+    """A column of a table."""
+
+    name: str
+    unit: str = ""
+    short: str | None = None  # what stands for name and unit in Markdown and in the terminal
+    small: str = ""  # Markdown gives the smaller figures a column of this name; without one it leaves them out
+    left: bool = False  # of words, not of figures
+    terminal: bool = True
+
+    @property
+    def full_name(self) -> str:
+        """Its name and unit; without the unit where all of the table's figures have the same."""
+        return self.name if self.short == self.name else f"{self.name} {self.unit}".strip()
+
+    @property
+    def heading(self) -> str:
+        """Its name in Markdown and in the terminal."""
+        return self.full_name if self.short is None else self.short
 
 
-def scope_lines(report: Report) -> list[list[str]]:
-    """Return each measured row's medians by scope: from pixels, from a decoded picture, from its file."""
-    rows = [row for row in formatting.measured(report) if row.latency_stages]
-    return [
-        [
-            formatting.row_name(row),
-            *(
-                formatting.ms(row.latency_stages[scope].p50_ms if scope in row.latency_stages else None)
-                for scope in scope_columns(report)
-            ),
-        ]
-        for row in rows
-    ]
+@dataclass(frozen=True)
+class TableRow:
+    """A line of a table; its first cell names it."""
+
+    cells: tuple[Cell, ...]
+    group: str = ""  # what several lines have in common: a device, a student
+    lead: bool = False  # the line that the headline speaks of
+    muted: bool = False
 
 
-def scope_about(report: Report) -> str:
-    """Return what the scopes are, and which pictures they ran on."""
-    found = report.stage_images
-    assert found is not None
-    smallest, largest = ("×".join(map(str, size)) for size in (found.smallest, found.largest))
-    size = f"{smallest} px" if smallest == largest else f"{smallest} to {largest} px"
-    compute = "compute, the GPU's own time by CUDA events; " if "compute" in scope_columns(report) else ""
-    return (
-        f"Median latency at batch 1 by where it is counted from: {compute}io, from prepared pixels; pipeline, from "
-        "a decoded picture, so with resizing and cropping; end-to-end, from the PNG file in memory, so with "
-        f"decoding as well. In turns, in one process, with Pillow, on the bundle's "
-        f"{found.images} golden pictures ({size})."
-    )
+@dataclass(frozen=True)
+class Answer:
+    """A class name with those who gave it."""
+
+    name: str
+    givers: tuple[str, ...]
+    wrong: bool
 
 
-def paced_lines(report: Report) -> list[list[str]]:
-    """Return a line for each artifact; none where no frames were paced."""
-    lines = []
-    for one in report.fixed_rate.rows if report.fixed_rate else ():
-        name = formatting.row_name(one)
-        if one.times is None:
-            lines.append([name, "failed", *[NONE] * (len(PACED_HEADER) - 2)])
-            continue
-        times = one.times
-        figures = map(formatting.ms, (times.p50_ms, times.p99_ms, times.max_ms, times.run_p50_ms))
-        lines.append([name, *figures, f"{times.late:,} of {times.frames:,}"])
-    return lines
+@dataclass(frozen=True)
+class Example:
+    """An image with the answers given to it."""
+
+    source: str  # the image as a data URI
+    pixelated: bool  # whether it is shown pixel by pixel
+    description: str
+    verdict: Chip
+    answers: tuple[Answer, ...]
 
 
-def paced_said(report: Report) -> list[str]:
-    """Return the frames in a sentence for each artifact, for the terminal."""
-    found = report.fixed_rate
-    if not found:
-        return []
-    rate = f"at {found.fps:g} frames/s"
-    return [
-        f"{name} {rate}: " + ("failed." if p50 == "failed" else f"p50 {p50} ms, slowest {slowest} ms, late {late}.")
-        for name, p50, _, slowest, _, late in paced_lines(report)
-    ]
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: a title, a sentence, and any of a table, plots, facts, notes, commands and pictures."""
+
+    title: str
+    about: str = ""
+    columns: tuple[Column, ...] = ()
+    rows: tuple[TableRow, ...] = ()
+    group: str = ""  # what the rows' groups are
+    ends: tuple[int, int] | None = None  # how many rows Markdown shows from the top and from the bottom; None: all
+    folded: str = ""  # the page shows the table under this title, when it is clicked
+    plots: tuple[Markup, ...] = ()
+    legend: tuple[tuple[str, str], ...] = ()  # (colour, name)
+    facts: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+    examples: tuple[Example, ...] = ()
+    dot: str = ""  # the colour of a dot before the title
+    summary: tuple[str, ...] = ()  # the section in sentences, for the terminal
+    page_only: bool = False  # left out of Markdown
 
 
-def paced_about(report: Report) -> str:
-    """Return what the figures are figures of."""
-    found = report.fixed_rate
-    assert found is not None
-    return (
-        f"{found.fps:g} frames a second, each timed from when it was due, so with waiting for the one before; late "
-        f"after {formatting.ms(found.deadline_ms)} ms. Clocks drop between frames, so a run may take longer here "
-        f"than in the tight loop that gives the artifacts' latency. p99 needs {P99_SAMPLES:,} frames."
-    )
+@dataclass(frozen=True)
+class Tile:
+    """A figure that answers what most readers ask first."""
+
+    name: str
+    figure: str
+    unit: str
+    more: str
 
 
-def sweep_header(report: Report) -> list[str]:
-    """Return the columns of the sweep's table."""
-    assert report.thread_sweep is not None
-    return ["p50 ms", *(f"{count} thread{'' if count == 1 else 's'}" for count in report.thread_sweep.counts)]
+@dataclass(frozen=True)
+class Document:
+    """A whole report; on a wide page the sections of one line stand beside each other."""
+
+    title: str
+    sections: tuple[tuple[Section, ...], ...]
+    origin: str = ""  # what made it, and when
+    lead: tuple[str, ...] = ()  # a sentence in parts, every second of them in bold
+    tiles: tuple[Tile, ...] = ()
+    about: str = ""  # how its figures came to be
 
 
-def sweep_lines(report: Report) -> list[list[str]]:
-    """Return each artifact's medians, with the gain over the least number of threads; none without a sweep."""
-    found = report.thread_sweep
-    if not found:
-        return []
-    lines = []
-    for row in found.rows:
-        base = row.latency.get(min(found.counts))
-        cells = [formatting.row_name(row)]
-        for count in found.counts:
-            one = row.latency.get(count)
-            if one is None:
-                cells.append("failed")
-            elif one is base or base is None:
-                cells.append(formatting.ms(one.p50_ms))
-            else:
-                cells.append(f"{formatting.ms(one.p50_ms)} ({base.p50_ms / one.p50_ms:.2f}×)")
-        lines.append(cells)
-    return lines
+def table_row(*cells: Cell | str, group: str = "", lead: bool = False, muted: bool = False) -> TableRow:
+    """Return a line of a table; a string is a cell that is nothing but text."""
+    ready = tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in cells)
+    return TableRow(ready, group, lead, muted)
 
 
-def sweep_said(report: Report) -> list[str]:
-    """Return the sweep in a sentence for each artifact, for the terminal."""
-    names = sweep_header(report)[1:] if report.thread_sweep else []
-    said = []
-    for artifact, *cells in sweep_lines(report):
-        parts = ", ".join(f"{name} {cell}" for name, cell in zip(names, cells, strict=True))
-        said.append(f"{artifact}, p50 ms: {parts}.")
-    return said
+def lines(*groups: Sequence[Section | None]) -> tuple[tuple[Section, ...], ...]:
+    """Return a document's sections without those that have nothing to show."""
+    shown = (tuple(section for section in group if section is not None) for group in groups)
+    return tuple(group for group in shown if group)

@@ -1,165 +1,136 @@
-"""How a soak is told: in a sentence, in a table, and as a chart over time."""
+"""The report's section on a soak: in a sentence, in a table, and as charts over time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
 
-from prgkit.evaluate.report import formatting, html
-from prgkit.evaluate.report.formatting import NONE
-from prgkit.evaluate.report.plots import svg
-from prgkit.evaluate.report.plots.figures import spread_out
-from prgkit.evaluate.report.plots.svg import FONT, WIDTH, Axis
-from prgkit.evaluate.report.schema import Report, Samples, SoakResult, SoakWindow
+from markupsafe import Markup
 
-HEADER = ["", "p50 ms", "p99 ms", "slowest ms", "clock MHz", "°C", "W"]
-
+from prgkit.evaluate.report.formatting import NONE, ms, row_name
+from prgkit.evaluate.report.plots import charts
+from prgkit.evaluate.report.schema import Report, Samples, Soak, SoakResult, SoakSpan, SoakWindow
+from prgkit.evaluate.report.sections import Column, Section, TableRow, table_row
 
 MINUTE_S = 60.0
-
 SLOWER, UNSTABLE = 1.05, 1.1
+COLUMNS = (
+    Column("", left=True),
+    *(Column(name) for name in ("p50 ms", "p99 ms", "slowest ms", "clock MHz", "°C", "W")),
+)
 
 Shown = Literal["p50_ms", "p90_ms", "p99_ms", "clock_mhz", "temperature_c", "power_w"]
 
 
-def soak_said(report: Report) -> list[str]:
-    """Return the soak in a sentence, for the terminal; nothing without one."""
-    found = report.soak
-    if not found:
-        return []
-    rate = "back to back" if found.fps is None else f"at {found.fps:g} frames/s"
-    start = f"Soak, {formatting.row_name(found)}, {found.minutes:g} min {rate}: "
-    failed = "" if found.failed is None else f"failed: {found.failed}"
-    result = found.result
+def soak(report: Report, samples: Samples | None = None) -> Section | None:
+    """Return the soak, with charts where there are samples; None without one."""
+    if report.soak is None:
+        return None
+    result, sentence = report.soak.result, soak_sentence(report.soak)
+    return Section(
+        "Soak",
+        soak_about(report.soak, sentence),
+        COLUMNS,
+        tuple(soak_row(f"{name} {span_name(result)}", span) for name, span in spans(result)) if result else (),
+        plots=soak_plots(samples.soak.windows) if samples and result else (),
+        summary=(sentence,),
+    )
+
+
+def spans(result: SoakResult) -> list[tuple[str, SoakSpan]]:
+    """Return what is compared, with its names."""
+    return [("first", result.first), ("last", result.last)]
+
+
+def span_name(result: SoakResult) -> str:
+    """Return how long the compared beginning and end are: ``minute``, or ``20 s``."""
+    return "minute" if result.compared_s == MINUTE_S else f"{result.compared_s:.3g} s"
+
+
+def soak_row(name: str, span: SoakSpan) -> TableRow:
+    """Return the first or the last minute as a line of the table."""
+    shown = ((span.clock_mhz, 0), (span.temperature_c, 0), (span.power_w, 1))
+    sensors = (NONE if value is None else f"{value:,.{digits}f}" for value, digits in shown)
+    return table_row(name, ms(span.p50_ms), ms(span.p99_ms), ms(span.max_ms), *sensors)
+
+
+def soak_sentence(soak: Soak) -> str:
+    """Return how a soak went, in a sentence."""
+    rate = "back to back" if soak.fps is None else f"at {soak.fps:g} frames/s"
+    start = f"Soak, {row_name(soak)}, {soak.minutes:g} min {rate}: "
+    failed = "" if soak.failed is None else f"failed: {soak.failed}"
+    result = soak.result
     if result is None:
-        return [f"{start}{failed}."]
+        return f"{start}{failed}."
     low, high = result.ratio_interval
-    said = [
+    parts = [
         start + (f"{failed}; until then {result.verdict}" if failed else result.verdict),
-        f"the last {span(result)} took {result.ratio:.2f} times the first ({low:.2f}–{high:.2f})",
+        f"the last {span_name(result)} took {result.ratio:.2f} times the first ({low:.2f}–{high:.2f})",
         *changes(result),
     ]
     if result.verdict == "unstable":
-        fastest, slowest = formatting.ms(result.fastest_p50_ms), formatting.ms(result.slowest_p50_ms)
-        said.append(f"medians of its windows from {fastest} to {slowest} ms")
+        parts.append(f"medians of its windows from {ms(result.fastest_p50_ms)} to {ms(result.slowest_p50_ms)} ms")
     if result.late is not None:
-        said.append(f"{result.late:,} of {result.runs:,} frames late")
-    return [", ".join(said) + "."]
+        parts.append(f"{result.late:,} of {result.runs:,} frames late")
+    return ", ".join(parts) + "."
 
 
-def span(found: SoakResult) -> str:
-    """Return how long the compared beginning and end are: ``minute``, or ``20 s``."""
-    return "minute" if found.compared_s == MINUTE_S else f"{found.compared_s:.3g} s"
-
-
-def changes(found: SoakResult) -> list[str]:
+def changes(result: SoakResult) -> list[str]:
     """Return what changed from first to last, in words, as far as the device shows it."""
-    first, last = found.first, found.last
-    said = [f"p50 {formatting.ms(first.p50_ms)} → {formatting.ms(last.p50_ms)} ms"]
+    first, last = result.first, result.last
+    parts = [f"p50 {ms(first.p50_ms)} → {ms(last.p50_ms)} ms"]
     for before, after, unit, digits in (
         (first.clock_mhz, last.clock_mhz, "MHz", 0),
         (first.temperature_c, last.temperature_c, "°C", 0),
         (first.power_w, last.power_w, "W", 1),
     ):
         if before is not None and after is not None:
-            said.append(f"{before:,.{digits}f} → {after:,.{digits}f} {unit}")
-    return [*said, *([f"the device said: {', '.join(found.throttling)}"] if found.throttling else [])]
+            parts.append(f"{before:,.{digits}f} → {after:,.{digits}f} {unit}")
+    return [*parts, *([f"the device said: {', '.join(result.throttling)}"] if result.throttling else [])]
 
 
-def soak_lines(report: Report) -> list[list[str]]:
-    """Return the first and the last minute as lines of a table; none without a soak."""
-    found = report.soak.result if report.soak else None
-    if found is None:
-        return []
-    lines = []
-    for name, one in (("first", found.first), ("last", found.last)):
-        figures = [formatting.ms(value) for value in (one.p50_ms, one.p99_ms, one.max_ms)]
-        shown = [one.clock_mhz, one.temperature_c, one.power_w]
-        others = [
-            NONE if value is None else f"{value:,.{digits}f}" for value, digits in zip(shown, (0, 0, 1), strict=True)
-        ]
-        lines.append([f"{name} {span(found)}", *figures, *others])
-    return lines
-
-
-def soak_about(report: Report) -> str:
-    """Return what the figures are figures of."""
-    found = report.soak
-    assert found is not None
-    result, unseen, energy = found.result, list[str](), ""
+def soak_about(soak: Soak, sentence: str) -> str:
+    """Return how a soak went, and what its figures are figures of."""
+    result, energy, unseen = soak.result, "", ""
     if result is not None:
         last = result.last
         shown = {"its clock": last.clock_mhz, "its temperature": last.temperature_c, "its power": last.power_w}
-        unseen = [name for name, value in shown.items() if value is None]
-    if result is not None and result.energy_mj is not None:
-        energy = f" {result.energy_mj:.3g} mJ an image ({result.power_source})."
+        if names := ", ".join(name for name, value in shown.items() if value is None):
+            unseen = f" This device does not show {names}."
+        if result.energy_mj is not None:
+            energy = f" {result.energy_mj:.3g} mJ an image ({result.power_source})."
     return (
-        f"{soak_said(report)[0].removeprefix('Soak, ')}{energy} It began right after the other measurements, on a "
+        f"{sentence.removeprefix('Soak, ')}{energy} It began right after the other measurements, on a "
         f"device as warm as they left it. Slower means that the whole 95 % interval lies above {SLOWER:g}, throttled "
-        f"that the device shows why; unstable, that two windows of {found.window_s:g} s had medians over "
-        f"{UNSTABLE:g} times apart." + (f" This device does not show {', '.join(unseen)}." if unseen else "")
+        f"that the device shows why; unstable, that two windows of {soak.window_s:g} s had medians over "
+        f"{UNSTABLE:g} times apart.{unseen}"
     )
 
 
-def soak_section(report: Report, samples: Samples) -> str:
-    """Return the soak as a part of the page: in words, as a chart over time, and as a table; nothing without one."""
-    lines = soak_lines(report)
-    if not lines:
-        return html.section("Soak", soak_about(report), "") if report.soak else ""
-    rows = [
-        f'<tr><th scope="row">{name}</th>'
-        + "".join(html.cell(column, figure, "") for column, figure in zip(HEADER[1:], figures, strict=True))
-        + "</tr>"
-        for name, *figures in lines
-    ]
-    table = html.grid("".join(map(html.heading, HEADER)), rows, kind="stacked")
-    drawn = "".join(f"<div>{one}</div>" for one in charts(samples.soak.windows))
-    return html.section("Soak", soak_about(report), f'<div class="plots">{drawn}</div>{table}')
-
-
-def charts(windows: Sequence[SoakWindow]) -> list[str]:
+def soak_plots(windows: Sequence[SoakWindow]) -> tuple[Markup, ...]:
     """Draw the latency over time and, where the device shows it, its temperature."""
     if not windows:
-        return []
-    tail = "p99" if len(known(windows, "p99_ms")) == len(windows) else "p90"
-    latency = {tail: over_time(windows, "p99_ms" if tail == "p99" else "p90_ms"), "p50": over_time(windows, "p50_ms")}
-    drawn = [chart("latency, ms", latency, "Latency during the soak")]
-    warmth = over_time(windows, "temperature_c")
-    if len(warmth) > 1:
-        drawn.append(chart("temperature, °C", {"": warmth}, "Temperature during the soak"))
-    return drawn
+        return ()
+    tail: Shown = "p99_ms" if len(over_time(windows, "p99_ms")) == len(windows) else "p90_ms"
+    latency = {"p50": over_time(windows, "p50_ms"), tail.removesuffix("_ms"): over_time(windows, tail)}
+    temperature = over_time(windows, "temperature_c")
+    plots = [
+        charts.over_time(
+            latency, x_name="minutes", y_name="latency, ms", title="Latency during the soak", from_zero=True
+        )
+    ]
+    if len(temperature) > 1:
+        title = "Temperature during the soak"
+        plots.append(charts.over_time({"": temperature}, x_name="minutes", y_name="temperature, °C", title=title))
+    return tuple(plots)
 
 
 def over_time(windows: Sequence[SoakWindow], key: Shown) -> list[tuple[float, float]]:
     """Return (minutes, value) at the middle of each window that knows the value."""
-    return [
-        ((window.start_s + window.seconds / 2) / 60, value)
-        for window in windows
-        if (value := getattr(window, key)) is not None
-    ]
-
-
-def chart(name: str, lines: dict[str, list[tuple[float, float]]], title: str) -> str:
-    """Draw lines over minutes, each named at its end, on an axis from zero for a latency."""
-    left, right, top, bottom = 48.0, WIDTH - 44.0, 30.0, 180.0
-    values = [value for points in lines.values() for _, value in points]
-    minutes = [minute for points in lines.values() for minute, _ in points]
-    low = 0.0 if len(lines) > 1 else min(values) - 2
-    x = Axis(0.0, max(minutes), left, right)
-    y = Axis(low, 1.06 * max(values) if len(lines) > 1 else max(values) + 2, bottom, top)
-    drawn = [svg.text(0, 14, name, muted=True), *svg.vertical_axis(y, left, right=right)]
-    drawn += svg.horizontal_axis(x, bottom, "minutes", top=top)
-    ends = spread_out([y.at(points[-1][1]) for points in lines.values()], gap=FONT + 2, low=top, high=bottom)
-    for index, ((label, points), end) in enumerate(zip(lines.items(), ends, strict=True)):
-        ink = svg.colour(len(lines) - 1 - index)
-        drawn.append(svg.polyline([(x.at(at), y.at(value)) for at, value in points], stroke=ink, width=1.6))
-        if label:
-            drawn.append(svg.circle(right + 9, end, radius=3.5, fill=ink))
-            drawn.append(svg.text(right + 17, end + FONT * 0.35, label))
-    said = ", ".join(f"{label} {points[0][1]:.3g} to {points[-1][1]:.3g}" for label, points in lines.items())
-    return svg.drawing(bottom + 46, drawn, title=title, description=said)
+    values = ((window, getattr(window, key)) for window in windows)
+    return [((window.start_s + window.seconds / 2) / 60, value) for window, value in values if value is not None]
 
 
 def known(windows: Sequence[SoakWindow], key: Shown) -> list[float]:
-    """Return what the windows know of something that a device may keep to itself."""
-    return [value for window in windows if (value := getattr(window, key)) is not None]
+    """Return a figure of the windows, of those in which the device shows it."""
+    return [value for _, value in over_time(windows, key)]

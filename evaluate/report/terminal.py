@@ -1,77 +1,25 @@
-"""The tables of the terminal: a report's rows, how they stand to a baseline, and how devices compare."""
+"""A section of a report as a table of the terminal, its sentences below."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Table as Table  # for those who name what `table` returns
 from rich.text import Text
 
-from prgkit.evaluate.report import formatting, regression, sections, soak_section
-from prgkit.evaluate.report.schema import BaselineComparison, Report, measured_latency
+from prgkit.evaluate.report.sections import Cell, Section, TableRow
+
+WHOLE_LETTERS = 40  # a name up to this long is not broken over lines
+STYLES = {"bad": "red", "good": "green", "warn": "yellow", "": ""}
 
 
-def report_table(report: Report) -> Table:
-    """Return the rows as a table for the terminal."""
-    labelled = report.evaluation.labelled
-    said = [*sections.sweep_said(report), *sections.paced_said(report), *soak_section.soak_said(report)]
-    said += [*formatting.audit_summary(report), *report.notes]
-    result = plain_table(formatting.headline(report), said)
-    result.add_column("artifact", no_wrap=True)
-    for name in [
-        "p50 ms",
-        "p99 ms",
-        "img/s",
-        *(["top-1 %"] if labelled else []),
-        "teacher %",
-        "fp32 %",
-        "MiB",
-    ]:
-        result.add_column(name, justify="right")
-    for row in report.rows:
-        if row.status != "measured":
-            # Text, not a string: a reason may hold brackets that rich would read as markup.
-            result.add_row(
-                Text(formatting.row_name(row), style="dim"),
-                Text("failed" if row.status == "failed" else "not run", style="yellow"),
-            )
-            continue
-        best = formatting.best_throughput(row)
-        result.add_row(
-            Text(formatting.row_name(row)),
-            formatting.ms(measured_latency(row).p50_ms),
-            formatting.ms(measured_latency(row).p99_ms),
-            formatting.rate(best.images_per_s if best else None),
-            *([share(row.top1)] if labelled else []),
-            share(row.agreement_teacher),
-            share(row.agreement_fp32),
-            formatting.mib(row.size_mib),
-        )
-    return result
+def table(section: Section, *, title: str, notes: Sequence[str]) -> Table:
+    """Return a section's table, its smaller figures left out; a group is named where its lines begin.
 
-
-def share(value: float | None) -> str:
-    """Return a percentage for a column that names the unit."""
-    return formatting.percent(value).removesuffix(" %")
-
-
-def baseline_table(found: BaselineComparison) -> Table:
-    """Return a report held against its baseline, a line for each figure that was compared."""
-    result = plain_table(regression.about(found), regression.notes(found))
-    for index, name in enumerate(regression.HEADER):
-        result.add_column(name, justify="right" if 2 <= index <= 4 else "left", no_wrap=index == 0)
-    for line in regression.cells(found):
-        result.add_row(*map(Text, line[:-1]), Text(line[-1], style=STYLES.get(line[-1], "")))
-    return result
-
-
-STYLES = {"worse": "red", "better": "green"}
-
-
-def plain_table(title: str, notes: Sequence[str]) -> Table:
-    """Return a table without columns; Text, not strings: names may hold brackets that rich would read as markup."""
-    return Table(
+    All is Text, not strings: names may hold brackets that rich would read as markup.
+    """
+    result = Table(
         title=Text(title),
         title_justify="left",
         title_style="bold",
@@ -82,3 +30,37 @@ def plain_table(title: str, notes: Sequence[str]) -> Table:
         caption=Text("\n".join(notes)) if notes else None,
         caption_justify="left",
     )
+    if section.group:
+        result.add_column(section.group)
+    for index, column in enumerate(section.columns):
+        if column.terminal:
+            longest = max((len(row.cells[0].text) for row in section.rows), default=0)
+            whole = index == 0 and longest <= WHOLE_LETTERS
+            result.add_column(column.heading, justify="left" if column.left else "right", no_wrap=whole)
+    group = ""
+    for row in section.rows:
+        texts = terminal_cells(section, row)
+        if section.group:
+            texts.insert(0, Text(row.group if row.group != group else ""))
+            group = row.group
+        result.add_row(*texts)
+    return result
+
+
+def terminal_cells(section: Section, row: TableRow) -> list[Text]:
+    """Return a row's cells for those columns that the terminal shows."""
+    texts, at = [], 0
+    for cell in row.cells:
+        shown = sum(column.terminal for column in section.columns[at : at + cell.span])
+        if shown:
+            texts += [terminal_text(cell, named=at == 0, muted=row.muted), *[Text("")] * (shown - 1)]
+        at += cell.span
+    return texts
+
+
+def terminal_text(cell: Cell, *, named: bool, muted: bool) -> Text:
+    """Return a cell's text; a verdict stands for its reasons, which the notes tell."""
+    style = "dim" if muted else ""
+    if cell.chip is None or named:
+        return Text(cell.text, style=style)
+    return Text(cell.chip.brief or cell.chip.text, style=STYLES[cell.chip.kind] or style)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,11 @@ from prgkit.config.recipe import Recipe, validate
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import ImagesError, RecipeError, RunError
 from prgkit.evaluate.compare import trials as comparing
-from prgkit.evaluate.compare.aggregate import difference, html, markdown, spread, standings
-from prgkit.evaluate.compare.trials import LADDER, compare, trials_of
+from prgkit.evaluate.compare.aggregate import aggregate, comparison_document, difference, spread
+from prgkit.evaluate.compare.schema import Difference, FailedTrial, ObjectiveComparison, Spread, TrialResult
+from prgkit.evaluate.compare.trials import LADDER, Plan, Trial, compare, trials_of
+from prgkit.evaluate.report.html import page
+from prgkit.evaluate.report.markdown import markdown
 from prgkit.progress import NullProgress
 from prgkit.storage.atomic import sha256
 from prgkit.storage.run import Run
@@ -55,12 +59,18 @@ def recipe_for(pictures: Path, evaluation: str | None = "right", **objective: An
     return validate(raw, where="test").resolved()
 
 
-def told(row: str, seed: int, right: list[bool], *, teacher: float = 80.0) -> dict[str, Any]:
-    """Return a finished cell whose answers are right where ``right`` says so."""
-    return {
+def planned(recipe: Recipe, **given: Any) -> list[Trial]:
+    return trials_of(recipe, Plan(**{"objectives": [], "students": [], "seeds": 1, **given}))
+
+
+def result(label: str, seed: int, right: list[bool], *, teacher: float = 80.0, **changes: Any) -> TrialResult:
+    """Return a finished trial whose answers are right where ``right`` says so."""
+    facts = {
+        "label": label,
+        "fingerprint": "f",
+        "training_images": "t",
         "student": "small",
-        "row": row,
-        "objective": [{"name": row}],
+        "objective": [{"name": label}],
         "seed": seed,
         "top1": 100 * sum(right) / len(right),
         "agreement_teacher": 50.0,
@@ -68,40 +78,49 @@ def told(row: str, seed: int, right: list[bool], *, teacher: float = 80.0) -> di
         "images_per_s": 1.0,
         "answers": [int(one) for one in right],
         "labels": [1] * len(right),
-        "teacher": {"model": "t", "top1": teacher, "top1_uniform": teacher},
+        "teacher": {"model": "t", "top1": teacher, "top1_uniform_prompts": teacher},
         "images": 1000,
         "epochs": 5,
         "image_size": 32,
         "evaluation": {"source": "s", "images": len(right), "digest": "d"},
     }
+    return TrialResult(**{**facts, **changes})
+
+
+def text_of(comparison: ObjectiveComparison) -> str:
+    return markdown(comparison_document(comparison))
+
+
+def html_of(comparison: ObjectiveComparison) -> str:
+    return page(comparison_document(comparison))
 
 
 def test_rows_keep_the_recipes_own_parameters_and_seeds_count_on(pictures: Path) -> None:
     recipe = recipe_for(pictures, edge_weight=7.0, prompt_weighting="mean")
-    cells = trials_of(recipe, objectives=["kd", "prg"], students=["a", "b"], seeds=2)
-    assert [(cell.recipe.student.model, cell.row, cell.recipe.training.seed) for cell in cells[:4]] == [
+    trials = planned(recipe, objectives=["kd", "prg"], students=["a", "b"], seeds=2)
+    assert [(trial.recipe.student.model, trial.label, trial.recipe.training.seed) for trial in trials[:4]] == [
         ("a", "kd", 5),
         ("a", "kd", 6),
         ("a", "prg", 5),
         ("a", "prg", 6),
     ]
-    assert [cell.recipe.student.model for cell in cells[4:]] == ["b"] * 4
-    assert {cell.recipe.objective[0].prompt_weighting for cell in cells} == {"mean"}
-    assert cells[2].recipe.objective[0].edge_weight == 7.0
-    assert len({cell.folder_name for cell in cells}) == 8
+    assert [trial.recipe.student.model for trial in trials[4:]] == ["b"] * 4
+    assert {trial.recipe.objective[0].prompt_weighting for trial in trials} == {"mean"}
+    assert trials[2].recipe.objective[0].edge_weight == 7.0
+    assert len({trial.folder(Path("out")) for trial in trials}) == 8
 
 
 def test_the_ladder_takes_one_part_of_prg_away_at_a_time(pictures: Path) -> None:
-    rungs = trials_of(recipe_for(pictures), objectives=[], students=[], seeds=1, ladder=True)
-    assert [cell.row for cell in rungs] == list(LADDER)
-    weights = [(page.node_weight, page.edge_weight) for cell in rungs[2:] for page in cell.recipe.objective]
+    rungs = planned(recipe_for(pictures), ladder=True)
+    assert [trial.label for trial in rungs] == list(LADDER)
+    weights = [(page.node_weight, page.edge_weight) for trial in rungs[2:] for page in trial.recipe.objective]
     assert weights == [(3.0, 0.0), (0.0, 1.0), (3.0, 1.0)]
 
 
 def test_a_sweep_is_every_combination_and_leaves_others_as_they_are(pictures: Path) -> None:
     sweeps = [("node_weight", [0, 3]), ("block", ["raw", "l2"])]
-    cells = trials_of(recipe_for(pictures), objectives=["kd", "prg"], students=[], seeds=1, sweeps=sweeps)
-    assert [cell.row for cell in cells] == [
+    trials = planned(recipe_for(pictures), objectives=["kd", "prg"], sweeps=sweeps)
+    assert [trial.label for trial in trials] == [
         "kd",
         "prg, node_weight 0, block raw",
         "prg, node_weight 0, block l2",
@@ -123,50 +142,49 @@ def test_a_sweep_is_every_combination_and_leaves_others_as_they_are(pictures: Pa
 )
 def test_what_cannot_be_compared_is_said_before_any_training(pictures: Path, given: Any, said: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        trials_of(recipe_for(pictures), **{"objectives": ["prg"], "students": [], "seeds": 1, **given})
+        planned(recipe_for(pictures), **{"objectives": ["prg"], **given})
     assert said in str(caught.value)
 
 
-def test_standings_by_hand() -> None:
+def test_aggregation_by_hand() -> None:
     four = {
         ("kd", 0): [True, False, False, False],
         ("kd", 1): [True, True, False, False],
         ("prg", 0): [True, True, False, False],
         ("prg", 1): [True, True, True, True],
     }
-    found = standings([told(row, seed, right) for (row, seed), right in four.items()])
-    kd, prg = found["rows"]
-    assert (found["reference"], found["seeds"], found["images"]) == ("prg", [0, 1], 1000)
-    assert kd["top1"] == {"mean": 37.5, "deviation": pytest.approx(12.5 * math.sqrt(2)), "values": [25.0, 50.0]}
-    assert prg["ratio"]["values"] == [62.5, 125.0]
-    assert prg["difference"] is None
+    comparison = aggregate([result(label, seed, right) for (label, seed), right in four.items()])
+    kd, prg = comparison.rows
+    assert (comparison.reference, comparison.seeds, comparison.images) == ("prg", [0, 1], [1000])
+    assert kd.top1 == Spread(mean=37.5, deviation=float(np.std([25, 50], ddof=1)), values=[25.0, 50.0])
+    assert kd.top1.deviation == pytest.approx(12.5 * math.sqrt(2))
+    assert prg.ratio is not None
+    assert prg.ratio.values == [62.5, 125.0]
+    assert prg.difference is None
     half = 12.706 * 12.5 * math.sqrt(2) / math.sqrt(2)  # the seeds differ by -25 and -50
-    assert kd["difference"] == {
-        "of": "top1",
-        "mean": -37.5,
-        "interval": [pytest.approx(-37.5 - half), pytest.approx(-37.5 + half)],
-        "over": "seeds",
-    }
-    text = markdown(found)
+    assert kd.difference is not None
+    assert kd.difference.interval == (pytest.approx(-37.5 - half), pytest.approx(-37.5 + half))
+    assert kd.difference == Difference(of="top1", mean=-37.5, interval=kd.difference.interval, over="seeds")
+    text = text_of(comparison)
     assert "| small | kd | 37.5 ± 17.7 | 46.9 ± 22.1 | 50.0 ± 0.0 | 60.0 ± 0.0 | -37.5 [-196.3, +121.3] |" in text
     assert "1,000 images, 5 epochs, 32 px, 2 seeds; 4 labelled images; the teacher is right on 80.0 %" in text
 
 
 def test_one_seed_is_paired_by_image() -> None:
-    mine, other = told("kd", 0, [True, False, True, False]), told("prg", 0, [True, True, True, False])
+    mine, other = result("kd", 0, [True, False, True, False]), result("prg", 0, [True, True, True, False])
     found = difference([mine], [other])
     assert found is not None
-    assert (found["mean"], found["over"]) == (-25.0, "images")
+    assert (found.mean, found.over) == (-25.0, "images")
     half = 1.96 * 50 / math.sqrt(4)  # 0, -100, 0, 0: their standard deviation is 50
-    assert found["interval"] == [pytest.approx(-25 - half), pytest.approx(-25 + half)]
-    assert difference([mine], [told("prg", 1, [True] * 4)]) is None  # no seed in common
+    assert found.interval == (pytest.approx(-25 - half), pytest.approx(-25 + half))
+    assert difference([mine], [result("prg", 1, [True] * 4)]) is None  # no seed in common
     assert spread([1.0, None]) is None
 
 
 def test_a_comparison_is_made_once_and_goes_on_where_it_was(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cells = trials_of(recipe_for(pictures), objectives=["ce", "prg"], students=[], seeds=1)
+    trials = planned(recipe_for(pictures), objectives=["ce", "prg"])
     trained: list[str] = []
     real = comparing.distill
 
@@ -178,41 +196,41 @@ def test_a_comparison_is_made_once_and_goes_on_where_it_was(
 
     monkeypatch.setattr(comparing, "distill", counted)
     with pytest.raises(RecipeError, match="the power went"):
-        compare(cells, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit compare")
-    found = compare(cells, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit compare")
+        compare(trials, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit compare")
+    found = compare(trials, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit compare")
     assert trained == ["ce", "prg", "prg"]
-    assert json.loads((tmp_path / "out" / "compare.json").read_text()) == found
-    alone = json.loads((tmp_path / "out" / "cells" / cells[0].folder_name / "cell.json").read_text())
+    assert json.loads((tmp_path / "out" / "compare.json").read_text()) == found.model_dump(mode="json")
+    alone = json.loads(trials[0].file(tmp_path / "out").read_text())
     assert (alone["schema"], alone["seed"], len(alone["answers"])) == (
-        "prgkit.cell/1",
+        "prgkit.trial/1",
         5,
         alone["evaluation"]["images"],
     )
-    page = html(found)
-    assert "<script" not in page
-    assert "paired by image" in page
+    html = html_of(found)
+    assert "<script" not in html
+    assert "paired by image" in html
 
     moved = next((pictures / "right").rglob("*.png"))
     place = pictures / "right" / CLASSES[(CLASSES.index(moved.parent.name) + 1) % 10] / moved.name
     place.parent.mkdir(exist_ok=True)
-    moved.rename(place)  # a label is put right: the finished cells are judged again, and none is trained
-    again = compare(cells, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit compare")
-    assert again["evaluation"]["digest"] != found["evaluation"]["digest"]
-    assert all(row["difference"] is None or row["difference"]["over"] == "images" for row in again["rows"])
+    moved.rename(place)  # a label is put right: the finished trials are judged again, and none is trained
+    again = compare(trials, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit compare")
+    assert again.evaluation[0].digest != found.evaluation[0].digest
+    assert all(row.difference is None or row.difference.over == "images" for row in again.rows)
     place.rename(moved)
 
-    planted = trials_of(recipe_for(pictures, "planted"), objectives=["ce"], students=[], seeds=1)
+    planted = planned(recipe_for(pictures, "planted"), objectives=["ce"])
     other = compare(planted, tmp_path / "planted", tmp_path / "targets", NullProgress(), command="prgkit compare")
-    runs = [Run(tmp_path / name / "cells" / cells[0].folder_name) for name in ("out", "planted")]
+    runs = [Run(trials[0].folder(tmp_path / name)) for name in ("out", "planted")]
     assert sha256(runs[0].weights) == sha256(runs[1].weights)
     assert runs[0].card.best == runs[1].card.best is not None
-    assert other["teacher"]["top1"] < found["teacher"]["top1"]  # the labels were read, when all was chosen
+    assert (other.teacher[0].top1 or 0) < (found.teacher[0].top1 or 0)  # the labels were read, when all was chosen
 
 
-def test_a_cell_that_comes_apart_is_left_out_and_one_of_other_images_is_refused(
+def test_a_trial_that_comes_apart_is_left_out_and_one_of_other_images_is_refused(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cells = trials_of(recipe_for(pictures, None), objectives=["ce", "kd"], students=[], seeds=1)
+    trials = planned(recipe_for(pictures, None), objectives=["ce", "kd"])
     real = comparing.distill
 
     def breaking(recipe: Recipe, *rest: Any) -> Run:
@@ -221,15 +239,15 @@ def test_a_cell_that_comes_apart_is_left_out_and_one_of_other_images_is_refused(
         return real(recipe, *rest)
 
     monkeypatch.setattr(comparing, "distill", breaking)
-    found = compare(cells, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit compare")
-    assert [row["row"] for row in found["rows"]] == ["kd"]
-    assert found["failed"] == [{"cell": "test_efficientnet, ce, seed 5", "reason": "the loss is not finite"}]
-    assert "Left out: test_efficientnet, ce, seed 5 (the loss is not finite)." in markdown(found)
-    assert (found["labelled"], found["rows"][0]["top1"]) == (False, None)
+    found = compare(trials, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit compare")
+    assert [row.label for row in found.rows] == ["kd"]
+    assert found.failed == [FailedTrial(trial="test_efficientnet, ce, seed 5", reason="the loss is not finite")]
+    assert "Left out: test_efficientnet, ce, seed 5 (the loss is not finite)." in text_of(found)
+    assert (found.labelled, found.rows[0].top1) == (False, None)
     extra = pictures / "unlabelled" / "more.png"
     load_digits("train")[0][99].save(extra)
-    with pytest.raises(RunError, match="the images have changed since this cell was trained"):
-        compare(cells, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit compare")
+    with pytest.raises(RunError, match="the images have changed since this trial was trained"):
+        compare(trials, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit compare")
     extra.unlink()
 
 
@@ -237,18 +255,23 @@ def test_novel_classes_are_asked_for_by_name_and_taught_to_no_one(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = recipe_for(pictures)
-    cells = trials_of(whole, objectives=["kd", "prg"], students=[], seeds=1, base_to_novel=True)
-    assert {cell.recipe.classes for cell in cells} == {CLASSES[:5]}
-    assert {cell.recipe.data.evaluation for cell in cells} == {None}
-    found = compare(cells, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit", whole=whole)
-    kd, prg = found["rows"]
-    assert found["evaluation"]["images"] + found["novel"]["images"] == 40
-    assert (kd["novel"], kd["harmonic"]) == (None, None)  # it has no features in the teacher's space
-    base, novel = prg["top1"]["mean"], prg["novel"]["mean"]
-    assert prg["harmonic"]["mean"] == pytest.approx(2 * base * novel / (base + novel) if novel else 0)
-    assert "5 classes" in markdown(found)
-    assert "| student | objective | top-1 % |" in markdown(found)
-    assert "novel top-1 %" in markdown(found)
+    trials = planned(whole, objectives=["kd", "prg"], base_to_novel=True)
+    assert {trial.recipe.classes for trial in trials} == {CLASSES[:5]}
+    assert {trial.recipe.data.evaluation for trial in trials} == {None}
+    found = compare(trials, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit", whole=whole)
+    kd, prg = found.rows
+    assert found.novel is not None
+    assert found.evaluation[0].images + found.novel.images == 40
+    assert (kd.novel, kd.harmonic) == (None, None)  # it has no features in the teacher's space
+    assert prg.top1
+    assert prg.novel
+    base, novel = prg.top1.mean, prg.novel.mean
+    assert (prg.harmonic.mean if prg.harmonic else 0) == pytest.approx(
+        2 * base * novel / (base + novel) if novel else 0
+    )
+    assert "5 classes" in text_of(found)
+    assert "| student | objective | top-1 % |" in text_of(found)
+    assert "novel top-1 %" in text_of(found)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +288,7 @@ def test_what_has_no_two_halves_is_refused(pictures: Path, change: dict[str, Any
         raw[section] |= values
     recipe = validate(raw, where="test").resolved()
     with pytest.raises(RecipeError, match=said):
-        trials_of(recipe, objectives=["prg"], students=[], seeds=1, base_to_novel=True)
+        planned(recipe, objectives=["prg"], base_to_novel=True)
 
 
 def test_a_half_without_images_is_said_before_any_training(pictures: Path, tmp_path: Path) -> None:
@@ -276,9 +299,9 @@ def test_a_half_without_images_is_said_before_any_training(pictures: Path, tmp_p
     raw = recipe_for(pictures).model_dump(mode="json")
     raw["data"]["evaluation"] = str(tmp_path / "base")
     whole = validate(raw, where="test").resolved()
-    cells = trials_of(whole, objectives=["prg"], students=[], seeds=1, base_to_novel=True)
+    trials = planned(whole, objectives=["prg"], base_to_novel=True)
     with pytest.raises(ImagesError, match="all evaluation images are of the first half of the classes"):
-        compare(cells, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit", whole=whole)
+        compare(trials, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit", whole=whole)
 
 
 def test_a_context_that_knows_the_novel_classes_is_refused(pictures: Path, tmp_path: Path) -> None:
@@ -289,17 +312,17 @@ def test_a_context_that_knows_the_novel_classes_is_refused(pictures: Path, tmp_p
         save_tensors(tmp_path / "learned.safetensors", {"vectors": torch.zeros(1, 1)}, {"classes": list(classes)})
         if classes == CLASSES:
             with pytest.raises(RecipeError, match="has seen labels of novel classes: eight, five, nine"):
-                trials_of(recipe, objectives=["prg"], students=[], seeds=1, base_to_novel=True)
+                planned(recipe, objectives=["prg"], base_to_novel=True)
         else:
-            assert trials_of(recipe, objectives=["prg"], students=[], seeds=1, base_to_novel=True)
+            assert planned(recipe, objectives=["prg"], base_to_novel=True)
 
 
 def test_two_sweeps_are_drawn_as_a_heat_map() -> None:
-    pages = [{"name": "prg", "node_weight": n, "edge_weight": e, "block": "raw"} for n in (0, 3) for e in (0, 1)]
-    cells = [
-        {**told(f"prg, {page}", 0, [True] * place + [False] * (4 - place)), "objective": [page]}
-        for place, page in enumerate(pages)
+    configs = [{"name": "prg", "node_weight": n, "edge_weight": e, "block": "raw"} for n in (0, 3) for e in (0, 1)]
+    trials = [
+        result(f"prg, {config}", 0, [True] * place + [False] * (4 - place), objective=[config])
+        for place, config in enumerate(configs)
     ]
-    page = html(standings(cells))
-    assert "small: node_weight × edge_weight" in page
-    assert "edge_weight 1, node_weight 3: 75.0" in page
+    html = html_of(aggregate(trials))
+    assert "small: node_weight × edge_weight" in html
+    assert "edge_weight 1, node_weight 3: 75.0" in html

@@ -295,7 +295,7 @@ def test_a_stopped_run_with_corrected_answers_and_chosen_images_goes_on_bit_for_
         (tmp_path / "run" / lost).unlink()
     else:  # what was found before is read, and not found again
         monkeypatch.setattr("prgkit.training.pseudo_labels.fit_adjustment", lambda *_: pytest.fail("fitted again"))
-        monkeypatch.setattr("prgkit.training.pseudo_labels.ask_confidence", lambda *_: pytest.fail("asked again"))
+        monkeypatch.setattr("prgkit.training.pseudo_labels.teacher_confidence", lambda *_: pytest.fail("asked again"))
     assert_same(distill(*arguments, NullProgress()), whole)
 
 

@@ -1,6 +1,8 @@
 """The site: its reference has every key and command of the code, and it builds without a warning."""
 
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from prgkit.cli.main import cli
 from prgkit.config.objectives import OBJECTIVES
+from tests.conftest import pyproject
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -45,6 +48,32 @@ def test_every_objective_and_command_is_there(generate: ModuleType) -> None:
     assert [name for name in OBJECTIVES if f"\n## `{name}`\n" not in objectives] == []
     assert [name for name in cli.commands if f"Usage: prgkit {name} " not in commands] == []
     assert "| `edge_weight` | number, ≥ 0 | `1.0` |" in objectives
+
+
+def test_a_file_has_the_schema_of_the_model_that_writes_it(generate: ModuleType) -> None:
+    page = generate.file_schemas()
+    blocks = [block.split("\n```")[0] for block in page.split("```json\n")[1:]]
+    assert [json.loads(block) for block in blocks] == [model.model_json_schema() for model in generate.FILES.values()]
+    assert [line for line in page.splitlines() if line.startswith("## ")] == [f"## `{name}`" for name in generate.FILES]
+
+
+def test_what_the_architecture_names_is_there() -> None:
+    """Paths of files and folders, as `toolkit/training/distill.py`; what a reader looks for must be where it says."""
+    page = (DOCS / "architecture.md").read_text()
+    table = page.split("## Where is what")[1].split("## Layers")[0]
+    paths = re.findall(r"`((?:toolkit|export|evaluate|recipes|benchmarks|tools|tests)/[^`]*)`", table)
+    assert len(paths) > 40
+    assert [path for path in paths if not (DOCS.parent / path).exists()] == []
+
+
+def test_every_folder_of_the_code_is_in_the_tree() -> None:
+    page = (DOCS / "architecture.md").read_text()
+    packages = pyproject()["tool"]["setuptools"]["packages"]
+    tops = {"export": "export", "evaluate": "evaluate", "recipes": "recipes"}
+    folders = [
+        "/".join([tops.get(top, f"toolkit/{top}"), *rest]) for _, top, *rest in (p.split(".") for p in packages[1:])
+    ]
+    assert [folder for folder in folders if f"| `{folder}/` |" not in page] == ["evaluate/report/plots"]
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
 """The house's plan, read from its imports: which folder may import which, and who owns a heavy dependency."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import tomllib
+
+from tests.conftest import pyproject
 
 ROOT = Path(__file__).parents[2]
-PACKAGES: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+PACKAGES: dict[str, str] = pyproject()["tool"]["setuptools"]["package-dir"]
 
 # The folders from low to high: an import points down, or stays within its layer. "" is what lies beside the folders.
 LAYERS = [
@@ -24,8 +26,8 @@ LAYERS = [
     {"prgkit.export.runtimes"},
     {"prgkit.export.formats", "prgkit.export.int8"},
     {"prgkit.export"},
-    {"prgkit.evaluate"},
     {"prgkit.evaluate.report", "prgkit.evaluate.report.plots"},
+    {"prgkit.evaluate"},
     {"prgkit.evaluate.accuracy"},
     {"prgkit.evaluate.bench"},
     {"prgkit.evaluate.compare"},
@@ -34,12 +36,12 @@ LAYERS = [
 ]
 # One owner for each heavy dependency: a folder, or a module where one is enough.
 OWNERS = {
-    "open_clip": {"prgkit.config.prompts", "prgkit.teacher.clip"},
-    "timm": {"prgkit.student.model"},
+    "open_clip": {"prgkit.config.prompts", "prgkit.teacher"},
+    "timm": {"prgkit.student", "prgkit.training"},
     "click": {"prgkit.cli"},
     "yaml": {"prgkit.config.yaml_io"},
-    "jinja2": {"prgkit.evaluate.report.templating"},
-    "rich": {"prgkit.cli.terminal", "prgkit.evaluate.compare.tables", "prgkit.evaluate.report.terminal"},
+    "jinja2": {"prgkit.evaluate.report.html"},
+    "rich": {"prgkit.cli.terminal", "prgkit.evaluate.report.terminal"},
     "accelerate": {"prgkit.training"},
     "tensorrt": {"prgkit.export.formats", "prgkit.export.runtimes"},
     "tensorrt_rtx": {"prgkit.export.formats", "prgkit.export.runtimes"},
@@ -70,16 +72,21 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
+def imports(path: Path, *, top_level_only: bool = False) -> frozenset[str]:
+    nodes = ast.parse(path.read_text()).body if top_level_only else nodes_of(path)
     names: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def folder_of(module: str) -> str:
@@ -138,7 +145,7 @@ def test_the_base_install_is_enough(folder: str) -> None:
 
 def test_only_the_command_line_prints() -> None:
     for name, path in MODULES.items():
-        calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        calls = (node.func for node in nodes_of(path) if isinstance(node, ast.Call))
         printing = any(isinstance(function, ast.Name) and function.id == "print" for function in calls)
         assert not printing, name
 
@@ -160,3 +167,8 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_folder_with_modules_is_in_the_wheel() -> None:
+    packages = set(pyproject()["tool"]["setuptools"]["packages"])
+    assert {folder_of(name) for name in MODULES if name != "prgkit.recipes"} | {"prgkit.recipes"} == packages

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 import pytest
-import tomllib
 
 from prgkit.cli.chain import split_at_commands
 from prgkit.cli.main import cli
 from prgkit.config.recipe import validate
 from prgkit.config.yaml_io import parse_yaml
+from tests.conftest import pyproject
 
 ROOT = Path(__file__).parents[2]
 PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
@@ -64,6 +64,6 @@ def test_every_file_it_links_to_exists(page: Path) -> None:
 
 
 def test_the_packages_it_names_are_the_extras() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = pyproject()["project"]["optional-dependencies"]
     named = {name for text in PAGES.values() for name in re.findall(r"prgkit\[(\w+)\]", text)}
     assert named | {"rtx", "trt", "hf"} <= set(extras)

@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import tomllib
+from tests.conftest import pyproject
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_strict_types(tmp_path: Path) -> None:
-    folders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+    folders = pyproject()["tool"]["setuptools"]["package-dir"]
     for package, folder in sorted(folders.items()):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / folder, tmp_path / package.replace(".", "/"), ignore=ignored, dirs_exist_ok=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field
 
 from prgkit.annotation.sheet import Card, sheet
 from prgkit.config.recipe import Recipe
@@ -18,6 +19,8 @@ from prgkit.data.ticks import Tick, carried, read_ticks, set_aside, ticked, writ
 from prgkit.device import best_device
 from prgkit.errors import RunError
 from prgkit.evaluate.accuracy.ticked import teacher_share
+from prgkit.evaluate.report.formatting import interval, percent
+from prgkit.evaluate.report.schema import TickedShare
 from prgkit.progress import Progress
 from prgkit.storage.atomic import fingerprint, read_sealed, write_sealed, write_text
 from prgkit.storage.locks import locked
@@ -28,18 +31,48 @@ from prgkit.training.prepare import prepare
 IMAGES = 100
 BATCH = 1024
 NEXT_ANSWERS = 2
-FACTS = ("number", "file", "key", "teacher", "confidence")
 
 
-@dataclass(frozen=True)
-class Said:
-    """What the teacher says of every image, in the order of the catalogue."""
+class SampledImage(BaseModel, frozen=True):
+    """An image on the sheet: all of its `Tick` but what is ticked."""
+
+    number: int
+    file: str
+    key: str
+    teacher: str
+    confidence: str
+
+
+class AuditSample(BaseModel, frozen=True):
+    """Which images are on a run's sheet: its sample.json."""
+
+    schema_version: Literal["prgkit.audit/1"] = Field("prgkit.audit/1", alias="schema")
+    made_from: str  # a fingerprint of the images and the teacher's answers
+    drawn_from: int
+    images: tuple[SampledImage, ...]
+
+
+class AuditReport(BaseModel, frozen=True):
+    """Where an audit's files are, what they hold, and how often the teacher is right so far."""
+
+    run: str
+    sheet: str
+    ticks: str
+    images: int
+    drawn_from: int
+    held_out: int
+    ticked: int
+    teacher: TickedShare | None
+
+
+class TeacherPredictions(NamedTuple):
+    """The teacher's likeliest classes of every image, in the order of the image index."""
 
     classes: NDArray[np.int64]  # [images, 1 + NEXT_ANSWERS], the likeliest first
     confidence: NDArray[np.float64]  # [images, 1 + NEXT_ANSWERS]
 
 
-def audit(recipe: Recipe, folder: Path, targets_root: Path, *, count: int | None, progress: Progress) -> dict[str, Any]:
+def audit(recipe: Recipe, folder: Path, targets_root: Path, *, count: int | None, progress: Progress) -> AuditReport:
     """Write the sheet and the CSV to tick into the run at ``folder``, and return what they hold and what is ticked.
 
     A sheet that is there already is kept, with what was ticked; ``count`` None keeps its size, too, and a larger one
@@ -57,52 +90,62 @@ def audit(recipe: Recipe, folder: Path, targets_root: Path, *, count: int | None
     try:
         with nullcontext() if own else locked(folder, "run"):
             start_run(folder, recipe)
-        return drawn(run, recipe, targets_root, count=count, progress=progress)
+        return draw_audit(run, recipe, targets_root, count=count, progress=progress)
     except Exception:
         with suppress(RunError), locked(folder, "run"):
             undo()
         raise
 
 
-def drawn(run: Run, recipe: Recipe, targets_root: Path, *, count: int | None, progress: Progress) -> dict[str, Any]:
+def describe_audit(report: AuditReport) -> str:
+    """Put into words what an audit holds and says so far."""
+    if report.teacher is None:
+        return (
+            f"{report.images:,} of {report.drawn_from:,} images to tick in a browser; put the ticks.csv that it "
+            f"saves in the place of {report.ticks}, then: prgkit bench"
+        )
+    return (
+        f"{report.ticked:,} of {report.images:,} ticked; the teacher is right on {percent(report.teacher.top1)} of "
+        f"them (95 % interval {interval(report.teacher.top1_interval)} %)"
+    )
+
+
+def draw_audit(run: Run, recipe: Recipe, targets_root: Path, *, count: int | None, progress: Progress) -> AuditReport:
     """Draw the sample, or go on with the one that is there, and write what is to be ticked."""
     with locked(run.ticks_file.parent, "audit"):
         earlier = read_ticks(run.ticks_file, recipe.classes) if run.ticks_file.exists() else []
-        before = read_sealed(run.sample_file) if run.sample_file.exists() else None
+        before = AuditSample.model_validate(read_sealed(run.sample_file)) if run.sample_file.exists() else None
         dataset = prepare(recipe, targets_root, progress, like=run)
-        said = ask(dataset, progress)
-        made_from = fingerprint([dataset.image_index.keys, said.classes[:, 0].tolist()])
-        count = min(count or (len(before["images"]) if before else IMAGES), len(dataset.image_index))
-        if before is None or (before["made_from"], len(before["images"])) != (made_from, count):
-            again = before["images"] if before and before["made_from"] == made_from else []
-            rows = choose(dataset, said, recipe, count, first=[image["key"] for image in again])
-            ticks = carried(rows, earlier)
-            keep_earlier(run, earlier, ticks, same=bool(again), progress=progress)
+        predictions = predict(dataset, progress)
+        made_from = fingerprint([dataset.image_index.keys, predictions.classes[:, 0].tolist()])
+        count = min(count or (len(before.images) if before else IMAGES), len(dataset.image_index))
+        if before is None or (before.made_from, len(before.images)) != (made_from, count):
+            kept = before.images if before and before.made_from == made_from else ()
+            rows = choose(dataset, predictions, recipe, count, first=[image.key for image in kept])
+            ticks = carried([Tick(**row.model_dump()) for row in rows], earlier)
+            keep_earlier(run, earlier, ticks, same=bool(kept), progress=progress)
             write_ticks(run.ticks_file, ticks)
-            sample = {"schema": "prgkit.audit/1", "made_from": made_from, "drawn_from": len(dataset.image_index)}
-            write_sealed(run.sample_file, {**sample, "images": [facts(row) for row in rows]})
+            sample = AuditSample(made_from=made_from, drawn_from=len(dataset.image_index), images=rows)
+            write_sealed(run.sample_file, sample.model_dump(mode="json", by_alias=True))
         else:
-            rows = [Tick(**image) for image in before["images"]]
-            ticks = carried(rows, earlier)
+            ticks = carried([Tick(**image.model_dump()) for image in before.images], earlier)
             if not run.ticks_file.exists():
                 write_ticks(run.ticks_file, ticks)
-        write_text(run.sheet_file, draw_sheet(run, recipe, dataset, said, ticks, progress))
-    seen = ticked(ticks)
-    return {
-        "run": str(run.folder),
-        "sheet": str(run.sheet_file),
-        "ticks": str(run.ticks_file),
-        "images": len(ticks),
-        "drawn_from": len(dataset.image_index),
-        "held_out": len(
-            {tick.key for tick in ticks} & {dataset.image_index.keys[place] for place in dataset.val_indices}
-        ),
-        "ticked": len(seen),
-        "teacher": teacher_share(seen).model_dump(mode="json") if seen else None,
-    }
+        write_text(run.sheet_file, draw_sheet(run, recipe, dataset, predictions, ticks, progress))
+    seen, held_out = ticked(ticks), {dataset.image_index.keys[position] for position in dataset.val_indices}
+    return AuditReport(
+        run=str(run.folder),
+        sheet=str(run.sheet_file),
+        ticks=str(run.ticks_file),
+        images=len(ticks),
+        drawn_from=len(dataset.image_index),
+        held_out=len({tick.key for tick in ticks} & held_out),
+        ticked=len(seen),
+        teacher=teacher_share(seen) if seen else None,
+    )
 
 
-def ask(dataset: DistillationDataset, progress: Progress) -> Said:
+def predict(dataset: DistillationDataset, progress: Progress) -> TeacherPredictions:
     """Return the teacher's first answers to every image's evaluation view."""
     device, count = best_device(), len(dataset.image_index)
     dataset = replace(dataset, classifier=dataset.classifier.to(device))
@@ -114,10 +157,12 @@ def ask(dataset: DistillationDataset, progress: Progress) -> Said:
         classes.append(best.indices.cpu().numpy())
         confidence.append(best.values.cpu().numpy())
         progress.advance(len(part))
-    return Said(np.concatenate(classes), np.concatenate(confidence))
+    return TeacherPredictions(np.concatenate(classes), np.concatenate(confidence))
 
 
-def choose(dataset: DistillationDataset, said: Said, recipe: Recipe, count: int, *, first: Sequence[str]) -> list[Tick]:
+def choose(
+    dataset: DistillationDataset, predictions: TeacherPredictions, recipe: Recipe, count: int, *, first: Sequence[str]
+) -> tuple[SampledImage, ...]:
     """Return the images to tick: those with the keys in ``first``, then others, numbered in an order drawn by chance.
 
     The held-out images go before the rest, since the student is judged on them. Which images are held out is decided
@@ -133,18 +178,18 @@ def choose(dataset: DistillationDataset, said: Said, recipe: Recipe, count: int,
     for part in (dataset.val_indices, np.setdiff1d(np.arange(len(keys)), dataset.val_indices)):
         part = np.setdiff1d(part, chosen)
         wanted = min(count - len(chosen) - len(added), len(part))
-        added += part[draw(said.classes[part, 0], said.confidence[part, 0], wanted, chance)].tolist()
+        added += part[draw(predictions.classes[part, 0], predictions.confidence[part, 0], wanted, chance)].tolist()
     chosen += sorted(added, key=lambda position: keys[position])
-    return [
-        Tick(
+    return tuple(
+        SampledImage(
             number=number,
             file=images.name(int(dataset.image_index.indices[position])),
             key=keys[position],
-            teacher=recipe.classes[said.classes[position, 0]],
-            confidence=percent(said.confidence[position, 0]),
+            teacher=recipe.classes[predictions.classes[position, 0]],
+            confidence=in_percent(predictions.confidence[position, 0]),
         )
         for number, position in enumerate(chosen, start=1)
-    ]
+    )
 
 
 def draw(
@@ -162,8 +207,7 @@ def draw(
     That share never varies more than that of as many independent draws (Chauvet and Ruiz-Gazen, "A comparison of
     pivotal sampling and unequal probability sampling with replacement", Statistics and Probability Letters 121, 2017),
     so an interval for those errs on the wide side: Wilson's, here ("Probable inference, the law of succession, and
-    statistical inference", Journal of the American Statistical Association 22, 1927). Systematic sampling spreads as
-    well, but a hundred of 1,200 images have only twelve such samples, and all of them may be unlucky.
+    statistical inference", Journal of the American Statistical Association 22, 1927).
     """
     total = len(labels)
     if count in (0, total):
@@ -197,7 +241,12 @@ def keep_earlier(run: Run, earlier: list[Tick], ticks: list[Tick], *, same: bool
 
 
 def draw_sheet(
-    run: Run, recipe: Recipe, dataset: DistillationDataset, said: Said, ticks: list[Tick], progress: Progress
+    run: Run,
+    recipe: Recipe,
+    dataset: DistillationDataset,
+    predictions: TeacherPredictions,
+    ticks: list[Tick],
+    progress: Progress,
 ) -> str:
     """Return the sheet, with every picture in it."""
     places = {key: position for position, key in enumerate(dataset.image_index.keys)}
@@ -205,8 +254,8 @@ def draw_sheet(
     cards = []
     for tick in ticks:
         position = places[tick.key]
-        others = zip(said.classes[position, 1:], said.confidence[position, 1:], strict=True)
-        next_answers = [(recipe.classes[index], percent(share)) for index, share in others]
+        others = zip(predictions.classes[position, 1:], predictions.confidence[position, 1:], strict=True)
+        next_answers = [(recipe.classes[index], in_percent(share)) for index, share in others]
         cards.append(Card(tick, dataset.image_index.read(position), next_answers))
         progress.advance(1)
     about = (
@@ -224,11 +273,6 @@ def draw_sheet(
     )
 
 
-def facts(row: Tick) -> dict[str, Any]:
-    """Return what the sample remembers of an image: all but what is ticked."""
-    return {name: value for name, value in asdict(row).items() if name in FACTS}
-
-
-def percent(share: float) -> str:
+def in_percent(share: float) -> str:
     """Return a probability in percent; what is not certain is never rounded up to it."""
     return f"{min(100 * share, 99.9) if share < 1 else 100:.1f}"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from prgkit.data.ticks import COLUMNS, Tick, csv_row
 from prgkit.evaluate.report.examples import PIXELATED_SIDE, data_uri
-from prgkit.evaluate.report.templating import render
+from prgkit.evaluate.report.html import render
 
 LARGEST_SIDE = 320
 

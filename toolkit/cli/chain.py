@@ -1,4 +1,4 @@
-"""Commands that chain on one line, as people type them; the rest of the command line is in cli.py."""
+"""Commands that chain on one line, as people type them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from prgkit.cli.terminal import Terminal
-    from prgkit.errors import PrgkitError
+from prgkit.cli.state import Document, Session
 
 ON_A_RUN = ("audit", "distill", "export", "relabel", "bench", "predict")
 OF_ALL_PROCESSES = ("adapt-teacher", "audit", "distill", "targets")  # each says what all but the first have to do in it
@@ -39,11 +35,11 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
 
-def refuse_twice(option: str, values: Sequence[Any], ctx: click.Context) -> None:
+def refuse_twice(option: str, values: Sequence[object], ctx: click.Context) -> None:
     """Refuse more than one value of what has one."""
     if len(values) > 1:
-        said = " and as ".join(value if isinstance(value, str) else "nothing" for value in values)
-        raise click.UsageError(f"{option} is given {len(values)} times, as {said}; give it once.", ctx)
+        listed = " and as ".join(value if isinstance(value, str) else "nothing" for value in values)
+        raise click.UsageError(f"{option} is given {len(values)} times, as {listed}; give it once.", ctx)
 
 
 class Chain(click.Group):
@@ -130,7 +126,7 @@ def check_bench(step: click.Context) -> None:
         )
 
 
-def builds_engines(given: Mapping[str, Any]) -> bool:
+def builds_engines(given: Mapping[str, object]) -> bool:
     """Tell whether `export` was asked for engines: what says how to build them asks for them."""
     return bool(given["trt"] or given["backend"] or given["sm"] or given["batch"])
 
@@ -141,33 +137,21 @@ def run_chain(steps: Sequence[click.Context]) -> None:
     from prgkit.cli.terminal import Terminal
 
     as_json = any(step.params["as_json"] for step in steps)
-    leads = int(os.environ.get("RANK", "0")) == 0  # the others of torchrun's processes train, and no more
-    results: dict[str, Any] = {}
-    with Terminal(says_results=leads and not as_json, shows_progress=leads) as terminal:
-        session = Session(terminal, leads)
+    is_main_process = int(os.environ.get("RANK", "0")) == 0  # the others of torchrun's processes train, and no more
+    results: dict[str, Document] = {}
+    with Terminal(says_results=is_main_process and not as_json, shows_progress=is_main_process) as terminal:
+        session = Session(terminal, is_main_process)
         # A library that prints must not get into the document.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             for step in steps:
                 name = str(step.info_name)
-                if session.rehearses:
+                if session.dry_run:
                     terminal.note(f"then {name}")
-                elif leads or name in OF_ALL_PROCESSES:
+                elif is_main_process or name in OF_ALL_PROCESSES:
                     step.obj = session
                     with step:
                         results[name] = step.command.invoke(step)
-    if as_json and leads:
+    if as_json and is_main_process:
         terminal.document(json.dumps(results, indent=2, ensure_ascii=not takes_any_letter()))
     if session.failure is not None:
         raise session.failure
-
-
-@dataclass
-class Session:
-    """What the commands of one chain share."""
-
-    terminal: Terminal
-    leads: bool = True  # False in all but the first of the processes that torchrun starts
-    folder: Path | None = None  # the run, or the bundle, that the chain is about
-    asked: dict[str, Any] | None = None  # the recipe options so far, for a command that names no recipe
-    failure: PrgkitError | None = None  # the work was done, its results are told, and the line still fails: a gate
-    rehearses: bool = False  # --dry-run was given: what follows would have nothing to work on

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prgkit.cli.chain import Session
+from prgkit.cli.state import Document, RecipeOptions, Session
+from prgkit.errors import BackendError
 from prgkit.storage.atomic import readable_bytes
 
 if TYPE_CHECKING:
@@ -54,7 +58,7 @@ def checked(artifact: Artifact) -> str:
     )
 
 
-def relabel_bundle(session: Session, place: Path | None, classes: str) -> dict[str, Any]:
+def relabel_bundle(session: Session, place: Path | None, classes: str) -> Document:
     """Give a bundle other classes, and say what is in it then."""
     from prgkit.config.prompts import load_classes
     from prgkit.export.relabel import relabel, settled_bundle
@@ -71,54 +75,67 @@ def relabel_bundle(session: Session, place: Path | None, classes: str) -> dict[s
     return tell_bundle(session, bundle, manifest, packs=False)
 
 
-def merge_reports(session: Session, reports: tuple[Path, ...], out: Path) -> dict[str, Any]:
+def merge_reports(session: Session, reports: tuple[Path, ...], out: Path) -> Document:
     """Lay the reports of several benches side by side."""
+    from prgkit.evaluate.compare.devices import devices_table
     from prgkit.evaluate.compare.merge import merge
-    from prgkit.evaluate.compare.tables import comparison_table
 
     found = merge(reports, out=out, command="prgkit " + shlex.join(sys.argv[1:]))
-    session.terminal.show(comparison_table(found))
+    session.terminal.show(devices_table(found))
     session.terminal.say("comparison: ", (str(out / "comparison.html"), "bold"))
     return found.model_dump(mode="json")
 
 
-def keep_house(session: Session, root: Path, *, prune: bool, rehearse: bool) -> dict[str, Any]:
-    """List the stores, or free those that nothing uses."""
+def list_or_prune_stores(session: Session, root: Path, *, prune: bool, dry_run: bool) -> Document:
+    """List the target stores, or free those that nothing uses."""
     from prgkit.teacher import stores
 
-    rows = stores.prune(root, rehearse=rehearse) if prune else stores.list_stores(root)
+    rows = stores.prune(root, rehearse=dry_run) if prune else stores.list_stores(root)
     if rows:
-        session.terminal.listing(stores.told(rows))
+        session.terminal.listing(stores.describe_stores(rows))
     if prune:
-        freed = readable_bytes(sum(row["bytes"] for row in rows))
-        session.terminal.say(f"{freed} would be freed" if rehearse else f"{freed} freed")
+        freed = readable_bytes(sum(row.bytes for row in rows))
+        session.terminal.say(f"{freed} would be freed" if dry_run else f"{freed} freed")
     elif not rows:
         session.terminal.say(f"there is no target store in {root}")
-    return {"freed" if prune else "stores": rows}
+    return {"freed" if prune else "stores": [row.model_dump(mode="json") for row in rows]}
 
 
-def rehearse(session: Session, recipe: Recipe, folder: Path, targets_root: Path) -> dict[str, Any]:
+def print_estimate(session: Session, recipe: Recipe, folder: Path, targets_root: Path) -> Document:
     """Print what a distillation would take."""
-    session.rehearses = True
-    if not session.leads:
+    session.dry_run = True
+    if not session.is_main_process:
         return {}
     from prgkit.training.dry_run import estimate
 
     expected = estimate(recipe, folder, targets_root, session.terminal)
-    session.terminal.listing({"run": str(folder), **expected["told"]})
-    return {"run": str(folder), **expected}
+    session.terminal.listing({"run": str(folder), **expected.told})
+    return {"run": str(folder), **expected.model_dump(mode="json")}
 
 
-def adapt_teacher(session: Session, recipe: Recipe, path: Path, given: dict[str, Any]) -> dict[str, Any]:
+def adapt_teacher(session: Session, recipe: Recipe, path: Path, options: RecipeOptions, shots: int) -> Document:
     """Learn a context for the teacher, and let what follows in the chain use it."""
     use = f"teacher.context={json.dumps(str(path), ensure_ascii=False)}"
-    asked = session.asked or given
-    session.asked = {**asked, "overrides": (*asked["overrides"], use)}
-    if not session.leads:  # the context has one writer
+    so_far = session.recipe_options or options
+    session.recipe_options = replace(so_far, overrides=(*so_far.overrides, use))
+    if not session.is_main_process:  # the context has one writer
         return {}
-    from prgkit.teacher.prompt_tuning import adapt, told
+    from prgkit.teacher.prompt_tuning import describe_tuning, tune_prompt
 
-    found = adapt(recipe, path, given["targets_root"], shots=given["shots"], progress=session.terminal)
-    session.terminal.say((str(path), "bold"), f": {told(found)}")
+    report = tune_prompt(recipe, path, options.targets_root, shots=shots, progress=session.terminal)
+    session.terminal.say((str(path), "bold"), f": {describe_tuning(report)}")
     session.terminal.say("to use it: ", (f"--set teacher.context={shlex.quote(str(path))}", "bold"))
-    return found
+    return report.model_dump(mode="json")
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Say which extra brings a package that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "prgkit":
+            raise
+        raise BackendError(
+            f"this command needs {error.name}, which the base install leaves out", fix=f"pip install 'prgkit[{extra}]'"
+        ) from error

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from prgkit import __version__
-from prgkit.cli.chain import Chain, Session, builds_engines
-from prgkit.cli.commands import adapt_teacher, keep_house, merge_reports, rehearse, relabel_bundle, tell_bundle
+from prgkit.cli.chain import Chain, builds_engines
+from prgkit.cli.commands import (
+    adapt_teacher,
+    list_or_prune_stores,
+    merge_reports,
+    needs_extra,
+    print_estimate,
+    relabel_bundle,
+    tell_bundle,
+)
 from prgkit.cli.options import (
     adapt_options,
     bench_options,
@@ -29,8 +35,9 @@ from prgkit.cli.options import (
     refuse_in_a_bundle,
     run_option,
 )
-from prgkit.cli.streams import say_what_it_can
-from prgkit.errors import BackendError, DiskFullError, ImagesError, PrgkitError, RunError
+from prgkit.cli.state import Document, RecipeOptions, Session
+from prgkit.cli.streams import take_any_text
+from prgkit.errors import DiskFullError, ImagesError, PrgkitError, RunError
 from prgkit.storage.atomic import is_disk_full
 
 REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # of the file system: nothing that we can mend
@@ -51,18 +58,18 @@ def cli() -> None:
 @cli.command(short_help="Teach a student from unlabelled images.")
 @recipe_options
 @click.pass_obj
-def distill(session: Session, /, **given: Any) -> dict[str, Any]:
+def distill(session: Session, options: RecipeOptions) -> Document:
     """Teach a student from unlabelled images: RECIPE is a shipped name or a YAML file.
 
     Without RECIPE, --images and --classes are enough; with none of them the newest run goes on. The same command
     resumes a run that was stopped.
     """
-    with needing("distill"):
-        recipe, folder = choose_recipe(session, given)
-        if given["dry_run"]:
-            return rehearse(session, recipe, folder, given["targets_root"])
+    with needs_extra("distill"):
+        recipe, folder = choose_recipe(session, options)
+        if options.dry_run:
+            return print_estimate(session, recipe, folder, options.targets_root)
         from prgkit.training.distill import distill as work
-    run = work(recipe, folder, given["targets_root"], session.terminal)
+    run = work(recipe, folder, options.targets_root, session.terminal)
     session.folder = run.folder
     card, images = run.card, run.image_facts
     assert card.best is not None
@@ -82,31 +89,33 @@ def distill(session: Session, /, **given: Any) -> dict[str, Any]:
 @cli.command(short_help="Turn the student into ONNX and TensorRT.")
 @export_options
 @click.pass_obj
-def export(session: Session, /, folder: Path | None, as_json: bool, **given: Any) -> dict[str, Any]:
+def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     """Turn the student into ONNX, preprocessing inside, and with --trt into a TensorRT engine.
 
     In a bundle, on the device, --trt builds the engines from the bundle's ONNX files; that needs no torch.
     """
     place, trt = session.folder or folder, builds_engines(given)
-    kinds = {key: given[key] for key in ("fp16", "int8", "backend", "batch", "sm")}
     bundle = place or Path()
+    from prgkit.export.formats.options import ExportOptions
+
+    kinds = {key: given[key] for key in ("fp16", "int8", "backend", "batch", "sm", "float_input", "evaluation_images")}
+    options = ExportOptions(trt=trt, class_vectors=given["open_vocabulary"], formats=given["formats"], **kinds)
     if (bundle / "manifest.json").is_file():
         refuse_in_a_bundle(given, builds=trt)
         from prgkit.export.bundle.bundle import open_bundle
-        from prgkit.export.formats.engines import build_engines
+        from prgkit.export.engines import build_engines
 
         note = session.terminal.note
-        manifest = build_engines(bundle, **kinds, note=note) if trt else open_bundle(bundle).manifest
+        manifest = build_engines(bundle, options, note=note) if trt else open_bundle(bundle).manifest
         session.folder = bundle
     else:
         from prgkit.storage.find import find_run, standing_where_it_started
 
         run = click.get_current_context().with_resource(standing_where_it_started(find_run(place)))
-        with needing("distill"):
+        with needs_extra("distill"):
             from prgkit.export.from_run import export_run
 
-        asked = {key: given[key] for key in ("float_input", "evaluation_images", "open_vocabulary")}
-        manifest = export_run(run, trt=trt, **kinds, **asked, progress=session.terminal)
+        manifest = export_run(run, options, progress=session.terminal)
         bundle, session.folder = run.bundle, run.folder
     return tell_bundle(session, bundle, manifest, packs=given["packs"])
 
@@ -116,19 +125,19 @@ def export(session: Session, /, folder: Path | None, as_json: bool, **given: Any
 @run_option
 @json_option
 @click.pass_obj
-def relabel(session: Session, classes: str, folder: Path | None, as_json: bool) -> dict[str, Any]:
+def relabel(session: Session, classes: str, folder: Path | None) -> Document:
     """Give a bundle of export --open-vocabulary other classes: the teacher reads their names, in seconds.
 
     No image is read and nothing is trained. Engines have to be built again.
     """
-    with needing("distill"):
+    with needs_extra("distill"):
         return relabel_bundle(session, folder, classes)
 
 
 @cli.command(short_help="Measure every artifact on this machine.")
 @bench_options
 @click.pass_obj
-def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any) -> dict[str, Any]:
+def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
     """Measure every artifact on this machine: latency, throughput, accuracy, fidelity, memory; and write a report.
 
     With --merge nothing is measured: the REPORTs of several devices or benches become one comparison.
@@ -137,8 +146,8 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
         return merge_reports(session, given["reports"], given["out"] or Path("comparison"))
     from prgkit.evaluate import system
     from prgkit.evaluate.bench.bench import bench as measure
-    from prgkit.evaluate.report import regression
-    from prgkit.evaluate.report.terminal import baseline_table, report_table
+    from prgkit.evaluate.bench.options import BenchOptions
+    from prgkit.evaluate.report import bench_report, regression
     from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
@@ -147,17 +156,17 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
     gate = regression.open_gate(given["baseline"], share, out=out) if given["baseline"] else None
     report = measure(
         bundle,
+        BenchOptions(**{key: given[key] for key in BenchOptions.model_fields}),
         run_folder=run.folder if run else None,
         out=out,
-        **{key: given[key] for key in ("threads", "seconds", "batches", "sweep_threads", "fps", "soak_minutes")},
         command="prgkit " + shlex.join(sys.argv[1:]),
         gate=gate,
         note=session.terminal.note,
     )
-    session.terminal.show(report_table(report))
+    session.terminal.show(bench_report.report_table(report))
     if gate is not None:
         assert report.baseline is not None
-        session.terminal.show(baseline_table(report.baseline))
+        session.terminal.show(regression.baseline_table(report))
         session.failure = regression.regressions(report.baseline, path=out / "report.html")
     session.terminal.say("report: ", (str(out / "report.html"), "bold"))
     return report.model_dump(mode="json")
@@ -171,8 +180,8 @@ def bench(session: Session, /, folder: Path | None, as_json: bool, **given: Any)
 @json_option
 @click.pass_obj
 def predict(
-    session: Session, images: tuple[Path, ...], top_k: int, min_confidence: float, folder: Path | None, as_json: bool
-) -> list[dict[str, Any]]:
+    session: Session, images: tuple[Path, ...], top_k: int, min_confidence: float, folder: Path | None
+) -> Document:
     """Name what is in each IMAGE, with probabilities; --min-confidence abstains where the best one is too low.
 
     A folder, a .zip or a .tar as IMAGE stands for all pictures in it. One that cannot be read is told in its place; the
@@ -193,11 +202,11 @@ def predict(
                 terminal.note(str(failed[-1]))
             continue
         scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in image["top"])
-        said = "abstains" if image["abstained"] else image["class"]
-        terminal.say(f"{image['image']}: ", (said, "bold"), f"  ({scores})")
+        answer_text = "abstains" if image["abstained"] else image["class"]
+        terminal.say(f"{image['image']}: ", (answer_text, "bold"), f"  ({scores})")
     if failed:
-        told = f"{len(failed)} of {len(answers)} pictures cannot be read; the others are answered"
-        session.failure = failed[0] if len(answers) == 1 else ImagesError(told)
+        what = f"{len(failed)} of {len(answers)} pictures cannot be read; the others are answered"
+        session.failure = failed[0] if len(answers) == 1 else ImagesError(what)
     return answers
 
 
@@ -206,36 +215,42 @@ def predict(
 @click.option("--list", "listed", is_flag=True, help="List the stores: what they hold, their size and age, their runs.")
 @click.option("--prune", is_flag=True, help="Free the stores that no run under runs/ uses; --dry-run only names them.")
 @click.pass_obj
-def targets(session: Session, /, *, listed: bool, prune: bool, **given: Any) -> dict[str, Any]:
+def targets(session: Session, options: RecipeOptions, *, listed: bool, prune: bool) -> Document:
     """Let the teacher see every image of RECIPE, once, and store what it saw; distill then starts at once."""
     if listed or prune:
-        return keep_house(session, given["targets_root"], prune=prune, rehearse=given["dry_run"])
-    with needing("distill"):
-        recipe, folder = choose_recipe(session, given)
-        if given["dry_run"]:
-            return rehearse(session, recipe, folder, given["targets_root"])
-        if not session.leads:  # the store has one writer
+        return list_or_prune_stores(session, options.targets_root, prune=prune, dry_run=options.dry_run)
+    with needs_extra("distill"):
+        recipe, folder = choose_recipe(session, options)
+        if options.dry_run:
+            return print_estimate(session, recipe, folder, options.targets_root)
+        if not session.is_main_process:  # the store has one writer
             return {}
         from prgkit.training.prepare import prepare
-    dataset = prepare(recipe, given["targets_root"], session.terminal)
+    dataset = prepare(recipe, options.targets_root, session.terminal)
     folders = [store.folder for store in dataset.store.stores]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     for store, size in zip(folders, sizes, strict=True):
         session.terminal.say((str(store), "bold"), f": {len(dataset.image_index):,} images, {size / 2**20:,.1f} MiB")
-    return {"targets": dataset.store.facts()["targets"], "images": len(dataset.image_index), "bytes": sum(sizes)}
+    stores = [str(folder) for folder in folders]
+    return {
+        "targets": stores[0] if len(stores) == 1 else stores,
+        "images": len(dataset.image_index),
+        "bytes": sum(sizes),
+    }
 
 
 @cli.command("adapt-teacher", short_help="Fit the teacher to your images by a few labels.")
 @adapt_options
 @click.pass_obj
-def adapt(session: Session, /, out: Path | None, **given: Any) -> dict[str, Any]:
+def adapt(session: Session, options: RecipeOptions, *, shots: int, out: Path | None) -> Document:
     """Learn a context in front of the class names from a few labelled images of each class, RECIPE's data.labelled.
 
     The teacher's weights stay as they are. What follows on the line uses the context.
     """
-    with needing("distill"):
-        recipe, folder = choose_recipe(session, {**given, "folder": None})
-        return adapt_teacher(session, recipe, out or Path("adapted") / f"{folder.name}.safetensors", given)
+    with needs_extra("distill"):
+        recipe, folder = choose_recipe(session, options)
+        path = out or Path("adapted") / f"{folder.name}.safetensors"
+        return adapt_teacher(session, recipe, path, options, shots)
 
 
 @cli.command(short_help="Tick some of the teacher's answers yourself.")
@@ -248,30 +263,30 @@ def adapt(session: Session, /, out: Path | None, **given: Any) -> dict[str, Any]
     help="How many images to tick.  [default: 100, or as many as are on the sheet already]",
 )
 @click.pass_obj
-def audit(session: Session, /, count: int | None, **given: Any) -> dict[str, Any]:
+def audit(session: Session, options: RecipeOptions, *, count: int | None) -> Document:
     """Look at accuracy without labels: tick on a sheet whether the teacher is right on 100 images.
 
     RECIPE is as for distill; without one it is about the newest run, which may be training meanwhile. bench turns the
     ticks into the accuracy of teacher and student.
     """
-    with needing("distill"):
-        recipe, folder = choose_recipe(session, given)
-        if given["dry_run"]:
-            return rehearse(session, recipe, folder, given["targets_root"])
+    with needs_extra("distill"):
+        recipe, folder = choose_recipe(session, options)
+        if options.dry_run:
+            return print_estimate(session, recipe, folder, options.targets_root)
         session.folder = folder
-        if not session.leads:  # the sheet has one writer
+        if not session.is_main_process:  # the sheet has one writer
             return {}
         from prgkit.annotation.audit import audit as work
-        from prgkit.evaluate.report.formatting import audit_so_far
-    found = work(recipe, folder, given["targets_root"], count=count, progress=session.terminal)
-    session.terminal.say((found["sheet"], "bold"), f": {audit_so_far(found)}")
-    return found
+        from prgkit.annotation.audit import describe_audit
+    report = work(recipe, folder, options.targets_root, count=count, progress=session.terminal)
+    session.terminal.say((report.sheet, "bold"), f": {describe_audit(report)}")
+    return report.model_dump(mode="json")
 
 
 @cli.command(short_help="Set objectives and students against each other.")
 @compare_options
 @click.pass_obj
-def compare(session: Session, /, out: Path | None, as_json: bool, **given: Any) -> dict[str, Any]:
+def compare(session: Session, /, options: RecipeOptions, *, out: Path | None, **given: Any) -> Document:
     """Train every objective with every student and seed on the same targets of RECIPE, and set them side by side.
 
     Each is a run in its own folder under --out; a comparison that was stopped goes on with what is missing.
@@ -279,32 +294,35 @@ def compare(session: Session, /, out: Path | None, as_json: bool, **given: Any) 
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise click.UsageError("compare trains one run after another in one process; start it without torchrun.")
-    with needing("distill"):
-        recipe, folder = choose_recipe(session, {**given, "folder": None})
-        from prgkit.evaluate.compare.ranking import candidates
-        from prgkit.evaluate.compare.tables import ranking_table, standings_table
+    with needs_extra("distill"):
+        recipe, folder = choose_recipe(session, options)
+        from prgkit.evaluate.compare import aggregate, diswot
+        from prgkit.evaluate.compare.trials import Plan, trials_of
         from prgkit.evaluate.compare.trials import compare as work
-        from prgkit.evaluate.compare.trials import trials_of
+        from prgkit.evaluate.report.terminal import table
     if given["rank_students"] and not given["students"]:
-        given["students"] = candidates(recipe.student.model)
+        given["students"] = diswot.candidates(recipe.student.model)
     asked = ("objectives", "students", "seeds", "ladder", "sweeps", "base_to_novel")
-    cells = trials_of(recipe, **{key: given[key] for key in asked})
+    trials = trials_of(recipe, Plan(**{key: given[key] for key in asked}))
     out = out or folder.with_name(f"{folder.name}-compared")
     command = "prgkit " + shlex.join(sys.argv[1:])
     whole = recipe if given["base_to_novel"] else None
     if given["rank_students"]:
-        from prgkit.evaluate.compare.diswot import rank_students
-
-        ranking = rank_students(cells, out, given["targets_root"], session.terminal, command=command, whole=whole)
-        session.terminal.show(ranking_table(ranking))
+        ranking = diswot.rank_students(
+            trials, out, options.targets_root, session.terminal, command=command, whole=whole
+        )
+        section = diswot.ranking_section(ranking)
+        session.terminal.show(table(section, title=diswot.headline(ranking), notes=section.notes))
         session.terminal.say("ranking: ", (str(out / "rank.json"), "bold"))
-        return ranking
-    found = work(cells, out, given["targets_root"], session.terminal, command=command, whole=whole)
-    session.terminal.show(standings_table(found))
+        return ranking.model_dump(mode="json")
+    found = work(trials, out, options.targets_root, session.terminal, command=command, whole=whole)
+    section = aggregate.objectives(found)
+    session.terminal.show(table(section, title=aggregate.headline(found), notes=[section.about]))
     session.terminal.say("comparison: ", (str(out / "compare.html"), "bold"))
-    if failed := found["failed"]:
-        session.failure = RunError(f"{len(failed)} of {len(cells)} cells came apart; the others stand", where=out)
-    return found
+    if found.failed:
+        what = f"{len(found.failed)} of {len(trials)} trials came apart; the others stand"
+        session.failure = RunError(what, where=out)
+    return found.model_dump(mode="json")
 
 
 @cli.command(short_help="List the recipes.")
@@ -312,7 +330,7 @@ def compare(session: Session, /, out: Path | None, as_json: bool, **given: Any) 
 @click.option("--objectives", is_flag=True, help="List what a recipe's objective can be instead.")
 @json_option
 @click.pass_obj
-def recipes(session: Session, show: str | None, objectives: bool, as_json: bool) -> dict[str, Any]:
+def recipes(session: Session, show: str | None, objectives: bool) -> Document:
     """List the recipes that are shipped, or print one to copy."""
     from prgkit.config.objectives import objective_lines
     from prgkit.config.recipe import find_recipe, shipped_recipes, summary_line
@@ -331,25 +349,25 @@ def recipes(session: Session, show: str | None, objectives: bool, as_json: bool)
 @cli.command(short_help="Say what can run on this machine.")
 @json_option
 @click.pass_obj
-def doctor(session: Session, as_json: bool) -> dict[str, Any]:
+def doctor(session: Session) -> Document:
     """Say which versions, devices and backends are here, what each missing one needs, and what clashes."""
     from prgkit.cli.doctor import examine
 
-    found, terminal = examine(), session.terminal
+    state, terminal = examine(), session.terminal
     terminal.say(("versions", "bold"))
-    terminal.listing({name: version or "not installed" for name, version in found["versions"].items()})
+    terminal.listing({name: version or "not installed" for name, version in state["versions"].items()})
     terminal.say(("machine", "bold"))
-    terminal.listing(found["machine"])
+    terminal.listing(state["machine"])
     terminal.say(("backends", "bold"))
-    terminal.listing({f"{'yes' if row['runs'] else 'no':<4} {row['name']}": row["detail"] for row in found["backends"]})
-    for clash in found["clashes"]:
+    terminal.listing({f"{'yes' if row['runs'] else 'no':<4} {row['name']}": row["detail"] for row in state["backends"]})
+    for clash in state["clashes"]:
         terminal.say(("clash: ", "red"), clash)
-    return found
+    return state
 
 
 def main() -> None:
     """Run the command line; a user's mistake is told without a traceback (exit 1), a wrong call with usage (exit 2)."""
-    say_what_it_can()
+    take_any_text()
     if os.path.expanduser("~") == "~":  # no HOME, and no entry for the user: libraries would fail, or fill a folder "~"
         os.environ["HOME"] = tempfile.gettempdir()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a system that shuts down is told like Ctrl-C
@@ -364,35 +382,22 @@ def main() -> None:
         click.echo("Stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
         sys.exit(130)
     except PrgkitError as error:
-        sys.exit(told(error))
+        sys.exit(print_error(error))
     except Exception as error:
         place = getattr(error, "filename", None)
         if is_disk_full(error):
             fix = "free some and run the same command again"
-            sys.exit(told(DiskFullError("no disk space left", where=place, fix=fix)))
+            sys.exit(print_error(DiskFullError("no disk space left", where=place, fix=fix)))
         if not isinstance(error, OSError) or error.errno not in REFUSALS or place is None:
             raise
         fix = "make it accessible, or name another folder (--out, --run)"
-        sys.exit(told(PrgkitError(str(error.strerror).lower(), where=place, fix=fix)))
+        sys.exit(print_error(PrgkitError(str(error.strerror).lower(), where=place, fix=fix)))
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def told(error: PrgkitError) -> int:
+def print_error(error: PrgkitError) -> int:
     """Print an error and return the exit code; having been stopped is none, and says so itself."""
     text = str(error)
     click.echo(f"Error: {text}" if error.exit_code == 1 else text[0].upper() + text[1:], file=sys.stderr)
     return error.exit_code
-
-
-@contextlib.contextmanager
-def needing(extra: str) -> Iterator[None]:
-    """Say which extra brings a package that is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "prgkit":
-            raise
-        raise BackendError(
-            f"this command needs {error.name}, which the base install leaves out", fix=f"pip install 'prgkit[{extra}]'"
-        ) from error

@@ -1,14 +1,27 @@
-"""What commands share of the command line: options that several take, the recipe they mean, values in one word."""
+"""The options of the commands, and the recipe that they mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from prgkit.cli.chain import Session, refuse_twice
+from prgkit.cli.state import RecipeOptions, Session
+from prgkit.cli.values import (
+    batch_profile,
+    batch_sizes,
+    each_key_once,
+    gpu_generations,
+    minutes,
+    names,
+    swept_values,
+    thread_counts,
+    tolerance,
+)
 
 if TYPE_CHECKING:
     from prgkit.config.recipe import Recipe
@@ -24,8 +37,14 @@ def run_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --json: one document on stdout in place of text."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of text.")(command)
+    """Add --json, one document on stdout in place of text: the chain reads it, the command need not know."""
+
+    @functools.wraps(command)
+    def without_json(*arguments: Any, as_json: bool, **options: Any) -> Any:
+        return command(*arguments, **options)
+
+    option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of text.")
+    return option(without_json)
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,7 +57,16 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Callable[..., Any]:
-    """Add which recipe, what is different this time and where targets are kept; then ``others`` and --json."""
+    """Add which recipe, what is different this time and where targets are kept; then ``others`` and --json.
+
+    The command is given the first of these as one `RecipeOptions`.
+    """
+
+    @functools.wraps(command)
+    def with_recipe(*arguments: Any, **options: Any) -> Any:
+        named = {key: options.pop(key) for key in RecipeOptions.__dataclass_fields__ if key in options}
+        return command(*arguments, RecipeOptions(**named), **options)
+
     options: list[Callable[..., Any]] = [
         click.argument("recipe", required=False),
         click.option("--images", metavar="SOURCE", help="Unlabelled images: a folder, a .zip or tar shards."),
@@ -63,9 +91,10 @@ def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Ca
         *others,
         json_option,
     ]
+    decorated: Callable[..., Any] = with_recipe
     for option in reversed(options):
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    return decorated
 
 
 def adapt_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,6 +206,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="N",
             help="How many held-out images travel.  [default: the recipe's, 2000]",
         ),
+        click.option("--format", "formats", multiple=True, hidden=True, help="Also in this format, by its name."),
         click.option("--zip", "packs", is_flag=True, help="Also pack the bundle into one file beside it."),
         run_option,
         json_option,
@@ -186,10 +216,10 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def refuse_in_a_bundle(given: dict[str, Any], *, builds: bool) -> None:
+def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:
     """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
-    if asked := [key for key in ("float_input", "evaluation_images", "open_vocabulary") if given[key]]:
-        option = "--" + asked[0].replace("_", "-")
+    if asked := [key for key in ("float_input", "evaluation_images", "open_vocabulary", "formats") if given[key]]:
+        option = "--" + asked[0].removesuffix("s" if asked[0] == "formats" else "").replace("_", "-")
         raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")
     if given["fp16"] and not builds:
         raise click.UsageError("--fp16 halves where the student was trained; in a bundle it is for --trt.")
@@ -263,128 +293,26 @@ def bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def choose_recipe(session: Session, given: dict[str, Any]) -> tuple[Recipe, Path]:
+def choose_recipe(session: Session, options: RecipeOptions) -> tuple[Recipe, Path]:
     """Return the recipe that was meant and the folder of its run."""
     from prgkit.config.recipe import load_recipe
     from prgkit.progress import silent
     from prgkit.storage.find import RUNS, find_run, run_name, standing_where_it_started
 
-    note = silent if session.asked else session.terminal.note  # said once in a chain
-    named = ("recipe", "images", "classes")
-    if session.asked and not any(given[key] for key in named):
-        given = {**given, **{key: session.asked[key] for key in named}}
-        given["overrides"] = (*session.asked["overrides"], *given["overrides"])
-    session.asked = given
-    name, images, classes = (given[key] for key in named)
-    if not (name or images or classes):
-        found = find_run(given["folder"] or session.folder)
-        run = click.get_current_context().with_resource(standing_where_it_started(found))
-        return load_recipe(str(run.recipe_file), overrides=given["overrides"], note=note), run.folder
+    earlier = session.recipe_options
+    note = silent if earlier else session.terminal.note  # said once in a chain
+    if earlier and not options.names_a_recipe:
+        overrides = (*earlier.overrides, *options.overrides)
+        options = replace(
+            options, recipe=earlier.recipe, images=earlier.images, classes=earlier.classes, overrides=overrides
+        )
+    session.recipe_options = options
+    if not options.names_a_recipe:
+        newest = find_run(options.folder or session.folder)
+        run = click.get_current_context().with_resource(standing_where_it_started(newest))
+        return load_recipe(str(run.recipe_file), overrides=options.overrides, note=note), run.folder
+    name, images, classes = options.recipe, options.images, options.classes
     if not name and not (images and classes):
         raise click.UsageError("Name a RECIPE, or give both --images and --classes.", click.get_current_context())
-    recipe = load_recipe(name or "custom", images=images, classes=classes, overrides=given["overrides"], note=note)
-    return recipe, given["folder"] or session.folder or RUNS / run_name(name or images)
-
-
-def batch_sizes(ctx: click.Context, option: click.Parameter, text: str) -> list[int]:
-    """Read ``1,8,32``."""
-    try:
-        batches = [int(part) for part in text.split(",")]
-    except ValueError:
-        batches = [0]
-    if min(batches) < 1:
-        raise click.BadParameter(f"write batch sizes as 1,8,32, not {text!r}.", ctx, option)
-    return batches
-
-
-def thread_counts(ctx: click.Context, option: click.Parameter, text: str | None) -> list[int]:
-    """Read ``1,2,4``, in ascending order, each once."""
-    try:
-        counts = sorted({int(part) for part in text.split(",")}) if text is not None else []
-    except ValueError:
-        counts = [0]
-    if counts and counts[0] < 1:
-        raise click.BadParameter(f"write numbers of threads as 1,2,4, not {text!r}.", ctx, option)
-    return counts
-
-
-def minutes(ctx: click.Context, option: click.Parameter, text: str | None) -> float | None:
-    """Read ``30`` or ``0.5``: minutes above none, and up to a day."""
-    try:
-        count = float(text) if text is not None else None
-    except ValueError:
-        count = 0.0
-    if count is not None and not 0 < count <= 24 * 60:
-        raise click.BadParameter(f"write minutes above 0 and up to 1440, a day, as 30; not {text!r}.", ctx, option)
-    return count
-
-
-def tolerance(ctx: click.Context, option: click.Parameter, text: str | None) -> float | None:
-    """Read ``5%`` or ``0.05``; a bare ``5`` could be either, and is refused."""
-    if text is None:
-        return None
-    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
-    try:
-        share = float(number) / (100 if percent else 1)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise click.BadParameter(f"write a tolerance as 5% or 0.05, not {text!r}.", ctx, option)
-    return share
-
-
-def batch_profile(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[int, int, int] | None:
-    """Read ``1,1,32``: the least, the usual and the largest batch of an engine."""
-    if text is None:
-        return None
-    try:
-        least, usual, most = map(int, text.split(","))
-    except ValueError:
-        least, usual, most = 0, 0, 0
-    if not 1 <= least <= usual <= most:
-        raise click.BadParameter(f"write the least, the usual and the largest as 1,1,32, not {text!r}.", ctx, option)
-    return least, usual, most
-
-
-def gpu_generations(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[str, ...] | None:
-    """Read ``86,89``, or ``8.6,8.9``, as ("SM86", "SM89"), and ``80+`` as ("SM80+",)."""
-    if text is None:
-        return None
-    if text.strip().upper().removeprefix("SM").replace(".", "") == "80+":
-        return ("SM80+",)
-    numbers = [part.strip().upper().removeprefix("SM").replace(".", "") for part in text.split(",")]
-    if not all(number.isdecimal() and len(number) in (2, 3) for number in numbers):
-        raise click.BadParameter(f"write compute capabilities as 86,89, not {text!r}.", ctx, option)
-    return tuple(f"SM{number}" for number in dict.fromkeys(numbers))
-
-
-def each_key_once(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuse two values for one key: the first would be passed over in silence."""
-    for key in {text.partition("=")[0].strip() for text in texts}:
-        values = [text.partition("=")[2].strip() for text in texts if text.partition("=")[0].strip() == key]
-        refuse_twice(f"{option.opts[-1]} {key}", values, ctx)
-    return texts
-
-
-def names(ctx: click.Context, option: click.Parameter, text: str) -> list[str]:
-    """Read ``ce,kd,prg``, each once."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def swept_values(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> list[tuple[str, list[Any]]]:
-    """Read ``edge_weight=0,1,3`` as a parameter and its values, which are read as YAML."""
-    from prgkit.config.yaml_io import parse_yaml
-    from prgkit.errors import RecipeError
-
-    each_key_once(ctx, option, texts)
-    sweeps = []
-    for text in texts:
-        key, _, values = text.partition("=")
-        try:
-            found = parse_yaml(f"values: [{values}]", where="--sweep")["values"]
-        except RecipeError:
-            found = []
-        if not key.strip() or not found:
-            raise click.BadParameter(f"write a sweep as edge_weight=0,1,3, not {text!r}.", ctx, option)
-        sweeps.append((key.strip(), found))
-    return sweeps
+    recipe = load_recipe(name or "custom", images=images, classes=classes, overrides=options.overrides, note=note)
+    return recipe, options.folder or session.folder or RUNS / run_name(str(name or images))

@@ -16,7 +16,7 @@ PLAIN = {
 }  # fmt: skip
 
 
-def say_what_it_can() -> None:
+def take_any_text() -> None:
     """Let stdout and stderr take any text, whatever the terminal's encoding: what it lacks has a stand-in.
 
     Where one of them is closed, what is written to it is lost, and nothing else.

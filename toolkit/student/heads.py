@@ -1,4 +1,4 @@
-"""How a student answers where the timm model's own head is not all: by class vectors, or by the votes of two heads."""
+"""How a student answers where the timm model's own head is not all: by class vectors, or by a mix of two heads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class OpenVocabulary(nn.Module):
 
 
 class DualHead(nn.Module):
-    """A second head and how it votes with the first (DHO, arXiv 2505.07675).
+    """A second head and how it is mixed with the first (DHO, arXiv 2505.07675).
 
     The answer is alpha * softmax(first) + (1 - alpha) * softmax(second / beta), as logits: its logarithm.
     """
@@ -52,16 +52,17 @@ class DualHead(nn.Module):
         self.register_buffer("alpha", torch.tensor(0.5))
         self.register_buffer("beta", torch.tensor(1.0))
 
-    def vote(self, first: Tensor, second: Tensor) -> Tensor:
+    def mix(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the logits [B, C] of both heads' answer; finite in float16, too, since no probability is added up."""
-        mine = first.log_softmax(dim=1) + self.alpha.log()
-        theirs = (second / self.beta).log_softmax(dim=1) + (1 - self.alpha).log()
-        larger, apart = torch.maximum(mine, theirs), (mine - theirs).abs()
-        return larger + (1 + (-apart).exp()).log()
+        weighted_first = first.log_softmax(dim=1) + self.alpha.log()
+        weighted_second = (second / self.beta).log_softmax(dim=1) + (1 - self.alpha).log()
+        larger = torch.maximum(weighted_first, weighted_second)
+        distance = (weighted_first - weighted_second).abs()
+        return larger + (1 + (-distance).exp()).log()
 
 
 class DualHeadModel(nn.Module):
-    """A network whose two heads vote."""
+    """A network whose answer is a mix of two heads."""
 
     def __init__(self, model: nn.Module, second: DualHead) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class DualHeadModel(nn.Module):
         """Return class logits [B, C] for normalised images [B, 3, S, S]."""
         maps = self.model.forward_features(images)  # type: ignore[operator]
         first = self.model.forward_head(maps)  # type: ignore[operator]
-        return self.second.vote(first, self.second.head(self.model.forward_head(maps, pre_logits=True)))  # type: ignore[operator]
+        return self.second.mix(first, self.second.head(self.model.forward_head(maps, pre_logits=True)))  # type: ignore[operator]
 
 
 def pooled(model: nn.Module, images: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""The targets of a recipe's teacher, or of several whose logits are averaged as if they were one teacher's."""
+"""The stored features of a recipe's teacher, or of several whose logits are averaged as if they were one teacher."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prgkit.config.recipe import Recipe
+from prgkit.data.index import ImageIndex
 from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import fingerprint
-from prgkit.teacher.clip import teacher_identity
-from prgkit.teacher.feature_store import FeatureStore, Load, existing_store, open_store
+from prgkit.storage.run_card import TeacherFacts
+from prgkit.teacher.feature_store import FeatureStore, Load, embed, existing_store, open_store
 from prgkit.teacher.prompt_context import load_context
+from prgkit.teacher.weights import teacher_identity, weights_identity
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 
@@ -34,7 +36,7 @@ class TeacherEnsemble:
     """
 
     def __init__(self, stores: Sequence[FeatureStore]) -> None:
-        if len({_weights_of(store) for store in stores}) < len(stores):
+        if len({fingerprint(weights_identity(store.card.teacher)) for store in stores}) < len(stores):
             names = ", ".join(store.config.model for store in stores)
             raise TargetsError(
                 f"two of the recipe's teachers are the same: {names}", where="teacher", fix="name each teacher once"
@@ -59,7 +61,7 @@ class TeacherEnsemble:
 
     def features(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
         """Return the unit features I [n, D] float32 of ``rows`` [n, K] under ``views`` [n]."""
-        return self._joined([store.features(mine, views) for store, mine in zip(self.stores, rows.T, strict=True)])
+        return self._joined([store.features(own, views) for store, own in zip(self.stores, rows.T, strict=True)])
 
     def prompts(
         self, classes: Sequence[str], templates: Sequence[str], teacher: Load, progress: Progress = NULL_PROGRESS
@@ -68,28 +70,28 @@ class TeacherEnsemble:
         return self._joined([store.prompts(classes, templates, teacher, progress) for store in self.stores])
 
     def alone(self, classifier: ZeroShotClassifier) -> list[ZeroShotClassifier]:
-        """Return what each teacher says by itself to its part of the features, as `split` gives it."""
+        """Return each teacher's own classifier, not adjusted, of its part of the features, as `split` gives it."""
         scale, untouched = len(self.stores) * classifier.logit_scale, no_adjustment(classifier.prompts.shape[1])
         return [
-            ZeroShotClassifier(mine, scale, classifier.prompt_weighting, untouched)
-            for mine in self.split(classifier.prompts)
+            ZeroShotClassifier(prompts, scale, classifier.prompt_weighting, untouched)
+            for prompts in self.split(classifier.prompts)
         ]
 
     def split(self, vectors: Tensor) -> list[Tensor]:
         """Return each teacher's part of joint vectors [..., D]: w_k times its own [..., D_k]."""
         return list(torch.split(vectors, [store.width for store in self.stores], dim=-1))
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> TeacherFacts:
         """Return what a run's card says of its teachers."""
         each = [store.facts() for store in self.stores]
-        return {
-            "model": " + ".join(store.config.name for store in self.stores),
-            "weights": None,
-            "fingerprint": fingerprint([one["fingerprint"] for one in each]),
-            "targets": [one["targets"] for one in each],
-            "width": self.width,
-            "logit_scale": self.logit_scale,
-        }
+        return TeacherFacts(
+            model=" + ".join(store.config.name for store in self.stores),
+            weights=None,
+            fingerprint=fingerprint([facts.fingerprint for facts in each]),
+            targets=tuple(str(store.folder) for store in self.stores),
+            width=self.width,
+            logit_scale=self.logit_scale,
+        )
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([weight * part for weight, part in zip(self._weights, parts, strict=True)], dim=-1)
@@ -126,15 +128,27 @@ def existing_targets(recipe: Recipe, root: Path) -> TeacherFeatures | None:
     Raises:
         TargetsError: a store was made by something else, or two teachers are the same.
     """
-    found = [existing_store(config, recipe.views, root) for config in recipe.teacher]
-    stores = [store for store in found if store is not None]
-    return _as_one(stores) if len(stores) == len(found) else None
+    opened = [existing_store(config, recipe.views, root) for config in recipe.teacher]
+    stores = [store for store in opened if store is not None]
+    return _as_one(stores) if len(stores) == len(opened) else None
 
 
-def _weights_of(store: FeatureStore) -> str:
-    """Return what tells teachers apart: not how they compute."""
-    made_from = store.card["teacher"]
-    return fingerprint({key: made_from[key] for key in made_from.keys() - {"precision", "batch_size"}})
+def embed_by_all(
+    features: TeacherFeatures,
+    image_index: ImageIndex,
+    *,
+    views: NDArray[np.int64],
+    recipe: Recipe,
+    teacher: Load,
+    progress: Progress,
+) -> None:
+    """Have every teacher embed each image of ``image_index`` in its first ``views`` [images] views, where it has not.
+
+    Raises:
+        DiskFullError: before the work, or at a block; what is journalled stays.
+    """
+    for store in features.stores:
+        embed(store, image_index, views=views, recipe=recipe, teacher=teacher, progress=progress)
 
 
 def _as_one(stores: Sequence[FeatureStore]) -> TeacherFeatures:

@@ -1,4 +1,4 @@
-"""Targets: what the teacher sees in every view of every image, computed once and kept in a memory-mapped store.
+"""The feature store: what the teacher sees in every view of every image, computed once and memory-mapped.
 
 A store holds features, not logits, so that class names, templates, weightings and temperatures can change without a
 teacher pass. It belongs to a teacher and a way of drawing views, not to a dataset: images are known by their content.
@@ -8,7 +8,7 @@ teacher pass. It belongs to a teacher and a way of drawing views, not to a datas
         journal.jsonl    one line a block: its first row, its images' keys, how many views they have, a digest a view
         view-000.f16     [rows, D] float16, one file a view; view 0 is the evaluation view
         prompts-*.npy    [M, C, D] float32, one file for each set of classes and templates; its name ends in its digest
-        prompts-*.txt    what is to be said of such a set: names that the teacher does not read to their end
+        prompts-*.txt    a warning about such a set: names that the teacher does not read to their end
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, NonNegativeInt
+from pydantic import BaseModel, Field, JsonValue, NonNegativeInt
 
 from prgkit.config.prompts import fill
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import TeacherConfig, Views
 from prgkit.data.augment import MultiViewDataset, make_dataloader
 from prgkit.data.index import ImageIndex
-from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import (
@@ -47,8 +46,10 @@ from prgkit.storage.atomic import (
 )
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
-from prgkit.teacher.clip import Teacher, teacher_identity
+from prgkit.storage.run_card import TeacherFacts
+from prgkit.teacher.clip import Teacher
 from prgkit.teacher.prompt_context import load_context
+from prgkit.teacher.weights import teacher_identity
 
 BLOCK_IMAGES = 256  # what a kill can lose at most
 LOST_CARD = "delete it, and the same command writes it again; what the teacher has seen is kept"
@@ -64,6 +65,19 @@ class Block(BaseModel, strict=True):
     digests: list[str]  # one a view
 
 
+class StoreCard(BaseModel, frozen=True):
+    """What a store's features are made from, and what the teacher says of them: its card.json."""
+
+    schema_version: Literal["prgkit.targets/2"] = Field("prgkit.targets/2", alias="schema")
+    teacher: dict[str, JsonValue]  # as `teacher_identity` has it
+    views: dict[str, JsonValue]
+    teacher_model: str
+    teacher_weights: str | None
+    width: int
+    logit_scale: float
+    preprocessing: dict[str, JsonValue]
+
+
 class FeatureStore:
     """A store of a teacher's features, opened for reading and appending."""
 
@@ -71,10 +85,9 @@ class FeatureStore:
         self.folder = folder
         self.config = config
         self.context = load_context(config)
-        self.card = read_sealed(folder / "card.json", fix=LOST_CARD)
-        self.width: int = self.card["width"]
-        self.logit_scale: float = self.card["logit_scale"]
-        self.preprocessing = Preprocessing.from_dict(self.card["preprocessing"])
+        self.card = StoreCard.model_validate(read_sealed(folder / "card.json", fix=LOST_CARD))
+        self.width = self.card.width
+        self.logit_scale = self.card.logit_scale
         self._broken: list[tuple[str, list[str]]] = []  # where, and the keys of the images in it
         self._rows: dict[str, tuple[int, int]] = {}  # key -> (row, views)
         self._end = 0
@@ -130,8 +143,8 @@ class FeatureStore:
     def rows(self, keys: Sequence[str], *, views: int) -> NDArray[np.int64]:
         """Return the row of each image, -1 where fewer than ``views`` of its views are stored."""
         absent = (-1, 0)
-        found = [self._rows.get(key, absent) for key in keys]
-        return np.array([row if stored >= views else -1 for row, stored in found], dtype=np.int64)
+        known = (self._rows.get(key, absent) for key in keys)
+        return np.array([row if stored >= views else -1 for row, stored in known], dtype=np.int64)
 
     def features(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> torch.Tensor:
         """Return the teacher's unit features I [n, D] float32 of ``rows`` [n] under ``views`` [n]."""
@@ -164,41 +177,41 @@ class FeatureStore:
         Where the teacher has a learned context, that is its one template.
 
         Raises:
-            TeacherError: two of the classes are one to the teacher.
+            TeacherError: the teacher reads the same tokens of two classes.
         """
         context = self.context
         texts = fill(context.templates if context else templates, classes)
         stem = f"prompts-{fingerprint([texts, context.digest] if context else texts)}"
-        proofs = self.folder / f"{stem}.txt"  # what is to be said of the names each time, where there is anything
-        if proofs.exists():
-            progress.note(read_text(proofs))
+        warning_file = self.folder / f"{stem}.txt"  # a warning about the names, repeated each time
+        if warning_file.exists():
+            progress.note(read_text(warning_file))
         for path in self.folder.glob(f"{stem}.*.npy"):
             if _is_whole(path):
                 loaded: NDArray[np.float32] = np.load(path)
                 return torch.from_numpy(loaded)
             path.unlink(missing_ok=True)
         reader = teacher(self.config)
-        if (told := reader.proofread(texts, classes)) and not proofs.exists():
-            write_text(proofs, told)
-            progress.note(told)
+        if (warning := reader.check_prompts(texts, classes)) and not warning_file.exists():
+            write_text(warning_file, warning)
+            progress.note(warning)
         embedded = (context.read(reader, texts) if context else reader.embed_prompts(texts)).cpu().numpy()
         buffer = io.BytesIO()
         np.save(buffer, embedded, allow_pickle=False)
         write_bytes(self.folder / f"{stem}.{_digest(buffer.getvalue())}.npy", buffer.getvalue())
         return torch.from_numpy(embedded)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> TeacherFacts:
         """Return what a run's card says of its teacher."""
-        origin = self.card["teacher"]
-        return {
-            "model": self.card["teacher_model"],
-            "weights": self.card["teacher_weights"],
-            "fingerprint": fingerprint([origin, self.context.digest] if self.context else origin),
-            "targets": str(self.folder),
-            "width": self.width,
-            "logit_scale": self.logit_scale,
-            **({"context": self.context.digest} if self.context else {}),
-        }
+        origin = self.card.teacher
+        return TeacherFacts(
+            model=self.card.teacher_model,
+            weights=self.card.teacher_weights,
+            fingerprint=fingerprint([origin, self.context.digest] if self.context else origin),
+            targets=(str(self.folder),),
+            width=self.width,
+            logit_scale=self.logit_scale,
+            context=self.context.digest if self.context else None,
+        )
 
     def _view_file(self, view: int) -> Path:
         return self.folder / f"view-{view:03d}.f16"
@@ -244,18 +257,16 @@ def open_store(config: TeacherConfig, views: Views, root: Path, teacher: Load) -
         return stored
     made_from = origin_of(config, views)
     folder = root / fingerprint(made_from)
-    seeing = teacher(config)
-    write_sealed(
-        folder / "card.json",
-        {
-            **made_from,
-            "teacher_model": config.model,
-            "teacher_weights": config.weights,
-            "width": seeing.width,
-            "logit_scale": seeing.logit_scale,
-            "preprocessing": seeing.preprocessing.to_dict(),
-        },
+    loaded = teacher(config)
+    card = StoreCard(
+        **made_from,
+        teacher_model=config.model,
+        teacher_weights=config.weights,
+        width=loaded.width,
+        logit_scale=loaded.logit_scale,
+        preprocessing=loaded.preprocessing.to_dict(),
     )
+    write_sealed(folder / "card.json", card.model_dump(mode="json", by_alias=True))
     return FeatureStore(folder, config)
 
 
@@ -269,15 +280,15 @@ def existing_store(config: TeacherConfig, views: Views, root: Path) -> FeatureSt
     folder = root / fingerprint(made_from)
     if not (folder / "card.json").exists():
         return None
-    targets = FeatureStore(folder, config)
-    if any(targets.card.get(key) != value for key, value in made_from.items()):
+    store = FeatureStore(folder, config)
+    if store.card.model_dump(mode="json", by_alias=True, include={"schema_version", "teacher", "views"}) != made_from:
         raise TargetsError(
             "the target store was made from something else than its name says", where=folder, fix="delete it"
         )
-    return targets
+    return store
 
 
-def origin_of(config: TeacherConfig, views: Views) -> dict[str, Any]:
+def origin_of(config: TeacherConfig, views: Views) -> dict[str, JsonValue]:
     """Return what decides a store's features, and so its name."""
     return {
         "schema": "prgkit.targets/2",
@@ -287,7 +298,7 @@ def origin_of(config: TeacherConfig, views: Views) -> dict[str, Any]:
 
 
 def embed(
-    targets: FeatureStore,
+    store: FeatureStore,
     image_index: ImageIndex,
     *,
     views: NDArray[np.int64],
@@ -295,34 +306,34 @@ def embed(
     teacher: Load,
     progress: Progress,
 ) -> None:
-    """Let the teacher see each image of ``image_index`` in its first ``views`` [images] views, where it has not yet.
+    """Have the teacher embed each image of ``image_index`` in its first ``views`` [images] views, where it has not.
 
     Raises:
         DiskFullError: before the work, or at a block; what is journalled stays.
     """
 
     def missing_now() -> NDArray[np.int64]:
-        stored = np.array([targets.stored_views(key) for key in image_index.keys])
+        stored = np.array([store.stored_views(key) for key in image_index.keys])
         return np.flatnonzero(stored < views)
 
     missing = missing_now()
     if not len(missing):
         return
-    require_space(targets.folder, int(views[missing].sum()) * targets.width * 2, "the target store")
-    # Two processes that want the same store mostly want the same images seen: the second goes on with what the first
-    # one stored, so waiting loses nothing, and being refused would only be tried again.
-    with locked(targets.folder, "target store", wait=progress.note):
-        targets.refresh()  # another process may have appended before the lock was ours
-        targets.mend()
+    require_space(store.folder, int(views[missing].sum()) * store.width * 2, "the target store")
+    # Two processes that want one store mostly want the same images embedded: the second goes on with what the first
+    # one stored, so waiting loses nothing.
+    with locked(store.folder, "target store", wait=progress.note):
+        store.refresh()  # another process may have appended before the lock was ours
+        store.mend()
         missing = missing_now()
         progress.start("teacher", len(missing), "img")
         for count in np.unique(views[missing]):
             chosen = missing[views[missing] == count]
-            _embed_views(targets, teacher(targets.config), image_index, chosen, int(count), recipe, progress)
+            _embed_views(store, teacher(store.config), image_index, chosen, int(count), recipe, progress)
 
 
 def _embed_views(
-    targets: FeatureStore,
+    store: FeatureStore,
     teacher: Teacher,
     image_index: ImageIndex,
     positions: NDArray[np.int64],
@@ -352,8 +363,8 @@ def _embed_views(
             waiting = waiting[size:]
         progress.advance(len(batch.positions))
         if last or (len(keys) >= BLOCK_IMAGES and not len(waiting)):
-            block = torch.cat(seen).view(-1, views, targets.width).transpose(0, 1)  # [views, images, D]
-            targets.append(keys, block.numpy())
+            block = torch.cat(seen).view(-1, views, store.width).transpose(0, 1)  # [views, images, D]
+            store.append(keys, block.numpy())
             keys, seen = [], []
 
 

@@ -6,15 +6,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pydantic import JsonValue
 from safetensors import SafetensorError
 from torch import Tensor
 
 from prgkit.config.sections import TeacherConfig
 from prgkit.errors import TeacherError
 from prgkit.storage.tensors import digest_of, load_tensors, save_tensors
-from prgkit.teacher.clip import Teacher, teacher_identity
+from prgkit.teacher.clip import Teacher
+from prgkit.teacher.weights import teacher_identity, weights_identity
 
 SCHEMA = "prgkit.context/1"
 
@@ -41,9 +42,14 @@ class PromptContext:
         return teacher.embed_with_context(prompts, self.words, self.vectors)
 
 
-def save_context(path: Path, context: PromptContext, config: TeacherConfig, facts: dict[str, Any]) -> None:
+def save_context(path: Path, context: PromptContext, config: TeacherConfig, facts: dict[str, JsonValue]) -> None:
     """Write a context of the teacher ``config``, and how it was learned, as one safetensors file, atomically."""
-    origin = {"schema": SCHEMA, "teacher": _weights_of(config), "teacher_name": config.name, "words": context.words}
+    origin = {
+        "schema": SCHEMA,
+        "teacher": weights_identity(teacher_identity(config)),
+        "teacher_name": config.name,
+        "words": context.words,
+    }
     save_tensors(path, {"vectors": context.vectors}, {**origin, **facts})
 
 
@@ -69,7 +75,7 @@ def load_context(config: TeacherConfig) -> PromptContext | None:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise TeacherError(f"{path.name} is no whole learned context: {reason}", where=path, fix=again) from error
-    if facts["teacher"] != _weights_of(config):
+    if facts["teacher"] != weights_identity(teacher_identity(config)):
         made_for = facts["teacher_name"]
         other = made_for if made_for != config.name else f"another {made_for}"
         raise TeacherError(
@@ -78,9 +84,3 @@ def load_context(config: TeacherConfig) -> PromptContext | None:
             fix=f"name that teacher, or learn a context of this one: {again}",
         )
     return context
-
-
-def _weights_of(config: TeacherConfig) -> dict[str, Any]:
-    """Return what a context depends on of its teacher; how images are batched is no part of it."""
-    identity = teacher_identity(config)
-    return {key: value for key, value in identity.items() if key not in ("precision", "batch_size")}

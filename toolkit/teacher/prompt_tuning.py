@@ -1,4 +1,4 @@
-"""Adapting the teacher to its images: a context learned on a few labelled ones of each class, its weights untouched.
+"""Prompt tuning: a context is learned on a few labelled images of each class; the teacher's weights stay as they are.
 
 CoOp (Zhou et al., 2022, arXiv 2109.01134) with one context for all classes: the embeddings of "a photo of a" in front
 of each name learn by the cross-entropy of s * I * T^T with the labels, and nothing else of the teacher does.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,12 +26,12 @@ from prgkit.config.sections import TeacherConfig
 from prgkit.data.decode import GreyRange
 from prgkit.data.index import ImageIndex, index_images, read_image_index, select_labelled
 from prgkit.data.sources import open_images
-from prgkit.device import best_device
 from prgkit.errors import ImagesError, RecipeError, some
 from prgkit.progress import Progress
-from prgkit.teacher.clip import Teacher, check_teacher, load_teacher
+from prgkit.teacher.clip import Teacher, teacher_loader
 from prgkit.teacher.feature_store import FeatureStore, embed, open_store
 from prgkit.teacher.prompt_context import PromptContext, save_context
+from prgkit.teacher.weights import check_teacher
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 from prgkit.workers import default_workers
 
@@ -42,14 +42,44 @@ LEARNING_RATE = 0.05  # of the words' own embeddings, root mean square: models d
 HELD_OUT = 4  # one shot in so many picks the epoch
 
 
+class Score(BaseModel, frozen=True):
+    """How often the likeliest class is the label [percent], and the mean cross-entropy."""
+
+    accuracy: float
+    loss: float
+
+
+class SplitScores(BaseModel, frozen=True):
+    """What the plain prompts and the context reach on some labelled images; None where there are no images."""
+
+    images: int
+    plain: Score | None
+    context: Score | None
+
+
+class TuningReport(BaseModel, frozen=True):
+    """Where a context was written to, how it was learned, and what it is worth."""
+
+    context: str
+    prgkit: str
+    labelled: str
+    classes: list[str]
+    shots: int
+    seed: int
+    epochs: int
+    epoch: int
+    learned: SplitScores
+    held_out: SplitScores
+
+
 @dataclass(frozen=True)
 class Shots:
-    """The labelled images that are used: their features are in a target store."""
+    """The labelled images that are used: their features are in a store."""
 
-    targets: FeatureStore
+    store: FeatureStore
     rows: NDArray[np.int64]  # [images], -1 for an image that is not used
     labels: NDArray[np.int64]  # [images], among the classes that have any
-    views: int  # stored of each learned image, the evaluation view among them
+    views: int  # stored of each training image, the evaluation view among them
     train_indices: NDArray[np.int64]  # positions of the images that the context learns from
     val_indices: NDArray[np.int64]  # positions of those that pick the epoch
 
@@ -57,7 +87,7 @@ class Shots:
         self, positions: NDArray[np.int64], views: NDArray[np.int64], device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Return the teacher's features I [B, D] of these views, and the labels [B]."""
-        features = self.targets.features(self.rows[positions], views)
+        features = self.store.features(self.rows[positions], views)
         return features.to(device), torch.from_numpy(self.labels[positions]).to(device)
 
     def evaluation_views(self, positions: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -65,8 +95,16 @@ class Shots:
         return self.batch(positions, np.zeros(len(positions), dtype=np.int64), device)
 
 
-def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, progress: Progress) -> dict[str, Any]:
-    """Learn a context on up to ``shots`` labelled images of each class, write it to ``path``, and say what it is worth.
+class BestEpoch(NamedTuple):
+    """The epoch whose context is kept, and its scores."""
+
+    epoch: int
+    held_out: Score | None
+    learned: Score | None
+
+
+def tune_prompt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, progress: Progress) -> TuningReport:
+    """Learn a context on up to ``shots`` labelled images of each class, and write it to ``path``.
 
     Raises:
         RecipeError: the recipe names no labelled images, or several teachers.
@@ -75,43 +113,52 @@ def adapt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, progres
     config = only_teacher(recipe)
     recipe = recipe.model_copy(update={"teacher": (config,)})
     check_teacher(config, note=progress.note)
-
-    @cache
-    def teacher(config: TeacherConfig) -> Teacher:
-        progress.note(f"loading the teacher {config.model}")
-        return load_teacher(config, best_device())
-
-    targets = open_store(config, recipe.views, targets_root, teacher)
+    load = teacher_loader(progress)
+    store = open_store(config, recipe.views, targets_root, load)
     assert recipe.data.labelled_spec is not None
-    images = read_image_index(recipe.data.labelled_spec, progress, known=targets)
+    images = read_image_index(recipe.data.labelled_spec, progress, known=store)
     images, labels = select_labelled(images, recipe.classes, note=progress.note)
     chosen = draw(images, labels, shots, barred=evaluation_keys(recipe, images.source.grey), seed=recipe.training.seed)
-    named = tell_counts(chosen, labels, recipe.classes, shots, progress)
+    named = report_counts(chosen, labels, recipe.classes, shots, progress)
     held_out = np.concatenate([of_class[len(of_class) - len(of_class) // HELD_OUT :] for of_class in chosen])
     learned = np.setdiff1d(np.concatenate(chosen), held_out)
     views = np.zeros(len(images), dtype=np.int64)
     views[learned], views[held_out] = 1 + recipe.views.count, 1
-    embed(targets, images, views=views, recipe=recipe, teacher=teacher, progress=progress)
+    embed(store, images, views=views, recipe=recipe, teacher=load, progress=progress)
 
-    rows = np.where(views > 0, targets.rows(images.keys, views=1), -1)
-    used = Shots(targets, rows, np.searchsorted(named, labels), 1 + recipe.views.count, learned, held_out)
-    prompts = targets.prompts(recipe.classes, recipe.templates, teacher, progress)[:, named]
-    plain = ZeroShotClassifier(prompts, targets.logit_scale, recipe.prompt_weighting, no_adjustment(len(named)))
+    rows = np.where(views > 0, store.rows(images.keys, views=1), -1)
+    used = Shots(store, rows, np.searchsorted(named, labels), 1 + recipe.views.count, learned, held_out)
+    prompts = store.prompts(recipe.classes, recipe.templates, load, progress)[:, named]
+    plain = ZeroShotClassifier(prompts, store.logit_scale, recipe.prompt_weighting, no_adjustment(len(named)))
     names = [recipe.classes[label] for label in named]
-    context, found = learn(teacher(config), names, used, seed=recipe.training.seed, progress=progress)
-    facts = {
-        "prgkit": __version__,
-        "labelled": images.source.spec,
-        "classes": names,
-        "shots": shots,
-        "seed": recipe.training.seed,
-        "epochs": EPOCHS,
-        "epoch": found["epoch"],
-        "learned": {"images": len(learned), "plain": worth_of(plain, used, learned), "context": found["learned"]},
-        "held_out": {"images": len(held_out), "plain": worth_of(plain, used, held_out), "context": found["held_out"]},
-    }
-    save_context(path, context, config, facts)
-    return {"context": str(path), **facts}
+    context, best = learn(load(config), names, used, seed=recipe.training.seed, progress=progress)
+    report = TuningReport(
+        context=str(path),
+        prgkit=__version__,
+        labelled=images.source.spec,
+        classes=names,
+        shots=shots,
+        seed=recipe.training.seed,
+        epochs=EPOCHS,
+        epoch=best.epoch,
+        learned=SplitScores(images=len(learned), plain=plain_score(plain, used, learned), context=best.learned),
+        held_out=SplitScores(images=len(held_out), plain=plain_score(plain, used, held_out), context=best.held_out),
+    )
+    save_context(path, context, config, report.model_dump(mode="json", exclude={"context"}))
+    return report
+
+
+def describe_tuning(report: TuningReport) -> str:
+    """Put into words what a context is worth."""
+    scores, which = (report.held_out, "held-out") if report.held_out.images else (report.learned, "learned")
+    context, plain = scores.context, scores.plain
+    assert context is not None
+    assert plain is not None
+    return (
+        f"the teacher names {context.accuracy:.1f} % of {scores.images} {which} labelled images "
+        f"(loss {context.loss:.3f}), and {plain.accuracy:.1f} % by the plain prompts ({plain.loss:.3f}); "
+        f"epoch {report.epoch} of {report.epochs}"
+    )
 
 
 def only_teacher(recipe: Recipe) -> TeacherConfig:
@@ -169,7 +216,7 @@ def draw(
     return [np.array(drawn[label][:shots]) for label in sorted(drawn)]
 
 
-def tell_counts(
+def report_counts(
     chosen: Sequence[NDArray[np.int64]],
     labels: NDArray[np.int64],
     classes: Sequence[str],
@@ -189,7 +236,7 @@ def tell_counts(
 
 def learn(
     teacher: Teacher, names: Sequence[str], shots: Shots, *, seed: int, progress: Progress
-) -> tuple[PromptContext, dict[str, Any]]:
+) -> tuple[PromptContext, BestEpoch]:
     """Train the context, and return that of the epoch with the least loss on the held-out shots, and what it reaches.
 
     Without held-out shots that is the last epoch. Epoch 0 is the words as they are.
@@ -202,12 +249,12 @@ def learn(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * steps)
     generator = np.random.default_rng(seed)
 
-    def judge(positions: NDArray[np.int64]) -> dict[str, float] | None:
+    def evaluate(positions: NDArray[np.int64]) -> Score | None:
         features, labels = shots.evaluation_views(positions, device)
         with torch.no_grad():
-            return worth(scale * features @ teacher.embed_sentences(sentences, vectors).T, labels)
+            return score(scale * features @ teacher.embed_sentences(sentences, vectors).T, labels)
 
-    best, kept, reached = 0, vectors.detach().clone(), judge(shots.val_indices)
+    best, kept, lowest = 0, vectors.detach().clone(), evaluate(shots.val_indices)
     progress.start("context", EPOCHS * steps, "step")
     for epoch in range(1, EPOCHS + 1):
         for batch in np.array_split(generator.permutation(shots.train_indices), steps):
@@ -218,34 +265,23 @@ def learn(
             optimizer.step()
             schedule.step()
             progress.advance(1, f"loss {loss.item():.3f}")
-        now = judge(shots.val_indices)
-        if now is None or reached is None or now["loss"] < reached["loss"]:
-            best, kept, reached = epoch, vectors.detach().clone(), now
+        now = evaluate(shots.val_indices)
+        if now is None or lowest is None or now.loss < lowest.loss:
+            best, kept, lowest = epoch, vectors.detach().clone(), now
     with torch.no_grad():
         vectors.copy_(kept)
-    return PromptContext(kept.cpu(), WORDS), {"epoch": best, "held_out": reached, "learned": judge(shots.train_indices)}
+    return PromptContext(kept.cpu(), WORDS), BestEpoch(best, lowest, evaluate(shots.train_indices))
 
 
-def worth_of(plain: ZeroShotClassifier, shots: Shots, positions: NDArray[np.int64]) -> dict[str, float] | None:
-    """Return what the teacher's plain prompts are worth on these images."""
+def plain_score(plain: ZeroShotClassifier, shots: Shots, positions: NDArray[np.int64]) -> Score | None:
+    """Return what the teacher's plain prompts reach on these images."""
     features, labels = shots.evaluation_views(positions, torch.device("cpu"))
-    return worth(plain.logits(features), labels)
+    return score(plain.logits(features), labels)
 
 
-def worth(logits: Tensor, labels: Tensor) -> dict[str, float] | None:
-    """Return how often the largest of the logits [n, C] is the label's, in percent, and the mean loss; None of none."""
+def score(logits: Tensor, labels: Tensor) -> Score | None:
+    """Return the score of logits [n, C]; None where n is 0."""
     if not len(labels):
         return None
-    right = 100 * float((logits.argmax(dim=1) == labels).double().mean())
-    return {"accuracy": right, "loss": float(F.cross_entropy(logits, labels))}
-
-
-def told(found: dict[str, Any]) -> str:
-    """Put into words what a context is worth."""
-    judged, which = (found["held_out"], "held-out") if found["held_out"]["images"] else (found["learned"], "learned")
-    context, plain = judged["context"], judged["plain"]
-    return (
-        f"the teacher names {context['accuracy']:.1f} % of {judged['images']} {which} labelled images "
-        f"(loss {context['loss']:.3f}), and {plain['accuracy']:.1f} % by the plain prompts ({plain['loss']:.3f}); "
-        f"epoch {found['epoch']} of {found['epochs']}"
-    )
+    accuracy = 100 * float((logits.argmax(dim=1) == labels).double().mean())
+    return Score(accuracy=accuracy, loss=float(F.cross_entropy(logits, labels)))

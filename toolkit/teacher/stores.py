@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from prgkit.data.cache import PICTURES
 from prgkit.errors import RunError
 from prgkit.storage.atomic import read_json, readable_bytes
@@ -18,57 +20,69 @@ from prgkit.storage.run import Run
 DAY_SECONDS = 86_400
 
 
-def list_stores(root: Path) -> list[dict[str, Any]]:
+class StoredTargets(BaseModel, frozen=True):
+    """What a store holds; one without a teacher is the folder of decoded pictures that all stores share."""
+
+    store: str
+    teacher: str | None
+    images: int
+    views: int | None
+    bytes: int
+    age_days: float
+    runs: list[str]
+
+
+def list_stores(root: Path) -> list[StoredTargets]:
     """Return a row for each store under ``root``, the largest first, and last the pictures that all of them share.
 
     The runs are those under runs/; one that lies elsewhere is not known of.
     """
     users = used_by()
     stores = [describe(card.parent, users) for card in root.glob("*/card.json")]
-    rows = sorted(stores, key=lambda row: -int(row["bytes"]))
+    rows = sorted(stores, key=lambda row: -row.bytes)
     if (root / PICTURES).exists():
-        rows.append({**describe(root / PICTURES, users), "teacher": None, "views": None})
+        rows.append(describe(root / PICTURES, users).model_copy(update={"teacher": None, "views": None}))
     return rows
 
 
-def prune(root: Path, *, rehearse: bool) -> list[dict[str, Any]]:
+def prune(root: Path, *, rehearse: bool) -> list[StoredTargets]:
     """Free the stores that no run uses, and the pictures where no store is left; return the rows of what went.
 
     A store that another process is working on stays. With ``rehearse`` nothing is freed.
     """
     rows = list_stores(root)
-    idle = [row for row in rows if row["teacher"] is not None and not row["runs"] and free(row, rehearse=rehearse)]
-    kept = [row for row in rows if row["teacher"] is not None and row not in idle]
-    pictures = [row for row in rows if row["teacher"] is None and not kept and free(row, rehearse=rehearse)]
+    idle = [row for row in rows if row.teacher is not None and not row.runs and free(row, rehearse=rehearse)]
+    kept = [row for row in rows if row.teacher is not None and row not in idle]
+    pictures = [row for row in rows if row.teacher is None and not kept and free(row, rehearse=rehearse)]
     return idle + pictures
 
 
-def free(row: dict[str, Any], *, rehearse: bool) -> bool:
+def free(row: StoredTargets, *, rehearse: bool) -> bool:
     """Delete a store unless another process holds it; return whether it went."""
     try:
-        with locked(Path(row["store"]), "target store"):
+        with locked(Path(row.store), "target store"):
             if not rehearse:
-                shutil.rmtree(row["store"])
+                shutil.rmtree(row.store)
     except RunError:
         return False
     return True
 
 
-def describe(folder: Path, users: dict[Path, list[str]]) -> dict[str, Any]:
+def describe(folder: Path, users: dict[Path, list[str]]) -> StoredTargets:
     """Return what a store holds, without reading its features."""
     journal, card = folder / "journal.jsonl", folder / "card.json"
     facts = read_json(card) if card.exists() else {}
     blocks = [block for _, block in Journal(journal, dict[str, Any]).lines() if block]
     written = max(path.stat().st_mtime for path in (folder, journal, card) if path.exists())
-    return {
-        "store": str(folder),
-        "teacher": " ".join(filter(None, (facts.get("teacher_model"), facts.get("teacher_weights")))) or "unknown",
-        "images": len({key for block in blocks for key in block["keys"]}),
-        "views": max((len(block.get("digests", ())) for block in blocks), default=0),
-        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-        "age_days": round((time.time() - written) / DAY_SECONDS, 2),
-        "runs": users.get(folder.resolve(), []),
-    }
+    return StoredTargets(
+        store=str(folder),
+        teacher=" ".join(filter(None, (facts.get("teacher_model"), facts.get("teacher_weights")))) or "unknown",
+        images=len({key for block in blocks for key in block["keys"]}),
+        views=max((len(block.get("digests", ())) for block in blocks), default=0),
+        bytes=sum(path.stat().st_size for path in folder.iterdir()),
+        age_days=round((time.time() - written) / DAY_SECONDS, 2),
+        runs=users.get(folder.resolve(), []),
+    )
 
 
 def used_by() -> dict[Path, list[str]]:
@@ -86,17 +100,15 @@ def used_by() -> dict[Path, list[str]]:
     return users
 
 
-def told(rows: list[dict[str, Any]]) -> dict[str, str]:
+def describe_stores(rows: list[StoredTargets]) -> dict[str, str]:
     """Put the rows into words, by the name of their folder."""
     lines = {}
     for row in rows:
-        size, images = readable_bytes(row["bytes"]), f"{row['images']:,} image{'s' if row['images'] != 1 else ''}"
-        age = "written today" if row["age_days"] < 1 else f"last written {row['age_days']:.0f} days ago"
-        if row["teacher"] is None:
-            lines[Path(row["store"]).name] = f"{images}, {size}, {age}; decoded pictures, which only save time"
+        size, images = readable_bytes(row.bytes), f"{row.images:,} image{'s' if row.images != 1 else ''}"
+        age = "written today" if row.age_days < 1 else f"last written {row.age_days:.0f} days ago"
+        if row.teacher is None:
+            lines[Path(row.store).name] = f"{images}, {size}, {age}; decoded pictures, which only save time"
             continue
-        runs = ", ".join(row["runs"]) or "no run"
-        lines[Path(row["store"]).name] = (
-            f"{row['teacher']}: {images}, {row['views']} views, {size}, {age}; used by {runs}"
-        )
+        runs = ", ".join(row.runs) or "no run"
+        lines[Path(row.store).name] = f"{row.teacher}: {images}, {row.views} views, {size}, {age}; used by {runs}"
     return lines

@@ -1,6 +1,6 @@
-"""The teacher's answers to stored features, put right where the recipe asks for it; everyone asks here.
+"""The zero-shot classifier: class names and stored image features in, logits out, adjusted where the recipe asks.
 
-Two corrections, both without a label: the prior that a teacher brings along (CLIP names some classes too readily) is
+Two adjustments, both without a label: the prior that a teacher brings along (CLIP names some classes too readily) is
 taken off its logits, then one temperature gives its probabilities a chosen mean entropy.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from prgkit.config.recipe import Recipe
@@ -39,31 +39,35 @@ class LogitAdjustment:
         return self.temperature == 1 and not bool(self.log_prior.any())
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Return the corrected logits [..., C]."""
+        """Return the adjusted logits [..., C]."""
         return (logits - self.log_prior) / self.temperature
 
-    def to_dict(self, classes: Sequence[str]) -> dict[str, Any]:
-        """Return the correction as JSON that a person can read, and that `from_dict` reads back to the bit."""
-        return {
-            "temperature": self.temperature,
-            "log_prior": dict(zip(classes, self.log_prior.double().tolist(), strict=True)),
-        }
+    def named(self, classes: Sequence[str]) -> dict[str, float]:
+        """Return the log prior by class name, from which `SavedAdjustment` gets it back to the bit."""
+        return dict(zip(classes, self.log_prior.double().tolist(), strict=True))
 
-    @staticmethod
-    def from_dict(facts: dict[str, Any], classes: Sequence[str]) -> LogitAdjustment:
-        """Return the correction that was written."""
-        priors = torch.tensor([facts["log_prior"][name] for name in classes], dtype=torch.float32)
-        return LogitAdjustment(priors, float(facts["temperature"]))
+
+class SavedAdjustment(BaseModel, frozen=True):
+    """What a run has found of its teacher's answers before training: its answers.json."""
+
+    made_from: str  # the fingerprint of the data set
+    confidence_sha256: str | None  # of confidence.npy, where images are chosen by it
+    temperature: float
+    log_prior: dict[str, float]  # by class name
+
+    def adjustment(self, classes: Sequence[str]) -> LogitAdjustment:
+        """Return the adjustment of logits over ``classes``."""
+        return LogitAdjustment(torch.tensor([self.log_prior[name] for name in classes]), self.temperature)
 
 
 def no_adjustment(classes: int) -> LogitAdjustment:
-    """Return the correction that leaves every logit, to the bit, as it is."""
+    """Return the adjustment that leaves every logit, to the bit, as it is."""
     return LogitAdjustment(torch.zeros(classes), 1.0)
 
 
 @dataclass(frozen=True)
 class ZeroShotClassifier:
-    """All that turns the teacher's view of an image into its answer."""
+    """All that turns the teacher's features of an image into logits over the classes."""
 
     prompts: Tensor  # T [M, C, D]
     logit_scale: float  # s
@@ -75,23 +79,23 @@ class ZeroShotClassifier:
         return torch.nn.functional.normalize(self.prompts.mean(dim=0), dim=1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return the corrected answer W [n, C] to unit features I [n, D]."""
+        """Return the adjusted logits W [n, C] of unit features I [n, D]."""
         return self.adjustment.apply(self.raw_logits(features))
 
     def raw_logits(self, features: Tensor) -> Tensor:
-        """Return what the teacher says by itself: W of METHOD [n, C]."""
+        """Return the logits W [n, C] before any adjustment."""
         return self.combine(self.per_prompt(features))
 
     def per_prompt(self, features: Tensor) -> Tensor:
-        """Return what each template says by itself: W_m [n, M, C]."""
+        """Return the logits of each template alone: W_m [n, M, C]."""
         return prompt_logits(features, self.prompts, self.logit_scale)
 
     def combine(self, per_prompt: Tensor) -> Tensor:
-        """Return what the templates [n, M, C] say together, by themselves: W [n, C]."""
+        """Return the logits of all templates [n, M, C] together, before any adjustment: W [n, C]."""
         return weighted_logits(per_prompt, self.prompt_weighting)
 
     def to(self, device: torch.device) -> ZeroShotClassifier:
-        """Return the same answers, given on another device."""
+        """Return the same classifier on another device."""
         moved = replace(self.adjustment, log_prior=self.adjustment.log_prior.to(device))
         return replace(self, prompts=self.prompts.to(device), adjustment=moved)
 
@@ -122,7 +126,7 @@ def weighted_logits(logits: Tensor, weighting: str) -> Tensor:
 
 
 def classifier_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float) -> ZeroShotClassifier:
-    """Return the answers that a run's student learned from, with the very correction that it learned with.
+    """Return the classifier that a run's student learned from, with the very adjustment that it learned with.
 
     Raises:
         RunError: the run's recipe asks for a correction, and what it was is lost.
@@ -133,7 +137,8 @@ def classifier_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float)
         if not run.answers_file.exists():
             raise RunError("the correction that this run learned with is lost", where=run.answers_file, fix=again)
         try:
-            adjustment = LogitAdjustment.from_dict(read_sealed(run.answers_file, fix=again), recipe.classes)
+            saved = SavedAdjustment.model_validate(read_sealed(run.answers_file, fix=again))
+            adjustment = saved.adjustment(recipe.classes)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(
                 f"{run.answers_file.name} is not this recipe's", where=run.answers_file, fix=again
@@ -142,7 +147,7 @@ def classifier_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float)
 
 
 def fit_adjustment(logits: Tensor, config: TargetsConfig) -> LogitAdjustment:
-    """Return the correction of ``config`` for uncorrected logits W [n, C], rounded to what its file says.
+    """Return the adjustment that ``config`` asks for, of raw logits W [n, C], rounded to what its file says.
 
     Raises:
         TargetsError: no temperature gives these logits the entropy that is asked for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -112,6 +113,25 @@ class TrainingState:
                 fix=f"start a new run with --run {run.folder}-2; what the teacher has seen is not lost",
             )
         self.counters = counters
+
+
+class Clock:
+    """The seconds a run has trained, over all its resumptions, and when the next checkpoint is due."""
+
+    def __init__(self, seconds_before: float) -> None:
+        self.started = self.saved = time.monotonic()
+        self.seconds_before = seconds_before
+
+    def seconds(self) -> float:
+        """Return the seconds trained so far."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def due(self, minutes: float) -> bool:
+        """Return whether ``minutes`` have passed since this was last true."""
+        if time.monotonic() - self.saved < 60 * minutes:
+            return False
+        self.saved = time.monotonic()
+        return True
 
 
 def expected_bytes(student: Student, kept_floats: int) -> int:

@@ -1,4 +1,4 @@
-"""What there is to learn from: the images, which of them are held out, and the teacher's answers to all of them."""
+"""The distillation data set: the images, which of them are held out, and what the teacher says of each of them."""
 
 from __future__ import annotations
 
@@ -31,18 +31,16 @@ class Process(NamedTuple):
 
 @dataclass(frozen=True)
 class DistillationDataset:
-    """What there is to learn from: the images, and the teacher's answers to them."""
+    """The images, which of them are learned from, and the teacher's features of their views."""
 
     image_index: ImageIndex
     store: TeacherFeatures
-    rows: NDArray[np.int64]  # [images], in the target store; [images, K] in those of K teachers
+    rows: NDArray[np.int64]  # [images], in the store; [images, K] in those of K teachers
     val_indices: NDArray[np.int64]  # positions that select the checkpoint
     train_indices: NDArray[np.int64]  # positions that the student learns from
-    sample_weights: NDArray[np.float32] | None  # of the epochs that each learned image [learned] is in; None: of all
-    classifier: ZeroShotClassifier  # on the device that asks
-    labelled: LabelledDataset | None = (
-        None  # the few images whose labels are learned from, where an objective reads any
-    )
+    sample_weights: NDArray[np.float32] | None  # [train], the share of the epochs that each is in; None: all
+    classifier: ZeroShotClassifier  # of those features, on the device where they are used
+    labelled: LabelledDataset | None = None  # a few more images, where an objective learns from labels
 
     @property
     def images_an_epoch(self) -> int:
@@ -50,7 +48,7 @@ class DistillationDataset:
         return len(self.train_indices) if self.sample_weights is None else images_an_epoch(self.sample_weights)
 
     def fingerprint(self) -> str:
-        """Return what changes when other images are learned from, or when the teacher says something else of them."""
+        """Return what changes when other images are learned from, or the teacher's logits of them are others."""
         made_from: list[Any] = [self.store.name, [self.image_index.keys[position] for position in self.train_indices]]
         if self.sample_weights is not None:
             made_from.append(self.sample_weights.tolist())
@@ -63,25 +61,21 @@ class DistillationDataset:
     def teacher_output(
         self, positions: NDArray[np.int64], views: NDArray[np.int64], device: torch.device
     ) -> TeacherOutput:
-        """Return the teacher's side (I, W, y) of these views."""
+        """Return the teacher's output (I, W, y) for these views [B] of the images at ``positions`` [B]."""
         features = self.store.features(self.rows[positions], views).to(device)  # I [B, D]
         logits = self.classifier.logits(features)  # W [B, C]
         return TeacherOutput(features, logits, logits.argmax(dim=1), torch.from_numpy(positions).to(device))
 
-    def class_vectors(self) -> torch.Tensor:
-        """Return each class's name as the teacher reads it: the mean over templates, of unit length [C, D]."""
-        return self.classifier.class_vectors()
-
     def class_means(self) -> torch.Tensor:
-        """Return the mean of the teacher's features of each class, by its own answers: [C, D], zero for no image."""
+        """Return the mean of the teacher's features of each pseudo-class: [C, D], zero where there is no image."""
         prompts = self.classifier.prompts  # [M, C, D]
         sums = torch.zeros(prompts.shape[1:], dtype=torch.float64)
         counts = torch.zeros(len(sums), dtype=torch.float64)
         for start in range(0, len(self.train_indices), 4096):
-            some = self.train_indices[start : start + 4096]
-            seen = self.teacher_output(some, np.zeros(len(some), dtype=np.int64), prompts.device)
-            labels = seen.labels.cpu()
-            sums.index_add_(0, labels, seen.features.double().cpu())
+            part = self.train_indices[start : start + 4096]
+            output = self.teacher_output(part, np.zeros(len(part), dtype=np.int64), prompts.device)
+            labels = output.labels.cpu()
+            sums.index_add_(0, labels, output.features.double().cpu())
             counts += torch.bincount(labels, minlength=len(counts))
         return (sums / counts.clamp(min=1)[:, None]).float()
 

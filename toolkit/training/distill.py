@@ -6,7 +6,6 @@ images.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -31,14 +30,15 @@ from prgkit.progress import NullProgress, Progress
 from prgkit.storage.atomic import require_space
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Run, differences, require_own_folder, start_run, undoing
+from prgkit.storage.run_card import BestEpoch
 from prgkit.storage.tensors import save_tensors
 from prgkit.student.model import Student, build_student
 from prgkit.teacher.ensemble import teacher_fingerprint
 from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
-from prgkit.training.checkpoint import TrainingCounters, TrainingState, expected_bytes, model_ema
+from prgkit.training.checkpoint import Clock, TrainingCounters, TrainingState, expected_bytes, model_ema
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.distributed import first_goes_on, from_first, join_processes, probe_precision
-from prgkit.training.few_shot import beside, tune_head_mixing
+from prgkit.training.few_shot import append_labelled, tune_head_mixing
 from prgkit.training.optimizer import build_optimizer, schedule
 from prgkit.training.prepare import prepare
 
@@ -76,9 +76,9 @@ def distill_in_process(
         seed_everything(recipe.training.seed)
         student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=dataset.store.width)
         if recipe.scores_by_text:
-            student.score_by(dataset.class_vectors(), dataset.store.logit_scale)
+            student.use_class_vectors(dataset.classifier.class_vectors(), dataset.store.logit_scale)
         if recipe.learns_labels:
-            student.grow_second_head()
+            student.add_second_head()
         if accelerator.is_main_process:
             require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(dataset.image_index)), "the run")
             run.update_card(student=student.facts(recipe.student))
@@ -189,7 +189,7 @@ def set_up(
     seed_everything(config.seed)  # what an objective learns begins alike in every process, whatever was probed before
     objective = Objectives(recipe.objective, loss_context(recipe, dataset, student, plan)).to(device)
     student.projector.requires_grad_(objective.uses_features)  # several processes wait for every gradient
-    student.shows_stages = recipe.reads_stages
+    student.returns_stages = recipe.reads_stages
     optimizer = build_optimizer(nn.ModuleList([student, objective]), config)
     counters = TrainingCounters(made_from=dataset.fingerprint())
     state = TrainingState(student, model_ema(student), optimizer, objective, counters)
@@ -246,7 +246,7 @@ def inputs_of(trainer: Trainer, batch: StepBatch, step: int) -> tuple[Tensor, Te
         seed = (config.seed, step, trainer.accelerator.process_index)
         pixels, teacher = mixup(pixels, teacher, config.mixup, seed=seed)
     if batch.labelled is not None:
-        pixels, teacher = beside(pixels, teacher, *batch.labelled)
+        pixels, teacher = append_labelled(pixels, teacher, *batch.labelled)
     return pixels, teacher
 
 
@@ -310,7 +310,7 @@ def finish(trainer: Trainer) -> None:
         evaluate(trainer, counters.epoch)
     if accelerator.is_main_process:
         rate = trainer.plan.steps * trainer.plan.batch_size / max(counters.seconds, 1e-9)
-        best = {"epoch": counters.best_epoch, "agreement": counters.best_agreement}
+        best = BestEpoch(epoch=counters.best_epoch, agreement=counters.best_agreement)
         run.update_card(best=best, images_per_s=round(rate, 1), seconds=round(counters.seconds, 1), finished=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -325,7 +325,7 @@ def loss_context(recipe: Recipe, dataset: DistillationDataset, student: Student,
         steps_per_epoch=plan.steps_per_epoch,
         images=len(dataset.image_index) + (len(dataset.labelled.labels) if dataset.labelled else 0),
         class_means=dataset.class_means,
-        class_vectors=dataset.class_vectors(),
+        class_vectors=dataset.classifier.class_vectors(),
         logit_scale=dataset.store.logit_scale,
         stages=student.stage_widths,
     )
@@ -380,22 +380,3 @@ def describe(counters: TrainingCounters, config: Training) -> str:
     terms = "  ".join(f"{name} {value:.3f}" for name, value in counters.means().items())
     best = f"  agreement {counters.best_agreement:.1f} %" if counters.best_epoch else ""
     return f"epoch {counters.epoch + 1}/{config.epochs}  {terms}{best}"
-
-
-class Clock:
-    """The seconds a run has trained, over all its resumptions, and when the next checkpoint is due."""
-
-    def __init__(self, seconds_before: float) -> None:
-        self.started = self.saved = time.monotonic()
-        self.seconds_before = seconds_before
-
-    def seconds(self) -> float:
-        """Return the seconds trained so far."""
-        return self.seconds_before + time.monotonic() - self.started
-
-    def due(self, minutes: float) -> bool:
-        """Return whether ``minutes`` have passed since this was last true."""
-        if time.monotonic() - self.saved < 60 * minutes:
-            return False
-        self.saved = time.monotonic()
-        return True

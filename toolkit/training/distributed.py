@@ -1,4 +1,4 @@
-"""Where the work runs: the processes, the device, its precision, and the seeds."""
+"""The processes that train one student together, and the precision that is faster on their device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from prgkit.config.image_size import sides
 from prgkit.interrupt import Interrupted
+from prgkit.storage.run_card import PrecisionProbe
 from prgkit.student.model import Student
 
 PROBE_STEPS = 3
@@ -53,11 +54,10 @@ def from_first(accelerator: Accelerator, make: Callable[[], T]) -> T:
     return broadcast_object_list(made)[0]  # type: ignore[no-any-return]
 
 
-def probe_precision(student: Student, device: torch.device, batch_size: int) -> dict[str, Any]:
-    """Time training steps in float32 and bfloat16, interleaved, and return the faster with both figures (ms).
+def probe_precision(student: Student, device: torch.device, batch_size: int) -> PrecisionProbe:
+    """Time training steps in float32 and bfloat16, interleaved, and return the faster with both figures [ms].
 
-    On a CPU, bf16 can halve a step or double it, depending on the model and the image size, so it is measured. The
-    outcome is written down before it is used, and a resumed run reads it instead of measuring again.
+    On a CPU, bf16 can halve a step or double it, depending on the model and the image size.
     """
     shape = (min(batch_size, 32), *sides(student.preprocessing.image_size), 3)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
@@ -67,12 +67,12 @@ def probe_precision(student: Student, device: torch.device, batch_size: int) -> 
         for precision, samples in times.items():
             started = time.perf_counter()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                side = trial(pixels)
-            (side.logits.float().square().mean() + side.features.float().square().mean()).backward()
+                output = trial(pixels)
+            (output.logits.float().square().mean() + output.features.float().square().mean()).backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if step:  # the first of each warms up
                 samples.append(1000 * (time.perf_counter() - started))
     medians = {precision: round(statistics.median(samples), 2) for precision, samples in times.items()}
-    chosen: Literal["bf16", "fp32"] = "bf16" if medians["bf16"] < 0.95 * medians["fp32"] else "fp32"
-    return {"chosen": chosen, "step_ms": medians, "batch_size": len(pixels)}
+    faster: Literal["bf16", "fp32"] = "bf16" if medians["bf16"] < 0.95 * medians["fp32"] else "fp32"
+    return PrecisionProbe(chosen=faster, step_ms=medians, batch_size=len(pixels))

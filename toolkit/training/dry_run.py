@@ -1,14 +1,14 @@
-"""What a distillation would take, told by a short probe: images, disk, and roughly how long."""
+"""What a distillation would take, estimated by a short probe: images, disk, and roughly how long."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 
 from prgkit.config.image_size import size_told
 from prgkit.config.recipe import Recipe
@@ -21,7 +21,7 @@ from prgkit.device import best_device
 from prgkit.progress import Progress, duration
 from prgkit.storage.atomic import free_bytes, readable_bytes, require_space
 from prgkit.storage.run import require_own_folder
-from prgkit.student.model import build_student
+from prgkit.student.model import Student, build_student
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.feature_store import FeatureStore, existing_store
 from prgkit.teacher.prompt_context import load_context
@@ -35,7 +35,34 @@ SAMPLE_IMAGES = 256
 SAMPLE_PICTURES = 8  # of those, decoded
 
 
-def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress) -> dict[str, Any]:
+class TeacherEstimate(BaseModel, frozen=True):
+    """What one teacher would take."""
+
+    teacher: str
+    width: int
+    views_missing: int
+    targets_bytes: int
+    teacher_s: float
+
+
+class DistillEstimate(BaseModel, frozen=True):
+    """What a distillation would take, and the same in words."""
+
+    images: int
+    images_missing: int  # not yet embedded by a teacher
+    evaluation_images: int
+    evaluation_missing: int
+    views: int  # of an image, with the evaluation view
+    teachers: tuple[TeacherEstimate, ...]
+    targets_bytes: int
+    pictures_bytes: int
+    run_bytes: int
+    teacher_s: float
+    student_s: float
+    told: dict[str, str] = {}
+
+
+def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress) -> DistillEstimate:
     """Count the images, time teacher and student for a moment each, and add it up.
 
     Neither the run nor the target store is touched. Weights and datasets that are named but not at hand are
@@ -50,57 +77,62 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
     require_own_folder(folder, recipe)
     device = best_device()
     stored = [existing_store(config, recipe.views, targets_root) for config in recipe.teacher]
-    images = gauged(open_images(recipe.data.images, note=progress.note))
+    images = with_deep_greys(open_images(recipe.data.image_spec, note=progress.note))
     if images.left_out:
         progress.note(f"{images.spec}: {images.left_out}")
-    images_missing = count_missing(images, stored)
+    missing = count_missing(images, stored)
     pictures_bytes = len(images) * mean_picture_bytes(images)
-    judged = open_matched(recipe, recipe.data.evaluation_spec, progress)
-    few = open_matched(recipe, recipe.data.labelled_spec if recipe.learns_labels else None, progress)
-    judged, few = (one.with_grey(images.grey) if one else None for one in (judged, few))
-    judged_missing = count_missing(judged, stored) if judged else [0] * len(stored)
-    if judged:
-        mean_picture_bytes(judged)  # one of them at least can be read
+    evaluation = open_matched(recipe, recipe.data.evaluation_spec, images, progress)
+    few = open_matched(recipe, recipe.data.labelled_spec if recipe.learns_labels else None, images, progress)
+    evaluation_missing, few_missing = count_missing(evaluation, stored), count_missing(few, stored)
+    if evaluation:
+        mean_picture_bytes(evaluation)  # one of them at least can be read
 
     progress.note(f"probing {recipe.teacher_name} and {recipe.student.model} for some seconds")
     views = 1 + recipe.views.count
-    few_missing = count_missing(few, stored) if few else [0] * len(stored)
-    counts = zip(images_missing, judged_missing, few_missing, strict=True)
-    missing = [views * (new + labelled) + new_judged for new, new_judged, labelled in counts]
-    passes = [teacher_pass(config, count, device) for config, count in zip(recipe.teacher, missing, strict=True)]
-    width = sum(one["width"] for one in passes)
-    student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=width)
+    counts = zip(recipe.teacher, missing, evaluation_missing, few_missing, strict=True)
+    teachers = tuple(
+        teacher_pass(config, views * (new + labelled) + judged, device) for config, new, judged, labelled in counts
+    )
+    student, images_per_s = time_student(recipe, sum(teacher.width for teacher in teachers), device)
+    result = DistillEstimate(
+        images=len(images),
+        images_missing=max(missing),
+        evaluation_images=len(evaluation) if evaluation else 0,
+        evaluation_missing=max(evaluation_missing),
+        views=views,
+        teachers=teachers,
+        targets_bytes=sum(teacher.targets_bytes for teacher in teachers),
+        pictures_bytes=min(pictures_bytes, room_bytes(targets_root / PICTURES)),
+        run_bytes=expected_bytes(student, recipe.kept_floats * len(images)),
+        teacher_s=round(sum(teacher.teacher_s for teacher in teachers), 1),
+        student_s=round(recipe.training.epochs * len(images) / images_per_s, 1),
+    )
+    require_space(targets_root, result.targets_bytes, "the target store")
+    require_space(folder, result.run_bytes, "the run")
+    return result.model_copy(update={"told": in_words(recipe, result, device, free_bytes(folder))})
+
+
+def time_student(recipe: Recipe, teacher_width: int, device: torch.device) -> tuple[Student, float]:
+    """Return the student, untrained, and how many images a second it learns from, timed for a moment."""
+    student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=teacher_width)
     if recipe.reads_stages:
         student.stage_widths()
     probe = probe_precision(student, device, recipe.training.batch_size)
-    precision = probe["chosen"] if recipe.training.precision == "auto" else recipe.training.precision
-    student_images_per_s = 1000 * probe["batch_size"] / probe["step_ms"][precision]
-    figures = {
-        "images": len(images),
-        "images_missing": max(images_missing),
-        "evaluation_images": len(judged) if judged else 0,
-        "evaluation_missing": max(judged_missing),
-        "views": views,
-        "teachers": passes,
-        "targets_bytes": sum(one["targets_bytes"] for one in passes),
-        "pictures_bytes": min(pictures_bytes, room_bytes(targets_root / PICTURES)),
-        "run_bytes": expected_bytes(student, recipe.kept_floats * len(images)),
-        "teacher_s": round(sum(one["teacher_s"] for one in passes), 1),
-        "student_s": round(recipe.training.epochs * len(images) / student_images_per_s, 1),
-    }
-    require_space(targets_root, figures["targets_bytes"], "the target store")
-    require_space(folder, figures["run_bytes"], "the run")
-    return {**figures, "told": told(recipe, figures, device, free_bytes(folder))}
+    precision = probe.chosen if recipe.training.precision == "auto" else recipe.training.precision
+    return student, 1000 * probe.batch_size / probe.step_ms[precision]
 
 
-def gauged(images: ImageSource) -> ImageSource:
+def with_deep_greys(images: ImageSource) -> ImageSource:
     """Return the images with a range for deep greys where the first few have any: their keys depend on it."""
     sample = sample_of(images)
     deep = measure_deep_greys(images, sample) if measure_deep_greys(images, sample[:SAMPLE_PICTURES]) else None
     return images.with_grey(deep.grey if deep else None)
 
 
-def open_matched(recipe: Recipe, spec: ImageSpec | None, progress: Progress) -> ImageSource | None:
+def open_matched(
+    recipe: Recipe, spec: ImageSpec | None, unlabelled: ImageSource, progress: Progress
+) -> ImageSource | None:
     """Open labelled images, where there are any; their labels are only matched with the classes."""
     if not spec:
         return None
@@ -114,26 +146,28 @@ def open_matched(recipe: Recipe, spec: ImageSpec | None, progress: Progress) -> 
         first_number=images.first_number,
         note=progress.note,
     )
-    return images
+    return images.with_grey(unlabelled.grey)
 
 
-def count_missing(images: ImageSource, stored: Sequence[FeatureStore | None]) -> list[int]:
-    """Return how many images each teacher has not seen yet, judged by a sample."""
+def count_missing(images: ImageSource | None, stored: Sequence[FeatureStore | None]) -> list[int]:
+    """Return how many images each teacher has not embedded yet, judged by a sample."""
+    if not images:
+        return [0] * len(stored)
     keys = [images.key(index) for index in sample_of(images)] if any(stored) else []
     unseen = [1.0 if store is None else float((store.rows(keys, views=1) < 0).mean()) for store in stored]
     return [round(share * len(images)) for share in unseen]
 
 
-def teacher_pass(config: TeacherConfig, views: int, device: torch.device) -> dict[str, Any]:
+def teacher_pass(config: TeacherConfig, views: int, device: torch.device) -> TeacherEstimate:
     """Return what it takes to have a teacher see so many views, in seconds and bytes, timed for a moment."""
     teacher = load_teacher(config, device)
-    return {
-        "teacher": config.name,
-        "width": teacher.width,
-        "views_missing": views,
-        "targets_bytes": views * teacher.width * 2,
-        "teacher_s": round(views / views_per_s(teacher), 1),
-    }
+    return TeacherEstimate(
+        teacher=config.name,
+        width=teacher.width,
+        views_missing=views,
+        targets_bytes=views * teacher.width * 2,
+        teacher_s=round(views / views_per_s(teacher), 1),
+    )
 
 
 def mean_picture_bytes(images: ImageSource) -> int:
@@ -174,35 +208,33 @@ def views_per_s(teacher: Teacher) -> float:
     return done / seconds
 
 
-def told(recipe: Recipe, figures: dict[str, Any], device: torch.device, free: int) -> dict[str, str]:
+def in_words(recipe: Recipe, figures: DistillEstimate, device: torch.device, free: int) -> dict[str, str]:
     """Put the figures into words."""
     judged, the_teacher = "none", "the teacher" if len(recipe.teacher) == 1 else "a teacher"
     if recipe.data.evaluation:
         judged = (
-            f"{figures['evaluation_images']:,} in {recipe.data.evaluation}, "
-            f"{figures['evaluation_missing']:,} new to {the_teacher}"
+            f"{figures.evaluation_images:,} in {recipe.data.evaluation}, "
+            f"{figures.evaluation_missing:,} new to {the_teacher}"
         )
     most = "at most" if recipe.data.keep.asks else "about"  # how many images are kept is known from their features
     templates = "1 template" if len(recipe.templates) == 1 else f"{len(recipe.templates)} templates"
     return {
-        "images": f"{figures['images']:,} in {recipe.data.images}, {figures['images_missing']:,} new to {the_teacher}",
+        "images": f"{figures.images:,} in {recipe.data.images}, {figures.images_missing:,} new to {the_teacher}",
         "evaluation": judged,
         "classes": f"{len(recipe.classes)}, {templates}",
-        "teacher": f"{recipe.teacher_name}, {figures['views']} views an image, "
-        f"about {duration(figures['teacher_s'])}{each_teacher(figures['teachers'])}",
+        "teacher": f"{recipe.teacher_name}, {figures.views} views an image, "
+        f"about {duration(figures.teacher_s)}{each_teacher(figures.teachers)}",
         "student": f"{recipe.student.model} at {size_told(recipe.student.image_size)} px, "
-        f"{recipe.training.epochs} epochs, {most} {duration(figures['student_s'])} on {device}",
-        "disk": f"{readable_bytes(figures['targets_bytes'])} of targets, "
-        f"up to {readable_bytes(figures['pictures_bytes'])} of decoded pictures, "
-        f"{readable_bytes(figures['run_bytes'])} for the run; {readable_bytes(free)} are free",
+        f"{recipe.training.epochs} epochs, {most} {duration(figures.student_s)} on {device}",
+        "disk": f"{readable_bytes(figures.targets_bytes)} of targets, "
+        f"up to {readable_bytes(figures.pictures_bytes)} of decoded pictures, "
+        f"{readable_bytes(figures.run_bytes)} for the run; {readable_bytes(free)} are free",
     }
 
 
-def each_teacher(passes: Sequence[dict[str, Any]]) -> str:
+def each_teacher(passes: Sequence[TeacherEstimate]) -> str:
     """Say what each of several teachers takes; nothing of a single one."""
     if len(passes) == 1:
         return ""
-    each = [
-        f"{one['teacher']} {duration(one['teacher_s'])} and {readable_bytes(one['targets_bytes'])}" for one in passes
-    ]
+    each = [f"{one.teacher} {duration(one.teacher_s)} and {readable_bytes(one.targets_bytes)}" for one in passes]
     return f" ({', '.join(each)})"

@@ -1,11 +1,9 @@
-"""The few images whose labels are learned from, where an objective reads them: each step sees some beside the others.
+"""The few labelled images, where an objective learns from labels: each step sees some beside the unlabelled ones.
 
-One in four of them is learned from by no one: those decide how the two heads of a student vote.
+25 % of them are a validation split, on which it is chosen how a student's two heads are mixed.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,43 +17,42 @@ from prgkit.outputs import TeacherOutput
 from prgkit.student.model import Student
 from prgkit.training.dataset import LabelledDataset
 
-if TYPE_CHECKING:
-    pass
-
-VALIDATION = 0.25  # of the labelled images
+VALIDATION_SHARE = 0.25  # of the labelled images
 ALPHAS = np.arange(0.05, 0.96, 0.05)  # never 0 or 1, as their logarithms are taken
 BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
-def beside(pixels: Tensor, side: TeacherOutput, more: Tensor, labelled: TeacherOutput) -> tuple[Tensor, TeacherOutput]:
-    """Return a batch and the labelled images beside it; the truth of all others is -1, which is none."""
-    unknown = torch.full_like(side.labels, -1)
-    pairs = zip(side._replace(truth=unknown), labelled, strict=True)
+def append_labelled(
+    pixels: Tensor, teacher: TeacherOutput, more: Tensor, labelled: TeacherOutput
+) -> tuple[Tensor, TeacherOutput]:
+    """Return a batch with the labelled images after it; the true label of all others is -1, which is none."""
+    unknown = torch.full_like(teacher.labels, -1)
+    pairs = zip(teacher._replace(truth=unknown), labelled, strict=True)
     joined = (torch.cat([one, other.to(one.device)]) for one, other in pairs if one is not None and other is not None)
     return torch.cat([pixels, more.to(pixels.device)]), TeacherOutput(*joined)
 
 
 @torch.inference_mode()
 def tune_head_mixing(student: Student, labelled: LabelledDataset, config: Training) -> None:
-    """Set alpha and beta of a student's two heads so that the labelled images held out are most probable."""
+    """Set alpha and beta of a student's two heads to those by which the validation split's labels are most probable."""
     if student.second is None:
         return
-    places, device = labelled.dataset.val_indices, student.mean.device
-    shown = evaluation_views(labelled.dataset.image_index, student.preprocessing, places, workers=config.workers)
-    heads = [[head.float().cpu() for head in student(batch.pixels[:, 0].to(device)).heads] for batch in shown]
+    indices, device = labelled.dataset.val_indices, student.mean.device
+    batches = evaluation_views(labelled.dataset.image_index, student.preprocessing, indices, workers=config.workers)
+    heads = [[head.float().cpu() for head in student(batch.pixels[:, 0].to(device)).heads] for batch in batches]
     first, second = (torch.cat(parts).numpy() for parts in zip(*heads, strict=True))  # [n, C] each
-    alpha, beta = best_vote(first, second, labelled.labels[places])
+    alpha, beta = best_mixing(first, second, labelled.labels[indices])
     student.second.alpha.fill_(alpha)
     student.second.beta.fill_(beta)
 
 
-def best_vote(
+def best_mixing(
     first: NDArray[np.float32], second: NDArray[np.float32], labels: NDArray[np.int64]
 ) -> tuple[float, float]:
     """Return the alpha and beta of which the true labels [n] are most probable, given both heads' logits [n, C]."""
 
-    def told(alpha: float, beta: float) -> float:
+    def log_likelihood(alpha: float, beta: float) -> float:
         mixed = alpha * np.exp(log_softmax(first)) + (1 - alpha) * np.exp(log_softmax(second / beta))
         return float(np.log(mixed[np.arange(len(labels)), labels].clip(min=1e-12)).sum())
 
-    return max(((float(alpha), beta) for alpha in ALPHAS for beta in BETAS), key=lambda pair: told(*pair))
+    return max(((float(alpha), beta) for alpha in ALPHAS for beta in BETAS), key=lambda pair: log_likelihood(*pair))

@@ -1,100 +1,83 @@
-"""What comes before the loop: images are read and split, the teacher sees what it has not seen yet."""
+"""What comes before the training loop: images are read and split, and the teacher embeds the new ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.config.recipe import Recipe
-from prgkit.config.sections import TeacherConfig
 from prgkit.data.cache import PICTURES, DecodedImageCache
 from prgkit.data.decode import GreyRange
 from prgkit.data.index import NEARLY_BLACK, ImageIndex, nearly_black, of_one_colour, read_image_index, select_labelled
 from prgkit.data.snapshot import restrict_to_snapshot, save_snapshot
-from prgkit.device import best_device
 from prgkit.errors import ImagesError
 from prgkit.progress import Progress
 from prgkit.storage.run import Run
-from prgkit.teacher.clip import Teacher, check_teacher, load_teacher
-from prgkit.teacher.ensemble import TeacherFeatures, existing_targets, open_targets
-from prgkit.teacher.feature_store import embed
+from prgkit.storage.run_card import ImageFacts
+from prgkit.teacher.clip import teacher_loader
+from prgkit.teacher.ensemble import TeacherFeatures, embed_by_all, existing_targets, open_targets
+from prgkit.teacher.feature_store import Load
 from prgkit.teacher.prompt_context import load_context
+from prgkit.teacher.weights import check_teacher
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 from prgkit.training.dataset import DistillationDataset, LabelledDataset
-from prgkit.training.few_shot import VALIDATION
+from prgkit.training.few_shot import VALIDATION_SHARE
 from prgkit.training.pseudo_labels import adjust_and_filter, report_selection, report_statistics
 
 
 def prepare(
     recipe: Recipe, targets_root: Path, progress: Progress, run: Run | None = None, *, like: Run | None = None
 ) -> DistillationDataset:
-    """Read the images, split off the held-out ones, and have the teacher see what it has not seen yet.
+    """Read the images, split off the held-out ones, and have the teacher embed what it has not embedded yet.
 
-    What is found is written into ``run``. Where that has begun to learn, these are the images that it was made from, or
+    What is found is written into ``run``. Where that has begun to train, these are the images that it was made from, or
     it is refused; where ``like`` has, they are those of its images that are still there.
     """
-
-    @cache
-    def teacher(config: TeacherConfig) -> Teacher:  # loaded once, and only if something is missing
-        progress.note(f"loading the teacher {config.model}")
-        return load_teacher(config, best_device())
-
+    load = teacher_loader(progress)
     for config in recipe.teacher:
         check_teacher(config, note=progress.note)
         load_context(config)
-    stored, pictures = existing_targets(recipe, targets_root), DecodedImageCache(targets_root / PICTURES)
-    same = next((one for one in (run, like) if one is not None and one.begun), None)
-    grey = grey_of(same) if same is not None else None
-    images = read_image_index(recipe.data.image_spec, progress, known=stored or (), cache=pictures, grey=grey)
-    tell_reading(images, progress)
-    if same is not None:
-        images = restrict_to_snapshot(images, same, progress, all_needed=same is run)
-    targets = stored or open_targets(recipe, targets_root, teacher)
-    for store in targets.stores:
-        for place in store.damaged:
-            progress.note(f"damaged in {store.folder}: {place}; what was in it is embedded again")
-    for place in pictures.damaged:
-        progress.note(f"damaged in {pictures.folder}: {place}; what was in it is decoded again")
-    evaluation = read_evaluation(recipe, images, targets, progress) if recipe.data.evaluation else None
-    few = read_labelled(recipe, images, evaluation, targets, progress) if recipe.learns_labels else None
-    if few is not None and same is not None:
-        kept = restrict_to_snapshot(few[0], same, progress, all_needed=same is run, labelled=True)
-        few = kept, few[1][np.isin(few[0].keys, kept.keys)]
+    stored, cache = existing_targets(recipe, targets_root), DecodedImageCache(targets_root / PICTURES)
+    begun = next((one for one in (run, like) if one is not None and one.begun), None)
+    grey = grey_of(begun) if begun is not None else None
+    images = read_image_index(recipe.data.image_spec, progress, known=stored or (), cache=cache, grey=grey)
+    report_reading(images, progress)
+    if begun is not None:
+        images = restrict_to_snapshot(images, begun, progress, all_needed=begun is run)
+    store = stored or open_targets(recipe, targets_root, load)
+    report_damage(store, cache, progress)
+    evaluation = read_evaluation(recipe, images, store, progress) if recipe.data.evaluation else None
+    few = read_few_labelled(recipe, images, evaluation, store, progress) if recipe.learns_labels else None
+    if few is not None and begun is not None:
+        kept = restrict_to_snapshot(few.images, begun, progress, all_needed=begun is run, labelled=True)
+        few = FewLabelled(kept, few.labels[np.isin(few.images.keys, kept.keys)])
     if run is not None:
-        if same is None:
-            save_snapshot(run, images, few[0] if few else None)
-        judged = facts_of(evaluation) if evaluation else None
-        run.update_card(images=facts_of(images), evaluation=judged, teacher=targets.facts())
-    prompts = targets.prompts(recipe.classes, recipe.templates, teacher, progress)  # names are refused before the hours
+        if begun is None:
+            save_snapshot(run, images, few.images if few else None)
+        judged = image_facts(evaluation) if evaluation else None
+        run.update_card(images=image_facts(images), evaluation=judged, teacher=store.facts())
+    prompts = store.prompts(recipe.classes, recipe.templates, load, progress)  # names are refused before the hours
     held_out = hold_out(images.keys, recipe.data.held_out)
-    views = np.full(len(images), 1 + recipe.views.count)
-    views[held_out] = 1  # the evaluation view alone
-    for store in targets.stores:
-        embed(store, images, views=views, recipe=recipe, teacher=teacher, progress=progress)
-        if evaluation is not None:
-            embed(
-                store,
-                evaluation,
-                views=np.ones(len(evaluation), int),
-                recipe=recipe,
-                teacher=teacher,
-                progress=progress,
-            )
+    embed_by_all(
+        store, images, views=views_of(images, held_out, recipe), recipe=recipe, teacher=load, progress=progress
+    )
+    if evaluation is not None:
+        views = np.ones(len(evaluation), int)
+        embed_by_all(store, evaluation, views=views, recipe=recipe, teacher=load, progress=progress)
     dataset = DistillationDataset(
         image_index=images,
-        store=targets,
-        rows=targets.rows(images.keys, views=1),
+        store=store,
+        rows=store.rows(images.keys, views=1),
         val_indices=held_out,
         train_indices=np.setdiff1d(np.arange(len(images)), held_out),
         sample_weights=None,
         classifier=ZeroShotClassifier(
-            prompts, targets.logit_scale, recipe.prompt_weighting, no_adjustment(len(recipe.classes))
+            prompts, store.logit_scale, recipe.prompt_weighting, no_adjustment(len(recipe.classes))
         ),
     )
     if recipe.targets.corrects or recipe.data.keep.asks:
@@ -102,9 +85,14 @@ def prepare(
     if run is None or not run.quality_file.exists():
         report_statistics(dataset, recipe, progress, run)
     report_selection(dataset, recipe.data.keep, progress, run)
-    if few is not None:
-        dataset = with_labelled(dataset, *few, recipe, teacher, progress)
-    return dataset
+    return dataset if few is None else with_labelled(dataset, few, recipe, load, progress)
+
+
+class FewLabelled(NamedTuple):
+    """The images of data.labelled, and their labels [images]."""
+
+    images: ImageIndex
+    labels: NDArray[np.int64]
 
 
 def grey_of(run: Run) -> GreyRange | None:
@@ -113,7 +101,7 @@ def grey_of(run: Run) -> GreyRange | None:
     return images.grey_range if images is not None else None
 
 
-def tell_reading(images: ImageIndex, progress: Progress) -> None:
+def report_reading(images: ImageIndex, progress: Progress) -> None:
     """Say what was passed over, how deep greys are read, and whether all that is seen is black."""
     if images.source.left_out:
         progress.note(f"{images.source.spec}: {images.source.left_out}")
@@ -131,66 +119,77 @@ def tell_reading(images: ImageIndex, progress: Progress) -> None:
         )
 
 
-def read_evaluation(recipe: Recipe, learned: ImageIndex, targets: TeacherFeatures, progress: Progress) -> ImageIndex:
+def read_evaluation(recipe: Recipe, learned: ImageIndex, store: TeacherFeatures, progress: Progress) -> ImageIndex:
     """Read the labelled images, and say now rather than after training if their labels fit no class.
 
-    Nothing of a label goes any further: the teacher will see these images, and the student only when it is measured.
+    The labels go no further: the teacher embeds these images, and the student sees them only when it is measured.
     """
     assert recipe.data.evaluation_spec is not None
-    found = read_image_index(recipe.data.evaluation_spec, progress, known=targets, grey=learned.source.grey)
-    tell_reading(found, progress)
-    evaluation, _ = select_labelled(found, recipe.classes, note=progress.note)
+    read = read_image_index(recipe.data.evaluation_spec, progress, known=store, grey=learned.source.grey)
+    report_reading(read, progress)
+    evaluation, _ = select_labelled(read, recipe.classes, note=progress.note)
     if shared := len(set(evaluation.keys) & set(learned.keys)):
         progress.note(f"{shared} evaluation images are also among those to learn from: accuracy on them flatters")
     return evaluation
 
 
-def read_labelled(
-    recipe: Recipe, learned: ImageIndex, evaluation: ImageIndex | None, targets: TeacherFeatures, progress: Progress
-) -> tuple[ImageIndex, NDArray[np.int64]]:
+def read_few_labelled(
+    recipe: Recipe, learned: ImageIndex, evaluation: ImageIndex | None, store: TeacherFeatures, progress: Progress
+) -> FewLabelled:
     """Read the few images whose labels are learned from, and say now rather than after the teacher what is wrong."""
     assert recipe.data.labelled_spec is not None
-    found = read_image_index(recipe.data.labelled_spec, progress, known=targets, grey=learned.source.grey)
-    tell_reading(found, progress)
-    few, labels = select_labelled(found, recipe.classes, note=progress.note)
-    if evaluation is not None and (shared := len(set(evaluation.keys) & set(few.keys))):
+    read = read_image_index(recipe.data.labelled_spec, progress, known=store, grey=learned.source.grey)
+    report_reading(read, progress)
+    images, labels = select_labelled(read, recipe.classes, note=progress.note)
+    if evaluation is not None and (shared := len(set(evaluation.keys) & set(images.keys))):
         progress.note(f"{shared} evaluation images are also among the labelled ones: accuracy on them flatters")
-    return few, labels
+    return FewLabelled(images, labels)
+
+
+def report_damage(store: TeacherFeatures, cache: DecodedImageCache, progress: Progress) -> None:
+    """Say what is damaged in the stores, and made anew."""
+    for one in store.stores:
+        for place in one.damaged:
+            progress.note(f"damaged in {one.folder}: {place}; what was in it is embedded again")
+    for place in cache.damaged:
+        progress.note(f"damaged in {cache.folder}: {place}; what was in it is decoded again")
+
+
+def views_of(images: ImageIndex, held_out: NDArray[np.int64], recipe: Recipe) -> NDArray[np.int64]:
+    """Return how many views of each image [images] the teacher embeds: one of a held-out image, the evaluation view."""
+    views = np.full(len(images), 1 + recipe.views.count)
+    views[held_out] = 1
+    return views
 
 
 def with_labelled(
-    dataset: DistillationDataset,
-    few: ImageIndex,
-    labels: NDArray[np.int64],
-    recipe: Recipe,
-    teacher: Callable[[TeacherConfig], Teacher],
-    progress: Progress,
+    dataset: DistillationDataset, few: FewLabelled, recipe: Recipe, load: Load, progress: Progress
 ) -> DistillationDataset:
-    """Return the lesson with a few labelled images, which the teacher sees like the others.
+    """Return the data set with a few labelled images, which the teacher embeds like the others.
 
-    Those that choose the vote are learned from nowhere, and none that teaches selects the checkpoint.
+    A share of them is a validation split, which chooses how the two heads are mixed: nothing is learned from these
+    images, labelled or not. And no image whose label is learned from is among those that select the checkpoint.
     """
-    validation = hold_out(few.keys, VALIDATION)
-    views = np.full(len(few), 1 + recipe.views.count)
-    views[validation] = 1
-    for store in dataset.store.stores:
-        embed(store, few, views=views, recipe=recipe, teacher=teacher, progress=progress)
-    teaching = np.setdiff1d(np.arange(len(few)), validation)
-    own = replace(
+    images, store = few.images, dataset.store
+    validation = hold_out(images.keys, VALIDATION_SHARE)
+    embed_by_all(
+        store, images, views=views_of(images, validation, recipe), recipe=recipe, teacher=load, progress=progress
+    )
+    labelled = replace(
         dataset,
-        image_index=few,
-        rows=dataset.store.rows(few.keys, views=1),
+        image_index=images,
+        rows=store.rows(images.keys, views=1),
         val_indices=validation,
-        train_indices=teaching,
+        train_indices=np.setdiff1d(np.arange(len(images)), validation),
         sample_weights=None,
     )
-    kept = without(dataset.image_index, dataset.train_indices, {few.keys[position] for position in validation})
+    kept = without(dataset.image_index, dataset.train_indices, {images.keys[position] for position in validation})
     return replace(
         dataset,
         train_indices=dataset.train_indices[kept],
         sample_weights=None if dataset.sample_weights is None else dataset.sample_weights[kept],
-        val_indices=dataset.val_indices[without(dataset.image_index, dataset.val_indices, set(few.keys))],
-        labelled=LabelledDataset(own, labels, first=len(dataset.image_index)),
+        val_indices=dataset.val_indices[without(dataset.image_index, dataset.val_indices, set(images.keys))],
+        labelled=LabelledDataset(labelled, few.labels, first=len(dataset.image_index)),
     )
 
 
@@ -200,16 +199,16 @@ def without(image_index: ImageIndex, positions: NDArray[np.int64], barred: Conta
     return kept if kept.any() else ~kept
 
 
-def facts_of(images: ImageIndex) -> dict[str, Any]:
+def image_facts(images: ImageIndex) -> ImageFacts:
     """Return what a run's card says of its images: how many, and each unreadable one with its reason."""
-    return {
-        "source": images.source.spec,
-        "used": len(images),
-        "duplicates": images.duplicates,
-        "unreadable": images.unreadable,
-        "left_out": images.source.left_out,
-        "grey_range": images.source.grey,
-    }
+    return ImageFacts(
+        source=images.source.spec,
+        used=len(images),
+        duplicates=images.duplicates,
+        unreadable=tuple(images.unreadable),
+        left_out=images.source.left_out,
+        grey_range=images.source.grey,
+    )
 
 
 def hold_out(keys: Sequence[str], share: float) -> NDArray[np.int64]:

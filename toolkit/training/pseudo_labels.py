@@ -1,11 +1,10 @@
-"""How far the teacher's answers are trusted: corrected, told of and chosen by before anyone learns from them."""
+"""Pseudo-labels: the teacher's answers are adjusted, described, and used to choose images before training."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,14 +18,20 @@ from prgkit.errors import TargetsError
 from prgkit.progress import Progress
 from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed
 from prgkit.storage.run import Run
+from prgkit.storage.run_card import LearnedFacts
 from prgkit.teacher.ensemble import TeacherEnsemble
-from prgkit.teacher.zero_shot import ZeroShotClassifier, classifier_of, fit_adjustment
+from prgkit.teacher.zero_shot import (
+    LogitAdjustment,
+    SavedAdjustment,
+    ZeroShotClassifier,
+    classifier_of,
+    fit_adjustment,
+)
 from prgkit.training import statistics
+from prgkit.training.dataset import DistillationDataset
 from prgkit.training.selection import sure_enough
+from prgkit.training.statistics import Floats
 from prgkit.training.statistics_schema import Statistics
-
-if TYPE_CHECKING:
-    from prgkit.training.dataset import DistillationDataset
 
 PART = 256  # images whose answers are computed at once
 VIEWED_TWICE = 1024  # images whose answers in two views are compared
@@ -35,7 +40,7 @@ VIEWED_TWICE = 1024  # images whose answers in two views are compared
 def adjust_and_filter(
     dataset: DistillationDataset, recipe: Recipe, progress: Progress, run: Run | None
 ) -> DistillationDataset:
-    """Correct the answers and choose the images by them, as the recipe asks; all from features that are stored.
+    """Adjust the teacher's logits and choose the images by its confidence, as the recipe asks; from stored features.
 
     What was found is in the run before it is used, and is read again when the run goes on. ``dataset`` still learns
     from every image that is not held out.
@@ -45,32 +50,31 @@ def adjust_and_filter(
     """
     config, made_from = recipe.data.keep, dataset.fingerprint()
     confidence = None
-    if run is not None and found_before(run, made_from):
+    saved = read_findings(run) if run is not None else None
+    if run is not None and saved is not None and saved.made_from == made_from and is_intact(run, saved):
         known = classifier_of(run, recipe, dataset.classifier.prompts, dataset.store.logit_scale)
         dataset = replace(dataset, classifier=known)
         confidence = np.load(run.confidence_file) if config.asks else None
     else:
         if recipe.targets.corrects:
-            sample = dataset.train_indices[
-                spread(len(dataset.train_indices), max(statistics.MOST_IMAGES, 20 * len(recipe.classes)))
-            ]
-            adjustment = fit_adjustment(uncorrected_logits(dataset, sample), recipe.targets)
+            most = max(statistics.MOST_IMAGES, 20 * len(recipe.classes))
+            sample = dataset.train_indices[spread(len(dataset.train_indices), most)]
+            adjustment = fit_adjustment(raw_logits(dataset, sample), recipe.targets)
             dataset = replace(dataset, classifier=replace(dataset.classifier, adjustment=adjustment))
         if config.asks:
-            confidence = ask_confidence(dataset, progress)
+            confidence = teacher_confidence(dataset, progress)
         if run is not None:
-            keep_found(run, made_from, dataset.classifier.adjustment.to_dict(recipe.classes), confidence)
+            save_findings(run, made_from, dataset.classifier.adjustment, recipe.classes, confidence)
     if confidence is None:
         return dataset
     chosen = sure_enough(confidence, config)
-    return replace(
-        dataset,
-        train_indices=dataset.train_indices[chosen],
-        sample_weights=confidence[chosen] if config.weighted else None,
-    )
+    weights = confidence[chosen] if config.weighted else None
+    return replace(dataset, train_indices=dataset.train_indices[chosen], sample_weights=weights)
 
 
-def keep_found(run: Run, made_from: str, adjustment: dict[str, Any], confidence: NDArray[np.float32] | None) -> None:
+def save_findings(
+    run: Run, made_from: str, adjustment: LogitAdjustment, classes: Sequence[str], confidence: Floats | None
+) -> None:
     """Write into the run what was found; the JSON comes last and vouches for the array."""
     digest = None
     if confidence is not None:
@@ -78,37 +82,44 @@ def keep_found(run: Run, made_from: str, adjustment: dict[str, Any], confidence:
         np.save(buffer, confidence, allow_pickle=False)
         write_bytes(run.confidence_file, buffer.getvalue())
         digest = sha256(run.confidence_file)
-    write_sealed(run.answers_file, {"made_from": made_from, "confidence_sha256": digest, **adjustment})
+    saved = SavedAdjustment(
+        made_from=made_from,
+        confidence_sha256=digest,
+        temperature=adjustment.temperature,
+        log_prior=adjustment.named(classes),
+    )
+    write_sealed(run.answers_file, saved.model_dump(mode="json"))
 
 
-def confidence_of(run: Run, *, images: int) -> NDArray[np.float32]:
+def confidence_of(run: Run, *, images: int) -> Floats:
     """Return how sure the teacher is of each of the ``images`` [images] that a run may learn from.
 
     Raises:
         TargetsError: the run's file is missing or damaged, or of other images.
     """
     path, fix = run.confidence_file, "distil again into a new run; what needs no --int8 can be exported as it is"
-    digest = read_sealed(run.answers_file)["confidence_sha256"] if run.answers_file.exists() else None
-    if digest is None or not path.exists() or sha256(path) != digest:
+    saved = read_findings(run)
+    if saved is None or saved.confidence_sha256 is None or not is_intact(run, saved):
         raise TargetsError(f"{path.name} is missing, or is not what the run wrote", where=path, fix=fix)
-    confidence: NDArray[np.float32] = np.load(path)
+    confidence: Floats = np.load(path)
     if len(confidence) != images:
         raise TargetsError(f"{path.name} is of {len(confidence):,} images, not of {images:,}", where=path, fix=fix)
     return confidence
 
 
-def found_before(run: Run, made_from: str) -> bool:
-    """Tell whether the run holds, undamaged, what was found of these very images."""
-    if not run.answers_file.exists():
-        return False
-    known = read_sealed(run.answers_file)
-    digest = known["confidence_sha256"]
-    intact = digest is None or (run.confidence_file.exists() and sha256(run.confidence_file) == digest)
-    return bool(known["made_from"] == made_from and intact)
+def read_findings(run: Run) -> SavedAdjustment | None:
+    """Return what was found of a run's images before, where anything was."""
+    return SavedAdjustment.model_validate(read_sealed(run.answers_file)) if run.answers_file.exists() else None
 
 
-def uncorrected_logits(dataset: DistillationDataset, positions: NDArray[np.int64]) -> Tensor:
-    """Return what the teacher says by itself of the evaluation views: W [positions, C], on the CPU."""
+def is_intact(run: Run, saved: SavedAdjustment) -> bool:
+    """Tell whether the run's confidence.npy, if it has one, is what was written."""
+    digest = saved.confidence_sha256
+    return digest is None or (run.confidence_file.exists() and sha256(run.confidence_file) == digest)
+
+
+def raw_logits(dataset: DistillationDataset, positions: NDArray[np.int64]) -> Tensor:
+    """Return the teacher's logits of the evaluation views, not adjusted: W [positions, C], on the CPU."""
     device = best_device()
     classifier = dataset.classifier.to(device)
     parts = np.array_split(dataset.rows[positions], max(1, len(positions) // PART))
@@ -116,32 +127,26 @@ def uncorrected_logits(dataset: DistillationDataset, positions: NDArray[np.int64
     return torch.cat([classifier.raw_logits(part.to(device)).cpu() for part in features])
 
 
-def ask_confidence(dataset: DistillationDataset, progress: Progress) -> NDArray[np.float32]:
+def teacher_confidence(dataset: DistillationDataset, progress: Progress) -> Floats:
     """Return how sure the teacher is of each learned image [learned]: the largest probability in its answer."""
     progress.start("confidence", len(dataset.train_indices), "img")
-    found = []
+    parts = []
     for start in range(0, len(dataset.train_indices), 16 * PART):
-        logits = uncorrected_logits(dataset, dataset.train_indices[start : start + 16 * PART])
-        found.append(dataset.classifier.adjustment.apply(logits).softmax(dim=1).amax(dim=1))
+        logits = raw_logits(dataset, dataset.train_indices[start : start + 16 * PART])
+        parts.append(dataset.classifier.adjustment.apply(logits).softmax(dim=1).amax(dim=1))
         progress.advance(len(logits))
-    confidence: NDArray[np.float32] = torch.cat(found).numpy()
+    confidence: Floats = torch.cat(parts).numpy()
     return confidence
 
 
 def spread(count: int, most: int) -> NDArray[np.int64]:
-    """Return at most ``most`` evenly spaced places of ``count``: a catalogue is ordered by content, so by chance."""
+    """Return at most ``most`` evenly spaced places of ``count``: an index is ordered by content, so by chance."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
 def report_selection(dataset: DistillationDataset, keep: Keep, progress: Progress, run: Run | None) -> None:
     """Say how many images are learned from, and write it into the run's card."""
     dropped = len(dataset.image_index) - len(dataset.val_indices) - len(dataset.train_indices)
-    facts = {
-        "images": len(dataset.train_indices),
-        "held_out": len(dataset.val_indices),
-        "dropped": dropped,
-        "an_epoch": dataset.images_an_epoch,
-    }
     below = f"{dropped:,} below a confidence of {keep.min_confidence}" if keep.min_confidence else "none dropped"
     weighted = f"; weighted by confidence, {dataset.images_an_epoch:,} an epoch" if keep.weighted else ""
     progress.note(
@@ -149,7 +154,14 @@ def report_selection(dataset: DistillationDataset, keep: Keep, progress: Progres
         f"{len(dataset.val_indices):,} held out, {below}{weighted}"
     )
     if run is not None:
-        run.update_card(learned=facts)
+        run.update_card(
+            learned=LearnedFacts(
+                images=len(dataset.train_indices),
+                held_out=len(dataset.val_indices),
+                dropped=dropped,
+                an_epoch=dataset.images_an_epoch,
+            )
+        )
 
 
 def report_statistics(dataset: DistillationDataset, recipe: Recipe, progress: Progress, run: Run | None) -> None:
@@ -221,10 +233,14 @@ def two_views(dataset: DistillationDataset) -> tuple[NDArray[np.int64], NDArray[
 
 
 def labels_alone(
-    targets: TeacherEnsemble, classifier: ZeroShotClassifier, features: Sequence[Tensor]
+    ensemble: TeacherEnsemble, classifier: ZeroShotClassifier, features: Sequence[Tensor]
 ) -> NDArray[np.int64]:
-    """Return the class that each of K teachers names by itself, uncorrected: [K, n], for joint features in parts."""
-    each, parts = targets.alone(classifier), [targets.split(part) for part in features]
-    said = [torch.cat([one.raw_logits(part[place]).argmax(dim=1) for part in parts]) for place, one in enumerate(each)]
-    labels: NDArray[np.int64] = torch.stack(said).numpy()
+    """Return the class that each of K teachers names by itself, not adjusted: [K, n], for joint features in parts."""
+    parts = [ensemble.split(part) for part in features]
+    labels: NDArray[np.int64] = torch.stack(
+        [
+            torch.cat([alone.raw_logits(part[teacher]).argmax(dim=1) for part in parts])
+            for teacher, alone in enumerate(ensemble.alone(classifier))
+        ]
+    ).numpy()
     return labels

@@ -1,4 +1,4 @@
-"""Which images are learned from, and how often, by how sure the teacher is of them."""
+"""Which images are learned from, and how often, by the teacher's confidence."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def find_doubts(features: Floats, logits: Floats, class_vectors: Floats, views: 
         features: the teacher's unit features I [n, D] of the evaluation view.
         logits: its logits W [n, C], not adjusted.
         class_vectors: the class names as it reads them [C, D], unit vectors.
-        views: the classes that it names of some images [m] in one view, and in another.
+        views: the classes that it names for some images [m] in one view, and in another.
     """
     probabilities, classes = softmax(logits), logits.shape[1]
     entropy = float(-(probabilities * np.log(np.maximum(probabilities, 1e-12))).sum(axis=1).mean() / np.log(classes))
@@ -117,12 +117,12 @@ def mean_cosine(vectors: Floats) -> float:
     return float(((vectors.sum(axis=0, dtype=np.float64) ** 2).sum() - count) / (count * (count - 1)))
 
 
-def kappa(one: Labels, other: Labels) -> float:
+def kappa(first: Labels, second: Labels) -> float:
     """Return Cohen's kappa of two namings [n] of the same images: 0 for chance, 1 where they are equal."""
-    most = int(max(one.max(), other.max())) + 1
-    shares = [np.bincount(labels, minlength=most) / len(labels) for labels in (one, other)]
+    most = int(max(first.max(), second.max())) + 1
+    shares = [np.bincount(labels, minlength=most) / len(labels) for labels in (first, second)]
     chance = float(shares[0] @ shares[1])
-    return 1.0 if chance == 1 else (float((one == other).mean()) - chance) / (1 - chance)
+    return 1.0 if chance == 1 else (float((first == second).mean()) - chance) / (1 - chance)
 
 
 def find_read_as_one(class_vectors: Floats, classes: Sequence[str]) -> list[tuple[str, str]]:
@@ -188,7 +188,7 @@ def summarise_adjustment(effect: AdjustmentEffect) -> str:
 
 def summarise_disagreement(disagreement: Disagreement) -> list[tuple[str, str]]:
     """Say how far several teachers differ."""
-    agreeing = ", ".join(f"{one.teacher} on {one.agreement:.1f} %" for one in disagreement.average)
+    agreeing = ", ".join(f"{teacher.teacher} on {teacher.agreement:.1f} %" for teacher in disagreement.average)
     differ = f"they name different classes on {disagreement.differ:.1f} % of the images"
     lines = [("teachers", f"{differ}; with their average agree {agreeing}")]
     if disagreement.classes:

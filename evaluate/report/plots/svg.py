@@ -1,4 +1,4 @@
-"""The parts that the report's plots are drawn from: axes with round ticks, text, shapes for light and dark."""
+"""The parts that plots are drawn from: axes with round ticks, text, shapes for light and dark; all of it escaped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
+
+from markupsafe import Markup
 
 FONT = 13
 # Every plot is drawn this wide and scaled to its column, so its letters stay readable on a phone.
@@ -67,20 +70,11 @@ def colour(index: int) -> str:
     return f"var(--series-{number + 1}, {COLOURS[number]})"
 
 
-def text(
-    x: float,
-    y: float,
-    content: str,
-    *,
-    anchor: str = "start",
-    muted: bool = False,
-    bold: bool = False,
-    size: float = FONT,
-) -> str:
-    """Return a piece of text, escaped."""
+def text(x: float, y: float, content: str, *, anchor: str = "start", muted: bool = False, bold: bool = False) -> str:
+    """Return a piece of text."""
     extra = (' opacity="0.68"' if muted else "") + (' font-weight="600"' if bold else "")
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size:g}" fill="currentColor"{extra}>'
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{FONT}" fill="currentColor"{extra}>'
         f"{escape(content)}</text>"
     )
 
@@ -110,40 +104,77 @@ def circle(x: float, y: float, *, radius: float, fill: str, title: str = "") -> 
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="{fill}">{inside}</circle>'
 
 
-def horizontal_axis(axis: Axis, y: float, name: str, *, top: float) -> list[str]:
+def rect(x: float, y: float, width: float, height: float, *, fill: str, extra: str = "") -> str:
+    """Return a filled rectangle."""
+    return (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{fill}"'
+        f"{' ' + extra if extra else ''}/>"
+    )
+
+
+def path(steps: str, *, fill: str, extra: str = "") -> str:
+    """Return a filled shape."""
+    return f'<path d="{steps}" fill="{fill}"{" " + extra if extra else ""}/>'
+
+
+def axes(x: Axis, y: Axis, x_name: str, y_name: str = "", *, x_ticks: Sequence[float] | None = None) -> list[str]:
+    """Return both axes of a plot, with the vertical one's name above it."""
+    parts = horizontal_axis(x, y.start_px, x_name, top=y.end_px, ticks=x_ticks)
+    for value in y.ticks():
+        level = y.at(value)
+        parts.append(line(x.start_px, level, x.end_px, level, extra='opacity="0.12"'))
+        parts.append(text(x.start_px - 8, level + FONT * 0.35, tick_text(value), anchor="end", muted=True))
+    return [*parts, *([text(0, 14, y_name, muted=True)] if y_name else [])]
+
+
+def horizontal_axis(axis: Axis, y: float, name: str, *, top: float, ticks: Sequence[float] | None = None) -> list[str]:
     """Return the grid, ticks and name of an axis at the bottom of a plot whose upper edge is ``top``."""
     parts = []
-    for value in axis.ticks():
+    for value in axis.ticks() if ticks is None else ticks:
         x = axis.at(value)
         parts.append(line(x, top, x, y, extra='opacity="0.12"'))
         parts.append(text(x, y + 18, tick_text(value), anchor="middle", muted=True))
     parts.append(line(axis.start_px, y, axis.end_px, y, extra='opacity="0.45"'))
-    parts.append(text((axis.start_px + axis.end_px) / 2, y + 38, name, anchor="middle", muted=True))
-    return parts
+    return [*parts, text((axis.start_px + axis.end_px) / 2, y + 38, name, anchor="middle", muted=True)]
 
 
-def vertical_axis(axis: Axis, x: float, *, right: float) -> list[str]:
-    """Return the grid and ticks of an axis at the left of a plot whose right edge is ``right``."""
-    parts = []
-    for value in axis.ticks():
-        y = axis.at(value)
-        parts.append(line(x, y, right, y, extra='opacity="0.12"'))
-        parts.append(text(x - 8, y + FONT * 0.35, tick_text(value), anchor="end", muted=True))
-    return parts
+def drawing(bottom: float, parts: Sequence[str], *, title: str, description: str, below: float = 46) -> Markup:
+    """Return the whole SVG, as wide as what holds it, with its words for those who do not see it.
 
-
-def drawing(height: float, parts: Sequence[str], *, title: str, description: str) -> str:
-    """Return the whole SVG, as wide as what holds it, with its words for those who do not see it."""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="100%" role="img" '
+    ``bottom`` is where the horizontal axis lies, and ``below`` the room that its ticks and its name take.
+    """
+    return Markup(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + below:.0f}" width="100%" role="img" '
         'font-family="inherit" style="font-variant-numeric: tabular-nums">'
         f"<title>{escape(title)}</title><desc>{escape(description)}</desc>{''.join(parts)}</svg>"
     )
 
 
-def text_width(content: str, size: float = FONT) -> float:
+def text_width(content: str) -> float:
     """Return how many pixels a text takes in a wide font (DejaVu Sans); SVG cannot measure without a browser."""
     return (
         sum(0.36 if c in "ijltf.,:;|'- " else 0.95 if c in "mwMW%@" else 0.7 if c.isupper() else 0.62 for c in content)
-        * size
+        * FONT
     )
+
+
+def shortened(label: str, width: float) -> str:
+    """Return as much of a label as fits into a width in pixels."""
+    if text_width(label) <= width:
+        return label
+    while label and text_width(label + "…") > width:
+        label = label[:-1]
+    return label.rstrip(" ,") + "…"
+
+
+def spread_out(places: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
+    """Return the places moved apart to at least ``gap``, in their order, within the range where it has room."""
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    moved = list(places)
+    for before, index in pairwise(order):
+        moved[index] = max(moved[index], moved[before] + gap)
+    limit = high
+    for index in reversed(order):
+        moved[index] = min(moved[index], limit)
+        limit = moved[index] - gap
+    return moved

@@ -1,7 +1,7 @@
 // The state of a card is in its data-right and data-class; the CSV is put together from them and the ready-made rows.
 "use strict";
 const cards = [...document.querySelectorAll(".card")], sample = document.body.dataset.sample;
-const place = "prgkit-audit-" + sample, told = document.querySelector(".told");
+const place = "prgkit-audit-" + sample, message = document.querySelector(".status");
 const plain = name => name.normalize("NFC").replaceAll("_", " ").trim().split(/\s+/).join(" ").toLowerCase();
 const classes = new Map([...document.querySelectorAll("#classes option")].map(one => [plain(one.value), one.value]));
 let current = 0, unsaved = false;  // unsaved: neither in a file nor kept by the browser
@@ -10,7 +10,7 @@ function remember() {
   const kept = {};
   for (const card of cards) if (card.dataset.right) kept[card.dataset.key] = [card.dataset.right, card.dataset.class];
   try { localStorage.setItem(place, JSON.stringify({base: document.body.dataset.base, kept})); }
-  catch { unsaved = true; told.textContent = "This browser keeps nothing: save before you leave."; }
+  catch { unsaved = true; message.textContent = "This browser keeps nothing: save before you leave."; }
 }
 
 function recall() {
@@ -51,7 +51,7 @@ function count() {
 
 function tick(card, right, named = "") {
   [card.dataset.right, card.dataset.class] = [right, named];
-  told.textContent = "";
+  message.textContent = "";
   show(card); count(); remember();
 }
 
@@ -75,7 +75,7 @@ function row(step) {  // the card above or below: the nearest in the next row
 function refuse(index) {
   go(index);
   const input = cards[index].querySelector("input");
-  told.textContent = `${index + 1}: ${input.title}.`;
+  message.textContent = `${index + 1}: ${input.title}.`;
   input.focus();
 }
 
@@ -92,7 +92,7 @@ function save() {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   unsaved = false;
-  told.textContent = "Saved among your downloads.";
+  message.textContent = "Saved among your downloads.";
 }
 
 cards.forEach((card, index) => {

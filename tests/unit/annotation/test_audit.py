@@ -14,14 +14,15 @@ from PIL import Image
 
 pytest.importorskip("torch")
 
-from prgkit.annotation.audit import audit, draw
+from prgkit.annotation.audit import AuditReport, audit, draw
 from prgkit.config.recipe import load_recipe
 from prgkit.data.index import index_images
 from prgkit.data.sources import open_images
 from prgkit.data.ticks import Tick, read_ticks, ticked, write_ticks
 from prgkit.errors import ImagesError
-from prgkit.evaluate.accuracy.ticked import audit as report_on
+from prgkit.evaluate.accuracy.ticked import audit_section as report_on
 from prgkit.evaluate.accuracy.ticked import teacher_share
+from prgkit.evaluate.report.schema import Row
 from prgkit.export.bundle.bundle import Evaluation
 from prgkit.export.from_run import evaluation_positions
 from prgkit.progress import NullProgress
@@ -93,9 +94,9 @@ def ticks(rights: list[bool | None], teacher: str = "one", named: str | None = N
 
 def test_the_teacher_s_share_has_wilson_s_interval() -> None:
     found = teacher_share(ticks([True] * 8 + [False] * 2))
-    assert (found["images"], found["right"], found["top1"]) == (10, 8, 80.0)
+    assert (found.images, found.right, found.top1) == (10, 8, 80.0)
     # (0.8 + 3.8415/20 ± 1.96·√(0.8·0.2/10 + 3.8415/400)) / (1 + 3.8415/10), by hand
-    assert found["top1_interval"] == pytest.approx([49.016, 94.332], abs=1e-3)
+    assert found.top1_interval == pytest.approx((49.016, 94.332), abs=1e-3)
 
 
 def evaluation(count: int, *, keys: bool = True) -> Evaluation:
@@ -109,7 +110,8 @@ def logits(answers: list[int]) -> Any:
     return np.eye(3, dtype=np.float32)[answers[::-1]]
 
 
-ROW = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu", "status": "measured"}
+KEY: dict[str, Any] = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
+ROW = Row(**KEY, file=None, precision="fp32", threads=1, status="measured")
 
 
 def test_a_student_is_right_where_it_says_the_truth_and_bounded_where_nobody_knows_it() -> None:
@@ -117,14 +119,14 @@ def test_a_student_is_right_where_it_says_the_truth_and_bounded_where_nobody_kno
     known = ticks([True, True, False, False, False, None], named="two")
     known[4] = replace(known[4], named=None)  # the student says three: who knows
     section, notes = report_on(
-        known, evaluation(6), CLASSES, [(ROW, logits(answers)), ({**ROW, "status": "failed"}, None)]
+        known, evaluation(6), CLASSES, [(ROW, logits(answers)), (ROW.model_copy(update={"status": "failed"}), None)]
     )
     assert section is not None
-    assert (section["images"], section["ticked"]) == (6, 5)
-    assert section["teacher"]["top1"] == 40.0
-    (row,) = section["rows"]
-    assert (row["images"], row["right"], row["unknown"], row["top1"], row["top1_at_most"]) == (5, 2, 1, 40.0, 60.0)
-    assert row["top1_interval"] == pytest.approx([11.762, 88.238], abs=1e-3)  # Wilson's low of 2 of 5, high of 3 of 5
+    assert (section.images, section.ticked) == (6, 5)
+    assert section.teacher.top1 == 40.0
+    (row,) = section.rows
+    assert (row.images, row.right, row.unknown, row.top1, row.top1_at_most) == (5, 2, 1, 40.0, 60.0)
+    assert row.top1_interval == pytest.approx((11.762, 88.238), abs=1e-3)  # Wilson's low of 2 of 5, high of 3 of 5
     assert notes == [
         "Audit: 5 of 6 ticked, in the sheet's order, which is drawn by chance: fair, with a wider interval.",
         "Audit: where the teacher is wrong and no right class is given, an artifact that says something else counts as "
@@ -133,7 +135,7 @@ def test_a_student_is_right_where_it_says_the_truth_and_bounded_where_nobody_kno
     known[4] = replace(known[4], teacher="one", named=None)
     repeats = report_on(known, evaluation(6), CLASSES, [(ROW, logits([0, 1, 0, 1, 0, 0]))])[0]
     assert repeats is not None
-    assert repeats["rows"][0]["unknown"] == 0  # it repeats a wrong answer
+    assert repeats.rows[0].unknown == 0  # it repeats a wrong answer
 
 
 def test_passing_over_pictures_is_said_with_what_it_may_hide() -> None:
@@ -149,7 +151,7 @@ def test_why_no_artifact_has_a_figure_is_said() -> None:
     def said(found: Evaluation) -> list[str]:
         section, notes = report_on(ticks([True]), found, CLASSES, [(ROW, logits([0]))])
         assert section is not None
-        assert section["rows"] == []
+        assert section.rows == []
         return notes
 
     assert "prgkit export makes one that does" in said(evaluation(1, keys=False))[0]
@@ -200,7 +202,7 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "place"
 
 
-def look(*, count: int | None = None) -> tuple[dict[str, Any], list[str]]:
+def look(*, count: int | None = None) -> tuple[AuditReport, list[str]]:
     sets = ["data.images=photos", "data.classes=[one, two, three]", "data.prompts=['a {}', 'the digit {}']",
             "data.held_out=0.2", "teacher={model: 'demo:digits', batch_size: 8}", "views={count: 1, flip: false}",
             "student={model: test_efficientnet, image_size: 32}"]  # fmt: skip
@@ -228,8 +230,8 @@ def test_a_fresh_audit_holds_what_it_says(place: Path) -> None:
     assert page.count('<li class="card"') == 20
     assert page.count("data:image/png") == 20
     found, _ = look()
-    assert (found["images"], found["drawn_from"], found["held_out"]) == (20, 60, len(held_out))
-    assert (found["ticked"], found["teacher"]) == (0, None)
+    assert (found.images, found.drawn_from, found.held_out) == (20, 60, len(held_out))
+    assert (found.ticked, found.teacher) == (0, None)
 
 
 def tick_some(path: Path, count: int) -> list[Tick]:
@@ -247,11 +249,11 @@ def test_a_second_audit_leaves_the_ticks_as_they_are_and_shows_them(place: Path)
     found, said = look()
     assert run.ticks_file.read_bytes() == text
     assert not any("kept as" in line for line in said)
-    assert (found["ticked"], found["teacher"]["right"]) == (12, 9)
+    assert (found.ticked, found.teacher.right) == (12, 9)
     page = run.sheet_file.read_text()
     assert (page.count('data-right="y" data-class'), page.count('data-right="n" data-class')) == (9, 3)
     run.ticks_file.unlink()
-    assert look()[0]["ticked"] == 0
+    assert look()[0].ticked == 0
     assert [tick.key for tick in read_ticks(run.ticks_file, CLASSES)] == [row.key for row in rows]
 
 
@@ -264,7 +266,7 @@ def test_more_images_are_added_and_fewer_lose_no_tick(place: Path) -> None:
     assert grown[:20] == rows
     assert ticked(grown) == rows
     assert not any("kept as" in line for line in said)
-    assert look()[0]["images"] == 40
+    assert look()[0].images == 40
     old = run.ticks_file.read_bytes()
     _, said = look(count=5)
     assert read_ticks(run.ticks_file, CLASSES) == rows[:5]
@@ -279,13 +281,13 @@ def test_other_images_make_another_sheet_and_lose_no_tick(place: Path) -> None:
     old = run.ticks_file.read_bytes()
     photos(place / "photos", 6, seed=1)
     found, said = look()
-    assert (found["images"], found["drawn_from"]) == (20, 66)
+    assert (found.images, found.drawn_from) == (20, 66)
     assert run.ticks_file.with_name("ticks-1.csv").read_bytes() == old
     before = {row.key: row.right for row in rows}
     carried = ticked(read_ticks(run.ticks_file, CLASSES))
     assert carried
     assert all(tick.right == before[tick.key] for tick in carried)
-    assert found["ticked"] == len(carried)
+    assert found.ticked == len(carried)
     assert any(
         line.startswith("the images or the teacher's answers have changed: the 20 ticks so far") for line in said
     )

@@ -69,6 +69,14 @@ def test_every_image_is_there_and_the_page_needs_nothing_else() -> None:
     assert "@import" not in page
 
 
+def test_a_class_named_like_a_script_is_shown_as_text() -> None:
+    name = "<script>alert(1)</script>"
+    page = made([Tick(1, "1.jpg", "0" * 32, name, "91.2")], classes=[name])
+    assert Reader(page).tags.count("script") == 1  # its own
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 4  # its row, its answer, the text, and the classes
+    assert "<b>&lt;script&gt;alert(1)&lt;/script&gt;</b>" in page
+
+
 def test_what_came_from_outside_is_escaped_everywhere() -> None:
     hostile = [Tick(1, EVIL, "0" * 32, EVIL, EVIL, right=False, named=EVIL)]
     page = made(hostile, title=EVIL, about=EVIL, classes=[EVIL], ticks_file=EVIL, made_from=EVIL, base=EVIL)
@@ -103,7 +111,7 @@ const input = document.activeElement;
 out.asks = input.tagName;
 input.value = "nothing"; input.oninput();
 document.querySelector(".save").click();
-out.refused = document.querySelector(".told").textContent;
+out.refused = document.querySelector(".status").textContent;
 input.value = "LÖWE"; input.oninput();
 pressed("Enter", input);
 pressed("n"); pressed("Escape", document.activeElement);   // 3: wrong, nobody knows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,6 @@ import pytest
 
 from prgkit.cli.main import cli
 from prgkit.errors import PrgkitError
-from prgkit.storage.run import Run
-from prgkit.storage.run_card import SCHEMA
 from tests.conftest import TINY_RECIPE, CliResult, PrgkitCommand, raising
 
 
@@ -60,8 +59,8 @@ def test_being_stopped_is_no_error(prgkit: PrgkitCommand, monkeypatch: pytest.Mo
 def test_the_base_install_says_which_extra_a_command_needs(empty_folder: Path, line: str) -> None:
     (empty_folder / "run").mkdir()
     (empty_folder / "run/recipe.yaml").write_text(TINY_RECIPE)
-    begun = {"schema": SCHEMA, "prgkit": "0", "created": "", "fingerprint": "", "origin": "..", "finished": False}
-    Run(empty_folder / "run").update_card(**begun)
+    card = {"schema": "prgkit.run/2", "prgkit": "", "created": "", "fingerprint": "", "origin": "..", "finished": False}
+    (empty_folder / "run/card.json").write_text(json.dumps(card))
     code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {line.split()}; from prgkit.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert CliResult(done.returncode, done.stdout, done.stderr) == CliResult(

@@ -14,10 +14,11 @@ from rich.console import Console
 
 from prgkit.errors import BenchError
 from prgkit.evaluate.compare import merge as merging
-from prgkit.evaluate.compare.devices import Comparison, latency_groups
+from prgkit.evaluate.compare.devices import devices_table, latency_groups
 from prgkit.evaluate.compare.merge import merge
-from prgkit.evaluate.compare.tables import comparison_table
-from prgkit.evaluate.report.plots.charts import Bar, latency_bars, shortened
+from prgkit.evaluate.compare.schema import DeviceComparison
+from prgkit.evaluate.report.plots import svg
+from prgkit.evaluate.report.plots.charts import Bar, latency_bars
 from prgkit.evaluate.report.schema import Report
 
 Content = dict[str, Any]
@@ -74,7 +75,7 @@ def report(cpu: str = "AMD EPYC", *, run: str = "cifar100", created: str = "2026
     }
 
 
-def merged(folder: Path, *reports: Content) -> Comparison:
+def merged(folder: Path, *reports: Content) -> DeviceComparison:
     paths = []
     for number, one in enumerate(reports):
         paths.append(folder / f"{number}.json")
@@ -102,7 +103,7 @@ def test_reports_become_one_comparison_in_three_files(tmp_path: Path) -> None:
     found = merged(tmp_path, report(), board())
     out = tmp_path / "comparison"
     assert sorted(path.name for path in out.iterdir()) == ["comparison.html", "comparison.json", "comparison.md"]
-    assert Comparison.model_validate_json((out / "comparison.json").read_text()) == found
+    assert DeviceComparison.model_validate_json((out / "comparison.json").read_text()) == found
     assert found.schema_version == "prgkit.comparison/2"
     assert [one.name for one in found.reports] == ["AMD EPYC, 2 cores", "Cortex-A78, 2 cores"]
     assert [(one.report, one.artifact) for one in found.rows] == [
@@ -111,12 +112,14 @@ def test_reports_become_one_comparison_in_three_files(tmp_path: Path) -> None:
     text = (out / "comparison.md").read_text()
     assert text.startswith(
         "# RepViT-M0.9 in 2 benches: fastest is onnx-int8 at 1.00 ms on AMD EPYC, 2 cores\n\n"
+        f"prgkit bench --merge · {found.created[:16].replace('T', ' ')}\n\n"
+        "## Every artifact on every device\n\n"
         "| device | artifact | p50 ms | images/s | top-1 | = teacher | MiB |\n"
         "| --- | --- | --: | --: | --: | --: | --: |\n"
         "| AMD EPYC, 2 cores | onnx-fp32 | 2.00 | 1,234 | 60.0 % | 79.4 % | 18.4 |\n"
         "| AMD EPYC, 2 cores | onnx-int8 | 1.00 | 1,234 | 60.0 % | 79.4 % | 18.4 |\n"
         "| Cortex-A78, 2 cores | onnx-fp32 | 9.00 | 1,234 | – | 79.4 % | 18.4 |\n"
-        "| Cortex-A78, 2 cores | onnx-int8 | failed |  |  |  | 18.4 |\n"
+        "| Cortex-A78, 2 cores | onnx-int8 | failed: its process ended |  |  |  | 18.4 |\n"
     )
 
 
@@ -147,7 +150,7 @@ def test_a_folder_and_the_report_in_it_are_one_report(tmp_path: Path) -> None:
 
 def test_the_terminal_names_a_device_once(tmp_path: Path) -> None:
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(comparison_table(merged(tmp_path, report("[red]EPYC[/x]"), board())))
+    console.print(devices_table(merged(tmp_path, report("[red]EPYC[/x]"), board())))
     lines = [line.split() for line in console.export_text().splitlines() if "onnx-" in line]
     assert lines[1:] == [
         ["[red]EPYC[/x],", "2", "cores", "onnx-fp32", "2.00", "1,234", "60.0", "%", "79.4", "%", "18.4"],
@@ -210,6 +213,7 @@ def test_the_page_is_well_formed_needs_nothing_else_and_escapes(tmp_path: Path) 
     reader.feed(html)
     assert "script" not in tags
     assert tags.count("svg") == 2
+    assert html.count("&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;") > 5  # it is shown, as text
     assert html.replace('xmlns="http://www.w3.org/2000/svg"', "").count("http") == 0
     assert "<script" not in (tmp_path / "comparison" / "comparison.md").read_text()
 
@@ -220,8 +224,8 @@ def test_bars_begin_at_zero_and_their_lengths_are_proportions() -> None:
         float(node.attrib["width"]) for node in ElementTree.fromstring(drawing).iter() if node.tag.endswith("rect")
     ]
     assert widths[1] / widths[0] == pytest.approx(4, rel=0.01)
-    assert shortened("abc", 1000) == "abc"
-    assert shortened("abcdef, ghi", 50).endswith("…")
+    assert svg.shortened("abc", 1000) == "abc"
+    assert svg.shortened("abcdef, ghi", 50).endswith("…")
 
 
 def test_nothing_to_compare_is_refused(tmp_path: Path) -> None:

@@ -12,13 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from prgkit.evaluate.compare.ranking import about, candidates, correlations, proof, rank_correlation
-
 torch = pytest.importorskip("torch")
 
 from prgkit.cli.main import main  # noqa: E402
 from prgkit.demo.digits import CLASSES, load_digits  # noqa: E402
-from prgkit.evaluate.compare.diswot import class_activations, dissimilarity  # noqa: E402
+from prgkit.evaluate.compare.diswot import (  # noqa: E402
+    candidates,
+    class_activations,
+    correlations,
+    dissimilarity,
+    proof,
+    rank_correlation,
+    ranking_notes,
+)
+from prgkit.evaluate.compare.schema import Measured, RankCorrelation, RankedStudent, Ranking, Spread  # noqa: E402
 
 
 def test_three_images_by_hand() -> None:
@@ -63,12 +70,12 @@ def test_class_activations_are_the_gradient_of_an_untrained_head() -> None:
 
 def test_rank_correlations_by_hand() -> None:
     # Ranks 1 2 3 4 against 2 1 4 3: rho = 1 - 6*4/(4*15), and four pairs of six agree.
-    assert rank_correlation([1, 2, 3, 4], [20, 10, 40, 30]) == pytest.approx({"spearman": 0.6, "kendall": 1 / 3})
+    found = rank_correlation([1, 2, 3, 4], [20, 10, 40, 30])
+    assert (found.spearman, found.kendall) == pytest.approx((0.6, 1 / 3))
     # A tie shares its ranks: 1.5 1.5 3 against 1 2 3.
-    assert rank_correlation([5, 5, 9], [1, 2, 3]) == pytest.approx(
-        {"spearman": math.sqrt(3) / 2, "kendall": 2 / math.sqrt(6)}
-    )
-    assert rank_correlation([1, 1], [1, 2]) == {"spearman": None, "kendall": None}
+    found = rank_correlation([5, 5, 9], [1, 2, 3])
+    assert (found.spearman, found.kendall) == pytest.approx((math.sqrt(3) / 2, 2 / math.sqrt(6)))
+    assert rank_correlation([1, 1], [1, 2]) == RankCorrelation(spearman=None, kendall=None)
 
 
 def test_what_chance_gives_is_what_all_orders_give() -> None:
@@ -76,28 +83,44 @@ def test_what_chance_gives_is_what_all_orders_give() -> None:
     assert proof(4) == "4 students prove nothing: chance alone gives any order."
     assert proof(6) == "Of 6 students, chance alone gives a Spearman beyond ±0.88 one time in twenty."
     places = range(6)
-    found = [abs(rank_correlation(places, order)["spearman"] or 0) for order in itertools.permutations(places)]
+    found = [abs(rank_correlation(places, order).spearman or 0) for order in itertools.permutations(places)]
     shares = [sum(rho >= bound for rho in found) / len(found) for bound in (0.82, 0.88)]
     assert shares[0] > 0.05 > shares[1]
 
 
 def test_distances_count_downwards_and_students_that_are_not_trained_do_not_count() -> None:
+    def spread(mean: float) -> Spread:
+        return Spread(mean=mean, deviation=None, values=[mean])
+
     rows = [
-        {
-            "score": {"mean": -distance},
-            "relations": {"mean": distance},
-            "semantics": {"mean": 1.0},
-            "parameters": 100 * distance,
-            "macs": distance,
-            "measured": {"mean": 50 - distance} if distance < 5 else None,
-        }
+        RankedStudent(
+            student=f"student {distance}",
+            score=spread(-distance),
+            relations=spread(distance),
+            semantics=spread(1.0),
+            by_batch=[],
+            parameters=100 * distance,
+            macs=distance,
+            measured=spread(50 - distance) if distance < 5 else None,
+        )
         for distance in (1, 2, 3, 4, 5)
     ]
     found = correlations(rows)
-    assert {name: both["spearman"] for name, both in found.items()} == pytest.approx(
+    assert {name: both.spearman for name, both in found.items()} == pytest.approx(
         {"score": 1, "relations": 1, "semantics": None, "parameters": -1, "macs": -1}
     )
-    told = about({"rows": rows, "measured": {"row": "prg", "of": "top1"}, "correlations": found})
+    told = ranking_notes(
+        Ranking(
+            teacher="t",
+            image_size=32,
+            seeds=[0],
+            batches=[8],
+            measured=Measured(label="prg", of="top1"),
+            rows=rows,
+            correlations=found,
+            command="prgkit",
+        )
+    )
     assert "measured top-1 of prg (Spearman, Kendall; 4 students): score +1.00, +1.00; " in told[1]
     assert "semantics alone –, –" in told[1]
     assert told[2].startswith("4 students prove nothing")

@@ -13,16 +13,17 @@ import pytest
 from prgkit.errors import BenchError
 from prgkit.evaluate.report import regression
 from prgkit.evaluate.report.load import read_report
+from prgkit.evaluate.report.markdown import table_rows
 from prgkit.evaluate.report.regression import (
     Gate,
-    about,
-    cells,
-    notes,
+    against_baseline,
+    baseline_headline,
     open_gate,
     regressions,
     require_comparable,
 )
 from prgkit.evaluate.report.schema import BaselineComparison, Report
+from prgkit.evaluate.report.sections import Section
 
 Content = dict[str, Any]
 MACHINE = {
@@ -94,6 +95,20 @@ def judged(change: Callable[[Content], Any], *, tolerance: float = 0.05) -> Base
     return against(report, old(), tolerance)
 
 
+def section_of(found: BaselineComparison) -> Section:
+    section = against_baseline(Report.model_construct(baseline=found))
+    assert section is not None
+    return section
+
+
+def lines_of(found: BaselineComparison) -> list[list[str]]:
+    return table_rows(section_of(found))
+
+
+def notes_of(found: BaselineComparison) -> list[str]:
+    return list(section_of(found).notes)
+
+
 def worse(found: BaselineComparison) -> list[str]:
     error = regressions(found, path=Path("report.html"))
     assert (error is None) == (found.regressions == 0)
@@ -109,7 +124,7 @@ def test_the_same_again_is_no_regression() -> None:
     assert worse(found) == []
     assert {line.verdict for line in found.lines} == {"same"}
     assert [line.what for line in found.lines] == ["latency", "size", "top1", "agreement_fp32"] * 2
-    assert about(found) == "Against base.json (run cifar100, 2026-01-02), tolerance 5 %: no regression."
+    assert baseline_headline(found) == "Against base.json (run cifar100, 2026-01-02), tolerance 5 %: no regression."
 
 
 def test_one_file_on_two_runtimes_is_two_rows() -> None:
@@ -129,7 +144,7 @@ def test_one_file_on_two_runtimes_is_two_rows() -> None:
 def test_a_latency_beyond_the_tolerance_with_intervals_apart_is_a_regression() -> None:
     found = judged(slower(1.1))
     assert worse(found) == ["onnx-fp32: p50 2.00 ms → 2.20 ms, +10.0 % (95 %: 1.96–2.04, now 2.16–2.24)"]
-    assert about(found).endswith("tolerance 5 %: 1 regression.")
+    assert baseline_headline(found).endswith("tolerance 5 %: 1 regression.")
     assert judged(slower(1.1), tolerance=0.1).regressions == 0  # just the tolerance is within it
     assert judged(slower(0.9)).lines[0].verdict == "better"
 
@@ -183,7 +198,7 @@ def test_a_report_without_what_is_to_be_compared_is_no_baseline(tmp_path: Path, 
 def test_a_size_needs_no_interval() -> None:
     found = judged(lambda report: report["rows"][1].update(size_mib=21.5))
     assert worse(found) == ["onnx-int8: size 20.0 MiB → 21.5 MiB, +7.5 %"]
-    assert ("onnx-int8", "size", "20.0 MiB", "21.5 MiB", "+7.5 %", "worse") in cells(found)
+    assert ["onnx-int8", "size", "20.0 MiB", "21.5 MiB", "+7.5 %", "worse"] in lines_of(found)
 
 
 def test_a_share_is_worse_below_the_interval_of_the_baseline() -> None:
@@ -215,7 +230,7 @@ def test_an_artifact_that_is_missing_failed_or_could_not_run_is_a_regression() -
     absent = {"status": "not executed", "reason": "it needs a GPU", "latency": None}
     found = judged(lambda report: report["rows"][1].update(absent))
     assert worse(found) == ["onnx-int8: never executed here: it needs a GPU"]
-    assert cells(found)[-1] == ("onnx-int8", "itself", "measured", "missing", "", "worse")
+    assert lines_of(found)[-1] == ["onnx-int8", "itself", "measured", "missing", "", "worse"]
 
 
 def test_what_is_new_is_named_and_pytorch_is_not_judged() -> None:
@@ -226,7 +241,7 @@ def test_what_is_new_is_named_and_pytorch_is_not_judged() -> None:
     report["machine"]["versions"] = {"onnxruntime": "1.32.0"}
     found = against(report, before)
     assert found.regressions == 0
-    assert notes(found) == ["Not in the baseline: onnx-fp16.", "onnxruntime was 1.31.1 and is 1.32.0."]
+    assert notes_of(found) == ["Not in the baseline: onnx-fp16.", "onnxruntime was 1.31.1 and is 1.32.0."]
 
 
 def gate_of(content: Content) -> Gate:
@@ -266,7 +281,9 @@ def test_a_report_that_does_not_say_which_images_is_compared_with_a_note() -> No
     new = Report.model_validate(old())
     require_comparable(gate_of(before), new.machine, new.evaluation, threads=2)
     found = against(old(), before)
-    assert notes(found) == ["Not both reports say which images they were measured on: they are taken to be the same."]
+    assert notes_of(found) == [
+        "Not both reports say which images they were measured on: they are taken to be the same."
+    ]
 
 
 def test_a_baseline_is_a_report_or_its_folder_and_is_never_overwritten(tmp_path: Path) -> None:

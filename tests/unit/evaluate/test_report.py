@@ -15,13 +15,14 @@ from rich.console import Console
 
 from prgkit import metrics
 from prgkit.evaluate.accuracy import per_class
-from prgkit.evaluate.report import class_section, formatting, html_report, write
+from prgkit.evaluate.report import bench_report, formatting, html, quality_sections
+from prgkit.evaluate.report import markdown as md
 from prgkit.evaluate.report.examples import Picture
-from prgkit.evaluate.report.html_report import latencies_ms
+from prgkit.evaluate.report.html import asset
+from prgkit.evaluate.report.latency_sections import latencies_ms
 from prgkit.evaluate.report.plots import figures, svg
 from prgkit.evaluate.report.schema import PerClass, Report, Row, Samples
-from prgkit.evaluate.report.templating import asset
-from prgkit.evaluate.report.terminal import report_table
+from prgkit.evaluate.report.sections import Section
 
 VOID = {"meta", "img", "br", "link"}
 EVIL = '<script>alert("x")</script>'
@@ -145,17 +146,19 @@ def made_up(*, labelled: bool = True) -> dict[str, Any]:
 
 
 def page(report: dict[str, Any], *, samples: Samples | None = None, pictures: list[Picture]) -> str:
-    return html_report.page(
-        Report.model_validate(report), samples=samples or Samples(order=[], rows=[]), pictures=pictures
+    document = bench_report.bench_document(
+        Report.model_validate(report), samples or Samples(order=[], rows=[]), pictures
     )
+    return html.page(document)
 
 
 def markdown(report: dict[str, Any]) -> str:
-    return write.markdown(Report.model_validate(report))
+    whole = Report.model_validate(report)
+    return md.markdown(bench_report.bench_document(whole, Samples(order=[], rows=[]), []))
 
 
 def headline(report: dict[str, Any]) -> str:
-    return formatting.headline(Report.model_validate(report))
+    return bench_report.headline(Report.model_validate(report))
 
 
 def samples_of(report: dict[str, Any]) -> Samples:
@@ -211,7 +214,7 @@ def read(html: str) -> Reader:
 def test_write_report_leaves_four_files_that_keep_the_report(tmp_path: Path) -> None:
     report = made_up()
     whole = Report.model_validate(report)
-    write.write_report(tmp_path, whole, samples=samples_of(report), pictures=pictures())
+    bench_report.write_report(tmp_path, whole, samples=samples_of(report), pictures=pictures())
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "report.html",
         "report.json",
@@ -270,6 +273,23 @@ def test_what_came_from_outside_is_escaped_everywhere() -> None:
     assert EVIL in terminal(report)  # rich prints it as it is
 
 
+def test_a_class_named_like_a_script_is_shown_as_text() -> None:
+    name, shown = "<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"
+    report = made_up()
+    report["per_class"] = per_class.by_class("onnx-fp32", STUDENT, TEACHER, LABELS, (name, "dog", "hen")).model_dump()
+    picture = Picture(np.zeros((8, 8, 3), np.uint8), "sample", name, 50.0, "dog", 50.0, name)
+    html = page(report, samples=samples_of(report), pictures=[picture])
+    assert "script" not in read(html).tags
+    for start in (
+        f'<th scope="row">{shown}',
+        f"<b>{shown}</b>",
+        f'<td class="name" data-name="Taken for"><span>{shown}',
+    ):
+        assert start in html
+    assert re.search(f"<text [^>]*>{re.escape(shown[:12])}", html)  # in the chart, as far as there is room
+    assert "&lt;script>alert(1)&lt;/script>" in markdown(report)
+
+
 def test_brackets_in_names_are_text_in_the_terminal() -> None:
     report = made_up()
     report["rows"][0]["artifact"] = "[red]onnx[/nothing]"
@@ -288,24 +308,28 @@ def test_an_audit_is_told_in_a_line_a_table_and_a_section_and_bounds_stay_bounds
         | {"top1_at_most": 80.64},
     ]
     report["audit"] = {"images": 100, "ticked": 62, "teacher": of_all, "rows": rows}
-    assert formatting.audit_summary(Report.model_validate(report)) == [
+    assert audit_summary(report) == [
         "Audit, right on ticked images (95 % interval): the teacher 80.6 % (69.1–88.6 %) of 62; "
         f"{EVIL} 64.5–69.4 % (52.1–79.5 %) of 60; onnx-fp16 (cuda) 80.6 % (69.1–88.6 %) of 62."
     ]
-    assert formatting.audit_summary(Report.model_validate(report))[0] in " ".join(terminal(report).split())
+    assert audit_summary(report)[0] in " ".join(terminal(report).split())
     html = page(report, samples=samples_of(report), pictures=[])
     assert "script" not in read(html).tags
     assert "On 62 ticked images of a sample of 100, in which" in html
     assert "| 64.5–69.4 % | 52.1–79.5 % | 60 |" in markdown(report)
     report["audit"]["rows"] = []  # none of the ticked images travelled
-    assert formatting.audit_summary(Report.model_validate(report))[0].endswith(
-        "the teacher 80.6 % (69.1–88.6 %) of 62."
-    )
+    assert audit_summary(report)[0].endswith("the teacher 80.6 % (69.1–88.6 %) of 62.")
+
+
+def audit_summary(report: dict[str, Any]) -> list[str]:
+    section = quality_sections.audit(Report.model_validate(report))
+    assert section is not None
+    return list(section.summary)
 
 
 def terminal(report: dict[str, Any], width: int = 400) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report_table(Report.model_validate(report)))
+    console.print(bench_report.report_table(Report.model_validate(report)))
     return console.export_text()
 
 
@@ -326,14 +350,38 @@ def test_the_headline_says_what_is_kept_and_how_fast() -> None:
     assert headline(report) == "RepViT-M0.9: nothing could be measured on this machine"
 
 
+def doubtful() -> dict[str, Any]:
+    """Return the statistics of pseudo-labels that look like chance."""
+    flat = {"mean": 0.5, "histogram": [0, 10]}
+    return {
+        "doubts": ["nearly even odds for every class"],
+        "images": 10,
+        "confidence": flat,
+        "margin": flat,
+        "close_calls": 10,
+        "balance": {
+            "counts": [5, 5],
+            "uniform": 5.0,
+            "largest": {"class": "cat", "count": 5},
+            "smallest": {"class": "dog", "count": 5},
+            "unmatched": [],
+            "effective_classes": 2.0,
+        },
+        "confused": [],
+        "near_duplicates": {"compared": 10, "images": 0, "pairs": []},
+        "outliers": {"count": 0, "floor": 0.5, "lowest": []},
+        "templates": [{"template": "a {}", "agreement": 100.0}],
+    }
+
+
 def test_a_student_of_a_teacher_that_answers_by_chance_is_not_praised() -> None:
     report = made_up(labelled=False)
-    report["pseudo_labels"] = {"doubts": ["nearly even odds for every class"]}
+    report["pseudo_labels"] = doubtful()
     for said in (headline(report), markdown(report)):
         assert "teacher's answers look like chance" in said
         assert "gives its teacher" not in said
     report = made_up()
-    report["pseudo_labels"] = {"doubts": ["nearly even odds for every class"]}
+    report["pseudo_labels"] = doubtful()
     assert "keeps 98.0 %" in headline(report)  # the labels say that the teacher is right
     report["teacher"]["top1"] = 1.4  # of 2,000 images: at least 0.97 %
     assert headline(report) == (
@@ -356,7 +404,7 @@ def test_one_file_on_two_runtimes_is_told_apart_everywhere() -> None:
     report["rows"] = [row("onnx-fp32", 2.0, 60.0), row("onnx-fp32", 1.0, 60.0, backend="openvino")]
     taken = samples_of(report)
     names = ["onnx-fp32", "onnx-fp32 (OpenVINO)"]
-    series = latencies_ms(Report.model_validate(report).rows, taken.rows)
+    series = latencies_ms(Report.model_validate(report).rows, taken)
     assert list(series) == names
     assert np.median(series[names[0]]) > 1.5 > np.median(series[names[1]])
     assert headline(report).endswith(" at 1.00 ms an image on 2 threads of AMD EPYC, with OpenVINO")
@@ -500,17 +548,29 @@ def test_values_that_leave_no_room_still_make_axes() -> None:
     ElementTree.fromstring(figures.accuracy_latency([same], score_name="Top-1, %"))
     ElementTree.fromstring(figures.latency_distribution({"a": [1.0, 1.0]}))
     zero = [{"epoch": e, "loss": 0.0, "agreement": 0.0} for e in (1, 2)]
-    for drawing in figures.training_curves(zero):
+    section = training(zero)
+    assert section is not None
+    for drawing in section.plots:
         ElementTree.fromstring(drawing)
-    assert figures.training_curves([{"epoch": 1, "loss": 1.0, "agreement": None}]) == []
+    assert training([{"epoch": 1, "loss": 1.0, "agreement": None}]) is None
+
+
+def training(epochs: list[dict[str, Any]]) -> Section | None:
+    return quality_sections.training(Report.model_construct(training=epochs))
+
+
+def names_of_teachers(report: dict[str, Any]) -> list[str]:
+    section = quality_sections.teacher_and_student(Report.model_validate(report))
+    assert section is not None
+    return [line[0] for line in md.table_rows(section)[:2]]
 
 
 def test_a_corrected_teacher_is_said_to_be_corrected() -> None:
     report = made_up()
-    plain = [line[0] for line in formatting.teacher_and_student(Report.model_validate(report))[:2]]
+    plain = names_of_teachers(report)
     assert plain[1] == "Teacher, prompts weighted equally"
     report["pseudo_labels"] = {"correction": {"debias": 0.5, "entropy": None, "temperature": 1.0}}
-    corrected = [line[0] for line in formatting.teacher_and_student(Report.model_validate(report))[:2]]
+    corrected = names_of_teachers(report)
     assert corrected == [f"{plain[0]}, corrected", f"{plain[1]}, uncorrected"]
 
 
@@ -578,7 +638,7 @@ def test_few_classes_are_shown_whole_and_of_many_the_worst_and_the_best(labelled
         assert len(re.findall(r"\| \d+ \| \d+\.\d % \|", "\n".join(lines))) == shown
         tables = [[len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")]]
         assert set(tables[0]) == ({7, 5} if labelled else {5, 4})
-    assert class_section.worst_first(report["per_class"])[0].student == 0
+    assert quality_sections.worst_first(report["per_class"])[0].student == 0
 
 
 def test_a_report_of_an_earlier_version_has_no_classes() -> None:

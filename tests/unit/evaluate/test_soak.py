@@ -13,8 +13,12 @@ import pytest
 from prgkit.errors import BenchError
 from prgkit.evaluate.bench import soak as module
 from prgkit.evaluate.bench.journal import BenchJournal
-from prgkit.evaluate.bench.soak import SoakProgress, check_minutes, soak, soak_lead, summarize
+from prgkit.evaluate.bench.options import BenchOptions
+from prgkit.evaluate.bench.soak import SoakProgress, soak, soak_lead, summarize
 from prgkit.evaluate.bench.worker import WorkerFailedError
+from prgkit.evaluate.bench.workers import BenchContext
+from prgkit.evaluate.report.html import page
+from prgkit.evaluate.report.markdown import table_header, table_rows
 from prgkit.evaluate.report.schema import (
     Int8Verdict,
     Latency,
@@ -26,7 +30,8 @@ from prgkit.evaluate.report.schema import (
     SoakWindow,
     WarmUp,
 )
-from prgkit.evaluate.report.soak_section import HEADER, soak_about, soak_lines, soak_said, soak_section
+from prgkit.evaluate.report.sections import Document, Section
+from prgkit.evaluate.report.soak_section import soak as soak_section
 
 MS = 1_000_000
 SPEC: dict[str, Any] = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
@@ -35,24 +40,40 @@ PIXELS = np.zeros((2, 4, 4, 3), dtype=np.uint8)
 
 def soaked(*medians_ms: float, failed: str | None = None, **seen: Any) -> tuple[Report, Samples]:
     """Return the report of a soak of half a minute a window, whose windows had these medians, and its windows."""
-    one = SoakProgress(SPEC, failed)
+    one = SoakProgress(SPEC, minutes=len(medians_ms) / 2)
     for index, median_ms in enumerate(medians_ms):
         shown = {"clock_mhz": None, "temperature_c": None, "power_w": None, "throttling": []}
         shown |= {key: values[index] for key, values in seen.items()}
         runs_ns = [int(median_ms * MS)] * 1000
         times = module.percentiles_ms(runs_ns)._asdict()
-        one.add(SoakWindow(start_s=30.0 * index, seconds=30.0, **times, **shown), runs_ns, span_s=60)
+        one.add(SoakWindow(start_s=30.0 * index, seconds=30.0, **times, **shown), runs_ns)
     found = Soak(
         **SPEC,
         **{"minutes": len(medians_ms) / 2, "fps": None, "failed": failed, "window_s": 30, "windows": len(medians_ms)},
-        result=summarize(one, span_s=60),
+        result=summarize(one),
     )
     return report_of(found), Samples(order=[], rows=[], soak=SoakSamples(windows=one.windows))
+
+
+def run(minutes: float | None, *, fps: float | None = None, kept: BenchJournal | None = None, note: Any = print) -> Any:
+    """Run a soak of the stand-in that the test has put in the worker's place."""
+    context = BenchContext(PIXELS, seconds=1, journal=kept or BenchJournal(), note=note)
+    return soak(SPEC, BenchOptions(soak_minutes=minutes, fps=fps), context)
 
 
 def report_of(found: Soak | None) -> Report:
     """Return a report of nothing but a soak."""
     return Report.model_construct(soak=found)
+
+
+def shown(report: Report, samples: Samples | None = None) -> Section:
+    section = soak_section(report, samples)
+    assert section is not None
+    return section
+
+
+def html_of(report: Report, samples: Samples) -> str:
+    return page(Document("a bench", ((shown(report, samples),),)))
 
 
 def test_the_last_minute_against_the_first() -> None:
@@ -63,19 +84,20 @@ def test_the_last_minute_against_the_first() -> None:
     assert (found.ratio, found.ratio_interval) == (pytest.approx(1.5), pytest.approx((1.5, 1.5)))
     assert (found.first.p50_ms, found.last.p50_ms, found.last.p99_ms) == (2.0, 3.0, 3.0)
     assert (report.soak.windows, found.runs, found.verdict) == (6, 6000, "slower")
-    assert soak_said(report) == [
+    assert list(shown(report).summary) == [
         "Soak, onnx-fp32, 3 min back to back: slower, the last minute took 1.50 times the first (1.50–1.50), "
         "p50 2.00 → 3.00 ms."
     ]
-    assert "This device does not show its clock, its temperature, its power." in soak_about(report)
-    assert soak_lines(report)[1] == ["last minute", "3.00", "3.00", "3.00", "–", "–", "–"]
-    assert [len(line) for line in soak_lines(report)] == [len(HEADER)] * 2
+    section = shown(report)
+    assert "This device does not show its clock, its temperature, its power." in section.about
+    assert table_rows(section)[1] == ["last minute", "3.00", "3.00", "3.00", "–", "–", "–"]
+    assert [len(line) for line in table_rows(section)] == [len(table_header(section)[0])] * 2
 
 
 def test_only_the_first_and_the_last_minute_keep_their_single_runs() -> None:
-    one = SoakProgress(SPEC)
+    one = SoakProgress(SPEC, minutes=10)
     for index in range(100):
-        one.add(SoakWindow.model_construct(start_s=5.01 * index, seconds=5.0), [index], span_s=60)
+        one.add(SoakWindow.model_construct(start_s=5.01 * index, seconds=5.0), [index])
     assert [runs for _, runs in one.first] == [[index] for index in range(12)]
     assert [runs for _, runs in one.last] == [[index] for index in range(88, 100)]
 
@@ -109,17 +131,17 @@ def test_what_the_device_shows_is_told_and_drawn() -> None:
         power_w=[6.0, 6.0, 5.0, 5.0, 4.0, 4.0],
         throttling=[[], [], [], ["too hot"], ["too hot"], []],
     )
-    assert soak_said(report) == [
+    assert list(shown(report).summary) == [
         "Soak, onnx-fp32, 3 min back to back: throttled, the last minute took 1.50 times the first (1.50–1.50), "
         "p50 2.00 → 3.00 ms, 1,500 → 1,000 MHz, 43 → 84 °C, 6.0 → 4.0 W, the device said: too hot."
     ]
     assert report.soak is not None
     assert report.soak.result is not None
     assert report.soak.result.energy_mj == pytest.approx(5.0 * 180 / 6000 * 1000)  # 5 W for 180 s over 6,000 images
-    assert "This device does not show" not in soak_about(report)
-    page = soak_section(report, samples)
-    assert page.count("<svg") == 2
-    for drawn in page.split("<svg")[1:]:
+    assert "This device does not show" not in shown(report).about
+    html = html_of(report, samples)
+    assert html.count("<svg") == 2
+    for drawn in html.split("<svg")[1:]:
         root = ElementTree.fromstring("<svg" + drawn.split("</svg>")[0] + "</svg>")
         lines = [one.get("points", "").split() for one in root.iter("{http://www.w3.org/2000/svg}polyline")]
         temperature = "Temperature" in drawn
@@ -161,7 +183,7 @@ class Told:
 def test_a_soak_runs_for_its_time_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     Told(monkeypatch)
     said: list[str] = []
-    found, raw = soak(SPEC, PIXELS, 10, fps=None, note=said.append)
+    found, raw = run(10, note=said.append)
     assert found is not None
     assert found.result is not None
     assert (found.windows, found.window_s, found.result.compared_s, found.result.late) == (120, 5, 60, None)
@@ -169,13 +191,13 @@ def test_a_soak_runs_for_its_time_in_windows(monkeypatch: pytest.MonkeyPatch) ->
     assert said[0] == "soak: onnx-fp32 for 10 min, back to back"
     assert said[1] == "soak: p50 12.0 ms, 9 min left"
     assert len(said) == 10  # one for each tenth but the last
-    found, raw = soak(SPEC, PIXELS, 0.5, fps=100, note=said.append)
+    found, raw = run(0.5, fps=100, note=said.append)
     assert found is not None
     assert found.result is not None
     assert (found.windows, found.window_s, found.result.compared_s, found.result.late) == (12, 2.5, 10, 12)
-    assert soak_said(report_of(found))[0].endswith(", 12 of 24 frames late.")
-    assert soak(SPEC, PIXELS, None, fps=None, note=said.append) == (None, SoakSamples())
-    assert soak_said(report_of(None)) == soak_lines(report_of(None)) == []
+    assert shown(report_of(found)).summary[0].endswith(", 12 of 24 frames late.")
+    assert run(None, note=said.append) == (None, SoakSamples())
+    assert soak_section(report_of(None)) is None
 
 
 def test_a_soak_that_was_killed_begins_anew_and_its_windows_stay(
@@ -183,11 +205,11 @@ def test_a_soak_that_was_killed_begins_anew_and_its_windows_stay(
 ) -> None:
     Told(monkeypatch, killed_at=7)
     with pytest.raises(KeyboardInterrupt):
-        soak(SPEC, PIXELS, 1, fps=None, note=lambda text: None, kept=BenchJournal(tmp_path / "unfinished"))
+        run(1, kept=BenchJournal(tmp_path / "unfinished"))
     Told(monkeypatch)
     again = BenchJournal(tmp_path / "unfinished")
     said: list[str] = []
-    found, raw = soak(SPEC, PIXELS, 1, fps=None, note=said.append, kept=again)
+    found, raw = run(1, note=said.append, kept=again)
     assert found is not None
     assert found.windows == 12
     assert [[window.p50_ms for window in windows] for windows in raw.stopped] == [[1, 2, 3, 4, 5, 6, 7]]
@@ -202,24 +224,30 @@ def test_a_soak_that_was_killed_begins_anew_and_its_windows_stay(
     json.dumps(raw.model_dump(mode="json"), allow_nan=False)
     Told(monkeypatch, killed_at=0)  # killed after it, while the report was written: it is not run a third time
     third = BenchJournal(tmp_path / "unfinished")
-    assert soak(SPEC, PIXELS, 1, fps=None, note=said.append, kept=third) == (found, raw)
+    assert run(1, note=said.append, kept=third) == (found, raw)
     with pytest.raises(KeyboardInterrupt):
-        soak(SPEC, PIXELS, 2, fps=None, note=said.append, kept=third)
+        run(2, note=said.append, kept=third)
 
 
 def test_a_worker_that_dies_in_a_soak_leaves_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     Told(monkeypatch, dies_at=24)
-    found, _ = soak(SPEC, PIXELS, 10, fps=None, note=lambda text: None)
+    found, _ = run(10)
     report = report_of(found)
-    assert soak_said(report)[0].startswith(
-        "Soak, onnx-fp32, 10 min back to back: failed: its process was ended by SIGKILL; until then slower, "
+    assert (
+        shown(report)
+        .summary[0]
+        .startswith(
+            "Soak, onnx-fp32, 10 min back to back: failed: its process was ended by SIGKILL; until then slower, "
+        )
     )
     Told(monkeypatch, dies_at=0)
-    found, raw = soak(SPEC, PIXELS, 10, fps=None, note=lambda text: None)
+    found, raw = run(10)
     report = report_of(found)
-    assert soak_said(report) == ["Soak, onnx-fp32, 10 min back to back: failed: its process was ended by SIGKILL."]
-    assert "<h2>Soak</h2>" in soak_section(report, Samples(order=[], rows=[], soak=raw))
-    assert "<svg" not in soak_section(report, Samples(order=[], rows=[], soak=raw))
+    assert list(shown(report).summary) == [
+        "Soak, onnx-fp32, 10 min back to back: failed: its process was ended by SIGKILL."
+    ]
+    assert "<h2>Soak</h2>" in html_of(report, Samples(order=[], rows=[], soak=raw))
+    assert "<svg" not in html_of(report, Samples(order=[], rows=[], soak=raw))
 
 
 def test_the_artifact_of_the_headline_is_soaked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,12 +263,12 @@ def test_the_artifact_of_the_headline_is_soaked(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "soak", lambda spec, *_, **__: (seen.append(spec["artifact"]), {}))
     key = {"artifact": "onnx-int8", "backend": "onnxruntime", "device": "cpu"}
     for int8 in ([], [Int8Verdict.model_construct(**key, kept=False)]):
-        soak_lead(rows, [*specs, None], int8, PIXELS, 1.0)
+        soak_lead(rows, [*specs, None], int8, BenchOptions(soak_minutes=1), BenchContext(PIXELS, seconds=1))
     assert seen == ["onnx-int8", "onnx-fp32"]
 
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf"), 1441.0])
 def test_a_soak_of_no_time_or_of_more_than_a_day_is_refused(minutes: float) -> None:
     with pytest.raises(BenchError) as caught:
-        check_minutes(minutes)
+        BenchOptions(soak_minutes=minutes).check()
     assert caught.value.fix == "give --soak minutes above 0 and up to 1440, a day, such as 30"

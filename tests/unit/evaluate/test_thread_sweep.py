@@ -10,18 +10,14 @@ import numpy as np
 from PIL import Image
 
 from prgkit.data.preprocessing import Preprocessing
+from prgkit.evaluate.bench.bench import Subject, judged
 from prgkit.evaluate.bench.latency import Measured
-from prgkit.evaluate.bench.stages import golden_images, latency_stages, stage_images
-from prgkit.evaluate.bench.thread_sweep import thread_sweep
-from prgkit.evaluate.report.schema import Latency, Report, Row, ThreadSweep, ThreadSweepRow
-from prgkit.evaluate.report.sections import (
-    scope_about,
-    scope_header,
-    scope_lines,
-    sweep_header,
-    sweep_lines,
-    sweep_said,
-)
+from prgkit.evaluate.bench.metadata import golden_images, stage_images
+from prgkit.evaluate.bench.thread_sweep import sweep_threads
+from prgkit.evaluate.bench.workers import BenchContext
+from prgkit.evaluate.report import latency_sections
+from prgkit.evaluate.report.markdown import table_header, table_rows
+from prgkit.evaluate.report.schema import Latency, Report, Row, StageImages, ThreadSweep, ThreadSweepRow
 from prgkit.export.bundle.bundle import write_golden
 
 SQUARE = Preprocessing(16, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
@@ -40,20 +36,23 @@ def swept(**medians: dict[int, float]) -> Report:
 
 def test_a_sweep_tells_each_median_and_the_gain_over_the_fewest_threads() -> None:
     report = swept(fp32={1: 8.0, 2: 4.0, 4: 10.0}, int8={1: 2.0, 4: 1.0})
-    assert sweep_header(report) == ["p50 ms", "1 thread", "2 threads", "4 threads"]
-    assert sweep_lines(report) == [
+    section = latency_sections.thread_sweep(report)
+    assert section is not None
+    assert table_header(section)[0] == ["p50 ms", "1 thread", "2 threads", "4 threads"]
+    assert table_rows(section) == [
         ["fp32", "8.00", "4.00 (2.00×)", "10.0 (0.80×)"], ["int8", "2.00", "failed", "1.00 (2.00×)"]
     ]  # fmt: skip
-    assert sweep_said(report)[0] == "fp32, p50 ms: 1 thread 8.00, 2 threads 4.00 (2.00×), 4 threads 10.0 (0.80×)."
-    assert sweep_lines(Report.model_construct()) == sweep_said(Report.model_construct()) == []
+    assert section.summary[0] == "fp32, p50 ms: 1 thread 8.00, 2 threads 4.00 (2.00×), 4 threads 10.0 (0.80×)."
+    assert latency_sections.thread_sweep(Report.model_construct()) is None
 
 
 def test_without_counts_or_anything_on_the_cpu_nothing_is_swept() -> None:
     images = np.zeros((2, 4, 4, 3), dtype=np.uint8)
-    specs = [{"artifact": "engine", "kind": "engine", "device": "cuda"}, {"kind": "torch", "device": "cpu"}]
+    specs = [{"device": "cuda", "takes_threads": False}, {"device": "cpu", "takes_threads": False}]
     said: list[str] = []
-    assert thread_sweep(specs, images, [1, 2], seconds=1, note=said.append) == (None, [])
-    assert thread_sweep([{"kind": "onnx", "device": "cpu"}], images, [], seconds=1, note=said.append) == (None, [])
+    context = BenchContext(images, seconds=1, note=said.append)
+    assert sweep_threads(specs, [1, 2], context) == (None, [])
+    assert sweep_threads([{"takes_threads": True, "device": "cpu"}], [], context) == (None, [])
     assert said == []
 
 
@@ -68,31 +67,47 @@ def test_latency_stages_run_on_the_golden_pictures_as_files(tmp_path: Path) -> N
     described = stage_images(pictures)
     assert described is not None
     assert described.model_dump() == {"images": 2, "smallest": (20, 20), "largest": (40, 30)}
-    assert "on the bundle's 2 golden pictures (20×20 to 40×30 px)" in scope_about(
-        Report.model_construct(rows=[], stage_images=described)
+    section = latency_sections.latency_stages(
+        Report.model_construct(rows=[staged({"io": latency_of(1.0)})], stage_images=described)
     )
+    assert section is not None
+    assert "on the bundle's 2 golden pictures (20×20 to 40×30 px)" in section.about
     (tmp_path / "golden" / "01.png").write_bytes(b"no picture")
     assert golden_images(bundle) is None
 
 
 def test_a_row_tells_its_latency_stages_as_far_as_they_were_measured() -> None:
-    one = Measured(
-        {}, stages_ns={"io": [[1_000_000]], "pipeline": [[2_000_000, 2_000_000], [2_000_000]], "end_to_end": []}
-    )
-    block = latency_stages(one)
+    one = Measured({}, stages_ns={"io": [[1_000_000]], "pipeline": [[2_000_000, 2_000_000], [2_000_000]]})
+    key: dict[str, Any] = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
+    row = judged(Row(**key, file=None, precision="fp32", threads=1), one, Subject.__new__(Subject))
+    block = row.latency_stages
     assert (block["pipeline"].p50_ms, block["pipeline"].stage, block["pipeline"].samples) == (
         2.0,
         "pipeline",
         3,
     )
+    rows = [staged(block), staged({})]
+    images = StageImages(images=2, smallest=(20, 20), largest=(40, 30))
+
+    def shown() -> tuple[list[str], list[list[str]]]:
+        section = latency_sections.latency_stages(Report.model_construct(rows=rows, stage_images=images))
+        assert section is not None
+        return table_header(section)[0], table_rows(section)
+
+    assert shown() == (["p50 ms", "io", "pipeline", "end-to-end"], [["onnx-fp32", "1.00", "2.00", "–"]])
+    engine = {"artifact": "trt-fp16", "device": "cuda", "latency_stages": {**block, "compute": latency_of(0.25)}}
+    rows.append(rows[0].model_copy(update=engine))  # where one row has a GPU's own time, all say whether they have
+    header, lines = shown()
+    assert header == ["p50 ms", "compute", "io", "pipeline", "end-to-end"]
+    assert lines[0] == ["onnx-fp32", "–", "1.00", "2.00", "–"]
+    assert lines[1][1:] == ["0.250", "1.00", "2.00", "–"]
+
+
+def latency_of(p50_ms: float) -> Latency:
+    return Latency.model_construct(p50_ms=p50_ms)
+
+
+def staged(stages: Any) -> Row:
     key: dict[str, Any] = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
-    row = Row(**key, file=None, precision="fp32", threads=1, status="measured", latency_stages=block)
-    report = Report.model_construct(rows=[row, row.model_copy(update={"latency_stages": {}})])
-    assert scope_header(report) == ["p50 ms", "io", "pipeline", "end-to-end"]
-    assert scope_lines(report) == [["onnx-fp32", "1.00", "2.00", "–"]]
-    stages = {**block, "compute": Latency.model_construct(p50_ms=0.25)}
-    engine = {"artifact": "trt-fp16", "device": "cuda", "latency_stages": stages}
-    report.rows.append(row.model_copy(update=engine))  # where one row has a GPU's own time, all say whether they have
-    assert scope_header(report) == ["p50 ms", "compute", "io", "pipeline", "end-to-end"]
-    assert scope_lines(report)[0] == ["onnx-fp32", "–", "1.00", "2.00", "–"]
-    assert scope_lines(report)[1][1:] == ["0.250", "1.00", "2.00", "–"]
+    row = Row(**key, file=None, precision="fp32", threads=1, status="measured")
+    return row.model_copy(update={"latency_stages": stages})

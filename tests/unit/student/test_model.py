@@ -19,14 +19,8 @@ from prgkit.config.recipe import validate
 from prgkit.config.sections import StudentConfig
 from prgkit.errors import StudentError
 from prgkit.storage.run import Run, start_run
-from prgkit.student.model import (
-    build_student,
-    load_student,
-    reparameterised,
-    student_facts,
-    student_preprocessing,
-    timm_config,
-)
+from prgkit.student.model import build_student, load_student, reparameterised, student_facts, student_preprocessing
+from prgkit.student.timm_model import timm_config
 from prgkit.training.checkpoint import save_tensors
 
 CLASSES, WIDTH = 7, 12
@@ -65,7 +59,7 @@ def test_features_and_logits_of_a_family(model: str, size: int) -> None:
     student = build(model, size).eval()
     with torch.no_grad():
         side = student(pixels(3, size))
-        deployed = student.deployed()(pixels(3, size))
+        deployed = student.inference_model()(pixels(3, size))
     assert side.features.shape == (3, WIDTH)
     assert side.logits.shape == (3, CLASSES)
     torch.testing.assert_close(deployed, side.logits, atol=1e-5, rtol=1e-5)
@@ -75,7 +69,7 @@ def test_features_and_logits_of_a_family(model: str, size: int) -> None:
 
 def test_a_deployed_student_has_no_projector_and_is_a_copy() -> None:
     student = build()
-    deployed = student.deployed()
+    deployed = student.inference_model()
     assert "projector.weight" in student.state_dict()
     assert set(deployed.state_dict()) == {name for name in student.state_dict() if name.startswith("model.")}
     assert not deployed.training
@@ -116,10 +110,10 @@ def test_reparameterising_changes_the_layers_and_not_the_logits() -> None:
 def test_facts_count_what_is_deployed() -> None:
     student = build()
     facts = student.facts(page())
-    assert facts["parameters"] == sum(tensor.numel() for tensor in student.deployed().parameters())
-    assert facts["parameters"] < sum(tensor.numel() for tensor in student.parameters())
-    assert (facts["model"], facts["initial"]) == ("test_resnet", "random")
-    assert facts["preprocessing"] == student.preprocessing.to_dict()
+    assert facts.parameters == sum(tensor.numel() for tensor in student.inference_model().parameters())
+    assert facts.parameters < sum(tensor.numel() for tensor in student.parameters())
+    assert (facts.model, facts.initial) == ("test_resnet", "random")
+    assert facts.preprocessing == student.preprocessing.to_dict()
 
 
 def test_the_crop_is_timms_only_where_the_start_is_pretrained() -> None:
@@ -375,7 +369,7 @@ def test_weights_come_back_bit_for_bit(run: Run) -> None:
     save_tensors(run.weights, student.state_dict(), {"epoch": 3, "agreement": 61.5})
     loaded = load_student(run)
     assert not loaded.training
-    assert student_facts(run.weights) == {"epoch": 3, "agreement": 61.5}
+    assert student_facts(run.weights)._asdict() == {"epoch": 3, "agreement": 61.5}
     assert loaded.preprocessing == student.preprocessing
     assert loaded.state_dict().keys() == student.state_dict().keys() == load_file(run.weights).keys()
     for name, tensor in student.state_dict().items():

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from prgkit.config.prompts import named_classes, named_templates
 from prgkit.config.sections import TeacherConfig
 from prgkit.errors import TeacherError
-from prgkit.teacher.clip import Teacher, check_teacher, load_teacher, teacher_identity
+from prgkit.teacher.clip import Teacher, load_teacher
+from prgkit.teacher.weights import check_teacher, teacher_identity
 
 CPU = torch.device("cpu")
 SIZE, WIDTH = 32, 24
@@ -191,26 +192,28 @@ def test_two_names_that_differ_behind_the_last_token_are_refused(teacher: Teache
     prompts = [[f"{LONG} long cat name", "a photo of a dog", f"{LONG} long cat other"]]
     names = ["very very very cat name", "dog", "very very very cat other"]
     with pytest.raises(TeacherError, match="as one and the same: it reads 16 tokens, and not") as caught:
-        teacher.proofread(prompts, names)
+        teacher.check_prompts(prompts, names)
     assert "'very very very cat name' and 'very very very cat other'" in caught.value.what
     assert (caught.value.where, "shorten these names" in str(caught.value.fix)) == ("data.classes", True)
     # Another template that leaves them room tells them apart.
-    assert "2 class names are longer" in teacher.proofread([*prompts, ["cat name", "dog", "cat other"]], names)
+    assert "2 class names are longer" in teacher.check_prompts([*prompts, ["cat name", "dog", "cat other"]], names)
 
 
 def test_two_names_of_the_same_tokens_are_refused(teacher: Teacher) -> None:
     with pytest.raises(TeacherError, match="reads 'AT&amp;T' and 'AT&T' as one and the same\n") as caught:
-        teacher.proofread([["AT&amp;T", "dog", "AT&T"]], ["AT&amp;T", "dog", "AT&T"])
+        teacher.check_prompts([["AT&amp;T", "dog", "AT&T"]], ["AT&amp;T", "dog", "AT&T"])
     assert "more than case" in str(caught.value.fix)
 
 
 def test_a_name_that_is_cut_is_said_with_its_end(teacher: Teacher) -> None:
-    said = teacher.proofread([["a photo of a cat", f"{LONG} cat and dog"]], ["cat", "very cat and dog"])
+    said = teacher.check_prompts([["a photo of a cat", f"{LONG} cat and dog"]], ["cat", "very cat and dog"])
     assert said == (
         "a class name is longer than the 16 tokens that the teacher reads: "
         "it does not read 'and dog' of 'very cat and dog'"
     )
-    assert teacher.proofread([["a photo of a cat", f"{LONG} cat."]], ["cat", "very cat"]) == ""  # a template's own end
+    assert (
+        teacher.check_prompts([["a photo of a cat", f"{LONG} cat."]], ["cat", "very cat"]) == ""
+    )  # a template's own end
 
 
 class Padded:
@@ -242,10 +245,10 @@ class Padded:
 def test_tokenizers_of_every_padding(teacher: Teacher, monkeypatch: pytest.MonkeyPatch, tokenizer: Padded) -> None:
     monkeypatch.setattr(teacher, "tokenizer", tokenizer)
     five, six = "one two three four five", "one two three four five six"
-    assert teacher.proofread([[five, "cat"]], [five, "cat"]) == ""
-    assert "it does not read 'six' of" in teacher.proofread([[six, "cat"]], [six, "cat"])
+    assert teacher.check_prompts([[five, "cat"]], [five, "cat"]) == ""
+    assert "it does not read 'six' of" in teacher.check_prompts([[six, "cat"]], [six, "cat"])
     with pytest.raises(TeacherError, match=f"it reads {tokenizer.length} tokens, and not 'six'"):
-        teacher.proofread([[six, "cat", five]], [six, "cat", five])
+        teacher.check_prompts([[six, "cat", five]], [six, "cat", five])
 
 
 def test_a_text_tower_of_another_kind_takes_no_context(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:

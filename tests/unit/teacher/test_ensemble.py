@@ -18,9 +18,9 @@ from prgkit.data.index import index_images
 from prgkit.data.sources import open_images
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RecipeError
-from prgkit.export.from_run import teacher_logits
 from prgkit.progress import NullProgress
 from prgkit.storage.run import Run
+from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.clip import Teacher
 from prgkit.teacher.ensemble import TeacherEnsemble
 from prgkit.teacher.stores import list_stores
@@ -190,15 +190,15 @@ def test_a_student_of_two_teachers_is_trained_judged_and_keeps_both_stores(
     run = distill(recipe, Path("runs/two"), Path("targets"), progress)
     card, found = run.teacher_facts, run.quality()
     assert (card.model, card.weights) == ("demo:digits + tiny", None)
-    assert sorted(row["runs"] for row in list_stores(Path("targets")) if row["teacher"]) == [["runs/two"]] * 2
+    assert sorted(row.runs for row in list_stores(Path("targets")) if row.teacher) == [["runs/two"]] * 2
     assert found is not None
     assert [one["teacher"] for one in found["teachers"]["average"]] == ["demo:digits", "tiny"]
     assert 0 < found["teachers"]["differ"] <= 100
     assert any(note.startswith("  teachers    they name different classes on ") for note in progress.notes)
 
     images = index_images(open_images(recipe.data.images), workers=1)
-    monkeypatch.setattr("prgkit.export.from_run.load_teacher", lambda *_: pytest.fail("nothing is new to a teacher"))
-    weighted, _ = teacher_logits(run, recipe, images, np.arange(len(images)), NullProgress())
+    monkeypatch.setattr("prgkit.teacher.answers.load_teacher", lambda *_: pytest.fail("nothing is new to a teacher"))
+    weighted = teacher_answers(run, recipe, images, np.arange(len(images)), NullProgress()).logits
     dataset = prepare(recipe, Path("targets"), NullProgress())
     said = dataset.teacher_output(np.arange(len(images)), np.zeros(len(images), dtype=int), torch.device("cpu"))
     np.testing.assert_allclose(weighted, said.logits.numpy(), rtol=1e-5, atol=1e-5)
@@ -218,13 +218,13 @@ def test_a_rehearsal_tells_what_each_teacher_takes(
     monkeypatch.setattr("prgkit.training.dry_run.PROBE_SECONDS", 0.0)
     prepare(recipe_for(place, digits()), tmp_path, NullProgress())
     found = estimate(recipe_for(place, digits(), tiny(place)), tmp_path / "run", tmp_path, NullProgress())
-    seen, new = found["teachers"]
-    assert (seen["teacher"], seen["views_missing"], seen["targets_bytes"]) == ("demo:digits", 0, 0)
-    assert (new["teacher"], new["views_missing"], new["targets_bytes"]) == ("tiny", 2 * IMAGES, 2 * IMAGES * 12 * 2)
-    assert found["targets_bytes"] == new["targets_bytes"]
-    assert found["told"]["images"].endswith(f"{IMAGES} new to a teacher")
-    assert found["told"]["teacher"].startswith("demo:digits + tiny, 2 views an image, about ")
-    assert "tiny 0 s and 1.1 KiB)" in found["told"]["teacher"]
+    seen, new = found.teachers
+    assert (seen.teacher, seen.views_missing, seen.targets_bytes) == ("demo:digits", 0, 0)
+    assert (new.teacher, new.views_missing, new.targets_bytes) == ("tiny", 2 * IMAGES, 2 * IMAGES * 12 * 2)
+    assert found.targets_bytes == new.targets_bytes
+    assert found.told["images"].endswith(f"{IMAGES} new to a teacher")
+    assert found.told["teacher"].startswith("demo:digits + tiny, 2 views an image, about ")
+    assert "tiny 0 s and 1.1 KiB)" in found.told["teacher"]
 
 
 # What a recipe may say.

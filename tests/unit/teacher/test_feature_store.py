@@ -80,7 +80,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counted["prompts"] += sum(len(row) for row in prompts)
         return embed_prompts(self, prompts)
 
-    monkeypatch.setattr(preparing, "load_teacher", count_load)
+    monkeypatch.setattr("prgkit.teacher.clip.load_teacher", count_load)
     monkeypatch.setattr(Teacher, "embed_images", count_images)
     monkeypatch.setattr(Teacher, "embed_prompts", count_prompts)
     return counted
@@ -165,7 +165,7 @@ def test_the_teacher_sees_each_view_once(photos: Path, tmp_path: Path, calls: di
     adjust_and_filter = recipe_for(
         photos, data={"keep": {"min_confidence": 0.4, "weighted": True}}, targets={"debias": 1.0}
     )
-    assert len(see(adjust_and_filter, root).learned) < learned
+    assert len(see(adjust_and_filter, root).train_indices) < learned
     assert calls == {"loaded": 0, "views": 0, "prompts": 0}
     see(recipe_for(photos, data={"classes": ["a cat", "a dog"], "prompts": ["a {}", "the {}"]}), root)
     assert calls == {"loaded": 1, "views": 0, "prompts": 4}

@@ -25,7 +25,7 @@ from prgkit.storage.tensors import load_tensors
 from prgkit.teacher import prompt_tuning as adapting
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.prompt_context import PromptContext, load_context, save_context
-from prgkit.teacher.prompt_tuning import Shots, adapt, draw, learn, told, worth
+from prgkit.teacher.prompt_tuning import Shots, describe_tuning, draw, learn, score, tune_prompt
 from prgkit.training.prepare import prepare
 
 SHOTS = 8
@@ -90,8 +90,10 @@ def adapted(labelled: Path, judged: Path, tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapting, "EPOCHS", 8)
         recipe = recipe_for(labelled, evaluation=str(judged))
-        found = adapt(recipe, folder / "mine.safetensors", folder / "targets", shots=SHOTS, progress=NullProgress())
-    return {**found, "folder": folder}
+        found = tune_prompt(
+            recipe, folder / "mine.safetensors", folder / "targets", shots=SHOTS, progress=NullProgress()
+        )
+    return {**found.model_dump(mode="json"), "report": found, "folder": folder}
 
 
 def test_a_context_learns_from_labels_and_says_what_it_is_worth(adapted: dict[str, Any]) -> None:
@@ -104,7 +106,7 @@ def test_a_context_learns_from_labels_and_says_what_it_is_worth(adapted: dict[st
     assert adapted["held_out"]["images"] == 10 * SHOTS // 4
     for part in ("learned", "held_out"):
         assert adapted[part]["context"]["loss"] < adapted[part]["plain"]["loss"] - 0.1
-    assert told(adapted).startswith(
+    assert describe_tuning(adapted["report"]).startswith(
         f"the teacher names {adapted['held_out']['context']['accuracy']:.1f} % of 20 held-out labelled images (loss "
     )
 
@@ -122,12 +124,12 @@ def test_the_context_behind_the_images_is_found() -> None:
     shots = Shots(stored, np.arange(40), labels, 1, np.arange(30), np.arange(30, 40))  # type: ignore[arg-type]
     context, found = learn(teacher, CLASSES, shots, seed=0, progress=NullProgress())
     logits = teacher.logit_scale * images[30:] @ teacher.embed_sentences(sentences, words).T
-    plain = worth(logits, torch.arange(10))
+    plain = score(logits, torch.arange(10))
     assert plain is not None
-    assert found["held_out"]["loss"] < plain["loss"] - 0.2
-    assert found["held_out"]["accuracy"] > plain["accuracy"]
+    assert found.held_out.loss < plain.loss - 0.2
+    assert found.held_out.accuracy > plain.accuracy
     logits = teacher.logit_scale * images[30:] @ teacher.embed_sentences(sentences, context.vectors).T
-    assert worth(logits, torch.arange(10)) == found["held_out"]  # what is returned is that epoch's
+    assert score(logits, torch.arange(10)) == found.held_out  # what is returned is that epoch's
 
 
 def test_the_same_labels_give_the_same_file_wherever_they_lie_and_evaluation_labels_do_not_count(
@@ -139,14 +141,18 @@ def test_the_same_labels_give_the_same_file_wherever_they_lie_and_evaluation_lab
         place.mkdir(parents=True, exist_ok=True)
         (place / path.name).write_bytes(path.read_bytes())
     recipe = recipe_for(labelled, evaluation=str(wrong))
-    again = adapt(recipe, tmp_path / "again.safetensors", tmp_path / "targets", shots=SHOTS, progress=NullProgress())
-    assert sha256(Path(again["context"])) == sha256(Path(adapted["context"]))
+    again = tune_prompt(
+        recipe, tmp_path / "again.safetensors", tmp_path / "targets", shots=SHOTS, progress=NullProgress()
+    )
+    assert sha256(Path(again.context)) == sha256(Path(adapted["context"]))
     moved = Path(shutil.copytree(labelled, tmp_path / "moved"))
     for path in sorted(moved.rglob("*.png")):
         path.rename(path.with_name(f"renamed {path.name}"))
     recipe = recipe_for(moved, evaluation=str(wrong))
-    found = adapt(recipe, tmp_path / "moved.safetensors", tmp_path / "targets", shots=SHOTS, progress=NullProgress())
-    assert load_tensors(Path(found["context"]))[0]["vectors"].equal(load_tensors(Path(again["context"]))[0]["vectors"])
+    found = tune_prompt(
+        recipe, tmp_path / "moved.safetensors", tmp_path / "targets", shots=SHOTS, progress=NullProgress()
+    )
+    assert load_tensors(Path(found.context))[0]["vectors"].equal(load_tensors(Path(again.context))[0]["vectors"])
 
 
 def test_a_student_learns_from_the_context_without_a_teacher_pass(
@@ -165,20 +171,21 @@ def test_a_student_learns_from_the_context_without_a_teacher_pass(
     recipe = recipe_for(labelled, context=path)
     dataset = prepare(recipe, root, NullProgress())
     assert shown == [1]  # one black image at loading tells the width
-    assert dataset.store.stores[0].folder == plain.targets.stores[0].folder
+    assert dataset.store.stores[0].folder == plain.store.stores[0].folder
     assert dataset.classifier.prompts.shape == (1, len(CLASSES), 64)
     assert dataset.fingerprint() != plain.fingerprint()
-    assert dataset.store.facts().keys() - plain.targets.facts().keys() == {"context"}  # the run's card tells it
+    assert dataset.store.facts().context is not None  # the run's card tells it
+    assert plain.store.facts().context is None
     assert prepare(recipe, root, NullProgress()).classifier.prompts.equal(dataset.classifier.prompts)
     assert shown == [1]  # what it reads is stored, and read again without it
 
     images = index_images(open_images(str(labelled)), workers=1)
     features = dataset.store.features(dataset.store.rows(images.keys, views=1), np.zeros(len(images), dtype=int))
     labels = torch.from_numpy(match_labels(images, CLASSES))
-    by_plain, by_context = (worth(side.classifier.logits(features), labels) for side in (plain, dataset))
+    by_plain, by_context = (score(side.classifier.logits(features), labels) for side in (plain, dataset))
     assert by_plain is not None
     assert by_context is not None
-    assert by_context["loss"] < by_plain["loss"] - 0.1
+    assert by_context.loss < by_plain.loss - 0.1
 
 
 def test_another_context_in_the_same_place_is_another_run(
@@ -218,20 +225,20 @@ def test_classes_with_few_labels_or_none_are_named(labelled: Path, tmp_path: Pat
     for path in sorted((folder / "three").iterdir())[2:]:
         path.unlink()
     heard, recipe = Listener(), recipe_for(folder)
-    found = adapt(recipe, tmp_path / "few.safetensors", tmp_path / "targets", shots=3, progress=heard)
+    found = tune_prompt(recipe, tmp_path / "few.safetensors", tmp_path / "targets", shots=3, progress=heard)
     assert "1 of 10 classes have fewer than 3 labelled images: three (2)" in heard.notes
     assert "1 of 10 classes have none; the others' context is theirs too: nine" in heard.notes
-    assert found["classes"] == [name for name in CLASSES if name != "nine"]
-    assert found["held_out"] == {"images": 0, "plain": None, "context": None}
-    assert found["epoch"] == found["epochs"]
-    assert "of 26 learned labelled images" in told(found)
+    assert found.classes == [name for name in CLASSES if name != "nine"]
+    assert found.held_out.model_dump() == {"images": 0, "plain": None, "context": None}
+    assert found.epoch == found.epochs
+    assert "of 26 learned labelled images" in describe_tuning(found)
     with_context = recipe_for(folder, context=tmp_path / "few.safetensors")
     assert prepare(with_context, tmp_path / "targets", NullProgress()).classifier.prompts.shape[1] == 10
 
 
 def refusal(recipe: Recipe, tmp_path: Path) -> PrgkitError:
     with pytest.raises(PrgkitError) as caught:
-        adapt(recipe, tmp_path / "no.safetensors", tmp_path / "targets", shots=2, progress=NullProgress())
+        tune_prompt(recipe, tmp_path / "no.safetensors", tmp_path / "targets", shots=2, progress=NullProgress())
     assert not (tmp_path / "no.safetensors").exists()
     return caught.value
 
@@ -256,8 +263,8 @@ def test_labels_may_come_from_a_table(labelled: Path, tmp_path: Path) -> None:
         rows.append(f"{path.name},{path.parent.name}")
     (tmp_path / "labels.csv").write_text("\n".join(rows))
     recipe = recipe_for(flat, labelled_labels=str(tmp_path / "labels.csv"))
-    found = adapt(recipe, tmp_path / "table.safetensors", tmp_path / "targets", shots=1, progress=NullProgress())
-    assert (found["learned"]["images"], found["classes"]) == (10, list(CLASSES))
+    found = tune_prompt(recipe, tmp_path / "table.safetensors", tmp_path / "targets", shots=1, progress=NullProgress())
+    assert (found.learned.images, found.classes) == (10, list(CLASSES))
 
 
 def test_a_context_of_another_teacher_or_a_damaged_one_is_refused(

@@ -13,7 +13,7 @@ from prgkit.storage.atomic import write_sealed
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Run
 from prgkit.storage.run_card import SCHEMA
-from prgkit.teacher.stores import list_stores, prune, told
+from prgkit.teacher.stores import describe_stores, list_stores, prune
 
 CARD = {"schema": SCHEMA, "prgkit": "0", "created": "", "fingerprint": "", "origin": "../..", "finished": False}
 TEACHER = {"model": "ViT-L-14", "weights": "openai", "fingerprint": "", "width": 4, "logit_scale": 100.0}
@@ -45,10 +45,10 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_stores_are_listed_with_their_runs(root: Path) -> None:
     rows = list_stores(root)
-    assert [(Path(row["store"]).name, row["images"], row["views"]) for row in rows] == [
+    assert [(Path(row.store).name, row.images, row.views) for row in rows] == [
         ("aaaa", 7, 6), ("bbbb", 3, 2), ("pictures", 1, None),
     ]  # fmt: skip
-    lines = told(rows)
+    lines = describe_stores(rows)
     assert (
         lines["aaaa"] == "ViT-L-14 openai: 7 images, 6 views, 7.2 KiB, written today; used by runs/first, runs/second"
     )
@@ -57,15 +57,15 @@ def test_stores_are_listed_with_their_runs(root: Path) -> None:
 
 
 def test_what_no_run_uses_is_freed(root: Path) -> None:
-    assert [Path(row["store"]).name for row in prune(root, rehearse=True)] == ["bbbb"]
+    assert [Path(row.store).name for row in prune(root, rehearse=True)] == ["bbbb"]
     assert (root / "bbbb").exists()
     with locked(root / "bbbb", "target store"):
         assert prune(root, rehearse=False) == []
-    assert [Path(row["store"]).name for row in prune(root, rehearse=False)] == ["bbbb"]
+    assert [Path(row.store).name for row in prune(root, rehearse=False)] == ["bbbb"]
     assert sorted(path.name for path in root.iterdir()) == ["aaaa", "pictures"]
     for name in ("first", "second"):
         write_sealed(Path("runs", name, "card.json"), CARD)
-    assert [Path(row["store"]).name for row in prune(root, rehearse=False)] == ["aaaa", "pictures"]
+    assert [Path(row.store).name for row in prune(root, rehearse=False)] == ["aaaa", "pictures"]
     assert list_stores(root) == []
     assert list(root.iterdir()) == []
 

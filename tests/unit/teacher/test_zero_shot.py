@@ -15,11 +15,11 @@ from prgkit.config.recipe import Recipe, validate
 from prgkit.config.sections import TargetsConfig
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RunError, TargetsError
-from prgkit.export.from_run import teacher_logits
 from prgkit.progress import NullProgress
 from prgkit.storage.run import Run, start_run
+from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.zero_shot import (
-    LogitAdjustment,
+    SavedAdjustment,
     ZeroShotClassifier,
     classifier_of,
     fit_adjustment,
@@ -117,7 +117,10 @@ def test_a_correction_is_half_way_at_half_strength_and_survives_its_file() -> No
     assert whole.temperature == 1.0
     assert mean_entropy(half.apply(logits), 1.0) == pytest.approx(0.3 * math.log(CLASSES), rel=1e-4)
     names = [f"class {number}" for number in range(CLASSES)]
-    again = LogitAdjustment.from_dict(json.loads(json.dumps(half.to_dict(names))), names)
+    saved = SavedAdjustment(
+        made_from="", confidence_sha256=None, temperature=half.temperature, log_prior=half.named(names)
+    )
+    again = SavedAdjustment.model_validate_json(saved.model_dump_json()).adjustment(names)
     assert torch.equal(again.apply(logits), half.apply(logits))
     assert not again.is_none
     assert no_adjustment(CLASSES).is_none
@@ -175,7 +178,7 @@ def test_everyone_is_given_the_same_corrected_answers(photos: Path, tmp_path: Pa
     assert torch.equal(side.labels, side.logits.argmax(dim=1))
 
     run.update_card(teacher=dataset.store.facts())
-    weighted, uniform = teacher_logits(run, run.recipe, dataset.image_index, positions, NullProgress())
+    weighted, uniform, *_ = teacher_answers(run, run.recipe, dataset.image_index, positions, NullProgress())
     torch.testing.assert_close(torch.from_numpy(weighted), side.logits)
     by_itself = replace(plain, prompt_weighting="mean").logits(side.features)
     torch.testing.assert_close(torch.from_numpy(uniform), by_itself)

@@ -51,7 +51,7 @@ def state_of(seed: int, *, optimizer: str = "adamw", objective: str = "prg", ima
     )
     objectives = Objectives([page_of(objective)], space)
     student.projector.requires_grad_(objectives.uses_features)
-    student.shows_stages = OBJECTIVES[objective].reads_stages
+    student.returns_stages = OBJECTIVES[objective].reads_stages
     learning = nn.ModuleList([student, objectives])
     optimizer_of = build_optimizer(learning, Training(optimizer=optimizer, learning_rate=0.01))  # type: ignore[arg-type]
     return TrainingState(student, model_ema(student), optimizer_of, objectives, TrainingCounters())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from prgkit.config.sections import StudentConfig, Training
 from prgkit.device import best_device, seed_everything
 from prgkit.errors import BackendError
 from prgkit.storage.run import Run
-from prgkit.storage.run_card import SCHEMA
+from prgkit.storage.run_card import SCHEMA, PrecisionProbe
 from prgkit.student.model import Student, build_student
 from prgkit.training import distill, distributed
 from prgkit.training.distributed import from_first, probe_precision
@@ -51,14 +50,14 @@ def test_the_faster_precision_is_chosen(
 ) -> None:
     clock(monkeypatch, fp32_ms=fp32_ms, bf16_ms=bf16_ms)
     probed = probe_precision(student, CPU, 16)
-    assert probed == {"chosen": chosen, "step_ms": {"fp32": fp32_ms, "bf16": bf16_ms}, "batch_size": 16}
+    assert probed == PrecisionProbe(chosen=chosen, step_ms={"fp32": fp32_ms, "bf16": bf16_ms}, batch_size=16)  # type: ignore[arg-type]
 
 
 def test_a_probe_leaves_the_student_as_it_was(student: Student) -> None:
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     probed = probe_precision(student, CPU, 256)
-    assert probed["batch_size"] == 32
-    assert min(probed["step_ms"].values()) > 0
+    assert probed.batch_size == 32
+    assert min(probed.step_ms.values()) > 0
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(parameter.grad is None for parameter in student.parameters())
@@ -67,9 +66,9 @@ def test_a_probe_leaves_the_student_as_it_was(student: Student) -> None:
 def test_a_probe_is_written_down_and_read_again(student: Student, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def probe(_student: Student, device: torch.device, batch_size: int) -> dict[str, Any]:
+    def probe(_student: Student, device: torch.device, batch_size: int) -> PrecisionProbe:
         asked.append((device, batch_size))
-        return {"chosen": "bf16", "step_ms": {"fp32": 2.0, "bf16": 1.0}, "batch_size": 32}
+        return PrecisionProbe(chosen="bf16", step_ms={"fp32": 2.0, "bf16": 1.0}, batch_size=32)
 
     monkeypatch.setattr(distill, "probe_precision", probe)
     accelerator = Accelerator(cpu=True)

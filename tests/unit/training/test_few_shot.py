@@ -23,7 +23,7 @@ from prgkit.student.heads import ClassVectors, DualHead
 from prgkit.student.model import build_student, load_student, reparameterised
 from prgkit.training.batches import mixup
 from prgkit.training.distill import distill
-from prgkit.training.few_shot import best_vote
+from prgkit.training.few_shot import best_mixing
 from prgkit.training.prepare import prepare
 
 
@@ -74,19 +74,19 @@ def test_two_heads_vote_by_hand() -> None:
     heads.beta.fill_(2.0)
     first, second = torch.tensor([[0.9, 0.1]]).log(), 2 * torch.tensor([[0.2, 0.8]]).log()  # beta takes the 2 away
     expected = torch.tensor([[0.25 * 0.9 + 0.75 * 0.2, 0.25 * 0.1 + 0.75 * 0.8]])
-    torch.testing.assert_close(heads.vote(first, second).exp(), expected)
-    rounded = heads.half().vote(torch.tensor([[40.0, -40.0]]).half(), torch.tensor([[80.0, -80.0]]).half())
+    torch.testing.assert_close(heads.mix(first, second).exp(), expected)
+    rounded = heads.half().mix(torch.tensor([[40.0, -40.0]]).half(), torch.tensor([[80.0, -80.0]]).half())
     assert rounded.isfinite().all()  # both are sure of the first class: e^-80 is no float16
 
 
 def test_the_vote_goes_to_the_head_that_the_labels_find_more_probable() -> None:
     labels = np.array([0, 1, 2, 0])
     right, wrong = 5 * np.eye(3, dtype=np.float32)[labels], 5 * np.eye(3, dtype=np.float32)[(labels + 1) % 3]
-    assert best_vote(right, wrong, labels)[0] == pytest.approx(0.95)
-    assert best_vote(wrong, right, labels)[0] == pytest.approx(0.05)
+    assert best_mixing(right, wrong, labels)[0] == pytest.approx(0.95)
+    assert best_mixing(wrong, right, labels)[0] == pytest.approx(0.05)
     doubtful = right.copy()
     doubtful[3] = wrong[3]  # right on three of four, and as sure of each
-    assert best_vote(wrong, doubtful, labels)[1] > 1  # less sure is more probable
+    assert best_mixing(wrong, doubtful, labels)[1] > 1  # less sure is more probable
 
 
 def test_mixed_images_have_mixed_targets() -> None:
@@ -117,8 +117,8 @@ def test_a_few_labels_teach_one_head_and_choose_the_vote(folder: Path) -> None:
     assert 0.05 <= float(student.second.alpha) <= 0.95
     with torch.no_grad():
         answer = student(pixels())
-        torch.testing.assert_close(student.deployed()(pixels()), answer.logits)
-        torch.testing.assert_close(answer.logits, student.second.vote(*answer.heads))
+        torch.testing.assert_close(student.inference_model()(pixels()), answer.logits)
+        torch.testing.assert_close(answer.logits, student.second.mix(*answer.heads))
     torch.testing.assert_close(answer.logits.exp().sum(dim=1), torch.ones(4))
     assert run.metrics()[-1]["ce"] > 0
     with pytest.raises(RecipeError, match=r"data\.labelled: name a few labelled images"):
@@ -134,8 +134,8 @@ def test_a_student_without_a_head_scores_by_class_vectors(folder: Path, name: st
     torch.testing.assert_close(student.scorer.vectors.norm(dim=1), torch.ones(10))
     with torch.no_grad():
         answer = student(pixels())
-        torch.testing.assert_close(student.deployed()(pixels()), answer.logits)
-        student.score_by(student.scorer.vectors[:3], float(student.scorer.scale))  # the classes are changed
+        torch.testing.assert_close(student.inference_model()(pixels()), answer.logits)
+        student.use_class_vectors(student.scorer.vectors[:3], float(student.scorer.scale))  # the classes are changed
         torch.testing.assert_close(student(pixels()).logits, answer.logits[:, :3])
     records = run.metrics()
     assert records[-1]["kl"] < records[0]["kl"]
@@ -144,9 +144,9 @@ def test_a_student_without_a_head_scores_by_class_vectors(folder: Path, name: st
 @pytest.mark.parametrize("model", ["repvit_m0_9", "shvit_s1"])  # both fuse their heads: one has no layer to ask then
 def test_two_heads_vote_alike_when_the_network_is_fused(model: str) -> None:
     student = build_student(StudentConfig(model=model, image_size=64), classes=4, teacher_width=8)
-    student.grow_second_head()
+    student.add_second_head()
     images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
-    deployed = student.deployed()
+    deployed = student.inference_model()
     with torch.no_grad():
         before = deployed(images)
         deployed.model = reparameterised(deployed.model)

@@ -1,0 +1,204 @@
+"""The report's sections on quality: teacher and student, class by class, the audit, pseudo-labels and training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from prgkit.evaluate.report.formatting import NONE, evaluated_on, interval, model_name, percent, row_name
+from prgkit.evaluate.report.plots import charts
+from prgkit.evaluate.report.schema import ClassShare, Epoch, PerClass, Report, TickedRow, TickedShare
+from prgkit.evaluate.report.sections import Cell, Column, Section, TableRow, table_row
+from prgkit.training.statistics import summarise
+from prgkit.training.statistics_schema import Statistics
+
+SHOWN_AT_ONCE = 20  # so many classes are shown whole; of more, the worst and a few of the best
+WORST, BEST = 12, 4
+FEW_IMAGES = 50  # of a class, below which intervals are wider than most differences
+# What an epoch's record holds besides the terms of the loss.
+NOT_A_TERM = {"epoch", "step", "seconds", "learning_rate", "images_per_s", "loss", "agreement"}
+
+
+def teacher_and_student(report: Report) -> Section | None:
+    """Return the teacher beside the student; None without labels, where the artifacts' table has said it all."""
+    if not report.evaluation.labelled:
+        return None
+    teacher, student = report.teacher, report.student
+    corrected, raw = (", corrected", ", uncorrected") if (report.pseudo_labels or {}).get("correction") else ("", "")
+    rows = [table_row(f"Teacher: {report.run.teacher}{corrected}", percent(teacher.top1), percent(teacher.top5), NONE)]
+    if teacher.top1_uniform_prompts is not None:
+        name = f"Teacher, prompts weighted equally{raw}"
+        rows.append(table_row(name, percent(teacher.top1_uniform_prompts), NONE, NONE))
+    shares = map(percent, (student.top1, student.top5, student.agreement))
+    rows.append(table_row(f"Student: {model_name(report.run.student)}", *shares))
+    labels = ", and it or its teacher from a few labels" if report.run.uses_labels else " alone"
+    return Section(
+        "Teacher and student",
+        f"On {evaluated_on(report.evaluation)}. The student learned from the teacher's answers{labels}.",
+        (
+            Column("Model", short="", left=True),
+            Column("Top-1", short="top-1"),
+            Column("Top-5", short="top-5"),
+            Column("Same answer", short="agrees with the teacher"),
+        ),
+        tuple(rows),
+    )
+
+
+def class_by_class(report: Report) -> Section | None:
+    """Return the classes that have images as marks with intervals, and every figure of theirs."""
+    per_class = report.per_class
+    if per_class is None or not (shares := worst_first(per_class)):
+        return None
+    few = len(shares) <= SHOWN_AT_ONCE
+    groups = [shares] if few else [shares[:WORST], shares[-BEST:]]
+    marks = [[class_mark(share) for share in group] for group in groups]
+    judges = ("student", "teacher") if per_class.measure == "recall" else ("same answer",)
+    return Section(
+        "Class by class",
+        class_about(per_class, shares),
+        (
+            Column("Class", short="class", left=True),
+            Column("Images", short="images"),
+            *(Column(name.capitalize(), short=name, small="95 %") for name in judges),
+        ),
+        tuple(class_row(share, len(judges)) for share in shares),
+        ends=None if few else (WORST, BEST),
+        folded="Every class in figures",
+        plots=(charts.class_shares(marks, left_out=len(shares) - sum(map(len, groups))),),
+    )
+
+
+def worst_first(per_class: PerClass) -> list[ClassShare]:
+    """Return the classes that have images, the student's worst first; of equal ones, that with more images."""
+    return sorted(
+        (share for share in per_class.classes if share.images), key=lambda share: (share.student or 0.0, -share.images)
+    )
+
+
+def class_mark(share: ClassShare) -> charts.Share:
+    """Return a class as a line of the chart."""
+    assert share.student is not None  # it has images
+    assert share.student_interval is not None
+    return charts.Share(share.name, share.images, share.student, share.student_interval, share.teacher)
+
+
+def class_row(share: ClassShare, judges: int) -> TableRow:
+    """Return a class as a line of the table; nobody but the student is judged where there are no labels."""
+    judged = [(share.student, share.student_interval), (share.teacher, share.teacher_interval)][:judges]
+    return table_row(
+        share.name, f"{share.images:,}", *(Cell(percent(value), interval(bounds)) for value, bounds in judged)
+    )
+
+
+def class_about(per_class: PerClass, shares: Sequence[ClassShare]) -> str:
+    """Return what the shares are shares of, and how few images they rest on."""
+    if per_class.measure == "recall":
+        what = f"The share of each class's images that {per_class.artifact} and the teacher name right (recall)"
+    else:
+        what = f"Of the images that the teacher gives a class, the share to which {per_class.artifact} gives the same"
+    counts = [share.images for share in shares]
+    size = " to ".join(dict.fromkeys(f"{count:,}" for count in (min(counts), max(counts))))
+    chance = ", so few that much of the order is chance" if sum(counts) < FEW_IMAGES * len(counts) else ""
+    empty = len(per_class.classes) - len(shares)
+    none = f" {empty:,} of {len(per_class.classes):,} classes have none here." if empty else ""
+    return f"{what}, the worst first. A class has {size} images{chance}.{none}"
+
+
+def mistakes(report: Report) -> Section | None:
+    """Return the pairs of classes that are taken for each other most often."""
+    per_class = report.per_class
+    if per_class is None or not worst_first(per_class):
+        return None
+    labelled = per_class.measure == "recall"
+    names = ("class", "taken for", "images", "teacher too") if labelled else ("teacher", "student", "images")
+    rows = [
+        table_row(
+            pair.name, pair.answer, *[f"{count:,}" for count in (pair.images, pair.teacher_too)][: len(names) - 2]
+        )
+        for pair in per_class.pairs
+    ]
+    return Section(
+        "Most frequent mistakes" if labelled else "Most frequent differences",
+        "" if rows else "No image is answered otherwise.",
+        tuple(Column(name.capitalize(), short=name, left=index < 2) for index, name in enumerate(names)),
+        tuple(rows),
+    )
+
+
+def audit(report: Report) -> Section | None:
+    """Return how right teacher and student are on the images that somebody ticked, where somebody did."""
+    ticked = report.audit
+    if ticked is None:
+        return None
+    judged: list[tuple[str, TickedShare | TickedRow]] = [(f"Teacher: {report.run.teacher}", ticked.teacher)]
+    judged += [(row_name(artifact), artifact) for artifact in ticked.rows]
+    lines = [
+        (name, ticked_share(share), interval(share.top1_interval) + " %", f"{share.images:,}") for name, share in judged
+    ]
+    names = ["the teacher", *(name for name, *_ in lines[1:])]
+    shares = (
+        f"{name} {right} ({bounds}) of {images}" for name, (_, right, bounds, images) in zip(names, lines, strict=True)
+    )
+    return Section(
+        "Audit",
+        f"On {ticked.ticked:,} ticked images of a sample of {ticked.images:,}, in which every unlabelled image had "
+        "the same chance to be. Artifacts are judged on those that are also in the evaluation set. Whoever ticks sees "
+        "the teacher's answer, and people tend to agree: if anything, the figures are too high.",
+        (
+            Column("Model", short="", left=True),
+            Column("Right", short="right"),
+            Column("95 % interval", short="95 %"),
+            Column("Images", short="images"),
+        ),
+        tuple(table_row(*line) for line in lines),
+        summary=(f"Audit, right on ticked images (95 % interval): {'; '.join(shares)}.",),
+    )
+
+
+def ticked_share(share: TickedShare | TickedRow) -> str:
+    """Return an accuracy on ticked images, as bounds where some of them are open."""
+    low, high = share.top1, share.top1_at_most if isinstance(share, TickedRow) else share.top1
+    return percent(low) if low == high else f"{percent(low).removesuffix(' %')}–{percent(high)}"
+
+
+def pseudo_labels(report: Report) -> Section | None:
+    """Return how far the teacher's pseudo-labels could be trusted before training, where the run is at hand."""
+    if not report.pseudo_labels:
+        return None
+    statistics = Statistics.model_validate(report.pseudo_labels)
+    confidence, balance = statistics.confidence.histogram, statistics.balance
+    return Section(
+        "The teacher's answers",
+        f"Of the {statistics.images:,} unlabelled images, known before the first epoch. No label is involved.",
+        plots=(
+            charts.histogram(confidence, name="probability of the teacher's answer", title="Confidence"),
+            charts.class_sizes(balance.counts, uniform=balance.uniform),
+        ),
+        facts=tuple(summarise(statistics)),
+        page_only=True,
+    )
+
+
+def training(report: Report) -> Section | None:
+    """Return the loss with its terms and the agreement by epoch, where the run had more than one epoch."""
+    first = report.training[0] if report.training else {}
+    terms = [key for key in first if key not in NOT_A_TERM]
+    losses = {name: curve(report.training, name) for name in (["loss", *terms] if len(terms) > 1 else ["loss"])}
+    panels = [
+        ("Loss", "Loss by epoch", losses),
+        ("Agreement, %", "Agreement by epoch", {"agreement": curve(report.training, "agreement")}),
+    ]
+    plots = tuple(
+        charts.over_time(curves, x_name="epoch", y_name=name, title=title)
+        for name, title, curves in panels
+        if any(len(points) > 1 for points in curves.values())
+    )
+    about = "Agreement is with the teacher, on held-out images; no label is involved."
+    return Section("Training", about, plots=plots, page_only=True) if plots else None
+
+
+def curve(training: Sequence[Epoch], key: str) -> list[tuple[float, float]]:
+    """Return the (epoch, value) pairs of the records that have a finite value."""
+    pairs = [(epoch["epoch"], epoch.get(key)) for epoch in training]
+    return [(float(epoch), float(value)) for epoch, value in pairs if value is not None and math.isfinite(value)]

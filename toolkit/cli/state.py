@@ -1,0 +1,44 @@
+"""What the commands of one chain share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from prgkit.cli.terminal import Terminal
+    from prgkit.errors import PrgkitError
+
+Document: TypeAlias = Mapping[str, object] | Sequence[object]  # what a command answers under --json
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """Which recipe is meant, what is different this time, and where its run and the teacher's targets lie."""
+
+    recipe: str | None
+    images: str | None
+    classes: str | None
+    overrides: tuple[str, ...]  # "student.image_size=32"
+    targets_root: Path
+    folder: Path | None = None  # the run's
+    dry_run: bool = False
+
+    @property
+    def names_a_recipe(self) -> bool:
+        """Whether these options say which recipe is meant, or leave it to the chain or the newest run."""
+        return bool(self.recipe or self.images or self.classes)
+
+
+@dataclass
+class Session:
+    """What the commands of one chain share."""
+
+    terminal: Terminal
+    is_main_process: bool = True  # False in all but the first of the processes that torchrun starts
+    folder: Path | None = None  # the run, or the bundle, that the chain is about
+    recipe_options: RecipeOptions | None = None  # those so far: a command that names no recipe means the one before
+    failure: PrgkitError | None = None  # raised at the end, after the results are printed
+    dry_run: bool = False  # --dry-run was given: what follows would have nothing to work on
