@@ -70,7 +70,7 @@ def measure(arguments: list[str], run: str) -> dict[str, Any]:
         "evaluation": report["evaluation"],
         "teacher": report["teacher"],
         "student_scores": report["student"],
-        "ratio": report["ratio"],
+        "ratio": report["accuracy_ratio"],
         "artifacts": report["rows"],
         "machine": {key: report["machine"][key] for key in ("cpu", "cores", "os", "versions")},
     }

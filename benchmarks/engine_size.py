@@ -17,10 +17,11 @@ from unittest.mock import patch
 import click
 
 from prgkit.errors import NotWorthItError
-from prgkit.export.bundle.bundle import QDQ, Bundle, open_bundle
+from prgkit.export.bundle.bundle import Bundle, open_bundle
+from prgkit.export.bundle.manifest import QDQ
 from prgkit.export.formats import tensorrt_precision
-from prgkit.export.formats.engines import buildable
-from prgkit.export.formats.tensorrt import build_engine
+from prgkit.export.formats.tensorrt import buildable
+from prgkit.export.formats.tensorrt_build import build_engine
 from prgkit.export.runtimes.gpu import Backend, choose_backend
 
 BATCHES = ((1, 1, 32), (1, 1, 1))  # a range with the recipe's default, and a fixed size
@@ -29,18 +30,18 @@ LEAST = (1, 150_000, tensorrt_precision.LEAST_INT8_WEIGHTS)  # every convolution
 
 def sizes(bundle: Bundle, backend: Backend, folder: Path) -> list[dict[str, Any]]:
     """Return the bytes of FP16's engine and of INT8's by each rule, for each batch profile."""
-    half = next(one for one in bundle.artifacts if one["name"] == "onnx-fp16")
-    quantised = [one for one in bundle.artifacts if one["format"] == QDQ]
+    half = next(one for one in bundle.artifacts if one.name == "onnx-fp16")
+    quantised = [one for one in bundle.artifacts if one.format == QDQ]
     rows = []
     for batch in BATCHES:
         common: dict[str, Any] = {"batch": batch, "backend": backend.name}
-        fp16 = build_engine(bundle.folder / half["file"], folder, precision="fp16", **common).bytes
+        fp16 = build_engine(bundle.folder / half.file, folder, precision="fp16", **common).bytes
         for source in buildable(quantised, backend):
             for least in LEAST:
-                row = {"file": source["file"], "batch": batch, "least_weights": least, "fp16_bytes": fp16}
+                row = {"file": source.file, "batch": batch, "least_weights": least, "fp16_bytes": fp16}
                 try:
                     with patch.object(tensorrt_precision, "LEAST_INT8_WEIGHTS", least):
-                        card = build_engine(bundle.folder / source["file"], folder, precision="int8", **common)
+                        card = build_engine(bundle.folder / source.file, folder, precision="int8", **common)
                 except NotWorthItError as error:
                     rows.append({**row, "int8_bytes": None, "why": error.what})
                     continue

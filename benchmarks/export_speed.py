@@ -35,9 +35,8 @@ from prgkit.evaluate.bench.latency import SETTLE_S
 from prgkit.evaluate.bench.timing import timed_runs
 from prgkit.evaluate.bench.worker import Worker
 from prgkit.export.bundle.bundle import Bundle, open_bundle, read_evaluation
-from prgkit.export.bundle.fidelity import told
-from prgkit.export.formats.onnx_nchw import normalised
-from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.bundle.fidelity import int8_sentence
+from prgkit.export.runtimes.onnxruntime import OnnxRunner, normalised
 from prgkit.export.runtimes.parity import compare, require_agreement
 from prgkit.storage.run import Run
 from prgkit.student.model import load_student, reparameterised
@@ -133,7 +132,7 @@ def open_student(folder: Path, scratch: Path, *, images: int) -> Student:
     """Open a run and its bundle, and make the peers' files of its weights in ``scratch``."""
     run = Run(folder)
     bundle = open_bundle(run.bundle)
-    here = {entry["name"]: run.bundle / entry["file"] for entry in bundle.artifacts}
+    here = {entry.name: run.bundle / entry.file for entry in bundle.artifacts}
     if "onnx-nchw" not in here:
         raise click.ClickException(f"{run.bundle} has no float file: prgkit export --int8 --float-input --run {folder}")
     files = {OURS: here["onnx-fp32"], FLOAT: here["onnx-nchw"]}
@@ -168,9 +167,9 @@ def file_facts(path: Path) -> dict[str, int]:
 
 def int8_facts(bundle: Bundle) -> list[dict[str, Any]]:
     """Return what the export found of each INT8 file, and that in a sentence; ``kept`` is false where it missed."""
-    found = [entry["quantization"] for entry in bundle.artifacts if entry["name"] in INT8.values()]
-    found += [facts for facts in bundle.manifest.get("not_kept", []) if facts["name"] in INT8.values()]
-    return [{**one, "told": told(one)} for one in found]
+    found = [entry.quantization for entry in bundle.artifacts if entry.quantization and entry.name in INT8.values()]
+    found += [facts for facts in bundle.manifest.not_kept if facts.name in INT8.values()]
+    return [{**one.to_json(), "told": int8_sentence(one)} for one in found]
 
 
 def compare_files(student: Student, threads: int, *, runtimes: str, rounds: int, slice_s: float) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from prgkit.data.preprocessing import load_image
 from prgkit.data.sources import open_images
 from prgkit.errors import PrgkitError
 from prgkit.evaluate.selection import selected_artifact
-from prgkit.export.bundle.bundle import open_bundle
-from prgkit.export.runtimes.base import open_runner
+from prgkit.export.bundle.bundle import open_bundle, verify_artifact
+from prgkit.export.runtimes import open_runner
 from prgkit.metrics import log_softmax
 
 
@@ -42,8 +42,10 @@ def predict(
     Raises:
         PrgkitError: the bundle or the choice is damaged.
     """
-    bundle = open_bundle(folder, verify=("onnx",))
-    runner = open_runner(folder, selected_artifact(bundle, bench))
+    bundle = open_bundle(folder, verify=())
+    artifact = selected_artifact(bundle, bench)
+    verify_artifact(folder, artifact)
+    runner = open_runner(folder, artifact)
     try:
         for given in images:
             for name, read in pictures_of(given, bundle.preprocessing.grey_range, note):

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from pydantic import Field, ValidationError
 
-from prgkit.evaluate.report.schema import Int8Verdict, Interval, Row, measured_latency
+from prgkit.errors import PrgkitError
+from prgkit.evaluate.report.schema import Int8Verdict, Interval, Model, Row, measured_latency
 from prgkit.export.bundle.bundle import Bundle, fp32_onnx
 from prgkit.export.bundle.fidelity import fidelity, int8_sentence
 from prgkit.export.bundle.manifest import Artifact
 from prgkit.storage.atomic import read_sealed, write_sealed
 
 FILE = "selection.json"  # beside the report
-SCHEMA = "prgkit.selection/1"
+SCHEMA: Literal["prgkit.selection/1"] = "prgkit.selection/1"
+
+
+class Selection(Model):
+    """selection.json: the file that `predict` runs on this machine, and why."""
+
+    schema_version: Literal["prgkit.selection/1"] = Field(SCHEMA, alias="schema")
+    artifact: str
+    sha256: str
+    int8: list[Int8Verdict] = Field(description="The verdict on each INT8 file, the best first.")
 
 
 def judge_int8(bundle: Bundle, rows: Sequence[Row], *, images: int) -> list[Int8Verdict]:
@@ -108,8 +120,8 @@ def write_selection(folder: Path, bundle: Bundle, verdicts: Sequence[Int8Verdict
     artifact = fp32_onnx(bundle)
     if verdicts[0].kept:
         artifact = next(one for one in bundle.artifacts if one.name == verdicts[0].artifact)
-    content = {"schema": SCHEMA, "artifact": artifact.name, "sha256": artifact.sha256}
-    write_sealed(folder / FILE, {**content, "int8": [verdict.model_dump(mode="json") for verdict in verdicts]})
+    selection = Selection(artifact=artifact.name, sha256=artifact.sha256, int8=list(verdicts))
+    write_sealed(folder / FILE, selection.model_dump(mode="json"))
 
 
 def selected_artifact(bundle: Bundle, folder: Path | None) -> Artifact:
@@ -118,12 +130,26 @@ def selected_artifact(bundle: Bundle, folder: Path | None) -> Artifact:
     A selection of files that were exported anew since counts no more.
 
     Raises:
-        PrgkitError: the selection is damaged.
+        PrgkitError: the selection is damaged, or was written by another version.
         ExportError: the bundle has no FP32 file.
     """
     if folder is not None and (folder / FILE).exists():
-        selection = read_sealed(folder / FILE, fix="measure again: prgkit bench")
+        selection = read_selection(folder / FILE)
         for artifact in bundle.artifacts:
-            if artifact.format == "onnx" and artifact.sha256 == selection.get("sha256"):
+            if artifact.sha256 == selection.sha256:
                 return artifact
     return fp32_onnx(bundle)
+
+
+def read_selection(path: Path) -> Selection:
+    """Read what `write_selection` wrote.
+
+    Raises:
+        PrgkitError: it is damaged, or was written by another version.
+    """
+    fix = "measure again: prgkit bench"
+    content = read_sealed(path, fix=fix)
+    try:
+        return Selection.model_validate(content)
+    except ValidationError as error:
+        raise PrgkitError(f"{path.name} is not of {SCHEMA}", where=path, fix=fix) from error

@@ -6,7 +6,6 @@ from collections.abc import Container, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +20,14 @@ from prgkit.data.ticks import audited_keys, bring_ticks
 from prgkit.errors import ExportError
 from prgkit.export.bundle.artifact_cache import alone_in
 from prgkit.export.bundle.manifest import Manifest, RunFacts, StudentFacts, TeacherFacts
-from prgkit.export.int8.pipeline import Learned
-from prgkit.export.pipeline import ExportOptions, HeldOut, StudentOrigin, export_student
+from prgkit.export.formats.options import ExportOptions
+from prgkit.export.formats.student_export import CalibrationSet
+from prgkit.export.pipeline import EvaluationSet, ExportImages, StudentOrigin, TrainedStudent, export_student
 from prgkit.progress import Progress
 from prgkit.storage.atomic import sha256
 from prgkit.storage.locks import locked
 from prgkit.storage.run import TICKS, Run
-from prgkit.student.model import load_student, student_facts
+from prgkit.student.model import Student, load_student, student_facts
 from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.ensemble import existing_targets
 from prgkit.training.prepare import grey_of, hold_out
@@ -40,126 +40,106 @@ GOLDEN_CANDIDATES = 64
 GOLDEN_SIDE = 1024  # of the shorter side: sixteen photographs of 24 megapixels would be most of a bundle
 
 
-def export_run(
-    run: Run,
-    *,
-    fp16: bool,
-    trt: bool,
-    backend: str | None = None,
-    batch: tuple[int, int, int] | None = None,
-    sm: tuple[str, ...] | None = None,
-    int8: bool = False,
-    float_input: bool = False,
-    evaluation_images: int | None = None,
-    open_vocabulary: Literal["initializer", "input"] | None = None,
-    progress: Progress,
-) -> Manifest:
+def export_run(run: Run, options: ExportOptions, *, progress: Progress) -> Manifest:
     """Export a run's best student into ``<run>/bundle`` and return the manifest.
 
-    ``backend``, ``batch`` (by default the recipe's) and ``sm`` are for the engines. ``evaluation_images`` takes the
-    place of the recipe's, also in the recipe that the manifest holds. ``open_vocabulary`` puts class vectors in the
-    place of the class head, as an ``initializer`` of the ONNX files or an ``input``; None: as the student was trained.
+    What the recipe says of exports takes the place of the options' ``opset`` and ``fidelity``, and of those that are
+    None; ``evaluation_images`` takes the place of the recipe's, also in the recipe that the manifest holds.
 
     Raises:
         PrgkitError: the run has no student or is being worked on, an artifact disagrees with PyTorch, or a backend is
             missing.
     """
     with locked(run.folder, "run"), alone_in(run.bundle):
-        recipe = run.recipe
-        if evaluation_images is not None:
-            page = recipe.export.model_copy(update={"evaluation_images": evaluation_images})
-            recipe = recipe.model_copy(update={"export": page})
-        page = recipe.export
-        options = ExportOptions(
-            page.opset,
-            fp16=fp16,
-            int8=int8,
-            fidelity=page.fidelity,
-            float_input=float_input,
-            trt=trt,
-            batch=batch or page.batch,
-            backend=backend,
-            sm=sm,
-            class_vectors=open_vocabulary,
-        )
+        recipe, asked = run.recipe, options.evaluation_images
+        if asked is not None:
+            export = recipe.export.model_copy(update={"evaluation_images": asked})
+            recipe = recipe.model_copy(update={"export": export})
+        export = recipe.export
+        options = replace(options, opset=export.opset, fidelity=export.fidelity, batch=options.batch or export.batch)
         check_vocabulary(recipe, options)
         manifest = export_best(run, recipe, options, progress)
-    there = manifest.evaluation.images
-    if evaluation_images is not None and there < evaluation_images:
-        progress.note(f"there are {there} images to evaluate on; {evaluation_images} were asked for")
+    if asked is not None and (images := manifest.evaluation.images) < asked:
+        progress.note(f"there are {images} images to evaluate on; {asked} were asked for")
     return manifest
 
 
 def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Progress) -> Manifest:
     """Gather what the bundle is made from, and make it."""
     student = load_student(run)
-    learned = student_facts(run.weights)
     if not run.finished:
-        progress.note(f"the run is not finished: this is its best student so far, of epoch {learned.epoch}")
+        progress.note(
+            f"the run is not finished: this is its best student so far, of epoch {student_facts(run.weights).epoch}"
+        )
     seen = existing_targets(recipe, run.target_stores[0].parent) or ()
     grey, classes = grey_of(run), None
     if spec := recipe.data.evaluation_spec:
-        found = read_image_index(spec, progress, known=seen, grey=grey)
-        images, classes = select_labelled(found, recipe.classes, note=progress.note)
+        labelled_images = read_image_index(spec, progress, known=seen, grey=grey)
+        images, classes = select_labelled(labelled_images, recipe.classes, note=progress.note)
     else:
         images = images_of(run, recipe, seen, progress)
     positions = evaluation_positions(images, recipe, first=audited_keys(run))
-    labels = None if classes is None else classes[positions]
-    taught = teacher_answers(run, recipe, images, positions, progress)
+    teacher = teacher_answers(run, recipe, images, positions, progress)
     if options.class_vectors and student.scorer is None:
-        student.use_class_vectors(taught.classifier.class_vectors(), taught.classifier.logit_scale)
-    facts = run.student_facts if student.scorer is None else student.facts(recipe.student)
+        student.use_class_vectors(teacher.classifier.class_vectors(), teacher.classifier.logit_scale)
     preprocessing = replace(student.preprocessing, grey_range=grey)
     prepare = preprocessing.prepare
     checked = [prepare(picture) for picture in parity_pictures(run, images, positions, recipe, seen, progress)]
     if len(checked) < PARITY_IMAGES:
         progress.note(f"there are {len(checked)} images to compare the exports on; {PARITY_IMAGES} would be better")
-
+    evaluation = EvaluationSet(
+        prepared=(prepare(images.read(int(position))) for position in positions),
+        teacher_logits=teacher.logits,
+        teacher_uniform_logits=teacher.uniform_logits,
+        labels=None if classes is None else classes[positions],
+        source=images.source.spec,
+        keys=tuple(images.keys[position] for position in positions),
+        teacher_features=teacher.features if student.scorer else None,
+    )
     manifest = export_student(
-        student.inference_model(),
+        TrainedStudent(
+            student.inference_model(), recipe.classes, preprocessing, origin_of_student(run, recipe, student)
+        ),
+        ExportImages(
+            np.stack(checked),
+            golden_pictures(images, positions),
+            evaluation,
+            cache(lambda: calibration_set(run, images, positions, preprocessing, recipe, seen, progress)),
+        ),
         run.bundle,
-        pixels=np.stack(checked),
-        golden=golden_pictures(images, positions),
-        held_out=HeldOut(
-            prepared=(prepare(images.read(int(position))) for position in positions),
-            teacher_logits=taught.logits,
-            teacher_uniform_logits=taught.uniform_logits,
-            labels=labels,
-            source=images.source.spec,
-            keys=tuple(images.keys[position] for position in positions),
-            teacher_features=taught.features if student.scorer else None,
-        ),
-        classes=recipe.classes,
-        preprocessing=preprocessing,
-        facts=StudentOrigin(
-            run=RunFacts(
-                name=run.name,
-                fingerprint=run.card.fingerprint,
-                student_sha256=sha256(run.weights),
-                objective=recipe.objective_name,
-                learned_labels=recipe.learns_labels or any(page.context for page in recipe.teacher),
-                epochs=recipe.training.epochs,
-                best_epoch=learned.epoch,
-                images=run.image_facts.used,
-                training=tuple(run.metrics()),
-                quality=run.quality(),
-            ),
-            recipe=recipe.model_dump(mode="json"),
-            teacher=TeacherFacts(**run.teacher_facts.model_dump(include={"model", "weights", "fingerprint"})),
-            student=StudentFacts(
-                model=facts.model,
-                initial=facts.initial,
-                parameters=facts.parameters,
-                image_size=recipe.student.image_size,
-            ),
-            templates=tuple(recipe.templates),
-        ),
-        options=options,
-        learned=cache(lambda: learned_images(run, images, positions, preprocessing, recipe, seen, progress)),
+        options,
         note=progress.note,
     )
     bring_ticks(run.ticks_file, run.bundle / TICKS, recipe.classes)
     return manifest
+
+
+def origin_of_student(run: Run, recipe: Recipe, student: Student) -> StudentOrigin:
+    """Return what the manifest says of the run, the recipe, the teacher and the student."""
+    facts = run.student_facts if student.scorer is None else student.facts(recipe.student)
+    return StudentOrigin(
+        run=RunFacts(
+            name=run.name,
+            fingerprint=run.card.fingerprint,
+            student_sha256=sha256(run.weights),
+            objective=recipe.objective_name,
+            learned_labels=recipe.learns_labels or any(config.context for config in recipe.teacher),
+            epochs=recipe.training.epochs,
+            best_epoch=student_facts(run.weights).epoch,
+            images=run.image_facts.used,
+            training=tuple(run.metrics()),
+            quality=run.quality(),
+        ),
+        recipe=recipe.model_dump(mode="json"),
+        teacher=TeacherFacts(**run.teacher_facts.model_dump(include={"model", "weights", "fingerprint"})),
+        student=StudentFacts(
+            model=facts.model,
+            initial=facts.initial,
+            parameters=facts.parameters,
+            image_size=recipe.student.image_size,
+        ),
+        templates=tuple(recipe.templates),
+    )
 
 
 def evaluation_positions(images: ImageIndex, recipe: Recipe, *, first: Container[str] = ()) -> NDArray[np.int64]:
@@ -198,7 +178,7 @@ def parity_pictures(
             yield learned.read(position)
 
 
-def learned_images(
+def calibration_set(
     run: Run,
     images: ImageIndex,
     positions: NDArray[np.int64],
@@ -206,7 +186,7 @@ def learned_images(
     recipe: Recipe,
     seen: Container[str],
     progress: Progress,
-) -> Learned:
+) -> CalibrationSet:
     """Return the images that the student learned from, for INT8's ranges.
 
     None of them travels, and none selected the student: INT8 is judged on images that it was not fitted to.
@@ -218,7 +198,7 @@ def learned_images(
     if recipe.data.keep.asks:
         places = places[sure_enough(confidence_of(run, images=len(places)), recipe.data.keep)]
     chosen = [place for place in places.tolist() if image_index.keys[place] not in apart]
-    return Learned(
+    return CalibrationSet(
         images=len(chosen),
         read=lambda places: np.stack([preprocessing.prepare(image_index.read(chosen[place])) for place in places]),
     )
@@ -244,14 +224,13 @@ def golden_pictures(images: ImageIndex, positions: NDArray[np.int64]) -> list[Im
 def check_vocabulary(recipe: Recipe, options: ExportOptions) -> None:
     """Refuse class vectors where the student's features are not the teacher's, or as an input of engines.
 
-    A projector that was trained is not enough: rkd and crd hold relations between images, in any space. On the demo's
-    digits their class heads were right on 92.8 and 91.6 %, their features scored by class vectors on 3.2 and 18.8 %.
+    A projector that was trained is not enough: rkd and crd hold relations between images, in any space.
 
     Raises:
         ExportError: says what to do instead.
     """
-    if options.class_vectors and not any(page.aligns_features for page in recipe.objective):
-        able = [name for name, page in OBJECTIVES.items() if page(name=name).aligns_features]  # type: ignore[call-arg]
+    if options.class_vectors and not any(config.aligns_features for config in recipe.objective):
+        able = [name for name, config in OBJECTIVES.items() if config(name=name).aligns_features]  # type: ignore[call-arg]
         raise ExportError(
             f"{recipe.objective_name} does not draw the student's features to the teacher's, so class vectors cannot "
             "score them",

@@ -26,13 +26,13 @@ from prgkit.export.bundle.bundle import (
     fp32_onnx,
     open_bundle,
     output_spec,
-    write_manifest,
 )
 from prgkit.export.bundle.checksums import PARTS, checksums, require_unchanged
 from prgkit.export.bundle.engine_metadata import load_engine_metadata
 from prgkit.export.bundle.manifest import VECTORS, Artifact, ClassScoring, Manifest, Quantization
 from prgkit.export.formats.open_vocabulary import Matrix, agreement_sentence, scored, write_classes
-from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.readme import write_manifest
+from prgkit.export.runtimes.onnxruntime import OnnxRunner
 from prgkit.export.runtimes.parity import GOLDEN_TOLERANCE
 from prgkit.progress import Progress
 from prgkit.storage.atomic import sha256
@@ -120,9 +120,9 @@ def read_names(
     """Return what turns features into answers about ``classes``: their names as the teacher reads them."""
 
     @cache
-    def teacher(page: TeacherConfig) -> Teacher:  # asked only where the store does not hold these names
-        progress.note(f"loading the teacher {page.model}")
-        return load_teacher(page, best_device())
+    def teacher(config: TeacherConfig) -> Teacher:  # asked only where the store does not hold these names
+        progress.note(f"loading the teacher {config.model}")
+        return load_teacher(config, best_device())
 
     with store_of(run) as root:
         targets = open_targets(recipe, root, teacher)
@@ -214,10 +214,10 @@ def leave_engines(bundle: Bundle, new: Path, progress: Progress) -> None:
             path.unlink(missing_ok=True)
     if engines:
         names = ", ".join(engine.file for engine in engines)
-        card, made = load_engine_metadata(bundle.folder / engines[0].file), {engine.precision for engine in engines}
+        metadata, made = load_engine_metadata(bundle.folder / engines[0].file), {engine.precision for engine in engines}
         kinds = [f"--{precision}" for precision in ("fp16", "int8") if precision in made]
-        batch = ",".join(map(str, card.batch))
-        build = ["prgkit", "export", "--trt", *kinds, "--backend", card.backend, "--batch", batch]
+        batch = ",".join(map(str, metadata.batch))
+        build = ["prgkit", "export", "--trt", *kinds, "--backend", metadata.backend, "--batch", batch]
         again = shlex.join([*build, "--run", str(bundle.folder)])
         progress.note(f"{names}: of the old classes, and removed; {again} builds them again")
 

@@ -113,7 +113,7 @@ class Exported:
     """A student with random weights and its files."""
 
     student: Any  # prgkit.student.model.InferenceModel, unfused
-    module: Any  # prgkit.export.formats.onnx.Deployable, fused
+    module: Any  # prgkit.export.formats.onnx_export.OnnxExportModule, fused
     fp32: Path
     fp16: Path
     pixels: NDArray[np.uint8]  # [256, 64, 64, 3]
@@ -190,7 +190,7 @@ def export_family(model: str, folder: Path) -> Exported:
     import torch
 
     from prgkit.config.sections import StudentConfig
-    from prgkit.export.formats.onnx import export_onnx, onnx_export_module, write_fp16
+    from prgkit.export.formats.onnx_export import export_onnx, onnx_export_module, write_fp16
     from prgkit.student.model import build_student
 
     torch.manual_seed(0)

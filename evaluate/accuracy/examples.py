@@ -14,7 +14,7 @@ from prgkit.metrics import log_softmax
 OF_EACH = 24
 
 
-def choose_pictures(evaluation: Evaluation, logits: Any, classes: Sequence[str], *, seed: int = 0) -> list[Picture]:
+def choose_examples(evaluation: Evaluation, logits: Any, classes: Sequence[str], *, seed: int = 0) -> list[Picture]:
     """Return up to 24 images drawn by chance, then up to 24 others where the student's answer is not the teacher's.
 
     The second group is ordered by how sure the student is, so it shows its worst surprises, not typical ones.

@@ -34,7 +34,7 @@ def find_ticks(bundle: Bundle, run_folder: Path | None) -> list[Tick]:
     return []
 
 
-def audit(
+def audit_section(
     ticks: Sequence[Tick],
     evaluation: Evaluation,
     classes: Sequence[str],

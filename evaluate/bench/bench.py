@@ -1,225 +1,246 @@
-"""`prgkit bench`, top to bottom: open the bundle, measure every artifact on this machine, say what was found."""
+"""`prgkit bench`, top to bottom: open the bundle, measure every artifact here, judge it, write the report."""
 
 from __future__ import annotations
 
-import math
-import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import prgkit
 from prgkit import metrics
+from prgkit.data.ticks import Tick
 from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate import system
-from prgkit.evaluate.accuracy.examples import choose_pictures
+from prgkit.evaluate.accuracy.examples import choose_examples
 from prgkit.evaluate.accuracy.opencv import opencv_notes
 from prgkit.evaluate.accuracy.per_class import per_class
-from prgkit.evaluate.accuracy.ticked import audit, find_ticks
+from prgkit.evaluate.accuracy.ticked import audit_section, find_ticks
 from prgkit.evaluate.bench import latency, metadata
-from prgkit.evaluate.bench.cases import plan
+from prgkit.evaluate.bench.cases import OF_A_SPEC, plan
 from prgkit.evaluate.bench.fixed_rate import measure_fixed_rate
 from prgkit.evaluate.bench.journal import conditions, open_journal
-from prgkit.evaluate.bench.latency import Measured
+from prgkit.evaluate.bench.latency import LatencyPlan, Measured
 from prgkit.evaluate.bench.notes import failure_notes, row_notes
-from prgkit.evaluate.bench.soak import check_minutes, soak_lead
-from prgkit.evaluate.bench.stages import golden_images, latency_stages, stage_images
-from prgkit.evaluate.bench.thread_sweep import thread_sweep
-from prgkit.evaluate.bench.worker import artifact_key
+from prgkit.evaluate.bench.options import BenchOptions
+from prgkit.evaluate.bench.soak import soak_lead
+from prgkit.evaluate.bench.thread_sweep import sweep_threads
+from prgkit.evaluate.bench.worker import Pixels, Spec, artifact_key
+from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.bench_report import write_report
 from prgkit.evaluate.report.regression import Gate, against, require_comparable
-from prgkit.evaluate.report.schema import Report, Row, RowSamples, Samples, Throughput, ThroughputSamples
+from prgkit.evaluate.report.schema import (
+    FixedRate,
+    Int8Verdict,
+    Machine,
+    Report,
+    Row,
+    RowSamples,
+    Samples,
+    Soak,
+    ThreadSweep,
+    Throughput,
+    ThroughputSamples,
+)
 from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection
 from prgkit.export.bundle.bundle import Bundle, Evaluation, open_bundle, read_evaluation
 from prgkit.export.bundle.fidelity import fidelity
-from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes.parity import check_golden
 from prgkit.storage.atomic import sha256
 from prgkit.storage.run import Run
 
-DEFAULT_BATCHES = (1, 8, 32)
 TIMED_IMAGES = 128
 PREDICT_BATCH = 32
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What a bench is about: a bundle, its evaluation images, what a person ticked of them, and where it came from."""
+
+    bundle: Bundle
+    evaluation: Evaluation
+    ticks: list[Tick]
+    run_folder: Path | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured, and what follows from it."""
+
+    rows: list[Row]  # in the order of the cases
+    logits: list[tuple[Row, NDArray[np.float32] | None]]  # [images, classes] of each row that ran
+    session: latency.Session
+    thread_sweep: ThreadSweep | None
+    fixed_rate: FixedRate | None
+    int8: list[Int8Verdict]
+    soak: Soak | None
+    samples: Samples
+
+
 def bench(
     bundle_folder: Path,
+    options: BenchOptions,
     *,
-    run_folder: Path | None,
     out: Path,
-    threads: int | None,
-    seconds: float,
-    batches: Sequence[int] = DEFAULT_BATCHES,
     note: Callable[[str], None],
+    run_folder: Path | None = None,
     command: str | None = None,
     gate: Gate | None = None,
-    sweep_threads: Sequence[int] = (),
-    fps: float | None = None,
-    soak_minutes: float | None = None,
 ) -> Report:
     """Measure a bundle's artifacts on this machine, write the report into ``out`` and return it.
 
     Args:
         bundle_folder: the bundle, here or copied to a device.
-        run_folder: the run it came from, where that is at hand: adds PyTorch itself and the training curves.
+        options: what to measure, and for how long.
         out: where report.json, report.md, report.html and samples.json go.
-        threads: threads of one call on the CPU; None takes every core that this process may use.
-        seconds: the time for warming up and measuring one artifact; its latency stages and its accuracy come on top.
-        batches: the batch sizes of the throughput sweep.
         note: told what is being done.
+        run_folder: the run it came from, where that is at hand: adds PyTorch itself and the training curves.
         command: what the user typed, for the report.
         gate: the older report that the new one is held against, and by how much it may be worse.
-        sweep_threads: numbers of CPU threads whose latencies are compared, after everything else.
-        fps: the rate at which frames come, for response times and late frames; None for no frames.
-        soak_minutes: how long the artifact that the headline speaks of runs without a rest, at the end; None leaves
-            it out.
 
     Raises:
         BenchError: an option makes no sense, no artifact could be measured, or the baseline cannot be compared with.
         ExportError: the bundle, or something in it, is missing or damaged.
         ImagesError: something in the ticks cannot stand there.
     """
-    check_options(threads=threads, seconds=seconds, batches=batches, fps=fps)
-    check_minutes(soak_minutes)
-    bundle = open_bundle(bundle_folder)
-    evaluation = read_evaluation(bundle_folder)
-    ticks = find_ticks(bundle, run_folder)  # a mistake in them is told before anything is measured
+    options.check()
+    subject = open_subject(bundle_folder, run_folder)
     machine = system.describe()
-    threads = threads or system.usable_cores()
+    threads = options.threads or system.usable_cores()
     if gate is not None:  # hours of measuring would not make them comparable
-        require_comparable(gate, machine, metadata.evaluation_images(evaluation, bundle), threads=threads)
-    rows, specs = plan(bundle, run_folder, gpu=bool(machine.gpus), threads=threads, seconds=seconds)
-    notes, pictures = golden_notes(bundle), golden_images(bundle)
-    opened = [spec for spec in specs if spec is not None]
-    timed = evenly(evaluation.pixels, TIMED_IMAGES)
+        images = metadata.evaluation_images(subject.evaluation, subject.bundle)
+        require_comparable(gate, machine, images, threads=threads)
+    cases = plan(subject.bundle, run_folder, gpu=bool(machine.gpus), threads=threads, seconds=options.seconds)
+    notes = golden_notes(subject.bundle)
     made_from = conditions(
         machine,
-        files=files_under_test(bundle, run_folder),
-        opened=opened,
-        options=[threads, seconds, sorted(set(batches))],
+        files=files_under_test(subject),
+        opened=[{key: spec[key] for key in OF_A_SPEC} for spec in cases[1] if spec is not None],
+        options=[threads, options.seconds, sorted(set(options.batches))],
     )
-    with open_journal(out, made_from, note) as kept:
+    with open_journal(out, made_from, note) as journal:
         monitor = system.SystemMonitor("cuda" if machine.gpus else "cpu")
-        session = latency.measure(
-            opened,
-            timed,
-            seconds=seconds,
-            batches=sorted(set(batches)),
-            predict=[
-                evaluation.pixels[start : start + PREDICT_BATCH]
-                for start in range(0, len(evaluation.pixels), PREDICT_BATCH)
-            ],
-            pictures=pictures,
-            kept=kept,
+        context = BenchContext(
+            images=evenly(subject.evaluation.pixels, TIMED_IMAGES),
+            seconds=options.seconds,
+            journal=journal,
             note=note,
-            between_rounds=lambda round_: monitor.sample(),
+            before_round=lambda round_: monitor.sample(),
         )
-        apart: dict[str, Any] = {"note": note, "kept": kept, "between_rounds": lambda round_: monitor.sample()}
-        sweep, sweep_samples = thread_sweep(opened, timed, sweep_threads, seconds=seconds, **apart)
-        fixed_rate, frames = measure_fixed_rate(opened, timed, fps, seconds=seconds, **apart)
-        measured = iter(session.measured)
-        floor = bundle.manifest.fidelity_floor()
-        rows = [
-            row if spec is None else filled(row, next(measured), evaluation, floor=floor)
-            for row, spec in zip(rows, specs, strict=True)
-        ]
-        if not any(row.status == "measured" for row in rows):
-            reasons = "; ".join(f"{row.artifact}: {row.reason}" for row in rows)
-            raise BenchError(
-                f"no artifact could be measured: {reasons}",
-                where=bundle_folder,
-                fix="prgkit doctor says what can run here",
-            )
-        ran = [row for row, spec in zip(rows, specs, strict=True) if spec is not None]
-        with_logits = [(row, one.logits) for row, one in zip(ran, session.measured, strict=True)]
-        audited, audit_notes = audit(ticks, evaluation, bundle.classes, with_logits)
-        int8 = judge_int8(bundle, rows, images=len(evaluation.pixels))
-        soaked, windows = soak_lead(rows, specs, int8, timed, soak_minutes, fps=fps, note=note, kept=kept)
-        machine = monitor.add_to(machine)
-        command = command or spelled_out(bundle_folder, threads, seconds, batches, sweep_threads, fps, soak_minutes)
-        teacher, student = metadata.teacher_scores(evaluation), metadata.student_scores(evaluation, rows)
-        report = Report(
-            prgkit=prgkit.__version__,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            command=command,
-            made_by=metadata.made_by(bundle, command),
-            machine=machine,
-            run=metadata.run_facts(bundle),
-            evaluation=metadata.evaluation_images(evaluation, bundle),
-            teacher=teacher,
-            student=student,
-            accuracy_ratio=student.top1 / teacher.top1 if student.top1 is not None and teacher.top1 else None,
-            rows=rows,
-            stage_images=stage_images(pictures),
-            thread_sweep=sweep,
-            fixed_rate=fixed_rate,
-            soak=soaked,
-            int8=int8,
-            audit=audited,
-            training=metadata.training(bundle, run_folder),
-            pseudo_labels=metadata.pseudo_labels(bundle, run_folder),
-            per_class=per_class(evaluation, with_logits, int8, bundle.classes),
-            notes=[
-                *notes,
-                *metadata.vocabulary_notes(bundle),
-                *kept.notes,
-                *int8_notes(bundle, int8),
-                *audit_notes,
-                *system.machine_notes(machine),
-                *row_notes(rows, session.measured),
-                *failure_notes(sweep, fixed_rate),
-            ],
-        )
+        results = measure(subject, cases, options, context)
+        notes += [*metadata.vocabulary_notes(subject.bundle), *journal.notes]
+        command = command or options.command(bundle_folder, threads=threads)
+        report = make_report(subject, results, monitor.add_to(machine), command, notes)
         if gate is not None:
             report = report.model_copy(update={"baseline": against(report, gate)})
-        write_selection(out, bundle, int8)
         note("writing the report")
-        raw = samples(session).model_copy(update={"thread_sweep": sweep_samples, "fixed_rate": frames, "soak": windows})
-        shown = choose_pictures(evaluation, student_logits(session, evaluation), bundle.classes)
-        write_report(out, report, samples=raw, pictures=shown)
+        write(out, subject, results, report)
     return report
 
 
-def files_under_test(bundle: Bundle, run_folder: Path | None) -> list[str]:
+def open_subject(bundle_folder: Path, run_folder: Path | None) -> Subject:
+    """Open what is measured; what is wrong with it is told before anything is measured."""
+    bundle = open_bundle(bundle_folder)
+    return Subject(bundle, read_evaluation(bundle_folder), find_ticks(bundle, run_folder), run_folder)
+
+
+def files_under_test(subject: Subject) -> list[str]:
     """Return the digests of all that is measured, and of the images that it is measured with."""
-    digests = [artifact.sha256 for artifact in bundle.artifacts]
-    paths = [bundle.folder / "evaluation" / "images.zip"]
-    if run_folder is not None and Run(run_folder).weights.exists():
-        paths.append(Run(run_folder).weights)
-    return [*digests, *(sha256(path) for path in paths)]
+    paths = [subject.bundle.folder / "evaluation" / "images.zip"]
+    if subject.run_folder is not None and Run(subject.run_folder).weights.exists():
+        paths.append(Run(subject.run_folder).weights)
+    return [*(artifact.sha256 for artifact in subject.bundle.artifacts), *(sha256(path) for path in paths)]
 
 
-def check_options(*, threads: int | None, seconds: float, batches: Sequence[int], fps: float | None) -> None:
-    """Refuse what cannot be measured, before anything is opened."""
-    if threads is not None and threads < 1:
+def golden_notes(bundle: Bundle) -> list[str]:
+    """Check that this machine prepares images as training did, and that its FP32 student answers as exported."""
+    artifact = next((one for one in bundle.artifacts if one.format == "onnx" and one.precision == "fp32"), None)
+    if artifact is None:
+        return []
+    try:
+        runner = open_runner(bundle.folder, artifact, threads=1)
+        check_golden(bundle, runner, precision="fp32")
+        notes = opencv_notes(bundle, runner)
+        runner.close()
+    except PrgkitError as error:  # the measurement stands: it starts from prepared images
+        return [f"Golden images: {error.what}."]
+    return notes
+
+
+def evenly(pixels: Pixels, count: int) -> Pixels:
+    """Return up to ``count`` images, spread over all of them."""
+    places = np.unique(np.linspace(0, len(pixels) - 1, min(count, len(pixels))).astype(int))
+    spread: Pixels = pixels[places]
+    return spread
+
+
+def measure(
+    subject: Subject, cases: tuple[list[Row], list[Spec | None]], options: BenchOptions, context: BenchContext
+) -> Results:
+    """Measure the cases side by side, judge them, and soak the best.
+
+    Raises:
+        BenchError: no artifact could be measured.
+    """
+    specs = [spec for spec in cases[1] if spec is not None]
+    pixels = subject.evaluation.pixels
+    measuring = LatencyPlan(
+        batches=sorted(set(options.batches)),
+        encoded=metadata.golden_images(subject.bundle),
+        predict=[pixels[start : start + PREDICT_BATCH] for start in range(0, len(pixels), PREDICT_BATCH)],
+    )
+    session = latency.measure(specs, measuring, context)
+    thread_sweep, sweep_samples = sweep_threads(specs, options.sweep_threads, context)
+    fixed_rate, frames = measure_fixed_rate(specs, options.fps, context)
+    measured = iter(session.measured)
+    pairs = [(row, None if spec is None else next(measured)) for row, spec in zip(*cases, strict=True)]
+    rows = [row if one is None else judged(row, one, subject) for row, one in pairs]
+    if not any(row.status == "measured" for row in rows):
+        reasons = "; ".join(f"{row.artifact}: {row.reason}" for row in rows)
         raise BenchError(
-            f"{threads} threads cannot run anything", fix="give --threads 1 or more, or leave it out for every core"
+            f"no artifact could be measured: {reasons}",
+            where=subject.bundle.folder,
+            fix="prgkit doctor says what can run here",
         )
-    if not seconds > 0 or not math.isfinite(seconds):
-        raise BenchError(f"{seconds:g} s is no time to measure in", fix="give --seconds a number above 0, such as 10")
-    if bad := [batch for batch in batches if batch < 1]:
-        raise BenchError(
-            f"a batch of {bad[0]} images cannot be run", fix="give --batches whole numbers from 1, such as 1,8,32"
-        )
-    if fps is not None and not 0 < fps < math.inf:
-        raise BenchError(f"no camera gives {fps:g} frames a second", fix="give --fps a number above 0, such as 30")
+    int8 = judge_int8(subject.bundle, rows, images=len(pixels))
+    soaked, windows = soak_lead(rows, cases[1], int8, options, context)
+    return Results(
+        rows=rows,
+        logits=[(row, one.logits) for row, (_, one) in zip(rows, pairs, strict=True) if one is not None],
+        session=session,
+        thread_sweep=thread_sweep,
+        fixed_rate=fixed_rate,
+        int8=int8,
+        soak=soaked,
+        samples=Samples(
+            order=session.order,
+            rows=[row_samples(one) for one in session.measured],
+            thread_sweep=sweep_samples,
+            fixed_rate=frames,
+            soak=windows,
+        ),
+    )
 
 
-def filled(row: Row, one: Measured, evaluation: Evaluation, *, floor: float) -> Row:
-    """Return a row with what was measured; a failure keeps what came before it. INT8 is held to the ``floor``, in %."""
+def judged(row: Row, one: Measured, subject: Subject) -> Row:
+    """Return a row with what was measured, and how right and faithful it is; a failure keeps what came before it."""
     figures: dict[str, Any] = {
         "load_ms": one.load_ms,
         "peak_memory_mib": one.peak_memory_mib,
         "switches": one.switches,
         "latency": latency.summarize(one.rounds_ns, steady=one.steady) if one.rounds_ns else None,
         "energy": latency.energy(one),
-        "latency_stages": latency_stages(one),
+        "latency_stages": {
+            stage: latency.summarize(rounds_ns, steady=True, stage=stage) for stage, rounds_ns in one.stages_ns.items()
+        },
         "throughput": [
-            Throughput(batch=batch, images_per_s=latency.images_per_s(batch, samples_ns))
-            for batch, samples_ns in one.sweep_ns.items()
+            Throughput(batch=batch, images_per_s=latency.images_per_s(batch, runs_ns))
+            for batch, runs_ns in one.batches_ns.items()
         ],
     }
     failed = one.failed
@@ -230,72 +251,77 @@ def filled(row: Row, one: Measured, evaluation: Evaluation, *, floor: float) -> 
                 f"its logits are not finite on {len(broken)} of {len(one.logits)} images, first on image {broken[0]}"
             )
         else:
-            figures |= metrics.scores(
-                one.logits, teacher=evaluation.teacher_logits, fp32=evaluation.logits, labels=evaluation.labels
-            )
-            if row.precision == "int8":
-                same = round(figures["agreement_fp32"] * len(one.logits) / 100)
-                figures["faithful"] = fidelity(same, len(one.logits)).holds(floor)
-    figures |= {"status": "measured" if failed is None else "failed", "reason": failed}
-    return Row.model_validate({**dict(row), **figures})
+            figures |= accuracy(row, one.logits, subject)
+    return Row.model_validate({**dict(row), **figures, "status": "failed" if failed else "measured", "reason": failed})
 
 
-def golden_notes(bundle: Bundle) -> list[str]:
-    """Check that this machine prepares images as training did, and that its FP32 student answers as exported."""
-    artifact = next((one for one in bundle.artifacts if one.format == "onnx" and one.precision == "fp32"), None)
-    if artifact is None:
-        return []
-    try:
-        runner = OnnxRunner(bundle.folder / artifact.file, threads=1, name=artifact.name)
-        check_golden(bundle, runner, precision="fp32")
-        notes = opencv_notes(bundle, runner)
-        runner.close()
-    except PrgkitError as error:  # the measurement stands: it starts from prepared images
-        return [f"Golden images: {error.what}."]
-    return notes
+def accuracy(row: Row, logits: NDArray[np.float32], subject: Subject) -> dict[str, Any]:
+    """Return how right a row's logits [images, classes] are, and how faithful; of INT8, whether it holds the floor."""
+    evaluation = subject.evaluation
+    scores = metrics.scores(logits, teacher=evaluation.teacher_logits, fp32=evaluation.logits, labels=evaluation.labels)
+    if row.precision == "int8":
+        same = round(scores["agreement_fp32"] * len(logits) / 100)
+        scores["faithful"] = fidelity(same, len(logits)).holds(subject.bundle.manifest.fidelity_floor())
+    return scores
 
 
-def samples(session: latency.Session) -> Samples:
-    """Return every raw sample of the rows, with the order in which the artifacts took their turns."""
-    rows = [
-        RowSamples(
-            **artifact_key(one.spec),
-            warm_up=one.warm_up,
-            rounds_ns=one.rounds_ns,
-            stages_ns=one.stages_ns,
-            throughput=[ThroughputSamples(batch=batch, runs_ns=runs) for batch, runs in one.sweep_ns.items()],
-        )
-        for one in session.measured
-    ]
-    return Samples(order=session.order, rows=rows)
+def row_samples(one: Measured) -> RowSamples:
+    """Return every timed run of one artifact."""
+    return RowSamples(
+        **artifact_key(one.spec),
+        warm_up=one.warm_up,
+        rounds_ns=one.rounds_ns,
+        stages_ns=one.stages_ns,
+        throughput=[ThroughputSamples(batch=batch, runs_ns=runs) for batch, runs in one.batches_ns.items()],
+    )
+
+
+def make_report(subject: Subject, results: Results, machine: Machine, command: str, notes: Sequence[str]) -> Report:
+    """Put the report together; ``notes`` are those that are known before what the results say."""
+    bundle, evaluation, run_folder = subject.bundle, subject.evaluation, subject.run_folder
+    teacher, student = metadata.teacher_scores(evaluation), metadata.student_scores(evaluation, results.rows)
+    audited, audit_notes = audit_section(subject.ticks, evaluation, bundle.classes, results.logits)
+    return Report(
+        prgkit=prgkit.__version__,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        made_by=metadata.made_by(bundle, command),
+        machine=machine,
+        run=metadata.run_facts(bundle),
+        evaluation=metadata.evaluation_images(evaluation, bundle),
+        teacher=teacher,
+        student=student,
+        accuracy_ratio=student.top1 / teacher.top1 if student.top1 is not None and teacher.top1 else None,
+        rows=results.rows,
+        stage_images=metadata.stage_images(metadata.golden_images(bundle)),
+        thread_sweep=results.thread_sweep,
+        fixed_rate=results.fixed_rate,
+        soak=results.soak,
+        int8=results.int8,
+        audit=audited,
+        training=metadata.training_records(bundle, run_folder),
+        pseudo_labels=metadata.pseudo_labels(bundle, run_folder),
+        per_class=per_class(evaluation, results.logits, results.int8, bundle.classes),
+        notes=[
+            *notes,
+            *int8_notes(bundle, results.int8),
+            *audit_notes,
+            *system.machine_notes(machine),
+            *row_notes(results.rows, results.session.measured),
+            *failure_notes(results.thread_sweep, results.fixed_rate),
+        ],
+    )
+
+
+def write(out: Path, subject: Subject, results: Results, report: Report) -> None:
+    """Write the report, and what `predict` runs on this machine from now on."""
+    write_selection(out, subject.bundle, results.int8)
+    logits = student_logits(results.session, subject.evaluation)
+    examples = choose_examples(subject.evaluation, logits, subject.bundle.classes)
+    write_report(out, report, samples=results.samples, pictures=examples)
 
 
 def student_logits(session: latency.Session, evaluation: Evaluation) -> Any:
     """Return the FP32 student's logits [images, classes] as measured here, or as exported where it did not run."""
-    found = (one.logits for one in session.measured if one.spec["artifact"] == "onnx-fp32" and one.failed is None)
-    return next((logits for logits in found if logits is not None), evaluation.logits)
-
-
-def evenly(pixels: Any, count: int) -> Any:
-    """Return up to ``count`` images, spread over all of them."""
-    return pixels[np.unique(np.linspace(0, len(pixels) - 1, min(count, len(pixels))).astype(int))]
-
-
-def spelled_out(
-    bundle_folder: Path,
-    threads: int,
-    seconds: float,
-    batches: Sequence[int],
-    sweep_threads: Sequence[int],
-    fps: float | None,
-    soak_minutes: float | None,
-) -> str:
-    """Return a command that measures the same."""
-    options = ["--threads", str(threads), "--seconds", f"{seconds:g}", "--batches", ",".join(map(str, batches))]
-    if sweep_threads:
-        options += ["--sweep-threads", ",".join(map(str, sweep_threads))]
-    if fps is not None:
-        options += ["--fps", f"{fps:g}"]
-    if soak_minutes is not None:
-        options += ["--soak", f"{soak_minutes:g}"]
-    return shlex.join(["prgkit", "bench", "--run", str(bundle_folder), *options])
+    measured = (one.logits for one in session.measured if one.spec["artifact"] == "onnx-fp32" and one.failed is None)
+    return next((logits for logits in measured if logits is not None), evaluation.logits)

@@ -2,8 +2,8 @@
 
 Going on has to be honest: samples of another machine, another file or another day must not be mixed into one figure.
 So a bench goes on only with the same artifacts, options, versions and processor since the same start of the system, and
-only within `SITTING_S` of the last sample; every worker is opened and warmed up anew, and the report says that it was
-measured in two sittings. What came before under other conditions is never used: it stays, in a folder of its own.
+only within `MOST_PAUSE_S` of the last sample; every worker is opened and warmed up anew, and the report says that it
+was measured in two sittings. What came before under other conditions is never used: it stays, in a folder of its own.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BenchError, PrgkitError
-from prgkit.evaluate.report.schema import Machine
+from prgkit.evaluate.report.schema import Machine, Model, Soak, SoakWindow, Stage
 from prgkit.storage.atomic import fingerprint, sha256, write_bytes
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
 
-SITTING_S = 600.0
+MOST_PAUSE_S = 600.0
 # What describes the machine and does not change while a bench is under way.
 LASTING = (
     "cpu",
@@ -41,7 +41,98 @@ LASTING = (
 )
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
-Record = dict[str, Any]
+
+class RoundTurn(Model):
+    """An artifact's turn in a round at batch 1."""
+
+    artifact: int
+    runs_ns: list[int]
+    seconds: float
+    power_w: float | None
+
+
+class RoundRecord(Model):
+    """A round at batch 1: whose turns they were, and what was measured."""
+
+    turns: list[int]
+    measured: list[RoundTurn]
+
+
+class BatchRecord(Model):
+    """An artifact's runs at a batch size."""
+
+    artifact: int
+    batch: int
+    runs_ns: list[int]
+    seconds: float
+
+
+class StageTurn(Model):
+    """An artifact's turn at a latency stage."""
+
+    artifact: int
+    stage: Stage
+    runs_ns: list[int]
+
+
+class StageRecord(Model):
+    """A round of the latency stages."""
+
+    measured: list[StageTurn]
+
+
+class LogitsRecord(Model):
+    """An artifact's logits, which lie in a file beside the journal."""
+
+    artifact: int
+    file: str
+    sha256: str
+
+
+class FramesRecord(Model):
+    """An artifact's turn at a fixed rate."""
+
+    round: int
+    artifact: int
+    responses_ns: list[int]
+    runs_ns: list[int]
+
+
+class SoakStart(Model):
+    """What a soak that began was asked to do."""
+
+    artifact: str
+    minutes: float
+    fps: float | None
+
+
+class SoakEnd(Model):
+    """A soak that came to its end."""
+
+    start: SoakStart
+    soak: Soak
+
+
+class FailureRecord(Model):
+    """An artifact that failed."""
+
+    artifact: int
+    reason: str
+
+
+KINDS: dict[type[Model], str] = {
+    RoundRecord: "round",
+    BatchRecord: "batch",
+    StageRecord: "stages",
+    LogitsRecord: "logits",
+    FramesRecord: "frames",
+    SoakStart: "start",
+    SoakWindow: "window",
+    SoakEnd: "end",
+    FailureRecord: "failed",
+}
+AnyRecord = TypeVar("AnyRecord", bound=Model)
+Line = dict[str, Any]  # of the journal: when, which kind, and the record
 
 
 class BenchJournal:
@@ -50,17 +141,17 @@ class BenchJournal:
     def __init__(self, folder: Path | None = None, conditions: Any = None) -> None:
         self.folder = folder
         self.notes: list[str] = []
-        self.records: list[Record] = []
+        self.lines: list[Line] = []
         self.prefix = ""
         if folder is None:
             return
         now, made_from = time.time(), fingerprint(conditions)
-        self.file = Journal(folder / "journal.jsonl", Record)
-        before = read_records(self.file.path)
-        if any("kind" in record and not record["kind"].endswith("failed") for record in before):  # measured something
-            age_s = now - max(record["at"] for record in before)
-            if before[0].get("conditions") == made_from and 0 <= age_s <= SITTING_S:
-                self.records = before
+        self.file = Journal(folder / "journal.jsonl", Line)
+        before = read_lines(self.file.path)
+        if any("kind" in line and not line["kind"].endswith("failed") for line in before):  # measured something
+            age_s = now - max(line["at"] for line in before)
+            if before[0].get("conditions") == made_from and 0 <= age_s <= MOST_PAUSE_S:
+                self.lines = before
                 self.file.replace(before)
                 self.notes.append(self.resumed(age_s))
             else:
@@ -70,65 +161,71 @@ class BenchJournal:
         self.append({"conditions": made_from})
 
     def part(self, name: str) -> BenchJournal:
-        """Return the same journal for a part of the bench, whose kinds of records are its own."""
-        part = copy.copy(self)  # the records are shared
+        """Return the same journal for a part of the bench, whose records are its own."""
+        part = copy.copy(self)  # the lines and the notes are shared
         part.prefix = f"{self.prefix}{name}: "
         return part
 
-    def of(self, kind: str) -> list[Record]:
-        """Return the records of one kind, in the order in which they were measured."""
-        return [record for record in self.records if record.get("kind") == self.prefix + kind]
+    def of(self, *kinds: type[AnyRecord]) -> list[AnyRecord]:
+        """Return the records of some kinds, in the order in which they were measured."""
+        by_name = {self.prefix + KINDS[kind]: kind for kind in kinds}
+        return [
+            by_name[line["kind"]].model_validate({key: line[key] for key in line if key not in ("at", "kind")})
+            for line in self.lines
+            if line.get("kind") in by_name
+        ]
 
-    def add(self, kind: str, **facts: Any) -> None:
+    def add(self, record: Model) -> None:
         """Keep what has just been measured."""
         if self.folder is not None:
-            self.append({"kind": self.prefix + kind, **facts})
+            self.append({"kind": self.prefix + KINDS[type(record)], **record.model_dump(mode="json")})
 
-    def add_array(self, kind: str, array: NDArray[Any], **facts: Any) -> None:
-        """Keep an array in a file of its own, and after it the record that names it."""
+    def add_logits(self, artifact: int, logits: NDArray[np.float32]) -> None:
+        """Keep an artifact's logits [images, classes] in a file of their own, and after it the record that names it."""
         if self.folder is None:
             return
         buffer = io.BytesIO()
-        np.save(buffer, array, allow_pickle=False)
-        path = self.folder / f"{kind}-{len(self.records)}.npy"
+        np.save(buffer, logits, allow_pickle=False)
+        path = self.folder / f"logits-{len(self.lines)}.npy"
         write_bytes(path, buffer.getvalue())
-        self.append({"kind": self.prefix + kind, "file": path.name, "sha256": sha256(path), **facts})
+        self.add(LogitsRecord(artifact=artifact, file=path.name, sha256=sha256(path)))
 
-    def array(self, record: Record) -> NDArray[Any] | None:
-        """Return a record's array, or None where its file is not what was written."""
-        path = (self.folder or Path()) / record["file"]
-        if not path.is_file() or sha256(path) != record["sha256"]:
-            return None
-        array: NDArray[Any] = np.load(path, allow_pickle=False)
-        return array
+    def logits(self) -> dict[int, NDArray[np.float32]]:
+        """Return the logits by artifact, without those whose file is not what was written."""
+        folder = self.folder or Path()
+        return {
+            record.artifact: np.load(folder / record.file, allow_pickle=False)
+            for record in self.of(LogitsRecord)
+            if (folder / record.file).is_file() and sha256(folder / record.file) == record.sha256
+        }
 
-    def append(self, record: Record) -> None:
+    def append(self, line: Line) -> None:
         """Write one line."""
         assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.records.append({"at": time.time(), **record})
-        self.file.append(self.records[-1])
+        self.lines.append({"at": time.time(), **line})
+        self.file.append(self.lines[-1])
 
     def resumed(self, age_s: float) -> str:
         """Say what this bench goes on from."""
-        sittings = 1 + sum("conditions" in record for record in self.records)
+        sittings, rounds = 1 + sum("conditions" in line for line in self.lines), len(self.of(RoundRecord))
         return (
-            f"Measured in {sittings} sittings: the one before was stopped after {len(self.of('round'))} rounds, and "
+            f"Measured in {sittings} sittings: the one before was stopped after {rounds} rounds, and "
             f"this one went on {age_s:.0f} s later with new processes, warmed up again."
         )
 
-    def set_aside(self, before: Sequence[Record]) -> str:
+    def set_aside(self, before: Sequence[Line]) -> str:
         """Move what was measured under other conditions out of the way, and say where it is."""
         assert self.folder is not None
         began = datetime.fromtimestamp(before[0]["at"], timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-        place = self.folder.with_name(f"stopped-{began}")
-        if place.exists():
-            raise PrgkitError(f"{place.name} is there already", where=place, fix="move it elsewhere")
-        self.folder.rename(place)
-        rounds = sum(record.get("kind") == "round" for record in before)
+        aside = self.folder.with_name(f"stopped-{began}")
+        if aside.exists():
+            raise PrgkitError(f"{aside.name} is there already", where=aside, fix="move it elsewhere")
+        self.folder.rename(aside)
+        rounds = sum(line.get("kind") == "round" for line in before)
         return (
             f"A bench that was stopped after {rounds} rounds, too long ago or under other conditions, is not part of "
-            f"this one: its samples are in {place.name}."
+            f"this one: its samples are in {aside.name}."
         )
 
     def remove(self) -> None:
@@ -147,25 +244,25 @@ def open_journal(folder: Path, made_from: Any, note: Callable[[str], None]) -> I
         RunError: another process is measuring into it.
     """
     with locked(folder, "bench"):
-        kept = BenchJournal(folder / "unfinished", made_from)
-        for line in kept.notes:
+        journal = BenchJournal(folder / "unfinished", made_from)
+        for line in journal.notes:
             note(line)
         try:
-            yield kept
+            yield journal
         except BenchError:  # it came to its end, and has nothing to show
-            kept.remove()
+            journal.remove()
             raise
-        kept.remove()
+        journal.remove()
 
 
-def read_records(path: Path) -> list[Record]:
-    """Return the records up to the first damaged line: what came after it belongs to an order that is lost."""
-    records: list[Record] = []
-    for _, record in Journal(path, Record).lines():
-        if record is None or not isinstance(record.get("at"), float):
+def read_lines(path: Path) -> list[Line]:
+    """Return the lines up to the first damaged one: what came after it belongs to an order that is lost."""
+    lines: list[Line] = []
+    for _, line in Journal(path, Line).lines():
+        if line is None or not isinstance(line.get("at"), float):
             break
-        records.append(record)
-    return records
+        lines.append(line)
+    return lines
 
 
 def conditions(machine: Machine, **measured: Any) -> dict[str, Any]:

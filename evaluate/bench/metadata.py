@@ -9,8 +9,19 @@ from typing import Any
 
 from prgkit import metrics
 from prgkit.config.sections import Export
-from prgkit.evaluate.report.schema import Epoch, EvaluationImages, Row, RunFacts, StudentScores, TeacherScores
-from prgkit.export.bundle.bundle import NCHW, Bundle, Evaluation
+from prgkit.data.preprocessing import load_image
+from prgkit.errors import PrgkitError
+from prgkit.evaluate.bench.latency import EncodedImages
+from prgkit.evaluate.report.schema import (
+    Epoch,
+    EvaluationImages,
+    Row,
+    RunFacts,
+    StageImages,
+    StudentScores,
+    TeacherScores,
+)
+from prgkit.export.bundle.bundle import Bundle, Evaluation
 from prgkit.export.bundle.engine_metadata import load_engine_metadata
 from prgkit.storage.atomic import fingerprint
 from prgkit.storage.run import Run
@@ -64,12 +75,31 @@ def evaluation_images(evaluation: Evaluation, bundle: Bundle) -> EvaluationImage
     )
 
 
+def golden_images(bundle: Bundle) -> EncodedImages | None:
+    """Return the bundle's golden images as the PNG files that they are; None where there are none to read."""
+    paths = sorted(path for path in (bundle.folder / "golden").glob("[0-9]*.png") if path.suffixes == [".png"])
+    try:
+        files = [path.read_bytes() for path in paths]
+        for file in files:
+            load_image(file)
+    except (OSError, PrgkitError):  # golden images that are damaged have a note already
+        return None
+    return EncodedImages(files, bundle.preprocessing) if files else None
+
+
+def stage_images(images: EncodedImages | None) -> StageImages | None:
+    """Return how many images the stages ran on, and of what sizes in pixels."""
+    if images is None:
+        return None
+    sizes = sorted({load_image(file).size for file in images.files})
+    return StageImages(images=len(images.files), smallest=sizes[0], largest=sizes[-1])
+
+
 def made_by(bundle: Bundle, typed: str) -> list[str]:
     """Return the commands that make the bundle again from the run's recipe, as far as what was typed does not."""
     run = shlex.quote(f"runs/{bundle.manifest.run.name}")
-    made = {artifact.format for artifact in bundle.artifacts} | {one.precision for one in bundle.artifacts}
-    options = {"fp16": "--fp16", "int8": "--int8", NCHW: "--float-input", "engine": "--trt"}
-    given = [option for kind, option in options.items() if kind in made]
+    options = dict.fromkeys(option for artifact in bundle.artifacts for option in artifact.export_options)
+    given = sorted(options, key="--trt".__eq__)  # --trt last: what says how engines are built follows it
     again: list[str] = []
     if engines := [one.file for one in bundle.artifacts if one.format == "engine"]:
         card = load_engine_metadata(bundle.folder / engines[0])
@@ -110,7 +140,7 @@ def vocabulary_notes(bundle: Bundle) -> list[str]:
     return notes
 
 
-def training(bundle: Bundle, run_folder: Path | None) -> list[Epoch]:
+def training_records(bundle: Bundle, run_folder: Path | None) -> list[Epoch]:
     """Return each epoch's loss, its terms and the agreement: the run's, or on a device what the bundle took along."""
     records = Run(run_folder).metrics() if run_folder is not None else bundle.manifest.run.training
     return [

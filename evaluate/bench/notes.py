@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prgkit.evaluate.bench import latency
 from prgkit.evaluate.bench.latency import Measured
+from prgkit.evaluate.bench.workers import artifact_name
 from prgkit.evaluate.report import formatting
 from prgkit.evaluate.report.schema import FixedRate, Row, ThreadSweep
 
@@ -33,7 +33,7 @@ def row_notes(rows: Sequence[Row], measured: Sequence[Measured]) -> list[str]:
         notes += notes_on(row)
     for one in measured:
         notes += [
-            f"{latency.label(one.spec)} has no figure at batch {batch}: {why}." for batch, why in one.unmeasured.items()
+            f"{artifact_name(one.spec)} has no figure at batch {batch}: {why}." for batch, why in one.unmeasured.items()
         ]
     return notes
 

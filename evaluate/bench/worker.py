@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import multiprocessing
 import os
 import signal
@@ -11,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -22,18 +21,15 @@ from numpy.typing import NDArray
 
 from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate.bench.timing import clocked_runs, fixed_rate_runs, timed_runs
-from prgkit.evaluate.report.schema import Stage, WarmUp
+from prgkit.evaluate.report.schema import STAGES, Stage, WarmUp
 
 if TYPE_CHECKING:
-    from prgkit.export.runtimes.base import Runner
+    from prgkit.data.preprocessing import Preprocessing
+    from prgkit.export.runtimes.base import Runner, Setup
 
 Pixels = NDArray[np.uint8]  # [batch, height, width, 3]
 Spec = dict[str, Any]
-"""What a worker opens, picklable: artifact, kind (onnx, openvino, engine or torch), backend, path, device, threads.
-
-Of ONNX Runtime, provider and half as well; of PyTorch, compiled, and class_vectors with logit_scale where there is no
-class head.
-"""
+"""What a worker opens, picklable: artifact, backend, device, threads, takes_threads; setup, how its file is opened."""
 
 # Rotating inputs must not crowd the device's memory: at most this many arrays, and this many bytes, per batch size.
 ROTATED_ARRAYS = 64
@@ -86,7 +82,7 @@ class Worker:
         samples: list[int] = self.ask("measure", batch, seconds, at_least, settle_s)
         return samples
 
-    def take_images(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> Sequence[Stage]:
+    def take_images(self, files: Sequence[bytes], preprocessing: Preprocessing) -> Sequence[Stage]:
         """Give the worker encoded images, and how one becomes an input; return the stages that it can measure."""
         stages: Sequence[Stage] = self.ask("take_images", files, preprocessing)
         return stages
@@ -190,7 +186,6 @@ class Resident:
         self.rotation(1)  # before the baseline: the harness's own memory is not the artifact's
         reset_peak()
         self.baseline_mib = resident_mib()
-        importlib.import_module(self.spec["backend"].split("-")[0])  # onnxruntime-openvino is a provider of the former
         opening = opener(self.spec)
         start = time.perf_counter_ns()
         self.runner: Runner = opening()
@@ -233,16 +228,16 @@ class Resident:
             gc.enable()
         return samples
 
-    def take_images(self, files: Sequence[bytes], preprocessing: dict[str, Any]) -> list[str]:
+    def take_images(self, files: Sequence[bytes], preprocessing: Preprocessing) -> list[Stage]:
         """Keep the images, encoded and decoded, and what prepares them; return the stages that can be measured."""
-        from prgkit.data.preprocessing import Preprocessing, load_image
+        from prgkit.data.preprocessing import load_image
 
-        self.prepare = Preprocessing.from_dict(preprocessing).prepare
+        self.prepare = preprocessing.prepare
         self.load = load_image
         self.files, self.decoded = list(files), [load_image(file) for file in files]
-        return [*(["compute"] if hasattr(self.runner, "compute_ns") else []), "io", "pipeline", "end_to_end"]
+        return [stage for stage in STAGES if stage != "compute" or hasattr(self.runner, "compute_ns")]
 
-    def measure_stage(self, stage: str, seconds: float, settle_s: float) -> list[int]:
+    def measure_stage(self, stage: Stage, seconds: float, settle_s: float) -> list[int]:
         """Return the ns of each timed run, one image a run: as pixels, prepared, or decoded and prepared."""
         if stage == "compute":
             runner: Any = self.runner  # not every one has such a clock
@@ -279,38 +274,10 @@ class Resident:
 
 
 def opener(spec: Spec) -> Callable[[], Runner]:
-    """Import all that a specification needs, and return what opens it: this alone is the time that loading takes.
-
-    It is the one place that knows how each kind of artifact becomes a runner.
-    """
-    from prgkit.export.runtimes import base
-    from prgkit.export.runtimes.tensorrt import TensorRTRunner
-
-    path = Path(spec["path"])
-    if spec["kind"] == "torch":
-        import torch
-
-        from prgkit.storage.reproducible import read_array
-        from prgkit.storage.run import Run
-        from prgkit.student.model import load_student
-
-        def open_torch() -> Runner:
-            torch.set_num_threads(spec["threads"])
-            student = load_student(Run(path))
-            if vectors := spec.get("class_vectors"):
-                student.use_class_vectors(torch.from_numpy(read_array(Path(vectors))), spec["logit_scale"])
-            module = student.inference_model()
-            if spec.get("compiled"):
-                module = base.compiled(module, student.preprocessing.image_size)
-            return base.TorchRunner(module, spec["device"])
-
-        return open_torch
-    if spec["kind"] == "engine":
-        return partial(TensorRTRunner, path)
-    if spec["kind"] == "openvino":
-        return partial(base.OpenVinoRunner, path, spec["threads"])
-    half = spec.get("half", False)
-    return partial(base.OnnxRunner, path, provider=spec["provider"], threads=spec["threads"], half=half)
+    """Import all that a specification needs, and return what opens it: this alone is the time that loading takes."""
+    setup: Setup = replace(spec["setup"], threads=spec["threads"])
+    setup.load_libraries()
+    return setup.open
 
 
 def redirect_output(log: str) -> None:

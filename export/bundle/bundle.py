@@ -17,19 +17,16 @@ from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ExportError
 from prgkit.export.bundle.checksums import require_unchanged
-from prgkit.export.bundle.manifest import FILE, SCHEMA, VECTORS, Artifact, Manifest, TensorSpec, read_manifest
-from prgkit.export.bundle.readme import readme
-from prgkit.storage.atomic import sha256, write_bytes, write_sealed, write_text, writing
+from prgkit.export.bundle.manifest import (
+    VECTORS,
+    Artifact,
+    Manifest,
+    TensorSpec,
+    read_manifest,
+)
+from prgkit.storage.atomic import sha256, write_bytes, write_text, writing
 from prgkit.storage.reproducible import Pixels, as_pixels, member, png, read_array, write_array
 
-NCHW = "onnx-nchw"  # the format of an ONNX file for other runtimes: normalised floats in, never run or measured by us
-QDQ = "onnx-tensorrt"  # the format of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
-REMAKE = {
-    "onnx": "prgkit export",
-    "engine": "prgkit export --trt",
-    NCHW: "prgkit export --float-input",
-    QDQ: "prgkit export --int8 --trt",
-}
 STUDENT_BATCH = 32
 
 Logits = NDArray[np.float32]
@@ -70,15 +67,15 @@ class Evaluation:
     keys: tuple[str, ...] | None = None  # n content keys; bundles of earlier versions have none
 
 
-def open_bundle(folder: Path, *, verify: Sequence[str] = ("onnx", "engine", NCHW, QDQ)) -> Bundle:
-    """Open a bundle and verify that its artifacts of the formats in ``verify`` are the ones its manifest describes.
+def open_bundle(folder: Path, *, verify: Sequence[str] | None = None) -> Bundle:
+    """Open a bundle and verify that its artifacts, or those of the formats in ``verify``, are what its manifest says.
 
     Raises:
         ExportError: there is no bundle, or something in it is missing, truncated or changed; names what remakes it.
     """
     manifest = read_manifest(folder)
     for artifact in manifest.artifacts:
-        if artifact.format in verify:
+        if verify is None or artifact.format in verify:
             verify_artifact(folder, artifact)
     require_unchanged(folder, VECTORS)
     return Bundle(folder, manifest)
@@ -99,8 +96,8 @@ def fp32_onnx(bundle: Bundle) -> Artifact:
 def verify_artifact(folder: Path, artifact: Artifact) -> None:
     """Compare a file's size and hash with the manifest's."""
     path = folder / artifact.file
-    more = f" --{artifact.precision}" if artifact.precision != "fp32" and artifact.format != QDQ else ""
-    fix = f"copy the bundle again, or make the file again: {REMAKE.get(artifact.format, 'prgkit export')}{more}"
+    command = " ".join(["prgkit export", *artifact.export_options])
+    fix = f"copy the bundle again, or make the file again: {command}"
     if not path.exists():
         raise ExportError(f"{path.name} is missing from the bundle", where=folder, fix=fix)
     size = path.stat().st_size
@@ -109,12 +106,6 @@ def verify_artifact(folder: Path, artifact: Artifact) -> None:
         raise ExportError(f"{path.name} is {is_short}: {size} of {artifact.bytes} bytes", where=path, fix=fix)
     if sha256(path) != artifact.sha256:
         raise ExportError(f"{path.name} is damaged: its content is not what was exported", where=path, fix=fix)
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest and the README that goes with it."""
-    write_text(folder / "README.md", readme(manifest))
-    write_sealed(folder / FILE, {"schema": SCHEMA, **manifest.to_json()})
 
 
 def write_golden(folder: Path, pictures: Sequence[Image.Image], prepared: Pixels, logits: Logits) -> None:
@@ -192,7 +183,7 @@ def read_evaluation(folder: Path, *, limit: int | None = None) -> Evaluation:
     counts = {len(values) for values in (pixels, teacher, uniform, student, labels, keys) if values is not None}
     if len(counts) != 1:
         raise ExportError(
-            "the evaluation's images, keys, logits and labels differ in number", where=evaluation, fix=REMAKE["onnx"]
+            "the evaluation's images, keys, logits and labels differ in number", where=evaluation, fix="prgkit export"
         )
     require_unchanged(folder, "evaluation")
     return Evaluation(pixels, teacher, uniform, student, labels, keys)

@@ -44,16 +44,16 @@ class EngineMetadata(Facts):
     int8_convolutions: tuple[int, int] | None = None  # how many run in INT8, of how many in the file
 
 
-def write_engine_metadata(engine_path: Path, card: EngineMetadata) -> None:
+def write_engine_metadata(engine_path: Path, metadata: EngineMetadata) -> None:
     """Write the card beside its engine."""
-    write_sealed(engine_metadata_path(engine_path), {"schema": SCHEMA, **card.to_json()})
+    write_sealed(engine_metadata_path(engine_path), {"schema": SCHEMA, **metadata.to_json()})
 
 
 def load_engine_metadata(engine_path: Path) -> EngineMetadata:
     """Read an engine's card and verify that the engine is the one it describes.
 
     Raises:
-        ExportError: no card, no engine, or an engine that is truncated, changed or foreign; names what rebuilds it.
+        ExportError: no metadata, no engine, or an engine that is truncated, changed or foreign; names what rebuilds it.
     """
     fix = f"build it again: {REBUILD}"
     if not engine_path.exists():
@@ -69,23 +69,25 @@ def load_engine_metadata(engine_path: Path) -> EngineMetadata:
         facts = read_sealed(path, fix=fix)
         if (schema := facts.pop("schema", None)) != SCHEMA:
             raise ExportError(f"{path.name} has schema {schema!r}, not {SCHEMA!r}", where=path, fix=fix)
-        card = EngineMetadata.model_validate(facts)
+        metadata = EngineMetadata.model_validate(facts)
     except ValidationError as error:
-        raise ExportError(f"{path.name} is not an engine card: it {mistakes(error)}", where=path, fix=fix) from error
+        raise ExportError(f"{path.name} is no engine's metadata: it {mistakes(error)}", where=path, fix=fix) from error
     except PrgkitError as error:
         raise ExportError(error.what, where=path, fix=fix) from error
-    fix, size = f"build it again: {rebuild(card)}", engine_path.stat().st_size
-    if size != card.bytes:
-        raise ExportError(f"{engine_path.name} is truncated: {size} of {card.bytes} bytes", where=engine_path, fix=fix)
-    if sha256(engine_path) != card.sha256:
+    fix, size = f"build it again: {rebuild(metadata)}", engine_path.stat().st_size
+    if size != metadata.bytes:
+        raise ExportError(
+            f"{engine_path.name} is truncated: {size} of {metadata.bytes} bytes", where=engine_path, fix=fix
+        )
+    if sha256(engine_path) != metadata.sha256:
         raise ExportError(f"{engine_path.name} is not the engine its card describes", where=engine_path, fix=fix)
-    return card
+    return metadata
 
 
-def rebuild(card: EngineMetadata) -> str:
+def rebuild(metadata: EngineMetadata) -> str:
     """Return the command that builds an engine like this one again, in its bundle and on the machine at hand."""
-    kind = {"fp16": " --fp16", "int8": " --int8"}.get(card.precision, "")
-    return f"{REBUILD}{kind} --backend {card.backend} --batch {','.join(map(str, card.batch))}"
+    kind = {"fp16": " --fp16", "int8": " --int8"}.get(metadata.precision, "")
+    return f"{REBUILD}{kind} --backend {metadata.backend} --batch {','.join(map(str, metadata.batch))}"
 
 
 def engine_metadata_path(engine_path: Path) -> Path:

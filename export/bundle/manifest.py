@@ -17,6 +17,10 @@ from prgkit.storage.atomic import read_sealed
 SCHEMA = "prgkit.bundle/2"
 FILE = "manifest.json"
 EXPORT_AGAIN = "export again: prgkit export"
+ONNX = "onnx"  # the format of a file that ONNX Runtime runs
+QDQ = "onnx-tensorrt"  # of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
+NCHW = "onnx-nchw"  # of an ONNX file for other runtimes: normalised floats in, never run or measured by us
+ENGINE = "engine"  # of a TensorRT engine
 MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
 VECTORS = f"{MATRIX}.npy"  # [C, D] float32
 
@@ -134,6 +138,7 @@ class Artifact(Facts):
     parity: Parity | None
     input: TensorSpec | None = None  # where it is not the manifest's
     quantization: Quantization | None = None
+    export_options: tuple[str, ...] = ()  # that `prgkit export` is given to make it
     made_from: str | None = None  # fingerprint of all that decides the file; None: the next export makes it anew
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx import TensorProto, helper
 
 from prgkit.errors import ExportError
+from prgkit.export.bundle.manifest import TensorSpec
 from prgkit.storage.atomic import write_bytes
 
 PROTOBUF_LIMIT = 2**31  # a larger model would need its weights in a second file
@@ -58,3 +61,28 @@ def rename(names: Any, old: str, new: str) -> None:
     for position, name in enumerate(names):
         if name == old:
             names[position] = new
+
+
+def write_nchw(fp32_path: Path, path: Path, takes: TensorSpec) -> None:
+    """Write an FP32 file of ours without its cast, transpose and normalisation; all that follows them is the same.
+
+    ``takes`` is the input of the file that is written.
+    """
+    model = onnx.load(str(fp32_path))
+    graph = model.graph
+    edge, before = normalised_input(graph)
+    outside = {node.output[0] for node in before}
+    inside = [node for node in graph.node if node.output[0] not in outside]
+    for node in inside:
+        rename(node.input, edge, takes.name)
+        rename(node.input, "pixels", takes.name)  # of which only the batch is read; it comes first in both layouts
+    used = {name for node in inside for name in node.input}
+    weights = [initializer for initializer in graph.initializer if initializer.name in used]
+    batch, height, width, _ = graph.input[0].type.tensor_type.shape.dim
+    shape = [batch.dim_param, 3, height.dim_value, width.dim_value]
+    del graph.node[:], graph.initializer[:], graph.input[:]
+    graph.node.extend(inside)
+    graph.initializer.extend(weights)
+    graph.input.append(helper.make_tensor_value_info(takes.name, TensorProto.FLOAT, shape))
+    model.metadata_props.add(key="input", value=json.dumps(takes.to_json()))
+    save(model, path)

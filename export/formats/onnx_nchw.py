@@ -1,88 +1,45 @@
-"""The student for runtimes that bring their own preprocessing: an ONNX file that takes normalised floats, NCHW."""
+"""ONNX for runtimes that bring their own preprocessing: a file that takes normalised floats, NCHW."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from typing import TYPE_CHECKING
 
 from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
-from prgkit.export.bundle.bundle import NCHW, describe_artifact
-from prgkit.export.bundle.manifest import Artifact, TensorSpec
-from prgkit.export.formats.onnx_graph import normalised_input, rename, save
-from prgkit.export.runtimes.base import OnnxRunner
-from prgkit.export.runtimes.parity import require_agreement, run_batches
+from prgkit.export.bundle.manifest import NCHW, Manifest, TensorSpec
+from prgkit.export.formats.base import Format, Made
+from prgkit.export.runtimes.onnxruntime import NormalisingRunner
+
+if TYPE_CHECKING:
+    from prgkit.export.formats.student_export import StudentExport
 
 FILE = "model.nchw.onnx"
 INPUT = "images"
-NAME = "onnx-nchw"
 
 
-def nchw_artifact(
-    folder: Path,
-    *,
-    pixels: NDArray[np.uint8],
-    reference_logits: NDArray[np.float32],
-    preprocessing: Preprocessing,
-    note: Callable[[str], None],
-) -> Artifact:
-    """Write ``model.nchw.onnx`` beside the FP32 file in ``folder`` and return its manifest entry.
+def make_nchw(export: StudentExport) -> Made:
+    """Cut the preprocessing off the FP32 file; pixels that are normalised outside must give PyTorch's logits."""
+    from prgkit.export.formats.onnx_graph import write_nchw
 
-    ``pixels`` [n, S, S, 3] are normalised here, outside of the file, and it must then give PyTorch's
-    ``reference_logits`` [n, classes].
-
-    Raises:
-        ParityError: it does not.
-    """
-    write_nchw(folder / "model.onnx", folder / FILE, preprocessing)
-    runner = NormalisingRunner(folder / FILE, preprocessing)
-    parity = require_agreement(reference_logits, run_batches(runner, pixels), precision="fp32", names=("torch", NAME))
-    runner.close()
-    note(
-        f"{FILE}: fp32 from normalised floats, max abs difference {parity.max_abs_difference:.2g}, "
-        f"top-1 agreement {parity.top1_agreement:.2f} % on {parity.images} images"
-    )
-    return describe_artifact(
-        folder,
+    takes = float_input(export.preprocessing)
+    artifact = export.finish(
+        ONNX_NCHW.name,
         FILE,
-        name=NAME,
+        write=lambda path: write_nchw(export.folder / "model.onnx", path, takes),
+        runner=lambda path: NormalisingRunner(path, export.preprocessing),
+        kind=" from normalised floats",
         format=NCHW,
         precision="fp32",
-        backend="onnxruntime",
-        executed=True,
-        note=None,
-        parity=parity,
-        input=float_input(preprocessing),
+        input=takes,
+        export_options=("--float-input",),
     )
+    return Made([artifact])
 
 
-def write_nchw(fp32_path: Path, path: Path, preprocessing: Preprocessing) -> None:
-    """Write an FP32 file of ours without its cast, transpose and normalisation; all that follows them is the same."""
-    model = onnx.load(str(fp32_path))
-    graph = model.graph
-    edge, before = normalised_input(graph)
-    outside = {node.output[0] for node in before}
-    inside = [node for node in graph.node if node.output[0] not in outside]
-    for node in inside:
-        rename(node.input, edge, INPUT)
-        rename(node.input, "pixels", INPUT)  # of which only the batch is read; it comes first in both layouts
-    used = {name for node in inside for name in node.input}
-    weights = [initializer for initializer in graph.initializer if initializer.name in used]
-    batch, height, width, _ = graph.input[0].type.tensor_type.shape.dim
-    shape = [batch.dim_param, 3, height.dim_value, width.dim_value]
-    del graph.node[:], graph.initializer[:], graph.input[:]
-    graph.node.extend(inside)
-    graph.initializer.extend(weights)
-    graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, shape))
-    model.metadata_props.add(key="input", value=json.dumps(float_input(preprocessing).to_json()))
-    save(model, path)
+def float_sections(manifest: Manifest) -> str:
+    """Return what a reader must know of the file."""
+    files = [artifact for artifact in manifest.artifacts if artifact.format == NCHW]
+    return "".join(float_section(artifact.file, artifact.input) for artifact in files if artifact.input)
 
 
 def float_input(preprocessing: Preprocessing) -> TensorSpec:
@@ -98,29 +55,23 @@ def float_input(preprocessing: Preprocessing) -> TensorSpec:
     )
 
 
-class NormalisingRunner:
-    """Runs a file that takes normalised floats on the pixels that every other runner takes."""
+def float_section(file: str, takes: TensorSpec) -> str:
+    """Return what a reader must know of the file that takes normalised floats."""
+    mean, std, shape = list(takes.mean or ()), list(takes.std or ()), ", ".join(map(str, takes.shape))
+    return f"""
+## Floats in place of pixels
 
-    backend = "onnxruntime"
-    max_batch: int | None = None
-
-    def __init__(self, path: Path, preprocessing: Preprocessing) -> None:
-        self._inner = OnnxRunner(path, name=NAME, spin=False)
-        self._preprocessing = preprocessing
-        self.name, self.device = NAME, self._inner.device
-
-    def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Map pixels [batch, S, S, 3] to logits [batch, classes]."""
-        images: Any = normalised(pixels, self._preprocessing)  # an OnnxRunner hands on what its file takes
-        return self._inner.run(images)
-
-    def close(self) -> None:
-        """Release the session."""
-        self._inner.close()
+`{file}` is the same network for a runtime or tool that prepares images itself: input `{takes.name}`
+[{shape}] float32, {takes.layout}, `{takes.values}` with mean {mean} and std
+{std} of red, green and blue. Resize and crop as above.
+"""
 
 
-def normalised(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Return pixels [n, S, S, 3] as the file takes them: [n, 3, S, S], normalised channel by channel."""
-    mean, std = (np.array(values, dtype=np.float32) for values in (preprocessing.mean, preprocessing.std))  # [3]
-    scaled = (pixels.astype(np.float32) / np.float32(255) - mean) / std  # [n, S, S, 3]
-    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+ONNX_NCHW = Format(
+    "onnx-nchw",
+    "distill",
+    wanted=lambda options: options.float_input,
+    make=make_nchw,
+    how_to_run=float_sections,
+    preprocessing_inside=False,
+)

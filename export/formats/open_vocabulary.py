@@ -12,14 +12,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from prgkit.data.preprocessing import Preprocessing
-from prgkit.export.bundle.bundle import NCHW
-from prgkit.export.bundle.manifest import MATRIX, Artifact
+from prgkit.export.bundle.manifest import MATRIX
 from prgkit.export.formats.onnx_graph import rename, save
-from prgkit.export.formats.onnx_nchw import NormalisingRunner
-from prgkit.export.runtimes.base import OnnxRunner
-from prgkit.export.runtimes.parity import require_agreement, run_batches
-from prgkit.storage.atomic import sha256
+from prgkit.export.runtimes.onnxruntime import OnnxRunner
 from prgkit.storage.reproducible import write_array
 
 FEATURES = "features"  # [batch, D], what the network ends in
@@ -182,26 +177,3 @@ def keep_features(
         write_array(folder / "features.npy", runner.take())
         if teacher_features is not None:
             write_array(folder / "teacher_features.npy", teacher_features)
-
-
-def taking_class_vectors(
-    folder: Path, artifact: Artifact, pixels: NDArray[np.uint8], preprocessing: Preprocessing
-) -> Artifact:
-    """Turn the class vectors of an ONNX artifact into an input, assert that it says the same, return its new entry.
-
-    Such a file is made anew at each export: what is made from it needs the vectors in it.
-    """
-
-    def logits() -> NDArray[np.float32]:
-        runner = NormalisingRunner(path, preprocessing) if artifact.format == NCHW else OnnxRunner(path, spin=False)
-        try:
-            return run_batches(runner, pixels)
-        finally:
-            runner.close()
-
-    path = folder / artifact.file
-    before = logits()
-    make_input(path)
-    names = (f"{path.name} that holds its class vectors", "the same that takes them")
-    require_agreement(before, logits(), precision=artifact.precision, names=names)
-    return artifact.model_copy(update={"made_from": None, "bytes": path.stat().st_size, "sha256": sha256(path)})

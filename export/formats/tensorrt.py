@@ -1,217 +1,222 @@
-"""ONNX to a TensorRT engine, with the facts of the build in a card beside it."""
+"""TensorRT engines, of both TensorRTs: built from the ONNX files, and compared where a GPU can run them."""
 
 from __future__ import annotations
 
-import importlib
-import time
-import traceback
-from collections.abc import Callable, Sequence
-from functools import wraps
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
-from prgkit.errors import BackendError, ExportError
-from prgkit.export.bundle.engine_metadata import EngineMetadata, write_engine_metadata
-from prgkit.export.bundle.manifest import MATRIX, TensorSpec
-from prgkit.export.formats.tensorrt_precision import (
-    inspect,
-    layer_dtypes,
-    leave_small_in_fp16,
-    refuse_tf32,
-    require_precision,
+import numpy as np
+from numpy.typing import NDArray
+
+import prgkit
+from prgkit.errors import NotWorthItError
+from prgkit.export.bundle.artifact_cache import Origin
+from prgkit.export.bundle.bundle import describe_artifact
+from prgkit.export.bundle.engine_metadata import EngineMetadata, engine_metadata_path, write_engine_metadata
+from prgkit.export.bundle.fidelity import int8_sentence
+from prgkit.export.bundle.manifest import ENGINE, ONNX, QDQ, Artifact, NotBuilt, Parity
+from prgkit.export.formats.base import Format, Made
+from prgkit.export.formats.options import ExportOptions
+from prgkit.export.formats.snippets import tensorrt_section
+from prgkit.export.formats.tensorrt_build import build_engine, check_batch
+from prgkit.export.runtimes.gpu import Backend, choose_backend, choose_targets, find_gpu, this_platform
+from prgkit.export.runtimes.parity import require_agreement, run_batches
+from prgkit.export.runtimes.tensorrt import TensorRTRunner, why_not_here
+
+if TYPE_CHECKING:
+    from prgkit.export.formats.student_export import StudentExport
+
+BUILDING = ".building"  # in a bundle, while an engine is built
+
+
+def require_tensorrt(options: ExportOptions) -> None:
+    """Refuse a batch profile that no engine can have, and a machine on which no TensorRT is usable."""
+    check_batch(options.batch_profile)
+    choose_backend(options.backend)
+
+
+def make_engines(precisions: Sequence[str], export: StudentExport) -> Made:
+    """Build an engine of each ONNX file in some precisions that the export has made so far."""
+    backend = choose_backend(export.options.backend)
+    reference = Reference("torch", lambda: export.reference_logits)
+    builder = EngineBuilder(export.folder, backend, export.options, export.pixels, reference, export.cache, export.note)
+    sources = [one for one in export.artifacts if one.precision in precisions and is_source(one)]
+    artifacts, not_built = builder.make_all(sources)
+    decided = [f"{backend.name}-{kind}" for kind in ("int8", "int8-heavy") if "int8" in precisions]
+    return Made(artifacts, not_built, frozenset(decided))
+
+
+FLOAT_ENGINES = Format(
+    "tensorrt",
+    "trt",
+    wanted=lambda options: options.trt,
+    make=partial(make_engines, ("fp32", "fp16")),
+    require=require_tensorrt,
+    how_to_run=tensorrt_section,
 )
-from prgkit.export.formats.timing_cache import attach_cache, cache_path, keep_cache
-from prgkit.export.runtimes.gpu import (
-    AMPERE_PLUS,
-    choose_backend,
-    choose_targets,
-    find_gpu,
-    quiet_logger,
-    this_platform,
+INT8_ENGINES = Format(
+    "tensorrt-int8",
+    "trt",
+    wanted=lambda options: options.trt and options.int8,
+    make=partial(make_engines, ("int8",)),
+    require=require_tensorrt,
 )
-from prgkit.storage.atomic import sha256, write_bytes
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
-def leaving_nothing(work: Callable[P, R]) -> Callable[P, R]:
-    """Let what ``work`` holds die with it, also where it fails.
+class FinishedEngines(Protocol):
+    """What knows of engines that are finished."""
 
-    A traceback keeps the objects of its frames until the garbage collector finds it. That can be while TensorRT tells
-    its logger something during a later build: destroying a builder there waits for a lock of TensorRT's, for ever.
-    """
+    def get(self, name: str, made_from: Origin, make: Callable[[], Artifact]) -> Artifact:
+        """Return an engine that is finished, or one that ``make`` finishes now."""
+        ...
 
-    @wraps(work)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return work(*args, **kwargs)
-        except BaseException as error:
-            one: BaseException | None = error
-            while one is not None:
-                traceback.clear_frames(one.__traceback__)
-                one = one.__cause__ or one.__context__
-            raise
-
-    return wrapped
+    def give_way(self, name: str) -> None:
+        """Let go of the engine of that name: another is about to take its place."""
+        ...
 
 
-@leaving_nothing
-def build_engine(
-    onnx_path: Path,
-    folder: Path,
-    *,
-    precision: str,
-    batch: tuple[int, int, int],
-    backend: str | None = None,
-    sm: Sequence[str] | None = None,
-) -> EngineMetadata:
-    """Build an engine in ``folder``, and its card (the same name with .json).
+@dataclass(frozen=True)
+class Reference:
+    """What engines are compared with: its name, and its logits [n, classes], computed when they are asked for."""
 
-    Its name is ``<onnx stem>.<kind>.<backend>.engine``; the kind is the ONNX file's, as in ``model.int8-heavy.onnx``,
-    or where that has none the precision.
-
-    The network is strongly typed: the types come from the ONNX file alone, and are checked against ``precision`` before
-    anything is built. ``batch`` is [min, opt, max]; three equal numbers make a static engine.
-
-    Raises:
-        BackendError: no usable TensorRT, or it cannot build for those compute capabilities.
-        ExportError: the file is damaged or holds another precision, or the build failed; with TensorRT's own words.
-        NotWorthItError: of an INT8 file tensorrt_rtx would make a larger engine than of FP16's.
-    """
-    chosen = choose_backend(backend)
-    trt = importlib.import_module(chosen.name)
-    check_batch(batch)
-    logger = quiet_logger(trt)
-    started = time.perf_counter()
-    builder = trt.Builder(logger)
-    network, parser = parse(trt, builder, logger, onnx_path)
-    types = layer_dtypes(network)
-    require_precision(types, precision, onnx_path)
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    tf32 = refuse_tf32(trt, config)
-    targets = choose_targets(chosen.name, sm)
-    compatibility = set_targets(trt, config, chosen.name, targets, asked=bool(sm))
-    set_batch(builder, config, network, batch)
-    int8, alive = None, None
-    if precision == "int8" and chosen.name == "tensorrt_rtx":
-        int8, alive = leave_small_in_fp16(trt, network)
-    gpu, timings = find_gpu(), None
-    if chosen.name == "tensorrt" and gpu:  # TensorRT for RTX times nothing
-        timings = cache_path(str(chosen.version), gpu.name)
-    known = timings and attach_cache(config, timings)
-    serialized = builder.build_serialized_network(network, config)
-    del alive
-    if serialized is None:
-        raise ExportError(f"{chosen.name} could not build an engine: {logger.reason()}", where=onnx_path)
-    plan = bytes(serialized)
-    build_s = time.perf_counter() - started
-    del parser
-    if timings:
-        keep_cache(config, timings)
-    inspected = inspect(trt, logger, plan, precision, onnx_path) if gpu else None
-    stem, kind = (*onnx_path.name.split("."), "")[:2]
-    kind = kind if kind.startswith(precision) else precision  # model.int8-heavy.tensorrt.onnx
-    path = folder / f"{stem}.{kind}.{chosen.name}.engine"
-    write_bytes(path, plan)
-    card = EngineMetadata(
-        file=path.name,
-        bytes=len(plan),
-        sha256=sha256(path),
-        onnx=onnx_path.name,
-        onnx_sha256=sha256(onnx_path),
-        backend=chosen.name,
-        backend_version=str(chosen.version),
-        precision=precision,
-        tf32=tf32,
-        batch=batch,
-        compute_capabilities=targets,
-        gpu=gpu.name if gpu else None,
-        input=tensor_spec(network.get_input(0)),
-        output=tensor_spec(network.get_output(0)),
-        layer_dtypes=types,
-        inspected_dtypes=inspected,
-        build_s=round(build_s, 3),
-        executed=False,
-        note="built and never executed here",
-        driver=gpu.driver if gpu else None,
-        platform=this_platform(),
-        hardware_compatibility=compatibility,
-        timing_cache=("used" if known else "new") if timings else None,
-        int8_convolutions=int8,
-    )
-    write_engine_metadata(path, card)
-    return card
+    name: str
+    logits: Callable[[], NDArray[np.float32]]
 
 
-def check_batch(batch: tuple[int, int, int]) -> None:
-    """Refuse a batch profile that no engine can have."""
-    if len(batch) != 3 or not 1 <= batch[0] <= batch[1] <= batch[2]:
-        raise ExportError(f"a batch profile is [min, opt, max] with 1 <= min <= opt <= max, not {list(batch)}")
+@dataclass(frozen=True)
+class EngineBuilder:
+    """Builds the engines of a bundle."""
 
+    folder: Path  # of the bundle
+    backend: Backend
+    options: ExportOptions
+    pixels: NDArray[np.uint8]  # [n, S, S, 3] that engines are compared on
+    reference: Reference
+    finished: FinishedEngines
+    note: Callable[[str], None]
 
-def parse(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> tuple[Any, Any]:
-    """Parse a file into a strongly typed network; the parser is returned because it owns the weights."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # gone where nothing else is left
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, logger)
-    fix = "export it again: prgkit export"
-    if not onnx_path.exists():
-        raise ExportError(f"there is no {onnx_path.name} to build an engine from", where=onnx_path.parent, fix=fix)
-    data = onnx_path.read_bytes()
-    if not data:  # the parser takes it for a model without layers
-        raise ExportError(f"{onnx_path.name} is empty", where=onnx_path, fix=fix)
-    if not parser.parse(data):
-        said = [parser.get_error(number).desc() for number in range(parser.num_errors)]
-        reason = "; ".join(dict.fromkeys(said)) or logger.reason()
-        raise ExportError(f"TensorRT's parser refused {onnx_path.name}: {reason}", where=onnx_path, fix=fix)
-    if MATRIX in [network.get_input(number).name for number in range(network.num_inputs)]:
-        raise ExportError(
-            f"{onnx_path.name} takes its class vectors as an input, and an engine holds them",
-            where=onnx_path,
-            fix="export it where the student was trained: prgkit export --open-vocabulary --trt",
+    def make_all(self, sources: Sequence[Artifact]) -> tuple[list[Artifact], list[NotBuilt]]:
+        """Return the engines of ONNX artifacts, and why there is none where one is not worth it."""
+        made: list[Artifact] = []
+        not_built: list[NotBuilt] = []
+        for source in buildable(sources, self.backend):
+            try:
+                made.append(self.make(source))
+            except NotWorthItError as error:
+                name = engine_name(self.backend.name, source)
+                not_built.append(NotBuilt(name=name, kept=False, why=error.what))
+                self.note(f"{name}: {int8_sentence(not_built[-1])}")
+        return made, not_built
+
+    def make(self, source: Artifact) -> Artifact:
+        """Return one engine: a finished one, or one built now from an ONNX artifact.
+
+        Where the engine can run here, its logits must agree with the reference's. Only then it takes the place of one
+        with its name.
+
+        Raises:
+            NotWorthItError: an INT8 engine would be larger than FP16's.
+        """
+        gpu, name, sm = find_gpu(), engine_name(self.backend.name, source), self.options.sm
+        made_from: Origin = {
+            "onnx": source.sha256,
+            "versions": [prgkit.__version__, self.backend.name, self.backend.version],
+            "platform": this_platform(),
+            "batch": list(self.options.batch_profile),
+            "targets": list(choose_targets(self.backend.name, sm)),
+            "asked": list(sm or ()),  # tensorrt builds for a GPU model, or for its generation where that is asked for
+            "gpu": [gpu.name, gpu.capability] if gpu else None,  # one that can run it compares it, too
+            "compared": [self.reference.name, hashlib.sha256(self.pixels.tobytes()).hexdigest()],
+        }
+        return self.finished.get(name, made_from, lambda: self.build(source, name))
+
+    def build(self, source: Artifact, name: str) -> Artifact:
+        """Build an engine, compare it, and let it take the place of one with its name."""
+        batch, precision = self.options.batch_profile, source.precision
+        with room_in(self.folder) as work:
+            metadata = build_engine(
+                self.folder / source.file,
+                work,
+                precision=precision,
+                batch=batch,
+                backend=self.backend.name,
+                sm=self.options.sm,
+            )
+            metadata, parity = self.compared(metadata, work, name)
+            self.finished.give_way(name)
+            for file in (work / metadata.file, engine_metadata_path(work / metadata.file)):
+                file.replace(self.folder / file.name)
+        counts = metadata.int8_convolutions
+        partly = "" if counts is None else " in {} of {} convolutions".format(*counts)
+        self.note(
+            f"{metadata.file}: {self.backend.name} {metadata.backend_version}, {precision}{partly}, batch "
+            f"{list(batch)}, for {', '.join(metadata.compute_capabilities)}, built in {metadata.build_s:.1f} s; "
+            f"{metadata.note or f'it agrees with {self.reference.name}'}"
         )
-    if (network.num_inputs, network.num_outputs) != (1, 1):
-        raise ExportError(
-            f"{onnx_path.name} is not an export of ours: one input and one output expected", where=onnx_path, fix=fix
-        )
-    return network, parser
+        options = ("--trt", *([f"--{precision}"] if precision != "fp32" else []))
+        facts: dict[str, Any] = {
+            "export_options": options,
+            "parity": parity,
+            "executed": metadata.executed,
+            "note": metadata.note,
+        }
+        facts |= {"format": ENGINE, "precision": precision, "backend": self.backend.name}
+        return describe_artifact(self.folder, metadata.file, name=name, **facts)
+
+    def compared(self, metadata: EngineMetadata, work: Path, name: str) -> tuple[EngineMetadata, Parity | None]:
+        """Compare an engine in ``work`` with the reference where it can run here; return its metadata, which says so.
+
+        Raises:
+            ParityError: they disagree.
+        """
+        path, parity = work / metadata.file, None
+        if reason := why_not_here(metadata):
+            facts = {"executed": False, "note": f"never executed here: {reason}"}
+        else:
+            runner = TensorRTRunner(path, name=name)
+            try:
+                logits, names = run_batches(runner, self.pixels), (self.reference.name, name)
+                parity = require_agreement(self.reference.logits(), logits, precision=metadata.precision, names=names)
+            finally:
+                runner.close()
+            facts = {"executed": True, "note": None}
+        metadata = metadata.model_copy(update=facts)
+        write_engine_metadata(path, metadata)
+        return metadata, parity
 
 
-def set_targets(trt: Any, config: Any, backend: str, targets: Sequence[str], *, asked: bool) -> str | None:
-    """Tell a builder the GPU generations that an engine is for; returns tensorrt's level of hardware compatibility.
+@contextmanager
+def room_in(folder: Path) -> Iterator[Path]:
+    """Give a folder in a bundle for an engine that is not whole and compared yet."""
+    work = folder / BUILDING
+    shutil.rmtree(work, ignore_errors=True)  # of a build that was killed
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
-    Without one, an engine of tensorrt is for the GPU model that it was built on.
 
-    Raises:
-        BackendError: this TensorRT has no such level.
+def is_source(artifact: Artifact) -> bool:
+    """Tell whether an artifact is an ONNX file that engines of its precision are built from."""
+    return artifact.format == (QDQ if artifact.precision == "int8" else ONNX)
+
+
+def engine_name(backend: str, source: Artifact) -> str:
+    """Return the name of the engine that a backend builds from an ONNX artifact, as "tensorrt-int8-heavy"."""
+    return f"{backend}-{source.name.removeprefix('onnx-').removesuffix('-tensorrt')}"
+
+
+def buildable(sources: Sequence[Artifact], backend: Backend) -> list[Artifact]:
+    """Return the ONNX artifacts of which a backend builds engines: for TensorRT for RTX one of each precision.
+
+    Its engines compute only convolutions of many weights in INT8 (see `leave_small_in_fp16`), so of the INT8 files the
+    last, which has the others in float where there are two, loses nothing and rounds least.
     """
-    if backend == "tensorrt":
-        level = "NONE" if not asked else "AMPERE_PLUS" if targets[0] == AMPERE_PLUS else "SAME_COMPUTE_CAPABILITY"
-        levels = trt.HardwareCompatibilityLevel.__members__
-        if level not in levels:
-            raise BackendError(f"tensorrt {trt.__version__} cannot build for {targets[0]}", fix="build without --sm")
-        config.hardware_compatibility_level = levels[level]
-        return level
-    config.num_compute_capabilities = len(targets)
-    for position, name in enumerate(targets):
-        config.set_compute_capability(trt.ComputeCapability.__members__[name], position)
-    return None
-
-
-def set_batch(builder: Any, config: Any, network: Any, batch: tuple[int, int, int]) -> None:
-    """Fix the batch dimension, or give the range it may take: static engines can be faster."""
-    pixels = network.get_input(0)
-    rest = tuple(pixels.shape)[1:]
-    if batch[0] == batch[2]:
-        pixels.shape = (batch[0], *rest)
-        return
-    profile = builder.create_optimization_profile()
-    profile.set_shape(pixels.name, *((size, *rest) for size in batch))
-    config.add_optimization_profile(profile)
-
-
-def tensor_spec(tensor: Any) -> TensorSpec:
-    """Return a network tensor's name, type and shape; -1 is the batch."""
-    return TensorSpec(name=tensor.name, dtype=tensor.dtype.name, shape=tuple(tensor.shape))
+    last = {source.precision: source for source in sources}
+    return [source for source in sources if backend.name != "tensorrt_rtx" or source is last[source.precision]]

@@ -54,9 +54,9 @@ def leave_small_in_fp16(trt: Any, network: Any) -> tuple[tuple[int, int], list[N
     """Give an INT8 network's small convolutions FP16 activations and weights; the weights keep the values of INT8.
 
     TensorRT for RTX 1.7 fuses nothing into an INT8 convolution, not even its bias: what rounds its input and what
-    follows it are kernels of their own, with their source in the engine. That took up to 190 KB for each of six
-    convolutions of 295,000 weights (RepViT-M0.9), up to 258 KB for each of 221,000 (EfficientNet-B1), and INT8 saves a
-    byte for each weight: with fewer weights than that the engine is larger than FP16's, and launches more.
+    follows it are kernels of their own, with their source in the engine, about 200 KB for each. INT8 saves a byte for
+    each weight: with fewer weights than `LEAST_INT8_WEIGHTS` the engine is larger than FP16's, and launches more
+    (benchmarks/results/engine_size.json).
 
     Returns how many stay in INT8, of how many, and arrays that must live until the engine is built.
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.export.bundle.fidelity import fidelity
-from prgkit.export.bundle.manifest import Attempt, BlockSensitivity, Quantization
+from prgkit.export.bundle.manifest import Attempt, BlockSensitivity, Fidelity, Quantization
 from prgkit.export.int8.calibration import CLIP_QUANTILES, Spread
-from prgkit.export.int8.qdq import Block, Layout, write_int8
-from prgkit.export.runtimes.base import OnnxRunner
+from prgkit.export.int8.qdq import Block, Quantizable
+from prgkit.export.runtimes.onnxruntime import OnnxRunner
 from prgkit.export.runtimes.parity import run_batches
 from prgkit.metrics import divergences
 
-SCAN_IMAGES = 96
+ANALYSED_IMAGES = 96
 
 Pixels = NDArray[np.uint8]  # [images, S, S, 3]
 Logits = NDArray[np.float32]  # [images, classes]
@@ -26,99 +27,102 @@ Logits = NDArray[np.float32]  # [images, classes]
 def choose_clip_quantile(fp32: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], pixels: Pixels) -> float:
     """Return which of `CLIP_QUANTILES` clips best: with ``blocks`` quantised, the root KL on these images is the least.
 
-    All images are asked: a tail of 2 % is two of the scan's, and which are clipped would be chance.
+    All images are asked: a share of 2 % is two of those that blocks are analysed on, and which would be chance.
     """
-    nodes = {node for block in blocks for node in block.nodes}
+    nodes = [node for block in blocks for node in block.nodes]
     logits = logits_of(fp32, pixels)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clipped.onnx"
 
-        def cost(tail: float) -> float:
-            write_int8(fp32, path, nodes=nodes, spreads=spreads, tail=tail, layout="onnxruntime")
+        def cost(clip_quantile: float) -> float:
+            Quantizable(fp32, spreads, clip_quantile, "onnxruntime").write(path, nodes)
             return root_kl(logits, logits_of(path, pixels))
 
         return min(CLIP_QUANTILES, key=cost)
 
 
 def analyse_sensitivity(
-    fp32: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], tail: float, pixels: Pixels
+    fp32: Path, blocks: Sequence[Block], spreads: Mapping[str, Spread], clip_quantile: float, pixels: Pixels
 ) -> list[BlockSensitivity]:
     """Quantise each block by itself and return what that does to the student's logits, the most sensitive block first.
 
-    ``median_kl`` is what `median_kl` returns, ``agreement`` the share of equal answers in percent, on `SCAN_IMAGES` of
-    the images, spread over all of them.
+    That is measured on `ANALYSED_IMAGES` of the images, spread over all of them.
     """
     some = spread_over(pixels)
     logits = logits_of(fp32, some)
+    network = Quantizable(fp32, spreads, clip_quantile, "onnxruntime")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "block.onnx"
         for block in blocks:
-            write_int8(fp32, path, nodes=block.nodes, spreads=spreads, tail=tail, layout="onnxruntime")
-            found = logits_of(path, some)
-            agreement = 100 * float((found.argmax(axis=1) == logits.argmax(axis=1)).mean())
-            rows.append(BlockSensitivity(block=block.name, median_kl=median_kl(logits, found), agreement=agreement))
+            network.write(path, block.nodes)
+            quantised = logits_of(path, some)
+            agreement = 100 * float((quantised.argmax(axis=1) == logits.argmax(axis=1)).mean())
+            rows.append(BlockSensitivity(block=block.name, median_kl=median_kl(logits, quantised), agreement=agreement))
     return sorted(rows, key=lambda row: row.median_kl, reverse=True)
 
 
-def root_kl(wanted: Logits, found: Logits) -> float:
-    """Return the mean over images of the square root of KL(wanted || found), for logits [n, classes]; unit root nats.
+def root_kl(fp32: Logits, quantised: Logits) -> float:
+    """Return the mean over images of the square root of KL(FP32 || quantised), for logits [n, classes]; unit root nats.
 
     An answer changes as often as the error is large beside the margin, and KL grows with the error's square. Its own
-    mean can be that of the few images on which a network's activations explode: in a trial, an EfficientNet-B0 whose
-    ranges it chose kept 88 % of its answers, and 93 % with those that this one chose. Where none explodes both agree.
+    mean can be that of the few images on which a network's activations explode.
     """
-    return float(np.sqrt(divergences(wanted, found)).mean())
+    return float(np.sqrt(divergences(fp32, quantised)).mean())
 
 
-def median_kl(wanted: Logits, found: Logits) -> float:
-    """Return the median over images of KL(wanted || found), for logits [n, classes]; unit nats.
+def median_kl(fp32: Logits, quantised: Logits) -> float:
+    """Return the median over images of KL(FP32 || quantised), for logits [n, classes]; unit nats.
 
-    It ranks blocks, where no image may outweigh the others: of an EfficientNet-B0, few of whose images explode, 98.3 %
-    of the answers on 1,744 images were FP32's with the 15 most sensitive of 26 blocks in float by the median of 256
-    images, and 97.3 % by their mean root. RepViTs' ranks hardly differ.
+    It ranks blocks, where no image may outweigh the others.
     """
-    return float(np.median(divergences(wanted, found)))
+    return float(np.median(divergences(fp32, quantised)))
+
+
+@dataclass(frozen=True)
+class AccuracyTarget:
+    """What the fidelity of INT8 files is measured on, and how much of it they must keep."""
+
+    pixels: Pixels  # [n, S, S, 3] images that nothing was fitted to
+    logits: Logits  # [n, classes], of the FP32 file
+    floor: float  # percent
+
+    def fidelity_of(self, path: Path) -> Fidelity:
+        """Return how often an ONNX file gives the FP32 file's answer."""
+        same = int((logits_of(path, self.pixels).argmax(axis=1) == self.logits.argmax(axis=1)).sum())
+        return fidelity(same, len(self.pixels))
 
 
 def control_accuracy(
-    source: Path,
+    network: Quantizable,
     path: Path,
     *,
     blocks: Sequence[Block],
-    scan: Sequence[BlockSensitivity],
-    spreads: Mapping[str, Spread],
-    tail: float,
-    layout: Layout,
-    pixels: Pixels,
-    logits: Logits,
-    floor: float,
-    left: Sequence[str] = (),
+    sensitivity: Sequence[BlockSensitivity],
+    target: AccuracyTarget,
+    left_in_float: Sequence[str] = (),
     note: Callable[[str], None],
 ) -> Quantization:
-    """Write ``path`` with as many blocks in INT8 as keep the fidelity floor, and return what was found.
+    """Write ``path`` with as many blocks in INT8 as keep the fidelity floor, and return how it was made.
 
-    The fidelity is the share of images [n, S, S, 3] with the answer of the FP32 ``logits`` [n, classes]; what must
-    reach ``floor``, in percent, is the lower bound of its 95 % interval. Where it does not, the blocks that the
-    ``scan`` found most sensitive go back to float; how many is found by bisection. Where even a single quantised block
-    misses the floor, ``kept`` is false and there is no file. Blocks ``left`` in float are counted with the others.
+    The lower bound of the fidelity's 95 % interval must reach the floor. Where it does not, the blocks that are most
+    sensitive go back to float; how many is found by bisection. Where even a single quantised block misses the floor,
+    ``kept`` is false and there is no file. Blocks ``left_in_float`` are counted with the others.
     """
-    ranked = [row.block for row in scan]  # the most sensitive first
-    total = len(left) + len(ranked)
+    ranked = [row.block for row in sensitivity]  # the most sensitive first
+    total = len(left_in_float) + len(ranked)
     tried: dict[int, Attempt] = {}
 
     def write(count: int) -> None:
         floating = set(ranked[:count])
-        nodes = {node for block in blocks if block.name not in floating for node in block.nodes}
-        write_int8(source, path, nodes=nodes, spreads=spreads, tail=tail, layout=layout)
+        network.write(path, [node for block in blocks if block.name not in floating for node in block.nodes])
 
     def holds(count: int) -> bool:
         write(count)
-        same = int((logits_of(path, pixels).argmax(axis=1) == logits.argmax(axis=1)).sum())
-        attempt = tried[count] = Attempt(float_blocks=len(left) + count, fidelity=fidelity(same, len(pixels)))
+        attempt = tried[count] = Attempt(float_blocks=len(left_in_float) + count, fidelity=target.fidelity_of(path))
         share = f"{attempt.fidelity.agreement:.2f} %"
         note(f"{path.name}: with {len(ranked) - count} of {total} blocks in INT8 the same answer as FP32 on {share}")
-        return attempt.fidelity.holds(floor)
+        return attempt.fidelity.holds(target.floor)
 
     fewest = find_fewest(len(ranked), holds)
     best = len(ranked) - 1 if fewest is None else fewest
@@ -128,13 +132,13 @@ def control_accuracy(
         write(fewest)
     return Quantization(
         kept=fewest is not None,
-        layout=layout,
-        clip_quantile=tail,
-        floor=floor,
+        layout=network.layout,
+        clip_quantile=network.clip_quantile,
+        floor=target.floor,
         fidelity=tried[best].fidelity,
         blocks=total,
-        float_blocks=(*ranked[:best], *left),
-        sensitivity=tuple(scan),
+        float_blocks=(*ranked[:best], *left_in_float),
+        sensitivity=tuple(sensitivity),
         tried=tuple(tried[count] for count in sorted(tried)),
     )
 
@@ -154,8 +158,8 @@ def find_fewest(blocks: int, holds: Callable[[int], bool]) -> int | None:
 
 
 def spread_over(pixels: Pixels) -> Pixels:
-    """Return up to `SCAN_IMAGES` images, spread over all of them."""
-    places = np.unique(np.linspace(0, len(pixels) - 1, min(SCAN_IMAGES, len(pixels))).astype(int))
+    """Return up to `ANALYSED_IMAGES` images, spread over all of them."""
+    places = np.unique(np.linspace(0, len(pixels) - 1, min(ANALYSED_IMAGES, len(pixels))).astype(int))
     some: Pixels = pixels[places]
     return some
 

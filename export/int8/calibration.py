@@ -1,10 +1,8 @@
 """How far the values of each tensor of an ONNX file reach on each of some real images, and what 8 bits should cover.
 
-A range is a percentile over images, not over values. On a few images a network's activations can be hundreds of times
-as large as on the others; each brings a whole feature map of such values, and a share of all values that is large
-enough to leave them out clips every other image as well. Of three students at 224 px with every block in INT8, ranges
-of values gave FP32's answer on 97.9 (RepViT-M0.9), 94.1 (M1.1) and 80.6 % (EfficientNet-B0) of 2,000 held-out images,
-and those of images on 98.5, 94.5 and 96.6 %.
+A range is a percentile over images, not over values: on a few images activations can be hundreds of times as large as
+on the others, each brings a whole feature map of them, and a share of all values that leaves them out clips every other
+image as well (docs/results.md has both).
 """
 
 from __future__ import annotations
@@ -56,13 +54,13 @@ class Spread:
         self.lows += ordered[:, beyond].tolist()
         self.highs += ordered[:, -1 - beyond].tolist()
 
-    def range(self, tail: float, *, symmetric: bool) -> tuple[float, float]:
-        """Return the range beyond which a share of ``tail`` of the images reaches on either side.
+    def range(self, clip_quantile: float, *, symmetric: bool) -> tuple[float, float]:
+        """Return the range beyond which a share of ``clip_quantile`` of the images reaches on either side.
 
         Zero is always in it: padding and ReLU make it exact.
         """
-        low = min(0.0, float(np.quantile(self.lows, tail, method="higher")))
-        high = max(0.0, float(np.quantile(self.highs, 1 - tail, method="lower")))
+        low = min(0.0, float(np.quantile(self.lows, clip_quantile, method="higher")))
+        high = max(0.0, float(np.quantile(self.highs, 1 - clip_quantile, method="lower")))
         return (-max(-low, high), max(-low, high)) if symmetric else (low, high)
 
 

@@ -6,9 +6,8 @@ alone, over a graph whose other types are FP16. Weights are int8, symmetric, wit
 
 On x86 without VNNI, ONNX Runtime's kernels add the products of two neighbouring channels in 16 bits, which saturate
 where both activations and both weights are large. So no two neighbours of one sign may sum to more than 128 steps:
-0.4 of the 8 bits on average, where weights of 7 bits, the usual remedy, cost a whole one. Without that rule a
-RepViT-M0.9's logits were off by 0.0087 on average, and by 0.0184 on an (emulated) Haswell; with it they are by 0.0081
-and 0.0079 (benchmarks/results/emulated.json).
+0.4 of the 8 bits on average, where weights of 7 bits, the usual remedy, cost a whole one
+(benchmarks/results/emulated.json).
 """
 
 from __future__ import annotations
@@ -120,25 +119,28 @@ def tensors_of(path: Path, blocks: Collection[Block]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name and name not in weights]
 
 
-def write_int8(
-    source: Path, path: Path, *, nodes: Collection[str], spreads: Mapping[str, Spread], tail: float, layout: Layout
-) -> None:
-    """Write ``source`` with Q/DQ nodes around ``nodes``; input, preprocessing, metadata and output stay what they are.
+@dataclass(frozen=True)
+class Quantizable:
+    """An ONNX file and all that says how its nodes become INT8."""
 
-    ``source`` is the FP32 file for ONNX Runtime, the FP16 file for TensorRT; ``spreads`` are those of the FP32 file; a
-    share of ``tail`` of their images may reach beyond a tensor's range on either side.
-    """
-    model = onnx.load(str(source))
-    graph = model.graph
-    quantised = [node for node in graph.node if node.name in nodes]
-    writer = Writer(graph, spreads, tail, layout)
-    for node in quantised:
-        writer.take(node)
-    if layout == "onnxruntime":
+    source: Path  # the FP32 file for ONNX Runtime, the FP16 file for TensorRT
+    spreads: Mapping[str, Spread]  # of the FP32 file
+    clip_quantile: float  # the share of the spreads' images that may reach beyond a tensor's range on either side
+    layout: Layout
+
+    def write(self, path: Path, nodes: Collection[str]) -> None:
+        """Write the file with Q/DQ nodes around ``nodes``; all else in it stays as it is."""
+        model = onnx.load(str(self.source))
+        graph, chosen = model.graph, set(nodes)
+        quantised = [node for node in graph.node if node.name in chosen]
+        writer = QdqWriter(graph, self.spreads, self.clip_quantile, self.layout)
         for node in quantised:
-            writer.give(node)
-    writer.write(graph)
-    save(model, path)
+            writer.quantise_inputs(node)
+        if self.layout == "onnxruntime":
+            for node in quantised:
+                writer.quantise_output(node)
+        writer.write(graph)
+        save(model, path)
 
 
 def weight_scales(weight: NDArray[Any], layout: Layout) -> NDArray[Any]:
@@ -154,11 +156,13 @@ def weight_scales(weight: NDArray[Any], layout: Layout) -> NDArray[Any]:
     return np.asarray(sums.max(axis=1) / 127)  # each of a pair is rounded by half a step
 
 
-class Writer:
+class QdqWriter:
     """The Q/DQ nodes of one file while it is written, one pair for each tensor."""
 
-    def __init__(self, graph: onnx.GraphProto, spreads: Mapping[str, Spread], tail: float, layout: Layout) -> None:
-        self.spreads, self.tail, self.layout = spreads, tail, layout
+    def __init__(
+        self, graph: onnx.GraphProto, spreads: Mapping[str, Spread], clip_quantile: float, layout: Layout
+    ) -> None:
+        self.spreads, self.clip_quantile, self.layout = spreads, clip_quantile, layout
         self.weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
         # The FP16 file enters its network through a cast of the tensor that the FP32 file's first layer takes.
         self.aliases = {node.output[0]: node.input[0] for node in graph.node if node.output[0] == "network_input"}
@@ -171,14 +175,14 @@ class Writer:
         self.added: list[onnx.TensorProto] = []
         self.scales: dict[str, float] = {}
 
-    def take(self, node: onnx.NodeProto) -> None:
+    def quantise_inputs(self, node: onnx.NodeProto) -> None:
         """Quantise what a convolution takes: its activations and its weights."""
         name = node.input[0].removesuffix("_dequantised")
         self.quantise(name)
         node.input[0] = f"{name}_dequantised"
         self.quantise_weights(node)
 
-    def give(self, node: onnx.NodeProto) -> None:
+    def quantise_output(self, node: onnx.NodeProto) -> None:
         """Quantise what a node gives, for all who take it: only then can it run in 8 bits from end to end."""
         name = node.output[0]
         self.quantise(name)
@@ -201,10 +205,10 @@ class Writer:
         spread = self.spreads[self.aliases.get(name, name)]
         kind: Any
         if self.layout == "onnxruntime":
-            low, high = spread.range(self.tail, symmetric=False)
+            low, high = spread.range(self.clip_quantile, symmetric=False)
             kind, steps = np.uint8, 255
         else:
-            low, high = spread.range(self.tail, symmetric=True)
+            low, high = spread.range(self.clip_quantile, symmetric=True)
             kind, steps = np.int8, 254
         scale = self.floating((high - low) / steps or 1.0)
         zero = kind(np.clip(np.round(-low / float(scale)), 0, 255)) if self.layout == "onnxruntime" else kind(0)

@@ -1,1 +1,37 @@
-"""One file for each runtime that an artifact is run with."""
+"""What runs a student's files; the list of all runtimes is here, and no other module knows one by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from prgkit.errors import BackendError
+from prgkit.export.bundle.manifest import Artifact
+from prgkit.export.runtimes.base import Runner, Runtime, Setup
+from prgkit.export.runtimes.onnxruntime import ONNXRUNTIME
+from prgkit.export.runtimes.openvino import OPENVINO
+from prgkit.export.runtimes.pytorch import PYTORCH
+from prgkit.export.runtimes.tensorrt import TENSORRT, TENSORRT_RTX
+
+RUNTIMES: list[Runtime] = [ONNXRUNTIME, OPENVINO, PYTORCH, TENSORRT, TENSORRT_RTX]
+
+
+def setups(artifact: Artifact, folder: Path, beside: Sequence[Artifact]) -> Iterator[Setup]:
+    """Yield every way to run an artifact in ``folder`` that prgkit knows, with or without what it takes here."""
+    for runtime in RUNTIMES:
+        for variant in runtime.variants if artifact.format in runtime.formats else ():
+            if runtime.runs(variant, artifact, beside):
+                yield Setup(runtime, variant, artifact, folder)
+
+
+def open_runner(folder: Path, artifact: Artifact, *, threads: int | None = None) -> Runner:
+    """Open an artifact in ``folder`` with the first runtime that runs it.
+
+    Raises:
+        BackendError: none does, or it cannot on this machine; says what is missing.
+        ExportError: the file is damaged, or not ours.
+    """
+    for setup in setups(artifact, folder, [artifact]):
+        return replace(setup, threads=threads).open()
+    raise BackendError(f"artifact {artifact.name} has unknown format {artifact.format!r}", where=folder)

@@ -68,7 +68,7 @@ def choose_backend(name: str | None = None) -> Backend:
     raise BackendError(f"no TensorRT can build an engine here\n{problems}", fix=fixes)
 
 
-def choose_targets(backend: str, asked: Sequence[str] | None) -> tuple[str, ...]:
+def choose_targets(backend: str, requested: Sequence[str] | None) -> tuple[str, ...]:
     """Return the GPU generations an engine is for, as "SM89", or "SM80+" for that one and all that follow.
 
     They are those asked for, or all that tensorrt_rtx builds for. tensorrt builds for the GPU at hand, for its
@@ -79,21 +79,21 @@ def choose_targets(backend: str, asked: Sequence[str] | None) -> tuple[str, ...]
     """
     if backend == "tensorrt":
         gpu = find_gpu()
-        here = (gpu.capability,) if gpu else ()
-        if asked and tuple(asked) not in (here, (AMPERE_PLUS,)):
+        own = (gpu.capability,) if gpu else ()
+        if requested and tuple(requested) not in (own, (AMPERE_PLUS,)):
             raise BackendError(
-                f"tensorrt builds for the GPU at hand ({', '.join(here)}), not for {', '.join(asked)}",
+                f"tensorrt builds for the GPU at hand ({', '.join(own)}), not for {', '.join(requested)}",
                 fix="build on the device itself without --sm, for every GPU from 80 on with --sm 80+, "
                 "or for other GPUs with --backend tensorrt_rtx",
             )
-        return tuple(asked or here)
-    if asked and tuple(asked) == (AMPERE_PLUS,):
-        asked = None
+        return tuple(requested or own)
+    if requested and tuple(requested) == (AMPERE_PLUS,):
+        requested = None
     known = generations(backend)
-    if unknown := [name for name in asked or () if name not in known]:
+    if unknown := [name for name in requested or () if name not in known]:
         raise BackendError(f"{backend} cannot build for {', '.join(unknown)}", fix=f"it knows {', '.join(known)}")
     # Turing (SM75) must be asked for: TensorRT-RTX 1.7 has no FP32 matrix product for it, and would refuse them all.
-    return tuple(asked or (name for name in known if name != "SM75"))
+    return tuple(requested or (name for name in known if name != "SM75"))
 
 
 def generations(backend: str) -> list[str]:

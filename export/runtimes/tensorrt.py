@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,17 @@ from numpy.typing import NDArray
 
 from prgkit.errors import BackendError, one_line
 from prgkit.export.bundle.engine_metadata import EngineMetadata, load_engine_metadata, rebuild
-from prgkit.export.runtimes.gpu import AMPERE_PLUS, Gpu, find_gpu, generations, quiet_logger, this_platform
+from prgkit.export.bundle.manifest import ENGINE, Artifact
+from prgkit.export.runtimes.base import Runtime, Setup, Variant, Versions
+from prgkit.export.runtimes.gpu import (
+    AMPERE_PLUS,
+    Gpu,
+    find_gpu,
+    generations,
+    probe_backend,
+    quiet_logger,
+    this_platform,
+)
 
 INSTALL_CUDA = "pip install cuda-python (on a Jetson with JetPack 6: pip install 'cuda-python<13')"
 
@@ -39,19 +51,19 @@ class TensorRTRunner:
             spin: wait busily for the GPU, as trtexec 11 does, which is faster; else sleep until it is done.
 
         Raises:
-            ExportError: the engine has no card, or is not the one its card describes.
+            ExportError: the engine has no metadata, or is not the one its card describes.
             BackendError: no GPU, no cuda-python, or another GPU or TensorRT than the engine was built for.
         """
-        card = load_engine_metadata(path)
-        require_match(card, path)
-        trt = importlib.import_module(card.backend)
+        metadata = load_engine_metadata(path)
+        require_match(metadata, path)
+        trt = importlib.import_module(metadata.backend)
         self._cudart = import_cudart()
-        self.name, self.backend, self.device = name or path.name, card.backend, "cuda"
-        self.min_batch: int = card.batch[0]
-        self.max_batch: int | None = card.batch[2]
-        self._input, self._output = card.input.name, card.output.name
-        self._pixel_shape = tuple(map(int, card.input.shape[1:]))  # (H, W, 3)
-        self._classes = int(card.output.shape[1])
+        self.name, self.backend, self.device = name or path.name, metadata.backend, "cuda"
+        self.min_batch: int = metadata.batch[0]
+        self.max_batch: int | None = metadata.batch[2]
+        self._input, self._output = metadata.input.name, metadata.output.name
+        self._pixel_shape = tuple(map(int, metadata.input.shape[1:]))  # (H, W, 3)
+        self._classes = int(metadata.output.shape[1])
         self._pinned: list[int] = []
         self._device_buffers: list[int] = []
         self._graph: Any = None  # of the batch size that the context has
@@ -63,10 +75,10 @@ class TensorRTRunner:
         self._logger = quiet_logger(trt)
         try:
             self.switches = {"wait": self._wait("spin" if spin else "block"), "cuda_graph": "off"}
-            self._records = cuda_graph and card.backend == "tensorrt"
+            self._records = cuda_graph and metadata.backend == "tensorrt"
             self._context = self._open(trt, path, cuda_graph=cuda_graph)
             self._stream = self._cuda("cudaStreamCreateWithFlags", self._cudart.cudaStreamNonBlocking)
-            most = card.batch[2]
+            most = metadata.batch[2]
             self._pixels = self._pinned_array((most, *self._pixel_shape), ctypes.c_uint8)
             self._logits = self._pinned_array((most, self._classes), ctypes.c_float)
             self._bind(self._input, self._pixels.nbytes)
@@ -236,45 +248,48 @@ def why_no_engine_runs(backend: str) -> str | None:
     return None
 
 
-def why_not_here(card: EngineMetadata) -> str | None:
+def why_not_here(metadata: EngineMetadata) -> str | None:
     """Return why an engine cannot run on this machine, or None where it can."""
     gpu = find_gpu()
     if gpu is None:
-        return why_no_engine_runs(card.backend)
-    if card.platform not in (None, this_platform()):
-        return f"it was built on {card.platform}, and this is {this_platform()}"
-    if not is_for(card, gpu):
-        return f"it was built for {', '.join(card.compute_capabilities)}, and this GPU ({gpu.name}) is {gpu.capability}"
-    is_for_one_model = card.backend == "tensorrt" and card.hardware_compatibility in (None, "NONE")
-    if is_for_one_model and card.gpu != gpu.name:
-        return f"it was built on {card.gpu}, and this GPU is {gpu.name}"
-    if reason := why_no_engine_runs(card.backend):
+        return why_no_engine_runs(metadata.backend)
+    if metadata.platform not in (None, this_platform()):
+        return f"it was built on {metadata.platform}, and this is {this_platform()}"
+    if not is_for(metadata, gpu):
+        built_for = ", ".join(metadata.compute_capabilities)
+        return f"it was built for {built_for}, and this GPU ({gpu.name}) is {gpu.capability}"
+    is_for_one_model = metadata.backend == "tensorrt" and metadata.hardware_compatibility in (None, "NONE")
+    if is_for_one_model and metadata.gpu != gpu.name:
+        return f"it was built on {metadata.gpu}, and this GPU is {gpu.name}"
+    if reason := why_no_engine_runs(metadata.backend):
         return reason
-    version = str(importlib.import_module(card.backend).__version__)
-    if version != card.backend_version:
-        return f"it was built by {card.backend} {card.backend_version}, and {version} is installed"
+    version = str(importlib.import_module(metadata.backend).__version__)
+    if version != metadata.backend_version:
+        return f"it was built by {metadata.backend} {metadata.backend_version}, and {version} is installed"
     return None
 
 
-def is_for(card: EngineMetadata, gpu: Gpu) -> bool:
+def is_for(metadata: EngineMetadata, gpu: Gpu) -> bool:
     """Tell whether an engine is for a GPU's generation."""
-    if card.compute_capabilities == (AMPERE_PLUS,):
+    if metadata.compute_capabilities == (AMPERE_PLUS,):
         return int(gpu.capability.removeprefix("SM")) >= 80
-    return gpu.capability in card.compute_capabilities
+    return gpu.capability in metadata.compute_capabilities
 
 
-def require_match(card: EngineMetadata, path: Path) -> None:
+def require_match(metadata: EngineMetadata, path: Path) -> None:
     """Refuse an engine that is not for this GPU and this TensorRT, with the command that rebuilds it."""
-    if reason := why_not_here(card):
+    if reason := why_not_here(metadata):
         gpu = find_gpu()
         fix = "run it on a machine with an NVIDIA GPU and cuda-python"
-        if gpu is not None and reason == why_no_engine_runs(card.backend):
+        if gpu is not None and reason == why_no_engine_runs(metadata.backend):
             fix = "prgkit doctor says what is missing"
         elif gpu is not None:
-            fix = rebuild(card)
-            if card.backend == "tensorrt_rtx" and not is_for(card, gpu):
-                able = why_no_engine_runs(card.backend) is not None or gpu.capability in generations(card.backend)
-                other = rebuild(card.model_copy(update={"backend": "tensorrt"}))
+            fix = rebuild(metadata)
+            if metadata.backend == "tensorrt_rtx" and not is_for(metadata, gpu):
+                able = why_no_engine_runs(metadata.backend) is not None or gpu.capability in generations(
+                    metadata.backend
+                )
+                other = rebuild(metadata.model_copy(update={"backend": "tensorrt"}))
                 fix = f"{fix} --sm {gpu.capability.removeprefix('SM')}" if able else other
         raise BackendError(f"{path.name} cannot run here: {reason}", where=path, fix=fix)
 
@@ -285,3 +300,40 @@ def import_cudart() -> Any:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise BackendError("cuda-python is not installed", fix=INSTALL_CUDA) from error
+
+
+def open_engine(setup: Setup) -> TensorRTRunner:
+    """Open an engine."""
+    return TensorRTRunner(setup.path, name=setup.artifact.name)
+
+
+def runs_own_engines(variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -> bool:
+    """Tell whether an engine is one of that TensorRT's."""
+    return artifact.backend == variant.backend
+
+
+def why_no_engine(setup: Setup, gpu: bool) -> str | None:
+    """Return why an engine cannot run on this machine."""
+    return why_not_here(load_engine_metadata(setup.path))
+
+
+def examine(name: str, versions: Versions) -> Sequence[tuple[str, str | None]]:
+    """Return whether a TensorRT can build engines here, and whether it can run them."""
+    state = probe_backend(name)
+    runs = state.problem if state.version is None else why_no_engine_runs(name)
+    return [(f"{name}: build engines", state.problem), (f"{name}: run engines", runs)]
+
+
+TENSORRT, TENSORRT_RTX = (
+    Runtime(
+        name=name,
+        formats=(ENGINE,),
+        variants=(Variant("GPU", name, "cuda", always_listed=True, takes_threads=False),),
+        libraries=(name,),
+        open=open_engine,
+        examine=partial(examine, name),
+        runs=runs_own_engines,
+        why_not_here=why_no_engine,
+    )
+    for name in ("tensorrt", "tensorrt_rtx")
+)

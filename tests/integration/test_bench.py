@@ -17,10 +17,10 @@ from PIL import Image
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.ticks import Tick, write_ticks
 from prgkit.errors import BenchError, ExportError
-from prgkit.evaluate.accuracy.examples import choose_pictures
-from prgkit.evaluate.bench import cases
+from prgkit.evaluate.accuracy.examples import choose_examples
 from prgkit.evaluate.bench.bench import bench
-from prgkit.evaluate.bench.metadata import evaluation_images, pseudo_labels, training
+from prgkit.evaluate.bench.metadata import evaluation_images, pseudo_labels, training_records
+from prgkit.evaluate.bench.options import BenchOptions
 from prgkit.export.bundle.bundle import (
     Evaluation,
     describe_artifact,
@@ -29,10 +29,12 @@ from prgkit.export.bundle.bundle import (
     read_evaluation,
     write_evaluation,
     write_golden,
-    write_manifest,
 )
 from prgkit.export.bundle.engine_metadata import EngineMetadata, write_engine_metadata
 from prgkit.export.bundle.manifest import EvaluationFacts, Manifest, RunFacts
+from prgkit.export.readme import write_manifest
+from prgkit.export.runtimes.onnxruntime import ONNXRUNTIME
+from prgkit.export.runtimes.tensorrt import TENSORRT, TENSORRT_RTX
 from prgkit.storage.atomic import sha256
 
 onnx = pytest.importorskip("onnx", reason="the model under test is made with the onnx package")
@@ -93,10 +95,8 @@ def card(engine: Path) -> EngineMetadata:
 @pytest.fixture(autouse=True)
 def _onnx_runtime_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure with the runtime that is everywhere; what else may be installed is told apart in test_cases.py."""
-    monkeypatch.setattr(cases, "runtimes", lambda *, gpu: RUNTIMES[:1])
-
-
-RUNTIMES = cases.runtimes(gpu=False)
+    alone = replace(ONNXRUNTIME, variants=ONNXRUNTIME.variants[:1])
+    monkeypatch.setattr("prgkit.export.runtimes.RUNTIMES", [alone, TENSORRT, TENSORRT_RTX])
 
 
 def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> Path:
@@ -141,6 +141,7 @@ def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> 
             executed=False,
             note=None,
             parity=None,
+            export_options=("--trt", "--fp16") if kind == "engine" else (),
         )
         for name, file, kind, precision, backend in files
     ]
@@ -163,14 +164,9 @@ def make_bundle(folder: Path, *, labelled: bool = True, weight: float = 1.0) -> 
 
 
 def measure(bundle: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "run_folder": None,
-        "threads": 1,
-        "seconds": 0.3,
-        "batches": (1, 4),
-        "note": lambda text: None,
-    }
-    content: dict[str, Any] = bench(bundle, out=out, **{**options, **changes}).model_dump(mode="json")
+    note, command = changes.pop("note", lambda text: None), changes.pop("command", None)
+    options = BenchOptions(**{"threads": 1, "seconds": 0.3, "batches": (1, 4), **changes})
+    content: dict[str, Any] = bench(bundle, options, out=out, note=note, command=command).model_dump(mode="json")
     return content
 
 
@@ -272,14 +268,14 @@ def test_the_run_travels_in_the_manifest_and_the_run_at_hand_goes_first(tmp_path
     run = {"name": "colours", "fingerprint": "0" * 16, "objective": "prg", "epochs": 3}
     told = {"training": [{"epoch": 1, "loss": 2.0, "seconds": 3.0}], "quality": {"images": 40}}
     bundle: Any = SimpleNamespace(manifest=SimpleNamespace(run=RunFacts(**run, **told)))
-    assert training(bundle, None) == [{"epoch": 1, "loss": 2.0}]
+    assert training_records(bundle, None) == [{"epoch": 1, "loss": 2.0}]
     assert pseudo_labels(bundle, None) == {"images": 40}
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0}\n')
     (tmp_path / "quality.json").write_text('{"images": 41}')
-    assert training(bundle, tmp_path) == [{"epoch": 1, "loss": 1.0}]
+    assert training_records(bundle, tmp_path) == [{"epoch": 1, "loss": 1.0}]
     assert pseudo_labels(bundle, tmp_path) == {"images": 41}
     older: Any = SimpleNamespace(manifest=SimpleNamespace(run=RunFacts(**run)))
-    assert (training(older, None), pseudo_labels(older, None)) == ([], None)
+    assert (training_records(older, None), pseudo_labels(older, None)) == ([], None)
 
 
 def test_evaluation_images_are_the_same_where_pictures_and_labels_are() -> None:
@@ -376,7 +372,7 @@ def test_pictures_are_a_sample_and_the_surest_differences() -> None:
     teacher = np.tile(np.array([[5.0, 0.0]], dtype=np.float32), (100, 1))
     student = teacher.copy()
     student[50:60] = np.stack([np.zeros(10), np.arange(1, 11)], axis=1)  # ten differ, each surer than the one before
-    chosen = choose_pictures(Evaluation(pixels, teacher, teacher, student, None), student, ["a", "b"])
+    chosen = choose_examples(Evaluation(pixels, teacher, teacher, student, None), student, ["a", "b"])
     sample, differs = ([one for one in chosen if one.group == group] for group in ("sample", "differs"))
     assert len(sample) == 24
     assert 0 < len(differs) <= 10

@@ -20,17 +20,20 @@ from prgkit.config.recipe import shipped_recipes
 from prgkit.config.yaml_io import parse_yaml
 from prgkit.errors import BackendError, DiskFullError, ExportError, ParityError, PrgkitError, RunError
 from prgkit.evaluate.predict import predict
+from prgkit.export import engines as bundle_engines
 from prgkit.export import pipeline
 from prgkit.export.bundle import bundle as bundle_module
 from prgkit.export.bundle.artifact_cache import building
 from prgkit.export.bundle.bundle import open_bundle, read_evaluation, write_evaluation
 from prgkit.export.bundle.engine_metadata import load_engine_metadata
-from prgkit.export.formats import engines
-from prgkit.export.formats.engines import build_engines
-from prgkit.export.int8.pipeline import Learned
-from prgkit.export.pipeline import ExportOptions, HeldOut, StudentOrigin, export_student
-from prgkit.export.runtimes.base import OnnxRunner, open_runner
+from prgkit.export.formats import student_export
+from prgkit.export.formats import tensorrt as engines
+from prgkit.export.formats.options import ExportOptions
+from prgkit.export.formats.student_export import CalibrationSet
+from prgkit.export.pipeline import EvaluationSet, ExportImages, StudentOrigin, TrainedStudent, export_student
+from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes.gpu import available_backends
+from prgkit.export.runtimes.onnxruntime import OnnxRunner
 from prgkit.export.runtimes.parity import check_golden
 from prgkit.storage import reproducible
 from prgkit.storage.atomic import read_json, write_sealed
@@ -49,6 +52,10 @@ FACTS = {
 }
 
 
+def build_engines(folder, *, note, **options):
+    return bundle_engines.build_engines(folder, ExportOptions(**options), note=note)
+
+
 def golden_pictures():
     """Pictures of many shapes, so that resizing and cropping are seen."""
     generator = np.random.default_rng(3)
@@ -61,7 +68,7 @@ def golden_pictures():
 
 def held_out(repvit, count=40, *, labels=True):
     generator = np.random.default_rng(4)
-    return HeldOut(
+    return EvaluationSet(
         prepared=iter(repvit.pixels[:count]),
         teacher_logits=generator.normal(size=(count, 20)).astype(np.float32),
         teacher_uniform_logits=generator.normal(size=(count, 20)).astype(np.float32),
@@ -71,17 +78,12 @@ def held_out(repvit, count=40, *, labels=True):
 
 
 def export(repvit, folder, *, notes=None, learned=None, **options):
+    origin = StudentOrigin.model_validate(FACTS)
     return export_student(
-        repvit.student,
+        TrainedStudent(repvit.student, CLASSES, repvit.preprocessing, origin),
+        ExportImages(repvit.pixels, golden_pictures(), held_out(repvit), learned),
         folder,
-        pixels=repvit.pixels,
-        golden=golden_pictures(),
-        held_out=held_out(repvit),
-        classes=CLASSES,
-        preprocessing=repvit.preprocessing,
-        facts=StudentOrigin.model_validate(FACTS),
-        options=ExportOptions(**options),
-        learned=learned,
+        ExportOptions(**options),
         note=(notes if notes is not None else []).append,
     )
 
@@ -390,7 +392,9 @@ def test_damaged_evaluation_images_are_an_error(copy):
 
 def test_a_parity_breach_leaves_the_old_bundle_and_nothing_else(copy, repvit, monkeypatch):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    monkeypatch.setattr(pipeline, "run_batches", lambda runner, pixels: np.random.default_rng().normal(size=(256, 20)))
+    monkeypatch.setattr(
+        student_export, "run_batches", lambda runner, pixels: np.random.default_rng().normal(size=(256, 20))
+    )
     with pytest.raises(ParityError):
         export(repvit, copy, opset=21)
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
@@ -416,8 +420,8 @@ def test_a_bundle_is_replaced_and_its_measurements_stay(copy, repvit):
 def test_what_is_the_same_is_not_made_again(copy, repvit, monkeypatch):
     """What travels with a kept file is its parity, and whatever it was made from has to be the same."""
     manifest, notes = read_json(copy / "manifest.json"), []
-    monkeypatch.setattr(pipeline, "export_onnx", lambda *_, **__: pytest.fail("made again"))
-    monkeypatch.setattr(pipeline, "write_fp16", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr("prgkit.export.formats.onnx_export.export_onnx", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr(student_export, "write_fp16", lambda *_, **__: pytest.fail("made again"))
     again = export(repvit, copy, fp16=True, trt=len(manifest["artifacts"]) > 2, notes=notes)
     assert [entry.to_json() for entry in again.artifacts] == manifest["artifacts"]
     kept = ": finished before, and made from the same; it is kept"
@@ -438,8 +442,8 @@ def test_what_is_the_same_is_not_made_again(copy, repvit, monkeypatch):
 @pytest.mark.parametrize("what", ["student", "pixels", "classes", "opset"])
 def test_what_an_onnx_file_is_made_from(repvit, what):
     options, names, pixels = ExportOptions(opset=20), CLASSES, repvit.pixels
-    before = pipeline.origin_of(repvit.student, pixels, names, repvit.preprocessing, options)
-    fp16_too = pipeline.origin_of(repvit.student, pixels, names, repvit.preprocessing, ExportOptions(fp16=True))
+    before = student_export.origin_of(repvit.student, pixels, names, repvit.preprocessing, options)
+    fp16_too = student_export.origin_of(repvit.student, pixels, names, repvit.preprocessing, ExportOptions(fp16=True))
     assert fp16_too == before
     student = deepcopy(repvit.student)
     if what == "student":
@@ -451,13 +455,13 @@ def test_what_an_onnx_file_is_made_from(repvit, what):
         names = CLASSES[::-1]
     else:
         options = ExportOptions(opset=21)
-    assert pipeline.origin_of(student, pixels, names, repvit.preprocessing, options) != before
+    assert student_export.origin_of(student, pixels, names, repvit.preprocessing, options) != before
 
 
 @needs_rtx
 def test_engines_come_to_a_bundle_without_another_onnx_export(repvit, tmp_path, monkeypatch):
     export(repvit, tmp_path / "bundle")
-    monkeypatch.setattr(pipeline, "export_onnx", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr("prgkit.export.formats.onnx_export.export_onnx", lambda *_, **__: pytest.fail("made again"))
     manifest = export(repvit, tmp_path / "bundle", trt=True)
     assert [entry.name for entry in manifest.artifacts] == ["onnx-fp32", "tensorrt_rtx-fp32"]
     monkeypatch.setattr(engines, "build_engine", lambda *_, **__: pytest.fail("built again"))
@@ -479,19 +483,19 @@ def test_what_a_killed_export_had_finished_of_another_student_is_neither_used_no
     other = SimpleNamespace(**{**vars(repvit), "student": deepcopy(repvit.student)})
     with torch.no_grad():
         next(other.student.parameters()).mul_(1.0001)
-    monkeypatch.setattr(pipeline, "write_golden", kill)
+    monkeypatch.setattr(pipeline, "checksums", kill)
     with pytest.raises(KeyboardInterrupt):
         export(other, tmp_path / "bundle", fp16=True)
     monkeypatch.undo()
     assert (tmp_path / ".bundle.new" / "model.fp16.onnx").exists(), "it was finished"
     sources = []
 
-    def quantise(quantiser, folder, *, half, **_):
-        sources.append(half())
-        return [], []
+    def quantise(export, calibration):
+        sources.append(export.fp16_file)
+        return [], frozenset()
 
-    monkeypatch.setattr(pipeline, "quantise", quantise)
-    learned = Learned(16, lambda places: repvit.pixels[places])
+    monkeypatch.setattr("prgkit.export.int8.quantise.quantise", quantise)
+    learned = CalibrationSet(16, lambda places: repvit.pixels[places])
     export(repvit, tmp_path / "bundle", learned=lambda: learned, int8=True)
     assert sources[0].parent != tmp_path / ".bundle.new", "TensorRT's INT8 would have been the other student's"
     assert not (tmp_path / "bundle" / "model.fp16.onnx").exists()
@@ -517,7 +521,7 @@ def test_trt_without_a_tensorrt_fails_before_any_work(repvit, tmp_path, monkeypa
     def none(_):
         raise BackendError("no TensorRT can build an engine here")
 
-    monkeypatch.setattr(pipeline, "choose_backend", none)
+    monkeypatch.setattr(engines, "choose_backend", none)
     with pytest.raises(BackendError):
         export(repvit, tmp_path / "bundle", trt=True)
     assert not list(tmp_path.iterdir())
@@ -627,7 +631,7 @@ def test_a_build_that_fails_leaves_the_engine_before_it(copy, monkeypatch):
     def full(path, data):
         raise DiskFullError("no disk space left", where=path)
 
-    monkeypatch.setattr("prgkit.export.formats.tensorrt.write_bytes", full)
+    monkeypatch.setattr("prgkit.export.formats.tensorrt_build.write_bytes", full)
     with pytest.raises(DiskFullError):
         build_engines(copy, **build, batch=(1, 1, 4))
     assert open_bundle(copy).artifacts == before
@@ -649,7 +653,7 @@ def test_a_kill_as_an_engine_takes_its_place_leaves_a_bundle_that_opens(copy):
 def test_an_engine_of_another_system_is_not_taken_for_this_ones(copy, monkeypatch):
     build = {"fp16": False, "batch": (1, 1, 2), "backend": "tensorrt_rtx", "note": lambda _: None}
     build_engines(copy, **build)
-    for module in (engines, sys.modules["prgkit.export.formats.tensorrt"]):
+    for module in (engines, sys.modules["prgkit.export.formats.tensorrt_build"]):
         monkeypatch.setattr(module, "this_platform", lambda: "Windows AMD64")
     build_engines(copy, **build)
     assert load_engine_metadata(copy / "model.fp32.tensorrt_rtx.engine").platform == "Windows AMD64"

@@ -315,18 +315,22 @@ EXPORT = "export --run run --fp16"
 BENCH = "bench --run run --seconds 2 --batches 1,4 --threads 1"
 LONGER = f"{BENCH} --sweep-threads 1,2 --fps 50 --soak 0.05"
 LATER: dict[str, tuple[str, Trap]] = {
-    "export: no artifact finished": (EXPORT, ("prgkit.export.pipeline:onnx_artifact", 1, "before")),
-    "export: fp32 finished, fp16 not": (EXPORT, ("prgkit.export.pipeline:write_fp16", 1, "after")),
-    "export: both finished, no images": (EXPORT, ("prgkit.export.pipeline:write_evaluation", 1, "before")),
+    "export: no artifact finished": (
+        EXPORT,
+        ("prgkit.export.formats.student_export:StudentExport.describe", 1, "before"),
+    ),
+    "export: fp32 finished, fp16 not": (EXPORT, ("prgkit.export.formats.student_export:write_fp16", 1, "after")),
+    "export: fp32 finished, no images": (EXPORT, ("prgkit.export.pipeline:write_evaluation", 1, "before")),
+    "export: both finished, no manifest": (EXPORT, ("prgkit.export.pipeline:checksums", 1, "before")),
     "export: manifest written, not renamed": (EXPORT, ("prgkit.export.pipeline:write_manifest", 1, "after")),
     "bench: warming up": (BENCH, ("prgkit.evaluate.bench.worker:Worker.warm_up", 2, "after")),
     "bench: in the third round": (BENCH, ("prgkit.evaluate.bench.worker:Worker.measure", 8, "after")),
     "bench: swept, nothing predicted": (BENCH, ("prgkit.evaluate.bench.worker:Worker.predict", 1, "before")),
-    "bench: in the second scope": (BENCH, ("prgkit.evaluate.bench.worker:Worker.measure_scope", 2, "after")),
+    "bench: in the second latency stage": (BENCH, ("prgkit.evaluate.bench.worker:Worker.measure_stage", 2, "after")),
     # Three artifacts take ten rounds and two batch sizes (36 calls), the sweep's four go on from there.
     "bench: in the thread sweep": (LONGER, ("prgkit.evaluate.bench.worker:Worker.measure", 50, "after")),
     "bench: in the fixed-rate part": (LONGER, ("prgkit.evaluate.bench.worker:Worker.fixed_rate", 5, "after")),
-    "bench: in the soak": (LONGER, ("prgkit.evaluate.bench.soak:told_of", 5, "after")),
+    "bench: in the soak": (LONGER, ("prgkit.evaluate.bench.soak:percentiles_ms", 5, "after")),
     "bench: the report is half written": (BENCH, ("prgkit.evaluate.report.bench_report:markdown", 1, "before")),
 }
 

@@ -33,25 +33,26 @@ def result(*arguments: str, cwd: Path) -> Any:
 @pytest.fixture(scope="module")
 def bundle(repvit: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A RepViT with random weights, exported here, travels to the device."""
-    from prgkit.export.pipeline import ExportOptions, HeldOut, export_student
+    from prgkit.export.formats.options import ExportOptions
+    from prgkit.export.pipeline import EvaluationSet, ExportImages, StudentOrigin, TrainedStudent, export_student
 
     folder = tmp_path_factory.mktemp("device") / "bundle"
     logits = np.random.default_rng(0).normal(size=(16, 20)).astype(np.float32)
-    export_student(
-        repvit.student,
-        folder,
-        pixels=repvit.pixels[:64],
-        golden=[Image.fromarray(picture).resize((50, 90)) for picture in repvit.pixels[:16]],
-        held_out=HeldOut(iter(repvit.pixels[:16]), logits, logits, labels=np.arange(16), source="made up"),
-        classes=[f"thing {number}" for number in range(20)],
-        preprocessing=repvit.preprocessing,
-        facts={
+    origin = StudentOrigin.model_validate(
+        {
             "run": {"name": "test", "fingerprint": "0" * 16, "objective": "prg", "epochs": 1},
             "recipe": {"student": {"model": "repvit_m0_9"}},
             "teacher": {"model": "tiny", "weights": "none", "fingerprint": "1" * 16},
             "student": {"model": "repvit_m0_9", "parameters": 5, "image_size": 64, "initial": "random"},
-        },
-        options=ExportOptions(),
+        }
+    )
+    classes, golden = [f"thing {number}" for number in range(20)], [Image.fromarray(one) for one in repvit.pixels[:16]]
+    evaluation = EvaluationSet(iter(repvit.pixels[:16]), logits, logits, labels=np.arange(16), source="made up")
+    export_student(
+        TrainedStudent(repvit.student, classes, repvit.preprocessing, origin),
+        ExportImages(repvit.pixels[:64], [picture.resize((50, 90)) for picture in golden], evaluation),
+        folder,
+        ExportOptions(),
         note=lambda _: None,
     )
     return folder

@@ -95,15 +95,18 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     In a bundle, on the device, --trt builds the engines from the bundle's ONNX files; that needs no torch.
     """
     place, trt = session.folder or folder, builds_engines(given)
-    kinds = {key: given[key] for key in ("fp16", "int8", "backend", "batch", "sm")}
     bundle = place or Path()
+    from prgkit.export.formats.options import ExportOptions
+
+    kinds = {key: given[key] for key in ("fp16", "int8", "backend", "batch", "sm", "float_input", "evaluation_images")}
+    options = ExportOptions(trt=trt, class_vectors=given["open_vocabulary"], formats=given["formats"], **kinds)
     if (bundle / "manifest.json").is_file():
         refuse_in_a_bundle(given, builds=trt)
         from prgkit.export.bundle.bundle import open_bundle
-        from prgkit.export.formats.engines import build_engines
+        from prgkit.export.engines import build_engines
 
         note = session.terminal.note
-        manifest = build_engines(bundle, **kinds, note=note) if trt else open_bundle(bundle).manifest
+        manifest = build_engines(bundle, options, note=note) if trt else open_bundle(bundle).manifest
         session.folder = bundle
     else:
         from prgkit.storage.find import find_run, standing_where_it_started
@@ -112,8 +115,7 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
         with needs_extra("distill"):
             from prgkit.export.from_run import export_run
 
-        asked = {key: given[key] for key in ("float_input", "evaluation_images", "open_vocabulary")}
-        manifest = export_run(run, trt=trt, **kinds, **asked, progress=session.terminal)
+        manifest = export_run(run, options, progress=session.terminal)
         bundle, session.folder = run.bundle, run.folder
     return tell_bundle(session, bundle, manifest, packs=given["packs"])
 
@@ -144,6 +146,7 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
         return merge_reports(session, given["reports"], given["out"] or Path("comparison"))
     from prgkit.evaluate import system
     from prgkit.evaluate.bench.bench import bench as measure
+    from prgkit.evaluate.bench.options import BenchOptions
     from prgkit.evaluate.report import bench_report, regression
     from prgkit.storage.find import find_bundle
 
@@ -153,9 +156,9 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
     gate = regression.open_gate(given["baseline"], share, out=out) if given["baseline"] else None
     report = measure(
         bundle,
+        BenchOptions(**{key: given[key] for key in BenchOptions.model_fields}),
         run_folder=run.folder if run else None,
         out=out,
-        **{key: given[key] for key in ("threads", "seconds", "batches", "sweep_threads", "fps", "soak_minutes")},
         command="prgkit " + shlex.join(sys.argv[1:]),
         gate=gate,
         note=session.terminal.note,

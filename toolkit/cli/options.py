@@ -206,6 +206,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="N",
             help="How many held-out images travel.  [default: the recipe's, 2000]",
         ),
+        click.option("--format", "formats", multiple=True, hidden=True, help="Also in this format, by its name."),
         click.option("--zip", "packs", is_flag=True, help="Also pack the bundle into one file beside it."),
         run_option,
         json_option,
@@ -217,8 +218,8 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:
     """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
-    if asked := [key for key in ("float_input", "evaluation_images", "open_vocabulary") if given[key]]:
-        option = "--" + asked[0].replace("_", "-")
+    if asked := [key for key in ("float_input", "evaluation_images", "open_vocabulary", "formats") if given[key]]:
+        option = "--" + asked[0].removesuffix("s" if asked[0] == "formats" else "").replace("_", "-")
         raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")
     if given["fp16"] and not builds:
         raise click.UsageError("--fp16 halves where the student was trained; in a bundle it is for --trt.")

@@ -18,19 +18,12 @@ from prgkit.data.labels import class_indices
 from prgkit.data.sources import DeepGreys, ImageSource, UnmeasuredGrey, measure_deep_greys, open_images
 from prgkit.errors import ImagesError, some
 from prgkit.progress import Progress, silent
+from prgkit.storage.run_card import SkippedFile
 from prgkit.workers import default_workers
 
 IMAGES_PER_TASK = 32  # small pictures decode faster than a task is handed over
 IMAGES_LOOKED_AT = 32  # to say before training what is wrong with most
 NEARLY_BLACK = 15  # of 255: what is left of 12 bits where a format of 16 keeps its upper byte
-
-
-@dataclass(frozen=True)
-class SkippedImage:
-    """An image that cannot be read, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ class ImageIndex:
     source: ImageSource
     indices: NDArray[np.int64]  # [images], into the source
     keys: tuple[str, ...]  # [images], of their content
-    unreadable: tuple[SkippedImage, ...]
+    unreadable: tuple[SkippedFile, ...]
     copies: NDArray[np.int64]  # [duplicates, (position, index into the source)] of each exact copy that was dropped
     cache: DecodedImageCache | None = None  # of images that are decoded already
     deep_greys: DeepGreys | None = None  # where their range was found here
@@ -158,15 +151,15 @@ class Outcomes:
 
     indices: dict[str, int] = field(default_factory=dict)  # by key, of the first image that has it
     copies: list[tuple[str, int]] = field(default_factory=list)  # key and index of the others
-    unreadable: list[SkippedImage] = field(default_factory=list)
+    unreadable: list[SkippedFile] = field(default_factory=list)
     unmeasured: list[tuple[str, int]] = field(default_factory=list)  # digest and index of deep greys that have to wait
 
-    def add(self, index: int, outcome: str | SkippedImage | UnmeasuredGrey) -> bool:
+    def add(self, index: int, outcome: str | SkippedFile | UnmeasuredGrey) -> bool:
         """Note one image's key, or why it has none; return whether it is done with."""
         if isinstance(outcome, UnmeasuredGrey):
             self.unmeasured.append((outcome.digest, index))
             return False
-        if isinstance(outcome, SkippedImage):
+        if isinstance(outcome, SkippedFile):
             self.unreadable.append(outcome)
         elif self.indices.setdefault(outcome, index) != index:
             self.copies.append((outcome, index))
@@ -180,14 +173,14 @@ class Outcomes:
 
 def examine(
     source: ImageSource, indices: Sequence[int], wanted: Callable[[str], bool], writer: CacheWriter | None
-) -> list[str | SkippedImage | UnmeasuredGrey]:
+) -> list[str | SkippedFile | UnmeasuredGrey]:
     """Decode one task's images and return nothing but their keys, so that memory holds one picture a worker."""
-    outcomes: list[str | SkippedImage | UnmeasuredGrey] = []
+    outcomes: list[str | SkippedFile | UnmeasuredGrey] = []
     for index in indices:
         try:
             result = source.read_with_key(index, wanted)
         except UnreadableImage as error:
-            outcomes.append(SkippedImage(error.name, error.reason))
+            outcomes.append(SkippedFile(name=error.name, reason=error.reason))
             continue
         if isinstance(result, UnmeasuredGrey):
             outcomes.append(result)
@@ -199,7 +192,7 @@ def examine(
     return outcomes
 
 
-def none_readable(source: ImageSource, unreadable: Sequence[SkippedImage]) -> ImagesError:
+def none_readable(source: ImageSource, unreadable: Sequence[SkippedFile]) -> ImagesError:
     """Build the error for images of which none can be read, with the first reasons."""
     reasons = "; ".join(f"{image.name}: {image.reason}" for image in unreadable[:3])
     return ImagesError(

@@ -18,7 +18,7 @@ from prgkit.data.snapshot import restrict_to_snapshot, save_snapshot
 from prgkit.errors import ImagesError
 from prgkit.progress import Progress
 from prgkit.storage.run import Run
-from prgkit.storage.run_card import ImageFacts, SkippedFile
+from prgkit.storage.run_card import ImageFacts
 from prgkit.teacher.clip import teacher_loader
 from prgkit.teacher.ensemble import TeacherFeatures, embed_by_all, existing_targets, open_targets
 from prgkit.teacher.feature_store import Load
@@ -205,7 +205,7 @@ def image_facts(images: ImageIndex) -> ImageFacts:
         source=images.source.spec,
         used=len(images),
         duplicates=images.duplicates,
-        unreadable=tuple(SkippedFile(name=file.name, reason=file.reason) for file in images.unreadable),
+        unreadable=tuple(images.unreadable),
         left_out=images.source.left_out,
         grey_range=images.source.grey,
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from prgkit.evaluate.bench.options import BenchOptions
+from prgkit.evaluate.report.schema import Report
 from tests.conftest import PrgkitCommand
 
 
@@ -17,9 +19,9 @@ def test_bench_is_given_the_run_or_the_bundle_alone(
 ) -> None:
     seen: list[dict[str, Any]] = []
 
-    def measure(bundle: Path, **given: Any) -> dict[str, Any]:
-        seen.append({"bundle": bundle, **given})
-        return {"rows": []}
+    def measure(bundle: Path, options: BenchOptions, **given: Any) -> Report:
+        seen.append({"bundle": bundle, **options.model_dump(), **given})
+        return Report.model_construct(rows=[])
 
     monkeypatch.setattr("prgkit.evaluate.bench.bench.bench", measure)
     monkeypatch.setattr("prgkit.evaluate.report.bench_report.report_table", lambda report: "the table")
@@ -32,7 +34,7 @@ def test_bench_is_given_the_run_or_the_bundle_alone(
         (Path("runs/tiny/bundle"), Path("runs/tiny")),
         (Path(), None),
     ]
-    assert (seen[0]["threads"], seen[0]["batches"], seen[0]["seconds"]) == (1, [4, 2], 1.0)
+    assert (seen[0]["threads"], seen[0]["batches"], seen[0]["seconds"]) == (1, (4, 2), 1.0)
     assert seen[0]["command"] == "prgkit bench --threads 1 --batches 4,2 --seconds 1"
 
 

@@ -20,8 +20,9 @@ from prgkit.data.index import index_images
 from prgkit.data.sources import open_images
 from prgkit.data.ticks import Tick, read_ticks, ticked, write_ticks
 from prgkit.errors import ImagesError
-from prgkit.evaluate.accuracy.ticked import audit as report_on
+from prgkit.evaluate.accuracy.ticked import audit_section as report_on
 from prgkit.evaluate.accuracy.ticked import teacher_share
+from prgkit.evaluate.report.schema import Row
 from prgkit.export.bundle.bundle import Evaluation
 from prgkit.export.from_run import evaluation_positions
 from prgkit.progress import NullProgress
@@ -95,7 +96,7 @@ def test_the_teacher_s_share_has_wilson_s_interval() -> None:
     found = teacher_share(ticks([True] * 8 + [False] * 2))
     assert (found.images, found.right, found.top1) == (10, 8, 80.0)
     # (0.8 + 3.8415/20 ± 1.96·√(0.8·0.2/10 + 3.8415/400)) / (1 + 3.8415/10), by hand
-    assert found.top1_interval == pytest.approx([49.016, 94.332], abs=1e-3)
+    assert found.top1_interval == pytest.approx((49.016, 94.332), abs=1e-3)
 
 
 def evaluation(count: int, *, keys: bool = True) -> Evaluation:
@@ -109,7 +110,8 @@ def logits(answers: list[int]) -> Any:
     return np.eye(3, dtype=np.float32)[answers[::-1]]
 
 
-ROW = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu", "status": "measured"}
+KEY: dict[str, Any] = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
+ROW = Row(**KEY, file=None, precision="fp32", threads=1, status="measured")
 
 
 def test_a_student_is_right_where_it_says_the_truth_and_bounded_where_nobody_knows_it() -> None:
@@ -117,14 +119,14 @@ def test_a_student_is_right_where_it_says_the_truth_and_bounded_where_nobody_kno
     known = ticks([True, True, False, False, False, None], named="two")
     known[4] = replace(known[4], named=None)  # the student says three: who knows
     section, notes = report_on(
-        known, evaluation(6), CLASSES, [(ROW, logits(answers)), ({**ROW, "status": "failed"}, None)]
+        known, evaluation(6), CLASSES, [(ROW, logits(answers)), (ROW.model_copy(update={"status": "failed"}), None)]
     )
     assert section is not None
-    assert (section["images"], section["ticked"]) == (6, 5)
-    assert section["teacher"]["top1"] == 40.0
-    (row,) = section["rows"]
-    assert (row["images"], row["right"], row["unknown"], row["top1"], row["top1_at_most"]) == (5, 2, 1, 40.0, 60.0)
-    assert row["top1_interval"] == pytest.approx([11.762, 88.238], abs=1e-3)  # Wilson's low of 2 of 5, high of 3 of 5
+    assert (section.images, section.ticked) == (6, 5)
+    assert section.teacher.top1 == 40.0
+    (row,) = section.rows
+    assert (row.images, row.right, row.unknown, row.top1, row.top1_at_most) == (5, 2, 1, 40.0, 60.0)
+    assert row.top1_interval == pytest.approx((11.762, 88.238), abs=1e-3)  # Wilson's low of 2 of 5, high of 3 of 5
     assert notes == [
         "Audit: 5 of 6 ticked, in the sheet's order, which is drawn by chance: fair, with a wider interval.",
         "Audit: where the teacher is wrong and no right class is given, an artifact that says something else counts as "
@@ -133,7 +135,7 @@ def test_a_student_is_right_where_it_says_the_truth_and_bounded_where_nobody_kno
     known[4] = replace(known[4], teacher="one", named=None)
     repeats = report_on(known, evaluation(6), CLASSES, [(ROW, logits([0, 1, 0, 1, 0, 0]))])[0]
     assert repeats is not None
-    assert repeats["rows"][0]["unknown"] == 0  # it repeats a wrong answer
+    assert repeats.rows[0].unknown == 0  # it repeats a wrong answer
 
 
 def test_passing_over_pictures_is_said_with_what_it_may_hide() -> None:
@@ -149,7 +151,7 @@ def test_why_no_artifact_has_a_figure_is_said() -> None:
     def said(found: Evaluation) -> list[str]:
         section, notes = report_on(ticks([True]), found, CLASSES, [(ROW, logits([0]))])
         assert section is not None
-        assert section["rows"] == []
+        assert section.rows == []
         return notes
 
     assert "prgkit export makes one that does" in said(evaluation(1, keys=False))[0]

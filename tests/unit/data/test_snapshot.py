@@ -22,6 +22,7 @@ from prgkit.annotation.audit import audit
 from prgkit.config.recipe import Recipe, validate
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import PrgkitError, RunError
+from prgkit.export.formats.options import ExportOptions
 from prgkit.export.from_run import export_run
 from prgkit.interrupt import Interrupted
 from prgkit.progress import NullProgress
@@ -126,7 +127,7 @@ def test_a_finished_run_says_what_is_new_and_is_judged_on_its_own(photos: Path, 
         distill(*arguments, same)
         assert f"1 files are new or changed, e.g. {path.relative_to(source)}" in same.said[-1]
         path.write_bytes(content)
-    before = export_run(run, fp16=False, trt=False, progress=NullProgress())["evaluation"]["images"]
+    before = export_run(run, ExportOptions(), progress=NullProgress()).evaluation.images
 
     put(photos, source, ALL)
     again, exporting, auditing = Heard(), Heard(), Heard()
@@ -135,8 +136,8 @@ def test_a_finished_run_says_what_is_new_and_is_judged_on_its_own(photos: Path, 
     assert f"{ALL - FEW} files are new or changed, e.g. " in told
     assert f"to learn from all: prgkit distill {run.folder}/recipe.yaml --run {run.folder}-2 " in told
     assert f"--set student.initial={run.weights}" in told
-    manifest = export_run(run, fp16=False, trt=False, progress=exporting)
-    assert manifest["evaluation"]["images"] == before
+    manifest = export_run(run, ExportOptions(), progress=exporting)
+    assert manifest.evaluation.images == before
     assert f"{source} holds {ALL - FEW} images {OTHERS}" in exporting.about("not made from")[0]
     assert audit(*arguments, count=None, progress=auditing)["drawn_from"] == FEW
     assert len(auditing.about("not made from")) == 1
@@ -167,7 +168,7 @@ def test_gone_images_stop_a_training_and_not_an_export(photos: Path, tmp_path: P
     heard = Heard()
     distill(*arguments, heard)
     assert len(heard.about("5 that were there are gone or changed")) == 1
-    export_run(run, fp16=False, trt=False, progress=heard)
+    export_run(run, ExportOptions(), progress=heard)
     assert heard.about(f"5 of the {FEW} images that this run was made from are gone")
     run.weights.unlink()
     with pytest.raises(RunError, match=f"5 of the {FEW} images that this run was made from are gone"):

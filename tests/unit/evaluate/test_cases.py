@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from prgkit.evaluate.bench import cases as plan_module
 from prgkit.evaluate.bench import latency
-from prgkit.evaluate.bench.cases import COMPILED_FROM_S, plan
+from prgkit.evaluate.bench.cases import plan
+from prgkit.evaluate.bench.latency import LatencyPlan
+from prgkit.evaluate.bench.workers import BenchContext, artifact_name
 from prgkit.evaluate.report import formatting
-from prgkit.export.bundle.bundle import NCHW, QDQ
-from prgkit.export.bundle.manifest import Artifact
+from prgkit.export.bundle.manifest import NCHW, QDQ, Artifact
+from prgkit.export.runtimes import pytorch
+from prgkit.export.runtimes.pytorch import COMPILED_FROM_S
 from prgkit.storage.run import Run
 
 FILES = [("onnx", "fp32"), ("onnx", "fp16"), ("onnx", "int8"), (QDQ, "int8"), (NCHW, "fp32")]
@@ -40,8 +43,9 @@ def bundle(files: list[tuple[str, str]] = FILES, folder: Path = Path()) -> Any:
 
 @pytest.fixture
 def everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "available_providers", lambda: [*EVERY_PROVIDER, "AzureExecutionProvider"])
-    monkeypatch.setattr(plan_module.importlib.util, "find_spec", lambda name: name)
+    providers = [*EVERY_PROVIDER, "AzureExecutionProvider"]
+    monkeypatch.setattr("prgkit.export.runtimes.onnxruntime.available_providers", lambda: providers)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 
 @pytest.mark.usefixtures("everything")
@@ -54,7 +58,7 @@ def test_each_runtime_runs_what_it_computes_as_it_stands() -> None:
             key: getattr(row, key) for key in ("artifact", "backend", "device", "threads")
         }
         assert row.threads == (2 if row.device == "cpu" else None)
-        assert spec.get("half", False) == (row.precision == "fp16")
+        assert spec["setup"].artifact.precision == row.precision
         ran.setdefault((row.backend, row.device), []).append(row.artifact)
     assert ran == {
         ("onnxruntime", "cpu"): [FP32, FP16, INT8],
@@ -65,7 +69,7 @@ def test_each_runtime_runs_what_it_computes_as_it_stands() -> None:
     }
     for key in (formatting.row_key, formatting.row_name):
         assert len({key(row) for row in rows}) == len(rows)
-    assert [latency.label(spec) for spec in specs if spec] == [formatting.row_name(row) for row in rows]
+    assert [artifact_name(spec) for spec in specs if spec] == [formatting.row_name(row) for row in rows]
     assert [formatting.row_name(row) for row in rows if row.artifact == FP32] == [
         *("onnx-fp32", "onnx-fp32 (cuda)", "onnx-fp32 (TensorRT EP, cuda)"),
         *("onnx-fp32 (OpenVINO EP)", "onnx-fp32 (OpenVINO)"),
@@ -86,10 +90,13 @@ def test_pytorch_is_compiled_only_in_a_long_bench_and_with_a_compiler(
     Run(tmp_path).weights.write_bytes(b"weights")
 
     def compiled(seconds: float, missing: str | None) -> list[tuple[str, Any]]:
-        monkeypatch.setattr(plan_module, "why_no_compiling", lambda: missing)
+        monkeypatch.setattr(pytorch, "why_no_compiling", lambda: missing)
         rows, specs = plan(bundle([]), tmp_path, gpu=False, threads=1, seconds=seconds)
         assert (rows[0].artifact, rows[0].reason) == ("torch", None)
-        return [(row.reason, spec and spec["compiled"]) for row, spec in zip(rows[1:], specs[1:], strict=True)]
+        return [
+            (row.reason, spec and spec["setup"].variant.name == "compiled")
+            for row, spec in zip(rows[1:], specs[1:], strict=True)
+        ]
 
     assert compiled(COMPILED_FROM_S - 1, None) == []
     assert compiled(COMPILED_FROM_S, None) == [(None, True)]
@@ -102,12 +109,11 @@ def test_openvino_has_a_row_of_its_own_and_its_own_samples(repvit: Any) -> None:
     one.artifacts[0] = one.artifacts[0].model_copy(update={"file": repvit.fp32.name})
     rows, specs = plan(one, None, gpu=False, threads=1)
     opened = [spec for spec in specs if spec]
-    session = latency.measure(
-        opened, repvit.pixels[:8], seconds=0.2, batches=[3], predict=[repvit.pixels[:4]], rounds=3
-    )
+    measuring = LatencyPlan(rounds=3, batches=[3], predict=[repvit.pixels[:4]])
+    session = latency.measure(opened, measuring, BenchContext(repvit.pixels[:8], seconds=0.2))
     assert [formatting.row_name(row) for row in rows] == ["onnx-fp32", "onnx-fp32 (OpenVINO)"]
     for found in session.measured:
-        assert (found.failed, found.unmeasured, list(found.sweep_ns)) == (None, {}, [3])
+        assert (found.failed, found.unmeasured, list(found.batches_ns)) == (None, {}, [3])
     ours, theirs = (found.logits for found in session.measured)
     assert ours is not None
     assert theirs is not None

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prgkit.evaluate.bench.fixed_rate import Frames, measure_fixed_rate, summarize
+from prgkit.evaluate.bench.fixed_rate import measure_fixed_rate, summarize
 from prgkit.evaluate.bench.notes import failure_notes
 from prgkit.evaluate.bench.timing import fixed_rate_runs
+from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.latency_sections import fixed_rate as fixed_rate_section
 from prgkit.evaluate.report.markdown import table_header, table_rows
-from prgkit.evaluate.report.schema import FixedRate, Report, ThreadSweep
+from prgkit.evaluate.report.schema import FixedRate, FixedRateSamples, Report, ThreadSweep
 
 MS = 1_000_000
-SPEC = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
+SPEC: dict[str, Any] = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
 
 
 class Clock:
@@ -54,8 +55,8 @@ def test_a_queue_that_only_grows_ends_after_twice_the_time() -> None:
 
 
 def test_late_frames_are_counted_and_p99_needs_a_thousand() -> None:
-    one = Frames(
-        SPEC, responses_ns=[[4 * MS, 23 * MS], [17 * MS, 10 * MS]], runs_ns=[[4 * MS, 20 * MS], [6 * MS, 8 * MS]]
+    one = FixedRateSamples(
+        **SPEC, responses_ns=[[4 * MS, 23 * MS], [17 * MS, 10 * MS]], runs_ns=[[4 * MS, 20 * MS], [6 * MS, 8 * MS]]
     )
     found = summarize(one, fps=100)
     assert found.model_dump() == {
@@ -63,11 +64,11 @@ def test_late_frames_are_counted_and_p99_needs_a_thousand() -> None:
             "frames": 4, "p50_ms": 13.5, "p99_ms": None, "max_ms": 23.0, "run_p50_ms": 7.0, "late": 2
         },
     }  # fmt: skip
-    many = Frames(SPEC, responses_ns=[[MS] * 1000], runs_ns=[[MS] * 1000])
+    many = FixedRateSamples(**SPEC, responses_ns=[[MS] * 1000], runs_ns=[[MS] * 1000])
     times = summarize(many, fps=100).times
     assert times is not None
     assert times.p99_ms == pytest.approx(1.0)
-    rows = [found, summarize(Frames(SPEC, "died"), fps=100)]
+    rows = [found, summarize(FixedRateSamples(**SPEC, responses_ns=[], runs_ns=[]), fps=100, failed="died")]
     report = Report.model_construct(fixed_rate=FixedRate(fps=100.0, deadline_ms=10.0, rows=rows))
     section = fixed_rate_section(report)
     assert section is not None
@@ -90,4 +91,4 @@ def test_late_frames_are_counted_and_p99_needs_a_thousand() -> None:
 
 def test_without_a_rate_nothing_is_opened() -> None:
     images = np.zeros((2, 4, 4, 3), dtype=np.uint8)
-    assert measure_fixed_rate([SPEC], images, None, seconds=1, note=lambda text: None) == (None, [])
+    assert measure_fixed_rate([SPEC], None, BenchContext(images, seconds=1)) == (None, [])

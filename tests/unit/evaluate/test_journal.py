@@ -9,17 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import BenchError, RunError
-from prgkit.evaluate.bench import fixed_rate, journal, latency
+from prgkit.evaluate.bench import journal, latency, workers
 from prgkit.evaluate.bench.fixed_rate import measure_fixed_rate
-from prgkit.evaluate.bench.journal import BenchJournal, conditions, open_journal, read_records
-from prgkit.evaluate.bench.latency import EncodedImages
-from prgkit.evaluate.bench.thread_sweep import thread_sweep
+from prgkit.evaluate.bench.journal import (
+    BatchRecord,
+    BenchJournal,
+    FailureRecord,
+    RoundRecord,
+    conditions,
+    open_journal,
+    read_lines,
+)
+from prgkit.evaluate.bench.latency import EncodedImages, LatencyPlan
+from prgkit.evaluate.bench.thread_sweep import sweep_threads
 from prgkit.evaluate.bench.worker import WorkerFailedError
+from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.schema import FixedRateSamples, Machine, ThreadSweepSamples, WarmUp
 from prgkit.storage.locks import locked
 
 SPECS: list[dict[str, Any]] = [{"artifact": name, "backend": "onnxruntime", "device": "cpu"} for name in ("a", "b")]
+SQUARE = Preprocessing(8, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 PIXELS = np.zeros((4, 2, 2, 3), dtype=np.uint8)
 
 
@@ -79,11 +90,10 @@ class Told:
         return Worker()
 
 
-def measure(told: Told, kept: BenchJournal | None, monkeypatch: pytest.MonkeyPatch) -> latency.Session:
-    monkeypatch.setattr(latency, "Worker", told.worker)
-    return latency.measure(
-        SPECS, PIXELS, seconds=60, batches=[1, 8], rounds=3, predict=[PIXELS[:2], PIXELS[2:]], kept=kept
-    )
+def measure(told: Told, kept: BenchJournal, monkeypatch: pytest.MonkeyPatch) -> latency.Session:
+    monkeypatch.setattr(workers, "Worker", told.worker)
+    plan = LatencyPlan(rounds=3, batches=[1, 8], predict=[PIXELS[:2], PIXELS[2:]])
+    return latency.measure(SPECS, plan, BenchContext(PIXELS, seconds=60, journal=kept))
 
 
 # Three rounds of two answers, two batch sizes of two, and two of each artifact's predictions: 14 in all.
@@ -107,7 +117,7 @@ def test_what_was_finished_is_kept_and_the_rest_is_measured(
     assert session.order == [[0, 1], [1, 0], [0, 1]]
     for one in session.measured:
         assert [len(samples) for samples in one.rounds_ns] == [1, 1, 1]
-        assert set(one.sweep_ns) == {1, 8}
+        assert set(one.batches_ns) == {1, 8}
         assert one.logits is not None
         assert one.logits.shape == (4, 3)
     kept_rounds = min(3, killed_at // 2)
@@ -121,15 +131,12 @@ def all_of_it(
     told: Told, kept: BenchJournal, monkeypatch: pytest.MonkeyPatch, *, fps: float = 30
 ) -> tuple[latency.Session, list[ThreadSweepSamples], list[FixedRateSamples]]:
     """Measure rounds (6 answers), latency stages (5 rounds of 6), a thread sweep (10 rounds of 4) and frames (5 rounds of 2)."""
-    monkeypatch.setattr(latency, "Worker", told.worker)
-    monkeypatch.setattr(fixed_rate, "Worker", told.worker)
-    session = latency.measure(
-        SPECS, PIXELS, seconds=60, batches=[], rounds=3, pictures=EncodedImages([b"picture"], {}), kept=kept
-    )
-    specs = [{**spec, "kind": "onnx"} for spec in SPECS]
-    how: dict[str, Any] = {"seconds": 60, "note": lambda text: None, "kept": kept}
-    _, by_threads = thread_sweep(specs, PIXELS, [1, 2], **how)
-    _, frames = measure_fixed_rate(specs, PIXELS, fps, **how)
+    monkeypatch.setattr(workers, "Worker", told.worker)
+    context = BenchContext(PIXELS, seconds=60, journal=kept)
+    session = latency.measure(SPECS, LatencyPlan(rounds=3, encoded=EncodedImages([b"picture"], SQUARE)), context)
+    specs = [{**spec, "takes_threads": True} for spec in SPECS]
+    _, by_threads = sweep_threads(specs, [1, 2], context)
+    _, frames = measure_fixed_rate(specs, fps, context)
     return session, by_threads, frames
 
 
@@ -154,19 +161,20 @@ def test_what_failed_before_the_kill_has_failed_after_it_too(
 
 
 def test_what_failed_before_anything_was_measured_is_tried_again(tmp_path: Path) -> None:
-    BenchJournal(tmp_path / "unfinished", {}).part("threads 1,2").add("failed", artifact=0, why="no memory")
+    died = FailureRecord(artifact=0, reason="no memory")
+    BenchJournal(tmp_path / "unfinished", {}).part("threads 1,2").add(died)
     with open_journal(tmp_path, {}, lambda text: None) as kept:
-        assert (kept.part("threads 1,2").of("failed"), kept.notes) == ([], [])
+        assert (kept.part("threads 1,2").of(FailureRecord), kept.notes) == ([], [])
 
 
 def test_frames_of_what_failed_before_the_kill_are_not_asked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_journal(tmp_path, {}, lambda text: None) as kept:
-        kept.part("100 frames/s").add("failed", artifact=0, why="it died")
+        kept.part("100 frames/s").add(FailureRecord(artifact=0, reason="it died"))
         again = Told()
-        monkeypatch.setattr(fixed_rate, "Worker", again.worker)
-        found, _ = measure_fixed_rate(SPECS, PIXELS, 100.0, seconds=1.0, note=lambda text: None, kept=kept)
+        monkeypatch.setattr(workers, "Worker", again.worker)
+        found, _ = measure_fixed_rate(SPECS, 100.0, BenchContext(PIXELS, seconds=1.0, journal=kept))
     assert found is not None
     assert [row.failed for row in found.rows] == ["it died", None]
     assert again.opened == ["b"]
@@ -220,7 +228,7 @@ def test_what_does_not_belong_is_set_aside_and_never_used(
         measure(Told(4), kept, monkeypatch)
     if change == "time":
         now = time.time()
-        monkeypatch.setattr(journal.time, "time", lambda: now + journal.SITTING_S + 1)
+        monkeypatch.setattr(journal.time, "time", lambda: now + journal.MOST_PAUSE_S + 1)
     again = Told()
     with open_journal(tmp_path, {"a": 1 if change == "time" else 2}, lambda text: None) as kept:
         measure(again, kept, monkeypatch)
@@ -241,10 +249,10 @@ def test_a_damaged_journal_ends_where_the_damage_is(tmp_path: Path, monkeypatch:
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join([*lines[:2], lines[2][:-9] + b"\n", *lines[3:]]))
     with open_journal(tmp_path, {}, lambda text: None) as kept:
-        assert len(kept.of("round")) == 1
-        assert kept.of("sweep") == []
-        kept.add("round", turns=[], samples=[])
-        assert len(read_records(journal)) == 4  # what is added can be read again: both starts, and two rounds
+        assert len(kept.of(RoundRecord)) == 1
+        assert kept.of(BatchRecord) == []
+        kept.add(RoundRecord(turns=[], measured=[]))
+        assert len(read_lines(journal)) == 4  # what is added can be read again: both starts, and two rounds
 
 
 def test_logits_that_are_not_what_was_written_are_asked_for_again(

@@ -16,8 +16,13 @@ from PIL import Image
 
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.evaluate.bench import latency
+from prgkit.evaluate.bench.latency import LatencyPlan
 from prgkit.evaluate.bench.timing import timed_runs
 from prgkit.evaluate.bench.worker import Resident, Worker, WorkerFailedError, reason
+from prgkit.evaluate.bench.workers import BenchContext, rotate
+from prgkit.export.bundle.manifest import Artifact
+from prgkit.export.runtimes.base import Setup
+from prgkit.export.runtimes.onnxruntime import ONNXRUNTIME
 
 onnx = pytest.importorskip("onnx", reason="the models under test are made with the onnx package")
 
@@ -43,15 +48,10 @@ def model(path: Path, *, batch: int | str = "batch", side: int = 8, weight: floa
 
 
 def spec(path: Path) -> dict[str, Any]:
-    return {
-        "artifact": path.stem,
-        "kind": "onnx",
-        "backend": "onnxruntime",
-        "device": "cpu",
-        "provider": "CPUExecutionProvider",
-        "threads": 1,
-        "path": str(path),
-    }
+    facts = {"precision": "fp32", "backend": "onnxruntime", "bytes": 0, "sha256": "", "executed": True, "note": None}
+    artifact = Artifact(name=path.name, file=path.name, format="onnx", **facts, parity=None)
+    setup = Setup(ONNXRUNTIME, ONNXRUNTIME.variants[0], artifact, path.parent)
+    return {"artifact": path.stem, "backend": "onnxruntime", "device": "cpu", "threads": 1, "setup": setup}
 
 
 def images(count: int = 12) -> NDArray[np.uint8]:
@@ -97,8 +97,8 @@ def test_throughput_counts_slow_runs() -> None:
 
 
 def test_each_round_starts_with_another() -> None:
-    assert [latency.rotate([0, 1, 2], turn) for turn in range(4)] == [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]
-    assert latency.rotate([], 3) == []
+    assert [rotate([0, 1, 2], turn) for turn in range(4)] == [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]
+    assert rotate([], 3) == []
 
 
 def test_timed_runs_go_on_for_both_the_time_and_the_count() -> None:
@@ -144,13 +144,8 @@ def test_artifacts_take_turns_and_bad_ones_leave_the_others_measured(tmp_path: P
     notes: list[str] = []
     session = latency.measure(
         [spec(path) for path in files],
-        images(),
-        seconds=0.4,
-        batches=(1, 4),
-        rounds=3,
-        predict=[images()[:1], images()[1:2]],
-        note=notes.append,
-        between_rounds=rounds_seen.append,
+        LatencyPlan(rounds=3, batches=(1, 4), predict=[images()[:1], images()[1:2]]),
+        BenchContext(images(), seconds=0.4, note=notes.append, before_round=rounds_seen.append),
     )
     a, damaged, fixed, b = session.measured
     assert session.order == [[0, 2, 3], [2, 3, 0], [3, 0, 2]]
@@ -165,8 +160,8 @@ def test_artifacts_take_turns_and_bad_ones_leave_the_others_measured(tmp_path: P
         assert one.warm_up is not None
         assert one.logits is not None
         assert one.logits.shape == (2, 3)
-    assert sorted(a.sweep_ns) == [1, 4]
-    assert sorted(fixed.sweep_ns) == [1]  # a model of batch 1 refuses 4, and that is all it costs
+    assert sorted(a.batches_ns) == [1, 4]
+    assert sorted(fixed.batches_ns) == [1]  # a model of batch 1 refuses 4, and that is all it costs
     assert list(fixed.unmeasured) == [4]
     assert "opening a" in notes
 
@@ -187,7 +182,9 @@ def test_a_worker_that_dies_leaves_the_others_measured(tmp_path: Path) -> None:
         if round_ == 1:
             os.kill(children()[0], signal.SIGKILL)
 
-    session = latency.measure(specs, images(), seconds=0.3, batches=(1,), rounds=3, between_rounds=kill_the_first)
+    session = latency.measure(
+        specs, LatencyPlan(rounds=3, batches=(1,)), BenchContext(images(), seconds=0.3, before_round=kill_the_first)
+    )
     dead, living = session.measured
     assert dead.failed == "its process was ended by SIGKILL, as when memory runs out"
     assert len(dead.rounds_ns) == 1
@@ -203,7 +200,9 @@ def test_an_interrupt_leaves_no_worker_behind(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         latency.measure(
-            [spec(model(tmp_path / "a.onnx"))], images(), seconds=0.2, batches=(), rounds=2, between_rounds=press
+            [spec(model(tmp_path / "a.onnx"))],
+            LatencyPlan(rounds=2),
+            BenchContext(images(), seconds=0.2, before_round=press),
         )
     assert children() == []
 
@@ -249,7 +248,7 @@ def test_a_runner_with_a_clock_of_its_own_has_a_stage_more() -> None:
     resident.images, resident.runner = images(), Gpu()  # type: ignore[assignment]
     picture = io.BytesIO()
     Image.new("RGB", (9, 9)).save(picture, "PNG")
-    square = Preprocessing(8, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3).to_dict()
+    square = Preprocessing(8, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
     assert resident.take_images([picture.getvalue()], square) == ["compute", "io", "pipeline", "end_to_end"]
     assert set(resident.measure_stage("compute", 0.001, 0.1)) == {1000}
     assert resident.measure_stage("end_to_end", 0.0, 0.0)[0] > 1000

@@ -13,8 +13,10 @@ import pytest
 from prgkit.errors import BenchError
 from prgkit.evaluate.bench import soak as module
 from prgkit.evaluate.bench.journal import BenchJournal
-from prgkit.evaluate.bench.soak import SoakProgress, check_minutes, soak, soak_lead, summarize
+from prgkit.evaluate.bench.options import BenchOptions
+from prgkit.evaluate.bench.soak import SoakProgress, soak, soak_lead, summarize
 from prgkit.evaluate.bench.worker import WorkerFailedError
+from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.html import page
 from prgkit.evaluate.report.markdown import table_header, table_rows
 from prgkit.evaluate.report.schema import (
@@ -38,19 +40,25 @@ PIXELS = np.zeros((2, 4, 4, 3), dtype=np.uint8)
 
 def soaked(*medians_ms: float, failed: str | None = None, **seen: Any) -> tuple[Report, Samples]:
     """Return the report of a soak of half a minute a window, whose windows had these medians, and its windows."""
-    one = SoakProgress(SPEC, failed)
+    one = SoakProgress(SPEC, minutes=len(medians_ms) / 2)
     for index, median_ms in enumerate(medians_ms):
         shown = {"clock_mhz": None, "temperature_c": None, "power_w": None, "throttling": []}
         shown |= {key: values[index] for key, values in seen.items()}
         runs_ns = [int(median_ms * MS)] * 1000
         times = module.percentiles_ms(runs_ns)._asdict()
-        one.add(SoakWindow(start_s=30.0 * index, seconds=30.0, **times, **shown), runs_ns, span_s=60)
+        one.add(SoakWindow(start_s=30.0 * index, seconds=30.0, **times, **shown), runs_ns)
     found = Soak(
         **SPEC,
         **{"minutes": len(medians_ms) / 2, "fps": None, "failed": failed, "window_s": 30, "windows": len(medians_ms)},
-        result=summarize(one, span_s=60),
+        result=summarize(one),
     )
     return report_of(found), Samples(order=[], rows=[], soak=SoakSamples(windows=one.windows))
+
+
+def run(minutes: float | None, *, fps: float | None = None, kept: BenchJournal | None = None, note: Any = print) -> Any:
+    """Run a soak of the stand-in that the test has put in the worker's place."""
+    context = BenchContext(PIXELS, seconds=1, journal=kept or BenchJournal(), note=note)
+    return soak(SPEC, BenchOptions(soak_minutes=minutes, fps=fps), context)
 
 
 def report_of(found: Soak | None) -> Report:
@@ -87,9 +95,9 @@ def test_the_last_minute_against_the_first() -> None:
 
 
 def test_only_the_first_and_the_last_minute_keep_their_single_runs() -> None:
-    one = SoakProgress(SPEC)
+    one = SoakProgress(SPEC, minutes=10)
     for index in range(100):
-        one.add(SoakWindow.model_construct(start_s=5.01 * index, seconds=5.0), [index], span_s=60)
+        one.add(SoakWindow.model_construct(start_s=5.01 * index, seconds=5.0), [index])
     assert [runs for _, runs in one.first] == [[index] for index in range(12)]
     assert [runs for _, runs in one.last] == [[index] for index in range(88, 100)]
 
@@ -175,7 +183,7 @@ class Told:
 def test_a_soak_runs_for_its_time_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     Told(monkeypatch)
     said: list[str] = []
-    found, raw = soak(SPEC, PIXELS, 10, fps=None, note=said.append)
+    found, raw = run(10, note=said.append)
     assert found is not None
     assert found.result is not None
     assert (found.windows, found.window_s, found.result.compared_s, found.result.late) == (120, 5, 60, None)
@@ -183,12 +191,12 @@ def test_a_soak_runs_for_its_time_in_windows(monkeypatch: pytest.MonkeyPatch) ->
     assert said[0] == "soak: onnx-fp32 for 10 min, back to back"
     assert said[1] == "soak: p50 12.0 ms, 9 min left"
     assert len(said) == 10  # one for each tenth but the last
-    found, raw = soak(SPEC, PIXELS, 0.5, fps=100, note=said.append)
+    found, raw = run(0.5, fps=100, note=said.append)
     assert found is not None
     assert found.result is not None
     assert (found.windows, found.window_s, found.result.compared_s, found.result.late) == (12, 2.5, 10, 12)
     assert shown(report_of(found)).summary[0].endswith(", 12 of 24 frames late.")
-    assert soak(SPEC, PIXELS, None, fps=None, note=said.append) == (None, SoakSamples())
+    assert run(None, note=said.append) == (None, SoakSamples())
     assert soak_section(report_of(None)) is None
 
 
@@ -197,11 +205,11 @@ def test_a_soak_that_was_killed_begins_anew_and_its_windows_stay(
 ) -> None:
     Told(monkeypatch, killed_at=7)
     with pytest.raises(KeyboardInterrupt):
-        soak(SPEC, PIXELS, 1, fps=None, note=lambda text: None, kept=BenchJournal(tmp_path / "unfinished"))
+        run(1, kept=BenchJournal(tmp_path / "unfinished"))
     Told(monkeypatch)
     again = BenchJournal(tmp_path / "unfinished")
     said: list[str] = []
-    found, raw = soak(SPEC, PIXELS, 1, fps=None, note=said.append, kept=again)
+    found, raw = run(1, note=said.append, kept=again)
     assert found is not None
     assert found.windows == 12
     assert [[window.p50_ms for window in windows] for windows in raw.stopped] == [[1, 2, 3, 4, 5, 6, 7]]
@@ -216,14 +224,14 @@ def test_a_soak_that_was_killed_begins_anew_and_its_windows_stay(
     json.dumps(raw.model_dump(mode="json"), allow_nan=False)
     Told(monkeypatch, killed_at=0)  # killed after it, while the report was written: it is not run a third time
     third = BenchJournal(tmp_path / "unfinished")
-    assert soak(SPEC, PIXELS, 1, fps=None, note=said.append, kept=third) == (found, raw)
+    assert run(1, note=said.append, kept=third) == (found, raw)
     with pytest.raises(KeyboardInterrupt):
-        soak(SPEC, PIXELS, 2, fps=None, note=said.append, kept=third)
+        run(2, note=said.append, kept=third)
 
 
 def test_a_worker_that_dies_in_a_soak_leaves_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     Told(monkeypatch, dies_at=24)
-    found, _ = soak(SPEC, PIXELS, 10, fps=None, note=lambda text: None)
+    found, _ = run(10)
     report = report_of(found)
     assert (
         shown(report)
@@ -233,7 +241,7 @@ def test_a_worker_that_dies_in_a_soak_leaves_what_it_measured(monkeypatch: pytes
         )
     )
     Told(monkeypatch, dies_at=0)
-    found, raw = soak(SPEC, PIXELS, 10, fps=None, note=lambda text: None)
+    found, raw = run(10)
     report = report_of(found)
     assert list(shown(report).summary) == [
         "Soak, onnx-fp32, 10 min back to back: failed: its process was ended by SIGKILL."
@@ -255,12 +263,12 @@ def test_the_artifact_of_the_headline_is_soaked(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "soak", lambda spec, *_, **__: (seen.append(spec["artifact"]), {}))
     key = {"artifact": "onnx-int8", "backend": "onnxruntime", "device": "cpu"}
     for int8 in ([], [Int8Verdict.model_construct(**key, kept=False)]):
-        soak_lead(rows, [*specs, None], int8, PIXELS, 1.0)
+        soak_lead(rows, [*specs, None], int8, BenchOptions(soak_minutes=1), BenchContext(PIXELS, seconds=1))
     assert seen == ["onnx-int8", "onnx-fp32"]
 
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf"), 1441.0])
 def test_a_soak_of_no_time_or_of_more_than_a_day_is_refused(minutes: float) -> None:
     with pytest.raises(BenchError) as caught:
-        check_minutes(minutes)
+        BenchOptions(soak_minutes=minutes).check()
     assert caught.value.fix == "give --soak minutes above 0 and up to 1440, a day, such as 30"

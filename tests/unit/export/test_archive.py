@@ -17,34 +17,33 @@ from prgkit.evaluate.predict import predict
 from prgkit.export.bundle.archive import left_out, pack
 from prgkit.export.bundle.bundle import open_bundle, read_evaluation
 from prgkit.export.bundle.checksums import PARTS, require_unchanged
-from prgkit.export.runtimes.base import open_runner
+from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes.parity import check_golden
 from prgkit.storage.atomic import read_json, write_sealed
 
 
 def export(repvit: Any, folder: Path) -> list[str]:
     """Export with a float file and return what was noted."""
-    from prgkit.export.pipeline import ExportOptions, HeldOut, StudentOrigin, export_student
+    from prgkit.export.formats.options import ExportOptions
+    from prgkit.export.pipeline import EvaluationSet, ExportImages, StudentOrigin, TrainedStudent, export_student
 
     notes: list[str] = []
     logits = np.random.default_rng(0).normal(size=(16, 20)).astype(np.float32)
+    origin = StudentOrigin.model_validate(
+        {
+            "run": {"name": "my photos", "fingerprint": "0" * 16, "objective": "prg", "epochs": 1},
+            "recipe": {"student": {"model": "repvit_m0_9"}},
+            "teacher": {"model": "tiny", "weights": "none", "fingerprint": "1" * 16},
+            "student": {"model": "repvit_m0_9", "parameters": 5, "image_size": 64, "initial": "random"},
+        }
+    )
+    classes, golden = [f"thing {number}" for number in range(20)], [Image.fromarray(one) for one in repvit.pixels[:16]]
+    evaluation = EvaluationSet(iter(repvit.pixels[:16]), logits, logits, labels=np.arange(16), source="made up")
     export_student(
-        repvit.student,
+        TrainedStudent(repvit.student, classes, repvit.preprocessing, origin),
+        ExportImages(repvit.pixels[:32], [picture.resize((50, 90)) for picture in golden], evaluation),
         folder,
-        pixels=repvit.pixels[:32],
-        golden=[Image.fromarray(picture).resize((50, 90)) for picture in repvit.pixels[:16]],
-        held_out=HeldOut(iter(repvit.pixels[:16]), logits, logits, labels=np.arange(16), source="made up"),
-        classes=[f"thing {number}" for number in range(20)],
-        preprocessing=repvit.preprocessing,
-        facts=StudentOrigin.model_validate(
-            {
-                "run": {"name": "my photos", "fingerprint": "0" * 16, "objective": "prg", "epochs": 1},
-                "recipe": {"student": {"model": "repvit_m0_9"}},
-                "teacher": {"model": "tiny", "weights": "none", "fingerprint": "1" * 16},
-                "student": {"model": "repvit_m0_9", "parameters": 5, "image_size": 64, "initial": "random"},
-            }
-        ),
-        options=ExportOptions(float_input=True),
+        ExportOptions(float_input=True),
         note=notes.append,
     )
     return notes
@@ -175,7 +174,7 @@ def test_it_is_not_measured(bundle: Path) -> None:
 
 def test_the_next_export_keeps_it(bundle: Path, repvit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_bundle(bundle).artifacts
-    monkeypatch.setattr("prgkit.export.pipeline.nchw_artifact", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr("prgkit.export.formats.onnx_graph.write_nchw", lambda *_: pytest.fail("made again"))
     notes = export(repvit, bundle)
     assert notes[-1] == "model.nchw.onnx: finished before, and made from the same; it is kept"
     assert open_bundle(bundle).artifacts == before

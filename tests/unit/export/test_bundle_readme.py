@@ -15,7 +15,8 @@ from PIL import Image
 
 from prgkit.data.preprocessing import Preprocessing, load_image
 from prgkit.export.bundle.manifest import Manifest
-from prgkit.export.bundle.readme import readme, resizing
+from prgkit.export.formats.snippets import resizing
+from prgkit.export.readme import readme
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

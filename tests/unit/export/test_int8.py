@@ -23,16 +23,20 @@ from prgkit.evaluate.predict import predict  # noqa: E402
 from prgkit.evaluate.report.formatting import lead_row, refused  # noqa: E402
 from prgkit.evaluate.report.schema import Int8Verdict, Latency, Row  # noqa: E402
 from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection  # noqa: E402
+from prgkit.export import engines  # noqa: E402
 from prgkit.export.bundle.bundle import open_bundle  # noqa: E402
 from prgkit.export.bundle.fidelity import in_float, int8_sentence, too_few  # noqa: E402
 from prgkit.export.bundle.manifest import BlockSensitivity, Fidelity, Quantization  # noqa: E402
 from prgkit.export.formats import tensorrt_precision  # noqa: E402
-from prgkit.export.formats.engines import build_engines, buildable, engine_name  # noqa: E402
-from prgkit.export.formats.onnx import OnnxExportModule, export_onnx  # noqa: E402
-from prgkit.export.formats.tensorrt import build_engine  # noqa: E402
-from prgkit.export.from_run import evaluation_positions, learned_images  # noqa: E402
-from prgkit.export.int8 import pipeline  # noqa: E402
+from prgkit.export.formats.onnx_export import OnnxExportModule, export_onnx  # noqa: E402
+from prgkit.export.formats.options import ExportOptions  # noqa: E402
+from prgkit.export.formats.student_export import CalibrationSet  # noqa: E402
+from prgkit.export.formats.tensorrt import buildable, engine_name  # noqa: E402
+from prgkit.export.formats.tensorrt_build import build_engine  # noqa: E402
+from prgkit.export.from_run import calibration_set, evaluation_positions  # noqa: E402
+from prgkit.export.int8 import quantise as pipeline  # noqa: E402
 from prgkit.export.int8.accuracy_control import (  # noqa: E402
+    AccuracyTarget,
     analyse_sensitivity,
     control_accuracy,
     find_fewest,
@@ -41,14 +45,18 @@ from prgkit.export.int8.accuracy_control import (  # noqa: E402
     root_kl,
 )
 from prgkit.export.int8.calibration import Spread, measure_spreads  # noqa: E402
-from prgkit.export.int8.pipeline import Learned  # noqa: E402
-from prgkit.export.int8.qdq import Block, block_name, find_blocks, tensors_of, weight_scales, write_int8  # noqa: E402
-from prgkit.export.pipeline import ExportOptions, HeldOut, StudentOrigin, export_student  # noqa: E402
+from prgkit.export.int8.qdq import Block, Quantizable, block_name, find_blocks, tensors_of, weight_scales  # noqa: E402
+from prgkit.export.pipeline import EvaluationSet, ExportImages, StudentOrigin, TrainedStudent, export_student  # noqa: E402
 from prgkit.export.runtimes.gpu import Backend, available_backends  # noqa: E402
 from prgkit.progress import NullProgress  # noqa: E402
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed  # noqa: E402
 from prgkit.storage.run import Run  # noqa: E402
 from prgkit.training.prepare import hold_out  # noqa: E402
+
+
+def build_engines(folder, *, note, **options):
+    return engines.build_engines(folder, ExportOptions(**options), note=note)
+
 
 needs_rtx = pytest.mark.skipif(
     not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
@@ -63,8 +71,8 @@ def quantised(exported, tmp_path_factory):
     spreads = measure_spreads(exported.fp32, tensors_of(exported.fp32, blocks), exported.pixels[:64])
     nodes = {node for block in blocks for node in block.nodes}
     files = {"onnxruntime": folder / "model.int8.onnx", "tensorrt": folder / "model.int8.tensorrt.onnx"}
-    write_int8(exported.fp32, files["onnxruntime"], nodes=nodes, spreads=spreads, tail=0.02, layout="onnxruntime")
-    write_int8(exported.fp16, files["tensorrt"], nodes=nodes, spreads=spreads, tail=0.02, layout="tensorrt")
+    Quantizable(exported.fp32, spreads, 0.02, "onnxruntime").write(files["onnxruntime"], nodes)
+    Quantizable(exported.fp16, spreads, 0.02, "tensorrt").write(files["tensorrt"], nodes)
     return SimpleNamespace(exported=exported, blocks=blocks, spreads=spreads, nodes=nodes, files=files)
 
 
@@ -280,16 +288,11 @@ def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
     scan = analyse_sensitivity(exported.fp32, blocks, spreads, 0.02, pixels)
     assert scan[0].block == spoilt.name
     found = control_accuracy(
-        exported.fp32,
+        Quantizable(exported.fp32, spreads, 0.02, "onnxruntime"),
         tmp_path / "model.int8.onnx",
         blocks=blocks,
-        scan=scan,
-        spreads=spreads,
-        tail=0.02,
-        layout="onnxruntime",
-        pixels=pixels,
-        logits=logits,
-        floor=60,
+        sensitivity=scan,
+        target=AccuracyTarget(pixels, logits, 60),
         note=lambda text: None,
     )
     assert found.kept
@@ -312,8 +315,8 @@ def test_the_most_sensitive_blocks_do_not_choose_the_clipping(monkeypatch):
     scan = [
         BlockSensitivity(block=f"block {number}", median_kl=0, agreement=0) for number in (7, 2, 0, 1, 3, 4, 5, 6, 8, 9)
     ]  # the most sensitive first
-    network.__dict__.update(blocks=blocks, scan=scan, spreads={})  # as if measured
-    assert network.tail == 0.04
+    network.__dict__.update(blocks=blocks, sensitivity=scan, spreads={})  # as if measured
+    assert network.clip_quantile == 0.04
     assert {block.name for block in blocks} - {block.name for block in asked} == {"block 7", "block 2"}
 
 
@@ -322,16 +325,13 @@ def test_where_the_floor_cannot_be_held_no_file_remains(quantised, tmp_path):
     pixels = exported.pixels[64:128]
     nobody = -logits_of(exported.fp32, pixels)  # the answers of another network
     found = control_accuracy(
-        exported.fp32,
+        Quantizable(exported.fp32, quantised.spreads, 0.02, "onnxruntime"),
         tmp_path / "model.int8.onnx",
         blocks=quantised.blocks[:2],
-        scan=[BlockSensitivity(block=block.name, median_kl=1.0, agreement=0.0) for block in quantised.blocks[:2]],
-        spreads=quantised.spreads,
-        tail=0.02,
-        layout="onnxruntime",
-        pixels=pixels,
-        logits=nobody,
-        floor=98,
+        sensitivity=[
+            BlockSensitivity(block=block.name, median_kl=1.0, agreement=0.0) for block in quantised.blocks[:2]
+        ],
+        target=AccuracyTarget(pixels, nobody, 98),
         note=lambda text: None,
     )
     assert not found.kept
@@ -393,17 +393,18 @@ def export(repvit, folder, notes, *, count, **options):
     teacher = generator.normal(size=(count, 20)).astype(np.float32)
     run = {"name": "test", "fingerprint": "0" * 16, "objective": "prg", "epochs": 1}
     facts = {"run": run, "recipe": {}, "teacher": {"model": "tiny", "fingerprint": ""}, "student": {"model": "repvit"}}
+    evaluation = EvaluationSet(iter(repvit.pixels[64:][:count]), teacher, teacher, None, "made up")
+    classes = [f"thing {number}" for number in range(20)]
     return export_student(
-        repvit.student,
+        TrainedStudent(repvit.student, classes, repvit.preprocessing, StudentOrigin.model_validate(facts)),
+        ExportImages(
+            repvit.pixels[:32],
+            [Image.fromarray(pixels) for pixels in repvit.pixels[:2]],
+            evaluation,
+            lambda: CalibrationSet(64, lambda places: repvit.pixels[places]),
+        ),
         folder,
-        pixels=repvit.pixels[:32],
-        golden=[Image.fromarray(pixels) for pixels in repvit.pixels[:2]],
-        held_out=HeldOut(iter(repvit.pixels[64:][:count]), teacher, teacher, None, "made up"),
-        classes=[f"thing {number}" for number in range(20)],
-        preprocessing=repvit.preprocessing,
-        facts=StudentOrigin.model_validate(facts),
-        options=ExportOptions(**options),
-        learned=lambda: Learned(64, lambda places: repvit.pixels[places]),
+        ExportOptions(**options),
         note=notes.append,
     )
 
@@ -547,7 +548,8 @@ def test_int8_that_was_not_kept_is_not_tried_again_before_something_changes(bund
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     tried = []
 
-    def missed(source, path, *, floor, **_):
+    def missed(network, path, *, target, **_):
+        floor = target.floor
         tried.append(floor)
         found = {"kept": False, "floor": floor, "blocks": 5, "float_blocks": ["a"], "clip_quantile": 0.0}
         return Quantization(**found, fidelity=Fidelity(images=192, agreement=50.0, interval=(40.0, 60.0)))
@@ -701,7 +703,7 @@ def test_silu_beside_int8_stays_one_pass_in_onnx_runtime(tmp_path):
     blocks, pixels = find_blocks(fp32), np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
     spreads = measure_spreads(fp32, tensors_of(fp32, blocks), pixels)
     nodes = {node for block in blocks for node in block.nodes}
-    write_int8(fp32, path, nodes=nodes, spreads=spreads, tail=0.0, layout="onnxruntime")
+    Quantizable(fp32, spreads, 0.0, "onnxruntime").write(path, nodes)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(fused)
     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -727,17 +729,12 @@ def test_blocks_left_in_float_are_counted_and_stay_there(quantised, tmp_path):
     exported, blocks, path = quantised.exported, quantised.blocks, tmp_path / "int8.onnx"
     pixels = exported.pixels[192:]
     found = control_accuracy(
-        exported.fp32,
+        Quantizable(exported.fp32, quantised.spreads, 0.02, "onnxruntime"),
         path,
         blocks=blocks[1:],
-        scan=[BlockSensitivity(block=block.name, median_kl=0, agreement=0) for block in blocks[1:]],
-        spreads=quantised.spreads,
-        tail=0.02,
-        layout="onnxruntime",
-        pixels=pixels,
-        logits=logits_of(exported.fp32, pixels),
-        floor=0,
-        left=[blocks[0].name],
+        sensitivity=[BlockSensitivity(block=block.name, median_kl=0, agreement=0) for block in blocks[1:]],
+        target=AccuracyTarget(pixels, logits_of(exported.fp32, pixels), 0),
+        left_in_float=[blocks[0].name],
         note=lambda text: None,
     )
     assert (found.blocks, found.float_blocks) == (len(blocks), (blocks[0].name,))
@@ -756,7 +753,7 @@ def test_nothing_that_is_held_out_is_learned_from(tmp_path):
     images = read_image_index(recipe.data.image_spec, NullProgress())
     positions = evaluation_positions(images, recipe)
     run = Run(tmp_path / "run")
-    learned = learned_images(run, images, positions[:-1], preprocessing, recipe, (), NullProgress())
+    learned = calibration_set(run, images, positions[:-1], preprocessing, recipe, (), NullProgress())
     taken = {pixels.tobytes() for pixels in learned.read(np.arange(learned.images))}
     held = {preprocessing.prepare(images.read(place)).tobytes() for place in hold_out(images.keys, 0.3).tolist()}
     assert (len(taken), len(held)) == (60 - len(positions), len(positions))
@@ -765,9 +762,9 @@ def test_nothing_that_is_held_out_is_learned_from(tmp_path):
     np.save(run.confidence_file, np.linspace(0, 1, learned.images, dtype=np.float32))
     write_sealed(run.answers_file, {"confidence_sha256": sha256(run.confidence_file)})
     recipe = load_recipe("custom", overrides=[*sets, "data.keep.min_confidence=0.5"])
-    sure = learned_images(run, images, positions, preprocessing, recipe, (), NullProgress())
+    sure = calibration_set(run, images, positions, preprocessing, recipe, (), NullProgress())
     half = learned.read(np.arange(learned.images))[(learned.images + 1) // 2 :]
     np.testing.assert_array_equal(sure.read(np.arange(sure.images)), half, "nor those that the teacher is unsure of")
     run.confidence_file.write_bytes(run.confidence_file.read_bytes()[:-1])
     with pytest.raises(TargetsError, match=r"confidence\.npy is missing, or is not what the run wrote"):
-        learned_images(run, images, positions, preprocessing, recipe, (), NullProgress())
+        calibration_set(run, images, positions, preprocessing, recipe, (), NullProgress())

@@ -18,7 +18,7 @@ onnx = pytest.importorskip("onnx")
 
 import prgkit  # noqa: E402
 from prgkit.errors import ExportError  # noqa: E402
-from prgkit.export.formats.onnx import (  # noqa: E402
+from prgkit.export.formats.onnx_export import (  # noqa: E402
     OnnxExportModule,
     export_onnx,
     lower_opset,
@@ -26,9 +26,11 @@ from prgkit.export.formats.onnx import (  # noqa: E402
     rehearse_fp16,
     write_fp16,
 )
-from prgkit.export.pipeline import ExportOptions, check_opset  # noqa: E402
-from prgkit.export.runtimes.base import OnnxRunner, TorchRunner  # noqa: E402
+from prgkit.export.formats.onnx_int8 import ONNX_INT8  # noqa: E402
+from prgkit.export.formats.options import ExportOptions  # noqa: E402
+from prgkit.export.runtimes.onnxruntime import OnnxRunner  # noqa: E402
 from prgkit.export.runtimes.parity import compare, require_agreement, run_batches  # noqa: E402
+from prgkit.export.runtimes.pytorch import TorchRunner  # noqa: E402
 
 
 def logits_of(module, pixels):
@@ -66,7 +68,7 @@ def test_a_fusion_that_changes_the_logits_is_refused(repvit, monkeypatch):
             next(iter(fused.parameters())).mul_(1.01)
         return fused
 
-    monkeypatch.setattr("prgkit.export.formats.onnx.reparameterised", broken)
+    monkeypatch.setattr("prgkit.export.formats.onnx_export.reparameterised", broken)
     with pytest.raises(ExportError, match=r"on 16 images: max abs difference \d.*\(allowed .*\), top-1 agreement"):
         onnx_export_module(repvit.student, torch.from_numpy(repvit.pixels[:16]))
 
@@ -207,10 +209,10 @@ def test_an_operator_that_an_opset_does_not_know_is_named():
 
 
 def test_int8_for_tensorrt_in_an_opset_without_fp16_scales_is_refused_at_once():
-    check_opset(ExportOptions(opset=17, int8=True))
-    check_opset(ExportOptions(opset=19, int8=True, trt=True))
+    ONNX_INT8.require(ExportOptions(opset=17, int8=True))
+    ONNX_INT8.require(ExportOptions(opset=19, int8=True, trt=True))
     with pytest.raises(ExportError, match=r"INT8 for TensorRT cannot be written in opset 18: its scales are FP16"):
-        check_opset(ExportOptions(opset=18, int8=True, trt=True))
+        ONNX_INT8.require(ExportOptions(opset=18, int8=True, trt=True))
 
 
 def test_the_exporter_prints_nothing(repvit, tmp_path, capfd):

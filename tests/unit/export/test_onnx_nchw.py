@@ -13,7 +13,10 @@ import pytest
 
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ParityError
-from prgkit.export.formats.onnx_nchw import normalised, write_nchw
+from prgkit.export.bundle.manifest import Artifact
+from prgkit.export.formats.onnx_graph import write_nchw
+from prgkit.export.formats.onnx_nchw import ONNX_NCHW, float_input
+from prgkit.export.runtimes.onnxruntime import normalised
 
 
 def session(path: Path) -> Any:
@@ -33,7 +36,7 @@ def test_a_pixel_is_normalised_as_by_hand() -> None:
 
 
 def test_it_answers_as_the_documented_file_does(exported: Any, tmp_path: Path) -> None:
-    write_nchw(exported.fp32, tmp_path / "model.nchw.onnx", exported.preprocessing)
+    write_nchw(exported.fp32, tmp_path / "model.nchw.onnx", float_input(exported.preprocessing))
     theirs, ours = session(tmp_path / "model.nchw.onnx"), session(exported.fp32)
     (given,) = theirs.get_inputs()
     assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(float)", [3, 64, 64])
@@ -50,7 +53,7 @@ def test_it_answers_as_the_documented_file_does(exported: Any, tmp_path: Path) -
 
 def test_the_file_says_what_it_takes_and_what_it_names(exported: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.nchw.onnx"
-    write_nchw(exported.fp32, path, exported.preprocessing)
+    write_nchw(exported.fp32, path, float_input(exported.preprocessing))
     described = session(path).get_modelmeta().custom_metadata_map
     assert json.loads(described["classes"])[:2] == ["thing 0", "thing 1"]
     takes = json.loads(described["input"])
@@ -64,15 +67,21 @@ def test_the_file_says_what_it_takes_and_what_it_names(exported: Any, tmp_path: 
 
 def test_another_normalisation_does_not_pass(repvit: Any, tmp_path: Path) -> None:
     """Logits are PyTorch's; a file that is given unnormalised pixels must not agree with them."""
-    from prgkit.export.formats.onnx_nchw import nchw_artifact
-    from prgkit.export.runtimes.base import TorchRunner
-    from prgkit.export.runtimes.parity import run_batches
+    from prgkit.export.bundle.artifact_cache import ArtifactCache
+    from prgkit.export.formats.options import ExportOptions
+    from prgkit.export.formats.student_export import StudentExport
 
-    (tmp_path / "model.onnx").write_bytes(repvit.fp32.read_bytes())
-    pixels = repvit.pixels[:16]
-    given = {"pixels": pixels, "reference_logits": run_batches(TorchRunner(repvit.student), pixels)}
-    entry = nchw_artifact(tmp_path, **given, preprocessing=repvit.preprocessing, note=lambda _: None)
-    assert entry.parity.top1_agreement == 100.0
+    def make(folder: Path, preprocessing: Preprocessing) -> Artifact:
+        folder.mkdir()
+        (folder / "model.onnx").write_bytes(repvit.fp32.read_bytes())
+        cache = ArtifactCache(folder, bundle=folder / "none", note=lambda _: None)
+        given = (repvit.student, [], preprocessing, ExportOptions(), repvit.pixels[:16], None, folder, folder, cache)
+        (artifact,) = ONNX_NCHW.make(StudentExport(*given, origin={}, note=lambda _: None)).artifacts
+        return artifact
+
+    parity = make(tmp_path / "right", repvit.preprocessing).parity
+    assert parity is not None
+    assert parity.top1_agreement == 100.0
     wrong = Preprocessing(64, 1.0, "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     with pytest.raises(ParityError, match=r"onnx-nchw \(fp32\) does not agree with torch on 16 images"):
-        nchw_artifact(tmp_path, **given, preprocessing=wrong, note=lambda _: None)
+        make(tmp_path / "wrong", wrong)

@@ -35,17 +35,18 @@ from prgkit.export import relabel as relabelling  # noqa: E402
 from prgkit.export.bundle.archive import pack  # noqa: E402
 from prgkit.export.bundle.bundle import open_bundle, read_evaluation  # noqa: E402
 from prgkit.export.bundle.manifest import Manifest  # noqa: E402
-from prgkit.export.formats.onnx import export_onnx, onnx_export_module, write_fp16  # noqa: E402
+from prgkit.export.formats.onnx_export import export_onnx, onnx_export_module, write_fp16  # noqa: E402
 from prgkit.export.formats.open_vocabulary import make_input, scored, write_classes  # noqa: E402
-from prgkit.export.formats.tensorrt import build_engine  # noqa: E402
+from prgkit.export.formats.options import ExportOptions  # noqa: E402
+from prgkit.export.formats.tensorrt_build import build_engine  # noqa: E402
 from prgkit.export.from_run import check_vocabulary, export_run  # noqa: E402
 from prgkit.export.int8.calibration import measure_spreads  # noqa: E402
-from prgkit.export.int8.qdq import find_blocks, tensors_of, write_int8  # noqa: E402
-from prgkit.export.pipeline import ExportOptions  # noqa: E402
+from prgkit.export.int8.qdq import Quantizable, find_blocks, tensors_of  # noqa: E402
 from prgkit.export.relabel import relabel, settled_bundle  # noqa: E402
-from prgkit.export.runtimes.base import OnnxRunner, TorchRunner  # noqa: E402
 from prgkit.export.runtimes.gpu import available_backends  # noqa: E402
+from prgkit.export.runtimes.onnxruntime import OnnxRunner  # noqa: E402
 from prgkit.export.runtimes.parity import run_batches  # noqa: E402
+from prgkit.export.runtimes.pytorch import TorchRunner  # noqa: E402
 from prgkit.progress import NullProgress  # noqa: E402
 from prgkit.storage.atomic import read_json, write_sealed  # noqa: E402
 from prgkit.storage.locks import locked  # noqa: E402
@@ -100,7 +101,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run = distill(validate(page(), where="here"), Path("runs/prg"), Path("targets"), NullProgress())
-        export_run(run, fp16=True, trt=False, float_input=True, open_vocabulary="initializer", progress=NullProgress())
+        export_run(
+            run, ExportOptions(fp16=True, float_input=True, class_vectors="initializer"), progress=NullProgress()
+        )
     return folder
 
 
@@ -170,10 +173,10 @@ def test_what_was_relabelled_is_not_taken_for_what_was_exported(run: Run, monkey
         raise MadeAnewError
 
     def export() -> Manifest:
-        return export_run(run, fp16=False, trt=False, open_vocabulary="initializer", progress=NullProgress())
+        return export_run(run, ExportOptions(class_vectors="initializer"), progress=NullProgress())
 
     before = [entry.sha256 for entry in open_bundle(run.bundle).artifacts]
-    monkeypatch.setattr("prgkit.export.pipeline.export_onnx", make_anew)
+    monkeypatch.setattr("prgkit.export.formats.onnx_export.export_onnx", make_anew)
     assert [entry.sha256 for entry in export().artifacts] == before
     relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
     assert not {entry.sha256 for entry in open_bundle(run.bundle).artifacts} & set(before)  # nor by bench's choice
@@ -185,7 +188,7 @@ def test_what_was_relabelled_is_not_taken_for_what_was_exported(run: Run, monkey
 def test_a_bundle_is_not_replaced_while_another_process_works_in_it(run: Run) -> None:
     with locked(run.bundle, "bundle"):
         with pytest.raises(RunError, match="is working on this bundle"):
-            export_run(run, fp16=False, trt=False, open_vocabulary="initializer", progress=NullProgress())
+            export_run(run, ExportOptions(class_vectors="initializer"), progress=NullProgress())
         with pytest.raises(RunError, match="is working on this bundle"):
             relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
 
@@ -315,7 +318,9 @@ def test_engines_do_not_take_class_vectors_as_an_input() -> None:
 def test_class_vectors_as_an_input_give_the_same_answers(run: Run) -> None:
     files = ["model.onnx", "model.fp16.onnx"]
     before = [logits_of(run.bundle, file) for file in files]
-    manifest = export_run(run, fp16=True, trt=False, float_input=True, open_vocabulary="input", progress=NullProgress())
+    manifest = export_run(
+        run, ExportOptions(fp16=True, float_input=True, class_vectors="input"), progress=NullProgress()
+    )
     assert manifest.open_vocabulary.class_vectors == "input"
     width = manifest.open_vocabulary.width
     wanted = {"name": "class_vectors", "dtype": "float32", "shape": ["classes", width]}
@@ -359,7 +364,7 @@ def test_the_device_names_new_classes_without_torch(run: Run) -> None:
 def test_bench_runs_pytorch_with_the_classes_of_the_bundle(run: Run) -> None:
     relabel(run.bundle, CLASSES, run=run, progress=NullProgress())
     _, specs = plan(open_bundle(run.bundle), run.folder, {"gpus": []}, threads=1)
-    (spec,) = [one for one in specs if one and one["kind"] == "torch"]
+    (spec,) = [one for one in specs if one and one["backend"] == "torch"]
     pixels = read_evaluation(run.bundle).pixels
     np.testing.assert_allclose(opener(spec)().run(pixels), logits_of(run.bundle), atol=1e-4)
 
@@ -441,7 +446,7 @@ def test_int8_leaves_the_product_in_float(reparameterised: SimpleNamespace, tmp_
         reparameterised.fp32, tensors_of(reparameterised.fp32, blocks), reparameterised.pixels[:16]
     )
     path, nodes = tmp_path / "model.int8.onnx", {node for block in blocks for node in block.nodes}
-    write_int8(reparameterised.fp32, path, nodes=nodes, spreads=spreads, tail=1e-4, layout="onnxruntime")
+    Quantizable(reparameterised.fp32, spreads, 1e-4, "onnxruntime").write(path, nodes)
     graph = onnx.load(str(path)).graph
     (product,) = [node for node in graph.node if "class_vectors" in node.input]
     assert list(product.input) == ["unit_features", "class_vectors"]

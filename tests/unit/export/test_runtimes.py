@@ -12,21 +12,21 @@ import pytest
 from prgkit.errors import BackendError, ExportError
 from prgkit.evaluate.bench.worker import opener, reason
 from prgkit.export.bundle.manifest import Artifact
-from prgkit.export.runtimes import base
-from prgkit.export.runtimes.base import (
-    PROVIDERS,
-    OnnxRunner,
-    OpenVinoRunner,
-    TorchRunner,
-    compiled,
-    open_runner,
-    why_no_compiling,
-)
+from prgkit.export.runtimes import open_runner
+from prgkit.export.runtimes import openvino as openvino_module
+from prgkit.export.runtimes.base import Setup
+from prgkit.export.runtimes.onnxruntime import ONNXRUNTIME, PROVIDERS, OnnxRunner
+from prgkit.export.runtimes.openvino import OPENVINO, OpenVinoRunner
+from prgkit.export.runtimes.pytorch import TorchRunner, compiled, why_no_compiling
 
 
 def artifact(name, file, kind):
     facts = {"precision": "fp32", "backend": "", "bytes": 0, "sha256": "", "executed": True, "note": None}
     return Artifact(name=name, file=file, format=kind, **facts, parity=None)
+
+
+def setup(runtime, path):
+    return Setup(runtime, runtime.variants[0], artifact(path.name, path.name, "onnx"), path.parent)
 
 
 def test_torch_and_onnx_runtime_speak_the_same_protocol(repvit):
@@ -140,18 +140,18 @@ def openvino():
 
 
 def test_what_opening_needs_is_imported_before_its_time_is_taken(tmp_path, monkeypatch):
-    needed = "prgkit.export.runtimes.tensorrt"
+    needed = "onnxruntime"
     monkeypatch.delitem(sys.modules, needed)
     path = tmp_path / "none.onnx"
-    opening = opener({"kind": "onnx", "path": str(path), "provider": "CPUExecutionProvider", "threads": 1})
+    opening = opener({"setup": setup(ONNXRUNTIME, path), "threads": 1})
     assert needed in sys.modules
     with pytest.raises(BackendError, match=r"none\.onnx"):
         opening()
 
 
 def test_openvino_gives_onnx_runtimes_answer(openvino, exported, monkeypatch):
-    monkeypatch.setattr(base, "SHAPES", 2)
-    runner = opener({"kind": "openvino", "path": str(exported.fp32), "threads": 1})()
+    monkeypatch.setattr(openvino_module, "SHAPES", 2)
+    runner = opener({"setup": setup(OPENVINO, exported.fp32), "threads": 1})()
     assert (runner.name, runner.backend, runner.device) == ("model.onnx", "openvino", "cpu")
     reference = OnnxRunner(exported.fp32, threads=1)
     for batch in (1, 3, 2, 3, 1):
@@ -237,6 +237,8 @@ def test_the_manifest_chooses_the_runner(repvit):
 
 
 def test_an_engine_that_is_not_there_is_named(tmp_path):
-    entry = artifact("tensorrt_rtx-fp16", "model.fp16.tensorrt_rtx.engine", "engine")
+    entry = artifact("tensorrt_rtx-fp16", "model.fp16.tensorrt_rtx.engine", "engine").model_copy(
+        update={"backend": "tensorrt_rtx"}
+    )
     with pytest.raises(ExportError, match=r"there is no engine model\.fp16\.tensorrt_rtx\.engine"):
         open_runner(tmp_path, entry)

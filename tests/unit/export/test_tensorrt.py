@@ -16,8 +16,8 @@ import pytest
 from prgkit.cli.values import gpu_generations
 from prgkit.errors import BackendError, ExportError
 from prgkit.export.bundle.engine_metadata import engine_metadata_path, load_engine_metadata
-from prgkit.export.formats import tensorrt, timing_cache
-from prgkit.export.formats.tensorrt import build_engine
+from prgkit.export.formats import tensorrt_build
+from prgkit.export.formats.tensorrt_build import build_engine
 from prgkit.export.formats.tensorrt_precision import LEAST_INT8_WEIGHTS, constant, layers_of, leave_small_in_fp16
 from prgkit.export.runtimes import gpu
 from prgkit.export.runtimes.gpu import Gpu, available_backends, choose_backend, choose_targets, find_gpu
@@ -205,15 +205,14 @@ def test_an_int8_engine_is_smaller_than_the_fp16_one(repvit, tmp_path):
     """RepViT-M0.9 at 224 px; with every convolution in INT8 its engine was 1.4 times as large as FP16's."""
     onnx = pytest.importorskip("onnx")
     from prgkit.export.int8.calibration import measure_spreads
-    from prgkit.export.int8.qdq import find_blocks, tensors_of, write_int8
+    from prgkit.export.int8.qdq import Quantizable, find_blocks, tensors_of
 
     blocks = find_blocks(repvit.fp32)
     spreads = measure_spreads(repvit.fp32, tensors_of(repvit.fp32, blocks), repvit.pixels[:4])
     half, quantised = tmp_path / "model.fp16.onnx", tmp_path / "model.int8.tensorrt.onnx"
     enlarge(repvit.fp16, half, onnx)
-    write_int8(
-        half, quantised, nodes={n for block in blocks for n in block.nodes}, spreads=spreads, tail=0, layout="tensorrt"
-    )
+    nodes = {node for block in blocks for node in block.nodes}
+    Quantizable(half, spreads, 0, "tensorrt").write(quantised, nodes)
     build = {"backend": "tensorrt_rtx", "batch": (1, 1, 32)}
     fp16 = build_engine(half, tmp_path, precision="fp16", **build)
     int8 = build_engine(quantised, tmp_path, precision="int8", **build)
@@ -226,18 +225,18 @@ def test_an_int8_engine_is_smaller_than_the_fp16_one(repvit, tmp_path):
 def test_a_small_convolution_of_an_int8_network_is_fp16_throughout(repvit, tmp_path):
     onnx = pytest.importorskip("onnx")
     from prgkit.export.int8.calibration import measure_spreads
-    from prgkit.export.int8.qdq import find_blocks, tensors_of, write_int8
+    from prgkit.export.int8.qdq import Quantizable, find_blocks, tensors_of
 
     blocks = find_blocks(repvit.fp32)
     spreads = measure_spreads(repvit.fp32, tensors_of(repvit.fp32, blocks), repvit.pixels[:4])
     path = tmp_path / "model.onnx"
     nodes = {node for block in blocks for node in block.nodes}
-    write_int8(repvit.fp16, path, nodes=nodes, spreads=spreads, tail=0, layout="tensorrt")
+    Quantizable(repvit.fp16, spreads, 0, "tensorrt").write(path, nodes)
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
     trt = pytest.importorskip("tensorrt_rtx")
     logger = gpu.quiet_logger(trt)
     builder = trt.Builder(logger)
-    network, parser = tensorrt.parse(trt, builder, logger, path)
+    network, parser = tensorrt_build.parse(trt, builder, logger, path)
     counts, alive = leave_small_in_fp16(trt, network)
     layers = layers_of(network)
     made_by = {layer.get_output(0).name: layer for layer in layers}
@@ -285,21 +284,21 @@ def test_tensorrt_keeps_its_timings_and_may_build_for_more_than_one_gpu_model(re
 def test_a_level_of_compatibility_that_tensorrt_does_not_have_is_an_error():
     old = SimpleNamespace(__version__="10.0", HardwareCompatibilityLevel=SimpleNamespace(__members__={"NONE": 0}))
     with pytest.raises(BackendError, match=r"tensorrt 10\.0 cannot build for SM89"):
-        tensorrt.set_targets(old, SimpleNamespace(), "tensorrt", ["SM89"], asked=True)
+        tensorrt_build.set_targets(old, SimpleNamespace(), "tensorrt", ["SM89"], asked=True)
 
 
 def test_timings_that_cannot_be_written_cost_no_engine(tmp_path):
     (tmp_path / "file").touch()
     config = SimpleNamespace(get_timing_cache=lambda: SimpleNamespace(serialize=lambda: b"timings"))
-    timing_cache.keep_cache(config, tmp_path / "file" / "cache")
-    timing_cache.keep_cache(config, tmp_path / "cache")
+    tensorrt_build.keep_cache(config, tmp_path / "file" / "cache")
+    tensorrt_build.keep_cache(config, tmp_path / "cache")
     assert (tmp_path / "cache").read_bytes() == b"timings"
 
 
 @pytest.mark.parametrize("batch", [(0, 1, 1), (2, 1, 4), (1, 4, 2)])
 def test_an_impossible_batch_profile_is_refused(tmp_path, batch):
     with pytest.raises(ExportError, match="a batch profile is"):
-        tensorrt.check_batch(batch)
+        tensorrt_build.check_batch(batch)
 
 
 @needs_rtx
@@ -364,7 +363,7 @@ def test_an_unknown_backend_is_named_with_the_nearest():
 def test_tensorrt_is_preferred_only_where_a_gpu_is(monkeypatch):
     """Stand-ins for the modules: this is about the choice, not about TensorRT."""
     fakes = {"tensorrt": SimpleNamespace(__version__="11.0"), "tensorrt_rtx": SimpleNamespace(__version__="1.7")}
-    monkeypatch.setattr(tensorrt.importlib, "import_module", fakes.__getitem__)
+    monkeypatch.setattr(tensorrt_build.importlib, "import_module", fakes.__getitem__)
     monkeypatch.setattr(gpu, "find_gpu", lambda: None)
     assert choose_backend().name == "tensorrt_rtx"
     with pytest.raises(BackendError, match="tensorrt: installed, but it builds only where an NVIDIA GPU"):
@@ -378,7 +377,7 @@ def test_a_placeholder_wheel_that_cannot_be_imported_is_told_from_none(monkeypat
     def broken(name):
         raise ImportError("libnvinfer.so.11: cannot open shared object file")
 
-    monkeypatch.setattr(tensorrt.importlib, "import_module", broken)
+    monkeypatch.setattr(tensorrt_build.importlib, "import_module", broken)
     problem = available_backends()["tensorrt"].problem
     assert problem.startswith("cannot be imported (libnvinfer.so.11: cannot open shared object file); pip install")
 
@@ -448,8 +447,10 @@ def as_tensorrt(monkeypatch):
             return super().build_serialized_network(network, config.real)
 
     module = SimpleNamespace(**{**vars(rtx), "Builder": Builder, "__version__": "11.4"})
-    real = tensorrt.importlib.import_module
-    monkeypatch.setattr(tensorrt.importlib, "import_module", lambda name: module if name == "tensorrt" else real(name))
+    real = tensorrt_build.importlib.import_module
+    monkeypatch.setattr(
+        tensorrt_build.importlib, "import_module", lambda name: module if name == "tensorrt" else real(name)
+    )
     monkeypatch.setattr(gpu, "find_gpu", lambda: Gpu("some GPU", "SM89", "13.0"))
     return told
 
@@ -473,14 +474,14 @@ def test_a_gpu_is_asked_for_its_name_generation_and_driver(monkeypatch):
 
 
 def without(monkeypatch, *names):
-    real = tensorrt.importlib.import_module
+    real = tensorrt_build.importlib.import_module
 
     def import_module(name):
         if name in names:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name)
 
-    monkeypatch.setattr(tensorrt.importlib, "import_module", import_module)
+    monkeypatch.setattr(tensorrt_build.importlib, "import_module", import_module)
 
 
 def copied(engines, folder):

@@ -21,7 +21,7 @@ except ImportError:
 from prgkit.errors import BackendError
 from prgkit.export.bundle.engine_metadata import EngineMetadata, write_engine_metadata
 from prgkit.export.bundle.manifest import TensorSpec
-from prgkit.export.formats.tensorrt import build_engine
+from prgkit.export.formats.tensorrt_build import build_engine
 from prgkit.export.runtimes import tensorrt
 from prgkit.export.runtimes.gpu import Gpu, available_backends, this_platform
 from prgkit.export.runtimes.tensorrt import TensorRTRunner, require_match, why_not_here

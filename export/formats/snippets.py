@@ -1,77 +1,25 @@
-"""The README that travels in a bundle: what it is, and the few lines that run it without prgkit."""
+"""Programs that run a bundle's files without prgkit: a few lines of Python, C++ for ONNX Runtime and for TensorRT."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from pathlib import PurePath
 
-from prgkit.config.image_size import Size, sides, size_told
+from prgkit.config.image_size import Size, sides
 from prgkit.data.decode import LARGEST, NO_DATA
 from prgkit.data.preprocessing import LONGEST, Preprocessing
-from prgkit.export.bundle.manifest import Artifact, ClassScoring, Manifest, TensorSpec
+from prgkit.export.bundle.manifest import Manifest
 
-OLDEST_ONNXRUNTIME = {17: "1.12", 18: "1.15", 19: "1.16", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23"}  # by opset
 TWO_INPUTS = """In other languages give both inputs, too: `pixels`, and `class_vectors` [classes, D] float32. Engines
 hold their class vectors: `prgkit export --open-vocabulary --trt`, where the student was trained, makes such a bundle.
 """
 
 
-def readme(manifest: Manifest) -> str:
-    """Return the bundle's README: what it is, how to run it with onnxruntime and TensorRT, and what lies beside it."""
-    size, classes = manifest.preprocessing.image_size, len(manifest.classes)
-    height, width = sides(size)
-    teacher = manifest.teacher.model
-    if teacher.startswith("local-dir:"):
-        teacher = PurePath(teacher).name  # where it lay is nobody's business
-    rows = "\n".join(
-        f"| {artifact.file} | {artifact.precision} | {artifact.backend} | {whether_executed(artifact)} |"
-        for artifact in manifest.artifacts
-    )
-    by_what = "the range that each one's values speak for"
-    if manifest.preprocessing.grey_range:
-        by_what = "the range of the images that were learned from"
-    scoring, opset = manifest.open_vocabulary, manifest.export.opset
-    takes_vectors = bool(scoring and scoring.class_vectors == "input")
-    second = f" and `class_vectors` [classes, {scoring.width}] float32" if scoring and takes_vectors else ""
-    others = [TWO_INPUTS if takes_vectors else cpp_sections(size, manifest)]
-    others += [float_section(artifact.file, artifact.input) for artifact in manifest.artifacts if artifact.input]
-    if scoring:
-        others.append(vocabulary_section(scoring, takes_vectors=takes_vectors))
-    return f"""# {manifest.student.model}, {classes} classes, {size_told(size)} px
-
-Made by prgkit from the teacher {teacher}. Input `pixels` [batch, {height}, {width}, 3] uint8 RGB{second}, output
-`logits` [batch, {classes}] float32. Mean and standard deviation are applied inside; class names are in the file, as
-JSON.
-
-| file | precision | runs with | executed where it was made |
-|---|---|---|---|
-{rows}
-
-The ONNX files are of opset {opset}, which ONNX Runtime {OLDEST_ONNXRUNTIME[opset]} and newer read; for an older one
-export again with `export.opset` set to a lower number, down to 17.
-
-## Python, with onnxruntime alone
-
-```python
-{python_lines(manifest.preprocessing, takes_vectors=takes_vectors)}
-```
-
-Pictures of every kind are read as they were for training: upright, transparency on white, and grey of more than 8 bits
-by {by_what}. OpenCV's `imread` is another reader: it gives BGR,
-drops transparency, so that what lies under it shows, and keeps the upper 8 of 16 bits. Its resize is another one, too:
-where OpenCV is installed, `prgkit bench` says by how much.
-
-{"".join(others)}
-## What else is here
-
-`golden/` holds source pictures, prepared inputs and expected logits; `evaluation/` held-out images with the teacher's
-and the student's logits. `prgkit bench` in this folder checks the first and measures on the second.
-"""
-
-
-def cpp_sections(size: Size, manifest: Manifest) -> str:
-    """Return how the student runs in C++ and as an engine."""
+def cpp_section(manifest: Manifest) -> str:
+    """Return how the student runs in C++."""
+    size = manifest.preprocessing.image_size
+    if takes_class_vectors(manifest):
+        return TWO_INPUTS
     return f"""## C++, with onnxruntime
 
 ```cpp
@@ -87,7 +35,15 @@ $ python -c "import sys; from PIL import Image; sys.stdout.buffer.write(Image.op
 
 OpenVINO reads the file as it is, too; told nothing, it computes in bfloat16 where the processor can:
 `openvino.Core().compile_model("model.onnx", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})`.
+"""
 
+
+def tensorrt_section(manifest: Manifest) -> str:
+    """Return how the student runs as an engine."""
+    if takes_class_vectors(manifest):
+        return ""
+    size = manifest.preprocessing.image_size
+    return f"""
 ## TensorRT
 
 `prgkit export --trt` in this folder builds engines and compares them with the ONNX file. Without prgkit:
@@ -106,6 +62,11 @@ engine: read them from `manifest.json`.
 
 Both C++ programs are written from the documented interfaces; prgkit's tests run the Python lines only.
 """
+
+
+def takes_class_vectors(manifest: Manifest) -> bool:
+    """Tell whether the ONNX files take their class vectors as an input."""
+    return manifest.open_vocabulary is not None and manifest.open_vocabulary.class_vectors == "input"
 
 
 def python_lines(facts: Preprocessing, *, takes_vectors: bool = False) -> str:
@@ -254,9 +215,12 @@ int main() {{
 }}"""
 
 
-def vocabulary_section(scoring: ClassScoring, *, takes_vectors: bool) -> str:
-    """Return how the classes are changed where the network has no class head."""
-    place = "the second input" if takes_vectors else "the initializer"
+def vocabulary_section(manifest: Manifest) -> str:
+    """Return how the classes are changed where the network has no class head; nothing where it has one."""
+    scoring = manifest.open_vocabulary
+    if scoring is None:
+        return ""
+    place = "the second input" if takes_class_vectors(manifest) else "the initializer"
     return f"""
 ## Other classes
 
@@ -271,22 +235,3 @@ $ prgkit relabel --classes new.txt --run FOLDER
 (FOLDER is this one, from outside it) gives it the classes of a text file with one name a line, in seconds, without an
 image and without training. Engines are then built again: `prgkit export --trt`.
 """
-
-
-def float_section(file: str, takes: TensorSpec) -> str:
-    """Return what a reader must know of the file that takes normalised floats."""
-    mean, std, shape = list(takes.mean or ()), list(takes.std or ()), ", ".join(map(str, takes.shape))
-    return f"""
-## Floats in place of pixels
-
-`{file}` is the same network for a runtime or tool that prepares images itself: input `{takes.name}`
-[{shape}] float32, {takes.layout}, `{takes.values}` with mean {mean} and std
-{std} of red, green and blue. Resize and crop as above.
-"""
-
-
-def whether_executed(artifact: Artifact) -> str:
-    """Say of an artifact whether it ran on the machine that made it."""
-    if artifact.format == "onnx-tensorrt":
-        return f"in ONNX Runtime alone: {artifact.note}"
-    return "yes" if artifact.executed else artifact.note or "never executed here"

@@ -1,0 +1,46 @@
+"""What an export format is: which options ask for it, how it is made, and how its files are run without prgkit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from prgkit.export.bundle.manifest import Artifact, Manifest, NotKept
+from prgkit.export.formats.options import ExportOptions
+
+if TYPE_CHECKING:
+    from prgkit.export.formats.student_export import StudentExport
+
+
+class Made(NamedTuple):
+    """What came of a format."""
+
+    artifacts: Sequence[Artifact] = ()
+    not_kept: Sequence[NotKept] = ()
+    decided: frozenset[str] = frozenset()  # artifacts, by name, that an older bundle's do not stand in for any more
+
+
+def nothing_to_refuse(options: ExportOptions) -> None:
+    """Refuse nothing."""
+
+
+def nothing_to_say(manifest: Manifest) -> str:
+    """Say nothing: its files run as the FP32 ONNX file does, or not without prgkit."""
+    return ""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of file that a student leaves in, listed in `FORMATS`."""
+
+    name: str
+    extra: str | None  # what ``pip install 'prgkit[...]'`` must name to make it; None where the base install can
+    wanted: Callable[[ExportOptions], bool]  # whether these options ask for it
+    # Makes its files of the student, or of the artifacts that the export has made so far.
+    make: Callable[[StudentExport], Made]
+    # Refuses, before any work is done, what cannot be made here or not with these options: raises a PrgkitError.
+    require: Callable[[ExportOptions], None] = nothing_to_refuse
+    # The bundle's README on how its files are run without prgkit, where there is something to say.
+    how_to_run: Callable[[Manifest], str] = nothing_to_say
+    preprocessing_inside: bool = True  # else its files take what the manifest says of their input

@@ -1,0 +1,31 @@
+"""What an export is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+BATCH = (1, 1, 32)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export besides FP32 ONNX, and how."""
+
+    opset: int = 20
+    fp16: bool = False
+    int8: bool = False
+    fidelity: float = 98.0  # percent of the evaluation images on which INT8 must surely give FP32's answer
+    float_input: bool = False  # also a file that takes normalised floats, NCHW
+    trt: bool = False
+    batch: tuple[int, int, int] | None = None  # of the engines: min, opt, max; None: the recipe's
+    backend: str | None = None  # None: tensorrt where a GPU is, else tensorrt_rtx
+    sm: tuple[str, ...] | None = None  # GPU generations, as "SM86"; None: all that tensorrt_rtx builds for
+    class_vectors: Literal["initializer", "input"] | None = None  # in place of a class head; None: as it was trained
+    evaluation_images: int | None = None  # that travel; None: as many as the recipe says
+    formats: tuple[str, ...] = ()  # the names of further formats
+
+    @property
+    def batch_profile(self) -> tuple[int, int, int]:
+        """The batch sizes of engines: min, opt, max."""
+        return self.batch or BATCH
