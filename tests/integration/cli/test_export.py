@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prgkit.export.bundle.manifest import read_manifest
 from tests.conftest import CliResult, PrgkitCommand, write_photos
 
 
@@ -96,7 +97,8 @@ def test_a_bundle_leaves_as_one_file(
     assert result.out.splitlines()[-1].startswith("runs/tiny/tiny.zip (")
     assert result.out.endswith("iB) is ready to travel\n")
     assert result.err == "tiny.zip: without bench, which this machine made or you put there\n"
-    monkeypatch.setattr("prgkit.export.from_run.export_best", lambda *_: document)
+    made = read_manifest(project_copy / "runs/tiny/bundle")
+    monkeypatch.setattr("prgkit.export.from_run.export_best", lambda *_: made)
     assert prgkit("export").err == "tiny.zip is still the bundle before this one; --zip packs it again\n"
     shutil.unpack_archive(archive, project_copy)
     predicted = prgkit("predict photos/00.png --json").json
@@ -106,7 +108,8 @@ def test_a_bundle_leaves_as_one_file(
 def test_fewer_evaluation_images_than_asked_for_are_said(
     prgkit: PrgkitCommand, project_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = {"run": {"name": "tiny"}, "artifacts": [], "evaluation": {"images": 12}}
+    manifest = read_manifest(project_copy / "runs/tiny/bundle")
+    made = manifest.model_copy(update={"evaluation": manifest.evaluation.model_copy(update={"images": 12})})
     monkeypatch.setattr("prgkit.export.from_run.export_best", lambda *_: made)
     assert prgkit("export --evaluation-images 13").err == ("there are 12 images to evaluate on; 13 were asked for\n")
     assert prgkit("export --evaluation-images 12").err == ""
