@@ -229,7 +229,7 @@ def remember(
     """Give both objectives what they keep of a batch: proxies of nodes, and banks of two features of each image."""
     prg.update_proxies(student[mine], teacher[mine], labels[mine])
     side = TeacherOutput(teacher[mine], teacher[mine], labels[mine], torch.arange(12)[mine])
-    crd.remember(student[mine, :2], teacher[mine, :2], side)
+    crd.update_banks(student[mine, :2], teacher[mine, :2], side)
 
 
 def test_two_processes_hold_the_proxies_and_banks_of_one(tmp_path) -> None:  # type: ignore[no-untyped-def]

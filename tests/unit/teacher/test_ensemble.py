@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ class Stored:
     def __init__(self, features: torch.Tensor, prompts: torch.Tensor, logit_scale: float) -> None:
         self.seen, self.read, self.logit_scale = features, prompts, logit_scale
         self.width = features.shape[1]
-        self.card = {"teacher": {"model": f"of width {self.width}"}}
+        self.card = SimpleNamespace(teacher={"model": f"of width {self.width}"})
 
     def features(self, rows: np.ndarray, _views: np.ndarray) -> torch.Tensor:
         return self.seen[rows]
