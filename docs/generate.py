@@ -19,7 +19,8 @@ from prgkit.cli.main import cli
 from prgkit.config.objectives import OBJECTIVES, Config, ObjectiveConfig
 from prgkit.config.recipe import Recipe
 from prgkit.evaluate.compare.schema import DeviceComparison, ObjectiveComparison, Ranking, TrialResult
-from prgkit.evaluate.report.schema import Report, Samples
+from prgkit.evaluate.report.samples import Samples
+from prgkit.evaluate.report.schema import Report
 from prgkit.export.bundle.engine_metadata import EngineMetadata
 from prgkit.export.bundle.manifest import Manifest
 from prgkit.storage.run_card import RunCard

@@ -33,19 +33,8 @@ from prgkit.evaluate.bench.worker import Pixels, Spec, artifact_key
 from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.bench_report import write_report
 from prgkit.evaluate.report.regression import Gate, against, require_comparable
-from prgkit.evaluate.report.schema import (
-    FixedRate,
-    Int8Verdict,
-    Machine,
-    Report,
-    Row,
-    RowSamples,
-    Samples,
-    Soak,
-    ThreadSweep,
-    Throughput,
-    ThroughputSamples,
-)
+from prgkit.evaluate.report.samples import RowSamples, Samples, ThroughputSamples
+from prgkit.evaluate.report.schema import FixedRate, Int8Verdict, Machine, Report, Row, Soak, ThreadSweep, Throughput
 from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection
 from prgkit.export.bundle.bundle import Bundle, Evaluation, open_bundle, read_evaluation
 from prgkit.export.bundle.fidelity import fidelity

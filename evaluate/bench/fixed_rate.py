@@ -14,7 +14,8 @@ from prgkit.evaluate.bench.journal import FramesRecord
 from prgkit.evaluate.bench.worker import Spec, artifact_key
 from prgkit.evaluate.bench.workers import BenchContext, open_workers, rotate
 from prgkit.evaluate.report.formatting import P99_SAMPLES
-from prgkit.evaluate.report.schema import FixedRate, FixedRateRow, FixedRateSamples, FrameTimes
+from prgkit.evaluate.report.samples import FixedRateSamples
+from prgkit.evaluate.report.schema import FixedRate, FixedRateRow, FrameTimes
 
 ROUNDS = 5
 WARM_UP_S = 1.0

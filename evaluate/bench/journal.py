@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BenchError, PrgkitError
-from prgkit.evaluate.report.schema import Machine, Model, Soak, SoakWindow, Stage
+from prgkit.evaluate.report.samples import SoakWindow
+from prgkit.evaluate.report.schema import Machine, Model, Soak, Stage
 from prgkit.storage.atomic import fingerprint, sha256, write_bytes
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked

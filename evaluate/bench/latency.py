@@ -14,7 +14,8 @@ from prgkit.evaluate.bench.journal import BatchRecord, RoundRecord, RoundTurn, S
 from prgkit.evaluate.bench.worker import Pixels, Spec, Worker, WorkerFailedError
 from prgkit.evaluate.bench.workers import BenchContext, WorkerGroup, artifact_name, open_workers, rotate
 from prgkit.evaluate.report.formatting import P99_SAMPLES
-from prgkit.evaluate.report.schema import STAGES, Energy, Latency, Stage, WarmUp
+from prgkit.evaluate.report.samples import WarmUp
+from prgkit.evaluate.report.schema import STAGES, Energy, Latency, Stage
 from prgkit.evaluate.sensors import Meter, midway, power_source
 
 ROUNDS = 10

@@ -9,7 +9,8 @@ from prgkit.evaluate.bench.latency import LatencyPlan
 from prgkit.evaluate.bench.options import comma
 from prgkit.evaluate.bench.worker import Spec, artifact_key
 from prgkit.evaluate.bench.workers import BenchContext
-from prgkit.evaluate.report.schema import ThreadSweep, ThreadSweepRow, ThreadSweepSamples
+from prgkit.evaluate.report.samples import ThreadSweepSamples
+from prgkit.evaluate.report.schema import ThreadSweep, ThreadSweepRow
 
 
 def sweep_threads(

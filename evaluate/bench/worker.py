@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate.bench.timing import clocked_runs, fixed_rate_runs, timed_runs
-from prgkit.evaluate.report.schema import STAGES, Stage, WarmUp
+from prgkit.evaluate.report.samples import WarmUp
+from prgkit.evaluate.report.schema import STAGES, Stage
 
 if TYPE_CHECKING:
     from prgkit.data.preprocessing import Preprocessing

@@ -12,7 +12,8 @@ from prgkit.evaluate.report.formatting import NONE, counted, evaluated_on, inter
 from prgkit.evaluate.report.html import page
 from prgkit.evaluate.report.markdown import markdown
 from prgkit.evaluate.report.plots import svg
-from prgkit.evaluate.report.schema import Report, Row, Samples, measured_latency
+from prgkit.evaluate.report.samples import Samples
+from prgkit.evaluate.report.schema import Report, Row, measured_latency
 from prgkit.evaluate.report.sections import Cell, Chip, Column, Document, Section, TableRow, Tile, lines, table_row
 from prgkit.evaluate.report.soak_section import soak
 from prgkit.evaluate.report.terminal import Table, table

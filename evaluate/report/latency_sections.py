@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from prgkit.evaluate.report import formatting
 from prgkit.evaluate.report.formatting import NONE, P99_SAMPLES, counted, ms, row_name
 from prgkit.evaluate.report.plots import figures, svg
-from prgkit.evaluate.report.schema import STAGES, Report, Row, Samples, Stage, ThreadSweepRow, measured_latency
+from prgkit.evaluate.report.samples import Samples
+from prgkit.evaluate.report.schema import STAGES, Report, Row, Stage, ThreadSweepRow, measured_latency
 from prgkit.evaluate.report.sections import Cell, Column, Section, table_row
 
 STAGE_NAMES: dict[Stage, str] = {"compute": "compute", "io": "io", "pipeline": "pipeline", "end_to_end": "end-to-end"}

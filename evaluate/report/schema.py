@@ -1,4 +1,4 @@
-"""What report.json and samples.json hold, key by key; their JSON schemas in the reference are made from these models.
+"""What report.json holds, key by key; its JSON schema in the reference is made from these models.
 
 A key says its unit. Shares of images (top1, agreement_*, ...) and their intervals are in percent, as papers print them.
 None stands for what was not measured here, or what the device does not show.
@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 REPORT_SCHEMA: Literal["prgkit.report/2"] = "prgkit.report/2"
-SAMPLES_SCHEMA: Literal["prgkit.samples/2"] = "prgkit.samples/2"
 
 Stage = Annotated[
     Literal["compute", "io", "pipeline", "end_to_end"],
@@ -26,10 +25,7 @@ Status = Annotated[
     Field(description="failed: it started and broke; not executed: it cannot run on this machine."),
 ]
 Interval = Annotated[tuple[float, float], Field(description="Lower and upper bound of a 95 % interval.")]
-Size = Annotated[tuple[int, int], Field(description="Width and height in pixels.")]
-Epoch = Annotated[
-    dict[str, int | float], Field(description="epoch, loss, the terms of the loss by name, and agreement in percent.")
-]
+Epoch = Annotated[dict[str, int | float], Field(description="epoch, loss, its terms by name, agreement in percent.")]
 
 
 class Model(BaseModel):
@@ -88,9 +84,7 @@ class Row(ArtifactKey):
     reason: str | None = Field(None, description="Why there are no figures, or not all of them.")
     size_mib: float | None = None
     load_ms: float | None = Field(None, description="Time to open the artifact, without importing its runtime.")
-    peak_memory_mib: float | None = Field(
-        None, description="Growth of its process from before importing the runtime to the end of its first runs."
-    )
+    peak_memory_mib: float | None = Field(None, description="Growth of its process, its runtime library included.")
     switches: dict[str, str] = Field({}, description="How the runtime launches and waits, where it has a choice.")
     latency: Latency | None = Field(None, description="At batch 1, from prepared pixels.")
     energy: Energy | None = None
@@ -187,8 +181,8 @@ class StageImages(Model):
     """The images that the latency stages ran on."""
 
     images: int
-    smallest: Size
-    largest: Size
+    smallest: tuple[int, int] = Field(description="Width and height in pixels.")
+    largest: tuple[int, int]
 
 
 class ThreadSweepRow(ArtifactKey):
@@ -394,85 +388,10 @@ class Report(Model):
     int8: list[Int8Verdict] = Field([], description="ONNX Runtime's INT8 files on the CPU; the first one is used.")
     audit: Audit | None = None
     training: list[Epoch] = []
-    pseudo_labels: dict[str, Any] | None = Field(
-        None, description="What was known of the pseudo-labels before training: the run's quality.json."
-    )
+    pseudo_labels: dict[str, Any] | None = Field(None, description="The run's quality.json, known before training.")
     per_class: PerClass | None = None
     baseline: BaselineComparison | None = None
     notes: list[str] = []
-
-
-class WarmUp(Model):
-    """How a warm-up ended."""
-
-    steady: bool = Field(description="Whether two successive windows' medians came within 2 %.")
-    runs: int
-    seconds: float
-
-
-class ThroughputSamples(Model):
-    """The runs at one batch size."""
-
-    batch: int
-    runs_ns: list[int]
-
-
-class RowSamples(ArtifactKey):
-    """Every timed run of one artifact."""
-
-    warm_up: WarmUp | None = None
-    rounds_ns: list[list[int]] = Field([], description="[rounds][runs] at batch 1.")
-    stages_ns: dict[Stage, list[list[int]]] = Field({}, description="[rounds][runs] at batch 1, by latency stage.")
-    throughput: list[ThroughputSamples] = []
-
-
-class ThreadSweepSamples(ArtifactKey):
-    """Every timed run of one artifact at one number of CPU threads."""
-
-    threads: int
-    rounds_ns: list[list[int]] = Field(description="[rounds][runs] at batch 1.")
-
-
-class FixedRateSamples(ArtifactKey):
-    """Every frame of one artifact."""
-
-    responses_ns: list[list[int]] = Field(description="[rounds][frames], from when each was due to its answer.")
-    runs_ns: list[list[int]] = Field(description="[rounds][frames], of the run alone.")
-
-
-class SoakWindow(Model):
-    """Some seconds of a soak."""
-
-    start_s: float = Field(description="Since the soak began.")
-    seconds: float
-    runs: int
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float | None = Field(description="None of fewer than 1,000 runs.")
-    max_ms: float
-    late: int | None = Field(None, description="Late frames; None where runs went back to back.")
-    clock_mhz: float | None = None
-    temperature_c: float | None = None
-    power_w: float | None = None
-    throttling: list[str] = []
-
-
-class SoakSamples(Model):
-    """The windows of a soak; single runs are not kept, since a day of them would fill a board's memory."""
-
-    windows: list[SoakWindow] = []
-    stopped: list[list[SoakWindow]] = Field([], description="The windows of soaks that were stopped and began anew.")
-
-
-class Samples(Model):
-    """samples.json: every raw sample of a bench."""
-
-    schema_version: Literal["prgkit.samples/2"] = Field(SAMPLES_SCHEMA, alias="schema")
-    order: list[list[int]] = Field(description="[rounds][turns], indices of rows in the order of their turns.")
-    rows: list[RowSamples]
-    thread_sweep: list[ThreadSweepSamples] = []
-    fixed_rate: list[FixedRateSamples] = []
-    soak: SoakSamples = SoakSamples()
 
 
 def measured_latency(row: Row) -> Latency:

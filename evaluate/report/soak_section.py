@@ -9,7 +9,8 @@ from markupsafe import Markup
 
 from prgkit.evaluate.report.formatting import NONE, ms, row_name
 from prgkit.evaluate.report.plots import charts
-from prgkit.evaluate.report.schema import Report, Samples, Soak, SoakResult, SoakSpan, SoakWindow
+from prgkit.evaluate.report.samples import Samples, SoakWindow
+from prgkit.evaluate.report.schema import Report, Soak, SoakResult, SoakSpan
 from prgkit.evaluate.report.sections import Column, Section, TableRow, table_row
 
 MINUTE_S = 60.0

@@ -13,7 +13,8 @@ from prgkit.evaluate.bench.timing import fixed_rate_runs
 from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.latency_sections import fixed_rate as fixed_rate_section
 from prgkit.evaluate.report.markdown import table_header, table_rows
-from prgkit.evaluate.report.schema import FixedRate, FixedRateSamples, Report, ThreadSweep
+from prgkit.evaluate.report.samples import FixedRateSamples
+from prgkit.evaluate.report.schema import FixedRate, Report, ThreadSweep
 
 MS = 1_000_000
 SPEC: dict[str, Any] = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}

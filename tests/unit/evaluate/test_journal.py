@@ -26,7 +26,8 @@ from prgkit.evaluate.bench.latency import EncodedImages, LatencyPlan
 from prgkit.evaluate.bench.thread_sweep import sweep_threads
 from prgkit.evaluate.bench.worker import WorkerFailedError
 from prgkit.evaluate.bench.workers import BenchContext
-from prgkit.evaluate.report.schema import FixedRateSamples, Machine, ThreadSweepSamples, WarmUp
+from prgkit.evaluate.report.samples import FixedRateSamples, ThreadSweepSamples, WarmUp
+from prgkit.evaluate.report.schema import Machine
 from prgkit.storage.locks import locked
 
 SPECS: list[dict[str, Any]] = [{"artifact": name, "backend": "onnxruntime", "device": "cpu"} for name in ("a", "b")]

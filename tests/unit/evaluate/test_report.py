@@ -21,7 +21,8 @@ from prgkit.evaluate.report.examples import Picture
 from prgkit.evaluate.report.html import asset
 from prgkit.evaluate.report.latency_sections import latencies_ms
 from prgkit.evaluate.report.plots import figures, svg
-from prgkit.evaluate.report.schema import PerClass, Report, Row, Samples
+from prgkit.evaluate.report.samples import Samples
+from prgkit.evaluate.report.schema import PerClass, Report, Row
 from prgkit.evaluate.report.sections import Section
 
 VOID = {"meta", "img", "br", "link"}

@@ -19,17 +19,8 @@ from prgkit.evaluate.bench.worker import WorkerFailedError
 from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.html import page
 from prgkit.evaluate.report.markdown import table_header, table_rows
-from prgkit.evaluate.report.schema import (
-    Int8Verdict,
-    Latency,
-    Report,
-    Row,
-    Samples,
-    Soak,
-    SoakSamples,
-    SoakWindow,
-    WarmUp,
-)
+from prgkit.evaluate.report.samples import Samples, SoakSamples, SoakWindow, WarmUp
+from prgkit.evaluate.report.schema import Int8Verdict, Latency, Report, Row, Soak
 from prgkit.evaluate.report.sections import Document, Section
 from prgkit.evaluate.report.soak_section import soak as soak_section
 
