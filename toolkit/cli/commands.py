@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from prgkit.cli.state import Document, RecipeOptions, Session
 from prgkit.errors import BackendError
@@ -20,21 +20,28 @@ if TYPE_CHECKING:
     from prgkit.export.bundle.manifest import Artifact, Manifest
 
 
-def pack_bundle(session: Session, bundle: Path, manifest: Manifest, *, asked: bool) -> dict[str, Any]:
+class PackedBundle(TypedDict):
+    """A bundle's archive."""
+
+    zip: str
+    zip_bytes: int
+
+
+def pack_bundle(session: Session, bundle: Path, manifest: Manifest, *, asked: bool) -> PackedBundle | None:
     """Pack a bundle and say what was left out; where it was not asked for, say of an older archive that it is one."""
     from prgkit.export.bundle.archive import archive_of, is_packed_bundle, left_out, pack
 
     if not asked:
         if is_packed_bundle(archive := archive_of(bundle, manifest)):
             session.terminal.note(f"{archive.name} is still the bundle before this one; --zip packs it again")
-        return {}
+        return None
     archive = pack(bundle)
     if others := left_out(bundle):
         session.terminal.note(f"{archive.name}: without {', '.join(others)}, which this machine made or you put there")
     return {"zip": str(archive), "zip_bytes": archive.stat().st_size}
 
 
-def tell_bundle(session: Session, bundle: Path, manifest: Manifest, *, packs: bool) -> dict[str, Any]:
+def tell_bundle(session: Session, bundle: Path, manifest: Manifest, *, packs: bool) -> Document:
     """Pack a bundle if that was asked for, and say what is in it."""
     packed = pack_bundle(session, bundle, manifest, asked=packs)
     for artifact in manifest.artifacts:
@@ -44,7 +51,7 @@ def tell_bundle(session: Session, bundle: Path, manifest: Manifest, *, packs: bo
         session.terminal.say((packed["zip"], "bold"), f" ({readable_bytes(packed['zip_bytes'])}) is ready to travel")
     else:
         session.terminal.say((str(bundle), "bold"), " is ready to travel")
-    return {"bundle": str(bundle), **packed, **manifest.to_json()}
+    return {"bundle": str(bundle), **(packed or {}), **manifest.to_json()}
 
 
 def checked(artifact: Artifact) -> str:

@@ -91,10 +91,14 @@ def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Ca
         *others,
         json_option,
     ]
-    decorated: Callable[..., Any] = with_recipe
+    return with_options(with_recipe, options)
+
+
+def with_options(command: Callable[..., Any], options: list[Callable[..., Any]]) -> Callable[..., Any]:
+    """Add options in the order in which the help lists them."""
     for option in reversed(options):
-        decorated = option(decorated)
-    return decorated
+        command = option(command)
+    return command
 
 
 def adapt_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -211,9 +215,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         run_option,
         json_option,
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:
@@ -288,9 +290,7 @@ def bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
         run_option,
         json_option,
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 def choose_recipe(session: Session, options: RecipeOptions) -> tuple[Recipe, Path]:

@@ -12,6 +12,8 @@ from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import shipped_recipes
 from tests.conftest import PrgkitCommand
 
+NO_TORCH = SimpleNamespace(returncode=1, stdout="", stderr="")  # what a broken torch does; asking takes seconds
+
 
 def test_recipes(prgkit: PrgkitCommand) -> None:
     listed = prgkit("recipes").out
@@ -55,8 +57,8 @@ def test_doctor_tells_building_engines_from_running_them(
     from prgkit.export.runtimes.gpu import Backend, Gpu
 
     found = {"tensorrt": Backend("tensorrt", None, "not installed; pip"), "tensorrt_rtx": Backend("rtx", "1.7", None)}
-    monkeypatch.setattr("prgkit.cli.doctor.available_backends", lambda: found)
-    monkeypatch.setattr("prgkit.cli.doctor.torch_backends", lambda versions: [])
+    monkeypatch.setattr("prgkit.export.runtimes.tensorrt.probe_backend", found.get)
+    monkeypatch.setattr("prgkit.export.runtimes.pytorch.subprocess.run", lambda *_, **__: NO_TORCH)
 
     def engines() -> dict[str, str]:
         rows = prgkit("doctor", "--json").json["doctor"]["backends"]
@@ -77,7 +79,7 @@ def test_doctor_tells_building_engines_from_running_them(
 
 def test_doctor_survives_a_broken_onnxruntime(prgkit: PrgkitCommand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr("prgkit.cli.doctor.torch_backends", lambda versions: [])
+    monkeypatch.setattr("prgkit.export.runtimes.pytorch.subprocess.run", lambda *_, **__: NO_TORCH)
     result = prgkit("doctor")
     assert result.code == 0
     assert "no   onnxruntime " in result.out
