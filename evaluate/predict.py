@@ -37,10 +37,11 @@ def predict(
     ``abstained`` is true; the probabilities are still there. A picture that cannot be read has an ``error`` in place of
     an answer: what, where, fix.
 
-    ``bench`` is where this machine's measurements of the bundle are: what they chose is run, the FP32 file otherwise.
+    ``bench`` is where this machine's measurements of the bundle are: the artifact that its selection.json names
+    is run, the FP32 file otherwise.
 
     Raises:
-        PrgkitError: the bundle or the choice is damaged.
+        PrgkitError: the bundle or selection.json is damaged.
     """
     bundle = open_bundle(folder, verify=())
     artifact = selected_artifact(bundle, bench)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.config.recipe import validate
 from prgkit.errors import ExportError, NotWorthItError
 from prgkit.export.bundle.artifact_cache import Origin, alone_in, files_of, is_whole
 from prgkit.export.bundle.bundle import Bundle, open_bundle, read_evaluation
@@ -43,8 +42,7 @@ def build_engines(folder: Path, options: ExportOptions, *, note: Callable[[str],
     backend = choose_backend(options.backend)
     with alone_in(folder):
         bundle = open_bundle(folder, verify=(ONNX, QDQ))
-        recipe = validate(bundle.manifest.recipe, where=folder)
-        options = replace(options, batch=options.batch or recipe.export.batch)
+        options = replace(options, batch=options.batch or bundle.manifest.export.batch)
         kinds = {"fp32": True, "fp16": options.fp16, "int8": options.int8}
         sources = sources_of(bundle, [precision for precision, wanted in kinds.items() if wanted])
         pixels = read_evaluation(folder, limit=PARITY_IMAGES).pixels

@@ -135,13 +135,14 @@ def export_student(
             origin=origin_of(student.network, images.parity, student.classes, student.preprocessing, options),
             note=note,
         )
-        made = [make_first(formats[0], export, student, images)]
+        made = [make_first(formats[0], export, student, images)]  # FORMATS begins with FP32
         made += [make(known, export) for known in formats[1:]]
         if options.class_vectors == "input":
             export.artifacts[:] = [export.take_class_vectors(artifact) for artifact in export.artifacts]
-        origin = export.origin if options.class_vectors != "input" else None  # else what holds the vectors is no use
-        decided = frozenset().union(*(result.decided for result in made))
-        stay, refused = export.cache.carry_over(export.artifacts, origin, decided=decided.__contains__)
+        # With class vectors as an input, an older bundle's files that hold them inside cannot stay.
+        origin = export.origin if options.class_vectors != "input" else None
+        settled_names = frozenset().union(*(result.decided for result in made))  # older artifacts of these do not stay
+        stay, refused = export.cache.carry_over(export.artifacts, origin, decided=settled_names.__contains__)
         artifacts = (*export.artifacts, *stay)
         export.cache.leave_only(artifacts)
         not_kept = [facts for result in made for facts in result.not_kept]

@@ -21,7 +21,7 @@ from prgkit.evaluate.accuracy.opencv import opencv_notes
 from prgkit.evaluate.accuracy.per_class import per_class
 from prgkit.evaluate.accuracy.ticked import audit_section, find_ticks
 from prgkit.evaluate.bench import latency, metadata
-from prgkit.evaluate.bench.cases import OF_A_SPEC, plan
+from prgkit.evaluate.bench.cases import plan
 from prgkit.evaluate.bench.fixed_rate import measure_fixed_rate
 from prgkit.evaluate.bench.journal import conditions, open_journal
 from prgkit.evaluate.bench.latency import LatencyPlan, Measured
@@ -29,7 +29,7 @@ from prgkit.evaluate.bench.notes import failure_notes, row_notes
 from prgkit.evaluate.bench.options import BenchOptions
 from prgkit.evaluate.bench.soak import soak_lead
 from prgkit.evaluate.bench.thread_sweep import sweep_threads
-from prgkit.evaluate.bench.worker import Pixels, Spec, artifact_key
+from prgkit.evaluate.bench.worker import Pixels, Spec
 from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.bench_report import write_report
 from prgkit.evaluate.report.regression import Gate, against, require_comparable
@@ -101,15 +101,16 @@ def bench(
     subject = open_subject(bundle_folder, run_folder)
     machine = system.describe()
     threads = options.threads or system.usable_cores()
-    if gate is not None:  # hours of measuring would not make them comparable
+    if gate is not None:  # refused before it is measured, not after
         images = metadata.evaluation_images(subject.evaluation, subject.bundle)
         require_comparable(gate, machine, images, threads=threads)
-    cases = plan(subject.bundle, run_folder, gpu=bool(machine.gpus), threads=threads, seconds=options.seconds)
+    # One spec a row; None where the row cannot run here, with its reason.
+    rows, specs = plan(subject.bundle, run_folder, gpu=bool(machine.gpus), threads=threads, seconds=options.seconds)
     notes = golden_notes(subject.bundle)
     made_from = conditions(
         machine,
         files=files_under_test(subject),
-        opened=[{key: spec[key] for key in OF_A_SPEC} for spec in cases[1] if spec is not None],
+        opened=[{**spec.key, "threads": spec.threads} for spec in specs if spec is not None],
         options=[threads, options.seconds, sorted(set(options.batches))],
     )
     with open_journal(out, made_from, note) as journal:
@@ -121,7 +122,7 @@ def bench(
             note=note,
             before_round=lambda round_: monitor.sample(),
         )
-        results = measure(subject, cases, options, context)
+        results = measure(subject, rows, specs, options, context)
         notes += [*metadata.vocabulary_notes(subject.bundle), *journal.notes]
         command = command or options.command(bundle_folder, threads=threads)
         report = make_report(subject, results, monitor.add_to(machine), command, notes)
@@ -169,26 +170,26 @@ def evenly(pixels: Pixels, count: int) -> Pixels:
 
 
 def measure(
-    subject: Subject, cases: tuple[list[Row], list[Spec | None]], options: BenchOptions, context: BenchContext
+    subject: Subject, rows: list[Row], specs: list[Spec | None], options: BenchOptions, context: BenchContext
 ) -> Results:
     """Measure the cases side by side, judge them, and soak the best.
 
     Raises:
         BenchError: no artifact could be measured.
     """
-    specs = [spec for spec in cases[1] if spec is not None]
+    opened = [spec for spec in specs if spec is not None]
     pixels = subject.evaluation.pixels
     measuring = LatencyPlan(
         batches=sorted(set(options.batches)),
         encoded=metadata.golden_images(subject.bundle),
         predict=[pixels[start : start + PREDICT_BATCH] for start in range(0, len(pixels), PREDICT_BATCH)],
     )
-    session = latency.measure(specs, measuring, context)
-    thread_sweep, sweep_samples = sweep_threads(specs, options.sweep_threads, context)
-    fixed_rate, frames = measure_fixed_rate(specs, options.fps, context)
+    session = latency.measure(opened, measuring, context)
+    thread_sweep, sweep_samples = sweep_threads(opened, options.sweep_threads, context)
+    fixed_rate, frames = measure_fixed_rate(opened, options.fps, context)
     measured = iter(session.measured)
-    pairs = [(row, None if spec is None else next(measured)) for row, spec in zip(*cases, strict=True)]
-    rows = [row if one is None else judged(row, one, subject) for row, one in pairs]
+    pairs = [(row, None if spec is None else next(measured)) for row, spec in zip(rows, specs, strict=True)]
+    rows = [row if one is None else with_results(row, one, subject) for row, one in pairs]
     if not any(row.status == "measured" for row in rows):
         reasons = "; ".join(f"{row.artifact}: {row.reason}" for row in rows)
         raise BenchError(
@@ -197,7 +198,7 @@ def measure(
             fix="prgkit doctor says what can run here",
         )
     int8 = judge_int8(subject.bundle, rows, images=len(pixels))
-    soaked, windows = soak_lead(rows, cases[1], int8, options, context)
+    soaked, windows = soak_lead(rows, specs, int8, options, context)
     return Results(
         rows=rows,
         logits=[(row, one.logits) for row, (_, one) in zip(rows, pairs, strict=True) if one is not None],
@@ -216,8 +217,8 @@ def measure(
     )
 
 
-def judged(row: Row, one: Measured, subject: Subject) -> Row:
-    """Return a row with what was measured, and how right and faithful it is; a failure keeps what came before it."""
+def with_results(row: Row, one: Measured, subject: Subject) -> Row:
+    """Return the row filled in with latency, throughput and accuracy; a failure keeps what was measured before it."""
     figures: dict[str, Any] = {
         "load_ms": one.load_ms,
         "peak_memory_mib": one.peak_memory_mib,
@@ -257,7 +258,7 @@ def accuracy(row: Row, logits: NDArray[np.float32], subject: Subject) -> dict[st
 def row_samples(one: Measured) -> RowSamples:
     """Return every timed run of one artifact."""
     return RowSamples(
-        **artifact_key(one.spec),
+        **one.spec.key,
         warm_up=one.warm_up,
         rounds_ns=one.rounds_ns,
         stages_ns=one.stages_ns,
@@ -312,5 +313,5 @@ def write(out: Path, subject: Subject, results: Results, report: Report) -> None
 
 def student_logits(session: latency.Session, evaluation: Evaluation) -> Any:
     """Return the FP32 student's logits [images, classes] as measured here, or as exported where it did not run."""
-    measured = (one.logits for one in session.measured if one.spec["artifact"] == "onnx-fp32" and one.failed is None)
+    measured = (one.logits for one in session.measured if one.spec.artifact == "onnx-fp32" and one.failed is None)
     return next((logits for logits in measured if logits is not None), evaluation.logits)

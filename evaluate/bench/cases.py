@@ -12,8 +12,6 @@ from prgkit.export.bundle.manifest import VECTORS
 from prgkit.export.runtimes import RUNTIMES, setups
 from prgkit.export.runtimes.base import Setup
 
-OF_A_SPEC = ("artifact", "backend", "device", "threads")
-
 
 def plan(
     bundle: Bundle, run_folder: Path | None, *, gpu: bool, threads: int, seconds: float = 0.0
@@ -53,11 +51,7 @@ def plan(
 
 def named(setup: Setup, row: Row) -> Spec:
     """Return what a worker opens, and whose figures these are."""
-    return {
-        "setup": setup,
-        "takes_threads": setup.variant.takes_threads,
-        **{key: getattr(row, key) for key in OF_A_SPEC},
-    }
+    return Spec(row.artifact, row.backend, row.device, row.threads, setup.variant.takes_threads, setup)
 
 
 def blank(setup: Setup) -> Row:

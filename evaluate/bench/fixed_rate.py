@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from prgkit.evaluate.bench.journal import FramesRecord
-from prgkit.evaluate.bench.worker import Spec, artifact_key
+from prgkit.evaluate.bench.worker import Spec
 from prgkit.evaluate.bench.workers import BenchContext, open_workers, rotate
 from prgkit.evaluate.report.formatting import P99_SAMPLES
 from prgkit.evaluate.report.samples import FixedRateSamples
@@ -50,7 +50,7 @@ def measure_fixed_rate(
                     records.append(record)
     samples = [
         FixedRateSamples(
-            **artifact_key(spec),
+            **spec.key,
             responses_ns=[record.responses_ns for record in records if record.artifact == index],
             runs_ns=[record.runs_ns for record in records if record.artifact == index],
         )

@@ -147,7 +147,7 @@ def latency_rounds(session: Session, group: WorkerGroup, context: BenchContext, 
         measured = []
         for index in turns:
             with group.attempt(index):
-                device = session.measured[index].spec["device"]
+                device = session.measured[index].spec.device
                 measured.append(take_turn(index, group.workers[index], device, slice_s=slice_s, settle_s=settle_s))
         record = RoundRecord(turns=turns, measured=measured)
         context.journal.add(record)
@@ -284,7 +284,7 @@ def energy(one: Measured) -> Energy | None:
     return Energy(
         power_w=power_w,
         energy_mj=power_w * float(np.mean(runs_ns)) / 1e6,  # of an image: watts times its mean milliseconds
-        power_source=power_source(one.spec["device"]),
+        power_source=power_source(one.spec.device),
     )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from prgkit.evaluate.bench.journal import BenchJournal, SoakEnd, SoakStart
 from prgkit.evaluate.bench.options import BenchOptions
-from prgkit.evaluate.bench.worker import Spec, Worker, WorkerFailedError, artifact_key
+from prgkit.evaluate.bench.worker import Spec, Worker, WorkerFailedError
 from prgkit.evaluate.bench.workers import BenchContext, artifact_name
 from prgkit.evaluate.report import formatting
 from prgkit.evaluate.report.formatting import P99_SAMPLES
@@ -113,7 +113,7 @@ def soak(spec: Spec, options: BenchOptions, context: BenchContext) -> tuple[Soak
     except WorkerFailedError as error:
         failed = error.what
     section = Soak(
-        **artifact_key(spec),
+        **spec.key,
         minutes=start.minutes,
         fps=fps,
         failed=failed,
@@ -167,7 +167,7 @@ def run_windows(progress: SoakProgress, worker: Worker, *, journal: BenchJournal
 
 def run_window(progress: SoakProgress, worker: Worker, *, start_s: float, began: float) -> tuple[SoakWindow, list[int]]:
     """Run for one window that starts at ``start_s``; return it, and its single runs in ns."""
-    device, window_s, fps = progress.spec["device"], progress.window_s, progress.fps
+    device, window_s, fps = progress.spec.device, progress.window_s, progress.fps
     meter, states = Meter(device), list[DeviceState]()
 
     def sample() -> None:
@@ -236,7 +236,7 @@ def summarize(progress: SoakProgress) -> SoakResult:
         ratio_interval=interval,
         fastest_p50_ms=min(medians),
         slowest_p50_ms=max(medians),
-        power_source=power_source(progress.spec["device"]) if powers_w else None,
+        power_source=power_source(progress.spec.device) if powers_w else None,
         energy_mj=1000 * float(np.mean(powers_w)) * seconds / runs if powers_w else None,
         throttling=sorted({reason for window in windows for reason in window.throttling}),
         verdict=verdict(windows, first, last, interval),

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -29,17 +29,27 @@ if TYPE_CHECKING:
     from prgkit.export.runtimes.base import Runner, Setup
 
 Pixels = NDArray[np.uint8]  # [batch, height, width, 3]
-Spec = dict[str, Any]
-"""What a worker opens, picklable: artifact, backend, device, threads, takes_threads; setup, how its file is opened."""
 
 # Rotating inputs must not crowd the device's memory: at most this many arrays, and this many bytes, per batch size.
 ROTATED_ARRAYS = 64
 ROTATED_BYTES = 64 << 20
 
 
-def artifact_key(spec: Spec) -> dict[str, Any]:
-    """Return whose figures these are, as the models of a report name it."""
-    return {key: spec[key] for key in ("artifact", "backend", "device")}
+@dataclass(frozen=True)
+class Spec:
+    """What a worker opens, and whose figures these are; it can be sent to another process."""
+
+    artifact: str
+    backend: str
+    device: str
+    threads: int | None = None
+    takes_threads: bool = False  # whether another number of threads makes a difference
+    setup: Setup | None = None  # how the file is opened
+
+    @property
+    def key(self) -> dict[str, str]:
+        """Whose figures these are, as the models of a report name it."""
+        return {"artifact": self.artifact, "backend": self.backend, "device": self.device}
 
 
 class WorkerFailedError(BenchError):
@@ -276,7 +286,8 @@ class Resident:
 
 def opener(spec: Spec) -> Callable[[], Runner]:
     """Import all that a specification needs, and return what opens it: this alone is the time that loading takes."""
-    setup: Setup = replace(spec["setup"], threads=spec["threads"])
+    assert spec.setup is not None
+    setup = replace(spec.setup, threads=spec.threads)
     setup.load_libraries()
     return setup.open
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 from prgkit.evaluate.bench.journal import BenchJournal, FailureRecord
-from prgkit.evaluate.bench.worker import Pixels, Spec, Worker, WorkerFailedError, artifact_key
+from prgkit.evaluate.bench.worker import Pixels, Spec, Worker, WorkerFailedError
 from prgkit.evaluate.report import formatting
 from prgkit.evaluate.report.schema import ArtifactKey
 
@@ -77,4 +77,4 @@ def rotate(turns: list[int], by: int) -> list[int]:
 
 def artifact_name(spec: Spec) -> str:
     """Return how people read an artifact's name: as in the report."""
-    return formatting.row_name(ArtifactKey(**artifact_key(spec)))
+    return formatting.row_name(ArtifactKey(**spec.key))

@@ -21,7 +21,7 @@ from prgkit.metrics import wilson
 from prgkit.storage.atomic import write_json, write_text
 
 ABOUT = (
-    "Latency is the wall-clock time of one call at batch 1, from pixels to logits in host memory (scope: io), timed in "
+    "Latency is the wall-clock time of one call at batch 1, from pixels to logits in host memory (stage: io), timed in "
     "a process of its own after warming up. Artifacts take turns over several rounds; every run counts, none is "
     "trimmed. The interval of the median is a 95 % bootstrap over rounds; p99 needs 1,000 runs. Intervals of shares "
     "are Wilson's, 95 %. Load time excludes the import of the runtime; peak memory is how far a process grows from "
@@ -105,7 +105,7 @@ def headline(report: Report) -> str:
 
 
 def teacher_doubt(report: Report) -> str:
-    """Return why nothing can be learned from the teacher, or nothing; where there are labels, they decide."""
+    """Return why the teacher looks no better than chance, or nothing; where there are labels, they decide."""
     images, top1 = report.evaluation.images, report.teacher.top1
     if top1 is None:
         return str(next(iter((report.pseudo_labels or {}).get("doubts", ())), ""))
@@ -219,31 +219,31 @@ def artifacts(report: Report) -> Section:
     )
 
 
-def measured_artifact(artifact: Row, rank: int, *, labelled: bool, lead: bool) -> TableRow:
+def measured_artifact(row: Row, rank: int, *, labelled: bool, lead: bool) -> TableRow:
     """Return the figures of an artifact that was measured."""
-    latency, best = measured_latency(artifact), formatting.best_throughput(artifact)
+    latency, best = measured_latency(row), formatting.best_throughput(row)
     unstable = Chip("unstable", "warn") if formatting.unstable(latency) else None
     return table_row(
-        Cell(formatting.row_name(artifact), circumstances_of(artifact), unstable, svg.colour(rank)),
-        mib(artifact.size_mib),
+        Cell(formatting.row_name(row), circumstances_of(row), unstable, svg.colour(rank)),
+        mib(row.size_mib),
         Cell(ms(latency.p50_ms), formatting.interval_ms(latency.p50_interval_ms)),
         ms(latency.p90_ms),
         ms(latency.p99_ms),
         Cell(formatting.rate(best.images_per_s), f"batch {best.batch}") if best else NONE,
-        *([Cell(percent(artifact.top1), interval(artifact.top1_interval))] if labelled else []),
-        Cell(percent(artifact.agreement_teacher), interval(artifact.agreement_teacher_interval)),
-        percent(artifact.agreement_fp32),
-        ms(artifact.load_ms),
-        mib(artifact.peak_memory_mib),
+        *([Cell(percent(row.top1), interval(row.top1_interval))] if labelled else []),
+        Cell(percent(row.agreement_teacher), interval(row.agreement_teacher_interval)),
+        percent(row.agreement_fp32),
+        ms(row.load_ms),
+        mib(row.peak_memory_mib),
         lead=lead,
     )
 
 
-def missing_artifact(artifact: Row, columns: int) -> TableRow:
+def missing_artifact(row: Row, columns: int) -> TableRow:
     """Return an artifact without figures, and why it has none."""
-    name = Cell(formatting.row_name(artifact), circumstances_of(artifact), dot="var(--rule)")
-    reason = Cell(artifact.reason or "", chip=formatting.missing_chip(artifact), span=columns - 2)
-    return table_row(name, mib(artifact.size_mib), reason, muted=True)
+    name = Cell(formatting.row_name(row), circumstances_of(row), dot="var(--rule)")
+    reason = Cell(row.reason or "", chip=formatting.missing_chip(row), span=columns - 2)
+    return table_row(name, mib(row.size_mib), reason, muted=True)
 
 
 def circumstances_of(row: Row) -> str:

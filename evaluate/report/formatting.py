@@ -1,4 +1,4 @@
-"""What a report says in words: its headline, its names and its numbers, the same in the terminal, Markdown and HTML."""
+"""The words of a report: names of artifacts and machines, numbers with units; the same in all its forms."""
 
 from __future__ import annotations
 

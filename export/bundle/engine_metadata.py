@@ -36,7 +36,6 @@ class EngineMetadata(Facts):
     build_s: float
     executed: bool
     note: str | None
-    # Cards from before these were written have none of them.
     driver: str | None = None  # the newest CUDA that the driver of the building machine runs, as "13.0"
     platform: str | None = None  # that an engine is bound to, as "Linux x86_64"
     hardware_compatibility: str | None = None  # of tensorrt alone: that GPU model (NONE) or more; None elsewhere

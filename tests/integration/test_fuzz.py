@@ -23,6 +23,7 @@ from PIL import Image
 
 from prgkit.config.prompts import load_classes
 from prgkit.config.recipe import Recipe, load_recipe, shipped_recipes, validate
+from prgkit.config.sections import ImageSpec
 from prgkit.config.yaml_io import parse_yaml
 from prgkit.data.files import printable
 from prgkit.data.index import index_images
@@ -498,7 +499,7 @@ def test_label_tables_are_read_as_meant_or_refused(tmp_path: Path, count: int) -
         classes = load_classes(case.classes)
         source, places = Named(list(case.truth)), range(len(case.truth))
         try:
-            images = ImageSource("photos", source, read_label_table(table, "photos", source))
+            images = ImageSource("photos", source, read_label_table(table, ImageSpec("photos", labels=table), source))
             labels = images.labels(places, classes)
             names = [images.name(place) for place in places]
             found = class_indices(labels, classes, names=names, where="photos").tolist()

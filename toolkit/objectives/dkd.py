@@ -39,7 +39,7 @@ class DKD(nn.Module):
 def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return T^2 * KL between the binary shares of the label and of all else, and between the other classes: [B], [B].
 
-    With p the teacher's kl share of the label, the first plus (1 - p) times the second is KD's T^2 * KL.
+    With p the teacher's softened share of the label, the first plus (1 - p) times the second is KD's T^2 * KL.
     """
     label = F.one_hot(labels, teacher.shape[1]).bool()  # [B, C]
     target, others = [], []

@@ -1,4 +1,4 @@
-"""KD: the teacher's kl probabilities beside its pseudo-labels (Hinton et al., arXiv 1503.02531)."""
+"""KD: the teacher's softened probabilities beside its pseudo-labels (Hinton et al., arXiv 1503.02531)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """PRG, the Proxy Relational Graph (arXiv 2408.12248), reconstructed from its abstract and captions.
 
-Notation: B images, M prompt templates, C classes, D the teacher's feature width. One side of the graph per network:
-nodes are its images, proxies its classes, edges the correlation of each image with each class.
+Notation: B images, C classes, D the teacher's feature width. Teacher and student each have a graph. A node is an image
+(its features beside its logits), a proxy is a class (a moving average of its images' nodes), an edge is the Pearson
+correlation of one image's node with one class's proxy.
 """
 
 from __future__ import annotations
@@ -84,14 +85,18 @@ class PRG(nn.Module):
 
 
 def nodes(features: Tensor, logits: Tensor, block: str) -> Tensor:
-    """Return N = [F ; block(L)] [B, D+C]; the way the logits enter a node decides whether edges can say anything."""
+    """Return one node an image, N = [F ; block(L)] [B, D+C].
+
+    With raw CLIP logits, whose scale is about 100, all nodes look alike and edges carry no information; the other
+    blocks prevent that.
+    """
     if block == "softmax":
         return torch.cat([F.normalize(features, dim=1), logits.softmax(dim=1)], dim=1)
     if block == "zscore":
         return torch.cat([standardise(features), standardise(logits)], dim=1)
     if block == "l2":
         return torch.cat([F.normalize(centre(features), dim=1), F.normalize(centre(logits), dim=1)], dim=1)
-    return torch.cat([features, logits], dim=1)  # raw: the caption, literally
+    return torch.cat([features, logits], dim=1)  # raw: both unscaled, as the paper's figure caption reads
 
 
 def correlate(rows: Tensor, columns: Tensor) -> Tensor:

@@ -55,23 +55,23 @@ def distill(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress
     check_trackers(recipe.training)
     accelerator = join_processes(recipe.training.trackers, Run(folder).trackers)
     with first_goes_on(accelerator):
-        distill_in_process(
+        distill_one_rank(
             recipe, folder, targets_root, accelerator, progress if accelerator.is_main_process else NullProgress()
         )
     return Run(folder)
 
 
-def distill_in_process(
+def distill_one_rank(
     recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelerator, progress: Progress
 ) -> None:
-    """Do one process's part: the first reads the images and asks the teacher, all of them train."""
+    """Do what each process does: the first reads images and asks the teacher while the others wait, then all train."""
     run = Run(folder)
     if from_first(accelerator, lambda: already_finished(run, recipe, progress)):
         return
-    with starting(run, recipe) if accelerator.is_main_process else nullcontext():
-        trial = build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)  # mistakes are told now
-        if recipe.reads_stages:
-            trial.stage_widths()
+    with locked_run(run, recipe) if accelerator.is_main_process else nullcontext():
+        unused_student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)
+        if recipe.reads_stages:  # what is wrong with the student is said before the teacher sees an image
+            unused_student.stage_widths()
         dataset = from_first(accelerator, lambda: prepare(recipe, targets_root, progress, run))
         seed_everything(recipe.training.seed)
         student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=dataset.store.width)
@@ -101,8 +101,8 @@ def already_finished(run: Run, recipe: Recipe, progress: Progress) -> bool:
 
 
 @contextmanager
-def starting(run: Run, recipe: Recipe) -> Iterator[None]:
-    """Hold a folder as the run of ``recipe``; where it fails before anything was done, the folder is as it was."""
+def locked_run(run: Run, recipe: Recipe) -> Iterator[None]:
+    """Lock the folder and write the recipe into it; an error before training has begun puts the folder back."""
     undo = undoing(run)
     with locked(run.folder, "run"):
         try:
@@ -170,8 +170,9 @@ class Trainer:
     dataset: DistillationDataset
     plan: StepPlan
     state: TrainingState
-    model: nn.Module  # the student as accelerate and torch.compile wrap it
-    stepper: torch.optim.Optimizer  # the optimizer as accelerate wraps it
+    # The same weights as state.student, in accelerate's and torch.compile's wrappers: batches go through this one.
+    wrapped_student: nn.Module
+    wrapped_optimizer: torch.optim.Optimizer
     autocast: Callable[[], torch.autocast]
     accelerator: Accelerator
     clock: Clock
@@ -196,7 +197,9 @@ def set_up(
     state.load(run)
     if accelerator.is_main_process:
         run.keep_metrics(state.counters.epoch)
-    model, stepper = accelerator.prepare(torch.compile(student) if config.compile else student, optimizer)
+    wrapped_student, wrapped_optimizer = accelerator.prepare(
+        torch.compile(student) if config.compile else student, optimizer
+    )
     accelerator.init_trackers(run.name)
     return Trainer(
         config=config,
@@ -204,8 +207,8 @@ def set_up(
         dataset=dataset,
         plan=plan,
         state=state,
-        model=model,
-        stepper=stepper,
+        wrapped_student=wrapped_student,
+        wrapped_optimizer=wrapped_optimizer,
         autocast=partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16),
         accelerator=accelerator,
         clock=Clock(state.counters.seconds),
@@ -216,21 +219,21 @@ def train_step(trainer: Trainer, batch: StepBatch, step: int) -> dict[str, Tenso
     """Learn from one batch, and return its loss and the terms of it, each a scalar without gradient."""
     config, state, accelerator = trainer.config, trainer.state, trainer.accelerator
     pixels, teacher = inputs_of(trainer, batch, step)
-    trainer.model.train()
+    trainer.wrapped_student.train()
     with trainer.autocast():
-        output = trainer.model(pixels)
+        output = trainer.wrapped_student(pixels)
     terms = state.objective(output, teacher)
     loss = torch.stack(list(terms.values())).sum()
 
     for group in state.optimizer.param_groups:
         group["lr"] = config.learning_rate * schedule(step, trainer.plan.steps, trainer.plan.warmup_steps)
-    trainer.stepper.zero_grad()
+    trainer.wrapped_optimizer.zero_grad()
     accelerator.backward(loss)
     for parameter in state.objective.parameters():  # the student's are averaged over the processes already
         parameter.grad = accelerator.reduce(parameter.grad, "mean")
     if config.gradient_clip is not None:
         accelerator.clip_grad_norm_([*state.student.parameters(), *state.objective.parameters()], config.gradient_clip)
-    trainer.stepper.step()
+    trainer.wrapped_optimizer.step()
     state.average.decay = min(config.ema, (1 + step) / (10 + step))
     state.average.update(state.student)
     return {name: term.detach() for name, term in {"loss": loss, **terms}.items()}

@@ -84,7 +84,7 @@ def test_a_truncated_engine_is_named(prgkit: PrgkitCommand, project_copy: Path) 
     manifest = read_sealed(bundle / "manifest.json")
     manifest["artifacts"].append(
         describe_artifact(bundle, engine.name, name="tensorrt_rtx-fp32", format="engine", precision="fp32",
-                          backend="tensorrt_rtx", executed=False, note=None, parity=None).to_json()
+                          backend="tensorrt_rtx", executed=False, note=None, parity=None, export_options=("--trt",)).to_json()
     )  # fmt: skip
     write_sealed(bundle / "manifest.json", manifest)
     engine.write_bytes(b"x" * 900)

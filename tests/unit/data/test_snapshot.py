@@ -139,7 +139,7 @@ def test_a_finished_run_says_what_is_new_and_is_judged_on_its_own(photos: Path, 
     manifest = export_run(run, ExportOptions(), progress=exporting)
     assert manifest.evaluation.images == before
     assert f"{source} holds {ALL - FEW} images {OTHERS}" in exporting.about("not made from")[0]
-    assert audit(*arguments, count=None, progress=auditing)["drawn_from"] == FEW
+    assert audit(*arguments, count=None, progress=auditing).drawn_from == FEW
     assert len(auditing.about("not made from")) == 1
 
     anew = distill(arguments[0], tmp_path / "run-2", tmp_path / "targets", NullProgress())

@@ -54,11 +54,11 @@ def test_each_runtime_runs_what_it_computes_as_it_stands() -> None:
     ran: dict[Any, list[str]] = {}
     for row, spec in zip(rows, specs, strict=True):
         assert spec is not None
-        assert {key: spec[key] for key in ("artifact", "backend", "device", "threads")} == {
+        assert {**spec.key, "threads": spec.threads} == {
             key: getattr(row, key) for key in ("artifact", "backend", "device", "threads")
         }
         assert row.threads == (2 if row.device == "cpu" else None)
-        assert spec["setup"].artifact.precision == row.precision
+        assert spec.setup.artifact.precision == row.precision
         ran.setdefault((row.backend, row.device), []).append(row.artifact)
     assert ran == {
         ("onnxruntime", "cpu"): [FP32, FP16, INT8],
@@ -94,7 +94,7 @@ def test_pytorch_is_compiled_only_in_a_long_bench_and_with_a_compiler(
         rows, specs = plan(bundle([]), tmp_path, gpu=False, threads=1, seconds=seconds)
         assert (rows[0].artifact, rows[0].reason) == ("torch", None)
         return [
-            (row.reason, spec and spec["setup"].variant.name == "compiled")
+            (row.reason, spec and spec.setup.variant.name == "compiled")
             for row, spec in zip(rows[1:], specs[1:], strict=True)
         ]
 

@@ -10,6 +10,7 @@ import pytest
 from prgkit.evaluate.bench.fixed_rate import measure_fixed_rate, summarize
 from prgkit.evaluate.bench.notes import failure_notes
 from prgkit.evaluate.bench.timing import fixed_rate_runs
+from prgkit.evaluate.bench.worker import Spec
 from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.latency_sections import fixed_rate as fixed_rate_section
 from prgkit.evaluate.report.markdown import table_header, table_rows
@@ -92,4 +93,4 @@ def test_late_frames_are_counted_and_p99_needs_a_thousand() -> None:
 
 def test_without_a_rate_nothing_is_opened() -> None:
     images = np.zeros((2, 4, 4, 3), dtype=np.uint8)
-    assert measure_fixed_rate([SPEC], None, BenchContext(images, seconds=1)) == (None, [])
+    assert measure_fixed_rate([Spec(**SPEC)], None, BenchContext(images, seconds=1)) == (None, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from prgkit.evaluate.bench.journal import (
 )
 from prgkit.evaluate.bench.latency import EncodedImages, LatencyPlan
 from prgkit.evaluate.bench.thread_sweep import sweep_threads
-from prgkit.evaluate.bench.worker import WorkerFailedError
+from prgkit.evaluate.bench.worker import Spec, WorkerFailedError
 from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.samples import FixedRateSamples, ThreadSweepSamples, WarmUp
 from prgkit.evaluate.report.schema import Machine
 from prgkit.storage.locks import locked
 
-SPECS: list[dict[str, Any]] = [{"artifact": name, "backend": "onnxruntime", "device": "cpu"} for name in ("a", "b")]
+SPECS = [Spec(name, "onnxruntime", "cpu") for name in ("a", "b")]
 SQUARE = Preprocessing(8, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 PIXELS = np.zeros((4, 2, 2, 3), dtype=np.uint8)
 
@@ -52,7 +53,7 @@ class Told:
 
     def worker(self, spec: dict[str, Any], images: Any, *, patience_s: float) -> Any:
         told = self
-        told.opened.append(spec["artifact"])
+        told.opened.append(spec.artifact)
 
         class Worker:
             load_ms = 1.0
@@ -135,7 +136,7 @@ def all_of_it(
     monkeypatch.setattr(workers, "Worker", told.worker)
     context = BenchContext(PIXELS, seconds=60, journal=kept)
     session = latency.measure(SPECS, LatencyPlan(rounds=3, encoded=EncodedImages([b"picture"], SQUARE)), context)
-    specs = [{**spec, "takes_threads": True} for spec in SPECS]
+    specs = [replace(spec, takes_threads=True) for spec in SPECS]
     _, by_threads = sweep_threads(specs, [1, 2], context)
     _, frames = measure_fixed_rate(specs, fps, context)
     return session, by_threads, frames

@@ -18,13 +18,16 @@ from prgkit.data.preprocessing import Preprocessing
 from prgkit.evaluate.bench import latency
 from prgkit.evaluate.bench.latency import LatencyPlan
 from prgkit.evaluate.bench.timing import timed_runs
-from prgkit.evaluate.bench.worker import Resident, Worker, WorkerFailedError, reason
+from prgkit.evaluate.bench.worker import Resident, Spec, Worker, WorkerFailedError, reason
 from prgkit.evaluate.bench.workers import BenchContext, rotate
 from prgkit.export.bundle.manifest import Artifact
 from prgkit.export.runtimes.base import Setup
 from prgkit.export.runtimes.onnxruntime import ONNXRUNTIME
 
 onnx = pytest.importorskip("onnx", reason="the models under test are made with the onnx package")
+
+
+CPU = Spec("m", "onnxruntime", "cpu")
 
 
 def model(path: Path, *, batch: int | str = "batch", side: int = 8, weight: float = 1.0) -> Path:
@@ -51,7 +54,7 @@ def spec(path: Path) -> dict[str, Any]:
     facts = {"precision": "fp32", "backend": "onnxruntime", "bytes": 0, "sha256": "", "executed": True, "note": None}
     artifact = Artifact(name=path.name, file=path.name, format="onnx", **facts, parity=None)
     setup = Setup(ONNXRUNTIME, ONNXRUNTIME.variants[0], artifact, path.parent)
-    return {"artifact": path.stem, "backend": "onnxruntime", "device": "cpu", "threads": 1, "setup": setup}
+    return Spec(path.stem, "onnxruntime", "cpu", threads=1, setup=setup)
 
 
 def images(count: int = 12) -> NDArray[np.uint8]:
@@ -167,7 +170,7 @@ def test_artifacts_take_turns_and_bad_ones_leave_the_others_measured(tmp_path: P
 
 
 def test_an_artifact_that_overstays_has_no_further_turns() -> None:
-    one = latency.Measured({}, rounds_ns=[[1], [1]], latency_s=100.0)
+    one = latency.Measured(CPU, rounds_ns=[[1], [1]], latency_s=100.0)
     assert latency.has_time(one, seconds=10)  # fewer than three rounds say nothing
     one.rounds_ns.append([1])
     assert not latency.has_time(one, seconds=10)
@@ -229,11 +232,11 @@ def test_reasons_fit_on_a_line() -> None:
 
 
 def test_energy_is_power_times_the_time_of_an_image() -> None:
-    one = latency.Measured({"device": "cpu"}, rounds_ns=[[2_000_000, 3_000_000], [1_000_000]], powers_w=[9.0, 11.0])
+    one = latency.Measured(CPU, rounds_ns=[[2_000_000, 3_000_000], [1_000_000]], powers_w=[9.0, 11.0])
     found = latency.energy(one)
     assert found is not None
     assert (found.power_w, found.energy_mj) == (10.0, pytest.approx(20.0))  # 10 W for 2 ms
-    assert latency.energy(latency.Measured({"device": "cpu"}, rounds_ns=[[1]])) is None
+    assert latency.energy(latency.Measured(CPU, rounds_ns=[[1]])) is None
 
 
 def test_a_runner_with_a_clock_of_its_own_has_a_stage_more() -> None:

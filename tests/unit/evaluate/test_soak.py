@@ -15,7 +15,7 @@ from prgkit.evaluate.bench import soak as module
 from prgkit.evaluate.bench.journal import BenchJournal
 from prgkit.evaluate.bench.options import BenchOptions
 from prgkit.evaluate.bench.soak import SoakProgress, soak, soak_lead, summarize
-from prgkit.evaluate.bench.worker import WorkerFailedError
+from prgkit.evaluate.bench.worker import Spec, WorkerFailedError
 from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.html import page
 from prgkit.evaluate.report.markdown import table_header, table_rows
@@ -25,7 +25,7 @@ from prgkit.evaluate.report.sections import Document, Section
 from prgkit.evaluate.report.soak_section import soak as soak_section
 
 MS = 1_000_000
-SPEC: dict[str, Any] = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
+SPEC = Spec("onnx-fp32", "onnxruntime", "cpu")
 PIXELS = np.zeros((2, 4, 4, 3), dtype=np.uint8)
 
 
@@ -39,7 +39,7 @@ def soaked(*medians_ms: float, failed: str | None = None, **seen: Any) -> tuple[
         times = module.percentiles_ms(runs_ns)._asdict()
         one.add(SoakWindow(start_s=30.0 * index, seconds=30.0, **times, **shown), runs_ns)
     found = Soak(
-        **SPEC,
+        **SPEC.key,
         **{"minutes": len(medians_ms) / 2, "fps": None, "failed": failed, "window_s": 30, "windows": len(medians_ms)},
         result=summarize(one),
     )
@@ -249,9 +249,9 @@ def test_the_artifact_of_the_headline_is_soaked(monkeypatch: pytest.MonkeyPatch)
 
     rows = [row("onnx-fp32", 2.0), row("onnx-int8", 1.0), row("torch", 0.5, "torch")]
     rows.append(row("engine", 0.1, status="not executed"))
-    specs = [{"artifact": name, "device": "cpu"} for name in ("onnx-fp32", "onnx-int8", "torch")]
+    specs = [Spec(name, "onnxruntime", "cpu") for name in ("onnx-fp32", "onnx-int8", "torch")]
     seen: list[str] = []
-    monkeypatch.setattr(module, "soak", lambda spec, *_, **__: (seen.append(spec["artifact"]), {}))
+    monkeypatch.setattr(module, "soak", lambda spec, *_, **__: (seen.append(spec.artifact), {}))
     key = {"artifact": "onnx-int8", "backend": "onnxruntime", "device": "cpu"}
     for int8 in ([], [Int8Verdict.model_construct(**key, kept=False)]):
         soak_lead(rows, [*specs, None], int8, BenchOptions(soak_minutes=1), BenchContext(PIXELS, seconds=1))

@@ -1,4 +1,4 @@
-"""The thread sweep and the scopes: measured side by side, told in tables, and left out where there is nothing."""
+"""The thread sweep and the latency stages: measured side by side, told in tables, and left out where there is nothing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 from PIL import Image
 
 from prgkit.data.preprocessing import Preprocessing
-from prgkit.evaluate.bench.bench import Subject, judged
+from prgkit.evaluate.bench.bench import Subject, with_results
 from prgkit.evaluate.bench.latency import Measured
 from prgkit.evaluate.bench.metadata import golden_images, stage_images
 from prgkit.evaluate.bench.thread_sweep import sweep_threads
+from prgkit.evaluate.bench.worker import Spec
 from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report import latency_sections
 from prgkit.evaluate.report.markdown import table_header, table_rows
@@ -48,11 +49,11 @@ def test_a_sweep_tells_each_median_and_the_gain_over_the_fewest_threads() -> Non
 
 def test_without_counts_or_anything_on_the_cpu_nothing_is_swept() -> None:
     images = np.zeros((2, 4, 4, 3), dtype=np.uint8)
-    specs = [{"device": "cuda", "takes_threads": False}, {"device": "cpu", "takes_threads": False}]
+    specs = [Spec("engine", "tensorrt", "cuda"), Spec("torch", "torch", "cpu")]
     said: list[str] = []
     context = BenchContext(images, seconds=1, note=said.append)
     assert sweep_threads(specs, [1, 2], context) == (None, [])
-    assert sweep_threads([{"takes_threads": True, "device": "cpu"}], [], context) == (None, [])
+    assert sweep_threads([Spec("onnx", "onnxruntime", "cpu", takes_threads=True)], [], context) == (None, [])
     assert said == []
 
 
@@ -77,9 +78,12 @@ def test_latency_stages_run_on_the_golden_pictures_as_files(tmp_path: Path) -> N
 
 
 def test_a_row_tells_its_latency_stages_as_far_as_they_were_measured() -> None:
-    one = Measured({}, stages_ns={"io": [[1_000_000]], "pipeline": [[2_000_000, 2_000_000], [2_000_000]]})
+    one = Measured(
+        Spec("onnx-fp32", "onnxruntime", "cpu"),
+        stages_ns={"io": [[1_000_000]], "pipeline": [[2_000_000, 2_000_000], [2_000_000]]},
+    )
     key: dict[str, Any] = {"artifact": "onnx-fp32", "backend": "onnxruntime", "device": "cpu"}
-    row = judged(Row(**key, file=None, precision="fp32", threads=1), one, Subject.__new__(Subject))
+    row = with_results(Row(**key, file=None, precision="fp32", threads=1), one, Subject.__new__(Subject))
     block = row.latency_stages
     assert (block["pipeline"].p50_ms, block["pipeline"].stage, block["pipeline"].samples) == (
         2.0,

@@ -168,7 +168,7 @@ def test_the_float_file_is_in_the_manifest_and_in_nobodys_way(bundle: Path) -> N
 def test_it_is_not_measured(bundle: Path) -> None:
     from prgkit.evaluate.bench.bench import plan
 
-    rows, _ = plan(open_bundle(bundle), None, {"gpus": []}, threads=1)
+    rows, _ = plan(open_bundle(bundle), None, gpu=False, threads=1)
     assert {row["file"] for row in rows} == {"model.onnx"}
 
 

@@ -51,6 +51,7 @@ from prgkit.export.runtimes.gpu import Backend, available_backends  # noqa: E402
 from prgkit.progress import NullProgress  # noqa: E402
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed  # noqa: E402
 from prgkit.storage.run import Run  # noqa: E402
+from prgkit.teacher.zero_shot import SavedAdjustment  # noqa: E402
 from prgkit.training.prepare import hold_out  # noqa: E402
 
 
@@ -760,7 +761,10 @@ def test_nothing_that_is_held_out_is_learned_from(tmp_path):
     assert not taken & held, "neither those that travel nor the others that selected the student"
     run.folder.mkdir()
     np.save(run.confidence_file, np.linspace(0, 1, learned.images, dtype=np.float32))
-    write_sealed(run.answers_file, {"confidence_sha256": sha256(run.confidence_file)})
+    found = SavedAdjustment(
+        made_from="these", confidence_sha256=sha256(run.confidence_file), temperature=1.0, log_prior={}
+    )
+    write_sealed(run.answers_file, found.model_dump())
     recipe = load_recipe("custom", overrides=[*sets, "data.keep.min_confidence=0.5"])
     sure = calibration_set(run, images, positions, preprocessing, recipe, (), NullProgress())
     half = learned.read(np.arange(learned.images))[(learned.images + 1) // 2 :]

@@ -363,8 +363,8 @@ def test_the_device_names_new_classes_without_torch(run: Run) -> None:
 
 def test_bench_runs_pytorch_with_the_classes_of_the_bundle(run: Run) -> None:
     relabel(run.bundle, CLASSES, run=run, progress=NullProgress())
-    _, specs = plan(open_bundle(run.bundle), run.folder, {"gpus": []}, threads=1)
-    (spec,) = [one for one in specs if one and one["backend"] == "torch"]
+    _, specs = plan(open_bundle(run.bundle), run.folder, gpu=False, threads=1)
+    (spec,) = [one for one in specs if one and one.backend == "torch"]
     pixels = read_evaluation(run.bundle).pixels
     np.testing.assert_allclose(opener(spec)().run(pixels), logits_of(run.bundle), atol=1e-4)
 

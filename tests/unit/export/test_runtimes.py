@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prgkit.errors import BackendError, ExportError
-from prgkit.evaluate.bench.worker import opener, reason
+from prgkit.evaluate.bench.worker import Spec, opener, reason
 from prgkit.export.bundle.manifest import Artifact
 from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes import openvino as openvino_module
@@ -143,7 +143,7 @@ def test_what_opening_needs_is_imported_before_its_time_is_taken(tmp_path, monke
     needed = "onnxruntime"
     monkeypatch.delitem(sys.modules, needed)
     path = tmp_path / "none.onnx"
-    opening = opener({"setup": setup(ONNXRUNTIME, path), "threads": 1})
+    opening = opener(Spec("m", "onnxruntime", "cpu", threads=1, setup=setup(ONNXRUNTIME, path)))
     assert needed in sys.modules
     with pytest.raises(BackendError, match=r"none\.onnx"):
         opening()
@@ -151,7 +151,7 @@ def test_what_opening_needs_is_imported_before_its_time_is_taken(tmp_path, monke
 
 def test_openvino_gives_onnx_runtimes_answer(openvino, exported, monkeypatch):
     monkeypatch.setattr(openvino_module, "SHAPES", 2)
-    runner = opener({"setup": setup(OPENVINO, exported.fp32), "threads": 1})()
+    runner = opener(Spec("m", "openvino", "cpu", threads=1, setup=setup(OPENVINO, exported.fp32)))()
     assert (runner.name, runner.backend, runner.device) == ("model.onnx", "openvino", "cpu")
     reference = OnnxRunner(exported.fp32, threads=1)
     for batch in (1, 3, 2, 3, 1):
