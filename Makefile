@@ -1,6 +1,6 @@
 # Two commands do all their own set-up, on a machine with Python 3.11 and nothing else:
 #   make demo    install, then distil, export and bench the embedded digits; ends in a table and a report
-#   make test    install, then ruff, mypy and every test; WORKERS=2 runs them in two processes
+#   make test    install, then ruff, mypy and every test, in two processes (WORKERS=4: in four)
 # Three more:
 #   make docs    install, then build the site in build/docs; a broken link or reference fails
 #   make soak    install, then some fifty kills and ten thousand hostile inputs
@@ -8,6 +8,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = -m pip install --quiet --disable-pip-version-check
 VENV = .venv/bin
+WORKERS ?= 2
 
 .PHONY: demo test docs soak dist clean
 .DELETE_ON_ERROR:
@@ -18,7 +19,7 @@ demo: .venv/demo.stamp
 test: .venv/dev.stamp .venv-base/base.stamp
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
-	$(VENV)/python -m pytest $(if $(WORKERS),-n $(WORKERS) --dist loadfile)
+	$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile
 
 docs: .venv/docs.stamp
 	$(VENV)/python -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs build/docs
