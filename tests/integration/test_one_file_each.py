@@ -14,6 +14,7 @@ from PIL import Image
 
 from prgkit.errors import ExportError, ParityError
 from prgkit.evaluate.bench.bench import bench
+from prgkit.evaluate.bench.options import BenchOptions
 from prgkit.evaluate.predict import predict
 from prgkit.export.bundle.bundle import open_bundle
 from prgkit.export.bundle.manifest import Artifact, Manifest
@@ -179,7 +180,7 @@ def test_a_toy_format_is_exported_measured_predicted_with_and_reported(tmp_path:
     readme = (bundle / "README.md").read_text()
     assert "| model.pooled.npz | fp32 | pooled | yes |" in readme
     assert "## Pooled" in readme
-    bench(bundle, out=out, run_folder=None, seconds=0.2, batches=(1,), threads=1, note=lambda _: None)
+    bench(bundle, BenchOptions(threads=1, seconds=0.2, batches=(1,)), out=out, note=lambda _: None)
     rows = json.loads((out / "report.json").read_text())["rows"]
     row = next(row for row in rows if row["artifact"] == POOLED)
     assert (row["backend"], row["status"], row["agreement_fp32"]) == ("pooled", "measured", 100)

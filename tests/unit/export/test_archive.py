@@ -169,7 +169,7 @@ def test_it_is_not_measured(bundle: Path) -> None:
     from prgkit.evaluate.bench.bench import plan
 
     rows, _ = plan(open_bundle(bundle), None, gpu=False, threads=1)
-    assert {row["file"] for row in rows} == {"model.onnx"}
+    assert {row.file for row in rows} == {"model.onnx"}
 
 
 def test_the_next_export_keeps_it(bundle: Path, repvit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
