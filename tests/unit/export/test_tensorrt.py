@@ -441,8 +441,8 @@ def as_tensorrt(monkeypatch):
     monkeypatch.setattr(
         tensorrt_build.importlib, "import_module", lambda name: module if name == "tensorrt" else real(name)
     )
-    for module in (gpu, tensorrt_build):
-        monkeypatch.setattr(module, "find_gpu", lambda: Gpu("some GPU", "SM89", "13.0"))
+    for owner in (gpu, tensorrt_build):
+        monkeypatch.setattr(owner, "find_gpu", lambda: Gpu("some GPU", "SM89", "13.0"))
     return told
 
 
