@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,24 +12,37 @@ Logits = NDArray[np.floating[Any]]  # [images, classes]
 Labels = NDArray[np.integer[Any]]  # [images]
 
 
+class Scores(NamedTuple):
+    """Everything that can be said of a model's logits; None where what it needs is not known. Shares are in percent."""
+
+    top1: float | None
+    top1_interval: tuple[float, float] | None
+    top5: float | None
+    calibration_error: float | None
+    agreement_teacher: float | None
+    agreement_teacher_interval: tuple[float, float] | None
+    agreement_fp32: float | None
+    kl_teacher: float | None
+
+
 def scores(
     logits: Logits, *, teacher: Logits | None = None, fp32: Logits | None = None, labels: Labels | None = None
-) -> dict[str, Any]:
-    """Return everything that can be said of ``logits`` with what is known; the rest is None. Shares are in percent."""
+) -> Scores:
+    """Return everything that can be said of ``logits`` [images, classes] with what is known."""
     classes = logits.shape[1]
     right = None if labels is None else int((logits.argmax(axis=1) == labels).sum())
     same = None if teacher is None else int((logits.argmax(axis=1) == teacher.argmax(axis=1)).sum())
-    return {
-        "top1": None if labels is None else top1(logits, labels),
-        "top1_interval": None if right is None else list(wilson(right, len(logits))),
+    return Scores(
+        top1=None if labels is None else top1(logits, labels),
+        top1_interval=None if right is None else wilson(right, len(logits)),
         # With five classes or fewer, top-5 is 100 whatever the model does.
-        "top5": None if labels is None or classes <= 5 else top5(logits, labels),
-        "calibration_error": None if labels is None else calibration_error(logits, labels),
-        "agreement_teacher": None if teacher is None else agreement(logits, teacher),
-        "agreement_teacher_interval": None if same is None else list(wilson(same, len(logits))),
-        "agreement_fp32": None if fp32 is None else agreement(logits, fp32),
-        "kl_teacher": None if teacher is None else kl(teacher, logits),
-    }
+        top5=None if labels is None or classes <= 5 else top5(logits, labels),
+        calibration_error=None if labels is None else calibration_error(logits, labels),
+        agreement_teacher=None if teacher is None else agreement(logits, teacher),
+        agreement_teacher_interval=None if same is None else wilson(same, len(logits)),
+        agreement_fp32=None if fp32 is None else agreement(logits, fp32),
+        kl_teacher=None if teacher is None else kl(teacher, logits),
+    )
 
 
 def top1(logits: Logits, labels: Labels) -> float:

@@ -219,7 +219,7 @@ def measure(
 
 def with_results(row: Row, one: Measured, subject: Subject) -> Row:
     """Return the row filled in with latency, throughput and accuracy; a failure keeps what was measured before it."""
-    figures: dict[str, Any] = {
+    figures: dict[str, object] = {
         "load_ms": one.load_ms,
         "peak_memory_mib": one.peak_memory_mib,
         "switches": one.switches,
@@ -245,14 +245,15 @@ def with_results(row: Row, one: Measured, subject: Subject) -> Row:
     return Row.model_validate({**dict(row), **figures, "status": "failed" if failed else "measured", "reason": failed})
 
 
-def accuracy(row: Row, logits: NDArray[np.float32], subject: Subject) -> dict[str, Any]:
+def accuracy(row: Row, logits: NDArray[np.float32], subject: Subject) -> dict[str, object]:
     """Return how right a row's logits [images, classes] are, and how faithful; of INT8, whether it holds the floor."""
     evaluation = subject.evaluation
     scores = metrics.scores(logits, teacher=evaluation.teacher_logits, fp32=evaluation.logits, labels=evaluation.labels)
+    figures: dict[str, object] = scores._asdict()
     if row.precision == "int8":
-        same = round(scores["agreement_fp32"] * len(logits) / 100)
-        scores["faithful"] = fidelity(same, len(logits)).holds(subject.bundle.manifest.fidelity_floor())
-    return scores
+        same = round((scores.agreement_fp32 or 0) * len(logits) / 100)
+        figures["faithful"] = fidelity(same, len(logits)).holds(subject.bundle.manifest.fidelity_floor())
+    return figures
 
 
 def row_samples(one: Measured) -> RowSamples:

@@ -50,7 +50,7 @@ def teacher_scores(evaluation: Evaluation) -> TeacherScores:
     """Return how right the teacher is on the evaluation images."""
     scores = metrics.scores(evaluation.teacher_logits, labels=evaluation.labels)
     uniform = metrics.scores(evaluation.teacher_uniform_logits, labels=evaluation.labels)
-    return TeacherScores(top1=scores["top1"], top5=scores["top5"], top1_uniform_prompts=uniform["top1"])
+    return TeacherScores(top1=scores.top1, top5=scores.top5, top1_uniform_prompts=uniform.top1)
 
 
 def student_scores(evaluation: Evaluation, rows: Sequence[Row]) -> StudentScores:
@@ -59,7 +59,7 @@ def student_scores(evaluation: Evaluation, rows: Sequence[Row]) -> StudentScores
         if row.artifact == "onnx-fp32" and row.status == "measured":
             return StudentScores(top1=row.top1, top5=row.top5, agreement=row.agreement_teacher)
     scores = metrics.scores(evaluation.logits, teacher=evaluation.teacher_logits, labels=evaluation.labels)
-    return StudentScores(top1=scores["top1"], top5=scores["top5"], agreement=scores["agreement_teacher"])
+    return StudentScores(top1=scores.top1, top5=scores.top5, agreement=scores.agreement_teacher)
 
 
 def evaluation_images(evaluation: Evaluation, bundle: Bundle) -> EvaluationImages:

@@ -24,9 +24,9 @@ from prgkit.evaluate.compare.schema import NovelScores
 from prgkit.metrics import top1
 from prgkit.progress import Progress
 from prgkit.storage.run import Run
-from prgkit.storage.tensors import load_facts
 from prgkit.student.model import load_student, student_logits
 from prgkit.teacher.answers import teacher_answers
+from prgkit.teacher.prompt_context import context_classes
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def require_two_halves(recipe: Recipe) -> None:
     base, novel = halves(recipe.classes)
     for page in recipe.teacher:
         path = Path(os.path.expanduser(page.context or ""))
-        if path.is_file() and (known := set(load_facts(path).get("classes", ())) & set(novel)):
+        if path.is_file() and (known := context_classes(path) & set(novel)):
             raise RecipeError(
                 f"the learned context has seen labels of novel classes: {', '.join(sorted(known)[:3])}",
                 where=path,

@@ -314,7 +314,7 @@ def judge(run: Run, trial: Trial, split: EvalSplit, progress: Progress) -> Trial
     student = load_student(run).to(best_device())
     views = evaluation_views(split.images, student.preprocessing, split.positions, workers=recipe.training.workers)
     logits = student_logits(student, views)
-    figures = scores(logits, teacher=teacher.logits, labels=labels)
+    figures = scores(logits, teacher=teacher.logits, labels=labels)._asdict()
     del figures["agreement_fp32"]
     return TrialResult(
         label=trial.label,

@@ -72,17 +72,11 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
 
 def test_scores_say_what_can_be_known_and_no_more() -> None:
     unlabelled = metrics.scores(LOGITS, teacher=LOGITS, fp32=LOGITS)
-    assert (
-        unlabelled["top1"]
-        is unlabelled["top5"]
-        is unlabelled["top1_interval"]
-        is unlabelled["calibration_error"]
-        is None
-    )
-    assert unlabelled["agreement_teacher"] == unlabelled["agreement_fp32"] == 100.0
-    assert unlabelled["kl_teacher"] == 0.0
+    assert unlabelled.top1 is unlabelled.top5 is unlabelled.top1_interval is unlabelled.calibration_error is None
+    assert unlabelled.agreement_teacher == unlabelled.agreement_fp32 == 100.0
+    assert unlabelled.kl_teacher == 0.0
     labelled = metrics.scores(LOGITS, labels=np.array([0, 1, 2, 2]))
-    assert labelled["top1"] == 75.0
-    assert labelled["top5"] is None  # of three classes, five are always enough
-    assert labelled["agreement_teacher"] is labelled["agreement_teacher_interval"] is labelled["kl_teacher"] is None
-    assert labelled["top1_interval"] == pytest.approx([30.06, 95.44], abs=0.01)
+    assert labelled.top1 == 75.0
+    assert labelled.top5 is None  # of three classes, five are always enough
+    assert labelled.agreement_teacher is labelled.agreement_teacher_interval is labelled.kl_teacher is None
+    assert labelled.top1_interval == pytest.approx((30.06, 95.44), abs=0.01)

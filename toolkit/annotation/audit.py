@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from prgkit.annotation.sheet import Card, sheet
 from prgkit.config.recipe import Recipe
-from prgkit.data.ticks import Tick, carried, read_ticks, set_aside, ticked, write_ticks
+from prgkit.data.ticks import AuditSample, SampledImage, Tick, carried, read_ticks, set_aside, ticked, write_ticks
 from prgkit.device import best_device
 from prgkit.errors import RunError
 from prgkit.evaluate.accuracy.ticked import teacher_share
@@ -31,25 +31,6 @@ from prgkit.training.prepare import prepare
 IMAGES = 100
 BATCH = 1024
 NEXT_ANSWERS = 2
-
-
-class SampledImage(BaseModel, frozen=True):
-    """An image on the sheet: all of its `Tick` but what is ticked."""
-
-    number: int
-    file: str
-    key: str
-    teacher: str
-    confidence: str
-
-
-class AuditSample(BaseModel, frozen=True):
-    """Which images are on a run's sheet: its sample.json."""
-
-    schema_version: Literal["prgkit.audit/1"] = Field("prgkit.audit/1", alias="schema")
-    made_from: str  # a fingerprint of the images and the teacher's answers
-    drawn_from: int
-    images: tuple[SampledImage, ...]
 
 
 class AuditReport(BaseModel, frozen=True):

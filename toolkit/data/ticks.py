@@ -9,6 +9,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field
 
 from prgkit.config.delimited import LARGEST_TABLE_BYTES, ways
 from prgkit.data.labels import hint, lookup
@@ -180,7 +183,8 @@ def audited_keys(run: Run) -> frozenset[str]:
     """Return the content keys of the images on a run's sheet; none where there is no sheet."""
     if not run.sample_file.exists():
         return frozenset()
-    return frozenset(image["key"] for image in read_sealed(run.sample_file)["images"])
+    sample = AuditSample.model_validate(read_sealed(run.sample_file))
+    return frozenset(image.key for image in sample.images)
 
 
 def bring_ticks(source: Path, target: Path, classes: Sequence[str]) -> None:
@@ -202,3 +206,22 @@ def ticks_in(path: Path, classes: Sequence[str]) -> set[Tick] | None:
         return set(ticked(read_ticks(path, classes)))
     except ImagesError:
         return None
+
+
+class SampledImage(BaseModel, frozen=True):
+    """An image on the sheet: all of its `Tick` but what is ticked."""
+
+    number: int
+    file: str
+    key: str
+    teacher: str
+    confidence: str
+
+
+class AuditSample(BaseModel, frozen=True):
+    """Which images are on a run's sheet: its sample.json."""
+
+    schema_version: Literal["prgkit.audit/1"] = Field("prgkit.audit/1", alias="schema")
+    made_from: str  # a fingerprint of the images and the teacher's answers
+    drawn_from: int
+    images: tuple[SampledImage, ...]

@@ -21,6 +21,7 @@ from prgkit.errors import DiskFullError, PrgkitError
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
+    from pydantic import JsonValue
 
 LARGEST_TEXT_BYTES = 2 << 20  # of a recipe or a list of classes: ImageNet-21k's names are a quarter of this
 REMAKE = "delete it and run the command again that made it"
@@ -149,13 +150,13 @@ def read_json(path: Path, *, fix: str = REMAKE) -> Any:
         raise PrgkitError(f"{path.name} is damaged: {error}", where=path, fix=fix) from error
 
 
-def write_sealed(path: Path, value: dict[str, Any]) -> None:
+def write_sealed(path: Path, value: dict[str, JsonValue]) -> None:
     """Write a JSON object with a digest of itself in it: a byte that flips on the disk is found when it is read."""
     content = {key: part for key, part in value.items() if key != "digest"}
     write_json(path, {**content, "digest": fingerprint(content)})
 
 
-def read_sealed(path: Path, *, fix: str = REMAKE) -> dict[str, Any]:
+def read_sealed(path: Path, *, fix: str = REMAKE) -> dict[str, JsonValue]:
     """Read what `write_sealed` wrote, without its digest; a file from before there were digests is taken as it is.
 
     Raises:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import JsonValue
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from prgkit.storage.atomic import guarding_space, writing
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, JsonValue]) -> None:
     """Write tensors and JSON facts as one safetensors file, atomically."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     size_bytes = sum(tensor.nbytes for tensor in contiguous.values())
@@ -25,7 +25,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) 
         save_file(contiguous, temporary, metadata={"facts": header})
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
     """Read what `save_tensors` wrote: the tensors, and the facts. A file from before there were digests has none.
 
     Raises:
@@ -44,14 +44,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def load_facts(path: Path) -> dict[str, Any]:
+def load_facts(path: Path) -> dict[str, JsonValue]:
     """Read the facts alone."""
     with safe_open(path, framework="pt") as file:
-        facts: dict[str, Any] = json.loads((file.metadata() or {}).get("facts", "{}"))
+        facts: dict[str, JsonValue] = json.loads((file.metadata() or {}).get("facts", "{}"))
     return {name: value for name, value in facts.items() if name != "digest"}
 
 
-def digest_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> str:
+def digest_of(tensors: dict[str, Tensor], facts: dict[str, JsonValue]) -> str:
     """Return 32 hex digits that change with any name, type, shape or value, and with the facts.
 
     safetensors itself checks that its header fits its length, and nothing of what the tensors hold.

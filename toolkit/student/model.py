@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
@@ -221,7 +222,7 @@ def student_logits(student: Student, batches: Iterable[Batch]) -> NDArray[np.flo
 
 def student_facts(path: Path) -> CheckpointFacts:
     """Return what is written in a weights file's header: the epoch it comes from, and its agreement."""
-    return CheckpointFacts(**load_facts(path))
+    return TypeAdapter(CheckpointFacts).validate_python(load_facts(path))
 
 
 def reparameterised(model: nn.Module) -> nn.Module:

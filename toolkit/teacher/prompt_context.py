@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
 from prgkit.config.sections import TeacherConfig
 from prgkit.errors import TeacherError
-from prgkit.storage.tensors import digest_of, load_tensors, save_tensors
+from prgkit.storage.tensors import digest_of, load_facts, load_tensors, save_tensors
 from prgkit.teacher.clip import Teacher
 from prgkit.teacher.weights import teacher_identity, weights_identity
 
@@ -44,13 +44,18 @@ class PromptContext:
 
 def save_context(path: Path, context: PromptContext, config: TeacherConfig, facts: dict[str, JsonValue]) -> None:
     """Write a context of the teacher ``config``, and how it was learned, as one safetensors file, atomically."""
-    origin = {
+    origin: dict[str, JsonValue] = {
         "schema": SCHEMA,
         "teacher": weights_identity(teacher_identity(config)),
         "teacher_name": config.name,
         "words": context.words,
     }
     save_tensors(path, {"vectors": context.vectors}, {**origin, **facts})
+
+
+def context_classes(path: Path) -> frozenset[str]:
+    """Return the class names of the labelled images that a context was learned on."""
+    return frozenset(TypeAdapter(list[str]).validate_python(load_facts(path).get("classes", [])))
 
 
 def load_context(config: TeacherConfig) -> PromptContext | None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ class TrainingState:
             self.objective.load_state_dict(_part("objective", tensors))
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": _nested(_part("optimizer", tensors)), "param_groups": groups})
-            counters = TrainingCounters(**facts)
+            counters = TypeAdapter(TrainingCounters).validate_python(facts)
         except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
             raise RunError(
                 f"the checkpoint is damaged: {str(error).splitlines()[0]}",
