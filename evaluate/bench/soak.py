@@ -26,9 +26,9 @@ from prgkit.evaluate.bench.worker import Spec, Worker, WorkerFailedError
 from prgkit.evaluate.bench.workers import BenchContext, artifact_name
 from prgkit.evaluate.report import formatting
 from prgkit.evaluate.report.formatting import P99_SAMPLES
+from prgkit.evaluate.report.latency_sections import MINUTE_S, SLOWER, UNSTABLE, known
 from prgkit.evaluate.report.samples import SoakSamples, SoakWindow
 from prgkit.evaluate.report.schema import Int8Verdict, Interval, Row, Soak, SoakResult, SoakSpan
-from prgkit.evaluate.report.soak_section import MINUTE_S, SLOWER, UNSTABLE, known
 from prgkit.evaluate.sensors import Meter, midway, power_source
 from prgkit.evaluate.system import DeviceState, device_state
 from prgkit.progress import duration

@@ -10,12 +10,12 @@ from prgkit.evaluate.report import formatting, latency_sections, quality_section
 from prgkit.evaluate.report.examples import Picture, galleries
 from prgkit.evaluate.report.formatting import NONE, counted, evaluated_on, interval, mib, model_name, ms, percent
 from prgkit.evaluate.report.html import page
+from prgkit.evaluate.report.latency_sections import soak
 from prgkit.evaluate.report.markdown import markdown
 from prgkit.evaluate.report.plots import svg
 from prgkit.evaluate.report.samples import Samples
 from prgkit.evaluate.report.schema import Report, Row, measured_latency
 from prgkit.evaluate.report.sections import Cell, Chip, Column, Document, Section, TableRow, Tile, lines, table_row
-from prgkit.evaluate.report.soak_section import soak
 from prgkit.evaluate.report.terminal import Table, table
 from prgkit.metrics import wilson
 from prgkit.storage.atomic import write_json, write_text

@@ -18,11 +18,11 @@ from prgkit.evaluate.bench.soak import SoakProgress, soak, soak_lead, summarize
 from prgkit.evaluate.bench.worker import Spec, WorkerFailedError
 from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.html import page
+from prgkit.evaluate.report.latency_sections import soak as soak_section
 from prgkit.evaluate.report.markdown import table_header, table_rows
 from prgkit.evaluate.report.samples import Samples, SoakSamples, SoakWindow, WarmUp
 from prgkit.evaluate.report.schema import Int8Verdict, Latency, Report, Row, Soak
 from prgkit.evaluate.report.sections import Document, Section
-from prgkit.evaluate.report.soak_section import soak as soak_section
 
 MS = 1_000_000
 SPEC = Spec("onnx-fp32", "onnxruntime", "cpu")
