@@ -35,8 +35,8 @@ def judge_int8(bundle: Bundle, rows: Sequence[Row], *, images: int) -> list[Int8
     ``rows`` are the report's, with agreement on ``images`` images. Of several that are kept the fastest is first; where
     none is kept, the bundle's first.
     """
-    here = [row for row in rows if row.backend == "onnxruntime" and row.device == "cpu"]
-    ran = {row.artifact: row for row in here if row.status == "measured"}
+    on_cpu = [row for row in rows if row.backend == "onnxruntime" and row.device == "cpu"]
+    ran = {row.artifact: row for row in on_cpu if row.status == "measured"}
     floats = [row for row in ran.values() if row.precision in ("fp32", "fp16")]
     if not floats:
         return []

@@ -154,18 +154,18 @@ def nvml() -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
     """Return the driver's library and its first GPU, or None where there is no driver."""
     try:
         library, gpu = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_void_p()
-        found = library.nvmlInit_v2() == 0 and library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(gpu)) == 0
+        loaded = library.nvmlInit_v2() == 0 and library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(gpu)) == 0
     except (OSError, AttributeError):
         return None
-    return (library, gpu) if found else None
+    return (library, gpu) if loaded else None
 
 
 def nvml_value(function: str, *which: int, kind: Any = ctypes.c_uint) -> int | None:
     """Return what one of NVML's functions says of the GPU, or None where it does not know."""
-    found = nvml()
-    if found is None or not hasattr(found[0], function):
+    loaded = nvml()
+    if loaded is None or not hasattr(loaded[0], function):
         return None
-    library, gpu = found
+    library, gpu = loaded
     value = kind()
     code = getattr(library, function)(gpu, *map(ctypes.c_uint, which), ctypes.byref(value))
     return int(value.value) if code == 0 else None

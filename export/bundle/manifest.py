@@ -269,14 +269,14 @@ def require_inside(file: str, path: Path) -> None:
 
 def mistakes(error: ValidationError) -> str:
     """Say what is wrong with a file's facts: the keys that it lacks, else the first one that is wrong."""
-    found = error.errors(include_url=False)
-    for mistake in found:
+    errors = error.errors(include_url=False)
+    for mistake in errors:
         if mistake["loc"][:1] == ("artifacts",) and len(mistake["loc"]) > 1:
             place = spelled(mistake["loc"])
             return f"has an artifact that lacks facts: {place}: {reason(mistake['type'], mistake['msg'])}"
-    if missing := [spelled(mistake["loc"]) for mistake in found if mistake["type"] == "missing"]:
+    if missing := [spelled(mistake["loc"]) for mistake in errors if mistake["type"] == "missing"]:
         return f"lacks {', '.join(missing)}"
-    return f"is damaged: {spelled(found[0]['loc'])}: {reason(found[0]['type'], found[0]['msg'])}"
+    return f"is damaged: {spelled(errors[0]['loc'])}: {reason(errors[0]['type'], errors[0]['msg'])}"
 
 
 def spelled(location: Iterable[int | str]) -> str:

@@ -37,11 +37,11 @@ def require_precision(types: dict[str, dict[str, int]], precision: str, onnx_pat
             where=onnx_path,
             fix="an engine has the precision of its ONNX file: export --int8 --trt writes model.int8.tensorrt.onnx",
         )
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for kind in HEAVY_LAYERS:
-        found.update(types.get(kind, {}))
-    if set(found) != {DTYPE_OF[precision]}:
-        held = ", ".join(f"{count} {dtype}" for dtype, count in sorted(found.items())) or "none at all"
+        counts.update(types.get(kind, {}))
+    if set(counts) != {DTYPE_OF[precision]}:
+        held = ", ".join(f"{count} {dtype}" for dtype, count in sorted(counts.items())) or "none at all"
         raise ExportError(
             f"{precision} was asked for, and {onnx_path.name} holds convolutions and products as {held}, "
             f"not {DTYPE_OF[precision]}",
@@ -64,15 +64,15 @@ def leave_small_in_fp16(trt: Any, network: Any) -> tuple[tuple[int, int], list[N
         NotWorthItError: all are small.
     """
     made_by = {layer.get_output(0).name: layer for layer in layers_of(network)}
-    found = []
+    quantised = []
     for layer in layers_of(network):
         before = made_by.get(layer.get_input(0).name) if layer.type.name == "CONVOLUTION" else None
         if before is not None and before.type.name == "DEQUANTIZE":
-            found.append((layer, made_by[before.get_input(0).name].get_input(0)))  # what is rounded
-    small = [pair for pair in found if prod(pair[0].get_input(1).shape) < LEAST_INT8_WEIGHTS]
-    if len(small) == len(found):
+            quantised.append((layer, made_by[before.get_input(0).name].get_input(0)))  # what is rounded
+    small = [pair for pair in quantised if prod(pair[0].get_input(1).shape) < LEAST_INT8_WEIGHTS]
+    if len(small) == len(quantised):
         raise NotWorthItError(
-            f"none of its {len(found)} quantised convolutions has {LEAST_INT8_WEIGHTS:,} weights, and what "
+            f"none of its {len(quantised)} quantised convolutions has {LEAST_INT8_WEIGHTS:,} weights, and what "
             f"{trt.__name__} builds around a smaller one takes more than INT8 saves, so FP16's engine is smaller"
         )
     alive = []
@@ -82,7 +82,7 @@ def leave_small_in_fp16(trt: Any, network: Any) -> tuple[tuple[int, int], list[N
         alive.append((steps.astype(np.float32) * scales.reshape(-1, 1, 1, 1).astype(np.float32)).astype(np.float16))
         layer.set_input(0, activations)
         layer.set_input(1, network.add_constant(alive[-1].shape, alive[-1]).get_output(0))
-    return (len(found) - len(small), len(found)), alive
+    return (len(quantised) - len(small), len(quantised)), alive
 
 
 def constant(trt: Any, layer: Any) -> NDArray[Any]:

@@ -147,14 +147,14 @@ def find_fewest(blocks: int, holds: Callable[[int], bool]) -> int | None:
     """Return the least count of blocks in float, below ``blocks``, with which the floor holds; None where none does."""
     if holds(0):
         return 0
-    low, high, found = 1, blocks - 1, None
+    low, high, fewest = 1, blocks - 1, None
     while low <= high:
         middle = (low + high) // 2
         if holds(middle):
-            found, high = middle, middle - 1
+            fewest, high = middle, middle - 1
         else:
             low = middle + 1
-    return found
+    return fewest
 
 
 def spread_over(pixels: Pixels) -> Pixels:

@@ -87,10 +87,10 @@ def merge_reports(session: Session, reports: tuple[Path, ...], out: Path) -> Doc
     from prgkit.evaluate.compare.devices import devices_table
     from prgkit.evaluate.compare.merge import merge
 
-    found = merge(reports, out=out, command="prgkit " + shlex.join(sys.argv[1:]))
-    session.terminal.show(devices_table(found))
+    comparison = merge(reports, out=out, command="prgkit " + shlex.join(sys.argv[1:]))
+    session.terminal.show(devices_table(comparison))
     session.terminal.say("comparison: ", (str(out / "comparison.html"), "bold"))
-    return found.model_dump(mode="json")
+    return comparison.model_dump(mode="json")
 
 
 def list_or_prune_stores(session: Session, root: Path, *, prune: bool, dry_run: bool) -> Document:
@@ -116,7 +116,7 @@ def print_estimate(session: Session, recipe: Recipe, folder: Path, targets_root:
     from prgkit.training.dry_run import estimate
 
     expected = estimate(recipe, folder, targets_root, session.terminal)
-    session.terminal.listing({"run": str(folder), **expected.told})
+    session.terminal.listing({"run": str(folder), **expected.summary})
     return {"run": str(folder), **expected.model_dump(mode="json")}
 
 

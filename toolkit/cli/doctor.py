@@ -77,13 +77,13 @@ def backend(name: str, problem: str | None) -> Backend:
 
 def clashes(versions: dict[str, str | None]) -> list[str]:
     """Return the known ways in which installed packages stand in each other's way."""
-    found = []
+    pairs = []
     builds = {"onnxruntime-gpu": "the GPU", "onnxruntime-openvino": "OpenVINO"}
     for name in (name for name in builds if versions["onnxruntime"] and versions[name]):
-        found.append(
+        pairs.append(
             f"onnxruntime is installed over {name}: one overwrites the other's files, and {builds[name]} is lost in "
             f"silence. pip uninstall -y onnxruntime {name} && pip install {name}"
         )
     if versions["torch"] and versions["torchvision"] is None:
-        found.append("torch is installed without torchvision, which timm and open_clip import. pip install torchvision")
-    return found
+        pairs.append("torch is installed without torchvision, which timm and open_clip import. pip install torchvision")
+    return pairs

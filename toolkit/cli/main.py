@@ -315,14 +315,14 @@ def compare(session: Session, /, options: RecipeOptions, *, out: Path | None, **
         session.terminal.show(table(section, title=diswot.headline(ranking), notes=section.notes))
         session.terminal.say("ranking: ", (str(out / "rank.json"), "bold"))
         return ranking.model_dump(mode="json")
-    found = work(trials, out, options.targets_root, session.terminal, command=command, whole=whole)
-    section = aggregate.objectives(found)
-    session.terminal.show(table(section, title=aggregate.headline(found), notes=[section.about]))
+    comparison = work(trials, out, options.targets_root, session.terminal, command=command, whole=whole)
+    section = aggregate.objectives(comparison)
+    session.terminal.show(table(section, title=aggregate.headline(comparison), notes=[section.about]))
     session.terminal.say("comparison: ", (str(out / "compare.html"), "bold"))
-    if found.failed:
-        what = f"{len(found.failed)} of {len(trials)} trials came apart; the others stand"
+    if comparison.failed:
+        what = f"{len(comparison.failed)} of {len(trials)} trials came apart; the others stand"
         session.failure = RunError(what, where=out)
-    return found.model_dump(mode="json")
+    return comparison.model_dump(mode="json")
 
 
 @cli.command(short_help="List the recipes.")

@@ -63,8 +63,8 @@ class Terminal:
         indent = max(map(len, rows)) + 4
         for name, text in rows.items():
             lines = textwrap.wrap(text, LINE - indent, break_long_words=False, break_on_hyphens=False)
-            told = f"\n{' ' * indent}".join(lines)
-            self.say(f"  {name:<{indent - 2}}{told}".rstrip())
+            value = f"\n{' ' * indent}".join(lines)
+            self.say(f"  {name:<{indent - 2}}{value}".rstrip())
 
     def start(self, stage: str, total: int, unit: str) -> None:
         """Begin a stage: a bar with count, speed and time left, or a line now and then where no bar can move."""

@@ -369,7 +369,7 @@ def in_order(entries: list[Entry], numbers: Sequence[str]) -> tuple[list[Entry],
 
 def numbering_note(pairs: Sequence[Numbered], *, moved: bool) -> str:
     """Say which number is which name."""
-    told = [f"{number} is {name}" for number, name in pairs]
-    shown = told if len(told) <= 3 else [*told[:2], "...", told[-1]]
+    lines = [f"{number} is {name}" for number, name in pairs]
+    shown = lines if len(lines) <= 3 else [*lines[:2], "...", lines[-1]]
     order = ", and put in the order of their numbers" if moved else ""
     return f"class names are numbered{order}: {', '.join(shown)}"

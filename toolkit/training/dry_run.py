@@ -59,7 +59,7 @@ class DistillEstimate(BaseModel, frozen=True):
     run_bytes: int
     teacher_s: float
     student_s: float
-    told: dict[str, str] = {}
+    summary: dict[str, str] = {}
 
 
 def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress) -> DistillEstimate:
@@ -110,7 +110,7 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
     )
     require_space(targets_root, result.targets_bytes, "the target store")
     require_space(folder, result.run_bytes, "the run")
-    return result.model_copy(update={"told": in_words(recipe, result, device, free_bytes(folder))})
+    return result.model_copy(update={"summary": in_words(recipe, result, device, free_bytes(folder))})
 
 
 def time_student(recipe: Recipe, teacher_width: int, device: torch.device) -> tuple[Student, float]:

@@ -52,7 +52,7 @@ def test_images_and_classes_need_no_recipe(
     sets += ["--set", "data.keep.weighted=true"]  # how many images that leaves is not known yet
     document = prgkit("distill", "--images", "my photos/", "--classes", "names.txt", *sets, "--dry-run", "--json").json
     assert document["distill"]["images"] == document["distill"]["images_missing"] == 24
-    assert document["distill"]["told"]["student"].startswith("test_efficientnet at 32 px, 30 epochs, at most ")
+    assert document["distill"]["summary"]["student"].startswith("test_efficientnet at 32 px, 30 epochs, at most ")
 
 
 @pytest.mark.parametrize("option", ["", "--dry-run"])
@@ -89,7 +89,7 @@ def test_a_rehearsal_counts_the_evaluation_images_for_the_teacher_too(
     assert (found["images"], found["images_missing"]) == (24, 0)
     assert (found["evaluation_images"], found["evaluation_missing"]) == (30, 6)
     assert found["targets_bytes"] == 6 * 64 * 2
-    assert found["told"]["evaluation"] == "30 in judged, 6 new to the teacher"
+    assert found["summary"]["evaluation"] == "30 in judged, 6 new to the teacher"
 
 
 def test_a_distillation_after_adapt_teacher_uses_its_context(
