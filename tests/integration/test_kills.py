@@ -45,7 +45,7 @@ POINTS: dict[str, tuple[str, Trap]] = {
     "distill: during the quality stage": (DISTILL, ("prgkit.training.statistics:compute_statistics", 1, "before")),
     "distill: quality told, not written": (DISTILL, ("prgkit.training.statistics:summarise", 1, "after")),
     "distill: before the first step": (DISTILL, ("prgkit.training.distill:train", 1, "before")),
-    "distill: within an epoch": (DISTILL, ("timm.utils:ModelEmaV3.update", 6, "after")),
+    "distill: within an epoch": (DISTILL, ("prgkit.training.checkpoint:ModelEmaV3.update", 6, "after")),
     "distill: in the middle of a checkpoint": (DISTILL, ("prgkit.storage.tensors:save_file", 3, "within")),
     "distill: checkpoint written, not renamed": (DISTILL, ("prgkit.training.checkpoint:save_tensors", 3, "before")),
     "distill: best student written, no metrics": (DISTILL, ("prgkit.training.distill:evaluate", 1, "after")),
