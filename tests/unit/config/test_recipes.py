@@ -66,8 +66,8 @@ def test_a_shipped_recipe_rehearses(
     assert told["targets_bytes"] == 12 * (views + 1) * 64 * 2  # the evaluation images have one view each
     assert told["run_bytes"] > 10_000
     assert told["student_s"] > 0
-    assert f"{stand_in} at 32 px, {page.training.epochs} epochs" in told["told"]["student"]
-    assert told["told"]["classes"].startswith("2, ")
+    assert f"{stand_in} at 32 px, {page.training.epochs} epochs" in told["summary"]["student"]
+    assert told["summary"]["classes"].startswith("2, ")
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "targets").exists()
 

@@ -223,9 +223,9 @@ def test_a_rehearsal_tells_what_each_teacher_takes(
     assert (seen.teacher, seen.views_missing, seen.targets_bytes) == ("demo:digits", 0, 0)
     assert (new.teacher, new.views_missing, new.targets_bytes) == ("tiny", 2 * IMAGES, 2 * IMAGES * 12 * 2)
     assert found.targets_bytes == new.targets_bytes
-    assert found.told["images"].endswith(f"{IMAGES} new to a teacher")
-    assert found.told["teacher"].startswith("demo:digits + tiny, 2 views an image, about ")
-    assert "tiny 0 s and 1.1 KiB)" in found.told["teacher"]
+    assert found.summary["images"].endswith(f"{IMAGES} new to a teacher")
+    assert found.summary["teacher"].startswith("demo:digits + tiny, 2 views an image, about ")
+    assert "tiny 0 s and 1.1 KiB)" in found.summary["teacher"]
 
 
 # What a recipe may say.
