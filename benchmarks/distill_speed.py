@@ -14,7 +14,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from prgkit.config.image_size import sides
 from prgkit.config.objectives import CE, PRG
 from prgkit.config.recipe import Recipe, validate
 from prgkit.config.sections import StudentConfig, TeacherConfig, Training, Views
@@ -44,18 +45,19 @@ from prgkit.evaluate import system
 from prgkit.objectives import Objectives
 from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
 from prgkit.progress import NullProgress
+from prgkit.storage.run_card import PrecisionProbe
 from prgkit.student.model import build_student
 from prgkit.teacher.clip import Teacher
 from prgkit.teacher.feature_store import embed, open_store
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
-from prgkit.training.checkpoint import ModelEma
+from prgkit.training.checkpoint import model_ema
 from prgkit.training.dataset import DistillationDataset
-from prgkit.training.distill import build_optimizer
 from prgkit.training.distributed import probe_precision
+from prgkit.training.optimizer import build_optimizer
 
 CLASSES, TEMPLATES = 100, 7
 BATCH = 64  # of the loaders
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 @click.command()
@@ -80,8 +82,7 @@ def main(photos: Path, thumbnails: Path, only: str, **options: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(Path(scratch), photos, thumbnails, **options)
         found = {name: parts[name](bench) for name in only.split(",")}
-    facts = system.describe()
-    here = {key: facts[key] for key in ("cpu", "cores", "os", "versions")}
+    here = system.describe().model_dump(mode="json", include={"cpu", "cores", "os", "versions"})
     click.echo(json.dumps({"options": options, "threads": torch.get_num_threads(), "machine": here, **found}, indent=2))
 
 
@@ -103,8 +104,9 @@ class Bench:
     ) -> None:
         seed_everything(0)
         self.scratch, self.photos, self.thumbnails = scratch, photos, thumbnails
-        self.page = StudentConfig(model=student, image_size=image_size)
-        self.batch_size, self.rounds, self.teacher_images = batch_size, rounds, teacher_images
+        self.student = StudentConfig(model=student, image_size=image_size)
+        self.image_size, self.batch_size = image_size, batch_size
+        self.rounds, self.teacher_images = rounds, teacher_images
         self.teachers = teachers.split(",")
         self.device = best_device()
 
@@ -115,15 +117,14 @@ class Bench:
             Teacher(model, open_clip.get_tokenizer(name), self.device, TeacherConfig(model=name, precision=precision))
             for precision in ("fp32", "bf16")
         ]
-        size = teachers[0].preprocessing.image_size
-        pixels = torch.randint(0, 256, (16, size, size, 3), dtype=torch.uint8)
-        times = [timed(lambda teacher=teacher: teacher.embed_images(pixels), repeat=2) for teacher in teachers]
+        pixels = torch.randint(0, 256, (16, *sides(teachers[0].preprocessing.image_size), 3), dtype=torch.uint8)
+        times = [timed(partial(teacher.embed_images, pixels), repeat=2) for teacher in teachers]
         return teachers[times.index(min(times))]
 
 
 def student_steps(bench: Bench) -> list[dict[str, Any]]:
     """(a): steps on stored targets against the same steps with the teacher run in each of them."""
-    found = []
+    found: list[dict[str, Any]] = []
     for name in bench.teachers:
         teacher = bench.teacher(name)
         loops, precision = training_loops(bench, teacher)
@@ -133,7 +134,7 @@ def student_steps(bench: Bench) -> list[dict[str, Any]]:
             {
                 "teacher": name,
                 "teacher_precision": "bf16" if teacher.autocast_to_bf16 else "fp32",
-                "student": bench.page.model,
+                "student": bench.student.model,
                 "student_precision": precision.model_dump(),
                 "step_ms_an_image": {key: per_image(times, bench.batch_size) for key, times in rounds.items()},
                 "online_to_stored": ratio(rounds["online"], rounds["stored"]),
@@ -148,7 +149,7 @@ def price_of_prg(bench: Bench) -> dict[str, Any]:
     loops, precision = training_loops(bench, bench.teacher(bench.teachers[0]))
     rounds = take_turns({key: partial(next, loops[key]) for key in ("stored", "hard_labels")}, 4 * bench.rounds)
     return {
-        "student": bench.page.model,
+        "student": bench.student.model,
         "student_precision": precision.model_dump(),
         "batch": bench.batch_size,
         "step_ms_an_image": {key: per_image(times, bench.batch_size) for key, times in rounds.items()},
@@ -157,14 +158,14 @@ def price_of_prg(bench: Bench) -> dict[str, Any]:
     }
 
 
-def training_loops(bench: Bench, teacher: Teacher) -> tuple[dict[str, Iterator[None]], dict[str, Any]]:
+def training_loops(bench: Bench, teacher: Teacher) -> tuple[dict[str, Iterator[None]], PrecisionProbe]:
     """Return three trainings of one student, a step at a time, and the precision that is faster for them.
 
     The batches were decoded before, so that the steps alone are compared; every loop is otherwise prgkit's own.
     """
-    dataset = stored_lesson(bench, teacher)
-    batches = rendered_batches(bench, dataset, teacher)
-    trial = build_student(bench.page, classes=CLASSES, teacher_width=8)
+    dataset = stored_dataset(bench, teacher)
+    batches = batches_of(bench, dataset, teacher)
+    trial = build_student(bench.student, classes=CLASSES, teacher_width=8)
     precision = probe_precision(trial, bench.device, bench.batch_size)
 
     def stored(batch: Batch, _seen: Tensor) -> TeacherOutput:
@@ -190,7 +191,7 @@ def training_loops(bench: Bench, teacher: Teacher) -> tuple[dict[str, Iterator[N
 
 def loop(
     bench: Bench,
-    page: CE | PRG,
+    config: CE | PRG,
     answer: Callable[[Batch, Tensor], TeacherOutput],
     *,
     batches: list[tuple[Batch, Tensor]],
@@ -199,10 +200,11 @@ def loop(
 ) -> Iterator[None]:
     """Train as `prgkit.training.distill.train` does, one step at a time."""
     training = Training()
-    student = build_student(bench.page, classes=CLASSES, teacher_width=width).to(bench.device)
-    objective = Objectives((page,), space(CLASSES, width)).to(bench.device)
+    student = build_student(bench.student, classes=CLASSES, teacher_width=width).to(bench.device)
+    objective = Objectives((config,), space(CLASSES, width)).to(bench.device)
     student.projector.requires_grad_(objective.uses_features)
-    optimizer, average = build_optimizer(student, training), ModelEma(student)
+    optimizer, average = build_optimizer(student, training), model_ema(student)
+    average.decay = 0.99
     for batch, seen in cycle(batches):
         teacher = answer(batch, seen)
         student.train()
@@ -210,15 +212,15 @@ def loop(
             said = student(batch.pixels[:, 0].to(bench.device))
         loss = torch.stack(list(objective(said, teacher).values())).sum()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
         optimizer.step()
-        average.update(student, decay=0.99)
+        average.update(student)
         loss.item()  # waits for a GPU
         yield
 
 
-def stored_lesson(bench: Bench, teacher: Teacher) -> DistillationDataset:
+def stored_dataset(bench: Bench, teacher: Teacher) -> DistillationDataset:
     """Fill a store with made-up features of every photo, where they lie as real ones would."""
     folder = Path(tempfile.mkdtemp(dir=bench.scratch))
     recipe = recipe_for(bench)
@@ -232,12 +234,12 @@ def stored_lesson(bench: Bench, teacher: Teacher) -> DistillationDataset:
     prompts = torch.nn.functional.normalize(torch.randn(TEMPLATES, CLASSES, teacher.width), dim=2)
     return DistillationDataset(
         image_index=images,
-        targets=targets,
+        store=targets,
         rows=targets.rows(images.keys, views=1),
-        held_out=np.arange(1),
-        learned=np.arange(1, len(images)),
-        shares=None,
-        answers=ZeroShotClassifier(prompts.to(bench.device), teacher.logit_scale, "max", no_adjustment(CLASSES)),
+        val_indices=np.arange(1),
+        train_indices=np.arange(1, len(images)),
+        sample_weights=None,
+        classifier=ZeroShotClassifier(prompts.to(bench.device), teacher.logit_scale, "max", no_adjustment(CLASSES)),
     )
 
 
@@ -246,7 +248,7 @@ def recipe_for(bench: Bench) -> Recipe:
     raw = {
         "data": {"images": str(bench.photos), "classes": [f"thing {number}" for number in range(CLASSES)]},
         "teacher": {"model": "demo:digits"},
-        "student": {"model": bench.page.model, "image_size": bench.page.image_size},
+        "student": {"model": bench.student.model, "image_size": bench.student.image_size},
         "objective": {"name": "prg"},
         "training": {"workers": 1},
         "views": {"count": 1},
@@ -254,16 +256,14 @@ def recipe_for(bench: Bench) -> Recipe:
     return validate(raw, where="benchmark").resolved()
 
 
-def rendered_batches(bench: Bench, dataset: DistillationDataset, teacher: Teacher) -> list[tuple[Batch, Tensor]]:
+def batches_of(bench: Bench, dataset: DistillationDataset, teacher: Teacher) -> list[tuple[Batch, Tensor]]:
     """Return some batches in the student's size, and the same crops in the teacher's."""
-    student = build_student(bench.page, classes=CLASSES, teacher_width=8)
+    student = build_student(bench.student, classes=CLASSES, teacher_width=8)
     size, made = bench.batch_size, []
     for start in range(0, min(4 * size, len(dataset.train_indices) - size + 1), size):
         items = [(int(position), [1]) for position in dataset.train_indices[start : start + size]]
-        batch = MultiViewDataset(dataset.image_index, student.preprocessing, Views()).__getitems__(items)
-        seen = MultiViewDataset(dataset.image_index, teacher.preprocessing, Views()).__getitems__(items)
-        assert isinstance(batch, Batch)
-        assert isinstance(seen, Batch)
+        batch = MultiViewDataset(dataset.image_index, student.preprocessing, Views()).batch(items)
+        seen = MultiViewDataset(dataset.image_index, teacher.preprocessing, Views()).batch(items)
         made.append((batch, seen.pixels[:, 0]))
     return made
 
@@ -286,12 +286,12 @@ def space(classes: int, width: int) -> LossContext:
 def objective_share(bench: Bench) -> dict[str, Any]:
     """Return PRG's share of a step at C = 1000, B = 1024: forward, backward and the proxies' update."""
     classes, batch, width = 1000, 1024, 768
-    student = build_student(bench.page, classes=classes, teacher_width=width).to(bench.device)
+    student = build_student(bench.student, classes=classes, teacher_width=width).to(bench.device)
     objective = Objectives((PRG(name="prg"),), space(classes, width)).to(bench.device)
     features = torch.nn.functional.normalize(torch.randn(batch, width), dim=1).to(bench.device)
     prompts = torch.nn.functional.normalize(torch.randn(TEMPLATES, classes, width), dim=2).to(bench.device)
     answers = ZeroShotClassifier(prompts, 100.0, "max", no_adjustment(classes))
-    pixels = torch.randint(0, 256, (32, bench.page.image_size, bench.page.image_size, 3), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (32, bench.image_size, bench.image_size, 3), dtype=torch.uint8)
     precision = probe_precision(student, bench.device, 32)
 
     def step() -> None:
@@ -306,7 +306,7 @@ def objective_share(bench: Bench) -> dict[str, Any]:
         )
         logits = answers.logits(features)
         terms = objective(said, TeacherOutput(features, logits, logits.argmax(dim=1), torch.arange(batch)))
-        torch.stack(list(terms.values())).sum().backward()
+        torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
         waited(bench)
 
     rounds = take_turns({"student_step_of_32": step, "prg_at_1024": prg}, bench.rounds)
@@ -324,7 +324,7 @@ def input_pipeline(bench: Bench) -> list[dict[str, Any]]:
     """(c): crops ready for training, against torchvision's ImageFolder, RandomResizedCrop, flip and DataLoader."""
     found = []
     for name, folder, size, count in (
-        ("photos", bench.photos, bench.page.image_size, 1536),
+        ("photos", bench.photos, bench.image_size, 1536),
         ("thumbnails", bench.thumbnails, 32, 12288),
     ):
         store = bench.scratch / f"pictures-{name}"
@@ -418,7 +418,7 @@ def teacher_pass(bench: Bench) -> dict[str, Any]:
         store = bench.scratch / f"pass-{next(numbers)}"
         targets = open_store(recipe.teacher[0], recipe.views, store, lambda _page: teacher)
         views = np.ones(count, dtype=int)
-        embed(targets, part, views=views, recipe=recipe, teacher=lambda _page: teacher, progress=NullProgress())
+        embed(targets.stores, part, views=views, recipe=recipe, teacher=lambda _page: teacher, progress=NullProgress())
 
     def open_clips() -> None:
         chosen = torch.utils.data.Subset(files, whole.indices[:count].tolist())
@@ -438,7 +438,7 @@ def teacher_pass(bench: Bench) -> dict[str, Any]:
     }
 
 
-def take_turns(contenders: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+def take_turns(contenders: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
     """Return the seconds of each contender in each round, after one that warms up; the order turns with the round."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):

@@ -55,11 +55,12 @@ def sizes(bundle: Bundle, backend: Backend, folder: Path) -> list[dict[str, Any]
 def main(folder: Path) -> None:
     """Print as JSON what every engine weighs."""
     backend = choose_backend("tensorrt_rtx")
-    found = {"tensorrt_rtx": backend.version, "rule": tensorrt_precision.LEAST_INT8_WEIGHTS, "students": {}}
+    students: dict[str, list[dict[str, Any]]] = {}
     for run in sorted(path for path in folder.iterdir() if (path / "bundle").is_dir()):
         with tempfile.TemporaryDirectory() as work:
-            found["students"][run.name] = sizes(open_bundle(run / "bundle"), backend, Path(work))
-    print(json.dumps(found, indent=1))
+            students[run.name] = sizes(open_bundle(run / "bundle"), backend, Path(work))
+    rule = tensorrt_precision.LEAST_INT8_WEIGHTS
+    print(json.dumps({"tensorrt_rtx": backend.version, "rule": rule, "students": students}, indent=1))
 
 
 if __name__ == "__main__":

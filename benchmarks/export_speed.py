@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,12 +31,15 @@ import onnxruntime
 import torch
 from timm.utils.onnx import onnx_export
 
+from prgkit.config.image_size import sides
 from prgkit.evaluate import system
 from prgkit.evaluate.bench.latency import SETTLE_S
 from prgkit.evaluate.bench.timing import timed_runs
-from prgkit.evaluate.bench.worker import Worker
+from prgkit.evaluate.bench.worker import Spec, Worker
 from prgkit.export.bundle.bundle import Bundle, open_bundle, read_evaluation
 from prgkit.export.bundle.fidelity import int8_sentence
+from prgkit.export.bundle.manifest import NotKept, Quantization
+from prgkit.export.runtimes import setups
 from prgkit.export.runtimes.onnxruntime import OnnxRunner, normalised
 from prgkit.export.runtimes.parity import compare, require_agreement
 from prgkit.storage.run import Run
@@ -110,8 +114,8 @@ def main(runs: Path, students: str | None, only: str, **options: Any) -> None:
                     click.echo(f"{name}: {part}, threads: {count}", err=True)
                     row[part].append(PARTS[part](student, count, **how))
             rows.append(row)
-    facts = system.describe()
-    here = {key: facts[key] for key in ("cpu", "cores", "os", "load_average", "versions")}
+    kept = {"cpu", "cores", "os", "load_average", "versions"}
+    here = system.describe().model_dump(mode="json", include=kept)
     here["versions"] |= {peer: metadata.version(peer) for peer in ("timm", "onnxslim", "openvino") if installed(peer)}
     click.echo(json.dumps({"options": options, "machine": here, "students": rows}, indent=2))
 
@@ -138,18 +142,18 @@ def open_student(folder: Path, scratch: Path, *, images: int) -> Student:
     files = {OURS: here["onnx-fp32"], FLOAT: here["onnx-nchw"]}
     files |= {file: here[name] for file, name in INT8.items() if name in here}
     network = load_student(run).inference_model().model
-    files |= peer_files(network, bundle.preprocessing.image_size, scratch)
+    files |= peer_files(network, sides(bundle.preprocessing.image_size), scratch)
     pixels = read_evaluation(run.bundle, limit=images).pixels[:, None]  # [n, 1, S, S, 3]
     floats = [normalised(one, bundle.preprocessing) for one in pixels]
     return Student(bundle, files, network, list(pixels), floats)
 
 
-def peer_files(network: torch.nn.Module, size: int, folder: Path) -> dict[str, Path]:
+def peer_files(network: torch.nn.Module, size: tuple[int, int], folder: Path) -> dict[str, Path]:
     """Write what timm's onnx_export.py writes with no option, with --reparam and with both exporters, and slim them."""
     files = {name: folder / f"{name}.onnx" for name in PEERS}
     plain = network.to(memory_format=torch.contiguous_format)
     fused = reparameterised(plain)
-    export = {"input_size": (3, size, size), "batch_size": 1}
+    export = {"input_size": (3, *size), "batch_size": 1}
     with contextlib.redirect_stdout(None):
         onnx_export(plain, str(files["timm"]), **export)
         onnx_export(fused, str(files["timm_reparam"]), **export)
@@ -167,7 +171,9 @@ def file_facts(path: Path) -> dict[str, int]:
 
 def int8_facts(bundle: Bundle) -> list[dict[str, Any]]:
     """Return what the export found of each INT8 file, and that in a sentence; ``kept`` is false where it missed."""
-    found = [entry.quantization for entry in bundle.artifacts if entry.quantization and entry.name in INT8.values()]
+    found: list[Quantization | NotKept] = [
+        one.quantization for one in bundle.artifacts if one.quantization and one.name in INT8.values()
+    ]
     found += [facts for facts in bundle.manifest.not_kept if facts.name in INT8.values()]
     return [{**one.to_json(), "told": int8_sentence(one)} for one in found]
 
@@ -195,9 +201,9 @@ def in_onnxruntime(student: Student, threads: int) -> dict[str, Contender]:
     found = {}
     for name, path in student.files.items():
         found[name] = Contender(OnnxRunner(path, threads=threads).run, student.inputs(name))
-    runner = OnnxRunner(student.files["timm_reparam"], threads=threads)
+    run: Call = OnnxRunner(student.files["timm_reparam"], threads=threads).run
     preprocessing = student.bundle.preprocessing
-    prepared = Contender(lambda pixels: runner.run(normalised(pixels, preprocessing)), student.pixels)
+    prepared = Contender(lambda pixels: run(normalised(pixels, preprocessing)), student.pixels)
     return found | {"timm_reparam_from_pixels": prepared}
 
 
@@ -211,10 +217,13 @@ def in_openvino(student: Student, threads: int) -> dict[str, Contender]:
         inputs = student.inputs(name)
         model.reshape(list(inputs[0].shape))
         request = core.compile_model(model, "CPU", settings).create_infer_request()
-        found[name] = Contender(
-            lambda given, request=request: request.infer([given], share_inputs=True, share_outputs=True)[0], inputs
-        )
+        found[name] = Contender(partial(infer, request), inputs)
     return found
+
+
+def infer(request: Any, given: np.ndarray) -> Any:
+    """Run an OpenVINO request."""
+    return request.infer([given], share_inputs=True, share_outputs=True)[0]
 
 
 def in_torch(student: Student, threads: int) -> dict[str, Contender]:
@@ -227,13 +236,11 @@ def in_torch(student: Student, threads: int) -> dict[str, Contender]:
     fused = reparameterised(plain).to(memory_format=torch.channels_last)
     modules = {"eager": plain, "eager_reparam": fused, "compiled_reparam": torch.compile(fused)}
 
-    def run(module: Any, image: torch.Tensor) -> np.ndarray:
+    def run(module: Any, image: torch.Tensor) -> Any:
         with torch.inference_mode():
             return module(image).numpy()
 
-    return {
-        name: Contender(lambda image, module=module: run(module, image), images) for name, module in modules.items()
-    }
+    return {name: Contender(partial(run, module), images) for name, module in modules.items()}
 
 
 def check(contenders: dict[str, Contender]) -> dict[str, Any]:
@@ -256,8 +263,9 @@ def check(contenders: dict[str, Contender]) -> dict[str, Any]:
 def compare_harness(student: Student, threads: int, *, rounds: int, slice_s: float, **_how: Any) -> dict[str, Any]:
     """Compare what bench measures in its worker with a bare session.run loop on the same file, all else as it comes."""
     path, pixels = str(student.files[OURS]), np.concatenate(student.pixels)
-    spec = {"artifact": "onnx-fp32", "kind": "onnx", "backend": "onnxruntime", "device": "cpu", "threads": threads}
-    spec |= {"path": path, "provider": "CPUExecutionProvider"}
+    artifact = next(one for one in student.bundle.artifacts if one.name == "onnx-fp32")
+    setup = next(iter(setups(artifact, student.bundle.folder, [artifact])))  # ONNX Runtime's CPU provider
+    spec = Spec(artifact.name, setup.variant.backend, setup.variant.device, threads=threads, setup=setup)
     bare = ProcessPoolExecutor(1, get_context("spawn"), initializer=open_bare, initargs=(path, threads, pixels))
     with Worker(spec, pixels) as worker, bare:
 
@@ -290,7 +298,8 @@ def run_bare(seconds: float) -> float:
 
 def take_turns(turns: dict[str, Callable[[float], float]], rounds: int, slice_s: float) -> dict[str, list[float]]:
     """Return the median of each contender's runs in each round, after a round that warms up; the order is random."""
-    generator, medians = random.Random(0), {key: [] for key in turns}
+    generator = random.Random(0)
+    medians: dict[str, list[float]] = {key: [] for key in turns}
     for number in range(rounds + 1):
         for key in generator.sample(list(turns), len(turns)):
             median_ms = turns[key](slice_s)
@@ -328,7 +337,7 @@ def ratio(ones: Sequence[float], others: Sequence[float]) -> dict[str, float]:
     return {"median": round(float(np.median(ratios)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
-PARTS = {"files": compare_files, "harness": compare_harness}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"files": compare_files, "harness": compare_harness}
 
 if __name__ == "__main__":
     main()

@@ -16,7 +16,20 @@ def test_strict_types(tmp_path: Path) -> None:
     for package, folder in sorted(folders.items()):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / folder, tmp_path / package.replace(".", "/"), ignore=ignored, dirs_exist_ok=True)
-    command = [sys.executable, "-m", "mypy", "-p", "prgkit", "--config-file", str(ROOT / "pyproject.toml")]
+    shutil.copytree(
+        ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("__pycache__", "results")
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "-p",
+        "prgkit",
+        "-p",
+        "benchmarks",
+        "--config-file",
+        str(ROOT / "pyproject.toml"),
+    ]
     command += ["--cache-dir", str(ROOT / ".mypy_cache")]
     environment = {**os.environ, "MYPYPATH": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
