@@ -36,7 +36,7 @@ from prgkit.cli.options import (
     run_option,
 )
 from prgkit.cli.state import Document, RecipeOptions, Session
-from prgkit.cli.streams import take_any_text
+from prgkit.cli.streams import print_error, take_any_text
 from prgkit.errors import DiskFullError, ImagesError, PrgkitError, RunError
 from prgkit.storage.atomic import is_disk_full
 
@@ -337,9 +337,9 @@ def recipes(session: Session, show: str | None, objectives: bool) -> Document:
     from prgkit.config.yaml_io import read_recipe_text
 
     if show:
-        page = read_recipe_text(find_recipe(show))
-        session.terminal.verbatim(page)
-        return {show: page}
+        text = read_recipe_text(find_recipe(show))
+        session.terminal.verbatim(text)
+        return {show: text}
     named = {name: summary_line(path) for name, path in shipped_recipes().items()}
     lines = objective_lines() if objectives else named
     session.terminal.listing(lines)
@@ -394,10 +394,3 @@ def main() -> None:
         sys.exit(print_error(PrgkitError(str(error.strerror).lower(), where=place, fix=fix)))
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def print_error(error: PrgkitError) -> int:
-    """Print an error and return the exit code; having been stopped is none, and says so itself."""
-    text = str(error)
-    click.echo(f"Error: {text}" if error.exit_code == 1 else text[0].upper() + text[1:], file=sys.stderr)
-    return error.exit_code

@@ -8,6 +8,10 @@ import os
 import sys
 import unicodedata
 
+import click
+
+from prgkit.errors import PrgkitError
+
 # What the texts of this project hold besides ASCII, for a terminal that does not: no letter of these is lost.
 PLAIN = {
     "–": "-", "—": "-", "−": "-", "‑": "-", "×": "x", "·": "*", "•": "*", "±": "+-", "≈": "~", "≤": "<=", "≥": ">=",
@@ -50,3 +54,10 @@ def plain(letter: str) -> str:
 def takes_any_letter() -> bool:
     """Tell whether stdout is in an encoding that has every letter."""
     return (sys.stdout.encoding or "utf-8").lower().replace("-", "").startswith("utf")
+
+
+def print_error(error: PrgkitError) -> int:
+    """Print an error and return the exit code; having been stopped is none, and says so itself."""
+    text = str(error)
+    click.echo(f"Error: {text}" if error.exit_code == 1 else text[0].upper() + text[1:], file=sys.stderr)
+    return error.exit_code

@@ -252,18 +252,3 @@ def select_labelled(
     positions = np.flatnonzero([len(copies) == 1 for copies in classes])
     labelled = np.array([next(iter(classes[position])) for position in positions], dtype=np.int64)
     return image_index.subset(positions), labelled
-
-
-def match_labels(
-    image_index: ImageIndex, class_names: Sequence[str], *, note: Callable[[str], None] = silent
-) -> NDArray[np.int64]:
-    """Return the class index of every image [images].
-
-    Raises:
-        ImagesError: an image has no label or, by its copies, two; or a label is no class or could be several.
-    """
-    labelled, labels = select_labelled(image_index, class_names, note=note)
-    if twice := len(image_index) - len(labelled):
-        what = f"{twice} of {len(image_index)} images have two labels, one by each of their copies"
-        raise ImagesError(what, where=image_index.source.spec, fix="keep the copy whose label is right")
-    return labels

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BeforeValidator, JsonValue, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, JsonValue, TypeAdapter
 
 from prgkit.config.image_size import Size, sides, size_of
-from prgkit.config.messages import first_mistake
 from prgkit.data.decode import GreyRange, decode, to_rgb
 from prgkit.data.files import read_span, require
 from prgkit.errors import ImagesError
@@ -89,19 +87,6 @@ class Preprocessing:
         """Return plain values for JSON."""
         values: dict[str, JsonValue] = TypeAdapter(Preprocessing).dump_python(self, mode="json")
         return values
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> Preprocessing:
-        """Rebuild what ``to_dict`` returned.
-
-        Raises:
-            ImagesError: a value is missing or has the wrong kind.
-        """
-        try:
-            return TypeAdapter(Preprocessing).validate_python(values)
-        except ValidationError as error:
-            what = f"the preprocessing is damaged: {first_mistake(error)}"
-            raise ImagesError(what, fix="export the run again: prgkit export") from error
 
 
 def trimmed(image: Image.Image) -> Image.Image:

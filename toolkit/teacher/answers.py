@@ -53,8 +53,8 @@ def teacher_answers(
             where=run.folder,
             fix="put the old one back, or distil again into a new run",
         )
-    for store in targets.stores:
-        embed(store, images, views=np.ones(len(images), dtype=int), recipe=recipe, teacher=teacher, progress=progress)
+    views = np.ones(len(images), dtype=int)
+    embed(targets.stores, images, views=views, recipe=recipe, teacher=teacher, progress=progress)
     prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
     classifier = classifier_of(run, recipe, prompts, targets.logit_scale)
     rows = targets.rows([images.keys[position] for position in positions], views=1)

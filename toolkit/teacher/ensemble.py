@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prgkit.config.recipe import Recipe
-from prgkit.data.index import ImageIndex
 from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import fingerprint
 from prgkit.storage.run_card import TeacherFacts
-from prgkit.teacher.feature_store import FeatureStore, Load, embed, existing_store, open_store
+from prgkit.teacher.feature_store import FeatureStore, Load, existing_store, open_store
 from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.weights import teacher_identity, weights_identity
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
@@ -131,24 +130,6 @@ def existing_targets(recipe: Recipe, root: Path) -> TeacherFeatures | None:
     opened = [existing_store(config, recipe.views, root) for config in recipe.teacher]
     stores = [store for store in opened if store is not None]
     return _as_one(stores) if len(stores) == len(opened) else None
-
-
-def embed_by_all(
-    features: TeacherFeatures,
-    image_index: ImageIndex,
-    *,
-    views: NDArray[np.int64],
-    recipe: Recipe,
-    teacher: Load,
-    progress: Progress,
-) -> None:
-    """Have every teacher embed each image of ``image_index`` in its first ``views`` [images] views, where it has not.
-
-    Raises:
-        DiskFullError: before the work, or at a block; what is journalled stays.
-    """
-    for store in features.stores:
-        embed(store, image_index, views=views, recipe=recipe, teacher=teacher, progress=progress)
 
 
 def _as_one(stores: Sequence[FeatureStore]) -> TeacherFeatures:

@@ -298,7 +298,7 @@ def origin_of(config: TeacherConfig, views: Views) -> dict[str, JsonValue]:
 
 
 def embed(
-    store: FeatureStore,
+    stores: Sequence[FeatureStore],
     image_index: ImageIndex,
     *,
     views: NDArray[np.int64],
@@ -306,30 +306,32 @@ def embed(
     teacher: Load,
     progress: Progress,
 ) -> None:
-    """Have the teacher embed each image of ``image_index`` in its first ``views`` [images] views, where it has not.
+    """Have each store's teacher embed every image in its first ``views`` [images] views, where it has not.
 
     Raises:
         DiskFullError: before the work, or at a block; what is journalled stays.
     """
+    for store in stores:
+        missing = _missing(store, image_index, views)
+        if not len(missing):
+            continue
+        require_space(store.folder, int(views[missing].sum()) * store.width * 2, "the target store")
+        # Two processes that want one store mostly want the same images embedded: the second goes on with what the
+        # first one stored, so waiting loses nothing.
+        with locked(store.folder, "target store", wait=progress.note):
+            store.refresh()  # another process may have appended before the lock was ours
+            store.mend()
+            missing = _missing(store, image_index, views)
+            progress.start("teacher", len(missing), "img")
+            for count in np.unique(views[missing]):
+                chosen = missing[views[missing] == count]
+                _embed_views(store, teacher(store.config), image_index, chosen, int(count), recipe, progress)
 
-    def missing_now() -> NDArray[np.int64]:
-        stored = np.array([store.stored_views(key) for key in image_index.keys])
-        return np.flatnonzero(stored < views)
 
-    missing = missing_now()
-    if not len(missing):
-        return
-    require_space(store.folder, int(views[missing].sum()) * store.width * 2, "the target store")
-    # Two processes that want one store mostly want the same images embedded: the second goes on with what the first
-    # one stored, so waiting loses nothing.
-    with locked(store.folder, "target store", wait=progress.note):
-        store.refresh()  # another process may have appended before the lock was ours
-        store.mend()
-        missing = missing_now()
-        progress.start("teacher", len(missing), "img")
-        for count in np.unique(views[missing]):
-            chosen = missing[views[missing] == count]
-            _embed_views(store, teacher(store.config), image_index, chosen, int(count), recipe, progress)
+def _missing(store: FeatureStore, image_index: ImageIndex, views: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the positions of the images of which the store lacks some of the first ``views`` [images] views."""
+    stored = np.array([store.stored_views(key) for key in image_index.keys])
+    return np.flatnonzero(stored < views)
 
 
 def _embed_views(

@@ -124,7 +124,7 @@ def tune_prompt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, p
     learned = np.setdiff1d(np.concatenate(chosen), held_out)
     views = np.zeros(len(images), dtype=np.int64)
     views[learned], views[held_out] = 1 + recipe.views.count, 1
-    embed(store, images, views=views, recipe=recipe, teacher=load, progress=progress)
+    embed(store.stores, images, views=views, recipe=recipe, teacher=load, progress=progress)
 
     rows = np.where(views > 0, store.rows(images.keys, views=1), -1)
     used = Shots(store, rows, np.searchsorted(named, labels), 1 + recipe.views.count, learned, held_out)

@@ -20,8 +20,8 @@ from prgkit.progress import Progress
 from prgkit.storage.run import Run
 from prgkit.storage.run_card import ImageFacts
 from prgkit.teacher.clip import teacher_loader
-from prgkit.teacher.ensemble import TeacherFeatures, embed_by_all, existing_targets, open_targets
-from prgkit.teacher.feature_store import Load
+from prgkit.teacher.ensemble import TeacherFeatures, existing_targets, open_targets
+from prgkit.teacher.feature_store import Load, embed
 from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.weights import check_teacher
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
@@ -63,12 +63,12 @@ def prepare(
         run.update_card(images=image_facts(images), evaluation=judged, teacher=store.facts())
     prompts = store.prompts(recipe.classes, recipe.templates, load, progress)  # names are refused before the hours
     held_out = hold_out(images.keys, recipe.data.held_out)
-    embed_by_all(
-        store, images, views=views_of(images, held_out, recipe), recipe=recipe, teacher=load, progress=progress
+    embed(
+        store.stores, images, views=views_of(images, held_out, recipe), recipe=recipe, teacher=load, progress=progress
     )
     if evaluation is not None:
         views = np.ones(len(evaluation), int)
-        embed_by_all(store, evaluation, views=views, recipe=recipe, teacher=load, progress=progress)
+        embed(store.stores, evaluation, views=views, recipe=recipe, teacher=load, progress=progress)
     dataset = DistillationDataset(
         image_index=images,
         store=store,
@@ -172,8 +172,8 @@ def with_labelled(
     """
     images, store = few.images, dataset.store
     validation = hold_out(images.keys, VALIDATION_SHARE)
-    embed_by_all(
-        store, images, views=views_of(images, validation, recipe), recipe=recipe, teacher=load, progress=progress
+    embed(
+        store.stores, images, views=views_of(images, validation, recipe), recipe=recipe, teacher=load, progress=progress
     )
     labelled = replace(
         dataset,

@@ -22,16 +22,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from pydantic import TypeAdapter, ValidationError
 
 from prgkit.config.sections import ImageSpec
 from prgkit.data import index as image_module
 from prgkit.data.archives import expand_braces
 from prgkit.data.decode import UnreadableImage, content_key, decode, extremes, grey_range, image_suffixes
-from prgkit.data.index import ImageIndex, index_images, match_labels, nearly_black, of_one_colour
+from prgkit.data.index import ImageIndex, index_images, nearly_black, of_one_colour, select_labelled
 from prgkit.data.preprocessing import Preprocessing, load_image
 from prgkit.data.sources import ImageSource, open_images
 from prgkit.errors import ImagesError
 
+PREPROCESSING = TypeAdapter(Preprocessing)
 REAL = Path(os.environ.get("PRGKIT_DATA", "not given")) / "cifar100"
 
 
@@ -533,7 +535,7 @@ def test_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
         ("me/pets/test[1]", "cat"),
     ]
     found = index_images(images, workers=2)
-    assert match_labels(found, ["Cat", "oak tree"]).tolist() == [1 - int(index) for index in found.indices]
+    assert select_labelled(found, ["Cat", "oak tree"])[1].tolist() == [1 - int(index) for index in found.indices]
     assert [one.name for one in found.unreadable] == ["me/pets/test[2]"]
     assert pickle.loads(pickle.dumps(images)).key(0) == images.key(0)
     assert error_text("hf:me/pets").startswith("hf:me/pets names no split\n  fix: write hf:me/pets/train")
@@ -865,7 +867,8 @@ def labelled(tmp_path: Path, labels: list[str]) -> ImageIndex:
 def matched(tmp_path: Path, labels: list[str], classes: list[str]) -> dict[str, int]:
     found = labelled(tmp_path, labels)
     return {
-        str(found.source.label(int(i))): c for i, c in zip(found.indices, match_labels(found, classes), strict=True)
+        str(found.source.label(int(i))): c
+        for i, c in zip(found.indices, select_labelled(found, classes)[1], strict=True)
     }
 
 
@@ -879,7 +882,7 @@ def test_labels_match_names_loosely_and_numbers(tmp_path: Path) -> None:
 def test_labels_that_match_no_class(tmp_path: Path) -> None:
     found = labelled(tmp_path / "in", ["cat", "dgo", "1", "zebra", "yak"])
     with pytest.raises(ImagesError) as raised:
-        match_labels(found, ["cat", "dog", "fox"])
+        select_labelled(found, ["cat", "dog", "fox"])
     assert str(raised.value) == (
         "4 of 5 labels match no class: '1', 'dgo' (did you mean 'dog'?), 'yak' and 1 more\n"
         f"  where: {tmp_path / 'in'}\n"
@@ -890,10 +893,10 @@ def test_labels_that_match_no_class(tmp_path: Path) -> None:
 def test_labels_out_of_range_or_missing(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"0.png": MEMBERS["cat/a.png"], "0.cls": b"7"})
     with pytest.raises(ImagesError, match=r"^1 of 1 labels match no class: '7'\n"):
-        match_labels(index_images(open_images(str(path)), workers=1), ["cat", "dog"])
+        select_labelled(index_images(open_images(str(path)), workers=1), ["cat", "dog"])
     write_folder(tmp_path / "in", {"a.png": MEMBERS["cat/a.png"]})
     with pytest.raises(ImagesError) as raised:
-        match_labels(index_images(open_images(str(tmp_path / "in")), workers=1), ["cat", "dog"])
+        select_labelled(index_images(open_images(str(tmp_path / "in")), workers=1), ["cat", "dog"])
     assert str(raised.value) == (
         "1 of 1 images have no label: a.png\n"
         f"  where: {tmp_path / 'in'}\n"
@@ -1084,21 +1087,21 @@ def test_what_is_not_square_is_prepared_as_open_clip_does(mode: str, image_size:
 def test_a_size_that_is_not_square_travels_as_json() -> None:
     made = preprocessing((128, 64))
     assert json.loads(json.dumps(made.to_dict()))["image_size"] == [128, 64]
-    assert Preprocessing.from_dict(json.loads(json.dumps(made.to_dict()))) == made
-    assert Preprocessing.from_dict({**made.to_dict(), "image_size": [64, 64]}) == preprocessing(64)
+    assert PREPROCESSING.validate_python(json.loads(json.dumps(made.to_dict()))) == made
+    assert PREPROCESSING.validate_python({**made.to_dict(), "image_size": [64, 64]}) == preprocessing(64)
     with pytest.raises(ImagesError, match="cannot prepare images with image_size"):
         preprocessing((128, 0))
 
 
 def test_preprocessing_travels_as_json() -> None:
     made = preprocessing(64, 0.95, "bilinear")
-    assert Preprocessing.from_dict(made.to_dict()) == made
+    assert PREPROCESSING.validate_python(made.to_dict()) == made
     assert made.to_dict()["mean"] == [0.5, 0.5, 0.5]
     assert made.to_dict()["grey_range"] is None
     ranged = replace(made, grey_range=(0.0, 4095.0))
-    assert Preprocessing.from_dict(json.loads(json.dumps(ranged.to_dict()))) == ranged
-    with pytest.raises(ImagesError, match="the preprocessing is damaged: crop: Field required"):
-        Preprocessing.from_dict({"image_size": 3})
+    assert PREPROCESSING.validate_python(json.loads(json.dumps(ranged.to_dict()))) == ranged
+    with pytest.raises(ValidationError, match=r"crop\n  Field required"):
+        PREPROCESSING.validate_python({"image_size": 3})
     with pytest.raises(ImagesError, match=r"cannot prepare images with image_size 24, crop 1\.0, 'lanczos'"):
         preprocessing(interpolation="lanczos")
 

@@ -285,7 +285,7 @@ def test_a_second_process_sees_what_the_first_has_stored(photos: Path, tmp_path:
     views = np.full(len(images), 3)
     views[preparing.hold_out(images.keys, 0.1)] = 1
     embed(
-        second,
+        second.stores,
         images,
         views=views,
         recipe=recipe,

@@ -15,7 +15,7 @@ import torch
 from PIL import ImageOps
 
 from prgkit.config.recipe import Recipe, validate
-from prgkit.data.index import index_images, match_labels
+from prgkit.data.index import index_images, select_labelled
 from prgkit.data.sources import open_images
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import ImagesError, PrgkitError, RecipeError, TeacherError
@@ -181,7 +181,7 @@ def test_a_student_learns_from_the_context_without_a_teacher_pass(
 
     images = index_images(open_images(str(labelled)), workers=1)
     features = dataset.store.features(dataset.store.rows(images.keys, views=1), np.zeros(len(images), dtype=int))
-    labels = torch.from_numpy(match_labels(images, CLASSES))
+    labels = torch.from_numpy(select_labelled(images, CLASSES)[1])
     by_plain, by_context = (score(side.classifier.logits(features), labels) for side in (plain, dataset))
     assert by_plain is not None
     assert by_context is not None
@@ -205,7 +205,7 @@ def test_another_context_in_the_same_place_is_another_run(
 
 def test_shots_are_drawn_by_content_and_seed(labelled: Path) -> None:
     images = index_images(open_images(str(labelled)), workers=1)
-    labels = match_labels(images, CLASSES)
+    labels = select_labelled(images, CLASSES)[1]
 
     def drawn(shots: int, seed: int = 0, barred: frozenset[str] = frozenset()) -> list[set[str]]:
         return [{images.keys[place] for place in of} for of in draw(images, labels, shots, barred=barred, seed=seed)]
