@@ -76,7 +76,7 @@ def distill_one_rank(
         seed_everything(recipe.training.seed)
         student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=dataset.store.width)
         if recipe.scores_by_text:
-            student.use_class_vectors(dataset.classifier.class_vectors(), dataset.store.logit_scale)
+            student.use_class_vectors(*dataset.classifier.scoring())
         if recipe.learns_labels:
             student.add_second_head()
         if accelerator.is_main_process:
@@ -321,6 +321,7 @@ def finish(trainer: Trainer) -> None:
 
 def loss_context(recipe: Recipe, dataset: DistillationDataset, student: Student, plan: StepPlan) -> LossContext:
     """Return what the objectives are made for."""
+    class_vectors, logit_scale = dataset.classifier.scoring()
     return LossContext(
         classes=len(recipe.classes),
         width=dataset.store.width,
@@ -328,8 +329,8 @@ def loss_context(recipe: Recipe, dataset: DistillationDataset, student: Student,
         steps_per_epoch=plan.steps_per_epoch,
         images=len(dataset.image_index) + (len(dataset.labelled.labels) if dataset.labelled else 0),
         class_means=dataset.class_means,
-        class_vectors=dataset.classifier.class_vectors(),
-        logit_scale=dataset.store.logit_scale,
+        class_vectors=class_vectors,
+        logit_scale=logit_scale,
         stages=student.stage_widths,
     )
 

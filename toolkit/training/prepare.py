@@ -27,7 +27,7 @@ from prgkit.teacher.weights import check_teacher
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 from prgkit.training.dataset import DistillationDataset, LabelledDataset
 from prgkit.training.few_shot import VALIDATION_SHARE
-from prgkit.training.pseudo_labels import adjust_and_filter, report_selection, report_statistics
+from prgkit.training.pseudo_labels import correct_and_filter, report_selection, report_statistics
 
 
 def prepare(
@@ -81,7 +81,7 @@ def prepare(
         ),
     )
     if recipe.targets.corrects or recipe.data.keep.asks:
-        dataset = adjust_and_filter(dataset, recipe, progress, run)
+        dataset = correct_and_filter(dataset, recipe, progress, run)
     if run is None or not run.quality_file.exists():
         report_statistics(dataset, recipe, progress, run)
     report_selection(dataset, recipe.data.keep, progress, run)
