@@ -35,6 +35,7 @@ class CheckpointFacts(NamedTuple):
 
     epoch: int
     agreement: float
+    held_out_kl: float
 
 
 class Normalised(nn.Module):
@@ -221,7 +222,7 @@ def student_logits(student: Student, batches: Iterable[Batch]) -> NDArray[np.flo
 
 
 def student_facts(path: Path) -> CheckpointFacts:
-    """Return what is written in a weights file's header: the epoch it comes from, and its agreement."""
+    """Return what is written in a weights file's header: the epoch it comes from, and its scores."""
     return TypeAdapter(CheckpointFacts).validate_python(load_facts(path))
 
 

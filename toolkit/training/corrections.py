@@ -58,24 +58,41 @@ def compare_corrections(dataset: DistillationDataset, recipe: Recipe, ticks: Seq
     device = best_device()
     teacher = replace(dataset.classifier, adjustment=no_adjustment(len(recipe.classes)), refinement=None).to(device)
     plain = replace(dataset, classifier=teacher)
-    first, second = (on(device, features_and_logits(plain, positions, view)) for view in (0, 1))
+    views = [on(device, features_and_logits(plain, positions, view)) for view in (0, 1)]
     configs, truth = candidates(recipe), known_truth(dataset, ticks, recipe.classes)
-    fitted = {name: fit_corrections(teacher, *first, config, recipe.classes) for name, config in configs.items()}
+    fitted = {name: fit_corrections(teacher, *views[0], config, recipe.classes) for name, config in configs.items()}
+    rows = describe_effects(fitted, *views)
+    return [
+        row.model_copy(
+            update={
+                "used": configs[row.name] == recipe.targets,
+                "ticked": right_of(plain, fitted[row.name], truth) if truth else None,
+            }
+        )
+        for row in rows
+    ]
+
+
+def describe_effects(
+    fitted: Mapping[str, ZeroShotClassifier], first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+) -> list[CorrectionRow]:
+    """Return what each fitted correction does to the answers, NONE among them, without a label.
+
+    ``first`` and ``second`` are features [n, D] and the teacher's own logits [n, C] of two views of the same images.
+    """
     answers = {name: classifier.correct(*first) for name, classifier in fitted.items()}
     labels = {name: logits.argmax(dim=1).cpu().numpy() for name, logits in answers.items()}
     return [
         CorrectionRow(
             name=name,
-            used=config == recipe.targets,
-            images=len(positions),
+            images=len(labels[name]),
             changed=percent(labels[name] != labels[NONE]),
             mass=[round(float(share), 6) for share in answers[name].softmax(dim=1).mean(dim=0)],
-            effective_classes=effective_classes(np.bincount(labels[name], minlength=len(recipe.classes))),
+            effective_classes=effective_classes(np.bincount(labels[name], minlength=answers[name].shape[1])),
             two_views=percent(labels[name] == classifier.correct(*second).argmax(dim=1).cpu().numpy()),
             agreement={other: percent(labels[name] == labels[other]) for other in fitted if other != name},
-            ticked=right_of(plain, classifier, truth) if truth else None,
         )
-        for (name, classifier), config in zip(fitted.items(), configs.values(), strict=True)
+        for name, classifier in fitted.items()
     ]
 
 

@@ -70,14 +70,14 @@ class CorrectionRow(Statistic):
     """What one correction would do to the teacher's answers, fitted to a sample of the images that are learned from."""
 
     name: str  # none, debias, inmap, stata; "this recipe" where that is another one
-    used: bool
     images: int
     changed: float  # percent of the answers
     mass: list[float]  # [C], each class's share of the answers: the mean of the probabilities
     effective_classes: float
     two_views: float  # percent of the images whose evaluation view and first crop get one answer
     agreement: dict[str, float]  # percent of the images with the same answer, by the other's name
-    ticked: tuple[int, int] | None  # right on so many of the ticked images whose class is known
+    used: bool = False
+    ticked: tuple[int, int] | None = None  # right on so many of the ticked images whose class is known
 
 
 class AdjustmentEffect(Statistic):
