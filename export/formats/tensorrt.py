@@ -23,7 +23,7 @@ from prgkit.export.bundle.fidelity import int8_sentence
 from prgkit.export.bundle.manifest import ENGINE, ONNX, QDQ, Artifact, NotBuilt, Parity
 from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.options import ExportOptions
-from prgkit.export.formats.snippets import tensorrt_section
+from prgkit.export.formats.snippets import section
 from prgkit.export.formats.tensorrt_build import build_engine, check_batch
 from prgkit.export.runtimes.gpu import Backend, choose_backend, choose_targets, find_gpu, this_platform
 from prgkit.export.runtimes.parity import require_agreement, run_batches
@@ -58,7 +58,7 @@ FLOAT_ENGINES = Format(
     wanted=lambda options: options.trt,
     make=partial(make_engines, ("fp32", "fp16")),
     require=require_tensorrt,
-    how_to_run=tensorrt_section,
+    how_to_run=partial(section, "tensorrt.md"),
 )
 INT8_ENGINES = Format(
     "tensorrt-int8",

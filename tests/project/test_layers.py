@@ -40,7 +40,7 @@ OWNERS = {
     "timm": {"prgkit.student", "prgkit.training"},
     "click": {"prgkit.cli"},
     "yaml": {"prgkit.config.yaml_io"},
-    "jinja2": {"prgkit.evaluate.report.html"},
+    "jinja2": {"prgkit.evaluate.report.html", "prgkit.export.formats.snippets"},
     "rich": {"prgkit.cli.terminal", "prgkit.evaluate.report.terminal"},
     "accelerate": {"prgkit.training"},
     "tensorrt": {"prgkit.export.formats", "prgkit.export.runtimes"},
