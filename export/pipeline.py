@@ -87,7 +87,7 @@ class EvaluationSet:
     teacher_uniform_logits: NDArray[np.float32]  # [n, classes]
     labels: NDArray[np.int64] | None  # [n]
     source: str
-    keys: tuple[str, ...] | None = None  # n content keys
+    keys: tuple[str, ...]  # n content keys
     teacher_features: NDArray[np.float32] | None = None  # [n, D], where the vocabulary is open
 
 

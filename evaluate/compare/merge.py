@@ -15,7 +15,7 @@ from prgkit.evaluate.report import formatting
 from prgkit.evaluate.report.html import page
 from prgkit.evaluate.report.load import read_report, report_file
 from prgkit.evaluate.report.markdown import markdown
-from prgkit.evaluate.report.regression import machine_name, same_images
+from prgkit.evaluate.report.regression import machine_name
 from prgkit.evaluate.report.schema import Report, Row
 from prgkit.storage.atomic import write_json, write_text
 
@@ -97,10 +97,8 @@ def names_of(reports: Sequence[Report]) -> list[str]:
 def cautions(reports: Sequence[Report]) -> list[str]:
     """Return what must be known before figures of different reports are compared."""
     first, sentences = reports[0], []
-    if not all(same_images(first.evaluation, other.evaluation) for other in reports[1:]):
+    if any(report.evaluation.digest != first.evaluation.digest for report in reports):
         sentences.append("Accuracy and agreement were not measured on the same images everywhere.")
-    elif any(report.evaluation.digest is None for report in reports):
-        sentences.append("Not every report says which images it was measured on: they are taken to be the same.")
     if any(report.teacher != first.teacher for report in reports):
         sentences.append("The teacher is not the same everywhere: agreement is with different answers.")
     if any(row.device == "cpu" for row in all_rows(reports)) and len(thread_counts(reports)) > 1:

@@ -94,7 +94,7 @@ def require_comparable(gate: Gate, machine: Machine, evaluation: EvaluationImage
             where=gate.path,
             fix="keep a baseline for each machine; prgkit bench --merge shows the reports of several side by side",
         )
-    if not same_images(gate.report.evaluation, evaluation):
+    if gate.report.evaluation.digest != evaluation.digest:
         before, now = formatting.images_text(gate.report.evaluation), formatting.images_text(evaluation)
         images = f"{before}, now {now}" if before != now else f"{before} each"
         raise BenchError(
@@ -116,14 +116,6 @@ def machine_name(machine: Machine) -> str:
     """Return what makes latencies comparable: processor, cores and GPUs."""
     cores = formatting.counted(machine.usable_cores, "core")
     return ", ".join([machine.cpu, cores, *(gpu.name for gpu in machine.gpus)])
-
-
-def same_images(old: EvaluationImages, new: EvaluationImages) -> bool:
-    """Return whether two evaluation sets are one, as far as both reports say what they hold."""
-    digests = [old.digest, new.digest]
-    if None not in digests:
-        return digests[0] == digests[1]
-    return (old.images, old.labelled) == (new.images, new.labelled)
 
 
 def against(report: Report, gate: Gate) -> BaselineComparison:
@@ -250,8 +242,6 @@ def differences(old: Report, new: Report) -> list[str]:
     notes = [f"{what} was {before} and is {now}." for what, before, now in facts if before != now]
     if old.teacher != new.teacher:
         notes.append("The teacher answers differently: agreement with it is not agreement with the same answers.")
-    if None in (old.evaluation.digest, new.evaluation.digest):
-        notes.append("Not both reports say which images they were measured on: they are taken to be the same.")
     return notes
 
 
