@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from prgkit.errors import PrgkitError
 from prgkit.evaluate.report.schema import Int8Verdict, Interval, Model, Row, measured_latency
 from prgkit.export.bundle.bundle import Bundle, fp32_onnx
 from prgkit.export.bundle.fidelity import fidelity, int8_sentence
 from prgkit.export.bundle.manifest import Artifact
-from prgkit.storage.atomic import read_sealed, write_sealed
+from prgkit.storage.atomic import write_sealed
+from prgkit.storage.documents import read_document
 
 FILE = "selection.json"  # beside the report
 SCHEMA: Literal["prgkit.selection/1"] = "prgkit.selection/1"
@@ -147,9 +147,4 @@ def read_selection(path: Path) -> Selection:
     Raises:
         PrgkitError: it is damaged, or was written by another version.
     """
-    fix = "measure again: prgkit bench"
-    content = read_sealed(path, fix=fix)
-    try:
-        return Selection.model_validate(content)
-    except ValidationError as error:
-        raise PrgkitError(f"{path.name} is not of {SCHEMA}", where=path, fix=fix) from error
+    return read_document(path, Selection, SCHEMA, what="a bench's selection", fix="measure again: prgkit bench")

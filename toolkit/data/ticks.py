@@ -16,7 +16,8 @@ from pydantic import BaseModel, Field
 from prgkit.config.delimited import LARGEST_TABLE_BYTES, ways
 from prgkit.data.labels import hint, lookup
 from prgkit.errors import ImagesError
-from prgkit.storage.atomic import read_sealed, read_text, write_bytes
+from prgkit.storage.atomic import read_text, write_bytes
+from prgkit.storage.documents import read_document
 from prgkit.storage.run import Run
 
 COLUMNS = ("number", "file", "key", "teacher", "confidence", "right", "class")
@@ -181,10 +182,22 @@ def set_aside(path: Path) -> Path:
 
 def audited_keys(run: Run) -> frozenset[str]:
     """Return the content keys of the images on a run's sheet; none where there is no sheet."""
+    sample = read_sample(run)
+    return frozenset(image.key for image in sample.images) if sample else frozenset()
+
+
+def read_sample(run: Run) -> AuditSample | None:
+    """Return which images are on a run's sheet; None where there is no sheet.
+
+    Raises:
+        ImagesError: the file that says it is damaged, or of another version.
+    """
     if not run.sample_file.exists():
-        return frozenset()
-    sample = AuditSample.model_validate(read_sealed(run.sample_file))
-    return frozenset(image.key for image in sample.images)
+        return None
+    fix = f"move {run.ticks_file.parent} elsewhere, and draw anew: prgkit audit"
+    return read_document(
+        run.sample_file, AuditSample, "prgkit.audit/1", what="the sample of an audit", fix=fix, error=ImagesError
+    )
 
 
 def bring_ticks(source: Path, target: Path, classes: Sequence[str]) -> None:
