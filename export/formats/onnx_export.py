@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import prgkit
 from prgkit.config.image_size import Size, sides
-from prgkit.errors import ExportError
+from prgkit.errors import ExportError, first_line
 from prgkit.export.bundle.manifest import MATRIX
-from prgkit.export.formats.onnx_graph import normalised_input, rename, save
+from prgkit.export.formats.onnx_graph import normalised_input, rename, save, set_nodes
 from prgkit.export.formats.open_vocabulary import FEATURES, append_scoring, half_scoring, scoring_nodes
 from prgkit.export.runtimes.parity import FP32_RELATIVE_TOLERANCE
 from prgkit.student.heads import OpenVocabulary, pooled
@@ -232,10 +232,7 @@ def lower_opset(model: onnx.ModelProto, opset: int) -> None:
             fix=f"--set export.opset={written.version}, or choose another student",
         )
     written.version = opset
-    used = {name for node in model.graph.node for name in node.input}
-    for place in reversed(range(len(model.graph.initializer))):
-        if model.graph.initializer[place].name not in used:
-            del model.graph.initializer[place]
+    set_nodes(model.graph, model.graph.node)  # without the axes that are attributes now
 
 
 def half_value(value: Any, name: str) -> Any:
@@ -293,8 +290,3 @@ def halve_attributes(node: onnx.NodeProto) -> None:
             attribute.i = TensorProto.FLOAT16
         if attribute.HasField("t") and attribute.t.data_type == TensorProto.FLOAT:
             attribute.t.CopyFrom(half_tensor(attribute.t))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -68,6 +70,12 @@ def compare(reference_logits: NDArray[np.float32], logits: NDArray[np.float32], 
 def run_batches(runner: Runner, pixels: NDArray[np.uint8], *, batch: int = 32) -> NDArray[np.float32]:
     """Run any number of images [n, S, S, 3] in batches, so that memory does not grow with n; returns [n, classes]."""
     return np.concatenate([runner.run(pixels[start : start + batch]) for start in range(0, len(pixels), batch)])
+
+
+def run_and_close(runner: Runner, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the logits [n, classes] of images [n, S, S, 3], and release the runner."""
+    with closing(runner):
+        return run_batches(runner, pixels)
 
 
 def check_golden(bundle: Bundle, runner: Runner, *, precision: str) -> None:
