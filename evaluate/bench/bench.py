@@ -98,15 +98,16 @@ def bench(
         ImagesError: something in the ticks cannot stand there.
     """
     options.check()
-    subject = open_subject(bundle_folder, run_folder)
+    bundle = open_bundle(bundle_folder)  # what is wrong with it is told before anything is measured
+    subject = Subject(bundle, read_evaluation(bundle_folder), find_ticks(bundle, run_folder), run_folder)
     machine = system.describe()
     threads = options.threads or system.usable_cores()
     if gate is not None:  # refused before it is measured, not after
-        images = metadata.evaluation_images(subject.evaluation, subject.bundle)
+        images = metadata.evaluation_images(subject.evaluation, bundle)
         require_comparable(gate, machine, images, threads=threads)
     # One spec a row; None where the row cannot run here, with its reason.
-    rows, specs = plan(subject.bundle, run_folder, gpu=bool(machine.gpus), threads=threads, seconds=options.seconds)
-    notes = golden_notes(subject.bundle)
+    rows, specs = plan(bundle, run_folder, gpu=bool(machine.gpus), threads=threads, seconds=options.seconds)
+    notes = golden_notes(bundle)
     made_from = conditions(
         machine,
         files=files_under_test(subject),
@@ -123,7 +124,7 @@ def bench(
             before_round=lambda round_: monitor.sample(),
         )
         results = measure(subject, rows, specs, options, context)
-        notes += [*metadata.vocabulary_notes(subject.bundle), *journal.notes]
+        notes += [*metadata.vocabulary_notes(bundle), *journal.notes]
         command = command or options.command(bundle_folder, threads=threads)
         report = make_report(subject, results, monitor.add_to(machine), command, notes)
         if gate is not None:
@@ -131,12 +132,6 @@ def bench(
         note("writing the report")
         write(out, subject, results, report)
     return report
-
-
-def open_subject(bundle_folder: Path, run_folder: Path | None) -> Subject:
-    """Open what is measured; what is wrong with it is told before anything is measured."""
-    bundle = open_bundle(bundle_folder)
-    return Subject(bundle, read_evaluation(bundle_folder), find_ticks(bundle, run_folder), run_folder)
 
 
 def files_under_test(subject: Subject) -> list[str]:

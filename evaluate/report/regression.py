@@ -128,7 +128,7 @@ def against(report: Report, gate: Gate) -> BaselineComparison:
             continue  # there is nothing to be worse than
         now = new.get(place)
         if now is None or now.status != "measured":
-            why = "not in this bench" if now is None else formatting.why_missing(now)
+            why = "not in this bench" if now is None else f"{formatting.missing_chip(now).text}: {now.reason}"
             lines.append(baseline_line(before, "missing", "worse", reason=why))
             continue
         quality: Share = "top1" if before.top1 is not None and now.top1 is not None else "agreement_teacher"

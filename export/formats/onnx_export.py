@@ -239,14 +239,18 @@ def half_value(value: Any, name: str) -> Any:
     """Round a tensor to float16, or refuse it by the name of its layer."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    peak = float(value.abs().max())
-    if not peak < FP16_MAX:
-        raise ExportError(
-            f"FP16 cannot hold this student: {name} reaches {peak:,.0f} on real images, "
-            f"and float16 ends at {FP16_MAX:,.0f}",
-            fix="export without --fp16, or train with weight decay and gradient clipping",
-        )
+    fix = "export without --fp16, or train with weight decay and gradient clipping"
+    require_fp16(float(value.abs().max()), name, " on real images", fix=fix)
     return value.half().float()
+
+
+def require_fp16(largest: float, name: str, where: str = "", *, fix: str = "export without --fp16") -> None:
+    """Refuse a value that float16 cannot hold, or that is no number."""
+    if not largest < FP16_MAX:
+        what = (
+            f"FP16 cannot hold this student: {name} reaches {largest:,.0f}{where}, and float16 ends at {FP16_MAX:,.0f}"
+        )
+        raise ExportError(what, fix=fix)
 
 
 def strip_traces(model: onnx.ModelProto) -> None:
@@ -273,13 +277,7 @@ def describe(model: onnx.ModelProto, *, classes: Sequence[str], preprocessing: d
 def half_tensor(tensor: onnx.TensorProto) -> onnx.TensorProto:
     """Return a float32 tensor as float16, under the same name."""
     values = numpy_helper.to_array(tensor)
-    largest = float(np.abs(values).max(initial=0.0))
-    if not largest < FP16_MAX:
-        raise ExportError(
-            f"FP16 cannot hold this student: weight {tensor.name} reaches {largest:,.0f}, "
-            f"and float16 ends at {FP16_MAX:,.0f}",
-            fix="export without --fp16",
-        )
+    require_fp16(float(np.abs(values).max(initial=0.0)), f"weight {tensor.name}")
     return numpy_helper.from_array(values.astype(np.float16), tensor.name)
 
 
