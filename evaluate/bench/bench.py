@@ -16,7 +16,6 @@ from prgkit import metrics
 from prgkit.data.ticks import Tick
 from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate import system
-from prgkit.evaluate.accuracy.examples import choose_examples
 from prgkit.evaluate.accuracy.opencv import opencv_notes
 from prgkit.evaluate.accuracy.per_class import per_class
 from prgkit.evaluate.accuracy.ticked import audit_section, find_ticks
@@ -24,14 +23,14 @@ from prgkit.evaluate.bench import latency, metadata
 from prgkit.evaluate.bench.cases import plan
 from prgkit.evaluate.bench.fixed_rate import measure_fixed_rate
 from prgkit.evaluate.bench.journal import conditions, open_journal
-from prgkit.evaluate.bench.latency import LatencyPlan, Measured
+from prgkit.evaluate.bench.latency import LatencyPlan, Measured, sweep_threads
 from prgkit.evaluate.bench.notes import failure_notes, row_notes
 from prgkit.evaluate.bench.options import BenchOptions
 from prgkit.evaluate.bench.soak import soak_lead
-from prgkit.evaluate.bench.thread_sweep import sweep_threads
 from prgkit.evaluate.bench.worker import Pixels, Spec
 from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.bench_report import write_report
+from prgkit.evaluate.report.examples import choose_examples
 from prgkit.evaluate.report.regression import Gate, against, require_comparable
 from prgkit.evaluate.report.samples import RowSamples, Samples, ThroughputSamples
 from prgkit.evaluate.report.schema import FixedRate, Int8Verdict, Machine, Report, Row, Soak, ThreadSweep, Throughput

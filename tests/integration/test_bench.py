@@ -17,10 +17,10 @@ from PIL import Image
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.ticks import Tick, write_ticks
 from prgkit.errors import BenchError, ExportError
-from prgkit.evaluate.accuracy.examples import choose_examples
 from prgkit.evaluate.bench.bench import bench
 from prgkit.evaluate.bench.metadata import evaluation_images, pseudo_labels, training_records
 from prgkit.evaluate.bench.options import BenchOptions
+from prgkit.evaluate.report.examples import choose_examples
 from prgkit.export.bundle.bundle import (
     Evaluation,
     describe_artifact,
