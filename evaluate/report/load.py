@@ -20,6 +20,6 @@ def read_report(path: Path) -> Report:
     Raises:
         BenchError: there is none, it is damaged, or it is of another schema.
     """
-    fix = "name a report.json that prgkit bench wrote, or measure again: prgkit bench"
+    fix = "name the report.json that prgkit bench wrote, or measure again: prgkit bench"
     what = "the report of a bench"
     return read_document(report_file(path), Report, REPORT_SCHEMA, what=what, fix=fix, error=BenchError, sealed=False)
