@@ -134,17 +134,9 @@ def selected_artifact(bundle: Bundle, folder: Path | None) -> Artifact:
         ExportError: the bundle has no FP32 file.
     """
     if folder is not None and (folder / FILE).exists():
-        selection = read_selection(folder / FILE)
+        fix = "measure again: prgkit bench"
+        selection = read_document(folder / FILE, Selection, SCHEMA, what="a bench's selection", fix=fix)
         for artifact in bundle.artifacts:
             if artifact.sha256 == selection.sha256:
                 return artifact
     return fp32_onnx(bundle)
-
-
-def read_selection(path: Path) -> Selection:
-    """Read what `write_selection` wrote.
-
-    Raises:
-        PrgkitError: it is damaged, or was written by another version.
-    """
-    return read_document(path, Selection, SCHEMA, what="a bench's selection", fix="measure again: prgkit bench")

@@ -39,11 +39,7 @@ from prgkit.export.bundle.manifest import (
 )
 from prgkit.export.formats import FORMATS
 from prgkit.export.formats.base import Format, Made
-from prgkit.export.formats.open_vocabulary import (
-    FeatureRunner,
-    agreement_sentence,
-    keep_features,
-)
+from prgkit.export.formats.open_vocabulary import FeatureRunner, agreement_sentence, keep_features
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.student_export import CalibrationSet, StudentExport, origin_of
 from prgkit.export.readme import write_manifest

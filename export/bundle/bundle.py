@@ -18,13 +18,7 @@ from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ExportError
 from prgkit.export.bundle.checksums import require_unchanged
-from prgkit.export.bundle.manifest import (
-    VECTORS,
-    Artifact,
-    Manifest,
-    TensorSpec,
-    read_manifest,
-)
+from prgkit.export.bundle.manifest import VECTORS, Artifact, Manifest, TensorSpec, read_manifest
 from prgkit.storage.atomic import sha256, write_bytes, write_text, writing
 from prgkit.storage.reproducible import Pixels, as_pixels, member, png, read_array, write_array
 
