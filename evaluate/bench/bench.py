@@ -88,8 +88,8 @@ def bench(
         out: where report.json, report.md, report.html and samples.json go.
         note: told what is being done.
         run_folder: the run it came from, where that is at hand: adds PyTorch itself and the training curves.
-        command: what the user typed, for the report.
-        gate: the older report that the new one is held against, and by how much it may be worse.
+        command: what the user typed.
+        gate: the older report that the new one is held against.
 
     Raises:
         BenchError: an option makes no sense, no artifact could be measured, or the baseline cannot be compared with.
@@ -99,8 +99,7 @@ def bench(
     options.check()
     bundle = open_bundle(bundle_folder)  # what is wrong with it is told before anything is measured
     subject = Subject(bundle, read_evaluation(bundle_folder), find_ticks(bundle, run_folder), run_folder)
-    machine = system.describe()
-    threads = options.threads or system.usable_cores()
+    machine, threads = system.describe(), options.threads or system.usable_cores()
     if gate is not None:  # refused before it is measured, not after
         images = metadata.evaluation_images(subject.evaluation, bundle)
         require_comparable(gate, machine, images, threads=threads)
