@@ -126,14 +126,14 @@ def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="LIST",
             default="ce,kd,prg",
             show_default=True,
-            callback=names,
+            type=names,
             help="What to learn by; prgkit recipes --objectives says what there is.",
         ),
         click.option(
             "--students",
             metavar="LIST",
             default="",
-            callback=names,
+            type=names,
             help="timm models.  [default: the recipe's; for --rank-students also RepViTs and EfficientNets]",
         ),
         click.option("--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help="How many of each."),
@@ -180,14 +180,14 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--batch",
             metavar="MIN,OPT,MAX",
-            callback=batch_profile,
+            type=batch_profile,
             help="Batch sizes of the engines, e.g. 1,1,32; three equal ones make a static engine; implies --trt.  "
             "[default: the recipe's]",
         ),
         click.option(
             "--sm",
             metavar="LIST",
-            callback=gpu_generations,
+            type=gpu_generations,
             help="GPU generations that the engines are for, e.g. 86,89; 80+ is all from Ampere on that the backend "
             "builds for; implies --trt.  [default: 80+; of tensorrt: this GPU]",
         ),
@@ -242,7 +242,7 @@ def bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--sweep-threads",
             metavar="LIST",
-            callback=thread_counts,
+            type=thread_counts,
             help="Also compare latency at these numbers of CPU threads, e.g. 1,2,4.",
         ),
         click.option(
@@ -250,7 +250,7 @@ def bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default="1,8,32",
             show_default=True,
             metavar="LIST",
-            callback=batch_sizes,
+            type=batch_sizes,
             help="Batch sizes for throughput.",
         ),
         click.option(
@@ -263,7 +263,7 @@ def bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--soak",
             "soak_minutes",
             metavar="MINUTES",
-            callback=minutes,
+            type=minutes,
             help="Also run the best artifact so long without a rest: does this device slow down when it is warm?",
         ),
         click.option(
@@ -276,7 +276,7 @@ def bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--tolerance",
             metavar="SHARE",
-            callback=tolerance,
+            type=tolerance,
             help="By how much latency and size may grow over the baseline, as 5% or 0.05.  [default: 5%]",
         ),
         click.option(
