@@ -15,17 +15,7 @@ from pydantic import BaseModel
 
 from prgkit.annotation.sheet import Card, sheet
 from prgkit.config.recipe import Recipe
-from prgkit.data.ticks import (
-    AuditSample,
-    SampledImage,
-    Tick,
-    carried,
-    read_sample,
-    read_ticks,
-    set_aside,
-    ticked,
-    write_ticks,
-)
+from prgkit.data.ticks import AuditSample, SampledImage, Tick, carried, read_ticks, set_aside, ticked, write_ticks
 from prgkit.device import best_device
 from prgkit.errors import RunError
 from prgkit.evaluate.accuracy.ticked import teacher_share
@@ -105,7 +95,7 @@ def draw_audit(run: Run, recipe: Recipe, targets_root: Path, *, count: int | Non
     """Draw the sample, or go on with the one that is there, and write what is to be ticked."""
     with locked(run.ticks_file.parent, "audit"):
         earlier = read_ticks(run.ticks_file, recipe.classes) if run.ticks_file.exists() else []
-        before = read_sample(run)
+        before = AuditSample.of(run)
         dataset = prepare(recipe, targets_root, progress, like=run)
         predictions = predict(dataset, progress)
         made_from = fingerprint([dataset.image_index.keys, predictions.classes[:, 0].tolist()])

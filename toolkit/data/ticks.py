@@ -182,22 +182,8 @@ def set_aside(path: Path) -> Path:
 
 def audited_keys(run: Run) -> frozenset[str]:
     """Return the content keys of the images on a run's sheet; none where there is no sheet."""
-    sample = read_sample(run)
+    sample = AuditSample.of(run)
     return frozenset(image.key for image in sample.images) if sample else frozenset()
-
-
-def read_sample(run: Run) -> AuditSample | None:
-    """Return which images are on a run's sheet; None where there is no sheet.
-
-    Raises:
-        ImagesError: the file that says it is damaged, or of another version.
-    """
-    if not run.sample_file.exists():
-        return None
-    fix = f"move {run.ticks_file.parent} elsewhere, and draw anew: prgkit audit"
-    return read_document(
-        run.sample_file, AuditSample, "prgkit.audit/1", what="the sample of an audit", fix=fix, error=ImagesError
-    )
 
 
 def bring_ticks(source: Path, target: Path, classes: Sequence[str]) -> None:
@@ -238,3 +224,16 @@ class AuditSample(BaseModel, frozen=True):
     made_from: str  # a fingerprint of the images and the teacher's answers
     drawn_from: int
     images: tuple[SampledImage, ...]
+
+    @classmethod
+    def of(cls, run: Run) -> AuditSample | None:
+        """Return which images are on a run's sheet; None where there is no sheet.
+
+        Raises:
+            ImagesError: the file that says it is damaged, or of another version.
+        """
+        if not run.sample_file.exists():
+            return None
+        fix = f"move {run.ticks_file.parent} elsewhere, and draw anew: prgkit audit"
+        what = "the sample of an audit"
+        return read_document(run.sample_file, cls, "prgkit.audit/1", what=what, fix=fix, error=ImagesError)
