@@ -39,7 +39,8 @@ dist:
 	.venv-dist/bin/python $(PIP) dist/*.whl
 	cd dist && ../.venv-dist/bin/python -c "from importlib.resources import files; \
 	  lacks = [name for name in ('py.typed', 'demo/teacher/open_clip_model.safetensors', 'recipes/demo.yaml', \
-	    'recipes/classes/cifar100.txt', 'evaluate/report/templates/sheet.html') if not (files('prgkit') / name).is_file()]; \
+	    'recipes/classes/cifar100.txt', 'evaluate/report/templates/sheet.html', \
+	    'export/formats/templates/README.md.j2') if not (files('prgkit') / name).is_file()]; \
 	  assert not lacks, lacks"
 	cd dist && ../.venv-dist/bin/prgkit --version && ../.venv-dist/bin/prgkit recipes && ../.venv-dist/bin/prgkit doctor
 	rm -rf .venv-dist

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from prgkit.errors import PrgkitError
 from prgkit.evaluate.report.schema import Int8Verdict, Interval, Model, Row, measured_latency
 from prgkit.export.bundle.bundle import Bundle, fp32_onnx
 from prgkit.export.bundle.fidelity import fidelity, int8_sentence
 from prgkit.export.bundle.manifest import Artifact
-from prgkit.storage.atomic import read_sealed, write_sealed
+from prgkit.storage.atomic import write_sealed
+from prgkit.storage.documents import read_document
 
 FILE = "selection.json"  # beside the report
 SCHEMA: Literal["prgkit.selection/1"] = "prgkit.selection/1"
@@ -134,22 +134,9 @@ def selected_artifact(bundle: Bundle, folder: Path | None) -> Artifact:
         ExportError: the bundle has no FP32 file.
     """
     if folder is not None and (folder / FILE).exists():
-        selection = read_selection(folder / FILE)
+        fix = "measure again: prgkit bench"
+        selection = read_document(folder / FILE, Selection, SCHEMA, what="a bench's selection", fix=fix)
         for artifact in bundle.artifacts:
             if artifact.sha256 == selection.sha256:
                 return artifact
     return fp32_onnx(bundle)
-
-
-def read_selection(path: Path) -> Selection:
-    """Read what `write_selection` wrote.
-
-    Raises:
-        PrgkitError: it is damaged, or was written by another version.
-    """
-    fix = "measure again: prgkit bench"
-    content = read_sealed(path, fix=fix)
-    try:
-        return Selection.model_validate(content)
-    except ValidationError as error:
-        raise PrgkitError(f"{path.name} is not of {SCHEMA}", where=path, fix=fix) from error

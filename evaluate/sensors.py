@@ -139,16 +139,6 @@ def processor_throttles() -> int:
     return sum(number(path) or 0 for path in CPU.glob("cpu[0-9]*/thermal_throttle/*_throttle_count"))
 
 
-def gpu_clock_mhz() -> float | None:
-    """Return the clock of the GPU's multiprocessors."""
-    return nvml_value("nvmlDeviceGetClockInfo", SM_CLOCK)
-
-
-def gpu_temperature_c() -> float | None:
-    """Return the GPU's temperature."""
-    return nvml_value("nvmlDeviceGetTemperature", GPU_SENSOR)
-
-
 @functools.cache
 def nvml() -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
     """Return the driver's library and its first GPU, or None where there is no driver."""

@@ -93,8 +93,8 @@ class DeviceState(NamedTuple):
 def device_state(device: str) -> DeviceState:
     """Return the clock and the temperature, now, of what works on ``device``: the GPU, or the processor."""
     gpu = device == "cuda"
-    clock = sensors.gpu_clock_mhz() if gpu else clock_mhz()
-    temperature = sensors.gpu_temperature_c() if gpu else None
+    clock = sensors.nvml_value("nvmlDeviceGetClockInfo", sensors.SM_CLOCK) if gpu else clock_mhz()
+    temperature = sensors.nvml_value("nvmlDeviceGetTemperature", sensors.GPU_SENSOR) if gpu else None
     return DeviceState(
         None if clock is None else round(clock, 1), temperature_c() if temperature is None else temperature
     )
@@ -149,14 +149,10 @@ def cpu_model() -> str:
     text = read("/proc/cpuinfo") or ""
     match = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
     # Boards with ARM cores name the board in the device tree, and no model in cpuinfo.
-    name = match.group(1) if match else read("/proc/device-tree/model") or mac_cpu() or platform.processor()
+    on_mac = output("sysctl", "-n", "machdep.cpu.brand_string") if platform.system() == "Darwin" else None
+    name = match.group(1) if match else read("/proc/device-tree/model") or on_mac or platform.processor()
     name = re.sub(r"\((?:R|TM|r|tm)\)|\bCPU\b|\bProcessor\b|@.*$|\x00", "", name or platform.machine())
     return " ".join(name.split())
-
-
-def mac_cpu() -> str | None:
-    """Return the processor's name on macOS."""
-    return output("sysctl", "-n", "machdep.cpu.brand_string") if platform.system() == "Darwin" else None
 
 
 def usable_cores() -> int:
@@ -220,12 +216,10 @@ def clock_mhz() -> float | None:
 
 def temperature_c() -> float | None:
     """Return the hottest thermal zone."""
-    values = []
-    for path in Path("/sys/class/thermal").glob("thermal_zone*/temp"):
-        text = read(path)
-        if text and text.lstrip("-").isdigit():
-            values.append(int(text) / 1000)
-    return round(max(values), 1) if values else None
+    values = [
+        value for path in sensors.THERMAL.glob("thermal_zone*/temp") if (value := sensors.number(path)) is not None
+    ]
+    return round(max(values) / 1000, 1) if values else None
 
 
 def memory_gib() -> float | None:

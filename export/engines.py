@@ -7,9 +7,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from prgkit.errors import ExportError, NotWorthItError
 from prgkit.export.bundle.artifact_cache import Origin, alone_in, files_of, is_whole
 from prgkit.export.bundle.bundle import Bundle, open_bundle, read_evaluation
@@ -20,7 +17,7 @@ from prgkit.export.formats.tensorrt import EngineBuilder, Reference, engine_name
 from prgkit.export.readme import write_manifest
 from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes.gpu import choose_backend
-from prgkit.export.runtimes.parity import run_batches
+from prgkit.export.runtimes.parity import run_and_close
 from prgkit.storage.atomic import fingerprint
 
 PARITY_IMAGES = 256
@@ -46,16 +43,8 @@ def build_engines(folder: Path, options: ExportOptions, *, note: Callable[[str],
         kinds = {"fp32": True, "fp16": options.fp16, "int8": options.int8}
         sources = sources_of(bundle, [precision for precision, wanted in kinds.items() if wanted])
         pixels = read_evaluation(folder, limit=PARITY_IMAGES).pixels
-
-        @cache
-        def reference_logits() -> NDArray[np.float32]:
-            runner = open_runner(folder, sources[0])
-            logits = run_batches(runner, pixels)
-            runner.close()
-            return logits
-
         engines = EnginesInPlace(bundle, note)
-        reference = Reference(sources[0].name, reference_logits)
+        reference = Reference(sources[0].name, cache(lambda: run_and_close(open_runner(folder, sources[0]), pixels)))
         builder = EngineBuilder(folder, backend, options, pixels, reference, engines, note)
         _, not_built = builder.make_all(sources)
         engines.settle(not_built, decided={engine_name(backend.name, source) for source in sources})

@@ -31,8 +31,7 @@ from prgkit.student.model import Student, load_student, student_facts
 from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.ensemble import existing_targets
 from prgkit.training.prepare import grey_of, hold_out
-from prgkit.training.pseudo_labels import confidence_of
-from prgkit.training.selection import sure_enough
+from prgkit.training.pseudo_labels import confidence_of, sure_enough
 
 PARITY_IMAGES = 256
 GOLDEN_IMAGES = 16

@@ -39,11 +39,7 @@ from prgkit.export.bundle.manifest import (
 )
 from prgkit.export.formats import FORMATS
 from prgkit.export.formats.base import Format, Made
-from prgkit.export.formats.open_vocabulary import (
-    FeatureRunner,
-    agreement_sentence,
-    keep_features,
-)
+from prgkit.export.formats.open_vocabulary import FeatureRunner, agreement_sentence, keep_features
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.student_export import CalibrationSet, StudentExport, origin_of
 from prgkit.export.readme import write_manifest
@@ -87,7 +83,7 @@ class EvaluationSet:
     teacher_uniform_logits: NDArray[np.float32]  # [n, classes]
     labels: NDArray[np.int64] | None  # [n]
     source: str
-    keys: tuple[str, ...] | None = None  # n content keys
+    keys: tuple[str, ...]  # n content keys
     teacher_features: NDArray[np.float32] | None = None  # [n, D], where the vocabulary is open
 
 

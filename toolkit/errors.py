@@ -90,3 +90,8 @@ def some(names: Sequence[str], most: int = 3) -> str:
 def one_line(error: BaseException) -> str:
     """Return an error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

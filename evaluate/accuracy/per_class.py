@@ -25,11 +25,7 @@ def per_class(
 ) -> PerClass | None:
     """Return the report's section on the classes, for the artifact that its headline speaks of; None without logits.
 
-    Args:
-        evaluation: the images with the teacher's logits, and labels if any.
-        rows: the rows that ran, each with its logits [images, classes] or None.
-        int8: which INT8 files are used on this machine.
-        names: the classes in the order of the logits.
+    ``rows`` are those that ran, each with its logits [images, classes] or None.
     """
     lead = formatting.lead_row([row for row, _ in rows], int8)
     logits = next((logits for row, logits in rows if row is lead), None)
@@ -46,13 +42,6 @@ def by_class(
 
     With labels, a class's images are those of its label and a share is that of right answers (recall). Without, they
     are those that the teacher gives the class, and the student's share is that of the same answer.
-
-    Args:
-        artifact: the artifact whose answers are the student's.
-        student: its answers [images], as indices of classes.
-        teacher: the teacher's answers [images].
-        labels: the right answers [images], or None.
-        names: the classes, in their order.
     """
     truth = teacher if labels is None else labels
     count = np.bincount(truth, minlength=len(names))  # [classes]

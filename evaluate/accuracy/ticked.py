@@ -47,7 +47,7 @@ def audit_section(
     seen = ticked(ticks)
     if not seen:
         return None, []
-    places = {key: place for place, key in enumerate(evaluation.keys or ())}
+    places = {key: place for place, key in enumerate(evaluation.keys)}
     travelling = [tick for tick in seen if tick.key in places]
     positions = [places[tick.key] for tick in travelling]
     scored = [
@@ -138,8 +138,6 @@ def missing_notes(travelling: Sequence[Tick], evaluation: Evaluation) -> list[st
     """Say why no artifact has a figure."""
     if travelling:
         return []
-    if evaluation.keys is None:
-        return ["Audit: this bundle does not say which images it evaluates on; prgkit export makes one that does."]
     if evaluation.labels is not None:
         return ["Audit: the ticked images are not among the labelled ones that the artifacts are evaluated on."]
     return ["Audit: no ticked image is among those that the artifacts are evaluated on, which no student learns from."]

@@ -16,7 +16,6 @@ from prgkit import metrics
 from prgkit.data.ticks import Tick
 from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate import system
-from prgkit.evaluate.accuracy.examples import choose_examples
 from prgkit.evaluate.accuracy.opencv import opencv_notes
 from prgkit.evaluate.accuracy.per_class import per_class
 from prgkit.evaluate.accuracy.ticked import audit_section, find_ticks
@@ -24,14 +23,14 @@ from prgkit.evaluate.bench import latency, metadata
 from prgkit.evaluate.bench.cases import plan
 from prgkit.evaluate.bench.fixed_rate import measure_fixed_rate
 from prgkit.evaluate.bench.journal import conditions, open_journal
-from prgkit.evaluate.bench.latency import LatencyPlan, Measured
+from prgkit.evaluate.bench.latency import LatencyPlan, Measured, sweep_threads
 from prgkit.evaluate.bench.notes import failure_notes, row_notes
 from prgkit.evaluate.bench.options import BenchOptions
 from prgkit.evaluate.bench.soak import soak_lead
-from prgkit.evaluate.bench.thread_sweep import sweep_threads
 from prgkit.evaluate.bench.worker import Pixels, Spec
 from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.bench_report import write_report
+from prgkit.evaluate.report.examples import choose_examples
 from prgkit.evaluate.report.regression import Gate, against, require_comparable
 from prgkit.evaluate.report.samples import RowSamples, Samples, ThroughputSamples
 from prgkit.evaluate.report.schema import FixedRate, Int8Verdict, Machine, Report, Row, Soak, ThreadSweep, Throughput
@@ -89,8 +88,8 @@ def bench(
         out: where report.json, report.md, report.html and samples.json go.
         note: told what is being done.
         run_folder: the run it came from, where that is at hand: adds PyTorch itself and the training curves.
-        command: what the user typed, for the report.
-        gate: the older report that the new one is held against, and by how much it may be worse.
+        command: what the user typed.
+        gate: the older report that the new one is held against.
 
     Raises:
         BenchError: an option makes no sense, no artifact could be measured, or the baseline cannot be compared with.
@@ -98,15 +97,15 @@ def bench(
         ImagesError: something in the ticks cannot stand there.
     """
     options.check()
-    subject = open_subject(bundle_folder, run_folder)
-    machine = system.describe()
-    threads = options.threads or system.usable_cores()
+    bundle = open_bundle(bundle_folder)  # what is wrong with it is told before anything is measured
+    subject = Subject(bundle, read_evaluation(bundle_folder), find_ticks(bundle, run_folder), run_folder)
+    machine, threads = system.describe(), options.threads or system.usable_cores()
     if gate is not None:  # refused before it is measured, not after
-        images = metadata.evaluation_images(subject.evaluation, subject.bundle)
+        images = metadata.evaluation_images(subject.evaluation, bundle)
         require_comparable(gate, machine, images, threads=threads)
     # One spec a row; None where the row cannot run here, with its reason.
-    rows, specs = plan(subject.bundle, run_folder, gpu=bool(machine.gpus), threads=threads, seconds=options.seconds)
-    notes = golden_notes(subject.bundle)
+    rows, specs = plan(bundle, run_folder, gpu=bool(machine.gpus), threads=threads, seconds=options.seconds)
+    notes = golden_notes(bundle)
     made_from = conditions(
         machine,
         files=files_under_test(subject),
@@ -123,7 +122,7 @@ def bench(
             before_round=lambda round_: monitor.sample(),
         )
         results = measure(subject, rows, specs, options, context)
-        notes += [*metadata.vocabulary_notes(subject.bundle), *journal.notes]
+        notes += [*metadata.vocabulary_notes(bundle), *journal.notes]
         command = command or options.command(bundle_folder, threads=threads)
         report = make_report(subject, results, monitor.add_to(machine), command, notes)
         if gate is not None:
@@ -131,12 +130,6 @@ def bench(
         note("writing the report")
         write(out, subject, results, report)
     return report
-
-
-def open_subject(bundle_folder: Path, run_folder: Path | None) -> Subject:
-    """Open what is measured; what is wrong with it is told before anything is measured."""
-    bundle = open_bundle(bundle_folder)
-    return Subject(bundle, read_evaluation(bundle_folder), find_ticks(bundle, run_folder), run_folder)
 
 
 def files_under_test(subject: Subject) -> list[str]:

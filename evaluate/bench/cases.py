@@ -18,20 +18,11 @@ def plan(
 ) -> tuple[list[Row], list[Spec | None]]:
     """Return a row for everything that could run, with what a worker opens, or None and the reason in the row.
 
-    Args:
-        bundle: whose artifacts run.
-        run_folder: the run it came from, where that is at hand: PyTorch runs what is in it.
-        gpu: whether the machine has an NVIDIA GPU.
-        threads: threads of one call on the CPU.
-        seconds: the time for each artifact; a short bench leaves out what takes long to open.
+    PyTorch runs what is in the run that the bundle came from, where that is at hand. ``threads`` are those of one call
+    on the CPU; a bench of few ``seconds`` an artifact leaves out what takes long to open.
     """
     rows: list[Row] = []
     specs: list[Spec | None] = []
-
-    def add(row: Row, setup: Setup, reason: str | None) -> None:
-        rows.append(row.model_copy(update={"reason": reason}))
-        specs.append(None if reason else named(setup, row))
-
     scoring = bundle.manifest.open_vocabulary
     vectors, scale = (bundle.folder / VECTORS, scoring.logit_scale) if scoring else (None, 1.0)
     files = [(artifact, bundle.folder) for artifact in bundle.artifacts]
@@ -45,17 +36,16 @@ def plan(
             setup = replace(setup, threads=on_cpu, class_vectors=vectors, logit_scale=scale)
             reason = setup.why_not_here(gpu=gpu)
             if reason is None or setup.variant.always_listed:
-                add(blank(setup), setup, reason)
+                row = blank(setup, reason)
+                takes_threads = setup.variant.takes_threads
+                spec = Spec(row.artifact, row.backend, row.device, row.threads, takes_threads, setup)
+                rows.append(row)
+                specs.append(None if reason else spec)
     return rows, specs
 
 
-def named(setup: Setup, row: Row) -> Spec:
-    """Return what a worker opens, and whose figures these are."""
-    return Spec(row.artifact, row.backend, row.device, row.threads, setup.variant.takes_threads, setup)
-
-
-def blank(setup: Setup) -> Row:
-    """Return a row without a figure yet."""
+def blank(setup: Setup, reason: str | None) -> Row:
+    """Return a row without a figure yet, with the reason where there will be none."""
     return Row(
         artifact=setup.artifact.name + setup.variant.suffix,
         backend=setup.variant.backend,
@@ -64,4 +54,5 @@ def blank(setup: Setup) -> Row:
         precision=setup.artifact.precision,
         threads=setup.threads,
         size_mib=round(setup.artifact.bytes / (1 << 20), 3),
+        reason=reason,
     )

@@ -30,15 +30,8 @@ from prgkit.storage.locks import locked
 MOST_PAUSE_S = 600.0
 # What describes the machine and does not change while a bench is under way.
 LASTING = (
-    "cpu",
-    "cores",
-    "usable_cores",
-    "governor",
-    "clock_range_mhz",
-    "memory_gib",
-    "kernel",
-    "versions",
-    "power_mode",
+    *("cpu", "cores", "usable_cores", "governor", "clock_range_mhz"),
+    *("memory_gib", "kernel", "versions", "power_mode"),
 )
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.evaluate.bench.journal import BatchRecord, RoundRecord, RoundTurn, StageRecord, StageTurn
+from prgkit.evaluate.bench.options import comma
 from prgkit.evaluate.bench.worker import Pixels, Spec, Worker, WorkerFailedError
 from prgkit.evaluate.bench.workers import BenchContext, WorkerGroup, artifact_name, open_workers, rotate
 from prgkit.evaluate.report.formatting import P99_SAMPLES
-from prgkit.evaluate.report.samples import WarmUp
-from prgkit.evaluate.report.schema import STAGES, Energy, Latency, Stage
+from prgkit.evaluate.report.samples import ThreadSweepSamples, WarmUp
+from prgkit.evaluate.report.schema import STAGES, Energy, Latency, Stage, ThreadSweep, ThreadSweepRow
 from prgkit.evaluate.sensors import Meter, midway, power_source
 
 ROUNDS = 10
@@ -119,6 +120,40 @@ def measure(specs: Sequence[Spec], plan: LatencyPlan, context: BenchContext) -> 
         for index, reason in group.failed.items():
             session.measured[index].failed = reason
     return session
+
+
+def sweep_threads(
+    specs: Sequence[Spec], counts: Sequence[int], context: BenchContext
+) -> tuple[ThreadSweep | None, list[ThreadSweepSamples]]:
+    """Measure every artifact on the CPU at each number of threads; return the report's section and all samples.
+
+    All of them take turns, each in a process of its own: one that was measured minutes later than another would be
+    compared with the machine's temperature as well. PyTorch is left out, as it is in no bundle. Without counts nothing
+    is measured.
+    """
+    swept = [spec for spec in specs if spec.device == "cpu" and spec.takes_threads]
+    if not counts or not swept:
+        return None, []
+    context.note(f"threads: {', '.join(map(str, counts))}")
+    each = [replace(spec, threads=count) for spec in swept for count in counts]
+    session = measure(each, LatencyPlan(), context.part(f"threads {comma(tuple(counts))}"))
+    rows = []
+    for spec in swept:
+        mine = [one for one in session.measured if one.spec.key == spec.key]
+        rows.append(
+            ThreadSweepRow(
+                **spec.key,
+                latency={
+                    one.spec.threads: summarize(one.rounds_ns, steady=one.steady) for one in mine if one.failed is None
+                },
+                failed={one.spec.threads: one.failed for one in mine if one.failed is not None},
+            )
+        )
+    samples = [
+        ThreadSweepSamples(**one.spec.key, threads=one.spec.threads, rounds_ns=one.rounds_ns)
+        for one in session.measured
+    ]
+    return ThreadSweep(counts=list(counts), rows=rows), samples
 
 
 def warm_up(session: Session, group: WorkerGroup, context: BenchContext) -> None:

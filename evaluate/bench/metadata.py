@@ -70,8 +70,7 @@ def evaluation_images(evaluation: Evaluation, bundle: Bundle) -> EvaluationImage
         images=len(evaluation.pixels),
         labelled=labels is not None,
         source=bundle.manifest.evaluation.source,
-        # Bundles of earlier versions do not say which pictures they hold.
-        digest=None if evaluation.keys is None else fingerprint([evaluation.keys, labels, *relabelled]),
+        digest=fingerprint([evaluation.keys, labels, *relabelled]),
     )
 
 

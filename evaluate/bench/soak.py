@@ -79,11 +79,6 @@ def soak(spec: Spec, options: BenchOptions, context: BenchContext) -> tuple[Soak
 
     A soak that was stopped begins anew, since a rest cools; the windows of the stopped one are returned beside the
     others. One that came to its end is not run again. Without minutes nothing is measured.
-
-    Args:
-        spec: what is opened: the artifact that the bench's headline speaks of.
-        options: how many minutes, and the rate of its frames; without one, runs go back to back.
-        context: told how it goes, now and then; its journal keeps the windows as they come.
     """
     if options.soak_minutes is None:
         return None, SoakSamples()

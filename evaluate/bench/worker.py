@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from prgkit.export.runtimes.base import Runner, Setup
 
 Pixels = NDArray[np.uint8]  # [batch, height, width, 3]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Rotating inputs must not crowd the device's memory: at most this many arrays, and this many bytes, per batch size.
 ROTATED_ARRAYS = 64
@@ -60,6 +62,123 @@ class WorkerFailedError(BenchError):
         self.alive = alive
 
 
+class Resident:
+    """What a worker holds: the open runner and the images that it measures with."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.turn = 0
+        self.rotations: dict[int, list[Pixels]] = {}
+
+    def open(self, images: Pixels) -> float:
+        """Open the artifact; return the ms that took, without the import of the runtime library."""
+        self.images = images
+        self.rotation(1)  # before the baseline: the harness's own memory is not the artifact's
+        reset_peak()
+        self.baseline_mib = resident_mib()
+        opening = opener(self.spec)
+        start = time.perf_counter_ns()
+        self.runner: Runner = opening()
+        return (time.perf_counter_ns() - start) / 1e6
+
+    def predict(self, pixels: Pixels) -> NDArray[np.float32]:
+        """Return the logits [batch, classes]."""
+        return self.runner.run(pixels)
+
+    def warm_up(self, *, batch: int, window_s: float, cap_s: float) -> WarmUp:
+        """Run windows of ``window_s`` until two in a row have medians within 2 %, or ``cap_s`` have passed."""
+        start = time.perf_counter()
+        before, runs = None, 0
+        while True:
+            samples = self.measure(batch=batch, seconds=window_s, at_least=3)
+            runs += len(samples)
+            median = float(np.median(samples))
+            passed = time.perf_counter() - start
+            if before is not None and abs(median - before) <= 0.02 * before:
+                return WarmUp(steady=True, runs=runs, seconds=passed)
+            if passed >= cap_s:
+                return WarmUp(steady=False, runs=runs, seconds=passed)
+            before = median
+
+    def measure(self, *, batch: int, seconds: float, at_least: int = 1, settle_s: float = 0.0) -> list[int]:
+        """Return the ns of every run within ``seconds``, and of ``at_least``, after ``settle_s`` of untimed runs."""
+        return self.settled_runs(self.runner.run, self.rotation(batch), seconds, at_least, settle_s)
+
+    def settled_runs(
+        self, run: Callable[[Any], Any], rotation: Sequence[Any], seconds: float, at_least: int, settle_s: float
+    ) -> list[int]:
+        """Run untimed for ``settle_s``, then return the ns of each timed run."""
+        gc.collect()
+        gc.disable()  # a collection of the harness's own garbage is not the artifact's latency
+        try:
+            if settle_s:
+                self.turn, _ = timed_runs(run, rotation, settle_s, 1, self.turn)
+            self.turn, samples = timed_runs(run, rotation, seconds, at_least, self.turn)
+        finally:
+            gc.enable()
+        return samples
+
+    def take_images(self, files: Sequence[bytes], preprocessing: Preprocessing) -> list[Stage]:
+        """Keep the images, encoded and decoded, and what prepares them; return the stages that can be measured."""
+        from prgkit.data.preprocessing import load_image
+
+        self.prepare = preprocessing.prepare
+        self.load = load_image
+        self.files, self.decoded = list(files), [load_image(file) for file in files]
+        return [stage for stage in STAGES if stage != "compute" or hasattr(self.runner, "compute_ns")]
+
+    def measure_stage(self, stage: Stage, *, seconds: float, settle_s: float) -> list[int]:
+        """Return the ns of every run from pixels (io), a decoded image (pipeline) or its file (end_to_end).
+
+        The stage compute is what a GPU itself takes, by its own clock.
+        """
+        if stage == "compute":
+            runner: Any = self.runner  # not every one has such a clock
+            return clocked_runs(runner.compute_ns, self.rotation(1), seconds)
+        run = self.runner.run
+        starts: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
+            "io": (run, self.rotation(1)),
+            "pipeline": (lambda image: run(self.prepare(image)[None]), self.decoded),
+            "end_to_end": (lambda file: run(self.prepare(self.load(file))[None]), self.files),
+        }
+        whole, rotation = starts[stage]
+        return self.settled_runs(whole, rotation, seconds, 1, settle_s)
+
+    def fixed_rate(self, *, fps: float, seconds: float) -> tuple[list[int], list[int]]:
+        """Return the ns of every frame that comes at a rate: from when it was due, and of its run alone.
+
+        The garbage collector works as it does in an application.
+        """
+        return fixed_rate_runs(self.runner.run, self.rotation(1), fps, seconds)
+
+    def peak_memory_mib(self) -> float:
+        """Return how far the process grew, runtime library included, since before it opened the artifact."""
+        return max(0.0, peak_mib() - self.baseline_mib)
+
+    def switches(self) -> dict[str, str]:
+        """Return how the runner launches and waits, where it can do so in several ways; known after its first runs."""
+        return dict(getattr(self.runner, "switches", {}))
+
+    def rotation(self, batch: int) -> list[Pixels]:
+        """Return the arrays [batch, height, width, 3] that runs take in turn, made once."""
+        if batch not in self.rotations:
+            count = len(self.images)
+            arrays = max(2, min(ROTATED_ARRAYS, count, ROTATED_BYTES // (batch * self.images[0].nbytes)))
+            starts = [index * count // arrays for index in range(arrays)]
+            self.rotations[batch] = [self.images[np.arange(start, start + batch) % count] for start in starts]
+        return self.rotations[batch]
+
+
+def remote(method: Callable[Concatenate[Resident, P], R]) -> Callable[Concatenate[Worker, P], R]:
+    """Return what lets a worker's process call a method of its `Resident`, and gives what that returns."""
+
+    def ask(worker: Worker, /, *arguments: P.args, **options: P.kwargs) -> R:
+        answer: R = worker.ask(method.__name__, *arguments, **options)
+        return answer
+
+    return ask
+
+
 class Worker:
     """A process that holds one artifact open. Its methods raise WorkerFailedError, and nothing else, when it fails."""
 
@@ -73,58 +192,24 @@ class Worker:
         try:
             self.process.start()
             theirs.close()  # so that its death reads as the end of the pipe
-            self.load_ms: float = self.ask("open", images)
+            self.load_ms = remote(Resident.open)(self, images)
         except BaseException:
             self.close()
             raise
 
-    def predict(self, pixels: Pixels) -> NDArray[np.float32]:
-        """Return the logits [batch, classes] of ``pixels``."""
-        logits: NDArray[np.float32] = self.ask("predict", pixels)
-        return logits
+    predict = remote(Resident.predict)
+    warm_up = remote(Resident.warm_up)
+    measure = remote(Resident.measure)
+    take_images = remote(Resident.take_images)
+    measure_stage = remote(Resident.measure_stage)
+    fixed_rate = remote(Resident.fixed_rate)
+    peak_memory_mib = remote(Resident.peak_memory_mib)
+    switches = remote(Resident.switches)
 
-    def warm_up(self, *, batch: int, window_s: float, cap_s: float) -> WarmUp:
-        """Run until two successive windows' medians are within 2 %, or ``cap_s`` have passed."""
-        ended: WarmUp = self.ask("warm_up", batch, window_s, cap_s)
-        return ended
-
-    def measure(self, *, batch: int, seconds: float, at_least: int = 1, settle_s: float = 0.0) -> list[int]:
-        """Return the ns of every run within ``seconds``, and of ``at_least``, after ``settle_s`` of untimed runs."""
-        samples: list[int] = self.ask("measure", batch, seconds, at_least, settle_s)
-        return samples
-
-    def take_images(self, files: Sequence[bytes], preprocessing: Preprocessing) -> Sequence[Stage]:
-        """Give the worker encoded images, and how one becomes an input; return the stages that it can measure."""
-        stages: Sequence[Stage] = self.ask("take_images", files, preprocessing)
-        return stages
-
-    def measure_stage(self, stage: Stage, *, seconds: float, settle_s: float) -> list[int]:
-        """Return the ns of every run from pixels (io), a decoded image (pipeline) or its file (end_to_end).
-
-        The stage compute is what a GPU itself takes, by its own clock.
-        """
-        samples: list[int] = self.ask("measure_stage", stage, seconds, settle_s)
-        return samples
-
-    def fixed_rate(self, *, fps: float, seconds: float) -> tuple[list[int], list[int]]:
-        """Return the ns of every frame that comes at a rate: from when it was due, and of its run alone."""
-        responses_and_runs: tuple[list[int], list[int]] = self.ask("fixed_rate", fps, seconds)
-        return responses_and_runs
-
-    def peak_memory_mib(self) -> float:
-        """Return how far the process grew, runtime library included, since before it opened the artifact."""
-        peak: float = self.ask("memory")
-        return peak
-
-    def switches(self) -> dict[str, str]:
-        """Return how the runner launches and waits, where it can do so in several ways; known after its first runs."""
-        switches: dict[str, str] = self.ask("switches")
-        return switches
-
-    def ask(self, command: str, *arguments: Any) -> Any:
+    def ask(self, command: str, *arguments: Any, **options: Any) -> Any:
         """Send one command and wait for its answer."""
         try:
-            self.connection.send((command, *arguments))
+            self.connection.send((command, arguments, options))
             if not self.connection.poll(self.patience_s):
                 self.process.kill()
                 raise WorkerFailedError(f"no answer to {command} within {self.patience_s:.0f} s", alive=False)
@@ -173,115 +258,14 @@ def serve(connection: Connection, log: str, spec: Spec) -> None:
     resident = Resident(spec)
     try:
         while True:
-            command, *arguments = connection.recv()
+            command, arguments, options = connection.recv()
             try:
-                answer = ("ok", getattr(resident, command)(*arguments))
+                answer = ("ok", getattr(resident, command)(*arguments, **options))
             except Exception as error:
                 answer = ("error", reason(error))
             connection.send(answer)
     except (EOFError, OSError):  # the parent has closed its end, or is gone
         return
-
-
-class Resident:
-    """What a worker holds: the open runner and the images that it measures with."""
-
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-        self.turn = 0
-        self.rotations: dict[int, list[Pixels]] = {}
-
-    def open(self, images: Pixels) -> float:
-        """Open the artifact; return the ms that took, without the import of the runtime library."""
-        self.images = images
-        self.rotation(1)  # before the baseline: the harness's own memory is not the artifact's
-        reset_peak()
-        self.baseline_mib = resident_mib()
-        opening = opener(self.spec)
-        start = time.perf_counter_ns()
-        self.runner: Runner = opening()
-        return (time.perf_counter_ns() - start) / 1e6
-
-    def predict(self, pixels: Pixels) -> NDArray[np.float32]:
-        """Return the logits [batch, classes]."""
-        return self.runner.run(pixels)
-
-    def warm_up(self, batch: int, window_s: float, cap_s: float) -> WarmUp:
-        """Run windows of ``window_s`` until two in a row have medians within 2 %, or ``cap_s`` have passed."""
-        start = time.perf_counter()
-        before, runs = None, 0
-        while True:
-            samples = self.measure(batch, window_s, 3, 0.0)
-            runs += len(samples)
-            median = float(np.median(samples))
-            passed = time.perf_counter() - start
-            if before is not None and abs(median - before) <= 0.02 * before:
-                return WarmUp(steady=True, runs=runs, seconds=passed)
-            if passed >= cap_s:
-                return WarmUp(steady=False, runs=runs, seconds=passed)
-            before = median
-
-    def measure(self, batch: int, seconds: float, at_least: int, settle_s: float) -> list[int]:
-        """Return the ns of each timed run."""
-        return self.settled_runs(self.runner.run, self.rotation(batch), seconds, at_least, settle_s)
-
-    def settled_runs(
-        self, run: Callable[[Any], Any], rotation: Sequence[Any], seconds: float, at_least: int, settle_s: float
-    ) -> list[int]:
-        """Run untimed for ``settle_s``, then return the ns of each timed run."""
-        gc.collect()
-        gc.disable()  # a collection of the harness's own garbage is not the artifact's latency
-        try:
-            if settle_s:
-                self.turn, _ = timed_runs(run, rotation, settle_s, 1, self.turn)
-            self.turn, samples = timed_runs(run, rotation, seconds, at_least, self.turn)
-        finally:
-            gc.enable()
-        return samples
-
-    def take_images(self, files: Sequence[bytes], preprocessing: Preprocessing) -> list[Stage]:
-        """Keep the images, encoded and decoded, and what prepares them; return the stages that can be measured."""
-        from prgkit.data.preprocessing import load_image
-
-        self.prepare = preprocessing.prepare
-        self.load = load_image
-        self.files, self.decoded = list(files), [load_image(file) for file in files]
-        return [stage for stage in STAGES if stage != "compute" or hasattr(self.runner, "compute_ns")]
-
-    def measure_stage(self, stage: Stage, seconds: float, settle_s: float) -> list[int]:
-        """Return the ns of each timed run, one image a run: as pixels, prepared, or decoded and prepared."""
-        if stage == "compute":
-            runner: Any = self.runner  # not every one has such a clock
-            return clocked_runs(runner.compute_ns, self.rotation(1), seconds)
-        run = self.runner.run
-        starts: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
-            "io": (run, self.rotation(1)),
-            "pipeline": (lambda image: run(self.prepare(image)[None]), self.decoded),
-            "end_to_end": (lambda file: run(self.prepare(self.load(file))[None]), self.files),
-        }
-        whole, rotation = starts[stage]
-        return self.settled_runs(whole, rotation, seconds, 1, settle_s)
-
-    def fixed_rate(self, fps: float, seconds: float) -> tuple[list[int], list[int]]:
-        """Run one image for each frame that is due; the garbage collector works as it does in an application."""
-        return fixed_rate_runs(self.runner.run, self.rotation(1), fps, seconds)
-
-    def memory(self) -> float:
-        """Return by how many MiB the peak lies above the baseline."""
-        return max(0.0, peak_mib() - self.baseline_mib)
-
-    def switches(self) -> dict[str, str]:
-        """Return how the runner launches and waits, where it can do so in several ways."""
-        return dict(getattr(self.runner, "switches", {}))
-
-    def rotation(self, batch: int) -> list[Pixels]:
-        """Return the arrays [batch, height, width, 3] that runs take in turn, made once."""
-        if batch not in self.rotations:
-            count = len(self.images)
-            arrays = max(2, min(ROTATED_ARRAYS, count, ROTATED_BYTES // (batch * self.images[0].nbytes)))
-            starts = [index * count // arrays for index in range(arrays)]
-            self.rotations[batch] = [self.images[np.arange(start, start + batch) % count] for start in starts]
-        return self.rotations[batch]
 
 
 def opener(spec: Spec) -> Callable[[], Runner]:

@@ -15,18 +15,13 @@ from prgkit.evaluate.report import formatting
 from prgkit.evaluate.report.html import page
 from prgkit.evaluate.report.load import read_report, report_file
 from prgkit.evaluate.report.markdown import markdown
-from prgkit.evaluate.report.regression import machine_name, same_images
-from prgkit.evaluate.report.schema import Report, Row
+from prgkit.evaluate.report.regression import machine_name
+from prgkit.evaluate.report.schema import Report
 from prgkit.storage.atomic import write_json, write_text
 
 
 def merge(paths: Sequence[Path], *, out: Path, command: str) -> DeviceComparison:
-    """Lay reports side by side, write them as comparison.json, .md and .html into ``out``, and return the first.
-
-    Args:
-        paths: report.json files, or the folders that they lie in; the order stays.
-        out: the folder that the comparison goes to.
-        command: what the user typed.
+    """Lay reports, or those in folders, side by side in their order; write comparison.json, .md and .html into ``out``.
 
     Raises:
         BenchError: a report cannot be read, is given twice, or nothing in any of them was measured.
@@ -97,22 +92,11 @@ def names_of(reports: Sequence[Report]) -> list[str]:
 def cautions(reports: Sequence[Report]) -> list[str]:
     """Return what must be known before figures of different reports are compared."""
     first, sentences = reports[0], []
-    if not all(same_images(first.evaluation, other.evaluation) for other in reports[1:]):
+    if any(report.evaluation.digest != first.evaluation.digest for report in reports):
         sentences.append("Accuracy and agreement were not measured on the same images everywhere.")
-    elif any(report.evaluation.digest is None for report in reports):
-        sentences.append("Not every report says which images it was measured on: they are taken to be the same.")
     if any(report.teacher != first.teacher for report in reports):
         sentences.append("The teacher is not the same everywhere: agreement is with different answers.")
-    if any(row.device == "cpu" for row in all_rows(reports)) and len(thread_counts(reports)) > 1:
+    rows = [row for report in reports for row in report.rows]
+    if any(row.device == "cpu" for row in rows) and len({row.threads for row in rows if row.threads}) > 1:
         sentences.append("The processors were not measured with the same number of threads; each row says its own.")
     return sentences
-
-
-def thread_counts(reports: Sequence[Report]) -> set[int]:
-    """Return the numbers of threads that any row ran with."""
-    return {row.threads for row in all_rows(reports) if row.threads}
-
-
-def all_rows(reports: Sequence[Report]) -> list[Row]:
-    """Return the rows of all reports."""
-    return [row for report in reports for row in report.rows]

@@ -10,15 +10,7 @@ from typing import Literal
 from pydantic import Field, JsonValue
 
 from prgkit.config.image_size import Size
-from prgkit.evaluate.report.schema import (
-    EvaluationImages,
-    Interval,
-    Model,
-    Row,
-    RunFacts,
-    TeacherScores,
-    Throughput,
-)
+from prgkit.evaluate.report.schema import EvaluationImages, Interval, Model, Row, RunFacts, TeacherScores, Throughput
 from prgkit.storage.run_card import BestEpoch
 
 TRIAL_SCHEMA: Literal["prgkit.trial/1"] = "prgkit.trial/1"

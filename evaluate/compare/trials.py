@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import Recipe, validate
@@ -26,6 +25,7 @@ from prgkit.errors import ImagesError, PrgkitError, RecipeError, RunError, neare
 from prgkit.evaluate.compare.aggregate import aggregate, write_comparison
 from prgkit.evaluate.compare.base_to_novel import Novel, halves, judge_novel, require_two_halves
 from prgkit.evaluate.compare.schema import (
+    TRIAL_SCHEMA,
     Config,
     FailedTrial,
     JudgedImages,
@@ -35,7 +35,8 @@ from prgkit.evaluate.compare.schema import (
 )
 from prgkit.metrics import scores, top1
 from prgkit.progress import Progress
-from prgkit.storage.atomic import fingerprint, read_json, write_json
+from prgkit.storage.atomic import fingerprint, write_json
+from prgkit.storage.documents import read_document
 from prgkit.storage.run import Run
 from prgkit.student.model import load_student, student_logits
 from prgkit.teacher.answers import teacher_answers
@@ -222,8 +223,8 @@ def finished(path: Path, trial: Trial, split: EvalSplit) -> TrialResult | None:
     if not path.exists():
         return None
     try:
-        result = TrialResult.model_validate(read_json(path))
-    except (PrgkitError, ValidationError):
+        result = read_document(path, TrialResult, TRIAL_SCHEMA, what="a trial", fix="", sealed=False)
+    except PrgkitError:
         return None
     if result.fingerprint != trial.recipe.fingerprint():
         return None

@@ -54,15 +54,8 @@ def report_table(report: Report) -> Table:
 def bench_document(report: Report, samples: Samples, pictures: Sequence[Picture]) -> Document:
     """Return the whole report, plots and example images included."""
     named = [(formatting.row_name(row), row, rank) for rank, row in enumerate(formatting.measured(report))]
-    circumstances = [
-        section
-        for section in (
-            latency_sections.latency_stages(report),
-            latency_sections.thread_sweep(report),
-            latency_sections.fixed_rate(report),
-        )
-        if section is not None
-    ]
+    parts = (latency_sections.latency_stages, latency_sections.thread_sweep, latency_sections.fixed_rate)
+    circumstances = [section for part in parts if (section := part(report)) is not None]
     return Document(
         title=headline(report),
         origin=f"prgkit {report.prgkit} bench · run {report.run.name} · {report.created[:16].replace('T', ' ')}",
@@ -84,7 +77,10 @@ def bench_document(report: Report, samples: Samples, pictures: Sequence[Picture]
             [quality_sections.pseudo_labels(report)],
             [quality_sections.training(report)],
             *([gallery] for gallery in galleries(pictures)),
-            [notes(report), Section("Machine", facts=tuple(machine_facts(report)))],
+            [
+                Section("Notes", notes=tuple(report.notes)) if report.notes else None,
+                Section("Machine", facts=tuple(machine_facts(report))),
+            ],
             [Section("Commands", commands=(*report.made_by, report.command))],
         ),
         about=ABOUT,
@@ -171,7 +167,11 @@ def tiles(report: Report) -> tuple[Tile, ...]:
         ("Top-1 accuracy", row.top1, percent(row.top1), f"teacher {percent(teacher)}" if teacher is not None else ""),
         ("Same answer as teacher", row.agreement_teacher, percent(row.agreement_teacher), bounds),
         ("Latency, median", latency, f"{ms(latency.p50_ms)} ms", tail),
-        ("Throughput", best, f"{formatting.rate(best.images_per_s)} img/s" if best else "", best_batch(row)),
+        *(
+            [("Throughput", best, f"{formatting.rate(best.images_per_s)} img/s", f"at batch {best.batch}")]
+            if best
+            else ()
+        ),
         ("Model file", row.size_mib, f"{mib(row.size_mib)} MiB", row.artifact),
     ]
     return tuple(
@@ -179,12 +179,6 @@ def tiles(report: Report) -> tuple[Tile, ...]:
         for name, value, figure, more in shown
         if value is not None
     )
-
-
-def best_batch(row: Row) -> str:
-    """Return the batch size of a row's best rate in words."""
-    best = formatting.best_throughput(row)
-    return f"at batch {best.batch}" if best else ""
 
 
 def artifacts(report: Report) -> Section:
@@ -249,11 +243,6 @@ def missing_artifact(row: Row, columns: int) -> TableRow:
 def circumstances_of(row: Row) -> str:
     """Return what ran an artifact, and how."""
     return " · ".join(filter(None, (row.backend, row.device, formatting.threads_of(row), row.precision)))
-
-
-def notes(report: Report) -> Section | None:
-    """Return what must be known of the figures."""
-    return Section("Notes", notes=tuple(report.notes)) if report.notes else None
 
 
 def machine_facts(report: Report) -> list[tuple[str, str]]:

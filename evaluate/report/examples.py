@@ -1,4 +1,4 @@
-"""Evaluation images with the answers given to them, each embedded in the page."""
+"""Which evaluation images a report shows, and the answers given to them: some by chance, some where answers differ."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.evaluate.report.sections import Answer, Chip, Example, Section
+from prgkit.export.bundle.bundle import Evaluation
+from prgkit.metrics import log_softmax
 
 LARGEST_SIDE = 224  # a larger picture only makes the page heavier: it is shown smaller than this
 PIXELATED_SIDE = 96  # below this, smoothing would show something that the student did not see
-MOST_EXAMPLES = 48
+OF_EACH = 24
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,34 @@ class Picture:
     label: str | None
 
 
+def choose_examples(evaluation: Evaluation, logits: Any, classes: Sequence[str], *, seed: int = 0) -> list[Picture]:
+    """Return up to 24 images drawn by chance, then up to 24 others where the student's answer is not the teacher's.
+
+    The second group is ordered by how sure the student is, so it shows its worst surprises, not typical ones.
+    """
+    count = len(evaluation.pixels)
+    by_chance = np.sort(np.random.default_rng(seed).permutation(count)[:OF_EACH])
+    student, teacher = np.exp(log_softmax(logits)), np.exp(log_softmax(evaluation.teacher_logits))  # [images, classes]
+    differs = student.argmax(axis=1) != teacher.argmax(axis=1)  # [images]
+    differs[by_chance] = False
+    surest = np.argsort(np.where(differs, -student.max(axis=1), np.inf), kind="stable")[
+        : min(OF_EACH, int(differs.sum()))
+    ]
+    chosen = [*((index, "sample") for index in by_chance), *((index, "differs") for index in surest)]
+    return [
+        Picture(
+            pixels=evaluation.pixels[index],
+            group=group,
+            teacher=classes[int(teacher[index].argmax())],
+            teacher_confidence=100 * float(teacher[index].max()),
+            student=classes[int(student[index].argmax())],
+            student_confidence=100 * float(student[index].max()),
+            label=None if evaluation.labels is None else classes[int(evaluation.labels[index])],
+        )
+        for index, group in chosen
+    ]
+
+
 def galleries(pictures: Sequence[Picture]) -> list[Section]:
     """Return the images as sections: some drawn by chance, then some on which the answers differ."""
     groups = {
@@ -40,7 +71,7 @@ def galleries(pictures: Sequence[Picture]) -> list[Section]:
             "Chosen, not typical: of the images with two answers, those on which the student is most sure of itself.",
         ),
     }
-    shown = pictures[:MOST_EXAMPLES]
+    shown = pictures[: 2 * OF_EACH]
     sections = [
         Section(title, about, examples=tuple(example(one) for one in shown if one.group == group), page_only=True)
         for group, (title, about) in groups.items()

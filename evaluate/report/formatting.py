@@ -77,8 +77,7 @@ def score(row: Row, *, labelled: bool) -> tuple[float | None, Interval | None]:
 
 def quality(row: Row) -> float:
     """Return a row's accuracy where labels exist, else its agreement with the teacher."""
-    value = row.agreement_teacher if row.top1 is None else row.top1
-    return 0.0 if value is None else float(value)
+    return score(row, labelled=row.top1 is not None)[0] or 0.0
 
 
 def measured(report: Report) -> list[Row]:
@@ -101,11 +100,6 @@ def row_key(row: ArtifactKey) -> tuple[str, str, str]:
 def missing_chip(row: Row) -> Chip:
     """Return in a word why a row has no figures."""
     return Chip("failed", "bad") if row.status == "failed" else Chip("never executed here", brief="not run")
-
-
-def why_missing(row: Row) -> str:
-    """Return why a row has no figures."""
-    return f"{missing_chip(row).text}: {row.reason}"
 
 
 def model_name(name: str) -> str:
@@ -145,9 +139,9 @@ def ms(value: float | None) -> str:
 
 def mib(value: float | None) -> str:
     """Return a size with a sensible precision."""
-    return (
-        NONE if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
-    )
+    if value is None:
+        return NONE
+    return f"{value:.{0 if value >= 100 else 1 if value >= 1 else 2}f}"
 
 
 def rate(value: float | None) -> str:

@@ -200,15 +200,10 @@ def soak(report: Report, samples: Samples | None = None) -> Section | None:
         "Soak",
         soak_about(report.soak, sentence),
         SOAK_COLUMNS,
-        tuple(soak_row(f"{name} {span_name(result)}", span) for name, span in spans(result)) if result else (),
+        (soak_row("first", result, result.first), soak_row("last", result, result.last)) if result else (),
         plots=soak_plots(samples.soak.windows) if samples and result else (),
         summary=(sentence,),
     )
-
-
-def spans(result: SoakResult) -> list[tuple[str, SoakSpan]]:
-    """Return what is compared, with its names."""
-    return [("first", result.first), ("last", result.last)]
 
 
 def span_name(result: SoakResult) -> str:
@@ -216,11 +211,11 @@ def span_name(result: SoakResult) -> str:
     return "minute" if result.compared_s == MINUTE_S else f"{result.compared_s:.3g} s"
 
 
-def soak_row(name: str, span: SoakSpan) -> TableRow:
+def soak_row(which: str, result: SoakResult, span: SoakSpan) -> TableRow:
     """Return the first or the last minute as a line of the table."""
     shown = ((span.clock_mhz, 0), (span.temperature_c, 0), (span.power_w, 1))
     sensors = (NONE if value is None else f"{value:,.{digits}f}" for value, digits in shown)
-    return table_row(name, ms(span.p50_ms), ms(span.p99_ms), ms(span.max_ms), *sensors)
+    return table_row(f"{which} {span_name(result)}", ms(span.p50_ms), ms(span.p99_ms), ms(span.max_ms), *sensors)
 
 
 def soak_sentence(soak: Soak) -> str:

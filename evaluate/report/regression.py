@@ -94,7 +94,7 @@ def require_comparable(gate: Gate, machine: Machine, evaluation: EvaluationImage
             where=gate.path,
             fix="keep a baseline for each machine; prgkit bench --merge shows the reports of several side by side",
         )
-    if not same_images(gate.report.evaluation, evaluation):
+    if gate.report.evaluation.digest != evaluation.digest:
         before, now = formatting.images_text(gate.report.evaluation), formatting.images_text(evaluation)
         images = f"{before}, now {now}" if before != now else f"{before} each"
         raise BenchError(
@@ -118,14 +118,6 @@ def machine_name(machine: Machine) -> str:
     return ", ".join([machine.cpu, cores, *(gpu.name for gpu in machine.gpus)])
 
 
-def same_images(old: EvaluationImages, new: EvaluationImages) -> bool:
-    """Return whether two evaluation sets are one, as far as both reports say what they hold."""
-    digests = [old.digest, new.digest]
-    if None not in digests:
-        return digests[0] == digests[1]
-    return (old.images, old.labelled) == (new.images, new.labelled)
-
-
 def against(report: Report, gate: Gate) -> BaselineComparison:
     """Return the section of the new report that holds it against its baseline, line by line."""
     old, new = ({row_place(row): row for row in gated(one)} for one in (gate.report, report))
@@ -136,7 +128,7 @@ def against(report: Report, gate: Gate) -> BaselineComparison:
             continue  # there is nothing to be worse than
         now = new.get(place)
         if now is None or now.status != "measured":
-            why = "not in this bench" if now is None else formatting.why_missing(now)
+            why = "not in this bench" if now is None else f"{formatting.missing_chip(now).text}: {now.reason}"
             lines.append(baseline_line(before, "missing", "worse", reason=why))
             continue
         quality: Share = "top1" if before.top1 is not None and now.top1 is not None else "agreement_teacher"
@@ -250,8 +242,6 @@ def differences(old: Report, new: Report) -> list[str]:
     notes = [f"{what} was {before} and is {now}." for what, before, now in facts if before != now]
     if old.teacher != new.teacher:
         notes.append("The teacher answers differently: agreement with it is not agreement with the same answers.")
-    if None in (old.evaluation.digest, new.evaluation.digest):
-        notes.append("Not both reports say which images they were measured on: they are taken to be the same.")
     return notes
 
 

@@ -158,7 +158,7 @@ class EvaluationImages(Model):
     images: int
     labelled: bool
     source: str
-    digest: str | None = Field(None, description="The same where images, labels and relabelled classes are the same.")
+    digest: str = Field(description="The same where images, labels and relabelled classes are the same.")
 
 
 class TeacherScores(Model):

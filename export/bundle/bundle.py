@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,7 @@ from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ExportError
 from prgkit.export.bundle.checksums import require_unchanged
-from prgkit.export.bundle.manifest import (
-    VECTORS,
-    Artifact,
-    Manifest,
-    TensorSpec,
-    read_manifest,
-)
+from prgkit.export.bundle.manifest import VECTORS, Artifact, Manifest, TensorSpec, read_manifest
 from prgkit.storage.atomic import sha256, write_bytes, write_text, writing
 from prgkit.storage.reproducible import Pixels, as_pixels, member, png, read_array, write_array
 
@@ -64,7 +59,7 @@ class Evaluation:
     teacher_uniform_logits: Logits  # [n, classes], every prompt counting the same
     logits: Logits  # [n, classes], of the FP32 ONNX student
     labels: NDArray[np.int64] | None  # [n]
-    keys: tuple[str, ...] | None = None  # n content keys; bundles of earlier versions have none
+    keys: tuple[str, ...]  # n content keys
 
 
 def open_bundle(folder: Path, *, verify: Sequence[str] | None = None) -> Bundle:
@@ -124,8 +119,8 @@ def write_evaluation(
     teacher_logits: Logits,
     teacher_uniform_logits: Logits,
     labels: NDArray[np.int64] | None,
+    keys: Sequence[str],
     student: Callable[[Pixels], Logits],
-    keys: Sequence[str] | None = None,
 ) -> Logits:
     """Write the held-out images, what the teacher says of them, and what ``student`` says, which is returned.
 
@@ -151,8 +146,7 @@ def write_evaluation(
     write_array(evaluation / "logits.npy", student_logits)
     if labels is not None:
         write_array(evaluation / "labels.npy", labels.astype(np.int64))
-    if keys is not None:
-        write_text(evaluation / "keys.txt", "".join(f"{key}\n" for key in keys))
+    write_text(evaluation / "keys.txt", "".join(f"{key}\n" for key in keys))
     return student_logits
 
 
@@ -166,10 +160,11 @@ def read_evaluation(folder: Path, *, limit: int | None = None) -> Evaluation:
     try:
         with zipfile.ZipFile(evaluation / "images.zip") as archive:
             pixels = np.stack([as_pixels(archive.read(name)) for name in archive.namelist()[:limit]])
+        keys = tuple((evaluation / "keys.txt").read_text("ascii", "replace").split()[:limit])
     except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, SyntaxError, zlib.error) as error:
         raise ExportError(
             f"the evaluation images cannot be read: {error}",
-            where=evaluation / "images.zip",
+            where=evaluation,
             fix="copy the bundle again, or make it again: prgkit export",
         ) from error
     teacher, uniform, student = (
@@ -178,8 +173,6 @@ def read_evaluation(folder: Path, *, limit: int | None = None) -> Evaluation:
     )
     labels_path = evaluation / "labels.npy"
     labels = read_array(labels_path)[:limit] if labels_path.exists() else None
-    keys_path = evaluation / "keys.txt"
-    keys = tuple(keys_path.read_text("ascii", "replace").split()[:limit]) if keys_path.exists() else None
     counts = {len(values) for values in (pixels, teacher, uniform, student, labels, keys) if values is not None}
     if len(counts) != 1:
         raise ExportError(
@@ -191,14 +184,9 @@ def read_evaluation(folder: Path, *, limit: int | None = None) -> Evaluation:
 
 def batches(images: Iterable[Pixels], size: int) -> Iterator[Pixels]:
     """Stack images [S, S, 3] into batches [size, S, S, 3]."""
-    waiting: list[Pixels] = []
-    for image in images:
-        waiting.append(image)
-        if len(waiting) == size:
-            yield np.stack(waiting)
-            waiting = []
-    if waiting:
-        yield np.stack(waiting)
+    waiting = iter(images)
+    while batch := list(islice(waiting, size)):
+        yield np.stack(batch)
 
 
 def describe_artifact(folder: Path, file: str, **facts: Any) -> Artifact:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from prgkit.errors import ExportError, PrgkitError
-from prgkit.export.bundle.manifest import Facts, TensorSpec, mistakes
-from prgkit.storage.atomic import read_sealed, sha256, write_sealed
+from prgkit.errors import ExportError
+from prgkit.export.bundle.manifest import Facts, TensorSpec
+from prgkit.storage.atomic import sha256, write_sealed
+from prgkit.storage.documents import read_document
 
 SCHEMA = "prgkit.engine/2"
 REBUILD = "prgkit export --trt"
@@ -64,15 +63,7 @@ def load_engine_metadata(engine_path: Path) -> EngineMetadata:
             where=engine_path.parent,
             fix=fix,
         )
-    try:
-        facts = read_sealed(path, fix=fix)
-        if (schema := facts.pop("schema", None)) != SCHEMA:
-            raise ExportError(f"{path.name} has schema {schema!r}, not {SCHEMA!r}", where=path, fix=fix)
-        metadata = EngineMetadata.model_validate(facts)
-    except ValidationError as error:
-        raise ExportError(f"{path.name} is no engine's metadata: it {mistakes(error)}", where=path, fix=fix) from error
-    except PrgkitError as error:
-        raise ExportError(error.what, where=path, fix=fix) from error
+    metadata = read_document(path, EngineMetadata, SCHEMA, what="an engine's card", fix=fix, error=ExportError)
     fix, size = f"build it again: {rebuild(metadata)}", engine_path.stat().st_size
     if size != metadata.bytes:
         raise ExportError(

@@ -21,15 +21,6 @@ class Made(NamedTuple):
     decided: frozenset[str] = frozenset()  # artifacts, by name, that an older bundle's do not stand in for any more
 
 
-def nothing_to_refuse(options: ExportOptions) -> None:
-    """Refuse nothing."""
-
-
-def nothing_to_say(manifest: Manifest) -> str:
-    """Say nothing: its files run as the FP32 ONNX file does, or not without prgkit."""
-    return ""
-
-
 @dataclass(frozen=True)
 class Format:
     """One kind of file that a student leaves in, listed in `FORMATS`."""
@@ -40,7 +31,7 @@ class Format:
     # Makes its files of the student, or of the artifacts that the export has made so far.
     make: Callable[[StudentExport], Made]
     # Refuses, before any work is done, what cannot be made here or not with these options: raises a PrgkitError.
-    require: Callable[[ExportOptions], None] = nothing_to_refuse
-    # The bundle's README on how its files are run without prgkit, where there is something to say.
-    how_to_run: Callable[[Manifest], str] = nothing_to_say
+    require: Callable[[ExportOptions], None] = lambda options: None
+    # The bundle's README on how its files are run without prgkit; nothing where it is as with the FP32 ONNX file.
+    how_to_run: Callable[[Manifest], str] = lambda manifest: ""
     preprocessing_inside: bool = True  # else its files take what the manifest says of their input

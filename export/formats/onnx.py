@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prgkit.export.bundle.manifest import ONNX
 from prgkit.export.formats.base import Format, Made
-from prgkit.export.formats.snippets import cpp_section
+from prgkit.export.formats.snippets import section
 from prgkit.export.runtimes.onnxruntime import OnnxRunner
 
 if TYPE_CHECKING:
@@ -46,5 +47,11 @@ def quiet_runner(path: Path) -> OnnxRunner:
     return OnnxRunner(path, spin=False)
 
 
-ONNX_FP32 = Format("onnx-fp32", "distill", wanted=lambda options: True, make=make_fp32, how_to_run=cpp_section)
+ONNX_FP32 = Format(
+    "onnx-fp32",
+    "distill",
+    wanted=lambda options: True,
+    make=make_fp32,
+    how_to_run=partial(section, "onnxruntime.md"),
+)
 ONNX_FP16 = Format("onnx-fp16", "distill", wanted=lambda options: options.fp16, make=make_fp16)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import prgkit
 from prgkit.config.image_size import Size, sides
-from prgkit.errors import ExportError
+from prgkit.errors import ExportError, first_line
 from prgkit.export.bundle.manifest import MATRIX
-from prgkit.export.formats.onnx_graph import normalised_input, rename, save
+from prgkit.export.formats.onnx_graph import normalised_input, rename, save, set_nodes
 from prgkit.export.formats.open_vocabulary import FEATURES, append_scoring, half_scoring, scoring_nodes
 from prgkit.export.runtimes.parity import FP32_RELATIVE_TOLERANCE
 from prgkit.student.heads import OpenVocabulary, pooled
@@ -232,24 +232,25 @@ def lower_opset(model: onnx.ModelProto, opset: int) -> None:
             fix=f"--set export.opset={written.version}, or choose another student",
         )
     written.version = opset
-    used = {name for node in model.graph.node for name in node.input}
-    for place in reversed(range(len(model.graph.initializer))):
-        if model.graph.initializer[place].name not in used:
-            del model.graph.initializer[place]
+    set_nodes(model.graph, model.graph.node)  # without the axes that are attributes now
 
 
 def half_value(value: Any, name: str) -> Any:
     """Round a tensor to float16, or refuse it by the name of its layer."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    peak = float(value.abs().max())
-    if not peak < FP16_MAX:
-        raise ExportError(
-            f"FP16 cannot hold this student: {name} reaches {peak:,.0f} on real images, "
-            f"and float16 ends at {FP16_MAX:,.0f}",
-            fix="export without --fp16, or train with weight decay and gradient clipping",
-        )
+    fix = "export without --fp16, or train with weight decay and gradient clipping"
+    require_fp16(float(value.abs().max()), name, " on real images", fix=fix)
     return value.half().float()
+
+
+def require_fp16(largest: float, name: str, where: str = "", *, fix: str = "export without --fp16") -> None:
+    """Refuse a value that float16 cannot hold, or that is no number."""
+    if not largest < FP16_MAX:
+        what = (
+            f"FP16 cannot hold this student: {name} reaches {largest:,.0f}{where}, and float16 ends at {FP16_MAX:,.0f}"
+        )
+        raise ExportError(what, fix=fix)
 
 
 def strip_traces(model: onnx.ModelProto) -> None:
@@ -276,13 +277,7 @@ def describe(model: onnx.ModelProto, *, classes: Sequence[str], preprocessing: d
 def half_tensor(tensor: onnx.TensorProto) -> onnx.TensorProto:
     """Return a float32 tensor as float16, under the same name."""
     values = numpy_helper.to_array(tensor)
-    largest = float(np.abs(values).max(initial=0.0))
-    if not largest < FP16_MAX:
-        raise ExportError(
-            f"FP16 cannot hold this student: weight {tensor.name} reaches {largest:,.0f}, "
-            f"and float16 ends at {FP16_MAX:,.0f}",
-            fix="export without --fp16",
-        )
+    require_fp16(float(np.abs(values).max(initial=0.0)), f"weight {tensor.name}")
     return numpy_helper.from_array(values.astype(np.float16), tensor.name)
 
 
@@ -293,8 +288,3 @@ def halve_attributes(node: onnx.NodeProto) -> None:
             attribute.i = TensorProto.FLOAT16
         if attribute.HasField("t") and attribute.t.data_type == TensorProto.FLOAT:
             attribute.t.CopyFrom(half_tensor(attribute.t))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
 
-from prgkit.errors import ExportError
+from prgkit.errors import ExportError, first_line
 from prgkit.export.bundle.manifest import TensorSpec
 from prgkit.storage.atomic import write_bytes
 
@@ -34,7 +35,7 @@ def save(model: onnx.ModelProto, path: Path) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         opset = model.opset_import[0].version
         raise ExportError(
-            f"{path.name} would be no valid ONNX file of opset {opset}: {str(error).strip().splitlines()[0]}",
+            f"{path.name} would be no valid ONNX file of opset {opset}: {first_line(error)}",
             fix="--set export.opset=20 writes the default one",
         ) from error
     write_bytes(path, model.SerializeToString(deterministic=True))
@@ -63,6 +64,16 @@ def rename(names: Any, old: str, new: str) -> None:
             names[position] = new
 
 
+def set_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Let a graph consist of these nodes, without the weights that none of them takes."""
+    nodes = list(nodes)
+    used = {name for node in nodes for name in node.input}
+    weights = [initializer for initializer in graph.initializer if initializer.name in used]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(weights)
+
+
 def write_nchw(fp32_path: Path, path: Path, takes: TensorSpec) -> None:
     """Write an FP32 file of ours without its cast, transpose and normalisation; all that follows them is the same.
 
@@ -76,13 +87,10 @@ def write_nchw(fp32_path: Path, path: Path, takes: TensorSpec) -> None:
     for node in inside:
         rename(node.input, edge, takes.name)
         rename(node.input, "pixels", takes.name)  # of which only the batch is read; it comes first in both layouts
-    used = {name for node in inside for name in node.input}
-    weights = [initializer for initializer in graph.initializer if initializer.name in used]
+    set_nodes(graph, inside)
     batch, height, width, _ = graph.input[0].type.tensor_type.shape.dim
     shape = [batch.dim_param, 3, height.dim_value, width.dim_value]
-    del graph.node[:], graph.initializer[:], graph.input[:]
-    graph.node.extend(inside)
-    graph.initializer.extend(weights)
+    del graph.input[:]
     graph.input.append(helper.make_tensor_value_info(takes.name, TensorProto.FLOAT, shape))
     model.metadata_props.add(key="input", value=json.dumps(takes.to_json()))
     save(model, path)

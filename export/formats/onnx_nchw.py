@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
-from prgkit.export.bundle.manifest import NCHW, Manifest, TensorSpec
+from prgkit.export.bundle.manifest import NCHW, TensorSpec
 from prgkit.export.formats.base import Format, Made
+from prgkit.export.formats.snippets import section
 from prgkit.export.runtimes.onnxruntime import NormalisingRunner
 
 if TYPE_CHECKING:
@@ -36,12 +38,6 @@ def make_nchw(export: StudentExport) -> Made:
     return Made([artifact])
 
 
-def float_sections(manifest: Manifest) -> str:
-    """Return what a reader must know of the file."""
-    files = [artifact for artifact in manifest.artifacts if artifact.format == NCHW]
-    return "".join(float_section(artifact.file, artifact.input) for artifact in files if artifact.input)
-
-
 def float_input(preprocessing: Preprocessing) -> TensorSpec:
     """Return what the file takes, as the manifest and its own metadata say it."""
     return TensorSpec(
@@ -55,23 +51,11 @@ def float_input(preprocessing: Preprocessing) -> TensorSpec:
     )
 
 
-def float_section(file: str, takes: TensorSpec) -> str:
-    """Return what a reader must know of the file that takes normalised floats."""
-    mean, std, shape = list(takes.mean or ()), list(takes.std or ()), ", ".join(map(str, takes.shape))
-    return f"""
-## Floats in place of pixels
-
-`{file}` is the same network for a runtime or tool that prepares images itself: input `{takes.name}`
-[{shape}] float32, {takes.layout}, `{takes.values}` with mean {mean} and std
-{std} of red, green and blue. Resize and crop as above.
-"""
-
-
 ONNX_NCHW = Format(
     "onnx-nchw",
     "distill",
     wanted=lambda options: options.float_input,
     make=make_nchw,
-    how_to_run=float_sections,
+    how_to_run=partial(section, "float_input.md"),
     preprocessing_inside=False,
 )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from prgkit.export.bundle.manifest import MATRIX
-from prgkit.export.formats.onnx_graph import rename, save
+from prgkit.export.formats.onnx_graph import rename, save, set_nodes
 from prgkit.export.runtimes.onnxruntime import OnnxRunner
 from prgkit.storage.reproducible import write_array
 
@@ -159,12 +159,8 @@ def write_embedding(source: Path, path: Path) -> None:
     graph = model.graph
     width = next(one.dims[1] for one in graph.initializer if one.name == MATRIX)
     batch = graph.output[0].type.tensor_type.shape.dim[0].dim_param
-    nodes = [node for node in graph.node if node.name not in ("similarities", "logits")]
-    used = {name for node in nodes for name in node.input}
-    kept = [initializer for initializer in graph.initializer if initializer.name in used]
-    del graph.node[:], graph.initializer[:], graph.output[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(kept)
+    set_nodes(graph, [node for node in graph.node if node.name not in ("similarities", "logits")])
+    del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(UNIT, TensorProto.FLOAT, [batch, width]))
     save(model, path)
 

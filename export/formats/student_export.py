@@ -25,7 +25,7 @@ from prgkit.export.formats.open_vocabulary import make_input
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.runtimes.base import Runner
 from prgkit.export.runtimes.onnxruntime import NormalisingRunner, OnnxRunner
-from prgkit.export.runtimes.parity import require_agreement, run_batches
+from prgkit.export.runtimes.parity import require_agreement, run_and_close, run_batches
 from prgkit.export.runtimes.pytorch import TorchRunner
 from prgkit.storage.atomic import sha256
 
@@ -107,10 +107,7 @@ class StudentExport:
             ParityError: it does not.
         """
         opened = runner(self.folder / file)
-        try:
-            logits = run_batches(opened, self.pixels)
-        finally:
-            opened.close()
+        logits = run_and_close(opened, self.pixels)
         parity = require_agreement(self.reference_logits, logits, precision=precision, names=("torch", name))
         self.note(
             f"{file}: {precision}{kind}, max abs difference {parity.max_abs_difference:.2g}, "
@@ -129,10 +126,7 @@ class StudentExport:
         def logits() -> NDArray[np.float32]:
             with_floats = artifact.format == NCHW
             runner = NormalisingRunner(path, self.preprocessing) if with_floats else OnnxRunner(path, spin=False)
-            try:
-                return run_batches(runner, self.pixels)
-            finally:
-                runner.close()
+            return run_and_close(runner, self.pixels)
 
         before = logits()
         make_input(path)

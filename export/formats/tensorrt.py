@@ -23,10 +23,10 @@ from prgkit.export.bundle.fidelity import int8_sentence
 from prgkit.export.bundle.manifest import ENGINE, ONNX, QDQ, Artifact, NotBuilt, Parity
 from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.options import ExportOptions
-from prgkit.export.formats.snippets import tensorrt_section
+from prgkit.export.formats.snippets import section
 from prgkit.export.formats.tensorrt_build import build_engine, check_batch
 from prgkit.export.runtimes.gpu import Backend, choose_backend, choose_targets, find_gpu, this_platform
-from prgkit.export.runtimes.parity import require_agreement, run_batches
+from prgkit.export.runtimes.parity import require_agreement, run_and_close
 from prgkit.export.runtimes.tensorrt import TensorRTRunner, why_not_here
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ FLOAT_ENGINES = Format(
     wanted=lambda options: options.trt,
     make=partial(make_engines, ("fp32", "fp16")),
     require=require_tensorrt,
-    how_to_run=tensorrt_section,
+    how_to_run=partial(section, "tensorrt.md"),
 )
 INT8_ENGINES = Format(
     "tensorrt-int8",
@@ -179,12 +179,8 @@ class EngineBuilder:
         if reason := why_not_here(metadata):
             facts = {"executed": False, "note": f"never executed here: {reason}"}
         else:
-            runner = TensorRTRunner(path, name=name)
-            try:
-                logits, names = run_batches(runner, self.pixels), (self.reference.name, name)
-                parity = require_agreement(self.reference.logits(), logits, precision=metadata.precision, names=names)
-            finally:
-                runner.close()
+            logits, names = run_and_close(TensorRTRunner(path, name=name), self.pixels), (self.reference.name, name)
+            parity = require_agreement(self.reference.logits(), logits, precision=metadata.precision, names=names)
             facts = {"executed": True, "note": None}
         metadata = metadata.model_copy(update=facts)
         write_engine_metadata(path, metadata)

@@ -15,7 +15,7 @@ from prgkit.export.bundle.manifest import Attempt, BlockSensitivity, Fidelity, Q
 from prgkit.export.int8.calibration import CLIP_QUANTILES, Spread
 from prgkit.export.int8.qdq import Block, Quantizable
 from prgkit.export.runtimes.onnxruntime import OnnxRunner
-from prgkit.export.runtimes.parity import run_batches
+from prgkit.export.runtimes.parity import run_and_close
 from prgkit.metrics import divergences
 
 ANALYSED_IMAGES = 96
@@ -166,8 +166,4 @@ def spread_over(pixels: Pixels) -> Pixels:
 
 def logits_of(path: Path, pixels: Pixels) -> Logits:
     """Return what an ONNX file says of images."""
-    runner = OnnxRunner(path, spin=False)
-    try:
-        return run_batches(runner, pixels)
-    finally:
-        runner.close()
+    return run_and_close(OnnxRunner(path, spin=False), pixels)

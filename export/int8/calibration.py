@@ -20,14 +20,7 @@ from prgkit.errors import ExportError
 CALIBRATION_BATCH = 8
 SAMPLED = 1 << 14  # values of a tensor that one image brings at the least, where it has as many
 CLIPPED = 1e-4  # of them lie beyond the image's own range on either side
-CLIP_QUANTILES = (
-    0.0,
-    0.01,
-    0.02,
-    0.04,
-    0.08,
-    0.15,
-)  # shares of the images that may reach beyond a range, on either side
+CLIP_QUANTILES = (0.0, 0.01, 0.02, 0.04, 0.08, 0.15)  # shares of the images that reach beyond a range on either side
 
 
 class Spread:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from prgkit.errors import ExportError
-from prgkit.export.formats.onnx_graph import normalised_input, save
+from prgkit.export.formats.onnx_graph import normalised_input, save, set_nodes
 from prgkit.export.int8.calibration import Spread
 
 Layout = Literal["onnxruntime", "tensorrt"]
@@ -264,8 +264,5 @@ class QdqWriter:
         nodes = list(self.first)
         for node in graph.node:
             nodes += [node, *self.after.get(node.output[0], [])]
-        used = {name for node in nodes for name in node.input}
-        kept = [tensor for tensor in graph.initializer if tensor.name in used]
-        del graph.node[:], graph.initializer[:]
-        graph.node.extend(nodes)
-        graph.initializer.extend([*kept, *self.added])
+        set_nodes(graph, nodes)
+        graph.initializer.extend(self.added)

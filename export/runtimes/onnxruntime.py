@@ -119,9 +119,8 @@ class OnnxRunner:
         options.inter_op_num_threads = 1
         options.intra_op_num_threads = threads or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
-        options.add_session_config_entry(
-            "session.force_spinning_stop", "1"
-        )  # an idle session takes no core from others
+        # An idle session takes no core from others.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if provider in ("TensorrtExecutionProvider", "OpenVINOExecutionProvider"):  # what they refuse, no other runs
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         providers = [(provider, provider_settings(provider, threads, half=half))]

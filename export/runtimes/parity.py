@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -14,9 +16,8 @@ from prgkit.export.runtimes.base import Runner
 from prgkit.metrics import agreement, kl
 from prgkit.storage.reproducible import read_array, read_png
 
-FP32_RELATIVE_TOLERANCE = (
-    1e-4  # of max(1, largest reference logit): rounding in another order of summation stays below it
-)
+# Of max(1, largest reference logit): rounding in another order of summation stays below it.
+FP32_RELATIVE_TOLERANCE = 1e-4
 # Percent; INT8 files are judged by export.fidelity, on more images: this tells a broken INT8 engine from a right one.
 MIN_TOP1_AGREEMENT = {"fp32": 100.0, "fp16": 99.0, "int8": 85.0}
 GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}  # of the largest logit: other processors sum in other orders
@@ -68,6 +69,12 @@ def compare(reference_logits: NDArray[np.float32], logits: NDArray[np.float32], 
 def run_batches(runner: Runner, pixels: NDArray[np.uint8], *, batch: int = 32) -> NDArray[np.float32]:
     """Run any number of images [n, S, S, 3] in batches, so that memory does not grow with n; returns [n, classes]."""
     return np.concatenate([runner.run(pixels[start : start + batch]) for start in range(0, len(pixels), batch)])
+
+
+def run_and_close(runner: Runner, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the logits [n, classes] of images [n, S, S, 3], and release the runner."""
+    with closing(runner):
+        return run_batches(runner, pixels)
 
 
 def check_golden(bundle: Bundle, runner: Runner, *, precision: str) -> None:

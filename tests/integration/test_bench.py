@@ -17,10 +17,10 @@ from PIL import Image
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.ticks import Tick, write_ticks
 from prgkit.errors import BenchError, ExportError
-from prgkit.evaluate.accuracy.examples import choose_examples
 from prgkit.evaluate.bench.bench import bench
 from prgkit.evaluate.bench.metadata import evaluation_images, pseudo_labels, training_records
 from prgkit.evaluate.bench.options import BenchOptions
+from prgkit.evaluate.report.examples import choose_examples
 from prgkit.export.bundle.bundle import (
     Evaluation,
     describe_artifact,
@@ -35,7 +35,7 @@ from prgkit.export.bundle.manifest import EvaluationFacts, Manifest, RunFacts
 from prgkit.export.readme import write_manifest
 from prgkit.export.runtimes.onnxruntime import ONNXRUNTIME
 from prgkit.export.runtimes.tensorrt import TENSORRT, TENSORRT_RTX
-from prgkit.storage.atomic import sha256
+from prgkit.storage.atomic import sha256, write_sealed
 
 onnx = pytest.importorskip("onnx", reason="the model under test is made with the onnx package")
 
@@ -271,7 +271,7 @@ def test_the_run_travels_in_the_manifest_and_the_run_at_hand_goes_first(tmp_path
     assert training_records(bundle, None) == [{"epoch": 1, "loss": 2.0}]
     assert pseudo_labels(bundle, None) == {"images": 40}
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0}\n')
-    (tmp_path / "quality.json").write_text('{"images": 41}')
+    write_sealed(tmp_path / "quality.json", {"images": 41})
     assert training_records(bundle, tmp_path) == [{"epoch": 1, "loss": 1.0}]
     assert pseudo_labels(bundle, tmp_path) == {"images": 41}
     older: Any = SimpleNamespace(manifest=SimpleNamespace(run=RunFacts(**run)))
@@ -287,7 +287,6 @@ def test_evaluation_images_are_the_same_where_pictures_and_labels_are() -> None:
     assert evaluation_images(replace(one, pixels=pixels[:, :2, :2], logits=logits + 1), bundle).digest == digest
     others = [replace(one, keys=("a", "c")), replace(one, labels=np.array([0, 2])), replace(one, labels=None)]
     assert len({digest, *(evaluation_images(other, bundle).digest for other in others)}) == 4
-    assert evaluation_images(replace(one, keys=None), bundle).digest is None
 
 
 def test_without_labels_there_is_fidelity_and_no_accuracy(tmp_path: Path) -> None:
@@ -327,7 +326,7 @@ def test_ticks_that_lie_in_the_bundle_become_an_accuracy_with_its_interval(tmp_p
     assert "Audit" not in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_a_bundle_of_an_earlier_version_has_no_keys_and_is_measured_all_the_same(tmp_path: Path) -> None:
+def test_every_evaluation_image_has_its_key(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     assert read_evaluation(bundle, limit=2).keys == ("0" * 32, "0" * 31 + "1")
     keys = bundle / "evaluation" / "keys.txt"
@@ -335,12 +334,8 @@ def test_a_bundle_of_an_earlier_version_has_no_keys_and_is_measured_all_the_same
     with pytest.raises(ExportError, match="images, keys, logits and labels differ in number"):
         read_evaluation(bundle)
     keys.unlink()
-    write_ticks(bundle / "audit" / "ticks.csv", [Tick(1, "a.jpg", "0" * 32, "red", "99.0", True)])
-    report = measure(bundle, tmp_path / "out", batches=())
-    assert report["rows"][0]["top1"] == 75.0
-    assert (report["audit"]["teacher"]["top1"], report["audit"]["rows"]) == (100.0, [])
-    told = "Audit: this bundle does not say which images it evaluates on; prgkit export makes one that does."
-    assert told in report["notes"]
+    with pytest.raises(ExportError, match="the evaluation images cannot be read"):
+        read_evaluation(bundle)
 
 
 def test_a_model_that_leaves_the_numbers_is_a_failure(tmp_path: Path) -> None:
@@ -372,7 +367,7 @@ def test_pictures_are_a_sample_and_the_surest_differences() -> None:
     teacher = np.tile(np.array([[5.0, 0.0]], dtype=np.float32), (100, 1))
     student = teacher.copy()
     student[50:60] = np.stack([np.zeros(10), np.arange(1, 11)], axis=1)  # ten differ, each surer than the one before
-    chosen = choose_examples(Evaluation(pixels, teacher, teacher, student, None), student, ["a", "b"])
+    chosen = choose_examples(Evaluation(pixels, teacher, teacher, student, None, ()), student, ["a", "b"])
     sample, differs = ([one for one in chosen if one.group == group] for group in ("sample", "differs"))
     assert len(sample) == 24
     assert 0 < len(differs) <= 10

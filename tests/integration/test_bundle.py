@@ -74,6 +74,7 @@ def held_out(repvit, count=40, *, labels=True):
         teacher_uniform_logits=generator.normal(size=(count, 20)).astype(np.float32),
         labels=generator.integers(0, 20, count) if labels else None,
         source="made up",
+        keys=tuple(f"{number:032x}" for number in range(count)),
     )
 
 
@@ -149,6 +150,7 @@ def test_evaluation_comes_back_without_loss(whole, repvit):
 def test_without_labels_there_is_no_labels_file(repvit, tmp_path):
     given = held_out(repvit, labels=False)
     arrays = {"teacher_logits": given.teacher_logits, "teacher_uniform_logits": given.teacher_uniform_logits}
+    arrays["keys"] = given.keys
     write_evaluation(tmp_path, given.prepared, **arrays, labels=None, student=lambda batch: batch[:, 0, 0].astype("f4"))
     assert not (tmp_path / "evaluation" / "labels.npy").exists()
     assert read_evaluation(tmp_path).labels is None
@@ -158,6 +160,7 @@ def test_equal_images_make_equal_bytes(repvit, tmp_path):
     for name in ("a", "b"):
         given = held_out(repvit)
         arrays = {"teacher_logits": given.teacher_logits, "teacher_uniform_logits": given.teacher_uniform_logits}
+        arrays["keys"] = given.keys
         write_evaluation(
             tmp_path / name, given.prepared, **arrays, labels=None, student=lambda b: b[:, 0, 0].astype("f4")
         )
@@ -172,7 +175,8 @@ def test_beyond_a_hundred_thousand_images_each_keeps_its_logits(tmp_path, monkey
     monkeypatch.setattr(bundle_module, "member", lambda name: reproducible.member(f"{int(name[:-4]) + 99_998:05}.png"))
     pixels = np.arange(4 * 3, dtype=np.uint8).reshape(4, 1, 1, 3)
     given = dict.fromkeys(("teacher_logits", "teacher_uniform_logits"), np.zeros((4, 3), np.float32))
-    write_evaluation(tmp_path, iter(pixels), **given, labels=None, student=lambda batch: batch[:, 0, 0].astype("f4"))
+    given |= {"keys": "abcd", "labels": None}
+    write_evaluation(tmp_path, iter(pixels), **given, student=lambda batch: batch[:, 0, 0].astype("f4"))
     found = read_evaluation(tmp_path)
     np.testing.assert_array_equal(found.pixels[:, 0, 0], found.logits)
 
@@ -300,6 +304,8 @@ def test_a_missing_artifact_is_named(copy):
 )
 def test_a_damaged_manifest_is_a_short_error(copy, text, message):
     (copy / "manifest.json").write_text(text)
+    if text.endswith("}"):
+        write_sealed(copy / "manifest.json", read_json(copy / "manifest.json"))
     with pytest.raises(ExportError) as caught:
         open_bundle(copy)
     assert caught.value.what.startswith(message)

@@ -47,7 +47,8 @@ def bundle(repvit: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
     )
     classes, golden = [f"thing {number}" for number in range(20)], [Image.fromarray(one) for one in repvit.pixels[:16]]
-    evaluation = EvaluationSet(iter(repvit.pixels[:16]), logits, logits, labels=np.arange(16), source="made up")
+    keys = tuple(f"{number:032x}" for number in range(16))
+    evaluation = EvaluationSet(iter(repvit.pixels[:16]), logits, logits, np.arange(16), "made up", keys)
     export_student(
         TrainedStudent(repvit.student, classes, repvit.preprocessing, origin),
         ExportImages(repvit.pixels[:64], [picture.resize((50, 90)) for picture in golden], evaluation),

@@ -40,7 +40,7 @@ OWNERS = {
     "timm": {"prgkit.student", "prgkit.training"},
     "click": {"prgkit.cli"},
     "yaml": {"prgkit.config.yaml_io"},
-    "jinja2": {"prgkit.evaluate.report.html"},
+    "jinja2": {"prgkit.evaluate.report.html", "prgkit.export.formats.snippets"},
     "rich": {"prgkit.cli.terminal", "prgkit.evaluate.report.terminal"},
     "accelerate": {"prgkit.training"},
     "tensorrt": {"prgkit.export.formats", "prgkit.export.runtimes"},
@@ -49,7 +49,7 @@ OWNERS = {
     "onnx": {"prgkit.export.formats", "prgkit.export.int8"},
     "datasets": {"prgkit.data.hub"},
     "torchvision": {"prgkit.data.hub"},
-    "sklearn": {"prgkit.demo.digits"},
+    "sklearn": {"prgkit.demo.digits", "prgkit.teacher.refine"},
 }
 HEAVY = {"torch", "timm", "open_clip", "accelerate", "onnx"}
 # Folders in which no module needs more than the base install, which has no torch.

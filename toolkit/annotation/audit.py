@@ -22,7 +22,7 @@ from prgkit.evaluate.accuracy.ticked import teacher_share
 from prgkit.evaluate.report.formatting import interval, percent
 from prgkit.evaluate.report.schema import TickedShare
 from prgkit.progress import Progress
-from prgkit.storage.atomic import fingerprint, read_sealed, write_sealed, write_text
+from prgkit.storage.atomic import fingerprint, write_sealed, write_text
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Run, differences, require_own_folder, start_run, undoing
 from prgkit.training.dataset import DistillationDataset
@@ -95,7 +95,7 @@ def draw_audit(run: Run, recipe: Recipe, targets_root: Path, *, count: int | Non
     """Draw the sample, or go on with the one that is there, and write what is to be ticked."""
     with locked(run.ticks_file.parent, "audit"):
         earlier = read_ticks(run.ticks_file, recipe.classes) if run.ticks_file.exists() else []
-        before = AuditSample.model_validate(read_sealed(run.sample_file)) if run.sample_file.exists() else None
+        before = AuditSample.of(run)
         dataset = prepare(recipe, targets_root, progress, like=run)
         predictions = predict(dataset, progress)
         made_from = fingerprint([dataset.image_index.keys, predictions.classes[:, 0].tolist()])

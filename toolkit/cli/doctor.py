@@ -10,19 +10,8 @@ from prgkit.evaluate import system
 from prgkit.export.runtimes import RUNTIMES
 
 PACKAGES = (
-    *(
-        "prgkit",
-        "numpy",
-        "pillow",
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "onnxruntime-openvino",
-        "openvino",
-        "torch",
-        "torchvision",
-        "timm",
-        "open_clip_torch",
-    ),
+    *("prgkit", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino"),
+    *("torch", "torchvision", "timm", "open_clip_torch"),
     *("accelerate", "safetensors", "onnx", "onnxscript", "tensorrt", "tensorrt_rtx", "cuda-python", "cuda-bindings"),
 )
 

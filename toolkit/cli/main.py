@@ -156,7 +156,7 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
     gate = regression.open_gate(given["baseline"], share, out=out) if given["baseline"] else None
     report = measure(
         bundle,
-        BenchOptions(**{key: given[key] for key in BenchOptions.model_fields}),
+        BenchOptions(**{key: given[key] for key in BenchOptions.model_fields if given[key] is not None}),
         run_folder=run.folder if run else None,
         out=out,
         command="prgkit " + shlex.join(sys.argv[1:]),

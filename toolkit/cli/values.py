@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
@@ -9,76 +10,73 @@ import click
 from prgkit.cli.chain import refuse_twice
 
 
-def batch_sizes(ctx: click.Context, option: click.Parameter, text: str) -> list[int]:
+def batch_sizes(text: str) -> list[int]:
     """Read ``1,8,32``."""
-    try:
-        batches = [int(part) for part in text.split(",")]
-    except ValueError:
-        batches = [0]
+    batches = whole_numbers(text)
     if min(batches) < 1:
-        raise click.BadParameter(f"write batch sizes as 1,8,32, not {text!r}.", ctx, option)
+        raise click.BadParameter(f"write batch sizes as 1,8,32, not {text!r}.")
     return batches
 
 
-def thread_counts(ctx: click.Context, option: click.Parameter, text: str | None) -> list[int]:
+def thread_counts(text: str) -> list[int]:
     """Read ``1,2,4``, in ascending order, each once."""
-    try:
-        counts = sorted({int(part) for part in text.split(",")}) if text is not None else []
-    except ValueError:
-        counts = [0]
-    if counts and counts[0] < 1:
-        raise click.BadParameter(f"write numbers of threads as 1,2,4, not {text!r}.", ctx, option)
+    counts = sorted(set(whole_numbers(text)))
+    if counts[0] < 1:
+        raise click.BadParameter(f"write numbers of threads as 1,2,4, not {text!r}.")
     return counts
 
 
-def minutes(ctx: click.Context, option: click.Parameter, text: str | None) -> float | None:
-    """Read ``30`` or ``0.5``: minutes above none, and up to a day."""
+def batch_profile(text: str) -> tuple[int, int, int]:
+    """Read ``1,1,32``: the least, the usual and the largest batch of an engine."""
+    sizes = whole_numbers(text)
+    if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+        raise click.BadParameter(f"write the least, the usual and the largest as 1,1,32, not {text!r}.")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Read whole numbers between commas; where one of them is none, return a 0, which no option takes."""
     try:
-        count = float(text) if text is not None else None
+        return [int(part) for part in text.split(",")]
     except ValueError:
-        count = 0.0
-    if count is not None and not 0 < count <= 24 * 60:
-        raise click.BadParameter(f"write minutes above 0 and up to 1440, a day, as 30; not {text!r}.", ctx, option)
+        return [0]
+
+
+def minutes(text: str) -> float:
+    """Read ``30`` or ``0.5``: minutes above none, and up to a day."""
+    count = number(text)
+    if not 0 < count <= 24 * 60:
+        raise click.BadParameter(f"write minutes above 0 and up to 1440, a day, as 30; not {text!r}.")
     return count
 
 
-def tolerance(ctx: click.Context, option: click.Parameter, text: str | None) -> float | None:
+def tolerance(text: str) -> float:
     """Read ``5%`` or ``0.05``; a bare ``5`` could be either, and is refused."""
-    if text is None:
-        return None
-    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
-    try:
-        share = float(number) / (100 if percent else 1)
-    except ValueError:
-        share = -1.0
+    share = number(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
     if not 0 <= share < 1:
-        raise click.BadParameter(f"write a tolerance as 5% or 0.05, not {text!r}.", ctx, option)
+        raise click.BadParameter(f"write a tolerance as 5% or 0.05, not {text!r}.")
     return share
 
 
-def batch_profile(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[int, int, int] | None:
-    """Read ``1,1,32``: the least, the usual and the largest batch of an engine."""
-    if text is None:
-        return None
+def number(text: str) -> float:
+    """Read a number, NaN where it is none: that lies within no bounds."""
     try:
-        least, usual, most = map(int, text.split(","))
+        return float(text)
     except ValueError:
-        least, usual, most = 0, 0, 0
-    if not 1 <= least <= usual <= most:
-        raise click.BadParameter(f"write the least, the usual and the largest as 1,1,32, not {text!r}.", ctx, option)
-    return least, usual, most
+        return math.nan
 
 
-def gpu_generations(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+def gpu_generations(text: str) -> tuple[str, ...]:
     """Read ``86,89``, or ``8.6,8.9``, as ("SM86", "SM89"), and ``80+`` as ("SM80+",)."""
-    if text is None:
-        return None
-    if text.strip().upper().removeprefix("SM").replace(".", "") == "80+":
-        return ("SM80+",)
     numbers = [part.strip().upper().removeprefix("SM").replace(".", "") for part in text.split(",")]
-    if not all(number.isdecimal() and len(number) in (2, 3) for number in numbers):
-        raise click.BadParameter(f"write compute capabilities as 86,89, not {text!r}.", ctx, option)
+    if numbers != ["80+"] and not all(number.isdecimal() and len(number) in (2, 3) for number in numbers):
+        raise click.BadParameter(f"write compute capabilities as 86,89, not {text!r}.")
     return tuple(f"SM{number}" for number in dict.fromkeys(numbers))
+
+
+def names(text: str) -> list[str]:
+    """Read ``ce,kd,prg``, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def each_key_once(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
@@ -87,11 +85,6 @@ def each_key_once(ctx: click.Context, option: click.Parameter, texts: tuple[str,
         values = [text.partition("=")[2].strip() for text in texts if text.partition("=")[0].strip() == key]
         refuse_twice(f"{option.opts[-1]} {key}", values, ctx)
     return texts
-
-
-def names(ctx: click.Context, option: click.Parameter, text: str) -> list[str]:
-    """Read ``ce,kd,prg``, each once."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def swept_values(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> list[tuple[str, list[Any]]]:

@@ -7,7 +7,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ IN_FRONT = re.compile(
 )
 # Behind one there has to be a mark: "channel 1" is a name.
 BEHIND = re.compile(r"(?P<open>)(?P<name>\S.*?)(?P<mark>\s*(?:[:=|,;\t]|\()\s*)(?P<id>\d+|n\d{8})\)?")
-BULLET = re.compile(r"(?P<bullet>[-*+•–—])\s+(?:\[[ xX]\]\s+)?(?P<name>\S.*)")  # with Markdown's box to tick, too
+BULLET = re.compile(r"(?P<same>[-*+•–—])\s+(?:\[[ xX]\]\s+)?(?P<name>\S.*)")  # with Markdown's box to tick, too
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»"}
 NAME_TITLES = ("name", "names", "classname", "class", "classes", "label", "labels", "category", "categories", "species")
 TITLES = {*NAME_TITLES, "id", "ids", "index", "idx", "number", "no", "wnid", "synset"}
@@ -41,9 +41,12 @@ BESIDE = (re.compile(r"(?P<id>-?\d+)[\s_]+(?P<name>\D.*)"), re.compile(r"(?P<nam
 # How many there are: in front as `uniq -c` writes it, or in brackets; names that differ in nothing else keep theirs.
 COUNTED = (BESIDE[0], re.compile(r"(?P<name>\S.*?)\s*[\[(][\d.,]+[\])]"))
 COLORED = re.compile(r"(?P<name>[^:]+):\d+,\d+,\d+:[^:]*:[^:]*")  # CVAT's labelmap.txt
+# The folder of a split, as "train/", that all names stand in; "apse/indoor" is a name.
 BELOW = re.compile(
-    r"(?P<folder>(?:.*/)?(?:train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?|images|data(?:set)?)/)(?P<name>[^/]+)"
+    r"(?P<same>(?:.*/)?(?:train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?|images|data(?:set)?)/)(?P<name>[^/]+)"
 )
+# What all names may have beside them, and how that is told.
+FORMS = ((BULLET, "begin with the marks of a list"), (BELOW, "begin with a folder"), (COLORED, "end with colors"))
 # Nobody writes a picture's caption so: marks of HTML, Markdown and programs, comments, paths, addresses, the lines of a
 # configuration or of `ls -l`, hidden files.
 ODD = re.compile(
@@ -277,7 +280,8 @@ def from_lines(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     named = list(entries)
     if named and re.fullmatch(r"(names|classes)\s*:", named[0][1], re.IGNORECASE):
         named = named[1:]
-    strips = (without_commas, without_quotes, without_bullets, without_folder, without_colors, without_ids)
+    forms = [partial(without_form, form) for form in FORMS]
+    strips: list[Callable[[list[str]], Stripped | None]] = [without_commas, without_quotes, *forms, without_ids]
     while len(named) > 1 and (step := next(filter(None, (strip([n for _, n in named]) for strip in strips)), None)):
         notes.append(f"class names {step.what}, which are left out: {named[0][1]!r} is read as {step.names[0]!r}")
         named = [(at, name) for (at, _), name in zip(named, step.names, strict=True)]
@@ -312,25 +316,11 @@ def without_quotes(names: list[str]) -> Stripped | None:
     return Stripped([name[1:-1].strip() for name in names], "begin and end with quotes")
 
 
-def without_bullets(names: list[str]) -> Stripped | None:
-    """Take off the mark in front of every name of a list."""
-    return without_form(BULLET, names, "begin with the marks of a list", same="bullet")
-
-
-def without_folder(names: list[str]) -> Stripped | None:
-    """Take off the folder of a split, as ``train/``, that all names stand in; "apse/indoor" is a name."""
-    return without_form(BELOW, names, "begin with a folder", same="folder")
-
-
-def without_colors(names: list[str]) -> Stripped | None:
-    """Take off the colors, parts and actions behind every name."""
-    return without_form(COLORED, names, "end with colors")
-
-
-def without_form(form: re.Pattern[str], names: list[str], what: str, *, same: str | None = None) -> Stripped | None:
-    """Return each line's part called name, where all have the form, and the ``same`` part in common."""
-    matches = [match for match in map(form.fullmatch, names) if match]
-    if len(matches) < len(names) or (same and len({match[same] for match in matches}) > 1):
+def without_form(form: tuple[re.Pattern[str], str], names: list[str]) -> Stripped | None:
+    """Return each line's part called name, where all have one of `FORMS`, and its part called same in common."""
+    pattern, what = form
+    matches = [match for match in map(pattern.fullmatch, names) if match]
+    if len(matches) < len(names) or len({match.groupdict().get("same") for match in matches}) > 1:
         return None
     return Stripped([match["name"] for match in matches], what)
 

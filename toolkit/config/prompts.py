@@ -14,80 +14,15 @@ from prgkit.progress import silent
 from prgkit.storage.atomic import as_on_disk, composed, read_text
 
 LISTS = Path(str(resources.files("prgkit.recipes"))) / "classes"  # one name a line, in label order
-PLAIN = ("a photo of a {}.",)
 LEARNED = ("{context} {}.",)  # how a learned context is told; no teacher reads these words
-# The seven that OpenAI's forward search over its 80 ImageNet templates kept (CLIP, "Prompt Engineering for ImageNet").
-PHOTO = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
-# OpenAI's for each dataset (CLIP, data/prompts.md), written out as what they combine.
-# CIFAR-10 and CIFAR-100: nine looks and sizes, each with "a" and with "the".
-LOOKS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
-CIFAR = tuple(
-    f"a {look}photo of {article} {size}{{}}."
-    for article in ("a", "the")
-    for look, size in (*((look, "") for look in LOOKS), ("", "small "), ("", "big "))
-)
-# Caltech-101: photographed, made of something or drawn, each with "a" and with "the".
-DEPICTIONS = ("photo", "painting", "sculpture", "sketch", "tattoo", "rendition", "drawing", "doodle")
-MAKES = ("plastic", "toy", "embroidered", "cartoon", "plushie", "origami")
-OBJECTS = tuple(
-    template
-    for article in ("a", "the")
-    for template in (
-        *(f"a {depiction} of {article} {{}}." for depiction in DEPICTIONS),
-        *(f"{article} {make} {{}}." for make in MAKES),
-        f"{article} {{}} in a video game.",
-        f"art of {article} {{}}.",
-        f"graffiti of {article} {{}}.",
-    )
-)
-# UCF101.
-ACTIONS = tuple(
-    f"a {medium} of {article} person {verb}{{}}."
-    for verb in ("", "using ", "doing ", "during ", "performing ", "practicing ")
-    for article in ("a", "the")
-    for medium in ("photo", "video", "example", "demonstration")
-)
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "actions": ACTIONS,
-    "aircraft": ("a photo of a {}, a type of aircraft.", "a photo of the {}, a type of aircraft."),
-    "cars": (
-        "a photo of a {}.",
-        "a photo of the {}.",
-        "a photo of my {}.",
-        "i love my {}!",
-        "a photo of my dirty {}.",
-        "a photo of my clean {}.",
-        "a photo of my new {}.",
-        "a photo of my old {}.",
-    ),
-    "cifar": CIFAR,
-    "flowers": ("a photo of a {}, a type of flower.",),
-    "food": ("a photo of {}, a type of food.",),
-    "objects": OBJECTS,
-    "pets": ("a photo of a {}, a type of pet.",),
-    "photo": PHOTO,
-    "plain": PLAIN,
-    "satellite": tuple(f"a centered satellite photo of {article}{{}}." for article in ("", "a ", "the ")),
-    "scenes": ("a photo of a {}.", "a photo of the {}."),
-    "textures": tuple(
-        f"a photo of {article} {{}} {noun}."
-        for article in ("a", "the")
-        for noun in ("texture", "pattern", "thing", "object")
-    ),
-}
+# One a line: OpenAI's for each dataset (CLIP, data/prompts.md), and as "photo" the seven that their forward search over
+# the 80 for ImageNet kept (CLIP, "Prompt Engineering for ImageNet").
+TEMPLATES = LISTS.with_name("templates")
 
 NAMED_CLASSES = tuple(sorted((*(path.stem for path in LISTS.glob("*.txt")), "digits", "imagenet1k")))
 LIST_SUFFIXES = (".txt", ".names", ".list", ".csv", ".json")
 NAMES_FIX = f"give a text file with one name a line, or one of {', '.join(NAMED_CLASSES)}"
-NAMED_TEMPLATES = tuple(sorted((*TEMPLATES, "digits", "imagenet")))
+NAMED_TEMPLATES = tuple(sorted((*(path.stem for path in TEMPLATES.glob("*.txt")), "digits", "imagenet")))
 
 
 def load_classes(
@@ -192,7 +127,7 @@ def named_templates(name: str) -> tuple[str, ...]:
         from prgkit.demo import digits
 
         return digits.TEMPLATES
-    return TEMPLATES[name]
+    return tuple(read_text(TEMPLATES / f"{name}.txt").splitlines())
 
 
 def checked_classes(names: Iterable[tuple[str, object]], *, where: object) -> tuple[str, ...]:

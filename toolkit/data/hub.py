@@ -15,7 +15,7 @@ from PIL import Image
 from prgkit.config.prompts import load_classes
 from prgkit.data.decode import UnreadableImage
 from prgkit.data.files import Source, read_span
-from prgkit.errors import ImagesError, nearest
+from prgkit.errors import ImagesError, first_line, nearest
 from prgkit.storage.atomic import cache_folder
 
 LOCAL_COPY = "check the network, or put the images into a folder and give its path instead"
@@ -61,7 +61,7 @@ def open_split(make: Any, name: str, split: str) -> DatasetSource:
         with redirect_stdout(sys.stderr):  # stdout belongs to the result
             dataset = make(**options)
     except Exception as error:  # whatever the network, the disk or torchvision has to say
-        what = f"torchvision:{title} could not be opened: {first_line(error)}"
+        what = f"torchvision:{title} could not be opened: {first_line(error)[:200]}"
         fix = f"pip install {error.name}" if isinstance(error, ImportError) else LOCAL_COPY
         raise ImagesError(what, where=root, fix=fix) from error
     return DatasetSource(title, dataset, class_names_of(name, dataset))
@@ -170,7 +170,7 @@ def open_hub(rest: str) -> HubSource:
         with redirect_stdout(sys.stderr):
             dataset = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises its own, the hub's and the network's errors
-        raise ImagesError(f"{spec} could not be opened: {first_line(error)}", fix=LOCAL_COPY) from error
+        raise ImagesError(f"{spec} could not be opened: {first_line(error)[:200]}", fix=LOCAL_COPY) from error
     columns = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise ImagesError(f"{spec} has no column of images, only: {', '.join(dataset.features)}", fix=LOCAL_COPY)
@@ -237,7 +237,7 @@ def picture_of(read: Any, name: str) -> Image.Image:
     except ImportError as error:
         raise ImagesError(f"reading {name} needs {error.name}", fix=f"pip install {error.name}") from error
     except Exception as error:  # a dataset's reader may raise anything
-        raise UnreadableImage(name, first_line(error)) from error
+        raise UnreadableImage(name, first_line(error)[:200]) from error
     if not isinstance(picture, Image.Image):
         raise UnreadableImage(name, f"the dataset gives a {type(picture).__name__}, not a picture")
     return picture
@@ -264,8 +264,3 @@ def named(label: Any, class_names: Sequence[str] | None) -> str | int | None:
     if number < 0:  # how torchvision and the hub spell "not labelled"
         return None
     return class_names[number] if class_names and number < len(class_names) else number
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error, or its name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -102,14 +102,10 @@ def index_images(
     known: Container[str] = (),
     cache: DecodedImageCache | None = None,
 ) -> ImageIndex:
-    """Read every image once; list what cannot be decoded and drop exact copies.
+    """Read every image once, in so many threads; list what cannot be decoded and drop exact copies.
 
-    Args:
-        source: what to read.
-        workers: how many threads decode.
-        advance: called with how many more are done.
-        known: keys of images that were decoded before, and need not be decoded again to know that they can be.
-        cache: keeps what is decoded.
+    ``known`` are keys of images that were decoded before, and need not be again to know that they can be; ``cache``
+    keeps what is decoded.
 
     Raises:
         ImagesError: no image can be read.

@@ -13,12 +13,7 @@ from prgkit.config.delimited import LARGEST_TABLE_BYTES, Row, Way, column_word, 
 from prgkit.config.sections import ImageSpec, LabelFormat
 from prgkit.data.decode import image_suffixes
 from prgkit.data.files import Source, printable
-from prgkit.data.labels import (
-    LABEL_WORDS,
-    Entry,
-    LabelTable,
-    cell_of,
-)
+from prgkit.data.labels import LABEL_WORDS, Entry, LabelTable, cell_of
 from prgkit.errors import ImagesError, nearest, some
 from prgkit.storage.atomic import as_on_disk, read_text
 

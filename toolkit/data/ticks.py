@@ -16,7 +16,8 @@ from pydantic import BaseModel, Field
 from prgkit.config.delimited import LARGEST_TABLE_BYTES, ways
 from prgkit.data.labels import hint, lookup
 from prgkit.errors import ImagesError
-from prgkit.storage.atomic import read_sealed, read_text, write_bytes
+from prgkit.storage.atomic import read_text, write_bytes
+from prgkit.storage.documents import read_document
 from prgkit.storage.run import Run
 
 COLUMNS = ("number", "file", "key", "teacher", "confidence", "right", "class")
@@ -181,10 +182,8 @@ def set_aside(path: Path) -> Path:
 
 def audited_keys(run: Run) -> frozenset[str]:
     """Return the content keys of the images on a run's sheet; none where there is no sheet."""
-    if not run.sample_file.exists():
-        return frozenset()
-    sample = AuditSample.model_validate(read_sealed(run.sample_file))
-    return frozenset(image.key for image in sample.images)
+    sample = AuditSample.of(run)
+    return frozenset(image.key for image in sample.images) if sample else frozenset()
 
 
 def bring_ticks(source: Path, target: Path, classes: Sequence[str]) -> None:
@@ -225,3 +224,16 @@ class AuditSample(BaseModel, frozen=True):
     made_from: str  # a fingerprint of the images and the teacher's answers
     drawn_from: int
     images: tuple[SampledImage, ...]
+
+    @classmethod
+    def of(cls, run: Run) -> AuditSample | None:
+        """Return which images are on a run's sheet; None where there is no sheet.
+
+        Raises:
+            ImagesError: the file that says it is damaged, or of another version.
+        """
+        if not run.sample_file.exists():
+            return None
+        fix = f"move {run.ticks_file.parent} elsewhere, and draw anew: prgkit audit"
+        what = "the sample of an audit"
+        return read_document(run.sample_file, cls, "prgkit.audit/1", what=what, fix=fix, error=ImagesError)

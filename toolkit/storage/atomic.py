@@ -157,7 +157,7 @@ def write_sealed(path: Path, value: dict[str, JsonValue]) -> None:
 
 
 def read_sealed(path: Path, *, fix: str = REMAKE) -> dict[str, JsonValue]:
-    """Read what `write_sealed` wrote, without its digest; a file from before there were digests is taken as it is.
+    """Read what `write_sealed` wrote, without its digest.
 
     Raises:
         PrgkitError: the file is missing or damaged; ``fix`` says what to do then.
@@ -165,8 +165,7 @@ def read_sealed(path: Path, *, fix: str = REMAKE) -> dict[str, JsonValue]:
     value = read_json(path, fix=fix)
     if not isinstance(value, dict):
         raise PrgkitError(f"{path.name} is damaged: it holds no object", where=path, fix=fix)
-    stated = value.pop("digest", None)
-    if stated is not None and stated != fingerprint(value):
+    if value.pop("digest", None) != fingerprint(value):
         raise PrgkitError(f"{path.name} is damaged: its content is not what was written", where=path, fix=fix)
     return value
 

@@ -11,14 +11,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
 from prgkit import __version__
-from prgkit.config.messages import first_mistake
 from prgkit.config.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
 from prgkit.config.yaml_io import YamlMapping, read_yaml
 from prgkit.errors import RunError
 from prgkit.storage.atomic import read_sealed, write_sealed
+from prgkit.storage.documents import read_document
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
 from prgkit.storage.run_card import SCHEMA, ImageFacts, RunCard, StudentFacts, TeacherFacts
@@ -68,15 +66,7 @@ class Run:
             RunError: the card is missing, damaged, or of another version of prgkit.
         """
         fix = f"delete it, then: {self.command}"
-        content = read_sealed(self.card_file, fix=fix)
-        if content.get("schema") != SCHEMA:
-            what = f"the run's card is {content.get('schema', 'of no schema')}, and this prgkit reads {SCHEMA}"
-            raise RunError(what, where=self.card_file, fix=fix)
-        try:
-            return RunCard.model_validate(content)
-        except ValidationError as error:
-            what = f"{self.card_file.name} is damaged: {first_mistake(error)}"
-            raise RunError(what, where=self.card_file, fix=fix) from error
+        return read_document(self.card_file, RunCard, SCHEMA, what="a run's card", fix=fix, error=RunError)
 
     def update_card(self, **facts: Any) -> None:
         """Add facts to the card; the file is replaced whole."""

@@ -26,7 +26,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, JsonVa
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
-    """Read what `save_tensors` wrote: the tensors, and the facts. A file from before there were digests has none.
+    """Read what `save_tensors` wrote: the tensors, and the facts.
 
     Raises:
         SafetensorError: the header is damaged, or the file ends too early.
@@ -38,8 +38,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
     facts = json.loads(header.get("facts", "null"))
     if not isinstance(facts, dict):
         raise ValueError("its header is not what was written")
-    digest = facts.pop("digest", None)
-    if digest is not None and digest != digest_of(tensors, facts):
+    if facts.pop("digest", None) != digest_of(tensors, facts):
         raise ValueError("its content is not what was written")
     return tensors, facts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,6 @@ from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import RunError
 from prgkit.outputs import TeacherOutput
 from prgkit.training.dataset import DistillationDataset, Process
-from prgkit.training.selection import systematic_sample
 
 
 class StepPlan(NamedTuple):
@@ -118,3 +118,31 @@ def mixup(
     logits = (share * probabilities + (1 - share) * probabilities[other]).clamp(min=1e-12).log()
     features = F.normalize(share * teacher.features + (1 - share) * teacher.features[other], dim=1)
     return blended, teacher._replace(features=features, logits=logits, labels=logits.argmax(dim=1))
+
+
+def systematic_sample(
+    shares: NDArray[np.float32], count: int, *, epoch: int, epochs: int, seed: int
+) -> NDArray[np.int64]:
+    """Return the ``count`` images [count] of an epoch; over all epochs each one comes as often as its share says.
+
+    Systematic sampling (Madow, 1949): the shares [n] lie end to end on a line, and ``count`` points at even distances
+    pick the images they fall on. A share is at most one distance, so no image is picked twice. The first point moves on
+    from epoch to epoch and visits ``epochs`` even places in a shuffled order: all points of a training are one even
+    grid, and an image comes in as many epochs as its share of them is, rounded down or up. Where ``count`` is less
+    than the sum of the shares, all of them count for that much less.
+
+    Args:
+        shares: of the epochs, each above 0 and at most 1.
+        count: images in each epoch, at most the sum of the shares.
+        epoch: from 0.
+        epochs: of the whole training.
+        seed: of the training.
+    """
+    ends = np.cumsum(shares, dtype=np.float64)
+    # A stride near the golden section visits every place once, and never two neighbours in a row.
+    stride = next(step for step in range(max(1, round(0.618 * epochs)), 2 * epochs) if math.gcd(step, epochs) == 1)
+    within = np.random.default_rng(seed).integers(2**16) / 2**16  # coarse, so that no sum below rounds up to the end
+    first = (within + epoch * stride % epochs) / epochs  # in distances
+    points = (first + np.arange(count)) * (ends[-1] / count)
+    picked: NDArray[np.int64] = np.searchsorted(ends, points, side="right").astype(np.int64)
+    return picked

@@ -20,7 +20,6 @@ from prgkit.storage.atomic import fingerprint
 from prgkit.storage.tensors import digest_of
 from prgkit.teacher.ensemble import TeacherFeatures
 from prgkit.teacher.zero_shot import ZeroShotClassifier
-from prgkit.training.selection import images_an_epoch
 
 
 class Process(NamedTuple):
@@ -118,3 +117,8 @@ class LabelledDataset:
             teacher = self.dataset.teacher_output(positions, batch.views[:, 0].numpy(), torch.device("cpu"))
             truth = torch.from_numpy(self.labels[positions])
             yield batch.pixels[:, 0], teacher._replace(images=teacher.images + self.first, truth=truth)
+
+
+def images_an_epoch(shares: NDArray[np.float32]) -> int:
+    """Return how many images an epoch has, each image [n] being in this share of the epochs."""
+    return int(shares.sum(dtype=np.float64))

@@ -30,8 +30,7 @@ from prgkit.training.corrections import (
     fit_classifier,
     spread,
 )
-from prgkit.training.dataset import DistillationDataset
-from prgkit.training.selection import sure_enough
+from prgkit.training.dataset import DistillationDataset, images_an_epoch
 from prgkit.training.statistics import Floats
 from prgkit.training.statistics_schema import Statistics
 
@@ -236,3 +235,21 @@ def labels_alone(
         ]
     ).numpy()
     return labels
+
+
+def sure_enough(confidence: NDArray[np.float32], config: Keep) -> NDArray[np.bool_]:
+    """Return which images [n] are learned from.
+
+    Raises:
+        TargetsError: fewer than two images an epoch are left.
+    """
+    chosen: NDArray[np.bool_] = confidence >= config.min_confidence
+    left = images_an_epoch(confidence[chosen]) if config.weighted else int(chosen.sum())
+    if left < 2:
+        raise TargetsError(
+            f"{('no image is', 'only one image is')[left]} left to learn from: the teacher's confidence is at most "
+            f"{float(confidence.max()):.2f}",
+            where=f"data.keep.min_confidence: {config.min_confidence}",
+            fix="lower it, or give class names and prompts that fit the images better",
+        )
+    return chosen

@@ -32,10 +32,7 @@ class Point:
 def accuracy_latency(points: Sequence[Point], *, score_name: str, reference: tuple[str, float] | None = None) -> Markup:
     """Draw each artifact's score (up is better) over its latency (left is better), with the Pareto front.
 
-    Args:
-        points: the measured artifacts.
-        score_name: what the vertical axis shows, with its unit.
-        reference: a name and a score to draw a level line at, such as the teacher's.
+    ``reference`` is a name and a score to draw a level line at, such as the teacher's.
     """
     x, y = accuracy_axes(points, [reference[1]] if reference else [])
     parts, taken = svg.axes(x, y, "latency, ms (median, batch 1)", score_name), list[Box]()

@@ -99,11 +99,11 @@ def test_the_teacher_s_share_has_wilson_s_interval() -> None:
     assert found.top1_interval == pytest.approx((49.016, 94.332), abs=1e-3)
 
 
-def evaluation(count: int, *, keys: bool = True) -> Evaluation:
+def evaluation(count: int) -> Evaluation:
     """The bundle's images are the ticks' of the same number, in reverse; the teacher always says "one"."""
     teacher = np.tile(np.float32([2, 1, 0]), (count, 1))
     names = tuple(f"{n:032x}" for n in range(count, 0, -1))
-    return Evaluation(np.zeros((count, 2, 2, 3), np.uint8), teacher, teacher, teacher, None, names if keys else None)
+    return Evaluation(np.zeros((count, 2, 2, 3), np.uint8), teacher, teacher, teacher, None, names)
 
 
 def logits(answers: list[int]) -> Any:
@@ -154,7 +154,6 @@ def test_why_no_artifact_has_a_figure_is_said() -> None:
         assert section.rows == []
         return notes
 
-    assert "prgkit export makes one that does" in said(evaluation(1, keys=False))[0]
     elsewhere = replace(evaluation(1), keys=("f" * 32,))
     assert "no ticked image is among those that the artifacts are evaluated on" in said(elsewhere)[0]
     assert "not among the labelled ones" in said(replace(elsewhere, labels=np.zeros(1, np.int64)))[0]

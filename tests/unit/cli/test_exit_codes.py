@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from prgkit.cli.main import cli
 from prgkit.errors import PrgkitError
+from prgkit.storage.atomic import write_sealed
 from tests.conftest import TINY_RECIPE, CliResult, PrgkitCommand, raising
 
 
@@ -60,7 +60,7 @@ def test_the_base_install_says_which_extra_a_command_needs(empty_folder: Path, l
     (empty_folder / "run").mkdir()
     (empty_folder / "run/recipe.yaml").write_text(TINY_RECIPE)
     card = {"schema": "prgkit.run/3", "prgkit": "", "created": "", "fingerprint": "", "origin": "..", "finished": False}
-    (empty_folder / "run/card.json").write_text(json.dumps(card))
+    write_sealed(empty_folder / "run/card.json", card)
     code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {line.split()}; from prgkit.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert CliResult(done.returncode, done.stdout, done.stderr) == CliResult(

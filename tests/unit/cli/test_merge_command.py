@@ -53,7 +53,7 @@ def test_reports_are_merged_into_a_comparison_without_a_run(prgkit: PrgkitComman
     assert prgkit("bench a.json b.json --merge --out there --json").json["bench"]["reports"][1]["file"] == "b.json"
     assert (empty_folder / "there/comparison.md").is_file()
     assert prgkit("bench --merge a.json c.json").err == (
-        "Error: there is no c.json\n  where: .\n  fix: name the report.json that prgkit bench wrote\n"
+        "Error: there is no c.json\n  where: .\n  fix: name the report.json that prgkit bench wrote, or measure again: prgkit bench\n"
     )
 
 

@@ -23,8 +23,7 @@ from prgkit.evaluate.bench.journal import (
     open_journal,
     read_lines,
 )
-from prgkit.evaluate.bench.latency import EncodedImages, LatencyPlan
-from prgkit.evaluate.bench.thread_sweep import sweep_threads
+from prgkit.evaluate.bench.latency import EncodedImages, LatencyPlan, sweep_threads
 from prgkit.evaluate.bench.worker import Spec, WorkerFailedError
 from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report.samples import FixedRateSamples, ThreadSweepSamples, WarmUp

@@ -253,5 +253,5 @@ def test_a_runner_with_a_clock_of_its_own_has_a_stage_more() -> None:
     Image.new("RGB", (9, 9)).save(picture, "PNG")
     square = Preprocessing(8, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
     assert resident.take_images([picture.getvalue()], square) == ["compute", "io", "pipeline", "end_to_end"]
-    assert set(resident.measure_stage("compute", 0.001, 0.1)) == {1000}
-    assert resident.measure_stage("end_to_end", 0.0, 0.0)[0] > 1000
+    assert set(resident.measure_stage("compute", seconds=0.001, settle_s=0.1)) == {1000}
+    assert resident.measure_stage("end_to_end", seconds=0.0, settle_s=0.0)[0] > 1000

@@ -182,9 +182,9 @@ def test_openvinos_int8_is_one_artifact_whichever_layout_it_ran() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"rows": None}, "with parts missing"),
-        ({"rows": [{}]}, "with parts missing"),
-        ({"machine": None}, "with parts missing"),
+        ({"rows": None}, r"report\.json is damaged: \w+"),
+        ({"rows": [{}]}, r"report\.json is damaged: \w+"),
+        ({"machine": None}, r"report\.json is damaged: \w+"),
         ({"rows": []}, "nothing was measured in the baseline"),
         ({"rows": [row("onnx-fp32", 2.0, status="failed")]}, "nothing was measured in the baseline"),
     ],
@@ -268,22 +268,11 @@ def test_another_machine_other_images_and_other_threads_are_refused() -> None:
     )
     assert "other evaluation images (2,000 labelled images each)\n" in refused(evaluation={"digest": "e"})
     assert "(2,000 labelled images, now 50 images without labels)" in refused(
-        evaluation={"digest": None, "images": 50, "labelled": False}
+        evaluation={"digest": "e", "images": 50, "labelled": False}
     )
     assert refused(threads=1).startswith(
         "the baseline was measured with --threads 2, and this would be with --threads 1\n"
     )
-
-
-def test_a_report_that_does_not_say_which_images_is_compared_with_a_note() -> None:
-    before = old()
-    del before["evaluation"]["digest"]
-    new = Report.model_validate(old())
-    require_comparable(gate_of(before), new.machine, new.evaluation, threads=2)
-    found = against(old(), before)
-    assert notes_of(found) == [
-        "Not both reports say which images they were measured on: they are taken to be the same."
-    ]
 
 
 def test_a_baseline_is_a_report_or_its_folder_and_is_never_overwritten(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def made_up(*, labelled: bool = True) -> dict[str, Any]:
             "classes": 100,
             "epochs": 12,
         },
-        "evaluation": {"images": 2000, "labelled": labelled, "source": "test-000000.tar"},
+        "evaluation": {"images": 2000, "labelled": labelled, "source": "test-000000.tar", "digest": "d"},
         "teacher": {
             "top1": 61.2 if labelled else None,
             "top5": 86.0 if labelled else None,

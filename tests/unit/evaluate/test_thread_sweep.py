@@ -11,9 +11,8 @@ from PIL import Image
 
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.evaluate.bench.bench import Subject, with_results
-from prgkit.evaluate.bench.latency import Measured
+from prgkit.evaluate.bench.latency import Measured, sweep_threads
 from prgkit.evaluate.bench.metadata import golden_images, stage_images
-from prgkit.evaluate.bench.thread_sweep import sweep_threads
 from prgkit.evaluate.bench.worker import Spec
 from prgkit.evaluate.bench.workers import BenchContext
 from prgkit.evaluate.report import latency_sections

@@ -394,7 +394,8 @@ def export(repvit, folder, notes, *, count, **options):
     teacher = generator.normal(size=(count, 20)).astype(np.float32)
     run = {"name": "test", "fingerprint": "0" * 16, "objective": "prg", "epochs": 1}
     facts = {"run": run, "recipe": {}, "teacher": {"model": "tiny", "fingerprint": ""}, "student": {"model": "repvit"}}
-    evaluation = EvaluationSet(iter(repvit.pixels[64:][:count]), teacher, teacher, None, "made up")
+    keys = tuple(f"{number:032x}" for number in range(count))
+    evaluation = EvaluationSet(iter(repvit.pixels[64:][:count]), teacher, teacher, None, "made up", keys)
     classes = [f"thing {number}" for number in range(20)]
     return export_student(
         TrainedStudent(repvit.student, classes, repvit.preprocessing, StudentOrigin.model_validate(facts)),

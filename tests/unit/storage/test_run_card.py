@@ -46,7 +46,7 @@ def test_a_card_of_another_schema_is_refused_by_its_number(run: Run) -> None:
     write_sealed(run.card_file, {**BEGUN, "schema": "prgkit.run/2"})
     with pytest.raises(RunError) as caught:
         _ = run.card
-    assert caught.value.what == "the run's card is prgkit.run/2, and this prgkit reads prgkit.run/3"
+    assert caught.value.what == "card.json has schema 'prgkit.run/2', not 'prgkit.run/3'"
     assert caught.value.fix == f"delete it, then: prgkit distill '{run.recipe_file}' --run '{run.folder}'"
 
 

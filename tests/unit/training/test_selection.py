@@ -5,7 +5,9 @@ import pytest
 
 from prgkit.config.sections import Keep
 from prgkit.errors import TargetsError
-from prgkit.training.selection import images_an_epoch, sure_enough, systematic_sample
+from prgkit.training.batches import systematic_sample
+from prgkit.training.dataset import images_an_epoch
+from prgkit.training.pseudo_labels import sure_enough
 
 SHARES = np.random.default_rng(0).uniform(0.02, 1, 500).astype(np.float32)
 
