@@ -56,7 +56,7 @@ export again with `export.opset` set to a lower number, down to 17.
 {python_lines(manifest.preprocessing, takes_vectors=takes_vectors)}
 ```
 
-Pictures of every kind are read as they were for training: upright, transparency on white, and grey of more than 8 bits
+{confidence_lines(manifest)}Pictures of every kind are read as they were for training: upright, transparency on white, and grey of more than 8 bits
 by {by_what}. OpenCV's `imread` is another reader: it gives BGR,
 drops transparency, so that what lies under it shows, and keeps the upper 8 of 16 bits. Its resize is another one, too:
 where OpenCV is installed, `prgkit bench` says by how much.
@@ -66,6 +66,20 @@ where OpenCV is installed, `prgkit bench` says by how much.
 
 `golden/` holds source pictures, prepared inputs and expected logits; `evaluation/` held-out images with the teacher's
 and the student's logits. `prgkit bench` in this folder checks the first and measures on the second.
+"""
+
+
+def confidence_lines(manifest: Manifest) -> str:
+    """Return how logits become the probabilities that `prgkit predict` gives; nothing where they are not calibrated."""
+    facts = manifest.confidence
+    if facts is None:
+        return ""
+    divided = f"logits / {facts.temperature:g}"
+    return f"""Calibrated probabilities are `p = np.exp({divided}); p /= p.sum()`, for every file here: the
+temperature was fitted on {facts.images:,} images that the student did not learn from. Where
+`np.log(np.exp({divided}).sum())` is below {facts.reject_below:.4g}, as for one in twenty of such images, a picture
+probably shows none of the classes.
+
 """
 
 
