@@ -36,7 +36,11 @@ def readme(manifest: Manifest) -> str:
     scoring, opset = manifest.open_vocabulary, manifest.export.opset
     takes_vectors = takes_class_vectors(manifest)
     second = f" and `class_vectors` [classes, {scoring.width}] float32" if scoring and takes_vectors else ""
-    others = [*(known.how_to_run(manifest) for known in FORMATS), vocabulary_section(manifest)]
+    others = [
+        confidence_lines(manifest),
+        *(known.how_to_run(manifest) for known in FORMATS),
+        vocabulary_section(manifest),
+    ]
     return f"""# {manifest.student.model}, {classes} classes, {size_told(size)} px
 
 Made by prgkit from the teacher {teacher}. Input `pixels` [batch, {height}, {width}, 3] uint8 RGB{second}, output
@@ -56,7 +60,7 @@ export again with `export.opset` set to a lower number, down to 17.
 {python_lines(manifest.preprocessing, takes_vectors=takes_vectors)}
 ```
 
-{confidence_lines(manifest)}Pictures of every kind are read as they were for training: upright, transparency on white, and grey of more than 8 bits
+Pictures of every kind are read as they were for training: upright, transparency on white, and grey of more than 8 bits
 by {by_what}. OpenCV's `imread` is another reader: it gives BGR,
 drops transparency, so that what lies under it shows, and keeps the upper 8 of 16 bits. Its resize is another one, too:
 where OpenCV is installed, `prgkit bench` says by how much.
@@ -75,10 +79,9 @@ def confidence_lines(manifest: Manifest) -> str:
     if facts is None:
         return ""
     divided = f"logits / {facts.temperature:g}"
-    return f"""Calibrated probabilities are `p = np.exp({divided}); p /= p.sum()`, for every file here: the
-temperature was fitted on {facts.images:,} images that the student did not learn from. Where
-`np.log(np.exp({divided}).sum())` is below {facts.reject_below:.4g}, as for one in twenty of such images, a picture
-probably shows none of the classes.
+    return f"""`z = {divided}; energy = np.logaddexp.reduce(z); np.exp(z - energy)` gives calibrated probabilities,
+whichever file ran: the temperature was fitted on {facts.images:,} images that the student did not learn from.
+Where `energy` is below {facts.reject_below:.4g}, as for one in twenty of such images, a picture probably shows none of the classes.
 
 """
 

@@ -93,8 +93,8 @@ def energy(logits: Logits) -> NDArray[np.float64]:
 
     The negative energy of Liu et al., "Energy-based Out-of-distribution Detection", 2020.
     """
-    shifted = logits.max(axis=1).astype(np.float64)
-    return shifted - log_softmax(logits).max(axis=1)
+    energies: NDArray[np.float64] = np.logaddexp.reduce(logits.astype(np.float64), axis=1)
+    return energies
 
 
 def describe_confidence(facts: Confidence | None) -> str:
