@@ -24,7 +24,7 @@ from prgkit.export.bundle.confidence import TEMPERATURES, confidences, energy, f
 from prgkit.export.runtimes import open_runner
 from prgkit.metrics import Logits, calibration_error, log_softmax
 
-COUNTS = (60, 120, 500)  # images that a temperature is fitted on
+COUNTS = (60, 120, 500)
 DRAWS = 40
 MOST_IMAGES = 1000  # of another source
 Scores = NDArray[np.float64]
@@ -125,7 +125,7 @@ def measure(bundle: Bundle, others: dict[str, str]) -> dict[str, Any]:
         "images": len(known),
         "top1": 100 * float((known.argmax(axis=1) == evaluation.labels).mean()),
         "agreement": 100 * float((known.argmax(axis=1) == answers).mean()),
-        "bundle": facts.model_dump(include={"temperature", "images", "calibration_error", "uncalibrated_error"}),
+        "bundle": facts.model_dump(include={"temperature", "images"}),
         "ece_teacher": {
             "before": calibration_error(evaluation.logits, answers),
             "after": calibration_error(known, answers),

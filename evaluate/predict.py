@@ -87,7 +87,11 @@ def worth(manifest: Manifest, artifact: Artifact, min_confidence: float) -> str:
     """Say what a bundle promises of answers with that confidence, or that it promises nothing."""
     if manifest.confidence is None:
         return uncalibrated(manifest)
-    shared = "" if artifact.precision == "fp32" else f" (measured in FP32, which {artifact.name} stands for)"
+    shared = (
+        ""
+        if artifact.precision == "fp32"
+        else f" (measured with the FP32 file, whose temperature {artifact.name} shares)"
+    )
     return promise(manifest.confidence, min_confidence) + shared
 
 

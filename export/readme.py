@@ -80,8 +80,8 @@ def confidence_lines(manifest: Manifest) -> str:
         return ""
     divided = f"logits / {facts.temperature:g}"
     return f"""`z = {divided}; energy = np.logaddexp.reduce(z); np.exp(z - energy)` gives calibrated probabilities,
-whichever file ran: the temperature was fitted on {facts.images:,} images that the student did not learn from.
-Where `energy` is below {facts.reject_below:.4g}, as for one in twenty of such images, a picture probably shows none of the classes.
+whichever file ran: the temperature was fitted on {facts.images:,} images that the student did not learn from. Where
+`energy` is below {facts.reject_below:.4g}, as for one in twenty of such images, a picture may show none of the classes.
 
 """
 

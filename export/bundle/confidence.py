@@ -13,6 +13,7 @@ from prgkit.metrics import Logits, calibration_error, log_softmax, wilson
 
 LEAST_IMAGES = 20  # with fewer, neither a temperature nor a share of right answers says anything
 LEAST_TICKS = 50  # of held-out images; with fewer, the teacher's answers to all of them say more
+IMAGES_A_BIN = 50  # of the calibration error: of fewer, the share of right answers differs by chance alone
 TEMPERATURES = (0.05, 20.0)  # the least and the largest
 PASSING = 0.95  # of the held-out images
 
@@ -46,12 +47,13 @@ def measure_confidence(
     temperature = fit_temperature(judged, right)
     confidence = np.floor(1e4 * confidences(judged / temperature)) / 1e4
     labels = np.where(right, judged.argmax(axis=1), -1)
+    bins = max(1, min(15, len(judged) // IMAGES_A_BIN))
     return Confidence(
         temperature=temperature,
         fitted_to="ticks" if by_ticks else "teacher",
         images=len(judged),
-        calibration_error=calibration_error(judged / temperature, labels),
-        uncalibrated_error=calibration_error(judged, labels),
+        calibration_error=calibration_error(judged / temperature, labels, bins=bins),
+        uncalibrated_error=calibration_error(judged, labels, bins=bins),
         right=tuple(np.sort(confidence[right]).tolist()),
         wrong=tuple(np.sort(confidence[~right]).tolist()),
         held_out=len(logits),
