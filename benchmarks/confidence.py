@@ -20,9 +20,10 @@ from sklearn.metrics import roc_auc_score
 
 from prgkit.data.sources import open_images
 from prgkit.export.bundle.bundle import Bundle, Evaluation, batches, fp32_onnx, open_bundle, read_evaluation
-from prgkit.export.bundle.confidence import TEMPERATURES, confidences, energy, fit_temperature
+from prgkit.export.bundle.confidence import LEAST_IMAGES, TEMPERATURES, confidences, energy, fit_temperature
+from prgkit.export.bundle.manifest import Confidence
 from prgkit.export.runtimes import open_runner
-from prgkit.metrics import Logits, calibration_error, log_softmax
+from prgkit.metrics import Logits, calibration_error, log_softmax, wilson
 
 COUNTS = (60, 120, 500)
 DRAWS = 40
@@ -111,6 +112,18 @@ def rejection(known: Logits, unknown: Logits) -> dict[str, dict[str, float]]:
     return rows
 
 
+def promises(facts: Confidence, confidence: Scores, same: NDArray[np.bool_]) -> list[dict[str, float]]:
+    """Return what a bundle promises of answers from a confidence on, and what the evaluation images keep of it."""
+    rows = []
+    for least in (0.5, 0.7, 0.9):
+        right, wrong = (sum(value >= least for value in values) for values in (facts.right, facts.wrong))
+        if right + wrong >= LEAST_IMAGES:
+            low, high = wilson(right, right + wrong)
+            row = {"promised": low, "at_most": high, "seen": 100 * same[confidence >= least].mean()}
+            rows.append({"least": least, **named(row, row.values()), "images": int((confidence >= least).sum())})
+    return rows
+
+
 def measure(bundle: Bundle, others: dict[str, str]) -> dict[str, Any]:
     """Return everything that is measured of one bundle."""
     evaluation, facts = read_evaluation(bundle.folder), bundle.manifest.confidence
@@ -134,6 +147,7 @@ def measure(bundle: Bundle, others: dict[str, str]) -> dict[str, Any]:
             "before": calibration_error(evaluation.logits, evaluation.labels),
             "after": calibration_error(known, evaluation.labels),
         },
+        "promises": promises(facts, confidences(known), known.argmax(axis=1) == answers),
         "fits": fits(evaluation),
         "unknown": {name: rejection(known, logits) for name, logits in unknown.items()},
         "rejected": {
