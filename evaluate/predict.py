@@ -15,9 +15,11 @@ from prgkit.data.archives import TAR, is_archive
 from prgkit.data.decode import GreyRange
 from prgkit.data.preprocessing import load_image
 from prgkit.data.sources import open_images
-from prgkit.errors import PrgkitError
+from prgkit.errors import ExportError, PrgkitError
 from prgkit.evaluate.selection import selected_artifact
 from prgkit.export.bundle.bundle import open_bundle, verify_artifact
+from prgkit.export.bundle.confidence import energy, promise, uncalibrated
+from prgkit.export.bundle.manifest import Artifact, Manifest
 from prgkit.export.runtimes import open_runner
 from prgkit.metrics import log_softmax
 
@@ -28,23 +30,31 @@ def predict(
     *,
     top_k: int,
     min_confidence: float,
+    reject_unknown: bool = False,
     bench: Path | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict[str, Any]]:
     """Yield for each picture its class and the ``top_k`` (name, probability) pairs, best first.
 
     A folder or an archive among ``images`` stands for its pictures. Below ``min_confidence`` the class is None and
-    ``abstained`` is true; the probabilities are still there. A picture that cannot be read has an ``error`` in place of
-    an answer: what, where, fix.
+    ``abstained`` is true; the probabilities are still there, calibrated where the bundle knows their temperature. The
+    same where ``reject_unknown`` asks for it and a picture seems to show no class, which is ``rejected``. A picture
+    that cannot be read has an ``error`` in place of an answer: what, where, fix.
 
     ``bench`` is where this machine's measurements of the bundle are: the artifact that its selection.json names
     is run, the FP32 file otherwise.
 
     Raises:
-        PrgkitError: the bundle or selection.json is damaged.
+        PrgkitError: the bundle or selection.json is damaged, or the bundle does not know what shows no class.
     """
     bundle = open_bundle(folder, verify=())
+    facts = bundle.manifest.confidence
+    if reject_unknown and facts is None:
+        why = "pictures of none of the classes cannot be told: " + uncalibrated(bundle.manifest)
+        raise ExportError(why, where=folder, fix="leave --reject-unknown out")
     artifact = selected_artifact(bundle, bench)
+    if min_confidence or bundle.manifest.relabelled:
+        note(worth(bundle.manifest, artifact, min_confidence))
     verify_artifact(folder, artifact)
     runner = open_runner(folder, artifact)
     try:
@@ -56,18 +66,33 @@ def predict(
                     where = None if error.where is None else str(error.where)
                     yield {"image": name, "error": {"what": error.what, "where": where, "fix": error.fix}}
                     continue
-                probabilities = np.exp(log_softmax(runner.run(pixels)))[0]  # [classes]
+                logits = runner.run(pixels) / bundle.manifest.temperature
+                probabilities = np.exp(log_softmax(logits))[0]  # [classes]
                 best = np.argsort(-probabilities, kind="stable")[:top_k]
-                abstained = bool(probabilities[best[0]] < min_confidence)
+                rejected = bool(reject_unknown and facts and energy(logits)[0] < facts.reject_below)
+                abstained = rejected or bool(probabilities[best[0]] < min_confidence)
                 yield {
                     "image": name,
                     "artifact": runner.name,
                     "class": None if abstained else bundle.classes[best[0]],
                     "abstained": abstained,
+                    "rejected": rejected,
                     "top": [(bundle.classes[index], round(float(probabilities[index]), 6)) for index in best],
                 }
     finally:
         runner.close()
+
+
+def worth(manifest: Manifest, artifact: Artifact, min_confidence: float) -> str:
+    """Say what a bundle promises of answers with that confidence, or that it promises nothing."""
+    if manifest.confidence is None:
+        return uncalibrated(manifest)
+    shared = (
+        ""
+        if artifact.precision == "fp32"
+        else f" (measured with the FP32 file, whose temperature {artifact.name} shares)"
+    )
+    return promise(manifest.confidence, min_confidence) + shared
 
 
 def pictures_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -16,13 +16,20 @@ from prgkit.config.recipe import Recipe
 from prgkit.data.index import ImageIndex, read_image_index, select_labelled
 from prgkit.data.preprocessing import Preprocessing, trimmed
 from prgkit.data.snapshot import restrict_to_snapshot
-from prgkit.data.ticks import audited_keys, bring_ticks
-from prgkit.errors import ExportError
+from prgkit.data.ticks import audited_keys, bring_ticks, ticks_in
+from prgkit.errors import ExportError, ImagesError
 from prgkit.export.bundle.artifact_cache import alone_in
 from prgkit.export.bundle.manifest import Manifest, RunFacts, StudentFacts, TeacherFacts
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.student_export import CalibrationSet
-from prgkit.export.pipeline import EvaluationSet, ExportImages, StudentOrigin, TrainedStudent, export_student
+from prgkit.export.pipeline import (
+    EvaluationSet,
+    ExportImages,
+    HeldOutSet,
+    StudentOrigin,
+    TrainedStudent,
+    export_student,
+)
 from prgkit.progress import Progress
 from prgkit.storage.atomic import sha256
 from prgkit.storage.locks import locked
@@ -72,18 +79,19 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
         )
     seen = existing_targets(recipe, run.target_stores[0].parent) or ()
     grey, classes = grey_of(run), None
+    learned = cache(lambda: images_of(run, recipe, seen, progress))
     if spec := recipe.data.evaluation_spec:
         labelled_images = read_image_index(spec, progress, known=seen, grey=grey)
         images, classes = select_labelled(labelled_images, recipe.classes, note=progress.note)
     else:
-        images = images_of(run, recipe, seen, progress)
-    positions = evaluation_positions(images, recipe, first=audited_keys(run))
+        images = learned()
+    positions = evaluation_positions(images, recipe, labelled=classes is not None, first=audited_keys(run))
     teacher = teacher_answers(run, recipe, images, positions, progress)
     if options.class_vectors and student.scorer is None:
-        student.use_class_vectors(teacher.classifier.class_vectors(), teacher.classifier.logit_scale)
+        student.use_class_vectors(*teacher.classifier.scoring())
     preprocessing = replace(student.preprocessing, grey_range=grey)
     prepare = preprocessing.prepare
-    checked = [prepare(picture) for picture in parity_pictures(run, images, positions, recipe, seen, progress)]
+    checked = [prepare(picture) for picture in parity_pictures(images, positions, recipe, learned)]
     if len(checked) < PARITY_IMAGES:
         progress.note(f"there are {len(checked)} images to compare the exports on; {PARITY_IMAGES} would be better")
     evaluation = EvaluationSet(
@@ -103,7 +111,8 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
             np.stack(checked),
             golden_pictures(images, positions),
             evaluation,
-            cache(lambda: calibration_set(run, images, positions, preprocessing, recipe, seen, progress)),
+            cache(lambda: calibration_set(run, images, positions, preprocessing, recipe, learned)),
+            held_out_set(run, recipe, evaluation, learned, preprocessing, progress),
         ),
         run.bundle,
         options,
@@ -141,13 +150,15 @@ def origin_of_student(run: Run, recipe: Recipe, student: Student) -> StudentOrig
     )
 
 
-def evaluation_positions(images: ImageIndex, recipe: Recipe, *, first: Container[str] = ()) -> NDArray[np.int64]:
-    """Return which images travel: labelled ones where the recipe names them, else those held out from training.
+def evaluation_positions(
+    images: ImageIndex, recipe: Recipe, *, labelled: bool = False, first: Container[str] = ()
+) -> NDArray[np.int64]:
+    """Return which images travel: all that are ``labelled``, else those held out from training.
 
     Where there are more than travel, those with the keys in ``first`` go before the others. The catalogue is ordered by
     content key, so the first ones are a random sample.
     """
-    chosen = np.arange(len(images)) if recipe.data.evaluation else hold_out(images.keys, recipe.data.held_out)
+    chosen = np.arange(len(images)) if labelled else hold_out(images.keys, recipe.data.held_out)
     before = np.array([images.keys[position] in first for position in chosen], dtype=bool)
     return np.sort(np.concatenate([chosen[before], chosen[~before]])[: recipe.export.evaluation_images])
 
@@ -160,7 +171,7 @@ def images_of(run: Run, recipe: Recipe, seen: Container[str], progress: Progress
 
 
 def parity_pictures(
-    run: Run, images: ImageIndex, positions: NDArray[np.int64], recipe: Recipe, seen: Container[str], progress: Progress
+    images: ImageIndex, positions: NDArray[np.int64], recipe: Recipe, learned: Callable[[], ImageIndex]
 ) -> Iterator[Image.Image]:
     """Yield up to `PARITY_IMAGES` distinct pictures: the ones that travel, then others, then ones learned from.
 
@@ -171,10 +182,40 @@ def parity_pictures(
         yield images.read(position)
     if len(order) < PARITY_IMAGES and recipe.data.evaluation:
         taken = set(images.keys)
-        learned = images_of(run, recipe, seen, progress)
-        others = (position for position, key in enumerate(learned.keys) if key not in taken)
+        others = (position for position, key in enumerate(learned().keys) if key not in taken)
         for position in islice(others, PARITY_IMAGES - len(order)):
-            yield learned.read(position)
+            yield learned().read(position)
+
+
+def held_out_set(
+    run: Run,
+    recipe: Recipe,
+    evaluation: EvaluationSet,
+    learned: Callable[[], ImageIndex],
+    preprocessing: Preprocessing,
+    progress: Progress,
+) -> HeldOutSet | None:
+    """Return the images that selected the student, for its confidences: no label is read, and no student learned these.
+
+    None, which is said, where the images that the run was made from are gone.
+    """
+    ticks = ticks_in(run.ticks_file, recipe.classes) or ()  # bench says what is wrong with them
+    if evaluation.labels is None:
+        assert evaluation.keys is not None
+        return HeldOutSet(None, evaluation.teacher_logits, evaluation.keys, ticks)
+    try:
+        index = learned()
+    except ImagesError as error:
+        progress.note(f"confidences are not calibrated: {error.what}")
+        return None
+    index = index.subset(evaluation_positions(index, recipe, first=audited_keys(run)))
+    everything = np.arange(len(index))
+    return HeldOutSet(
+        prepared=(preprocessing.prepare(index.read(position)) for position in range(len(index))),
+        teacher_logits=teacher_answers(run, recipe, index, everything, progress).logits,
+        keys=index.keys,
+        ticks=ticks,
+    )
 
 
 def calibration_set(
@@ -183,8 +224,7 @@ def calibration_set(
     positions: NDArray[np.int64],
     preprocessing: Preprocessing,
     recipe: Recipe,
-    seen: Container[str],
-    progress: Progress,
+    learned: Callable[[], ImageIndex],
 ) -> CalibrationSet:
     """Return the images that the student learned from, for INT8's ranges.
 
@@ -192,7 +232,7 @@ def calibration_set(
     """
     image_index, apart = images, {images.keys[position] for position in positions.tolist()}
     if recipe.data.evaluation:
-        image_index = images_of(run, recipe, seen, progress)
+        image_index = learned()
     places = np.setdiff1d(np.arange(len(image_index)), hold_out(image_index.keys, recipe.data.held_out))
     if recipe.data.keep.asks:
         places = places[sure_enough(confidence_of(run, images=len(places)), recipe.data.keep)]

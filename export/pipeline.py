@@ -19,15 +19,25 @@ from torch import nn
 import prgkit
 from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
+from prgkit.data.ticks import Tick
 from prgkit.errors import DiskFullError, ExportError
 from prgkit.export.bundle.artifact_cache import ArtifactCache, building
-from prgkit.export.bundle.bundle import input_spec, output_spec, write_evaluation, write_golden
+from prgkit.export.bundle.bundle import (
+    STUDENT_BATCH,
+    batches,
+    input_spec,
+    output_spec,
+    write_evaluation,
+    write_golden,
+)
 from prgkit.export.bundle.checksums import checksums
+from prgkit.export.bundle.confidence import describe_confidence, measure_confidence
 from prgkit.export.bundle.manifest import (
     MATRIX,
     VECTORS,
     Artifact,
     ClassScoring,
+    Confidence,
     EvaluationFacts,
     Facts,
     Manifest,
@@ -88,6 +98,16 @@ class EvaluationSet:
 
 
 @dataclass(frozen=True)
+class HeldOutSet:
+    """The images that selected the student, with what the teacher and a person said of them."""
+
+    prepared: Iterable[NDArray[np.uint8]] | None  # n times [S, S, 3]; None: they are the evaluation images
+    teacher_logits: NDArray[np.float32]  # [n, classes]
+    keys: Sequence[str]  # n content keys
+    ticks: Iterable[Tick] = ()
+
+
+@dataclass(frozen=True)
 class ExportImages:
     """The images of an export."""
 
@@ -95,6 +115,7 @@ class ExportImages:
     golden: Sequence[Image.Image]
     evaluation: EvaluationSet
     calibration: Callable[[], CalibrationSet] | None = None  # that INT8 is fitted to
+    held_out: HeldOutSet | None = None  # that confidences are calibrated on
 
 
 def export_student(
@@ -131,7 +152,8 @@ def export_student(
             origin=origin_of(student.network, images.parity, student.classes, student.preprocessing, options),
             note=note,
         )
-        made = [make_first(formats[0], export, student, images)]  # FORMATS begins with FP32
+        first, confidence = make_first(formats[0], export, student, images)  # FORMATS begins with FP32
+        made = [first]
         made += [make(known, export) for known in formats[1:]]
         if options.class_vectors == "input":
             export.artifacts[:] = [export.take_class_vectors(artifact) for artifact in export.artifacts]
@@ -142,7 +164,7 @@ def export_student(
         artifacts = (*export.artifacts, *stay)
         export.cache.leave_only(artifacts)
         not_kept = [facts for result in made for facts in result.not_kept]
-        manifest = manifest_of(student, images, options, artifacts, (*not_kept, *refused), checksums(new))
+        manifest = manifest_of(student, images, options, artifacts, (*not_kept, *refused), checksums(new), confidence)
         write_manifest(new, manifest)
     return manifest
 
@@ -154,13 +176,25 @@ def make(known: Format, export: StudentExport) -> Made:
     return made
 
 
-def make_first(known: Format, export: StudentExport, student: TrainedStudent, images: ExportImages) -> Made:
+def make_first(
+    known: Format, export: StudentExport, student: TrainedStudent, images: ExportImages
+) -> tuple[Made, Confidence | None]:
     """Make the FP32 file, and send the images through it: other files are judged by its logits."""
     made = make(known, export)
-    logits = write_images(student, images, export.folder)
+    logits, held_out = write_images(student, images, export.folder)
     if student.scorer is not None:
         export.note(agreement_sentence(logits, images.evaluation.teacher_logits))
-    return made
+    if images.held_out is None:
+        return made, None
+    confidence = measure_confidence(
+        held_out,
+        images.held_out.teacher_logits,
+        keys=images.held_out.keys,
+        ticks=images.held_out.ticks,
+        classes=student.classes,
+    )
+    export.note(describe_confidence(confidence))
+    return made, confidence
 
 
 def manifest_of(
@@ -170,6 +204,7 @@ def manifest_of(
     artifacts: tuple[Artifact, ...],
     not_kept: tuple[NotKept, ...],
     checksums: dict[str, str],
+    confidence: Confidence | None,
 ) -> Manifest:
     """Return all that is known of a bundle."""
     evaluation = images.evaluation
@@ -190,6 +225,7 @@ def manifest_of(
         evaluation=EvaluationFacts(
             images=len(evaluation.teacher_logits), labelled=evaluation.labels is not None, source=evaluation.source
         ),
+        confidence=confidence,
         checksums=checksums,
     )
 
@@ -209,9 +245,12 @@ def wanted_formats(options: ExportOptions) -> list[Format]:
     return formats
 
 
-def write_images(student: TrainedStudent, images: ExportImages, folder: Path) -> NDArray[np.float32]:
-    """Write the golden and the evaluation images with the FP32 file's logits; return those of the latter [n, classes].
+def write_images(
+    student: TrainedStudent, images: ExportImages, folder: Path
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Write the golden and the evaluation images with the FP32 file's logits.
 
+    Returned are those of the evaluation images [n, classes], and of the held-out ones [m, classes], which stay here.
     Where the vocabulary is open, features and class vectors lie beside them.
     """
     runner: OnnxRunner | FeatureRunner
@@ -235,8 +274,11 @@ def write_images(student: TrainedStudent, images: ExportImages, folder: Path) ->
         keys=evaluation.keys,
     )
     keep_features(folder / "evaluation", runner, evaluation.teacher_features)
+    held_out = logits
+    if images.held_out is not None and images.held_out.prepared is not None:
+        held_out = np.concatenate([runner.run(batch) for batch in batches(images.held_out.prepared, STUDENT_BATCH)])
     runner.close()
-    return logits
+    return logits, held_out
 
 
 def class_scoring(student: TrainedStudent, options: ExportOptions) -> ClassScoring | None:

@@ -177,6 +177,7 @@ def write_relabelled(
             "artifacts": tuple(artifacts),
             "not_kept": (),
             "evaluation": bundle.manifest.evaluation.model_copy(update={"labelled": labelled}),
+            "confidence": None,  # it is of the old classes
             "open_vocabulary": scoring.model_copy(update={"relabelled": now}),
             "checksums": checksums(new),
         }

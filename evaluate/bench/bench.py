@@ -121,6 +121,7 @@ def bench(
             note=note,
             before_round=lambda round_: monitor.sample(),
         )
+        notes += metadata.confidence_notes(subject.bundle, subject.evaluation)
         results = measure(subject, rows, specs, options, context)
         notes += [*metadata.vocabulary_notes(bundle), *journal.notes]
         command = command or options.command(bundle_folder, threads=threads)
@@ -243,6 +244,10 @@ def accuracy(row: Row, logits: NDArray[np.float32], subject: Subject) -> dict[st
     evaluation = subject.evaluation
     scores = metrics.scores(logits, teacher=evaluation.teacher_logits, fp32=evaluation.logits, labels=evaluation.labels)
     figures: dict[str, object] = scores._asdict()
+    if evaluation.labels is not None:
+        figures["calibration_error"] = metrics.calibration_error(
+            logits / subject.bundle.manifest.temperature, evaluation.labels
+        )
     if row.precision == "int8":
         same = round((scores.agreement_fp32 or 0) * len(logits) / 100)
         figures["faithful"] = fidelity(same, len(logits)).holds(subject.bundle.manifest.fidelity_floor())
@@ -301,6 +306,7 @@ def write(out: Path, subject: Subject, results: Results, report: Report) -> None
     """Write the report, and what `predict` runs on this machine from now on."""
     write_selection(out, subject.bundle, results.int8)
     logits = student_logits(results.session, subject.evaluation)
+    logits = logits / subject.bundle.manifest.temperature  # as sure as predict
     examples = choose_examples(subject.evaluation, logits, subject.bundle.classes)
     write_report(out, report, samples=results.samples, pictures=examples)
 

@@ -22,6 +22,7 @@ from prgkit.evaluate.report.schema import (
     TeacherScores,
 )
 from prgkit.export.bundle.bundle import Bundle, Evaluation
+from prgkit.export.bundle.confidence import describe_confidence
 from prgkit.export.bundle.engine_metadata import load_engine_metadata
 from prgkit.storage.atomic import fingerprint
 from prgkit.storage.run import Run
@@ -137,6 +138,21 @@ def vocabulary_notes(bundle: Bundle) -> list[str]:
             "those that the student learned with, and ticks of those are left out."
         )
     return notes
+
+
+def confidence_notes(bundle: Bundle, evaluation: Evaluation) -> list[str]:
+    """Say how confidences were calibrated, and how far they are from any labels; nothing where they were not."""
+    facts = bundle.manifest.confidence
+    if facts is None:
+        return []
+    said = describe_confidence(facts)
+    if evaluation.labels is not None:
+        after, before = (
+            metrics.calibration_error(evaluation.logits / temperature, evaluation.labels)
+            for temperature in (facts.temperature, 1)
+        )
+        said += f"; by the labels of the evaluation images {after:.1f} points, {before:.1f} without"
+    return [f"{said[0].upper()}{said[1:]}."]
 
 
 def training_records(bundle: Bundle, run_folder: Path | None) -> list[Epoch]:

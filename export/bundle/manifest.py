@@ -194,6 +194,20 @@ class EvaluationFacts(Facts):
     source: str
 
 
+class Confidence(Facts):
+    """What the confidences of the FP32 student are worth, on images that it did not learn from."""
+
+    temperature: float  # logits are divided by it before the softmax
+    fitted_to: Literal["teacher", "ticks"]  # whose answers are the right ones
+    images: int  # with a right answer
+    calibration_error: float  # expected, in percent points, with the temperature
+    uncalibrated_error: float  # and without
+    right: tuple[float, ...]  # the confidence of every right answer, in ascending order
+    wrong: tuple[float, ...]
+    held_out: int  # images, ticked or not
+    reject_below: float  # the energy of logits / temperature that 95 % of those reach
+
+
 class Manifest(Facts):
     """All that is known of a bundle."""
 
@@ -211,12 +225,18 @@ class Manifest(Facts):
     artifacts: tuple[Artifact, ...]
     not_kept: tuple[NotKept, ...] = ()
     evaluation: EvaluationFacts
+    confidence: Confidence | None = None  # None: too few held-out images, or other classes since
     checksums: dict[str, str] = {}  # SHA-256 of the images, logits and labels, by path in the bundle
 
     @property
     def export(self) -> Export:
         """The recipe's section on exports."""
         return Export.model_validate(self.recipe.get("export") or {}, strict=False)
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by before the softmax: 1 where nothing is known."""
+        return self.confidence.temperature if self.confidence else 1.0
 
     @property
     def relabelled(self) -> str | None:

@@ -110,6 +110,22 @@ def test_predict_gives_the_torch_students_answer(bundle: Path, repvit: Any) -> N
         np.testing.assert_allclose([told[name] for name in classes], probabilities, atol=1e-4)
 
 
+def test_predict_promises_and_rejects(bundle: Path, tmp_path: Path) -> None:
+    here = shutil.copytree(bundle, tmp_path / "bundle")
+    manifest = json.loads((here / "manifest.json").read_text())
+    manifest["confidence"] = {
+        "temperature": 2.0, "fitted_to": "ticks", "images": 50, "calibration_error": 1.0, "uncalibrated_error": 2.0,
+        "right": [0.9] * 50, "wrong": [], "held_out": 50, "reject_below": 1e9,
+    }  # fmt: skip
+    del manifest["digest"]
+    (here / "manifest.json").write_text(json.dumps(manifest))
+    done = prgkit("predict", "golden/00.png", "--min-confidence", "0.5", "--reject-unknown", cwd=here)
+    assert done.stdout.startswith("golden/00.png: none of the classes")
+    assert done.stderr.startswith(
+        "of the answers at 0.5 or above, at least 92.9 % were right on ticked held-out images"
+    )
+
+
 def test_the_readmes_lines_give_the_same_answer_there(bundle: Path) -> None:
     """They are run as they stand."""
     lines = (bundle / "README.md").read_text().split("```python\n")[1].split("```")[0]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from prgkit.storage.atomic import read_json, write_sealed
 from tests.conftest import PrgkitCommand
 
 
@@ -60,6 +63,58 @@ def test_predict_takes_folders_and_archives(prgkit: PrgkitCommand, project_copy:
     result = prgkit("predict empty")
     assert (result.code, result.out) == (1, "")
     assert result.err.startswith("Error: empty holds no images\n  where: empty\n  fix: it is empty")
+
+
+CALIBRATED = {
+    "temperature": 4.0, "fitted_to": "teacher", "images": 40, "calibration_error": 1.0, "uncalibrated_error": 9.0,
+    "right": [0.5] * 39, "wrong": [0.3], "held_out": 40, "reject_below": -1e9,
+}  # fmt: skip
+
+
+def calibrate(confidence: Any) -> None:
+    """Change what the bundle says of its confidences; None takes it out, as in a bundle of before."""
+    path = Path("runs/tiny/bundle/manifest.json")
+    manifest = read_json(path)
+    manifest.pop("confidence")
+    write_sealed(path, manifest if confidence is None else {**manifest, "confidence": confidence})
+
+
+def test_confidence_is_calibrated_and_a_promise(prgkit: PrgkitCommand, project_copy: Path) -> None:
+    picture = "predict photos/00.png --json --min-confidence"
+    result = prgkit(picture, "0.2")  # five images are held out
+    assert result.err == "confidences are not calibrated: prgkit export does so, with 20 held-out images or more\n"
+    (before,) = result.json["predict"]
+    calibrate(CALIBRATED)
+    result = prgkit(picture, "0.2")
+    assert result.err == (
+        "of the answers at 0.2 or above, at least 87.1 % were the teacher's on held-out images (39 of 40; lower 95 % "
+        "bound); 100.0 % of the 40 images have one\n"
+    )
+    (after,) = result.json["predict"]
+    cooled = {name: probability**0.25 for name, probability in before["top"]}  # softmax(logits / 4)
+    for name, probability in after["top"]:
+        assert probability == pytest.approx(cooled[name] / sum(cooled.values()), abs=1e-5)
+    assert prgkit("predict photos/00.png").err == ""
+
+
+def test_what_shows_none_of_the_classes_is_rejected_where_that_is_asked_for(
+    prgkit: PrgkitCommand, project_copy: Path
+) -> None:
+    line = "predict photos/00.png --top-k 1"
+    calibrate({**CALIBRATED, "reject_below": 1e9})
+    assert prgkit(f"{line} --reject-unknown").out.startswith("photos/00.png: none of the classes  (")
+    (answer,) = prgkit(f"{line} --reject-unknown --json").json["predict"]
+    assert (answer["class"], answer["abstained"], answer["rejected"]) == (None, True, True)
+    (answer,) = prgkit(f"{line} --json").json["predict"]
+    assert (answer["class"], answer["abstained"], answer["rejected"]) == (answer["top"][0][0], False, False)
+    calibrate(CALIBRATED)
+    assert not prgkit(f"{line} --reject-unknown --json").json["predict"][0]["rejected"]
+    calibrate(None)
+    result = prgkit(f"{line} --reject-unknown")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(
+        "Error: pictures of none of the classes cannot be told: confidences are not calibrated: prgkit export does so"
+    )
 
 
 def test_predict_says_what_it_answers_as_it_goes(project_copy: Path) -> None:

@@ -755,7 +755,7 @@ def test_nothing_that_is_held_out_is_learned_from(tmp_path):
     images = read_image_index(recipe.data.image_spec, NullProgress())
     positions = evaluation_positions(images, recipe)
     run = Run(tmp_path / "run")
-    learned = calibration_set(run, images, positions[:-1], preprocessing, recipe, (), NullProgress())
+    learned = calibration_set(run, images, positions[:-1], preprocessing, recipe, lambda: images)
     taken = {pixels.tobytes() for pixels in learned.read(np.arange(learned.images))}
     held = {preprocessing.prepare(images.read(place)).tobytes() for place in hold_out(images.keys, 0.3).tolist()}
     assert (len(taken), len(held)) == (60 - len(positions), len(positions))
@@ -767,9 +767,9 @@ def test_nothing_that_is_held_out_is_learned_from(tmp_path):
     )
     write_sealed(run.answers_file, found.model_dump())
     recipe = load_recipe("custom", overrides=[*sets, "data.keep.min_confidence=0.5"])
-    sure = calibration_set(run, images, positions, preprocessing, recipe, (), NullProgress())
+    sure = calibration_set(run, images, positions, preprocessing, recipe, lambda: images)
     half = learned.read(np.arange(learned.images))[(learned.images + 1) // 2 :]
     np.testing.assert_array_equal(sure.read(np.arange(sure.images)), half, "nor those that the teacher is unsure of")
     run.confidence_file.write_bytes(run.confidence_file.read_bytes()[:-1])
     with pytest.raises(TargetsError, match=r"confidence\.npy is missing, or is not what the run wrote"):
-        calibration_set(run, images, positions, preprocessing, recipe, (), NullProgress())
+        calibration_set(run, images, positions, preprocessing, recipe, lambda: images)

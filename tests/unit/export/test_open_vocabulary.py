@@ -26,6 +26,7 @@ from prgkit.cli.main import main  # noqa: E402
 from prgkit.config.prompts import load_classes  # noqa: E402
 from prgkit.config.recipe import validate  # noqa: E402
 from prgkit.config.sections import StudentConfig  # noqa: E402
+from prgkit.data.index import read_image_index  # noqa: E402
 from prgkit.demo.digits import CLASSES, load_digits  # noqa: E402
 from prgkit.errors import BackendError, ExportError, RecipeError, RunError  # noqa: E402
 from prgkit.evaluate.bench.cases import plan  # noqa: E402
@@ -53,6 +54,7 @@ from prgkit.storage.locks import locked  # noqa: E402
 from prgkit.storage.run import Run  # noqa: E402
 from prgkit.student.model import build_student, load_student  # noqa: E402
 from prgkit.training.distill import distill  # noqa: E402
+from prgkit.training.prepare import hold_out  # noqa: E402
 
 BASE = Path(__file__).parents[3] / ".venv-base" / "bin" / "python"
 LEARNED = CLASSES[:4]
@@ -195,6 +197,9 @@ def test_a_bundle_is_not_replaced_while_another_process_works_in_it(run: Run) ->
 
 def test_how_faithful_int8_was_with_the_old_classes_is_not_said_of_the_new(run: Run) -> None:
     manifest = read_json(run.bundle / "manifest.json")
+    confidence = {"temperature": 2.0, "fitted_to": "teacher", "images": 30, "calibration_error": 1.0,
+                  "uncalibrated_error": 1.0, "right": [0.5] * 30, "wrong": [], "held_out": 30, "reject_below": 0.0}  # fmt: skip
+    manifest["confidence"] = confidence
     found = {"layout": "onnxruntime", "floor": 98.0, "blocks": 4, "float_blocks": ["a"], "tried": [], "sensitivity": []}
     manifest["artifacts"][0]["quantization"] = found
     manifest["not_kept"] = [{"name": "int8", "why": "it is slow"}]
@@ -203,6 +208,28 @@ def test_how_faithful_int8_was_with_the_old_classes_is_not_said_of_the_new(run: 
     kept = {"layout": "onnxruntime", "floor": 98.0, "blocks": 4, "float_blocks": ["a"]}  # the floor is what bench needs
     assert told.artifacts[0].quantization.to_json() == kept
     assert told.not_kept == ()
+    assert told.confidence is None
+    notes: list[str] = []
+    assert list(predict(run.bundle, [next(Path("photos").iterdir())], top_k=1, min_confidence=0, note=notes.append))
+    assert notes == ["confidences are not calibrated: they were measured with other classes than prgkit relabel gave"]
+
+
+def test_confidences_are_measured_on_images_that_no_label_was_read_of(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prgkit.export.bundle.confidence.LEAST_IMAGES", 2)
+    progress = Notes()
+    manifest = export_run(run, ExportOptions(class_vectors="initializer"), progress=progress)
+    held_out = hold_out(read_image_index(run.recipe.data.image_spec, NullProgress()).keys, 0.2)
+    assert manifest.confidence.images == manifest.confidence.held_out == len(held_out)
+    assert any(
+        text.startswith(f"confidences: temperature {manifest.confidence.temperature:.3g}") for text in progress.told
+    )
+    assert f"logits / {manifest.confidence.temperature:g}" in (run.bundle / "README.md").read_text()
+    shutil.rmtree("photos")
+    monkeypatch.setattr("prgkit.export.from_run.PARITY_IMAGES", 8)  # as many as are judged need no others
+    assert export_run(run, ExportOptions(class_vectors="initializer"), progress=progress).confidence is None
+    assert any(text.startswith("confidences are not calibrated: photos does not exist") for text in progress.told)
 
 
 def test_the_command_line_relabels(
