@@ -27,7 +27,8 @@ from prgkit.data.index import read_image_index, select_labelled
 from prgkit.progress import NullProgress
 from prgkit.teacher.ensemble import existing_targets
 from prgkit.teacher.zero_shot import ZeroShotClassifier, fit_corrections, no_adjustment
-from prgkit.training.corrections import NONE, describe_effects
+from prgkit.training.corrections import describe_effects
+from prgkit.training.statistics import NONE
 
 TICKS = 100  # images that a person would look at
 DRAWS = 200  # of so many images

@@ -75,6 +75,7 @@ def bench_document(report: Report, samples: Samples, pictures: Sequence[Picture]
             [quality_sections.class_by_class(report), quality_sections.mistakes(report)],
             [quality_sections.audit(report)],
             [quality_sections.pseudo_labels(report)],
+            [quality_sections.corrections(report)],
             [quality_sections.training(report)],
             *([gallery] for gallery in galleries(pictures)),
             [
@@ -113,13 +114,16 @@ def teacher_doubt(report: Report) -> str:
 
 def quality_kept(report: Report, row: Row) -> str:
     """Return what the student keeps of its teacher, as a verb and its object."""
-    teacher, top1 = report.teacher.top1, row.top1
+    corrected = (report.pseudo_labels or {}).get("correction") is not None
+    teacher, top1 = report.teacher.top1_uniform_prompts if corrected else report.teacher.top1, row.top1
     if teacher and top1 is not None:
         ratio = 100 * top1 / teacher
         if ratio > 100:
             within_chance = row.top1_interval is not None and row.top1_interval[0] <= teacher
             verb = "matches" if within_chance else "beats"
-            return f"{verb} its teacher's accuracy ({percent(top1)} against {percent(teacher)})"
+            figures = f"{percent(top1)} against its teacher's {percent(teacher)}"
+            figures += f", {percent(report.teacher.top1)} corrected" if corrected else ""
+            return f"{verb} its teacher ({figures}{'' if report.run.uses_labels else ', without a label'})"
         return f"keeps {percent(ratio)} of its teacher's accuracy"
     if row.agreement_teacher is not None:
         return f"gives its teacher's answer on {percent(row.agreement_teacher)} of the images"

@@ -9,7 +9,7 @@ from prgkit.evaluate.report.formatting import NONE, evaluated_on, interval, mode
 from prgkit.evaluate.report.plots import charts
 from prgkit.evaluate.report.schema import ClassShare, Epoch, PerClass, Report, TickedRow, TickedShare
 from prgkit.evaluate.report.sections import Cell, Column, Section, TableRow, table_row
-from prgkit.training.statistics import summarise
+from prgkit.training.statistics import correction_cells, summarise
 from prgkit.training.statistics_schema import Statistics
 
 SHOWN_AT_ONCE = 20  # so many classes are shown whole; of more, the worst and a few of the best
@@ -176,6 +176,22 @@ def pseudo_labels(report: Report) -> Section | None:
             charts.class_sizes(balance.counts, uniform=balance.uniform),
         ),
         facts=tuple(summarise(statistics)),
+        page_only=True,
+    )
+
+
+def corrections(report: Report) -> Section | None:
+    """Return what each correction of the teacher's answers would have changed, where the run is at hand."""
+    rows = Statistics.model_validate(report.pseudo_labels).corrections if report.pseudo_labels else []
+    if not rows:
+        return None
+    (_, *headings), *lines = correction_cells(rows)
+    return Section(
+        "Corrections of its answers",
+        f"Fitted to {rows[0].images:,} unlabelled images before the first epoch; targets in the recipe chooses one. "
+        "Changed: answers that become others. Two views: images whose whole picture and a crop get one answer.",
+        (Column("Correction", short="", left=True), *(Column(name.capitalize(), short=name) for name in headings)),
+        tuple(table_row(*line) for line in lines),
         page_only=True,
     )
 

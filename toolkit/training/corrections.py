@@ -18,10 +18,9 @@ from prgkit.errors import some
 from prgkit.progress import Progress
 from prgkit.teacher.zero_shot import ZeroShotClassifier, fit_corrections, no_adjustment
 from prgkit.training.dataset import DistillationDataset
-from prgkit.training.statistics import effective_classes, percent
+from prgkit.training.statistics import NONE, effective_classes, percent
 from prgkit.training.statistics_schema import CorrectionRow
 
-NONE = "none"
 PART = 256  # images whose answers are computed at once
 MOST_FITTED = 50_000  # images: their features are held in memory
 MOST_COMPARED = 5_000  # images: every correction is fitted to them, before each training
@@ -120,29 +119,6 @@ def right_of(dataset: DistillationDataset, classifier: ZeroShotClassifier, truth
     answers = on(classifier.prompts.device, features_and_logits(dataset, np.array(list(truth))))
     labels = classifier.correct(*answers).argmax(dim=1).cpu()
     return int((labels == torch.tensor(list(truth.values()))).sum()), len(truth)
-
-
-def corrections_table(rows: Sequence[CorrectionRow]) -> list[str]:
-    """Return the comparison as lines of text under one heading, for a person to read before training starts."""
-    others = [row.name for row in rows if row.name != NONE]
-    heading = ["", "changed", "a class holds", "even classes", "two views", *(f"as {name}" for name in others)]
-    cells = [heading + ["ticked"] * (rows[0].ticked is not None)]
-    for row in rows:
-        line = [
-            f"{row.name} (used)" if row.used else row.name,
-            f"{row.changed:.1f} %",
-            f"{100 * min(row.mass):.1f} to {100 * max(row.mass):.1f} %",
-            f"{row.effective_classes:.1f}",
-            f"{row.two_views:.1f} %",
-        ]
-        line += [f"{row.agreement[name]:.1f} %" if name in row.agreement else "" for name in others]
-        cells.append(line + ([] if row.ticked is None else [f"{row.ticked[0]} of {row.ticked[1]}"]))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        line[0].ljust(widths[0])
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
-        for line in cells
-    ]
 
 
 def features_and_logits(

@@ -25,7 +25,6 @@ from prgkit.teacher.zero_shot import SavedAdjustment, ZeroShotClassifier, classi
 from prgkit.training import statistics
 from prgkit.training.corrections import (
     compare_corrections,
-    corrections_table,
     features_and_logits,
     fit_classifier,
     spread,
@@ -166,7 +165,7 @@ def report_statistics(dataset: DistillationDataset, recipe: Recipe, progress: Pr
     for name, line in statistics.summarise(result):
         progress.note(f"  {name:<12}{line}")
     progress.note("corrections of these answers (targets in the recipe), none of which needs a label:")
-    for line in corrections_table(corrections):
+    for line in statistics.corrections_table(corrections):
         progress.note(f"  {line}".rstrip())
     if run is not None:
         write_sealed(run.quality_file, result.model_dump(mode="json", by_alias=True, exclude_unset=True))

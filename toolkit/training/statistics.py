@@ -16,6 +16,7 @@ from prgkit.training.statistics_schema import (
     BeforeAfter,
     ClassCount,
     ContestedClass,
+    CorrectionRow,
     Disagreement,
     Distribution,
     NearDuplicates,
@@ -29,6 +30,7 @@ from prgkit.training.statistics_schema import (
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
+NONE = "none"  # the name of no correction
 BINS = 20
 LISTED = 10  # of anything that is named one by one
 CLOSE_CALL = 0.2  # a margin below it is a close call between two classes
@@ -173,6 +175,35 @@ def summarise(statistics: Statistics) -> list[tuple[str, str]]:
     if len(statistics.templates) > 1:
         lines.append(("odd prompt", f"{worst.template!r} agrees with the others on {worst.agreement:.1f} %"))
     return lines
+
+
+def correction_cells(rows: Sequence[CorrectionRow]) -> list[list[str]]:
+    """Return the comparison of corrections as text: a line of headings, and one for each correction."""
+    others = [row.name for row in rows if row.name != NONE]
+    heading = ["", "changed", "a class holds", "even classes", "two views", *(f"as {name}" for name in others)]
+    cells = [heading + ["ticked"] * any(row.ticked is not None for row in rows)]
+    for row in rows:
+        line = [
+            f"{row.name} (used)" if row.used else row.name,
+            f"{row.changed:.1f} %",
+            f"{100 * min(row.mass):.1f} to {100 * max(row.mass):.1f} %",
+            f"{row.effective_classes:.1f}",
+            f"{row.two_views:.1f} %",
+        ]
+        line += [f"{row.agreement[name]:.1f} %" if name in row.agreement else "" for name in others]
+        cells.append(line + ([] if row.ticked is None else [f"{row.ticked[0]} of {row.ticked[1]}"]))
+    return cells
+
+
+def corrections_table(rows: Sequence[CorrectionRow]) -> list[str]:
+    """Return the comparison of corrections as aligned lines, for a person to read before training starts."""
+    cells = correction_cells(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        f"{line[0]:<{widths[0]}}"
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        for line in cells
+    ]
 
 
 def summarise_adjustment(effect: AdjustmentEffect) -> str:

@@ -341,9 +341,17 @@ def test_the_headline_says_what_is_kept_and_how_fast() -> None:
         == "RepViT-M0.9 keeps 98.0 % of its teacher's accuracy at 1.90 ms an image on 2 threads of AMD EPYC"
     )
     report["rows"][0].update(top1=63.0, top1_interval=[61.3, 64.7])
-    assert "beats its teacher's accuracy" in headline(report)
+    assert "beats its teacher (" in headline(report)
     report["rows"][0]["top1_interval"] = [61.1, 64.9]  # so much more could be chance
-    assert headline(report).startswith("RepViT-M0.9 matches its teacher's accuracy (63.0 % against 61.2 %) at 1.90 ms")
+    assert headline(report).startswith(
+        "RepViT-M0.9 matches its teacher (63.0 % against its teacher's 61.2 %, without a label) at 1.90 ms"
+    )
+    report["pseudo_labels"] = {"correction": {}}  # the teacher by itself is what the student is held against
+    report["teacher"].update(top1=62.5, top1_uniform_prompts=58.0)
+    assert "beats its teacher (63.0 % against its teacher's 58.0 %, 62.5 % corrected, without a label)" in headline(
+        report
+    )
+    report["pseudo_labels"] = None
     assert headline(made_up(labelled=False)).startswith(
         "RepViT-M0.9 gives its teacher's answer on 79.4 % of the images at"
     )
@@ -391,6 +399,26 @@ def test_a_student_of_a_teacher_that_answers_by_chance_is_not_praised() -> None:
     )
     report["teacher"]["top1"] = 1.6
     assert "look like chance" not in headline(report)
+
+
+def test_the_corrections_of_the_answers_are_a_table_with_the_ticks_where_there_are_any() -> None:
+    report = made_up()
+    row = {
+        "name": "none",
+        "images": 90,
+        "changed": 0.0,
+        "mass": [0.7, 0.3],
+        "effective_classes": 1.84,
+        "two_views": 91.0,
+    }
+    inmap = {**row, "name": "inmap", "used": True, "changed": 12.5, "mass": [0.5, 0.5], "ticked": [41, 50]}
+    report["pseudo_labels"] = {**doubtful(), "corrections": [{**row, "ticked": [38, 50], "agreement": {"inmap": 87.5}},
+                                                             {**inmap, "agreement": {"none": 87.5}}]}  # fmt: skip
+    text = page(report, samples=None, pictures=[])
+    assert "Fitted to 90 unlabelled images before the first epoch" in text
+    line = next(part for part in re.findall("<tr.*?</tr>", text, re.DOTALL) if "41 of 50" in part)
+    cells = [cell.strip() for cell in re.sub("<[^>]*>", "|", line).split("|") if cell.strip()]
+    assert cells == ["inmap (used)", "12.5 %", "50.0 to 50.0 %", "1.8", "91.0 %", "41 of 50"]
 
 
 def test_the_row_to_speak_of_is_the_fastest_that_loses_less_than_a_point() -> None:
