@@ -19,6 +19,7 @@ from prgkit.cli.values import (
     minutes,
     names,
     swept_values,
+    table_file,
     thread_counts,
     tolerance,
 )
@@ -113,6 +114,20 @@ def adapt_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Path(path_type=Path, dir_okay=False),
             metavar="FILE",
             help="Where the context goes.  [default: adapted/NAME.safetensors]",
+        ),
+    )
+
+
+def label_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what label takes: where the table goes."""
+    return which_recipe(
+        command,
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            callback=table_file,
+            help="Write a .csv, or JSON lines as .jsonl.  [default: print CSV]",
         ),
     )
 

@@ -223,8 +223,13 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
 
 
 def two_views(dataset: DistillationDataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the classes that the teacher names of some learned images in their evaluation view, and in a crop."""
-    positions = dataset.train_indices[spread(len(dataset.train_indices), VIEWED_TWICE)]
+    """Return the classes that the teacher names of some learned images in their evaluation view, and in a crop.
+
+    Images of which it has seen no crop are passed over.
+    """
+    keys = [dataset.image_index.keys[position] for position in dataset.train_indices]
+    cropped = dataset.train_indices[(dataset.store.rows(keys, views=2).reshape(len(keys), -1) >= 0).all(axis=1)]
+    positions = cropped[spread(len(cropped), VIEWED_TWICE)]
     first, second = (
         dataset.classifier.raw_logits(dataset.store.features(dataset.rows[positions], np.full(len(positions), view)))
         for view in (0, 1)
