@@ -30,6 +30,7 @@ def readme(manifest: Manifest) -> str:
         f"| {artifact.file} | {artifact.precision} | {artifact.backend} | {whether_executed(artifact)} |"
         for artifact in manifest.artifacts
     )
+    began = f"\n\nThe student began with {manifest.student.origin}." if manifest.student.origin else ""
     by_what = "the range that each one's values speak for"
     if manifest.preprocessing.grey_range:
         by_what = "the range of the images that were learned from"
@@ -41,7 +42,7 @@ def readme(manifest: Manifest) -> str:
 
 Made by prgkit from the teacher {teacher}. Input `pixels` [batch, {height}, {width}, 3] uint8 RGB{second}, output
 `logits` [batch, {classes}] float32. Mean and standard deviation are applied inside; class names are in the file, as
-JSON.
+JSON.{began}
 
 | file | precision | runs with | executed where it was made |
 |---|---|---|---|

@@ -29,10 +29,10 @@ from prgkit.outputs import LossContext, TeacherOutput
 from prgkit.progress import NullProgress, Progress
 from prgkit.storage.atomic import require_space
 from prgkit.storage.locks import locked
-from prgkit.storage.run import Run, differences, require_own_folder, start_run, undoing
+from prgkit.storage.run import Run, differences, initial_run, require_own_folder, start_run, undoing
 from prgkit.storage.run_card import BestEpoch
 from prgkit.storage.tensors import save_tensors
-from prgkit.student.model import Student, build_student
+from prgkit.student.model import Student, build_student, take_heads
 from prgkit.teacher.ensemble import teacher_fingerprint
 from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
 from prgkit.training.checkpoint import Clock, TrainingCounters, TrainingState, expected_bytes, model_ema
@@ -75,13 +75,17 @@ def distill_one_rank(
         dataset = from_first(accelerator, lambda: prepare(recipe, targets_root, progress, run))
         seed_everything(recipe.training.seed)
         student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=dataset.store.width)
+        if (origin := initial_run(recipe.student)) is not None:
+            take_heads(student, origin, recipe, dataset.store.facts().fingerprint)
         if recipe.scores_by_text:
             student.use_class_vectors(dataset.classifier.class_vectors(), dataset.store.logit_scale)
         if recipe.learns_labels:
             student.add_second_head()
         if accelerator.is_main_process:
             require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(dataset.image_index)), "the run")
-            run.update_card(student=student.facts(recipe.student))
+            run.update_card(student=(facts := student.facts(recipe.student)))
+            if facts.origin:
+                progress.note(f"the student begins with {facts.origin}")
         train(recipe, run, dataset, student, accelerator, progress)
 
 
