@@ -18,7 +18,7 @@ class LossContext(NamedTuple):
     steps_per_epoch: int
     images: int
     class_means: Callable[[], Tensor]  # [C, D], of the teacher's features by pseudo-label; zero where there is none
-    class_vectors: Tensor  # [C, D], of unit length: each class's name as the teacher reads it, over all templates
+    class_vectors: Tensor  # [C, D], of unit length: by which the teacher scores features, refined where the recipe asks
     logit_scale: float
     stages: Callable[[], tuple[int, ...]]  # the channels that leave each stage of the student
 

@@ -13,6 +13,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -208,6 +209,8 @@ def _work(
     # mean, and a worker that died of one would take the checkpoint with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "torch" in sys.modules:  # a fork has none of its parent's OpenMP threads, and would wait for them for ever
+        sys.modules["torch"].set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):
         while True:
             number, task = pipe.recv()

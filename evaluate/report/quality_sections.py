@@ -16,7 +16,7 @@ SHOWN_AT_ONCE = 20  # so many classes are shown whole; of more, the worst and a 
 WORST, BEST = 12, 4
 FEW_IMAGES = 50  # of a class, below which intervals are wider than most differences
 # What an epoch's record holds besides the terms of the loss.
-NOT_A_TERM = {"epoch", "step", "seconds", "learning_rate", "images_per_s", "loss", "agreement"}
+NOT_A_TERM = {"epoch", "step", "seconds", "learning_rate", "images_per_s", "loss", "agreement", "held_out_kl"}
 
 
 def teacher_and_student(report: Report) -> Section | None:
@@ -188,13 +188,17 @@ def training(report: Report) -> Section | None:
     panels = [
         ("Loss", "Loss by epoch", losses),
         ("Agreement, %", "Agreement by epoch", {"agreement": curve(report.training, "agreement")}),
+        ("Divergence, nats", "Divergence by epoch", {"held_out_kl": curve(report.training, "held_out_kl")}),
     ]
     plots = tuple(
         charts.over_time(curves, x_name="epoch", y_name=name, title=title)
         for name, title, curves in panels
         if any(len(points) > 1 for points in curves.values())
     )
-    about = "Agreement is with the teacher, on held-out images; no label is involved."
+    about = (
+        "Agreement and divergence, KL(teacher || student), are with the teacher on held-out images; no label is "
+        "involved. The epoch of the least divergence is kept."
+    )
     return Section("Training", about, plots=plots, page_only=True) if plots else None
 
 

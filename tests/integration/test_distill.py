@@ -95,7 +95,9 @@ def test_a_run_leaves_what_it_promises(finished: Run, photos: Path) -> None:
         assert record["loss"] == pytest.approx(record["supervision"] + record["node"] + record["edge"], rel=1e-5)
     assert records[-1]["loss"] < records[0]["loss"]
     assert finished.finished
-    assert getattr(finished.card.best, "agreement", None) == max(record["agreement"] for record in records)
+    best = min(reversed(records), key=lambda record: record["held_out_kl"])
+    assert finished.card.best is not None
+    assert finished.card.best.model_dump() == {name: best[name] for name in ("epoch", "agreement", "held_out_kl")}
     assert finished.image_facts.model_dump() == {
         **{"source": str(photos), "used": 72, "duplicates": 0, "unreadable": ()},
         **{"left_out": "", "grey_range": None},
@@ -267,25 +269,32 @@ def test_a_signal_to_the_whole_process_group_then_the_same_command(
     assert_same(distill(recipe_for(photos, workers=1), run.folder, root, NullProgress()), finished)
 
 
-def corrected(photos: Path, evaluation: Path | None = None) -> Recipe:
+def corrected(photos: Path, refine: str, evaluation: Path | None = None) -> Recipe:
     raw = raw_recipe(photos, evaluation)
-    raw["data"]["keep"] = {"min_confidence": 0.4, "weighted": True}
-    raw["targets"] = {"debias": 0.7, "entropy": 0.3}
+    raw["data"]["keep"] = {"min_confidence": 0.55, "weighted": True}
+    raw["targets"] = {"refine": refine, "prior": "even", "debias": 0.7, "entropy": 0.3}
     return validate(raw, where="test").resolved()
 
 
-@pytest.mark.parametrize("lost", ["confidence.npy", "answers.json", ""])
+@pytest.mark.parametrize(
+    ("refine", "lost"),
+    [("none", "confidence.npy"), ("inmap", "answers.json"), ("stata", "refinement.safetensors"), ("inmap", "")],
+)
 def test_a_stopped_run_with_corrected_answers_and_chosen_images_goes_on_bit_for_bit(
-    photos: Path, tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch, lost: str
+    photos: Path, tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch, refine: str, lost: str
 ) -> None:
     root = finished.folder.parent / "targets"
-    whole = distill(corrected(photos), tmp_path / "whole", root, NullProgress())
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "prgkit.training.prepare.teacher_loader", lambda _: lambda _: pytest.fail("the teacher is asked")
+        )
+        whole = distill(corrected(photos, refine), tmp_path / "whole", root, NullProgress())
     learned = whole.card.learned
     assert learned is not None
     assert 0 < learned.dropped < learned.images
     assert learned.an_epoch < learned.images
     arguments = (
-        corrected(photos, photos.parent / "labelled"),
+        corrected(photos, refine, photos.parent / "labelled"),
         tmp_path / "run",
         root,
     )  # labels change nothing here, too
@@ -294,7 +303,7 @@ def test_a_stopped_run_with_corrected_answers_and_chosen_images_goes_on_bit_for_
     if lost:  # found again, the same
         (tmp_path / "run" / lost).unlink()
     else:  # what was found before is read, and not found again
-        monkeypatch.setattr("prgkit.training.pseudo_labels.fit_adjustment", lambda *_: pytest.fail("fitted again"))
+        monkeypatch.setattr("prgkit.training.pseudo_labels.fit_classifier", lambda *_: pytest.fail("fitted again"))
         monkeypatch.setattr("prgkit.training.pseudo_labels.teacher_confidence", lambda *_: pytest.fail("asked again"))
     assert_same(distill(*arguments, NullProgress()), whole)
 

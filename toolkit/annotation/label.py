@@ -95,9 +95,9 @@ def answers_of(dataset: DistillationDataset, progress: Progress) -> Answers:
     classifier, parts = dataset.classifier.to(device), []
     progress.start("answers", count, "img")
     for rows in np.array_split(dataset.rows, -(-count // BATCH)):
-        features = dataset.store.features(rows, np.zeros(len(rows), dtype=int))
-        raw = classifier.raw_logits(features.to(device))
-        best = torch.topk(classifier.logits(features.to(device)).double().softmax(dim=1), 2)
+        features = dataset.store.features(rows, np.zeros(len(rows), dtype=int)).to(device)
+        raw = classifier.raw_logits(features)
+        best = torch.topk(classifier.correct(features, raw).double().softmax(dim=1), 2)
         largest = raw.amax(dim=1)
         corrected = raw.gather(1, best.indices[:, :1])[:, 0] < largest
         parts.append((best.indices, best.values, corrected, largest / dataset.store.logit_scale, features))

@@ -14,6 +14,7 @@ from pydantic import ValidationError, field_serializer, field_validator, model_v
 from prgkit.config.image_size import sides
 from prgkit.config.messages import ONE_OR_MANY, explain
 from prgkit.config.objectives import OBJECTIVES, AnyObjective, Config
+from prgkit.config.prior import load_prior
 from prgkit.config.prompts import LEARNED, load_classes, load_templates
 from prgkit.config.sections import (
     Data,
@@ -89,8 +90,18 @@ class Recipe(Config):
             raise ValueError("data.labelled: name a few labelled images, since an objective learns from their labels")
         if self.scores_by_text and self.learns_labels:
             raise ValueError("objective: dho needs a class head, which promptkd and clipkd leave out")
-        if self.scores_by_text and self.targets.corrects:
-            raise ValueError("targets: promptkd and clipkd teach the class vectors' own scores; leave the section out")
+        return self
+
+    @model_validator(mode="after")
+    def _corrections_that_fit(self) -> Recipe:
+        targets = self.targets
+        if self.scores_by_text and (targets.adjusts or targets.refine == "stata"):
+            raise ValueError(
+                "targets: promptkd and clipkd teach the scores of class vectors: of the corrections only refine: inmap "
+                "gives such scores"
+            )
+        if targets.prior is not None and targets.refine != "inmap" and targets.debias == 0:
+            raise ValueError("targets.prior: only refine: inmap and debias read it, and neither is asked for")
         return self
 
     @property
@@ -154,11 +165,12 @@ class Recipe(Config):
                 "prompts": load_templates(self.data.prompts),
             }
         )
+        targets = self.targets.model_copy(update={"prior": load_prior(self.targets.prior, data.classes)})
         height, width = sides(self.student.image_size)
-        if height == width or self.views.aspect is not None:
-            return self.model_copy(update={"data": data})
-        views = self.views.model_copy(update={"aspect": round(width / height, 6)})
-        return self.model_copy(update={"data": data, "views": views})
+        views = self.views
+        if height != width and views.aspect is None:
+            views = views.model_copy(update={"aspect": round(width / height, 6)})
+        return self.model_copy(update={"data": data, "targets": targets, "views": views})
 
     def fingerprint(self) -> str:
         """Return what decides the trained weights: everything but NOT_LEARNED_FROM, and what learned contexts hold.

@@ -129,15 +129,38 @@ class Views(Config):
         return scale
 
 
+def _prior_shape(value: Any) -> str:
+    return "shares by class" if isinstance(value, dict) else "one word"
+
+
+Prior = Annotated[
+    Annotated[str, Tag("one word")] | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("shares by class")],
+    Discriminator(_prior_shape),
+]
+
+
 class TargetsConfig(Config):
     """How the teacher's answers are put right before anyone learns from them; without a label, without the teacher."""
 
+    # Fitted to the unlabelled images: inmap learns class vectors among them, stata a Gaussian for each class.
+    refine: Literal["inmap", "stata"] | None = None
+    prior: Prior | None = None  # how often each class comes: even, {name: share, ...}, or a file of them
     debias: float = Field(0.0, ge=0, le=1)  # how much of the teacher's own prior is taken off; 0: none
     entropy: float | None = Field(None, gt=0, lt=1)  # the mean that a temperature gives them, as a share of ln C
+
+    @field_validator("refine", mode="before")
+    @classmethod
+    def _none_is_a_word(cls, method: Any) -> Any:
+        return None if method == "none" else method
 
     @property
     def corrects(self) -> bool:
         """Whether the answers differ from what the teacher says by itself."""
+        return self.refine is not None or self.adjusts
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether a prior or a temperature is taken off the logits, class by class."""
         return self.debias > 0 or self.entropy is not None
 
 

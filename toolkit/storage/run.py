@@ -41,6 +41,7 @@ class Run:
         self.state = folder / "state" / "checkpoint.safetensors"
         self.quality_file = folder / "quality.json"
         self.answers_file = folder / "answers.json"  # how the teacher's answers were put right
+        self.refinement_file = folder / "refinement.safetensors"  # what was fitted to the images, where that was asked
         self.confidence_file = folder / "confidence.npy"  # of the teacher in them, where images are chosen by it
         self.snapshot_file = folder / "images.npz"  # which images it was made from
         self.metrics_file = folder / "metrics.jsonl"
@@ -138,7 +139,8 @@ class Run:
         Raises:
             RunError: another process draws a sample of it to tick.
         """
-        sample, files = self.ticks_file.parent, (self.quality_file, self.answers_file, self.confidence_file)
+        files = (self.quality_file, self.answers_file, self.refinement_file, self.confidence_file)
+        sample = self.ticks_file.parent
         with locked(sample, "audit"):
             for place in (self.state.parent, self.trackers, sample):
                 shutil.rmtree(place, ignore_errors=True)

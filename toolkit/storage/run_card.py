@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from prgkit.errors import some
 
-SCHEMA = "prgkit.run/2"
+SCHEMA = "prgkit.run/3"
 
 
 class Part(BaseModel):
@@ -116,12 +116,13 @@ class BestEpoch(Part):
 
     epoch: int
     agreement: float  # with the teacher on the held-out images [percent]
+    held_out_kl: float  # the mean of KL(teacher || student) on them [nats], which chose the epoch
 
 
 class RunCard(Part):
     """What a run is made from and how far it is; None stands for what is not known yet."""
 
-    schema_version: Literal["prgkit.run/2"] = Field(alias="schema")
+    schema_version: Literal["prgkit.run/3"] = Field(alias="schema")
     prgkit: str  # the version that began it
     created: str  # ISO 8601
     fingerprint: str  # of the recipe

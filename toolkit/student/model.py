@@ -23,7 +23,7 @@ from prgkit.errors import StudentError, one_line
 from prgkit.outputs import StudentOutput
 from prgkit.storage.atomic import sha256
 from prgkit.storage.run import Run, initial_run, initial_weights
-from prgkit.storage.run_card import InitialRun, StudentFacts
+from prgkit.storage.run_card import InitialRun, StudentFacts, TeacherFacts
 from prgkit.storage.tensors import load_facts, load_tensors
 from prgkit.student.heads import ClassVectors, DualHead, DualHeadModel, OpenVocabulary
 from prgkit.student.timm_model import architecture, create_timm_model, head_names, timm_config
@@ -37,6 +37,7 @@ class CheckpointFacts(NamedTuple):
 
     epoch: int
     agreement: float
+    held_out_kl: float
 
 
 class Normalised(nn.Module):
@@ -179,6 +180,24 @@ def build_student(config: StudentConfig, *, classes: int, teacher_width: int) ->
     return student.to(memory_format=torch.channels_last)
 
 
+def start_student(recipe: Recipe, teacher: TeacherFacts, scoring: tuple[Tensor, float]) -> Student:
+    """Build a recipe's student with its heads, and take over what fits of the run that it starts from.
+
+    ``scoring``, class vectors [C, D] and their scale, is its head where it is scored by text.
+
+    Raises:
+        StudentError: as `build_student` does.
+    """
+    student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=teacher.width)
+    if (origin := initial_run(recipe.student)) is not None:
+        take_heads(student, origin, recipe, teacher)
+    if recipe.scores_by_text:
+        student.use_class_vectors(*scoring)
+    if recipe.learns_labels:
+        student.add_second_head()
+    return student
+
+
 def start_from_run(model: nn.Module, origin: Run, config: StudentConfig) -> None:
     """Load every weight but the head's from a run's student.
 
@@ -203,10 +222,10 @@ def start_from_run(model: nn.Module, origin: Run, config: StudentConfig) -> None
         ) from error
 
 
-def take_heads(student: Student, origin: Run, recipe: Recipe, teacher: str) -> None:
-    """Take a run's projector where the ``teacher`` [fingerprint] is the same, and its head where the classes are."""
+def take_heads(student: Student, origin: Run, recipe: Recipe, teacher: TeacherFacts) -> None:
+    """Take a run's projector where the teacher is the same, and its head where the classes are."""
     earlier, before = load_student(origin), origin.recipe
-    if origin.teacher_facts.fingerprint == teacher:
+    if origin.teacher_facts.fingerprint == teacher.fingerprint:
         student.projector.load_state_dict(earlier.projector.state_dict())
     if before.classes == recipe.classes and not (before.scores_by_text or recipe.scores_by_text):
         student.model.load_state_dict(earlier.model.state_dict())
@@ -262,12 +281,8 @@ def load_student(run: Run) -> Student:
         # The weights come from the file, so a pretrained start is not fetched again.
         crop = run.student_facts.preprocessing["crop"]
         config = recipe.student.model_copy(update={"initial": "random", "crop": crop})
-        width = run.teacher_facts.width
-        student = build_student(config, classes=len(recipe.classes), teacher_width=width)
-        if recipe.scores_by_text:
-            student.use_class_vectors(torch.zeros(len(recipe.classes), width), 0.0)
-        if recipe.learns_labels:
-            student.add_second_head()
+        blank = torch.zeros(len(recipe.classes), run.teacher_facts.width)
+        student = start_student(recipe.model_copy(update={"student": config}), run.teacher_facts, (blank, 0.0))
         student.load_state_dict(weights)
     except (SafetensorError, RuntimeError, ValueError) as error:
         again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"
@@ -287,7 +302,7 @@ def student_logits(student: Student, batches: Iterable[Batch]) -> NDArray[np.flo
 
 
 def student_facts(path: Path) -> CheckpointFacts:
-    """Return what is written in a weights file's header: the epoch it comes from, and its agreement."""
+    """Return what is written in a weights file's header: the epoch it comes from, and its scores."""
     return TypeAdapter(CheckpointFacts).validate_python(load_facts(path))
 
 

@@ -1,7 +1,8 @@
-"""The zero-shot classifier: class names and stored image features in, logits out, adjusted where the recipe asks.
+"""The zero-shot classifier: class names and stored image features in, logits out, corrected where the recipe asks.
 
-Two adjustments, both without a label: the prior that a teacher brings along (CLIP names some classes too readily) is
-taken off its logits, then one temperature gives its probabilities a chosen mean entropy.
+Three corrections in turn, all without a label: a refinement fits the classes to the unlabelled images, the prior that a
+teacher brings along (CLIP names some classes too readily) is taken off its logits, and one temperature gives its
+probabilities a chosen mean entropy.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from pydantic import BaseModel
+from safetensors import SafetensorError
 from torch import Tensor
 
+from prgkit.config.prior import class_shares
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import TargetsConfig
 from prgkit.errors import RunError, TargetsError
 from prgkit.storage.atomic import read_sealed
 from prgkit.storage.run import Run
+from prgkit.teacher.refine import LinearRefinement, Refinement, fit_refinement, load_refinement
 
 MOST_ITERATIONS = 2000  # of the prior; a teacher that is sure of nearly every image takes hundreds
 CLOSE = 1e-4  # to an even share, relatively, is even enough
@@ -51,6 +55,7 @@ class SavedAdjustment(BaseModel, frozen=True):
     """What a run has found of its teacher's answers before training: its answers.json."""
 
     made_from: str  # the fingerprint of the data set
+    refinement_sha256: str | None  # of refinement.safetensors, where the recipe asks for one
     confidence_sha256: str | None  # of confidence.npy, where images are chosen by it
     temperature: float
     log_prior: dict[str, float]  # by class name
@@ -73,17 +78,33 @@ class ZeroShotClassifier:
     logit_scale: float  # s
     prompt_weighting: str
     adjustment: LogitAdjustment
+    refinement: Refinement | None = None
 
     def class_vectors(self) -> Tensor:
         """Return each class's name as the teacher reads it: the mean over templates, of unit length [C, D]."""
         return torch.nn.functional.normalize(self.prompts.mean(dim=0), dim=1)
 
+    def scoring(self) -> tuple[Tensor, float]:
+        """Return unit class vectors [C, D] and a scale; features times both are the answers without an adjustment.
+
+        They are the refined vectors where the refinement is linear, else those of the names.
+        """
+        if isinstance(self.refinement, LinearRefinement):
+            return self.refinement.vectors, self.refinement.scale
+        return self.class_vectors(), self.logit_scale
+
     def logits(self, features: Tensor) -> Tensor:
-        """Return the adjusted logits W [n, C] of unit features I [n, D]."""
-        return self.adjustment.apply(self.raw_logits(features))
+        """Return the corrected logits W [n, C] of unit features I [n, D]."""
+        return self.correct(features, self.raw_logits(features))
+
+    def correct(self, features: Tensor, raw_logits: Tensor) -> Tensor:
+        """Return the corrected logits [n, C] of unit features [n, D] and the teacher's own logits of them [n, C]."""
+        if self.refinement is not None:
+            raw_logits = self.refinement.apply(features, raw_logits)
+        return self.adjustment.apply(raw_logits)
 
     def raw_logits(self, features: Tensor) -> Tensor:
-        """Return the logits W [n, C] before any adjustment."""
+        """Return the logits W [n, C] before any correction."""
         return self.combine(self.per_prompt(features))
 
     def per_prompt(self, features: Tensor) -> Tensor:
@@ -91,13 +112,14 @@ class ZeroShotClassifier:
         return prompt_logits(features, self.prompts, self.logit_scale)
 
     def combine(self, per_prompt: Tensor) -> Tensor:
-        """Return the logits of all templates [n, M, C] together, before any adjustment: W [n, C]."""
+        """Return the logits of all templates [n, M, C] together, before any correction: W [n, C]."""
         return weighted_logits(per_prompt, self.prompt_weighting)
 
     def to(self, device: torch.device) -> ZeroShotClassifier:
         """Return the same classifier on another device."""
         moved = replace(self.adjustment, log_prior=self.adjustment.log_prior.to(device))
-        return replace(self, prompts=self.prompts.to(device), adjustment=moved)
+        refinement = self.refinement.to(device) if self.refinement is not None else None
+        return replace(self, prompts=self.prompts.to(device), adjustment=moved, refinement=refinement)
 
 
 def prompt_logits(features: Tensor, prompts: Tensor, scale: float) -> Tensor:
@@ -126,60 +148,95 @@ def weighted_logits(logits: Tensor, weighting: str) -> Tensor:
 
 
 def classifier_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float) -> ZeroShotClassifier:
-    """Return the classifier that a run's student learned from, with the very adjustment that it learned with.
+    """Return the classifier that a run's student learned from, with the very corrections that it learned with.
 
     Raises:
         RunError: the run's recipe asks for a correction, and what it was is lost.
     """
-    adjustment = no_adjustment(len(recipe.classes))
+    adjustment, refinement = no_adjustment(len(recipe.classes)), None
     if recipe.targets.corrects:
-        again = "put it back, or distil the recipe into a new run; the targets are kept"
-        if not run.answers_file.exists():
-            raise RunError("the correction that this run learned with is lost", where=run.answers_file, fix=again)
+        path, again = run.answers_file, "put it back, or distil the recipe into a new run; the targets are kept"
         try:
-            saved = SavedAdjustment.model_validate(read_sealed(run.answers_file, fix=again))
+            if not path.exists():
+                raise RunError("the correction that this run learned with is lost", where=path, fix=again)
+            saved = SavedAdjustment.model_validate(read_sealed(path, fix=again))
             adjustment = saved.adjustment(recipe.classes)
-        except (KeyError, TypeError, ValueError) as error:
+            if recipe.targets.refine is not None:
+                path = run.refinement_file
+                refinement = load_refinement(path)
+        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
             raise RunError(
-                f"{run.answers_file.name} is not this recipe's", where=run.answers_file, fix=again
+                f"{path.name} is missing, or not what this recipe's run wrote", where=path, fix=again
             ) from error
-    return ZeroShotClassifier(prompts, logit_scale, recipe.prompt_weighting, adjustment)
+    return ZeroShotClassifier(prompts, logit_scale, recipe.prompt_weighting, adjustment, refinement)
 
 
-def fit_adjustment(logits: Tensor, config: TargetsConfig) -> LogitAdjustment:
-    """Return the adjustment that ``config`` asks for, of raw logits W [n, C], rounded to what its file says.
+def fit_corrections(
+    classifier: ZeroShotClassifier, features: Tensor, logits: Tensor, config: TargetsConfig, classes: Sequence[str]
+) -> ZeroShotClassifier:
+    """Return the classifier with the corrections that ``config`` asks for, fitted to unlabelled images.
+
+    Args:
+        classifier: the teacher by itself.
+        features: I [N, D].
+        logits: its own logits of them W [N, C].
+        config: what is corrected.
+        classes: C names, since a prior may be given by name.
+
+    Raises:
+        TargetsError: no temperature gives the answers the entropy that is asked for.
+    """
+    shares = class_shares(config.prior, classes)
+    prior = None if shares is None else torch.tensor(shares, device=features.device)
+    if config.refine is not None:
+        refinement = fit_refinement(
+            config.refine, features, classifier.class_vectors(), logits, scale=classifier.logit_scale, prior=prior
+        )
+        classifier, logits = replace(classifier, refinement=refinement), refinement.apply(features, logits)
+    adjustment = fit_adjustment(logits.cpu(), config, None if prior is None else prior.cpu())
+    return replace(classifier, adjustment=adjustment)
+
+
+def fit_adjustment(logits: Tensor, config: TargetsConfig, prior: Tensor | None = None) -> LogitAdjustment:
+    """Return the adjustment that ``config`` asks for, of logits W [n, C], rounded to what its file says.
+
+    Args:
+        logits: W, refined where the recipe asks for it.
+        config: says how much of a prior is taken off, and the entropy.
+        prior: the share [C] of each class that is to remain; None: even ones.
 
     Raises:
         TargetsError: no temperature gives these logits the entropy that is asked for.
     """
-    log_prior = config.debias * fit_log_prior(logits) if config.debias else torch.zeros(logits.shape[1])
+    log_prior = config.debias * fit_log_prior(logits, prior) if config.debias else torch.zeros(logits.shape[1])
     adjustment = LogitAdjustment(log_prior.double().mul(1e6).round().div(1e6).float(), 1.0)
     if config.entropy is None:
         return adjustment
     return replace(adjustment, temperature=float(f"{fit_temperature(adjustment.apply(logits), config.entropy):.6g}"))
 
 
-def fit_log_prior(logits: Tensor) -> Tensor:
-    """Return log p [C] of the prior that has to go for the mean of softmax(W - log p) [n, C] to be even.
+def fit_log_prior(logits: Tensor, prior: Tensor | None = None) -> Tensor:
+    """Return log p [C] that has to go for the mean of softmax(W - log p) [n, C] to be ``prior`` [C], or else even.
 
     Dividing a posterior by the prior in it is logit adjustment (Menon et al., ICLR 2021); that the prior can be
     estimated from the teacher's own answers is debiased pseudo-labelling (Wang et al., CVPR 2022). Their estimate is
     the mean of softmax(W), and taking it off once is right only where images decide nothing: a teacher that is sure
     of most images spreads its bias over the few close calls, and their mean hardly shows it. So the step is repeated
     until nothing is left to take off, as in Sinkhorn's scaling of one margin; that point is unique, since it minimises
-    the convex mean_i logsumexp_c(W_ic - b_c) + mean_c b_c.
+    the convex mean_i logsumexp_c(W_ic - b_c) + sum_c q_c b_c, q the shares that are to remain.
 
-    No prior falls below 1/n: n images cannot tell it from none. So a class that nobody matched is helped by a little
-    and not given images until it has its even share.
+    No p falls below 1/n: n images cannot tell it from none. So a class that nobody matched is helped by a little
+    and not given images until it has its share.
     """
     images, classes = logits.shape
     floor = -math.log(max(images, classes))
+    wanted = torch.zeros(classes, dtype=torch.float64) if prior is None else (prior.double() * classes).log()
     log_prior = torch.full((classes,), -math.log(classes), dtype=torch.float64)
     for _ in range(MOST_ITERATIONS):
         mean = (logits - log_prior.to(logits)).softmax(dim=1).mean(dim=0, dtype=torch.float64)  # [C], sums to 1
-        moved = log_prior + mean.clamp(min=1e-30).log()
+        moved = log_prior + mean.clamp(min=1e-30).log() - wanted
         moved = (moved - moved.logsumexp(dim=0)).clamp(min=floor)
-        step = float((moved - log_prior).abs().max())  # log(C * mean) of the class that is farthest from even
+        step = float((moved - log_prior).abs().max())  # of the class that is farthest from its share, as a logarithm
         log_prior = moved
         if step < CLOSE:
             break

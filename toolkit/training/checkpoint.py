@@ -29,6 +29,7 @@ class TrainingCounters:
     sums: dict[str, float] = field(default_factory=dict)
     best_epoch: int = 0
     best_agreement: float = -1.0
+    best_kl: float | None = None
     made_from: str = ""  # the images learned from and the targets, as a fingerprint
     seconds: float = 0.0
 

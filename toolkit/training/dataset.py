@@ -17,6 +17,7 @@ from prgkit.data.index import ImageIndex
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.outputs import TeacherOutput
 from prgkit.storage.atomic import fingerprint
+from prgkit.storage.tensors import digest_of
 from prgkit.teacher.ensemble import TeacherFeatures
 from prgkit.teacher.zero_shot import ZeroShotClassifier
 from prgkit.training.selection import images_an_epoch
@@ -56,6 +57,8 @@ class DistillationDataset:
             made_from += [self.labelled.dataset.image_index.keys, self.labelled.labels.tolist()]
         if not self.classifier.adjustment.is_none:
             made_from.append([self.classifier.adjustment.log_prior.tolist(), self.classifier.adjustment.temperature])
+        if self.classifier.refinement is not None:
+            made_from.append(digest_of(self.classifier.refinement.to(torch.device("cpu")).tensors, {}))
         return fingerprint(made_from)
 
     def teacher_output(

@@ -28,7 +28,7 @@ from prgkit.teacher.weights import check_teacher
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 from prgkit.training.dataset import DistillationDataset, LabelledDataset
 from prgkit.training.few_shot import VALIDATION_SHARE
-from prgkit.training.pseudo_labels import adjust_and_filter, report_selection, report_statistics
+from prgkit.training.pseudo_labels import correct_and_filter, report_answers, report_selection, report_statistics
 
 FEWEST_IMAGES = 4  # that can be learned from
 
@@ -60,7 +60,7 @@ def prepare(
         views = np.ones(len(evaluation), int)
         embed(store.stores, evaluation, views=views, recipe=recipe, teacher=load, progress=progress)
     if recipe.targets.corrects or recipe.data.keep.asks:
-        dataset = adjust_and_filter(dataset, recipe, progress, run)
+        dataset = correct_and_filter(dataset, recipe, progress, run)
     if run is None or not run.quality_file.exists():
         report_statistics(dataset, recipe, progress, run)
     report_selection(dataset, recipe.data.keep, progress, run)
@@ -79,8 +79,8 @@ def prepare_answers(recipe: Recipe, targets_root: Path, progress: Progress) -> D
     dataset = embed_images(images, store, held_out, np.ones(len(images), int), recipe, load, progress)
     all_kept = recipe.model_copy(update={"data": recipe.data.model_copy(update={"keep": Keep()})})
     if recipe.targets.corrects:
-        dataset = adjust_and_filter(dataset, all_kept, progress, None)
-    report_statistics(dataset, recipe, progress, None)
+        dataset = correct_and_filter(dataset, all_kept, progress, None)
+    report_answers(dataset, recipe, progress)
     return dataset
 
 

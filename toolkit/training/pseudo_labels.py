@@ -13,21 +13,23 @@ from torch import Tensor
 
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import Keep
-from prgkit.device import best_device
+from prgkit.data.ticks import read_ticks
 from prgkit.errors import TargetsError
 from prgkit.progress import Progress
 from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed
 from prgkit.storage.run import Run
 from prgkit.storage.run_card import LearnedFacts
 from prgkit.teacher.ensemble import TeacherEnsemble
-from prgkit.teacher.zero_shot import (
-    LogitAdjustment,
-    SavedAdjustment,
-    ZeroShotClassifier,
-    classifier_of,
-    fit_adjustment,
-)
+from prgkit.teacher.refine import save_refinement
+from prgkit.teacher.zero_shot import SavedAdjustment, ZeroShotClassifier, classifier_of
 from prgkit.training import statistics
+from prgkit.training.corrections import (
+    compare_corrections,
+    corrections_table,
+    features_and_logits,
+    fit_classifier,
+    spread,
+)
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.selection import sure_enough
 from prgkit.training.statistics import Floats
@@ -37,10 +39,10 @@ PART = 256  # images whose answers are computed at once
 VIEWED_TWICE = 1024  # images whose answers in two views are compared
 
 
-def adjust_and_filter(
+def correct_and_filter(
     dataset: DistillationDataset, recipe: Recipe, progress: Progress, run: Run | None
 ) -> DistillationDataset:
-    """Adjust the teacher's logits and choose the images by its confidence, as the recipe asks; from stored features.
+    """Correct the teacher's answers and choose the images by its confidence, as the recipe asks; from stored features.
 
     What was found is in the run before it is used, and is read again when the run goes on. ``dataset`` still learns
     from every image that is not held out.
@@ -57,14 +59,11 @@ def adjust_and_filter(
         confidence = np.load(run.confidence_file) if config.asks else None
     else:
         if recipe.targets.corrects:
-            most = max(statistics.MOST_IMAGES, 20 * len(recipe.classes))
-            sample = dataset.train_indices[spread(len(dataset.train_indices), most)]
-            adjustment = fit_adjustment(raw_logits(dataset, sample), recipe.targets)
-            dataset = replace(dataset, classifier=replace(dataset.classifier, adjustment=adjustment))
+            dataset = replace(dataset, classifier=fit_classifier(dataset, recipe, progress))
         if config.asks:
             confidence = teacher_confidence(dataset, progress)
         if run is not None:
-            save_findings(run, made_from, dataset.classifier.adjustment, recipe.classes, confidence)
+            save_findings(run, made_from, dataset.classifier, recipe.classes, confidence)
     if confidence is None:
         return dataset
     chosen = sure_enough(confidence, config)
@@ -73,20 +72,24 @@ def adjust_and_filter(
 
 
 def save_findings(
-    run: Run, made_from: str, adjustment: LogitAdjustment, classes: Sequence[str], confidence: Floats | None
+    run: Run, made_from: str, classifier: ZeroShotClassifier, classes: Sequence[str], confidence: Floats | None
 ) -> None:
-    """Write into the run what was found; the JSON comes last and vouches for the array."""
-    digest = None
+    """Write into the run what was found; the JSON comes last and vouches for the other files."""
+    confidence_sha256 = refinement_sha256 = None
     if confidence is not None:
         buffer = io.BytesIO()
         np.save(buffer, confidence, allow_pickle=False)
         write_bytes(run.confidence_file, buffer.getvalue())
-        digest = sha256(run.confidence_file)
+        confidence_sha256 = sha256(run.confidence_file)
+    if classifier.refinement is not None:
+        save_refinement(run.refinement_file, classifier.refinement)
+        refinement_sha256 = sha256(run.refinement_file)
     saved = SavedAdjustment(
         made_from=made_from,
-        confidence_sha256=digest,
-        temperature=adjustment.temperature,
-        log_prior=adjustment.named(classes),
+        refinement_sha256=refinement_sha256,
+        confidence_sha256=confidence_sha256,
+        temperature=classifier.adjustment.temperature,
+        log_prior=classifier.adjustment.named(classes),
     )
     write_sealed(run.answers_file, saved.model_dump(mode="json"))
 
@@ -113,18 +116,9 @@ def read_findings(run: Run) -> SavedAdjustment | None:
 
 
 def is_intact(run: Run, saved: SavedAdjustment) -> bool:
-    """Tell whether the run's confidence.npy, if it has one, is what was written."""
-    digest = saved.confidence_sha256
-    return digest is None or (run.confidence_file.exists() and sha256(run.confidence_file) == digest)
-
-
-def raw_logits(dataset: DistillationDataset, positions: NDArray[np.int64]) -> Tensor:
-    """Return the teacher's logits of the evaluation views, not adjusted: W [positions, C], on the CPU."""
-    device = best_device()
-    classifier = dataset.classifier.to(device)
-    parts = np.array_split(dataset.rows[positions], max(1, len(positions) // PART))
-    features = (dataset.store.features(part, np.zeros(len(part), dtype=int)) for part in parts)
-    return torch.cat([classifier.raw_logits(part.to(device)).cpu() for part in features])
+    """Tell whether the run's other files of its answers, if it has any, are what was written."""
+    written = ((run.confidence_file, saved.confidence_sha256), (run.refinement_file, saved.refinement_sha256))
+    return all(digest is None or (file.exists() and sha256(file) == digest) for file, digest in written)
 
 
 def teacher_confidence(dataset: DistillationDataset, progress: Progress) -> Floats:
@@ -132,16 +126,11 @@ def teacher_confidence(dataset: DistillationDataset, progress: Progress) -> Floa
     progress.start("confidence", len(dataset.train_indices), "img")
     parts = []
     for start in range(0, len(dataset.train_indices), 16 * PART):
-        logits = raw_logits(dataset, dataset.train_indices[start : start + 16 * PART])
-        parts.append(dataset.classifier.adjustment.apply(logits).softmax(dim=1).amax(dim=1))
-        progress.advance(len(logits))
+        answers = features_and_logits(dataset, dataset.train_indices[start : start + 16 * PART])
+        parts.append(dataset.classifier.correct(*answers).softmax(dim=1).amax(dim=1))
+        progress.advance(len(parts[-1]))
     confidence: Floats = torch.cat(parts).numpy()
     return confidence
-
-
-def spread(count: int, most: int) -> NDArray[np.int64]:
-    """Return at most ``most`` evenly spaced places of ``count``: an index is ordered by content, so by chance."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
 def report_selection(dataset: DistillationDataset, keep: Keep, progress: Progress, run: Run | None) -> None:
@@ -166,6 +155,18 @@ def report_selection(dataset: DistillationDataset, keep: Keep, progress: Progres
 
 def report_statistics(dataset: DistillationDataset, recipe: Recipe, progress: Progress, run: Run | None) -> None:
     """Say how far the pseudo-labels can be trusted, and write it into the run."""
+    ticks = read_ticks(run.ticks_file, recipe.classes) if run is not None and run.ticks_file.exists() else []
+    corrections = compare_corrections(dataset, recipe, ticks)
+    result = report_answers(dataset, recipe, progress).model_copy(update={"corrections": corrections})
+    progress.note("corrections of these answers (targets in the recipe), none of which needs a label:")
+    for line in corrections_table(corrections):
+        progress.note(f"  {line}".rstrip())
+    if run is not None:
+        write_sealed(run.quality_file, result.model_dump(mode="json", by_alias=True, exclude_unset=True))
+
+
+def report_answers(dataset: DistillationDataset, recipe: Recipe, progress: Progress) -> Statistics:
+    """Say how far the pseudo-labels can be trusted as they are, and return it; the evaluation views are enough."""
     result = pseudo_label_statistics(dataset, recipe)
     for doubt in result.doubts:
         progress.note(
@@ -175,26 +176,27 @@ def report_statistics(dataset: DistillationDataset, recipe: Recipe, progress: Pr
     progress.note("the teacher's answers:")
     for name, line in statistics.summarise(result):
         progress.note(f"  {name:<12}{line}")
-    if run is not None:
-        write_sealed(run.quality_file, result.model_dump(mode="json", by_alias=True, exclude_unset=True))
+    return result
 
 
 def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Statistics:
     """Return what there is to know of the pseudo-labels, from a sample of at most MOST_IMAGES evaluation views."""
     positions = spread(len(dataset.image_index), statistics.MOST_IMAGES)
-    classifier, adjustment = dataset.classifier, dataset.classifier.adjustment
+    classifier = dataset.classifier
     feature_parts, logit_parts, template_labels = [], [], []
     for rows in np.array_split(dataset.rows[positions], max(1, len(positions) // PART)):
         feature_parts.append(dataset.store.features(rows, np.zeros(len(rows), dtype=int)))
         per_prompt = classifier.per_prompt(feature_parts[-1])  # [part, M, C]
         logit_parts.append(classifier.combine(per_prompt))
-        template_labels.append(adjustment.apply(per_prompt).argmax(dim=2).T)  # [M, part]
-    features, raw_logits = torch.cat(feature_parts).numpy(), torch.cat(logit_parts)
-    logits, vectors = adjustment.apply(raw_logits).numpy(), classifier.class_vectors().numpy()
+        template_labels.append(per_prompt.argmax(dim=2).T)  # [M, part]
+    joined, raw_logits = torch.cat(feature_parts), torch.cat(logit_parts)
+    features, vectors = joined.numpy(), classifier.class_vectors().numpy()
+    logits = classifier.correct(joined, raw_logits).numpy()
     result = statistics.compute_statistics(
         features,
         logits,
         torch.cat(template_labels, dim=1).numpy(),
+        own_labels=raw_logits.argmax(dim=1).numpy(),
         cosines=(raw_logits.amax(dim=1) / dataset.store.logit_scale).numpy(),
         classes=recipe.classes,
         templates=recipe.templates,
@@ -206,11 +208,7 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
     }
     if recipe.targets.corrects:
         update["correction"] = statistics.adjustment_effect(
-            raw_logits.numpy(),
-            logits,
-            debias=recipe.targets.debias,
-            entropy=recipe.targets.entropy,
-            temperature=adjustment.temperature,
+            raw_logits.numpy(), logits, recipe.targets, temperature=classifier.adjustment.temperature
         )
     if isinstance(dataset.store, TeacherEnsemble):
         update["teachers"] = statistics.measure_disagreement(

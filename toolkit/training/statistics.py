@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from prgkit.config.sections import TargetsConfig
 from prgkit.training.statistics_schema import (
     AdjustmentEffect,
     Balance,
@@ -48,6 +49,7 @@ def compute_statistics(
     logits: Floats,
     template_labels: Labels,
     *,
+    own_labels: Labels,
     cosines: Floats,
     classes: Sequence[str],
     templates: Sequence[str],
@@ -58,8 +60,9 @@ def compute_statistics(
     Args:
         features: the teacher's unit features I [n, D] of the evaluation view.
         logits: its logits W [n, C], as the student will learn them.
-        template_labels: the class that each template alone would name [M, n].
-        cosines: of each image [n] with the class nearest to it, before any adjustment.
+        template_labels: the class that each template alone would name [M, n], before any correction.
+        own_labels: the class that all templates name [n], before any correction.
+        cosines: of each image [n] with the class nearest to it, before any correction.
         classes: C names.
         templates: M templates.
         names: n names of images, for the ones worth a look.
@@ -78,7 +81,7 @@ def compute_statistics(
         near_duplicates=near_duplicates(features.astype(np.float32), labels, names),
         outliers=outliers(cosines, names),
         templates=[
-            TemplateAgreement(template=template, agreement=round(100 * float((chosen == labels).mean()), 2))
+            TemplateAgreement(template=template, agreement=percent(chosen == own_labels))
             for template, chosen in zip(templates, template_labels, strict=True)
         ],
     )
@@ -175,11 +178,12 @@ def summarise(statistics: Statistics) -> list[tuple[str, str]]:
 
 def summarise_adjustment(effect: AdjustmentEffect) -> str:
     """Say what was done to the teacher's logits."""
-    parts = []
-    if effect.debias:
-        varied = effect.effective_classes
+    parts, varied = [], effect.effective_classes
+    names = [effect.refine] if effect.refine else []
+    names += [f"debias {effect.debias}"] if effect.debias else []
+    if names:
         parts.append(
-            f"debias {effect.debias} changed {effect.changed:,} of {effect.images:,} "
+            f"{' and '.join(names)} changed {effect.changed:,} of {effect.images:,} "
             f"pseudo-labels, as varied as {varied.after:.1f} even classes, before {varied.before:.1f}"
         )
     if effect.entropy is not None:
@@ -221,15 +225,14 @@ def effective_classes(counts: Labels) -> float:
     return round(float(np.exp(-(shares * np.log(shares)).sum())), 2)
 
 
-def adjustment_effect(
-    before: Floats, after: Floats, *, debias: float, entropy: float | None, temperature: float
-) -> AdjustmentEffect:
-    """Return what an adjustment did to the pseudo-labels: logits W [n, C] before and after it."""
+def adjustment_effect(before: Floats, after: Floats, config: TargetsConfig, *, temperature: float) -> AdjustmentEffect:
+    """Return what a correction did to the pseudo-labels: logits W [n, C] before and after it."""
     labels = [logits.argmax(axis=1) for logits in (before, after)]
     varied = [effective_classes(np.bincount(some, minlength=before.shape[1])) for some in labels]
     return AdjustmentEffect(
-        debias=debias,
-        entropy=entropy,
+        refine=config.refine,
+        debias=config.debias,
+        entropy=config.entropy,
         temperature=temperature,
         changed=int((labels[0] != labels[1]).sum()),
         images=len(before),

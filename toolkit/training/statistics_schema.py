@@ -66,9 +66,24 @@ class BeforeAfter(Statistic):
     after: float
 
 
-class AdjustmentEffect(Statistic):
-    """How the teacher's logits were adjusted, and what that did to the pseudo-labels."""
+class CorrectionRow(Statistic):
+    """What one correction would do to the teacher's answers, fitted to a sample of the images that are learned from."""
 
+    name: str  # none, debias, inmap, stata; "this recipe" where that is another one
+    images: int
+    changed: float  # percent of the answers
+    mass: list[float]  # [C], each class's share of the answers: the mean of the probabilities
+    effective_classes: float
+    two_views: float  # percent of the images whose evaluation view and first crop get one answer
+    agreement: dict[str, float]  # percent of the images with the same answer, by the other's name
+    used: bool = False
+    ticked: tuple[int, int] | None = None  # right on so many of the ticked images whose class is known
+
+
+class AdjustmentEffect(Statistic):
+    """How the teacher's logits were corrected, and what that did to the pseudo-labels."""
+
+    refine: str | None
     debias: float
     entropy: float | None
     temperature: float
@@ -123,4 +138,5 @@ class Statistics(Statistic):
     doubts: list[str] = []  # why the answers look like chance
     read_as_one: list[tuple[str, str]] = []  # classes with one and the same vector
     correction: AdjustmentEffect | None = None
+    corrections: list[CorrectionRow] = []
     teachers: Disagreement | None = None

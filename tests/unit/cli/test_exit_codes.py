@@ -59,7 +59,7 @@ def test_being_stopped_is_no_error(prgkit: PrgkitCommand, monkeypatch: pytest.Mo
 def test_the_base_install_says_which_extra_a_command_needs(empty_folder: Path, line: str) -> None:
     (empty_folder / "run").mkdir()
     (empty_folder / "run/recipe.yaml").write_text(TINY_RECIPE)
-    card = {"schema": "prgkit.run/2", "prgkit": "", "created": "", "fingerprint": "", "origin": "..", "finished": False}
+    card = {"schema": "prgkit.run/3", "prgkit": "", "created": "", "fingerprint": "", "origin": "..", "finished": False}
     (empty_folder / "run/card.json").write_text(json.dumps(card))
     code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {line.split()}; from prgkit.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

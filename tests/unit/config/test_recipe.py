@@ -193,6 +193,12 @@ epochs: 100
             "views.crop_scale: must be [low, high] with 0 < low <= high <= 1, not [1, 0.5]",
         ),
         ("targets: {debias: 1.5}", "targets.debias: must be less than or equal to 1, not 1.5"),
+        ("targets: {refine: transclip}", "targets.refine: 'transclip' is none of inmap, stata"),
+        ("targets: {prior: even}", "targets.prior: only refine: inmap and debias read it, and neither is asked for"),
+        (
+            "targets: {debias: 1, prior: {a: 1, b: -0.5}}",
+            "targets.prior.b: must be greater than 0, not -0.5",
+        ),
         ("targets: {debias: yes}", "targets.debias: must be a number, not True"),
         ("targets: {entropy: 1}", "targets.entropy: must be less than 1, not 1"),
         ("targets: {temperature: 2.0}", "targets.temperature: unknown key; it belongs in objective.temperature"),
@@ -406,6 +412,8 @@ def test_everything_else_changes_it(mine: str) -> None:
         "views.crop_scale": [0.3, 1.0],
         "views.aspect": 0.5,
         "data.keep.min_confidence": 0.5,
+        "targets.refine": "inmap",
+        "targets.prior": "even",
         "targets.debias": 0.5,
         "targets.entropy": 0.3,
         "student.crop": 0.9,
@@ -424,7 +432,9 @@ def test_everything_else_changes_it(mine: str) -> None:
         if key not in other:
             kinds = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * 0.9, str: lambda v: f"{v}x"}
             other[key] = kinds[type(value)](value)
-        changed = load_recipe(mine, overrides=[f"{key}={yaml.safe_dump(other[key], default_flow_style=True)}"])
+        reader = ["targets.debias=1"] if key == "targets.prior" else []  # a prior that nothing reads is refused
+        value_text = yaml.safe_dump(other[key], default_flow_style=True)
+        changed = load_recipe(mine, overrides=[*reader, f"{key}={value_text}"])
         assert changed.fingerprint() not in seen, key
         seen.add(changed.fingerprint())
     assert len(seen) > 30

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -236,6 +238,26 @@ class Slow(MultiViewDataset):
         if position == 7:
             time.sleep(0.5)
         super().render_into(into, position, numbers)
+
+
+def test_workers_do_not_wait_for_threads_that_a_fork_has_not(tmp_path: Path) -> None:
+    photo(1200, 900).save(tmp_path / "a.png")
+    program = f"""
+import torch
+from prgkit.config.sections import Views
+from prgkit.data.augment import MultiViewDataset, make_dataloader
+from prgkit.data.index import index_images
+from prgkit.data.preprocessing import Preprocessing
+from prgkit.data.sources import open_images
+torch.set_num_threads(2)
+torch.rand(4_000_000).exp_()  # OpenMP's threads are there from now on
+index = index_images(open_images({str(tmp_path)!r}), workers=1)
+preprocessing = Preprocessing(224, 1.0, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+for batch in make_dataloader(MultiViewDataset(index, preprocessing, Views()), [[(0, [1, 2, 3])]], workers=1):
+    print(tuple(batch.pixels.shape))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "(1, 3, 224, 224, 3)\n", done.stderr
 
 
 def test_a_slow_worker_does_not_reorder(photos: ImageIndex) -> None:

@@ -23,8 +23,12 @@ def run(tmp_path: Path) -> Run:
 
 def test_the_file_holds_what_is_known(run: Run) -> None:
     assert read_sealed(run.card_file) == BEGUN
-    run.update_card(finished=True, best={"epoch": 3, "agreement": 61.5})
-    assert read_sealed(run.card_file) == {**BEGUN, "finished": True, "best": {"epoch": 3, "agreement": 61.5}}
+    run.update_card(finished=True, best={"epoch": 3, "agreement": 61.5, "held_out_kl": 0.25})
+    assert read_sealed(run.card_file) == {
+        **BEGUN,
+        "finished": True,
+        "best": {"epoch": 3, "agreement": 61.5, "held_out_kl": 0.25},
+    }
     assert run.finished
     assert run.card.best is not None
     assert run.card.best.agreement == 61.5
@@ -39,10 +43,10 @@ def test_what_is_not_known_yet_is_said_with_the_command_that_goes_on(run: Run) -
 
 
 def test_a_card_of_another_schema_is_refused_by_its_number(run: Run) -> None:
-    write_sealed(run.card_file, {**BEGUN, "schema": "prgkit.run/1"})
+    write_sealed(run.card_file, {**BEGUN, "schema": "prgkit.run/2"})
     with pytest.raises(RunError) as caught:
         _ = run.card
-    assert caught.value.what == "the run's card is prgkit.run/1, and this prgkit reads prgkit.run/2"
+    assert caught.value.what == "the run's card is prgkit.run/2, and this prgkit reads prgkit.run/3"
     assert caught.value.fix == f"delete it, then: prgkit distill '{run.recipe_file}' --run '{run.folder}'"
 
 

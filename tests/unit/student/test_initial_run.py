@@ -11,7 +11,7 @@ import torch
 from prgkit.config.recipe import Recipe, validate
 from prgkit.errors import PrgkitError, RunError, StudentError
 from prgkit.storage.run import Run, require_own_folder, start_run
-from prgkit.student.model import Student, build_student, student_preprocessing, take_heads
+from prgkit.student.model import Student, build_student, start_student, student_preprocessing
 from prgkit.training.checkpoint import save_tensors
 
 WIDTH = 12
@@ -39,7 +39,7 @@ def general_run(folder: Path, recipe: Recipe, *, finished: bool = True) -> tuple
     images = {"source": "photos", "used": 1200, "duplicates": 0, "unreadable": [], "left_out": "", "grey_range": None}
     facts = student.facts(recipe.student)
     run.update_card(teacher={**teacher, "width": WIDTH}, images=images, student=facts, finished=finished)
-    save_tensors(run.weights, student.state_dict(), {"epoch": 3, "agreement": 61.5})
+    save_tensors(run.weights, student.state_dict(), {"epoch": 3, "agreement": 61.5, "held_out_kl": 0.5})
     return run, student
 
 
@@ -80,8 +80,9 @@ def test_projector_and_head_come_along_where_they_fit(
 ) -> None:
     run, earlier = general
     recipe = recipe_for(classes, objective, initial=str(run.folder))
-    student = built(recipe)
-    take_heads(student, run, recipe, teacher)
+    torch.manual_seed(0)
+    facts = run.teacher_facts.model_copy(update={"fingerprint": teacher})
+    student = start_student(recipe, facts, (torch.zeros(len(PETS), WIDTH), 1.0))
     assert same(student, earlier, part="projector.") == projector
     assert same(student, earlier, part="model.fc.") == head
 
@@ -146,7 +147,9 @@ def test_other_weights_behind_the_path_are_another_start(
     task.append_metrics({"epoch": 1, "loss": 1.0})
     require_own_folder(task.folder, recipe)
     whole = run.weights.read_bytes()
-    save_tensors(run.weights, built(recipe_for(), seed=9).state_dict(), {"epoch": 3, "agreement": 61.5})
+    save_tensors(
+        run.weights, built(recipe_for(), seed=9).state_dict(), {"epoch": 3, "agreement": 61.5, "held_out_kl": 0.5}
+    )
     with pytest.raises(RunError, match=r"it differs in what student\.initial holds"):
         require_own_folder(task.folder, recipe)
     run.weights.write_bytes(whole)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,11 @@ def test_a_correction_is_half_way_at_half_strength_and_survives_its_file() -> No
     assert mean_entropy(half.apply(logits), 1.0) == pytest.approx(0.3 * math.log(CLASSES), rel=1e-4)
     names = [f"class {number}" for number in range(CLASSES)]
     saved = SavedAdjustment(
-        made_from="", confidence_sha256=None, temperature=half.temperature, log_prior=half.named(names)
+        made_from="",
+        refinement_sha256=None,
+        confidence_sha256=None,
+        temperature=half.temperature,
+        log_prior=half.named(names),
     )
     again = SavedAdjustment.model_validate_json(saved.model_dump_json()).adjustment(names)
     assert torch.equal(again.apply(logits), half.apply(logits))
@@ -193,6 +198,24 @@ def test_everyone_is_given_the_same_corrected_answers(photos: Path, tmp_path: Pa
     varied = found["correction"]["effective_classes"]
     assert varied["after"] == found["balance"]["effective_classes"]
     assert notes.told[-1].startswith("learning from ")
+    rows = {row["name"]: row for row in found["corrections"]}
+    table = notes.told[
+        notes.told.index("corrections of these answers (targets in the recipe), none of which needs a label:") + 1 :
+    ]
+    headings = [
+        "changed",
+        "a class holds",
+        "even classes",
+        "two views",
+        *(f"as {name}" for name in rows if name != "none"),
+    ]
+    assert re.split("  +", table[0].strip()) == headings
+    assert [line.split("  ")[1] for line in table[1:6]] == ["none", "debias", "inmap", "stata", "this recipe (used)"]
+    assert rows["none"]["changed"] == 0
+    assert rows["this recipe"]["agreement"]["debias"] == 100  # a temperature changes no answer
+    assert all(sum(row["mass"]) == pytest.approx(1, abs=1e-4) for row in rows.values())
+    assert max(rows["debias"]["mass"]) < max(rows["none"]["mass"])
+    assert rows["none"]["ticked"] is None
     assert (
         f"  correction  debias 1.0 changed {changed} of 60 pseudo-labels, as varied as {varied['after']:.1f} even "
         f"classes, before {varied['before']:.1f}; temperature {facts['temperature']:.3g}"
@@ -200,10 +223,13 @@ def test_everyone_is_given_the_same_corrected_answers(photos: Path, tmp_path: Pa
 
 
 def test_a_lost_or_damaged_correction_is_never_guessed(photos: Path, tmp_path: Path) -> None:
-    run, dataset = learn(photos, tmp_path, debias=1.0)
+    run, dataset = learn(photos, tmp_path, debias=1.0, refine="stata")
     given = (run, run.recipe, dataset.classifier.prompts, dataset.classifier.logit_scale)
     assert torch.equal(classifier_of(*given).adjustment.log_prior, dataset.classifier.adjustment.log_prior)
-    content = run.answers_file.read_text()
+    content, refinement = run.answers_file.read_text(), run.refinement_file.read_bytes()
+    run.refinement_file.write_bytes(refinement[:-1] + b"!")
+    with pytest.raises(RunError, match=r"refinement\.safetensors is missing, or not what"):
+        classifier_of(*given)
     run.answers_file.write_text(content.replace('"zero": -', '"zero": '))
     with pytest.raises(PrgkitError, match=r"answers\.json is damaged"):
         classifier_of(*given)

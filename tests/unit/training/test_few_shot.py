@@ -167,7 +167,8 @@ def test_class_vectors_score_by_hand_and_never_in_bfloat16() -> None:
     ("objective", "targets", "said"),
     [
         ([{"name": "promptkd"}, {"name": "dho"}], {}, "dho needs a class head"),
-        ({"name": "clipkd"}, {"debias": 1.0}, "teach the class vectors' own scores"),
+        ({"name": "clipkd"}, {"debias": 1.0}, "of the corrections only refine: inmap gives such scores"),
+        ({"name": "promptkd"}, {"refine": "stata"}, "of the corrections only refine: inmap gives such scores"),
     ],
 )
 def test_what_cannot_stand_together_is_said_at_once(folder: Path, objective: Any, targets: Any, said: str) -> None:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from prgkit.config.sections import TargetsConfig
 from prgkit.training.statistics import (
     adjustment_effect,
     compute_statistics,
@@ -41,7 +42,7 @@ def found() -> Statistics:
     agreeing = logits.argmax(1)
     odd = np.where(np.arange(100) < 25, 3, agreeing)
     return compute_statistics(
-        features, logits, np.stack([agreeing, odd]), cosines=logits.max(1) / 20, classes=CLASSES, templates=("a {}", "no {}"),
+        features, logits, np.stack([agreeing, odd]), own_labels=agreeing, cosines=logits.max(1) / 20, classes=CLASSES, templates=("a {}", "no {}"),
         names=[f"{number}.png" for number in range(100)],
     )  # fmt: skip
 
@@ -100,7 +101,7 @@ def test_the_summary_is_short_and_the_rest_is_json(found: Statistics) -> None:
 def test_what_a_correction_did_is_counted_by_hand(found: Statistics) -> None:
     before = np.array([[3, 1], [3, 2], [2, 1], [0, 1]], dtype=np.float32)  # three of the first class, one of the second
     after = before - np.array([1.5, 0], dtype=np.float32)
-    did = adjustment_effect(before, after, debias=0.5, entropy=0.3, temperature=1.23456)
+    did = adjustment_effect(before, after, TargetsConfig(debias=0.5, entropy=0.3), temperature=1.23456)
     assert did.model_dump(include={"changed", "images", "effective_classes"}) == {
         "changed": 2,
         "images": 4,
@@ -110,7 +111,11 @@ def test_what_a_correction_did_is_counted_by_hand(found: Statistics) -> None:
         "correction",
         "debias 0.5 changed 2 of 4 pseudo-labels, as varied as 1.8 even classes, before 1.8; temperature 1.23",
     )
-    did = did.model_copy(update={"debias": 0.0})
+    did = did.model_copy(update={"refine": "inmap"})
+    assert summarise(found.model_copy(update={"correction": did}))[0][1].startswith(
+        "inmap and debias 0.5 changed 2 of 4"
+    )
+    did = did.model_copy(update={"refine": None, "debias": 0.0})
     assert summarise(found.model_copy(update={"correction": did}))[0] == ("correction", "temperature 1.23")
 
 

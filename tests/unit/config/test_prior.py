@@ -1,0 +1,54 @@
+"""targets.prior: a mapping, a file, or even; and what is wrong with one, said exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prgkit.config.prior import class_shares, load_prior
+from prgkit.errors import RecipeError
+
+CLASSES = ("ripe tomato", "leaf", "soil")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ripe tomato,2\nleaf,1\nsoil,1\n",
+        "class;share\nsoil;25 %\nleaf;25%\nripe tomato;50\n",
+        "\ufeffclass\tcount\r\nleaf\t100\r\nsoil\t100\r\nripe tomato\t200\r\n",
+    ],
+)
+def test_a_table_of_shares_or_counts_is_read_in_label_order(tmp_path: Path, text: str) -> None:
+    (tmp_path / "shares.csv").write_text(text, encoding="utf-8")
+    prior = load_prior(str(tmp_path / "shares.csv"), CLASSES)
+    assert isinstance(prior, dict)
+    assert list(prior) == list(CLASSES)
+    assert class_shares(prior, CLASSES) == [0.5, 0.25, 0.25]
+
+
+def test_even_and_none_need_no_names() -> None:
+    assert load_prior("even", CLASSES) == "even"
+    assert class_shares("even", ("a", "b")) == [0.5, 0.5]
+    assert class_shares(load_prior(None, CLASSES), CLASSES) is None
+
+
+@pytest.mark.parametrize(
+    ("prior", "said"),
+    [
+        ({"ripe tomato": 1.0, "leaf": 1.0, "soul": 1.0}, "no class is named 'soul'; did you mean 'soil'?"),
+        ({"ripe tomato": 1.0}, "the prior has no share of leaf, soil"),
+        ("evn", "the shares cannot be read: No such file"),
+        ("leaf,1\nsoil,0\n", "this is no class with its share"),
+        ("leaf,1\nleaf,2\n", "'leaf' stands twice"),
+        ("leaf,1\nsoil,nan\n", "this is no class with its share"),
+    ],
+)
+def test_what_is_wrong_with_a_prior_is_said(tmp_path: Path, prior: dict[str, float] | str, said: str) -> None:
+    if isinstance(prior, str) and "," in prior:
+        (tmp_path / "shares.csv").write_text(prior)
+        prior = str(tmp_path / "shares.csv")
+    with pytest.raises(RecipeError) as caught:
+        load_prior(prior, CLASSES)
+    assert str(caught.value).splitlines()[0].startswith(said)
