@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prgkit.data.archives import TAR, is_archive
+from prgkit.data.archives import is_archive
 from prgkit.data.decode import GreyRange
 from prgkit.data.preprocessing import load_image
 from prgkit.data.sources import open_images
@@ -109,9 +109,8 @@ def pictures_of(
         return
     if images.left_out:
         note(f"{given}: {images.left_out}")
-    place = given.parent if TAR.search(given.name) else given  # a shard's name is part of its images' names
     for index in range(len(images)):
-        yield str(place / images.name(index)), partial(images.read, index)
+        yield images.path(index), partial(images.read, index)
 
 
 def refuse(error: PrgkitError) -> Image.Image:

@@ -124,14 +124,15 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
 
 def origin_of_student(run: Run, recipe: Recipe, student: Student) -> StudentOrigin:
     """Return what the manifest says of the run, the recipe, the teacher and the student."""
-    facts = run.student_facts if student.scorer is None else student.facts(recipe.student)
+    facts = run.student_facts
+    before = facts.initial_run is not None and facts.initial_run.learned_labels
     return StudentOrigin(
         run=RunFacts(
             name=run.name,
             fingerprint=run.card.fingerprint,
             student_sha256=sha256(run.weights),
             objective=recipe.objective_name,
-            learned_labels=recipe.learns_labels or any(config.context for config in recipe.teacher),
+            learned_labels=recipe.uses_labels or before,
             epochs=recipe.training.epochs,
             best_epoch=student_facts(run.weights).epoch,
             images=run.image_facts.used,
@@ -143,7 +144,8 @@ def origin_of_student(run: Run, recipe: Recipe, student: Student) -> StudentOrig
         student=StudentFacts(
             model=facts.model,
             initial=facts.initial,
-            parameters=facts.parameters,
+            origin=facts.origin,
+            parameters=facts.parameters if student.scorer is None else student.deployed_parameters(),
             image_size=recipe.student.image_size,
         ),
         templates=tuple(recipe.templates),

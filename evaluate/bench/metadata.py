@@ -42,6 +42,7 @@ def run_facts(bundle: Bundle) -> RunFacts:
         teacher=name,
         objective=run.objective,
         uses_labels=run.learned_labels,
+        origin=bundle.manifest.student.origin,
         classes=len(bundle.classes),
         epochs=run.epochs,
     )

@@ -144,9 +144,10 @@ def lead(report: Report) -> tuple[str, ...]:
     """Return the facts that qualify the headline; every second part is bold."""
     run, row = report.run, formatting.lead_row(report.rows, report.int8)
     labels = "with a few labels" if run.uses_labels else "without labels"
+    began = f"; begun with {run.origin}" if run.origin else ""
     facts = (
-        f" {labels} (objective {run.objective}, {run.classes} classes, {counted(run.epochs, 'epoch')}) and measured on "
-        f"{evaluated_on(report.evaluation)}."
+        f" {labels} (objective {run.objective}, {run.classes} classes, {counted(run.epochs, 'epoch')}{began}) "
+        f"and measured on {evaluated_on(report.evaluation)}."
     )
     if row is None:
         return "Distilled from ", run.teacher, facts

@@ -1,7 +1,6 @@
 """What report.json holds, key by key; its JSON schema in the reference is made from these models.
 
-A key says its unit. Shares of images (top1, agreement_*, ...) and their intervals are in percent, as papers print them.
-None stands for what was not measured here, or what the device does not show.
+A key says its unit; shares of images (top1, agreement_*, ...) are in percent. None: not measured, or not shown here.
 """
 
 from __future__ import annotations
@@ -150,6 +149,7 @@ class RunFacts(Model):
     teacher: str
     objective: str
     uses_labels: bool = Field(False, description="Whether the student or its teacher learned from a few labels.")
+    origin: str = Field("", description="What the student began with; empty: random weights.")
     classes: int
     epochs: int
 

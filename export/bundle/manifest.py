@@ -170,6 +170,7 @@ class StudentFacts(Facts):
 
     model: str
     initial: str | None = None
+    origin: str = ""  # what it began with, in words; empty: random weights
     parameters: int | None = None
     image_size: Size | None = None
 

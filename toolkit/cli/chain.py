@@ -15,7 +15,13 @@ import click
 from prgkit.cli.state import Document, Session
 
 ON_A_RUN = ("audit", "distill", "export", "relabel", "bench", "predict")
-OF_ALL_PROCESSES = ("adapt-teacher", "audit", "distill", "targets")  # each says what all but the first have to do in it
+OF_ALL_PROCESSES = (
+    "adapt-teacher",
+    "audit",
+    "distill",
+    "label",
+    "targets",
+)  # each says what all but the first have to do in it
 
 
 class Command(click.Command):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from prgkit.cli.state import Document, RecipeOptions, Session
 from prgkit.errors import BackendError
-from prgkit.storage.atomic import readable_bytes
+from prgkit.storage.atomic import readable_bytes, write_text
 
 if TYPE_CHECKING:
     from prgkit.config.recipe import Recipe
@@ -133,6 +133,55 @@ def adapt_teacher(session: Session, recipe: Recipe, path: Path, options: RecipeO
     session.terminal.say((str(path), "bold"), f": {describe_tuning(report)}")
     session.terminal.say("to use it: ", (f"--set teacher.context={shlex.quote(str(path))}", "bold"))
     return report.model_dump(mode="json")
+
+
+def label_images(session: Session, recipe: Recipe, targets_root: Path, out: Path | None) -> Document:
+    """Write the teacher's answers to a file, or print them as CSV."""
+    if not session.is_main_process:  # the store has one writer
+        return {}
+    from prgkit.annotation import label
+
+    rows, terminal = label.label_images(recipe, targets_root, session.terminal), session.terminal
+    summary, document = label.describe_labels(rows), [row.model_dump(mode="json", by_alias=True) for row in rows]
+    if out is None:
+        terminal.note(summary)
+        terminal.verbatim(label.as_csv(rows))
+    else:
+        write_text(out, label.as_csv(rows) if out.suffix.lower() == ".csv" else label.as_json_lines(rows))
+        terminal.say((str(out), "bold"), f": {summary}")
+    return {"out": None if out is None else str(out), "labels": document}
+
+
+def list_recipes(session: Session, show: str | None, *, objectives: bool) -> Document:
+    """List the recipes or the objectives, or print one recipe."""
+    from prgkit.config.objectives import objective_lines
+    from prgkit.config.recipe import find_recipe, shipped_recipes, summary_line
+    from prgkit.config.yaml_io import read_recipe_text
+
+    if show:
+        text = read_recipe_text(find_recipe(show))
+        session.terminal.verbatim(text)
+        return {show: text}
+    named = {name: summary_line(path) for name, path in shipped_recipes().items()}
+    lines = objective_lines() if objectives else named
+    session.terminal.listing(lines)
+    return lines
+
+
+def print_doctor(session: Session) -> Document:
+    """Print what can run on this machine."""
+    from prgkit.cli.doctor import examine
+
+    state, terminal = examine(), session.terminal
+    terminal.say(("versions", "bold"))
+    terminal.listing({name: version or "not installed" for name, version in state["versions"].items()})
+    terminal.say(("machine", "bold"))
+    terminal.listing(state["machine"])
+    terminal.say(("backends", "bold"))
+    terminal.listing({f"{'yes' if row['runs'] else 'no':<4} {row['name']}": row["detail"] for row in state["backends"]})
+    for clash in state["clashes"]:
+        terminal.say(("clash: ", "red"), clash)
+    return state
 
 
 @contextlib.contextmanager

@@ -17,9 +17,12 @@ from prgkit import __version__
 from prgkit.cli.chain import Chain, builds_engines
 from prgkit.cli.commands import (
     adapt_teacher,
+    label_images,
     list_or_prune_stores,
+    list_recipes,
     merge_reports,
     needs_extra,
+    print_doctor,
     print_estimate,
     relabel_bundle,
     tell_bundle,
@@ -31,6 +34,7 @@ from prgkit.cli.options import (
     compare_options,
     export_options,
     json_option,
+    label_options,
     recipe_options,
     refuse_in_a_bundle,
     run_option,
@@ -284,6 +288,23 @@ def audit(session: Session, options: RecipeOptions, *, count: int | None) -> Doc
     return report.model_dump(mode="json")
 
 
+@cli.command(short_help="Write down the teacher's answer to each image.")
+@label_options
+@click.pass_obj
+def label(session: Session, options: RecipeOptions, *, out: Path | None) -> Document:
+    """Write down what the teacher says of every image of RECIPE, as CSV: class, confidence, second class, margin.
+
+    RECIPE is as for distill. Answers that its targets correct, near copies and images that fit no class are marked.
+    Nothing is trained and no run is made; distill goes on with what the teacher saw.
+    """
+    here = Path.cwd()
+    with needs_extra("distill"):
+        recipe, _ = choose_recipe(session, options)  # that of a run is read where the run was started
+        if out is not None and here != Path.cwd():
+            out = here / out
+        return label_images(session, recipe, options.targets_root, out)
+
+
 @cli.command(short_help="Set objectives and students against each other.")
 @compare_options
 @click.pass_obj
@@ -333,18 +354,7 @@ def compare(session: Session, /, options: RecipeOptions, *, out: Path | None, **
 @click.pass_obj
 def recipes(session: Session, show: str | None, objectives: bool) -> Document:
     """List the recipes that are shipped, or print one to copy."""
-    from prgkit.config.objectives import objective_lines
-    from prgkit.config.recipe import find_recipe, shipped_recipes, summary_line
-    from prgkit.config.yaml_io import read_recipe_text
-
-    if show:
-        text = read_recipe_text(find_recipe(show))
-        session.terminal.verbatim(text)
-        return {show: text}
-    named = {name: summary_line(path) for name, path in shipped_recipes().items()}
-    lines = objective_lines() if objectives else named
-    session.terminal.listing(lines)
-    return lines
+    return list_recipes(session, show, objectives=objectives)
 
 
 @cli.command(short_help="Say what can run on this machine.")
@@ -352,18 +362,7 @@ def recipes(session: Session, show: str | None, objectives: bool) -> Document:
 @click.pass_obj
 def doctor(session: Session) -> Document:
     """Say which versions, devices and backends are here, what each missing one needs, and what clashes."""
-    from prgkit.cli.doctor import examine
-
-    state, terminal = examine(), session.terminal
-    terminal.say(("versions", "bold"))
-    terminal.listing({name: version or "not installed" for name, version in state["versions"].items()})
-    terminal.say(("machine", "bold"))
-    terminal.listing(state["machine"])
-    terminal.say(("backends", "bold"))
-    terminal.listing({f"{'yes' if row['runs'] else 'no':<4} {row['name']}": row["detail"] for row in state["backends"]})
-    for clash in state["clashes"]:
-        terminal.say(("clash: ", "red"), clash)
-    return state
+    return print_doctor(session)
 
 
 def main() -> None:

@@ -107,6 +107,20 @@ def adapt_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def label_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what label takes: where the table goes."""
+    return which_recipe(
+        command,
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            callback=values.table_file,
+            help="Write a .csv, or JSON lines as .jsonl.  [default: print CSV]",
+        ),
+    )
+
+
 def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what compare takes: the rows and columns of the comparison, and where it goes."""
     return which_recipe(

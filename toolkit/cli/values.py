@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import click
@@ -85,6 +86,13 @@ def each_key_once(ctx: click.Context, option: click.Parameter, texts: tuple[str,
         values = [text.partition("=")[2].strip() for text in texts if text.partition("=")[0].strip() == key]
         refuse_twice(f"{option.opts[-1]} {key}", values, ctx)
     return texts
+
+
+def table_file(ctx: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+    """Take a file whose name says whether it is CSV or JSON lines."""
+    if path is not None and path.suffix.lower() not in (".csv", ".jsonl"):
+        raise click.BadParameter(f"name a .csv or a .jsonl, not {str(path)!r}.", ctx, option)
+    return path
 
 
 def swept_values(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> list[tuple[str, list[Any]]]:

@@ -135,6 +135,11 @@ class Recipe(Config):
         return any(objective.learns_labels for objective in self.objective)
 
     @property
+    def uses_labels(self) -> bool:
+        """Whether the student, or the teacher's context, learns from a few labels."""
+        return self.learns_labels or any(teacher.context for teacher in self.teacher)
+
+    @property
     def reads_stages(self) -> bool:
         """Whether an objective looks at the maps that leave the student's stages."""
         return any(objective.reads_stages for objective in self.objective)

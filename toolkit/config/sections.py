@@ -169,8 +169,8 @@ class StudentConfig(Config):
 
     model: str
     image_size: InputSize = 224  # pixels: one side of a square, or [height, width]
-    initial: str = "random"  # random, pretrained, or a weights file of the same timm model
-    # The share that the centre crop keeps; None: 1, or timm's own where the start is pretrained.
+    initial: str = "random"  # random, pretrained, or a run's folder or a weights file of the same timm model
+    # The share that the centre crop keeps; None: 1, the run's that it starts from, or timm's own where pretrained.
     crop: float | None = Field(None, gt=0, le=1)
 
     @field_validator("image_size")

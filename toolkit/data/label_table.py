@@ -297,7 +297,7 @@ class Paths:
             folders = [folder.casefold() for folder in folders]
         count = 0
         for theirs, ours in zip(reversed(above), reversed(folders), strict=False):
-            if theirs != ours:
+            if theirs not in (ours, f"{ours}.zip"):
                 splits = SPLITS.get(theirs.casefold()), SPLITS.get(ours.casefold())
                 return None if None not in splits and splits[0] != splits[1] else count
             count += 1

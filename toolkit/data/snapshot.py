@@ -157,7 +157,7 @@ def restart_command(run: Run) -> str:
     command = f"prgkit distill {recipe} --run {folder}"
     if not run.weights.exists():
         return command
-    return f"{command} (and --set student.initial={shlex.quote(str(run.weights))} to begin with this student)"
+    return f"{command} (and --set student.initial={shlex.quote(str(run.folder))} to begin with this student)"
 
 
 def packed(keys: Sequence[str]) -> NDArray[np.uint8]:

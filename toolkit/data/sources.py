@@ -119,6 +119,14 @@ class ImageSource:
         """Return the image's name for people: its path below the source."""
         return self._source.name(index)
 
+    def path(self, index: int) -> str:
+        """Return the image's name with the path of the source before it, as it can be opened from here."""
+        if not lies_in_files(self.spec):
+            return self.name(index)
+        place = Path(os.path.expandvars(os.path.expanduser(self.spec)))
+        # A shard's name is part of its images' names.
+        return str((place.parent if TAR.search(place.name) else place) / self.name(index))
+
     def label(self, index: int) -> str | int | None:
         """Return the image's class name or number as it is written, or None; only evaluation asks."""
         return self._table.plain_labels.get(index) if self._table is not None else self._source.label(index)

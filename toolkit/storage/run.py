@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from prgkit import __version__
 from prgkit.config.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
+from prgkit.config.sections import StudentConfig
 from prgkit.config.yaml_io import YamlMapping, read_yaml
 from prgkit.errors import RunError
-from prgkit.storage.atomic import read_sealed, write_sealed
+from prgkit.storage.atomic import read_sealed, sha256, write_sealed
 from prgkit.storage.documents import read_document
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
@@ -23,6 +24,7 @@ from prgkit.storage.run_card import SCHEMA, ImageFacts, RunCard, StudentFacts, T
 
 Metrics = dict[str, int | float]  # of an epoch: its number, the losses, the agreement, the seconds so far
 Facts = TypeVar("Facts")
+NO_FILE = ("random", "pretrained")  # what student.initial can be besides a path
 TICKS = Path("audit") / "ticks.csv"  # in a run, and in the bundle that travels
 
 
@@ -205,6 +207,9 @@ def require_own_folder(folder: Path, recipe: Recipe) -> None:
                 where=folder,
                 fix=f"start a new run with --run {folder}-2, or delete {folder}",
             )
+    elif initial_weights(recipe.student) in (folder, run.weights):
+        what, fix = "student.initial names the run itself", "name another run, or give this one another folder: --run"
+        raise RunError(what, where=folder, fix=fix)
     elif folder.exists() and any(not is_leftover(path) for path in folder.iterdir()):
         raise RunError(
             "the folder is not empty and holds no run", where=folder, fix="give --run a new or an empty folder"
@@ -229,9 +234,28 @@ def undoing(run: Run) -> Callable[[], None]:
 def differences(run: Run, recipe: Recipe) -> list[str]:
     """Return the keys in which a run's recipe is another one than ``recipe``."""
     changed = changed_keys(run.recipe, recipe)
-    if not changed and any(teacher.context for teacher in recipe.teacher) and run.card_file.exists():
-        return [] if run.card.fingerprint == recipe.fingerprint() else ["what teacher.context holds"]
+    if changed or not run.card_file.exists():
+        return changed
+    if any(teacher.context for teacher in recipe.teacher) and run.card.fingerprint != recipe.fingerprint():
+        changed.append("what teacher.context holds")
+    began, weights = run.card.student and run.card.student.initial_sha256, initial_weights(recipe.student)
+    if began and weights is not None and weights.is_file() and sha256(weights) != began:
+        changed.append("what student.initial holds")
     return changed
+
+
+def initial_run(config: StudentConfig) -> Run | None:
+    """Return the run whose student another one starts from; None where it starts from something else."""
+    run = Run(Path(os.path.expanduser(config.initial)))
+    return run if config.initial not in NO_FILE and run.recipe_file.is_file() else None
+
+
+def initial_weights(config: StudentConfig) -> Path | None:
+    """Return the file of weights that a student starts from, a run's or another; None where there is none."""
+    run = initial_run(config)
+    if run is not None:
+        return run.weights
+    return None if config.initial in NO_FILE else Path(os.path.expanduser(config.initial))
 
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+
+from prgkit.errors import some
 
 SCHEMA = "prgkit.run/3"
 
@@ -59,6 +62,20 @@ class LearnedFacts(Part):
     an_epoch: int
 
 
+class InitialRun(Part):
+    """The run whose student another one began with, as it was then."""
+
+    name: str
+    teacher: str
+    classes: tuple[str, ...]
+    images: int
+    epoch: int  # that its student was taken from
+    finished: bool
+    learned_labels: bool  # whether it, its teacher or the run before it learned from labels
+    initial: str  # what it began with itself
+    initial_run: InitialRun | None = None
+
+
 class StudentFacts(Part):
     """The student as it is deployed."""
 
@@ -66,6 +83,24 @@ class StudentFacts(Part):
     initial: str
     parameters: int
     preprocessing: dict[str, JsonValue]
+    initial_sha256: str | None = None  # of the weights file, or the run's student, that it began with
+    initial_run: InitialRun | None = None
+
+    @property
+    def origin(self) -> str:
+        """What it began with, in words; empty where that is random weights."""
+        return _in_words(self.initial, self.initial_run)
+
+
+def _in_words(initial: str, run: InitialRun | None) -> str:
+    if run is None:
+        words = {"random": "", "pretrained": "timm's pretrained weights"}
+        return words.get(initial, f"the weights in {PurePath(initial).name}")
+    taught = f"which {run.teacher} taught {len(run.classes):,} classes ({some(run.classes)}) on {run.images:,} images"
+    before = _in_words(run.initial, run.initial_run)
+    unfinished = "" if run.finished else f" (epoch {run.epoch}, unfinished)"
+    and_before = f", and which began with {before}" if before else ""
+    return f"the student of the run {run.name}{unfinished}, {taught}{and_before}"
 
 
 class PrecisionProbe(Part):

@@ -16,15 +16,17 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from prgkit.config.image_size import Size, sides, size_told
+from prgkit.config.recipe import Recipe
 from prgkit.config.sections import StudentConfig
 from prgkit.data.preprocessing import Preprocessing
-from prgkit.errors import StudentError
+from prgkit.errors import StudentError, one_line
 from prgkit.outputs import StudentOutput
-from prgkit.storage.run import Run
-from prgkit.storage.run_card import StudentFacts
+from prgkit.storage.atomic import sha256
+from prgkit.storage.run import Run, initial_run, initial_weights
+from prgkit.storage.run_card import InitialRun, StudentFacts, TeacherFacts
 from prgkit.storage.tensors import load_facts, load_tensors
 from prgkit.student.heads import ClassVectors, DualHead, DualHeadModel, OpenVocabulary
-from prgkit.student.timm_model import create_timm_model, timm_config
+from prgkit.student.timm_model import architecture, create_timm_model, head_names, timm_config
 
 if TYPE_CHECKING:
     from prgkit.data.augment import Batch
@@ -117,15 +119,22 @@ class Student(Normalised):
 
     def facts(self, config: StudentConfig) -> StudentFacts:
         """Return what a run's card says of its student; parameters are counted as they are deployed."""
-        network = self.inference_model().model
-        if isinstance(network, OpenVocabulary):
-            network.model.reset_classifier(0)  # type: ignore[operator]
+        weights, origin = initial_weights(config), initial_run(config)
         return StudentFacts(
             model=config.model,
             initial=config.initial,
-            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            parameters=self.deployed_parameters(),
             preprocessing=self.preprocessing.to_dict(),
+            initial_sha256=None if weights is None else sha256(weights),
+            initial_run=None if origin is None else describe_run(origin),
         )
+
+    def deployed_parameters(self) -> int:
+        """Return how many parameters it has on a device."""
+        network = self.inference_model().model
+        if isinstance(network, OpenVocabulary):
+            network.model.reset_classifier(0)  # type: ignore[operator]
+        return sum(parameter.numel() for parameter in network.parameters())
 
     def inference_model(self) -> InferenceModel:
         """Return a copy for deployment: the same weights, without the projector unless class vectors need it."""
@@ -156,8 +165,8 @@ def build_student(config: StudentConfig, *, classes: int, teacher_width: int) ->
     Raises:
         StudentError: timm has no such model, its weights cannot be had, or it does not give pooled features.
     """
-    preprocessing = student_preprocessing(config)
-    model = create_timm_model(config, classes)
+    preprocessing, origin = student_preprocessing(config), initial_run(config)
+    model = create_timm_model(config if origin is None else config.model_copy(update={"initial": "random"}), classes)
     try:
         student = Student(model, preprocessing, teacher_width)
     except (AttributeError, RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -166,13 +175,88 @@ def build_student(config: StudentConfig, *, classes: int, teacher_width: int) ->
             where="student",
             fix="choose another image_size, or a model of the RepViT or EfficientNet family",
         ) from error
+    if origin is not None:
+        start_from_run(model, origin, config)
     return student.to(memory_format=torch.channels_last)
 
 
+def start_student(recipe: Recipe, teacher: TeacherFacts, scoring: tuple[Tensor, float]) -> Student:
+    """Build a recipe's student with its heads, and take over what fits of the run that it starts from.
+
+    ``scoring``, class vectors [C, D] and their scale, is its head where it is scored by text.
+
+    Raises:
+        StudentError: as `build_student` does.
+    """
+    student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=teacher.width)
+    if (origin := initial_run(recipe.student)) is not None:
+        take_heads(student, origin, recipe, teacher)
+    if recipe.scores_by_text:
+        student.use_class_vectors(*scoring)
+    if recipe.learns_labels:
+        student.add_second_head()
+    return student
+
+
+def start_from_run(model: nn.Module, origin: Run, config: StudentConfig) -> None:
+    """Load every weight but the head's from a run's student.
+
+    Raises:
+        StudentError: it is another model, there is no student yet, its weights are damaged, or they fit another size.
+    """
+    theirs, mine = origin.recipe.student.model, config.model
+    if theirs != mine and architecture(theirs) != architecture(mine):
+        raise StudentError(
+            f"student.initial names a run whose student is a {theirs}, and this one is to be a {mine}",
+            where=origin.folder,
+            fix=f"set student.model to {theirs}, or start from a run of {mine}",
+        )
+    weights, heads = load_student(origin).model.state_dict(), head_names(mine)
+    try:
+        model.load_state_dict({name: weights[name] for name in weights if not name.startswith(heads)}, strict=False)
+    except RuntimeError as error:
+        raise StudentError(
+            f"the run's student cannot start this one at {size_told(config.image_size)} px: {one_line(error)[:300]}",
+            where=origin.folder,
+            fix=f"set student.image_size to that of the run, {size_told(origin.recipe.student.image_size)}",
+        ) from error
+
+
+def take_heads(student: Student, origin: Run, recipe: Recipe, teacher: TeacherFacts) -> None:
+    """Take a run's projector where the teacher is the same, and its head where the classes are."""
+    earlier, before = load_student(origin), origin.recipe
+    if origin.teacher_facts.fingerprint == teacher.fingerprint:
+        student.projector.load_state_dict(earlier.projector.state_dict())
+    if before.classes == recipe.classes and not (before.scores_by_text or recipe.scores_by_text):
+        student.model.load_state_dict(earlier.model.state_dict())
+
+
+def describe_run(origin: Run) -> InitialRun:
+    """Return what a card says of the run whose student another one begins with."""
+    recipe, facts = origin.recipe, origin.student_facts
+    before = facts.initial_run is not None and facts.initial_run.learned_labels
+    return InitialRun(
+        name=origin.name,
+        teacher=recipe.teacher_name,
+        classes=recipe.classes,
+        images=origin.image_facts.used,
+        epoch=student_facts(origin.weights).epoch,
+        finished=origin.finished,
+        learned_labels=recipe.uses_labels or before,
+        initial=facts.initial,
+        initial_run=facts.initial_run,
+    )
+
+
 def student_preprocessing(config: StudentConfig) -> Preprocessing:
-    """Return how images reach the student: timm's mean, std and interpolation; its crop where it was pretrained."""
-    pretrained_cfg = timm_config(config.model)
+    """Return how images reach the student: timm's mean, std and interpolation; its crop where it was pretrained.
+
+    One that starts from a run goes on with the crop of that.
+    """
+    pretrained_cfg, origin = timm_config(config.model), initial_run(config)
     crop = config.crop or (1.0 if config.initial == "random" else pretrained_cfg.crop_pct)
+    if config.crop is None and origin is not None and origin.card.student is not None:
+        crop = origin.card.student.preprocessing["crop"]
     return Preprocessing(
         image_size=config.image_size,
         crop=crop,
@@ -197,12 +281,8 @@ def load_student(run: Run) -> Student:
         # The weights come from the file, so a pretrained start is not fetched again.
         crop = run.student_facts.preprocessing["crop"]
         config = recipe.student.model_copy(update={"initial": "random", "crop": crop})
-        width = run.teacher_facts.width
-        student = build_student(config, classes=len(recipe.classes), teacher_width=width)
-        if recipe.scores_by_text:
-            student.use_class_vectors(torch.zeros(len(recipe.classes), width), 0.0)
-        if recipe.learns_labels:
-            student.add_second_head()
+        blank = torch.zeros(len(recipe.classes), run.teacher_facts.width)
+        student = start_student(recipe.model_copy(update={"student": config}), run.teacher_facts, (blank, 0.0))
         student.load_state_dict(weights)
     except (SafetensorError, RuntimeError, ValueError) as error:
         again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"

@@ -100,7 +100,7 @@ def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
             with torch.random.fork_rng([]):
                 torch.manual_seed(torch.initial_seed() + 1)
                 again = timm.create_model(name, **options, pretrained=True, pretrained_cfg_overlay=overlay)
-            _require_equal(model, again, _heads(name))
+            _require_equal(model, again, head_names(name))
     except Exception as error:
         hub = timm_config(name).hf_hub_id
         raise StudentError(
@@ -111,7 +111,7 @@ def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _heads(name: str) -> tuple[str, ...]:
+def head_names(name: str) -> tuple[str, ...]:
     """Return the names of a timm model's heads."""
     named = timm_config(name).classifier or ()
     return (named,) if isinstance(named, str) else tuple(named)
@@ -124,9 +124,14 @@ def _require_equal(model: nn.Module, again: nn.Module, heads: tuple[str, ...]) -
         raise ValueError(f"{len(strangers)} weights are not in the file, e.g. {strangers[0]}")
 
 
+def architecture(name: str) -> str:
+    """Return a model's name without the tag of its weights, wherever it lies."""
+    return (timm_config(name).architecture or name).partition(".")[0]
+
+
 def _start_from(model: nn.Module, config: StudentConfig) -> None:
     """Load every weight but the head's from a file of the same timm model."""
-    path, heads = Path(os.path.expanduser(config.initial)), _heads(config.model)
+    path, heads = Path(os.path.expanduser(config.initial)), head_names(config.model)
     _require_weights(path, config.initial)
     try:
         weights = _read_weights(path, model.state_dict().keys())
@@ -148,7 +153,9 @@ def _start_from(model: nn.Module, config: StudentConfig) -> None:
 
 def _require_weights(path: Path, given: str) -> None:
     """Refuse what is no file of weights by its name, or is not there."""
-    fix = f"write random, pretrained, or the path of a weights file ({', '.join(WEIGHTS_SUFFIXES)})"
+    fix = (
+        f"write random, pretrained, the folder of a run, or the path of a weights file ({', '.join(WEIGHTS_SUFFIXES)})"
+    )
     if path.is_dir():
         inside = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS_SUFFIXES)
         holds = f", which holds {', '.join(inside[:5])}" if inside else ""

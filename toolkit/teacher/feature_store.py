@@ -155,6 +155,12 @@ class FeatureStore:
         # float16 rounds a unit vector's length by up to 0.05 %.
         return torch.nn.functional.normalize(torch.from_numpy(gathered).float(), dim=1)
 
+    def stored_features(self, keys: Sequence[str], views: int) -> NDArray[np.float16]:
+        """Return the features [views, images, D] of the first ``views`` of images, as they are stored."""
+        rows = self.rows(keys, views=views)
+        stored = [self._map(view, int(rows.max()))[rows] for view in range(views)]
+        return np.array(stored, dtype=np.float16).reshape(views, len(keys), self.width)
+
     def append(self, keys: Sequence[str], features: NDArray[np.float16]) -> None:
         """Append a block [views, images, D]: written and flushed first, journalled after."""
         digests = []
@@ -323,15 +329,20 @@ def embed(
             store.mend()
             missing = _missing(store, image_index, views)
             progress.start("teacher", len(missing), "img")
-            for count in np.unique(views[missing]):
-                chosen = missing[views[missing] == count]
-                _embed_views(store, teacher(store.config), image_index, chosen, int(count), recipe, progress)
+            stored = _stored(store, image_index)
+            for first, count in np.unique(np.stack([stored[missing], views[missing]]), axis=1).T.tolist():
+                chosen = missing[(stored[missing] == first) & (views[missing] == count)]
+                _embed_views(store, teacher(store.config), image_index, chosen, range(first, count), recipe, progress)
+
+
+def _stored(store: FeatureStore, image_index: ImageIndex) -> NDArray[np.int64]:
+    """Return how many views of each image [images] are stored."""
+    return np.array([store.stored_views(key) for key in image_index.keys], dtype=np.int64)
 
 
 def _missing(store: FeatureStore, image_index: ImageIndex, views: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the positions of the images of which the store lacks some of the first ``views`` [images] views."""
-    stored = np.array([store.stored_views(key) for key in image_index.keys])
-    return np.flatnonzero(stored < views)
+    return np.flatnonzero(_stored(store, image_index) < views)
 
 
 def _embed_views(
@@ -339,20 +350,20 @@ def _embed_views(
     teacher: Teacher,
     image_index: ImageIndex,
     positions: NDArray[np.int64],
-    views: int,
+    views: range,
     recipe: Recipe,
     progress: Progress,
 ) -> None:
-    """Embed and store the first ``views`` views of ``positions``; each image is decoded once for all of them.
+    """Embed and store ``views`` of ``positions``, of which all views before them are stored and come along.
 
-    Batches are full, whatever the number of views. A block ends where a batch does, so that a pass that was killed
-    fills its batches as one that was not.
+    Each image is decoded once for all of its views. Batches are full, whatever the number of views. A block ends where
+    a batch does, so that a pass that was killed fills its batches as one that was not.
     """
     rendered, size = MultiViewDataset(image_index, teacher.preprocessing, recipe.views), teacher.batch_size
-    even = size // math.gcd(size, views)  # images whose views fill batches to the last place
-    step = max(number for number in range(1, max(1, size // views) + 1) if even % number == 0)
+    even = size // math.gcd(size, len(views))  # images whose views fill batches to the last place
+    step = max(number for number in range(1, max(1, size // len(views)) + 1) if even % number == 0)
     chunks = [positions[start : start + step] for start in range(0, len(positions), step)]
-    plan = [[(int(position), range(views)) for position in chunk] for chunk in chunks]
+    plan = [[(int(position), views) for position in chunk] for chunk in chunks]
     keys: list[str] = []
     seen: list[torch.Tensor] = []
     waiting = torch.empty(0, *teacher.shape, dtype=torch.uint8)  # [views, S, S, 3]
@@ -365,8 +376,8 @@ def _embed_views(
             waiting = waiting[size:]
         progress.advance(len(batch.positions))
         if last or (len(keys) >= BLOCK_IMAGES and not len(waiting)):
-            block = torch.cat(seen).view(-1, views, store.width).transpose(0, 1)  # [views, images, D]
-            store.append(keys, block.numpy())
+            block = torch.cat(seen).view(-1, len(views), store.width).transpose(0, 1).numpy()  # [views, images, D]
+            store.append(keys, np.concatenate([store.stored_features(keys, views.start), block]))
             keys, seen = [], []
 
 

@@ -33,7 +33,7 @@ from prgkit.storage.locks import locked
 from prgkit.storage.run import Run, differences, require_own_folder, start_run, undoing
 from prgkit.storage.run_card import BestEpoch
 from prgkit.storage.tensors import save_tensors
-from prgkit.student.model import Student, build_student
+from prgkit.student.model import Student, build_student, start_student
 from prgkit.teacher.ensemble import teacher_fingerprint
 from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
 from prgkit.training.checkpoint import Clock, TrainingCounters, TrainingState, expected_bytes, model_ema
@@ -75,14 +75,12 @@ def distill_one_rank(
             unused_student.stage_widths()
         dataset = from_first(accelerator, lambda: prepare(recipe, targets_root, progress, run))
         seed_everything(recipe.training.seed)
-        student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=dataset.store.width)
-        if recipe.scores_by_text:
-            student.use_class_vectors(*dataset.classifier.scoring())
-        if recipe.learns_labels:
-            student.add_second_head()
+        student = start_student(recipe, dataset.store.facts(), dataset.classifier.scoring())
         if accelerator.is_main_process:
             require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(dataset.image_index)), "the run")
-            run.update_card(student=student.facts(recipe.student))
+            run.update_card(student=(facts := student.facts(recipe.student)))
+            if facts.origin:
+                progress.note(f"the student begins with {facts.origin}")
         train(recipe, run, dataset, student, accelerator, progress)
 
 

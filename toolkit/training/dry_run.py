@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from prgkit.teacher.prompt_context import load_context
 from prgkit.training.checkpoint import expected_bytes
 from prgkit.training.distill import check_trackers
 from prgkit.training.distributed import probe_precision
+from prgkit.training.few_shot import VALIDATION_SHARE
+from prgkit.training.prepare import hold_out
 
 PROBE_SECONDS = 5.0
 CPU_PROBE_BATCH = 8  # a CPU is as fast with few images as with many, and a large teacher takes seconds for each
@@ -80,26 +83,25 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
     images = with_deep_greys(open_images(recipe.data.image_spec, note=progress.note))
     if images.left_out:
         progress.note(f"{images.spec}: {images.left_out}")
-    missing = count_missing(images, stored)
+    views = 1 + recipe.views.count
+    missing = count_missing(images, stored, views, recipe.data.held_out)
     pictures_bytes = len(images) * mean_picture_bytes(images)
     evaluation = open_matched(recipe, recipe.data.evaluation_spec, images, progress)
     few = open_matched(recipe, recipe.data.labelled_spec if recipe.learns_labels else None, images, progress)
-    evaluation_missing, few_missing = count_missing(evaluation, stored), count_missing(few, stored)
+    judged = count_missing(evaluation, stored, 1)
+    labelled = count_missing(few, stored, views, VALIDATION_SHARE)
     if evaluation:
         mean_picture_bytes(evaluation)  # one of them at least can be read
 
     progress.note(f"probing {recipe.teacher_name} and {recipe.student.model} for some seconds")
-    views = 1 + recipe.views.count
-    counts = zip(recipe.teacher, missing, evaluation_missing, few_missing, strict=True)
-    teachers = tuple(
-        teacher_pass(config, views * (new + labelled) + judged, device) for config, new, judged, labelled in counts
-    )
+    counts = zip(recipe.teacher, zip(missing, judged, labelled, strict=True), strict=True)
+    teachers = tuple(teacher_pass(config, sum(one.views for one in each), device) for config, each in counts)
     student, images_per_s = time_student(recipe, sum(teacher.width for teacher in teachers), device)
     result = DistillEstimate(
         images=len(images),
-        images_missing=max(missing),
+        images_missing=max(one.images for one in missing),
         evaluation_images=len(evaluation) if evaluation else 0,
-        evaluation_missing=max(evaluation_missing),
+        evaluation_missing=max(one.images for one in judged),
         views=views,
         teachers=teachers,
         targets_bytes=sum(teacher.targets_bytes for teacher in teachers),
@@ -149,13 +151,30 @@ def open_matched(
     return images.with_grey(unlabelled.grey)
 
 
-def count_missing(images: ImageSource | None, stored: Sequence[FeatureStore | None]) -> list[int]:
-    """Return how many images each teacher has not embedded yet, judged by a sample."""
+class Missing(NamedTuple):
+    """What a teacher has not embedded of some images."""
+
+    images: int  # of which it has seen nothing
+    views: int
+
+
+def count_missing(
+    images: ImageSource | None, stored: Sequence[FeatureStore | None], views: int, held_out: float = 0
+) -> list[Missing]:
+    """Return what each teacher has not embedded of ``views`` views of each image, judged by a sample.
+
+    One that is held out wants its evaluation view alone.
+    """
     if not images:
-        return [0] * len(stored)
-    keys = [images.key(index) for index in sample_of(images)] if any(stored) else []
-    unseen = [1.0 if store is None else float((store.rows(keys, views=1) < 0).mean()) for store in stored]
-    return [round(share * len(images)) for share in unseen]
+        return [Missing(0, 0)] * len(stored)
+    keys = [images.key(index) for index in sample_of(images)] if any(stored) else [""]
+    wanted = np.full(len(keys), views)
+    if held_out and any(stored):
+        wanted[hold_out(keys, held_out)] = 1
+    seen = [np.array([store.stored_views(key) if store else 0 for key in keys]) for store in stored]
+    left = [np.where(views_seen > 0, np.maximum(wanted - views_seen, 0), views) for views_seen in seen]
+    shares = [((views_seen == 0).mean(), views_left.mean()) for views_seen, views_left in zip(seen, left, strict=True)]
+    return [Missing(round(new * len(images)), round(each * len(images))) for new, each in shares]
 
 
 def teacher_pass(config: TeacherConfig, views: int, device: torch.device) -> TeacherEstimate:

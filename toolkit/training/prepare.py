@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.config.recipe import Recipe
+from prgkit.config.sections import Keep
 from prgkit.data.cache import PICTURES, DecodedImageCache
 from prgkit.data.decode import GreyRange
 from prgkit.data.index import NEARLY_BLACK, ImageIndex, nearly_black, of_one_colour, read_image_index, select_labelled
@@ -27,7 +28,9 @@ from prgkit.teacher.weights import check_teacher
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 from prgkit.training.dataset import DistillationDataset, LabelledDataset
 from prgkit.training.few_shot import VALIDATION_SHARE
-from prgkit.training.pseudo_labels import correct_and_filter, report_selection, report_statistics
+from prgkit.training.pseudo_labels import correct_and_filter, report_answers, report_selection, report_statistics
+
+FEWEST_IMAGES = 4  # that can be learned from
 
 
 def prepare(
@@ -39,18 +42,8 @@ def prepare(
     it is refused; where ``like`` has, they are those of its images that are still there.
     """
     load = teacher_loader(progress)
-    for config in recipe.teacher:
-        check_teacher(config, note=progress.note)
-        load_context(config)
-    stored, cache = existing_targets(recipe, targets_root), DecodedImageCache(targets_root / PICTURES)
     begun = next((one for one in (run, like) if one is not None and one.begun), None)
-    grey = grey_of(begun) if begun is not None else None
-    images = read_image_index(recipe.data.image_spec, progress, known=stored or (), cache=cache, grey=grey)
-    report_reading(images, progress)
-    if begun is not None:
-        images = restrict_to_snapshot(images, begun, progress, all_needed=begun is run)
-    store = stored or open_targets(recipe, targets_root, load)
-    report_damage(store, cache, progress)
+    images, store = read_images(recipe, targets_root, load, progress, begun, all_needed=begun is run)
     evaluation = read_evaluation(recipe, images, store, progress) if recipe.data.evaluation else None
     few = read_few_labelled(recipe, images, evaluation, store, progress) if recipe.learns_labels else None
     if few is not None and begun is not None:
@@ -61,15 +54,73 @@ def prepare(
             save_snapshot(run, images, few.images if few else None)
         judged = image_facts(evaluation) if evaluation else None
         run.update_card(images=image_facts(images), evaluation=judged, teacher=store.facts())
-    prompts = store.prompts(recipe.classes, recipe.templates, load, progress)  # names are refused before the hours
     held_out = hold_out(images.keys, recipe.data.held_out)
-    embed(
-        store.stores, images, views=views_of(images, held_out, recipe), recipe=recipe, teacher=load, progress=progress
-    )
+    dataset = embed_images(images, store, held_out, views_of(images, held_out, recipe), recipe, load, progress)
     if evaluation is not None:
         views = np.ones(len(evaluation), int)
         embed(store.stores, evaluation, views=views, recipe=recipe, teacher=load, progress=progress)
-    dataset = DistillationDataset(
+    if recipe.targets.corrects or recipe.data.keep.asks:
+        dataset = correct_and_filter(dataset, recipe, progress, run)
+    if run is None or not run.quality_file.exists():
+        report_statistics(dataset, recipe, progress, run)
+    report_selection(dataset, recipe.data.keep, progress, run)
+    return dataset if few is None else with_labelled(dataset, few, recipe, load, progress)
+
+
+def prepare_answers(recipe: Recipe, targets_root: Path, progress: Progress) -> DistillationDataset:
+    """Read the images and have the teacher embed the evaluation view of each; its answers are corrected as for a run.
+
+    Nothing is left out by the teacher's confidence, and one image is enough.
+    """
+    load = teacher_loader(progress)
+    images, store = read_images(recipe, targets_root, load, progress)
+    few = len(images) < FEWEST_IMAGES
+    held_out = np.empty(0, np.int64) if few else hold_out(images.keys, recipe.data.held_out)
+    dataset = embed_images(images, store, held_out, np.ones(len(images), int), recipe, load, progress)
+    all_kept = recipe.model_copy(update={"data": recipe.data.model_copy(update={"keep": Keep()})})
+    if recipe.targets.corrects:
+        dataset = correct_and_filter(dataset, all_kept, progress, None)
+    report_answers(dataset, recipe, progress)
+    return dataset
+
+
+def read_images(
+    recipe: Recipe,
+    targets_root: Path,
+    load: Load,
+    progress: Progress,
+    begun: Run | None = None,
+    *,
+    all_needed: bool = False,
+) -> tuple[ImageIndex, TeacherFeatures]:
+    """Read the images to learn from, and open the teacher's features of them; where a run has ``begun``, its images."""
+    for config in recipe.teacher:
+        check_teacher(config, note=progress.note)
+        load_context(config)
+    stored, cache = existing_targets(recipe, targets_root), DecodedImageCache(targets_root / PICTURES)
+    grey = grey_of(begun) if begun is not None else None
+    images = read_image_index(recipe.data.image_spec, progress, known=stored or (), cache=cache, grey=grey)
+    report_reading(images, progress)
+    if begun is not None:
+        images = restrict_to_snapshot(images, begun, progress, all_needed=all_needed)
+    store = stored or open_targets(recipe, targets_root, load)
+    report_damage(store, cache, progress)
+    return images, store
+
+
+def embed_images(
+    images: ImageIndex,
+    store: TeacherFeatures,
+    held_out: NDArray[np.int64],
+    views: NDArray[np.int64],
+    recipe: Recipe,
+    load: Load,
+    progress: Progress,
+) -> DistillationDataset:
+    """Have the teacher embed the first ``views`` [images] views of the images, and return them with its answers."""
+    prompts = store.prompts(recipe.classes, recipe.templates, load, progress)  # names are refused before the hours
+    embed(store.stores, images, views=views, recipe=recipe, teacher=load, progress=progress)
+    return DistillationDataset(
         image_index=images,
         store=store,
         rows=store.rows(images.keys, views=1),
@@ -80,12 +131,6 @@ def prepare(
             prompts, store.logit_scale, recipe.prompt_weighting, no_adjustment(len(recipe.classes))
         ),
     )
-    if recipe.targets.corrects or recipe.data.keep.asks:
-        dataset = correct_and_filter(dataset, recipe, progress, run)
-    if run is None or not run.quality_file.exists():
-        report_statistics(dataset, recipe, progress, run)
-    report_selection(dataset, recipe.data.keep, progress, run)
-    return dataset if few is None else with_labelled(dataset, few, recipe, load, progress)
 
 
 class FewLabelled(NamedTuple):
@@ -215,7 +260,7 @@ def hold_out(keys: Sequence[str], share: float) -> NDArray[np.int64]:
     """Return the positions of the images that select the checkpoint, chosen by their content alone."""
     places = np.array([int(key[-8:], 16) / 2**32 for key in keys])
     chosen = np.flatnonzero(places < share)
-    if len(keys) < 4:
+    if len(keys) < FEWEST_IMAGES:
         raise ImagesError(
             f"{len(keys)} images are too few to learn from", fix="give at least four, better some hundreds"
         )

@@ -155,7 +155,17 @@ def report_statistics(dataset: DistillationDataset, recipe: Recipe, progress: Pr
     """Say how far the pseudo-labels can be trusted, and write it into the run."""
     ticks = read_ticks(run.ticks_file, recipe.classes) if run is not None and run.ticks_file.exists() else []
     corrections = compare_corrections(dataset, recipe, ticks)
-    result = pseudo_label_statistics(dataset, recipe).model_copy(update={"corrections": corrections})
+    result = report_answers(dataset, recipe, progress).model_copy(update={"corrections": corrections})
+    progress.note("corrections of these answers (targets in the recipe), none of which needs a label:")
+    for line in statistics.corrections_table(corrections):
+        progress.note(f"  {line}".rstrip())
+    if run is not None:
+        write_sealed(run.quality_file, result.model_dump(mode="json", by_alias=True, exclude_unset=True))
+
+
+def report_answers(dataset: DistillationDataset, recipe: Recipe, progress: Progress) -> Statistics:
+    """Say how far the pseudo-labels can be trusted as they are, and return it; the evaluation views are enough."""
+    result = pseudo_label_statistics(dataset, recipe)
     for doubt in result.doubts:
         progress.note(
             f"the teacher's answers look like chance: {doubt}; a student of them learns nothing, so look at the "
@@ -164,11 +174,7 @@ def report_statistics(dataset: DistillationDataset, recipe: Recipe, progress: Pr
     progress.note("the teacher's answers:")
     for name, line in statistics.summarise(result):
         progress.note(f"  {name:<12}{line}")
-    progress.note("corrections of these answers (targets in the recipe), none of which needs a label:")
-    for line in statistics.corrections_table(corrections):
-        progress.note(f"  {line}".rstrip())
-    if run is not None:
-        write_sealed(run.quality_file, result.model_dump(mode="json", by_alias=True, exclude_unset=True))
+    return result
 
 
 def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Statistics:
@@ -213,8 +219,13 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
 
 
 def two_views(dataset: DistillationDataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the classes that the teacher names of some learned images in their evaluation view, and in a crop."""
-    positions = dataset.train_indices[spread(len(dataset.train_indices), VIEWED_TWICE)]
+    """Return the classes that the teacher names of some learned images in their evaluation view, and in a crop.
+
+    Images of which it has seen no crop are passed over.
+    """
+    keys = [dataset.image_index.keys[position] for position in dataset.train_indices]
+    cropped = dataset.train_indices[(dataset.store.rows(keys, views=2).reshape(len(keys), -1) >= 0).all(axis=1)]
+    positions = cropped[spread(len(cropped), VIEWED_TWICE)]
     first, second = (
         dataset.classifier.raw_logits(dataset.store.features(dataset.rows[positions], np.full(len(positions), view)))
         for view in (0, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -36,6 +36,7 @@ LISTED = 10  # of anything that is named one by one
 CLOSE_CALL = 0.2  # a margin below it is a close call between two classes
 DUPLICATE_SHARE = 0.02  # of the usual distance between two images of one pseudo-class: teachers spread differently
 MOST_IMAGES = 20_000  # a sample says as much, and comparing all with all is quadratic
+COMPARED = 256  # images that are compared with all others at once
 FLAT = 0.85  # of ln C: a mean entropy from there on is nearly even odds; sound teachers stay below 0.6
 ALIKE = 0.98  # a mean cosine from there on: what differs is less than what rounding and cropping change
 ONE_CLASS = 0.95  # of the images
@@ -309,21 +310,35 @@ def confused(close_calls: Labels, classes: Sequence[str]) -> list[tuple[str, str
 
 def near_duplicates(features: Floats, labels: Labels, names: Sequence[str]) -> NearDuplicates:
     """Return how many images have a near copy, and the closest pairs."""
-    closest = 1 - DUPLICATE_SHARE * usual_distance(features, labels)
-    closest_pairs: list[tuple[float, int, int]] = []
-    copied = np.zeros(len(features), dtype=bool)
-    for start in range(0, len(features), 1024):
-        cosines = np.triu(features[start : start + 1024] @ features[start:].T, k=1)  # each pair once
-        rows, columns = np.nonzero(cosines > closest)
-        copied[start + rows] = copied[start + columns] = True
-        best = np.argsort(-cosines[rows, columns], kind="stable")[:LISTED]
-        closest_pairs += [
-            (float(cosines[a, b]), start + int(a), start + int(b))
-            for a, b in zip(rows[best], columns[best], strict=True)
-        ]
-        closest_pairs = sorted(closest_pairs, reverse=True)[:LISTED]
-    pairs = [(names[a], names[b], round(cosine, 4)) for cosine, a, b in closest_pairs]
-    return NearDuplicates(compared=len(features), images=int(copied.sum()), pairs=pairs)
+    nearest, cosines = nearest_copies(features, labels)
+    pairs = {(min(a, b), max(a, b)): float(cosines[a]) for a, b in enumerate(nearest.tolist()) if b >= 0}
+    closest = sorted(pairs.items(), key=lambda pair: -pair[1])[:LISTED]
+    listed = [(names[a], names[b], round(cosine, 4)) for (a, b), cosine in closest]
+    return NearDuplicates(compared=len(features), images=int((nearest >= 0).sum()), pairs=listed)
+
+
+def nearest_copies(
+    features: Floats, labels: Labels, advance: Callable[[int], None] = lambda count: None
+) -> tuple[Labels, Floats]:
+    """Return the image that each one nearly repeats [n], -1 where there is none, and its cosine with the nearest [n].
+
+    Args:
+        features: unit features [n, D]; it takes the time of n^2 / 2 cosines, and the memory of `COMPARED` n.
+        labels: pseudo-classes [n], within which the usual distance is measured.
+        advance: called with how many more images are compared.
+    """
+    nearest, best = np.full(len(features), -1), np.full(len(features), -np.inf, dtype=np.float32)
+    for start in range(0, len(features), COMPARED):
+        cosines = features[start : start + COMPARED] @ features[start:].T
+        np.fill_diagonal(cosines, -np.inf)  # an image is no copy of itself
+        for axis, part in ((1, slice(start, start + COMPARED)), (0, slice(start, None))):
+            found = cosines.max(axis=axis)
+            closer = found > best[part]
+            nearest[part][closer] = start + cosines.argmax(axis=axis)[closer]
+            best[part][closer] = found[closer]
+        advance(len(cosines))
+    nearest[best <= 1 - DUPLICATE_SHARE * usual_distance(features, labels)] = -1
+    return nearest, best
 
 
 def usual_distance(features: Floats, labels: Labels) -> float:
@@ -336,15 +351,20 @@ def usual_distance(features: Floats, labels: Labels) -> float:
 
 
 def outliers(cosines: Floats, names: Sequence[str]) -> Outliers:
-    """Return the images far from every class, whose cosine [n] to the nearest one lies below Tukey's outer fence."""
-    first, third = np.percentile(cosines, [25, 75])
-    floor = float(first - FENCE * (third - first))
+    """Return the images that fit no class, by their cosine [n] with the class nearest to each."""
+    floor = outlier_floor(cosines)
     lowest = [int(place) for place in np.argsort(cosines)[:LISTED] if cosines[place] < floor]
     return Outliers(
         count=int((cosines < floor).sum()),
         floor=round(floor, 4),
         lowest=[(names[place], round(float(cosines[place]), 4)) for place in lowest],
     )
+
+
+def outlier_floor(cosines: Floats) -> float:
+    """Return the cosine below which an image fits no class: Tukey's outer fence of those [n] with the nearest class."""
+    first, third = np.percentile(cosines, [25, 75])
+    return float(first - FENCE * (third - first))
 
 
 def distribution(values: Floats) -> Distribution:

@@ -138,3 +138,23 @@ def test_only_the_first_of_several_processes_asks_the_teacher(
     assert asked[0].views.count == 2  # it goes on with the same recipe, and waits for the first there
     monkeypatch.setattr("prgkit.training.dry_run.estimate", raising(AssertionError("a second probe")))
     assert prgkit("distill tiny.yaml --dry-run") == CliResult(0, "", "")
+
+
+def test_a_run_starts_another_and_what_leaves_says_so(prgkit: PrgkitCommand, project_copy: Path) -> None:
+    """Distilled on three classes, then on two of them."""
+    result = prgkit(
+        "distill tiny.yaml --run runs/task --set student.initial=runs/tiny --set data.classes=[one,two] export bench --seconds 0.1 --batches 1"
+    )
+    assert result.code == 0
+    told = "the student of the run tiny, which demo:digits taught 3 classes (one, two, three) on 24 images"
+    assert f"the student begins with {told}\n" in result.err
+    assert f"The student began with {told}.\n" in Path("runs/task/bundle/README.md").read_text()
+    (report,) = Path("runs/task/bench").glob("*/report.html")
+    assert f"begun with {told}) and measured on" in report.read_text()
+    shutil.rmtree("runs/tiny")
+    assert (
+        prgkit(
+            "distill tiny.yaml --run runs/task --set student.initial=runs/tiny --set data.classes=[one,two] export"
+        ).code
+        == 0
+    )

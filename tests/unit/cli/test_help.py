@@ -30,6 +30,7 @@ Commands:
   targets        Let the teacher see the images, and no more.
   adapt-teacher  Fit the teacher to your images by a few labels.
   audit          Tick some of the teacher's answers yourself.
+  label          Write down the teacher's answer to each image.
   compare        Set objectives and students against each other.
   recipes        List the recipes.
   doctor         Say what can run on this machine.

@@ -135,7 +135,7 @@ def test_a_finished_run_says_what_is_new_and_is_judged_on_its_own(photos: Path, 
     (told,) = again.about("is not what the run was made from any more")
     assert f"{ALL - FEW} files are new or changed, e.g. " in told
     assert f"to learn from all: prgkit distill {run.folder}/recipe.yaml --run {run.folder}-2 " in told
-    assert f"--set student.initial={run.weights}" in told
+    assert f"--set student.initial={run.folder}" in told
     manifest = export_run(run, ExportOptions(), progress=exporting)
     assert manifest.evaluation.images == before
     assert f"{source} holds {ALL - FEW} images {OTHERS}" in exporting.about("not made from")[0]

@@ -163,7 +163,7 @@ def test_what_is_no_weights_file_is_refused(tmp_path: Path) -> None:
     error = error_of(initial="pretraned")
     assert str(error) == (
         "there is no weights file 'pretraned'; did you mean 'pretrained'?\n  where: student.initial\n"
-        "  fix: write random, pretrained, or the path of a weights file (.safetensors, .pth, .pt, .bin, .ckpt, .tar)"
+        "  fix: write random, pretrained, the folder of a run, or the path of a weights file (.safetensors, .pth, .pt, .bin, .ckpt, .tar)"
     )
     (tmp_path / "model.pt").touch()
     assert error_of(initial=str(tmp_path / "model.pt")).what.startswith("the file cannot start test_resnet: ")

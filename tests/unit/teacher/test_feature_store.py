@@ -129,6 +129,25 @@ def test_a_teacher_of_random_weights_is_doubted_aloud(photos: Path, tmp_path: Pa
     assert not any("chance" in line for line in said)
 
 
+def test_what_was_seen_for_labels_is_not_asked_for_again(photos: Path, tmp_path: Path, calls: dict[str, int]) -> None:
+    recipe = recipe_for(photos)
+    fresh = see(recipe, tmp_path / "fresh")
+    crops = -(-2 * len(fresh.train_indices) // 8) * 8  # the last batch is filled up
+    calls["views"] = 0
+    preparing.prepare_answers(recipe, tmp_path / "targets", NullProgress())
+    assert calls["views"] == IMAGES
+    dataset = see(recipe, tmp_path / "targets")
+    assert calls["views"] == IMAGES + crops
+    everything = np.arange(IMAGES)
+    assert torch.equal(features(dataset, 0, everything), features(fresh, 0, everything))
+    for view in (1, 2):
+        assert torch.equal(*(features(one, view, fresh.train_indices) for one in (dataset, fresh)))
+    reopened = FeatureStore(dataset.store.stores[0].folder, recipe.teacher[0])
+    assert reopened.damaged == []
+    preparing.prepare_answers(recipe, tmp_path / "targets", NullProgress())
+    assert calls["views"] == IMAGES + crops
+
+
 def test_a_stored_feature_is_what_the_teacher_says_of_that_view(photos: Path, tmp_path: Path) -> None:
     recipe = recipe_for(photos)
     dataset = see(recipe, tmp_path / "targets")

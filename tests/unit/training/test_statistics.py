@@ -13,6 +13,8 @@ from prgkit.training.statistics import (
     find_read_as_one,
     kappa,
     mean_cosine,
+    nearest_copies,
+    outlier_floor,
     summarise,
 )
 from prgkit.training.statistics_schema import Statistics
@@ -66,6 +68,26 @@ def test_hesitation_copies_strangers_and_odd_prompts_are_named(found: Statistics
     assert found.near_duplicates.pairs == [("88.png", "89.png", 1.0)]
     assert found.outliers.lowest[0][0] == "59.png"
     assert [row.agreement for row in found.templates] == [100.0, 75.0]
+
+
+def test_the_nearest_copy_of_each_image_whatever_part_it_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = unit(np.random.default_rng(0).standard_normal((30, 64)))
+    features[29] = features[3] = features[4]
+    features[3] = unit((features[4] + 1e-3 * features[5])[None])
+    for part in (1, 4, 30):
+        monkeypatch.setattr("prgkit.training.statistics.COMPARED", part)
+        compared: list[int] = []
+        nearest, cosines = nearest_copies(features, np.zeros(30, int), compared.append)
+        assert {place: int(nearest[place]) for place in np.flatnonzero(nearest >= 0)} == {3: 4, 4: 29, 29: 4}
+        whole = features @ features.T - 9 * np.eye(30, dtype=np.float32)
+        np.testing.assert_allclose(cosines, whole.max(axis=1), atol=1e-6)
+        assert sum(compared) == 30
+    assert nearest_copies(features[:1], np.zeros(1, int))[0].tolist() == [-1]
+
+
+def test_the_fence_by_hand() -> None:
+    cosines = np.float32([0.1, 0.4, 0.5, 0.6, 0.7])  # quartiles 0.4 and 0.6: 0.4 - 3 * 0.2
+    assert outlier_floor(cosines) == pytest.approx(-0.2)
 
 
 def test_the_summary_is_short_and_the_rest_is_json(found: Statistics) -> None:
