@@ -70,6 +70,9 @@ def variant(
     """
 
     class Variant(PRG):
+        steps: Tensor
+        foreign: Tensor
+
         def __init__(self, config: Any, context: LossContext) -> None:
             super().__init__(config.model_copy(update={"node_weight": node, "edge_weight": 0.0}), context)
             self.register_buffer("steps", torch.zeros(()))
@@ -146,7 +149,7 @@ def main(
         if foreign:
             embed_foreign(loaded, root, foreign)
         for name in variants.split(","):
-            prg.PRG = VARIANTS[name]()  # type: ignore[misc] - the loss is looked up by this name
+            setattr(prg, "PRG", VARIANTS[name]())  # noqa: B010 - the loss is looked up by this name
             folder = out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
             click.echo(f"{folder}", err=True)
             run = distill(loaded, folder, root, NullProgress())

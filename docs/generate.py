@@ -155,6 +155,8 @@ def kind(annotation: Any) -> str:
         return " or ".join(kind(one) for one in inner)
     if origin is tuple and inner[-1] is Ellipsis:
         return f"list of {kind(inner[0])}"
+    if origin is dict:
+        return f"mapping of {kind(inner[0])} to {kind(inner[1])}"
     if origin is tuple:
         return f"\\[{', '.join(kind(one) for one in inner)}\\]"
     return WORDS[annotation]

@@ -13,7 +13,7 @@ from prgkit.config.image_size import Size
 from prgkit.evaluate.report.schema import EvaluationImages, Interval, Model, Row, RunFacts, TeacherScores, Throughput
 from prgkit.storage.run_card import BestEpoch
 
-TRIAL_SCHEMA: Literal["prgkit.trial/1"] = "prgkit.trial/1"
+TRIAL_SCHEMA: Literal["prgkit.trial/2"] = "prgkit.trial/2"
 COMPARE_SCHEMA: Literal["prgkit.compare/2"] = "prgkit.compare/2"
 RANKING_SCHEMA: Literal["prgkit.ranking/2"] = "prgkit.ranking/2"
 
@@ -51,7 +51,7 @@ class NovelScores(Model):
 class TrialResult(Model):
     """trial.json: what one student came to, trained with one objective and one seed."""
 
-    schema_version: Literal["prgkit.trial/1"] = Field(TRIAL_SCHEMA, alias="schema")
+    schema_version: Literal["prgkit.trial/2"] = Field(TRIAL_SCHEMA, alias="schema")
     label: str = Field(description="The objective as the comparison's table names it.")
     fingerprint: str = Field(description="That of the recipe.")
     training_images: str = Field(description="The fingerprint of the images that it learned from.")

@@ -185,6 +185,7 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
         "objective": "prg",
         "classes": 3,
         "epochs": 3,
+        "origin": "",
     }
     told = report["evaluation"]
     assert told == {"images": 40, "labelled": True, "source": "made up", "digest": told["digest"]}

@@ -74,7 +74,7 @@ def result(label: str, seed: int, right: list[bool], *, teacher: float = 80.0, *
         "seed": seed,
         "top1": 100 * sum(right) / len(right),
         "agreement_teacher": 50.0,
-        "selected": {"epoch": 1, "agreement": 60.0},
+        "selected": {"epoch": 1, "agreement": 60.0, "held_out_kl": 0.5},
         "images_per_s": 1.0,
         "answers": [int(one) for one in right],
         "labels": [1] * len(right),
@@ -202,7 +202,7 @@ def test_a_comparison_is_made_once_and_goes_on_where_it_was(
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == found.model_dump(mode="json")
     alone = json.loads(trials[0].file(tmp_path / "out").read_text())
     assert (alone["schema"], alone["seed"], len(alone["answers"])) == (
-        "prgkit.trial/1",
+        "prgkit.trial/2",
         5,
         alone["evaluation"]["images"],
     )

@@ -194,7 +194,7 @@ def test_a_worker_killed_while_the_epoch_is_judged_costs_no_step(
         raise RunError("a worker died")
 
     with monkeypatch.context() as patch:
-        patch.setattr("prgkit.training.distill.agreement_with_teacher", fail)
+        patch.setattr("prgkit.training.distill.held_out_scores", fail)
         with pytest.raises(RunError, match="a worker died"):
             distill(*arguments, NullProgress())
     _, facts = load_tensors(Run(tmp_path / "run").state)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prgkit.storage.atomic import write_sealed
+
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-base" / "bin" / "python"
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-base: make .venv-base/base.stamp makes it")
@@ -118,7 +120,7 @@ def test_predict_promises_and_rejects(bundle: Path, tmp_path: Path) -> None:
         "right": [0.9] * 50, "wrong": [], "held_out": 50, "reject_below": 1e9,
     }  # fmt: skip
     del manifest["digest"]
-    (here / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(here / "manifest.json", manifest)
     done = prgkit("predict", "golden/00.png", "--min-confidence", "0.5", "--reject-unknown", cwd=here)
     assert done.stdout.startswith("golden/00.png: none of the classes")
     assert done.stderr.startswith(

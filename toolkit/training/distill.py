@@ -38,7 +38,7 @@ from prgkit.teacher.ensemble import teacher_fingerprint
 from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
 from prgkit.training.checkpoint import Clock, TrainingCounters, TrainingState, expected_bytes, model_ema
 from prgkit.training.dataset import DistillationDataset
-from prgkit.training.distributed import first_goes_on, from_first, join_processes, probe_precision
+from prgkit.training.distributed import first_goes_on, from_first, join_processes, probe_precision, share_buffers
 from prgkit.training.few_shot import append_labelled, tune_head_mixing
 from prgkit.training.optimizer import build_optimizer, schedule
 from prgkit.training.prepare import prepare
@@ -288,6 +288,7 @@ def evaluate(trainer: Trainer, epoch: int) -> HeldOutScores:
     counters, average, dataset = trainer.state.counters, trainer.state.average.module, trainer.dataset
     if dataset.labelled is not None:
         tune_head_mixing(average, dataset.labelled, trainer.config)
+    share_buffers(average, trainer.accelerator)  # or the processes would judge different students
     scores = held_out_scores(average, dataset, trainer.config, trainer.accelerator)
     best = counters.best_kl is None or scores.held_out_kl <= counters.best_kl
     if trainer.accelerator.is_main_process and (best or not trainer.run.weights.exists()):

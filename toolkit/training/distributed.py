@@ -13,7 +13,8 @@ from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list
+from torch import nn
 
 from prgkit.config.image_size import sides
 from prgkit.interrupt import Interrupted
@@ -52,6 +53,13 @@ def from_first(accelerator: Accelerator, make: Callable[[], T]) -> T:
     """Return what the first process makes, in every process."""
     made = [make() if accelerator.is_main_process else None]
     return broadcast_object_list(made)[0]  # type: ignore[no-any-return]
+
+
+def share_buffers(module: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process the first one's batch-norm statistics: each has gathered those of its own images."""
+    if accelerator.num_processes > 1:
+        for buffer in module.buffers():
+            broadcast(buffer)
 
 
 def probe_precision(student: Student, device: torch.device, batch_size: int) -> PrecisionProbe:

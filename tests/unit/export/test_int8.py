@@ -763,7 +763,11 @@ def test_nothing_that_is_held_out_is_learned_from(tmp_path):
     run.folder.mkdir()
     np.save(run.confidence_file, np.linspace(0, 1, learned.images, dtype=np.float32))
     found = SavedAdjustment(
-        made_from="these", confidence_sha256=sha256(run.confidence_file), temperature=1.0, log_prior={}
+        made_from="these",
+        refinement_sha256=None,
+        confidence_sha256=sha256(run.confidence_file),
+        temperature=1.0,
+        log_prior={},
     )
     write_sealed(run.answers_file, found.model_dump())
     recipe = load_recipe("custom", overrides=[*sets, "data.keep.min_confidence=0.5"])
