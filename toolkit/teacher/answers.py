@@ -20,7 +20,7 @@ from prgkit.storage.run import Run
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.ensemble import open_targets
 from prgkit.teacher.feature_store import embed
-from prgkit.teacher.zero_shot import ZeroShotClassifier, classifier_of, no_adjustment
+from prgkit.teacher.zero_shot import ZeroShotClassifier, classifier_of
 
 
 class TeacherAnswers(NamedTuple):
@@ -66,8 +66,7 @@ def both_logits(
     classifier: ZeroShotClassifier, features: torch.Tensor
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the logits W [n, C] of features I [n, D] twice: of the classifier, and of the teacher by itself."""
-    classes = classifier.prompts.shape[1]
-    by_itself = replace(classifier, prompt_weighting="mean", adjustment=no_adjustment(classes))
+    by_itself = replace(classifier.uncorrected, prompt_weighting="mean")
     parts = torch.split(features, 256)
     given, uniform = ([answering.logits(part) for part in parts] for answering in (classifier, by_itself))
     return torch.cat(given).numpy(), torch.cat(uniform).numpy()

@@ -80,6 +80,11 @@ class ZeroShotClassifier:
     adjustment: LogitAdjustment
     refinement: Refinement | None = None
 
+    @property
+    def uncorrected(self) -> ZeroShotClassifier:
+        """The teacher by itself."""
+        return replace(self, adjustment=no_adjustment(self.prompts.shape[1]), refinement=None)
+
     def class_vectors(self) -> Tensor:
         """Return each class's name as the teacher reads it: the mean over templates, of unit length [C, D]."""
         return torch.nn.functional.normalize(self.prompts.mean(dim=0), dim=1)

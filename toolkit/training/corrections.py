@@ -16,7 +16,7 @@ from prgkit.data.ticks import Tick
 from prgkit.device import best_device
 from prgkit.errors import some
 from prgkit.progress import Progress
-from prgkit.teacher.zero_shot import ZeroShotClassifier, fit_corrections, no_adjustment
+from prgkit.teacher.zero_shot import ZeroShotClassifier, fit_corrections
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.statistics import NONE, effective_classes, percent
 from prgkit.training.statistics_schema import CorrectionRow
@@ -55,7 +55,7 @@ def compare_corrections(dataset: DistillationDataset, recipe: Recipe, ticks: Seq
     """
     positions = dataset.train_indices[spread(len(dataset.train_indices), MOST_COMPARED)]
     device = best_device()
-    teacher = replace(dataset.classifier, adjustment=no_adjustment(len(recipe.classes)), refinement=None).to(device)
+    teacher = dataset.classifier.to(device).uncorrected
     plain = replace(dataset, classifier=teacher)
     views = [on(device, features_and_logits(plain, positions, view)) for view in (0, 1)]
     configs, truth = candidates(recipe), known_truth(dataset, ticks, recipe.classes)

@@ -170,6 +170,18 @@ def learn(photos: Path, folder: Path, notes: Notes | None = None, **page: Any) -
     return run, prepare(recipe, photos.parent / "targets", notes or Notes(), run)
 
 
+@pytest.mark.parametrize("refine", ["inmap", "stata"])
+def test_the_teacher_by_itself_is_not_refined(photos: Path, tmp_path: Path, refine: str) -> None:
+    run, dataset = learn(photos, tmp_path, refine=refine)
+    run.update_card(teacher=dataset.store.facts())
+    corrected, by_itself, *_ = teacher_answers(run, run.recipe, dataset.image_index, np.arange(20), NullProgress())
+    features = dataset.store.features(dataset.rows[:20], np.zeros(20, dtype=int))
+    assert np.array_equal(corrected, dataset.classifier.logits(features).numpy())
+    plain = replace(dataset.classifier, prompt_weighting="mean").raw_logits(features).numpy()
+    np.testing.assert_allclose(by_itself, plain, rtol=1e-5)
+    assert np.abs(corrected - by_itself).max() > 0.1
+
+
 def test_everyone_is_given_the_same_corrected_answers(photos: Path, tmp_path: Path) -> None:
     notes = Notes()
     run, dataset = learn(photos, tmp_path, notes, debias=1.0, entropy=0.2)
