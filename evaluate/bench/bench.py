@@ -105,7 +105,7 @@ def bench(
         require_comparable(gate, machine, images, threads=threads)
     # One spec a row; None where the row cannot run here, with its reason.
     rows, specs = plan(bundle, run_folder, gpu=bool(machine.gpus), threads=threads, seconds=options.seconds)
-    notes = golden_notes(bundle)
+    notes = [*golden_notes(bundle), *metadata.confidence_notes(bundle, subject.evaluation)]
     made_from = conditions(
         machine,
         files=files_under_test(subject),
@@ -121,7 +121,6 @@ def bench(
             note=note,
             before_round=lambda round_: monitor.sample(),
         )
-        notes += metadata.confidence_notes(subject.bundle, subject.evaluation)
         results = measure(subject, rows, specs, options, context)
         notes += [*metadata.vocabulary_notes(bundle), *journal.notes]
         command = command or options.command(bundle_folder, threads=threads)

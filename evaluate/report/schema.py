@@ -92,9 +92,7 @@ class Row(ArtifactKey):
     top1: float | None = Field(None, description="Percent of the labelled images.")
     top1_interval: Interval | None = None
     top5: float | None = Field(None, description="Percent; None with five classes or fewer.")
-    calibration_error: float | None = Field(
-        None, description="Expected, in percent points, of the probabilities that predict gives."
-    )
+    calibration_error: float | None = Field(None, description="Expected, in percent points, as predict answers.")
     agreement_teacher: float | None = Field(None, description="Percent of images with the teacher's answer.")
     agreement_teacher_interval: Interval | None = None
     agreement_fp32: float | None = Field(None, description="Percent of images with the FP32 student's answer.")

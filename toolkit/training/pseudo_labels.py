@@ -193,11 +193,11 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
     result = statistics.compute_statistics(
         features,
         logits,
-        torch.cat(template_labels, dim=1).numpy(),
-        own_labels=raw_logits.argmax(dim=1).numpy(),
         cosines=(raw_logits.amax(dim=1) / dataset.store.logit_scale).numpy(),
         classes=recipe.classes,
-        templates=recipe.templates,
+        templates=statistics.template_agreement(
+            torch.cat(template_labels, dim=1).numpy(), raw_logits.argmax(dim=1).numpy(), recipe.templates
+        ),
         names=[dataset.image_index.source.name(int(index)) for index in dataset.image_index.indices[positions]],
     )
     update: dict[str, object] = {

@@ -49,12 +49,10 @@ FENCE = 3.0  # interquartile ranges below the first quartile: "far out" (Tukey, 
 def compute_statistics(
     features: Floats,
     logits: Floats,
-    template_labels: Labels,
     *,
-    own_labels: Labels,
     cosines: Floats,
+    templates: Sequence[TemplateAgreement],
     classes: Sequence[str],
-    templates: Sequence[str],
     names: Sequence[str],
 ) -> Statistics:
     """Return what there is to know of pseudo-labels before anyone learns from them.
@@ -62,11 +60,9 @@ def compute_statistics(
     Args:
         features: the teacher's unit features I [n, D] of the evaluation view.
         logits: its logits W [n, C], as the student will learn them.
-        template_labels: the class that each template alone would name [M, n], before any correction.
-        own_labels: the class that all templates name [n], before any correction.
         cosines: of each image [n] with the class nearest to it, before any correction.
+        templates: how far each agrees with all of them.
         classes: C names.
-        templates: M templates.
         names: n names of images, for the ones worth a look.
     """
     probabilities = softmax(logits)  # [n, C]
@@ -82,11 +78,16 @@ def compute_statistics(
         confused=confused(order[margin < CLOSE_CALL], classes),
         near_duplicates=near_duplicates(features.astype(np.float32), labels, names),
         outliers=outliers(cosines, names),
-        templates=[
-            TemplateAgreement(template=template, agreement=percent(chosen == own_labels))
-            for template, chosen in zip(templates, template_labels, strict=True)
-        ],
+        templates=list(templates),
     )
+
+
+def template_agreement(alone: Labels, together: Labels, templates: Sequence[str]) -> list[TemplateAgreement]:
+    """Return how often each of M templates names by itself [M, n] the class that all together name [n], uncorrected."""
+    return [
+        TemplateAgreement(template=template, agreement=percent(labels == together))
+        for template, labels in zip(templates, alone, strict=True)
+    ]
 
 
 def find_doubts(features: Floats, logits: Floats, class_vectors: Floats, views: tuple[Labels, Labels]) -> list[str]:

@@ -16,6 +16,7 @@ from prgkit.training.statistics import (
     nearest_copies,
     outlier_floor,
     summarise,
+    template_agreement,
 )
 from prgkit.training.statistics_schema import Statistics
 
@@ -42,7 +43,8 @@ def found() -> Statistics:
     agreeing = logits.argmax(1)
     odd = np.where(np.arange(100) < 25, 3, agreeing)
     return compute_statistics(
-        features, logits, np.stack([agreeing, odd]), own_labels=agreeing, cosines=logits.max(1) / 20, classes=CLASSES, templates=("a {}", "no {}"),
+        features, logits, cosines=logits.max(1) / 20, classes=CLASSES,
+        templates=template_agreement(np.stack([agreeing, odd]), agreeing, ("a {}", "no {}")),
         names=[f"{number}.png" for number in range(100)],
     )  # fmt: skip
 
