@@ -213,7 +213,7 @@ def training(report: Report) -> Section | None:
     )
     about = (
         "Agreement and divergence, KL(teacher || student), are with the teacher on held-out images; no label is "
-        "involved. The epoch of the least divergence is kept."
+        "involved. The epoch is kept at which its moving average is least."
     )
     return Section("Training", about, plots=plots, page_only=True) if plots else None
 

@@ -116,7 +116,7 @@ class BestEpoch(Part):
 
     epoch: int
     agreement: float  # with the teacher on the held-out images [percent]
-    held_out_kl: float  # the mean of KL(teacher || student) on them [nats], which chose the epoch
+    held_out_kl: float  # the mean of KL(teacher || student) on them [nats]; its moving average chose the epoch
 
 
 class RunCard(Part):

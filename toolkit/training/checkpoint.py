@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -30,6 +30,8 @@ class TrainingCounters:
     best_epoch: int = 0
     best_agreement: float = -1.0
     best_kl: float | None = None
+    kl_average: float | None = None  # of the epochs' divergences, moving
+    best_kl_average: float | None = None
     made_from: str = ""  # the images learned from and the targets, as a fingerprint
     seconds: float = 0.0
 
@@ -163,3 +165,10 @@ def _nested(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         index, name = path.split("/", 1)
         nested.setdefault(int(index), {})[name] = value
     return nested
+
+
+class HeldOutScores(NamedTuple):
+    """How near a student is to its teacher on the held-out images."""
+
+    agreement: float  # percent of them to which both give one answer
+    held_out_kl: float  # the mean of KL(teacher || student), in nats

@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -36,12 +35,14 @@ from prgkit.storage.tensors import save_tensors
 from prgkit.student.model import Student, build_student, start_student
 from prgkit.teacher.ensemble import teacher_fingerprint
 from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
-from prgkit.training.checkpoint import Clock, TrainingCounters, TrainingState, expected_bytes, model_ema
+from prgkit.training.checkpoint import Clock, HeldOutScores, TrainingCounters, TrainingState, expected_bytes, model_ema
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.distributed import first_goes_on, from_first, join_processes, probe_precision, share_buffers
 from prgkit.training.few_shot import append_labelled, tune_head_mixing
 from prgkit.training.optimizer import build_optimizer, schedule
 from prgkit.training.prepare import prepare
+
+KL_DECAY = 0.7  # of the moving average of the held-out divergence over epochs
 
 
 def distill(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress) -> Run:
@@ -272,27 +273,23 @@ def end_epoch(trainer: Trainer) -> None:
     counters.end_epoch()
 
 
-class HeldOutScores(NamedTuple):
-    """How near a student is to its teacher on the held-out images."""
-
-    agreement: float  # percent of them to which both give one answer
-    held_out_kl: float  # the mean of KL(teacher || student), in nats
-
-
 def evaluate(trainer: Trainer, epoch: int) -> HeldOutScores:
     """Evaluate the averaged student without labels and keep it if it is the best so far; of equals, the later one.
 
-    The divergence decides. Of some tens of held-out images, one that changes sides moves the agreement by more than an
-    epoch does (docs/results.md compares the two).
+    The divergence decides, as a moving average over epochs: of some tens of held-out images, one that changes sides
+    moves the agreement by more than an epoch does (docs/results.md compares them).
     """
     counters, average, dataset = trainer.state.counters, trainer.state.average.module, trainer.dataset
     if dataset.labelled is not None:
         tune_head_mixing(average, dataset.labelled, trainer.config)
     share_buffers(average, trainer.accelerator)  # or the processes would judge different students
     scores = held_out_scores(average, dataset, trainer.config, trainer.accelerator)
-    best = counters.best_kl is None or scores.held_out_kl <= counters.best_kl
-    if trainer.accelerator.is_main_process and (best or not trainer.run.weights.exists()):
+    before, best = counters.kl_average, counters.best_kl_average
+    average_kl = scores.held_out_kl if before is None else KL_DECAY * before + (1 - KL_DECAY) * scores.held_out_kl
+    counters.kl_average = average_kl
+    if trainer.accelerator.is_main_process and (best is None or average_kl <= best or not trainer.run.weights.exists()):
         counters.best_epoch, counters.best_agreement, counters.best_kl = epoch, *scores
+        counters.best_kl_average = average_kl
         save_tensors(trainer.run.weights, average.state_dict(), {"epoch": epoch, **scores._asdict()})
     return scores
 
