@@ -57,7 +57,9 @@ def require_two_halves(recipe: Recipe) -> None:
         raise RecipeError("base to novel needs labelled images to judge by", where="data.evaluation")
     if recipe.targets.corrects:
         raise RecipeError(
-            "the prior of the base classes says nothing of the novel ones", where="targets", fix="leave the section out"
+            "a correction fitted to the base classes says nothing of the novel ones, as the prior of the base classes",
+            where="targets",
+            fix="leave the section out: --set targets={}",
         )
     base, novel = halves(recipe.classes)
     for page in recipe.teacher:

@@ -136,5 +136,5 @@ def truth_of(facts: Confidence) -> tuple[str, str]:
 def uncalibrated(manifest: Manifest) -> str:
     """Say why a bundle's confidences are not calibrated, and what calibrates them."""
     if manifest.relabelled:
-        return "confidences are not calibrated: they were measured with other classes than prgkit relabel gave"
+        return "confidences are not calibrated: prgkit relabel gave other classes, and nothing was measured with those"
     return f"confidences are not calibrated: prgkit export does so, with {LEAST_IMAGES} held-out images or more"

@@ -14,6 +14,7 @@ from prgkit.errors import RecipeError, nearest, some
 from prgkit.storage.atomic import read_text
 
 EVEN: Literal["even"] = "even"
+LEAST_SHARE = 1e-6
 
 
 def load_prior(prior: str | Mapping[str, float] | None, classes: Sequence[str]) -> str | dict[str, float] | None:
@@ -28,7 +29,7 @@ def load_prior(prior: str | Mapping[str, float] | None, classes: Sequence[str]) 
     if isinstance(prior, str):
         where = Path(os.path.expanduser(prior))
         prior = read_shares(where)
-    fix = "give every class a share above 0; one that never comes does not belong into data.classes"
+    fix = "give every class a share, 0 where it never comes"
     if unknown := [name for name in prior if name not in classes]:
         hint = nearest(unknown[0], classes)
         raise RecipeError(
@@ -36,14 +37,23 @@ def load_prior(prior: str | Mapping[str, float] | None, classes: Sequence[str]) 
         )
     if missing := [name for name in classes if name not in prior]:
         raise RecipeError(f"the prior has no share of {some(missing)}", where=where, fix=fix)
+    if not any(prior.values()):
+        raise RecipeError(
+            "every share of the prior is 0", where=where, fix="give the classes that come a share above 0"
+        )
     return {name: prior[name] for name in classes}
 
 
 def class_shares(prior: str | Mapping[str, float] | None, classes: Sequence[str]) -> list[float] | None:
-    """Return the share of each class [C], summing to 1, of a loaded prior; None where none is known."""
+    """Return the share of each class [C], summing to 1, of a loaded prior; None where none is known.
+
+    None is below LEAST_SHARE: an image of a class that "never comes" is not ruled out, and its logarithm is finite.
+    """
     if prior is None:
         return None
     shares = [1.0] * len(classes) if isinstance(prior, str) else [prior[name] for name in classes]
+    total = math.fsum(shares)
+    shares = [max(share / total, LEAST_SHARE) for share in shares]
     return [share / math.fsum(shares) for share in shares]
 
 
@@ -62,6 +72,9 @@ def read_shares(path: Path) -> dict[str, float]:
     except (ValueError, csv.Error) as error:
         raise RecipeError(f"the shares cannot be read: {error}", where=path, fix=fix) from error
     shares: dict[str, float] = {}
+    percents = {cells[1].endswith("%") for _, cells in rows if len(cells) == 2 and as_share(cells[1]) is not None}
+    if len(percents) > 1:
+        raise RecipeError("some shares are percentages and some are not", where=path, fix="write all of them alike")
     for number, (line, cells) in enumerate(rows):
         share = as_share(cells[1]) if len(cells) == 2 else None
         if share is None and number == 0 and len(cells) == 2 and not any(letter.isdigit() for letter in cells[1]):
@@ -75,9 +88,9 @@ def read_shares(path: Path) -> dict[str, float]:
 
 
 def as_share(text: str) -> float | None:
-    """Read a number above 0, with or without a percent sign; None for anything else."""
+    """Read a number from 0 on, with or without a percent sign; None for anything else."""
     try:
         share = float(text.removesuffix("%"))
     except ValueError:
         return None
-    return share if 0 < share < math.inf else None
+    return share if 0 <= share < math.inf else None

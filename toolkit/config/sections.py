@@ -134,7 +134,7 @@ def _prior_shape(value: Any) -> str:
 
 
 Prior = Annotated[
-    Annotated[str, Tag("one word")] | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("shares by class")],
+    Annotated[str, Tag("one word")] | Annotated[dict[str, Annotated[float, Field(ge=0)]], Tag("shares by class")],
     Discriminator(_prior_shape),
 ]
 

@@ -107,7 +107,8 @@ class Run:
 
     def clear_leftovers(self) -> None:
         """Remove what a kill left half-written of the files that only the holder of the run's lock writes."""
-        for file in (self.state, self.weights, self.metrics_file, self.quality_file):
+        found = (self.quality_file, self.answers_file, self.refinement_file, self.confidence_file)
+        for file in (self.state, self.weights, self.metrics_file, *found):
             for leftover in file.parent.glob(f".{file.name}.*.part"):
                 leftover.unlink()
 

@@ -120,10 +120,7 @@ def fit_refinement(
     if prior is None:
         prior = logits.softmax(dim=1).mean(dim=0).sqrt()
         prior = prior / prior.sum()
-    return fit_inmap(features, vectors, logits, prior.to(logits), temperature=SOFTENING / scale)
-
-
-SOFTENING = 1.0  # of InMaP's classifier: its temperature in units of the teacher's, 1 / s
+    return fit_inmap(features, vectors, logits, prior.to(logits), temperature=1 / scale)
 
 
 def fit_inmap(

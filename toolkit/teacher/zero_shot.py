@@ -20,7 +20,7 @@ from prgkit.config.prior import class_shares
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import TargetsConfig
 from prgkit.errors import RunError, TargetsError
-from prgkit.storage.atomic import read_sealed
+from prgkit.storage.atomic import read_sealed, sha256
 from prgkit.storage.run import Run
 from prgkit.teacher.refine import LinearRefinement, Refinement, fit_refinement, load_refinement
 
@@ -166,8 +166,10 @@ def classifier_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float)
                 raise RunError("the correction that this run learned with is lost", where=path, fix=again)
             saved = SavedAdjustment.model_validate(read_sealed(path, fix=again))
             adjustment = saved.adjustment(recipe.classes)
-            if recipe.targets.refine is not None:
+            if saved.refinement_sha256 is not None:
                 path = run.refinement_file
+                if sha256(path) != saved.refinement_sha256:
+                    raise ValueError("it is another one")
                 refinement = load_refinement(path)
         except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
             raise RunError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import TargetsConfig
-from prgkit.data.ticks import Tick
+from prgkit.data.ticks import Tick, ticked
 from prgkit.device import best_device
 from prgkit.errors import some
 from prgkit.progress import Progress
@@ -29,6 +29,12 @@ MOST_COMPARED = 5_000  # images: every correction is fitted to them, before each
 def fit_classifier(dataset: DistillationDataset, recipe: Recipe, progress: Progress) -> ZeroShotClassifier:
     """Fit the corrections that the recipe asks for to at most MOST_FITTED images that are learned from."""
     sample = dataset.train_indices[spread(len(dataset.train_indices), MOST_FITTED)]
+    if len(sample) < len(recipe.classes):
+        progress.note(
+            f"{len(sample)} images are too few to correct the answers to {len(recipe.classes)} classes by: they are "
+            "taken as the teacher gives them"
+        )
+        return dataset.classifier
     if recipe.targets.refine is not None:
         progress.note(f"fitting {recipe.targets.refine} to the teacher's answers to {len(sample):,} images")
     device = best_device()
@@ -49,23 +55,32 @@ def classes_left(before: Tensor, after: Tensor, classes: Sequence[str]) -> list[
 
 
 def compare_corrections(dataset: DistillationDataset, recipe: Recipe, ticks: Sequence[Tick]) -> list[CorrectionRow]:
-    """Fit every correction to some of the images that are learned from, and return what each does to the answers.
+    """Fit every correction to some of the images that are not held out, and return what each does to the answers.
 
-    ``ticks`` are those of an audit; those of a known truth say how right each correction is.
+    The recipe's own is the one that the answers are corrected by. ``ticks`` are those of an audit. Fewer images than
+    classes are too few to fit anything to.
     """
-    positions = dataset.train_indices[spread(len(dataset.train_indices), MOST_COMPARED)]
+    learned = np.setdiff1d(np.arange(len(dataset.image_index)), dataset.val_indices)
+    if len(learned) < len(recipe.classes):
+        return []
+    positions = learned[spread(len(learned), MOST_COMPARED)]
     device = best_device()
     teacher = dataset.classifier.to(device).uncorrected
     plain = replace(dataset, classifier=teacher)
     views = [on(device, features_and_logits(plain, positions, view)) for view in (0, 1)]
-    configs, truth = candidates(recipe), known_truth(dataset, ticks, recipe.classes)
-    fitted = {name: fit_corrections(teacher, *views[0], config, recipe.classes) for name, config in configs.items()}
+    configs, seen = candidates(recipe), ticked_places(dataset, ticks)
+    fitted = {
+        name: dataset.classifier.to(device)
+        if config == recipe.targets
+        else fit_corrections(teacher, *views[0], config, recipe.classes)
+        for name, config in configs.items()
+    }
     rows = describe_effects(fitted, *views)
     return [
         row.model_copy(
             update={
                 "used": configs[row.name] == recipe.targets,
-                "ticked": right_of(plain, fitted[row.name], truth) if truth else None,
+                "ticked": right_of(plain, fitted[row.name], seen, recipe.classes) if seen else None,
             }
         )
         for row in rows
@@ -107,18 +122,25 @@ def candidates(recipe: Recipe) -> dict[str, TargetsConfig]:
     return alone if recipe.targets in alone.values() else {**alone, "this recipe": recipe.targets}
 
 
-def known_truth(dataset: DistillationDataset, ticks: Sequence[Tick], classes: Sequence[str]) -> dict[int, int]:
-    """Return the class of each ticked image that is known to be of one, by the image's position."""
+def ticked_places(dataset: DistillationDataset, ticks: Sequence[Tick]) -> dict[int, Tick]:
+    """Return the ticks by the position of their images."""
     places = {key: position for position, key in enumerate(dataset.image_index.keys)}
-    known = ((places.get(tick.key), tick.truth) for tick in ticks)
-    return {place: classes.index(name) for place, name in known if place is not None and name is not None}
+    return {places[tick.key]: tick for tick in ticked(ticks) if tick.key in places}
 
 
-def right_of(dataset: DistillationDataset, classifier: ZeroShotClassifier, truth: Mapping[int, int]) -> tuple[int, int]:
-    """Return on how many of the ticked images a classifier is right, and how many those are."""
-    answers = on(classifier.prompts.device, features_and_logits(dataset, np.array(list(truth))))
-    labels = classifier.correct(*answers).argmax(dim=1).cpu()
-    return int((labels == torch.tensor(list(truth.values()))).sum()), len(truth)
+def right_of(
+    dataset: DistillationDataset, classifier: ZeroShotClassifier, seen: Mapping[int, Tick], classes: Sequence[str]
+) -> tuple[int, int, int]:
+    """Return on how many ticked images a classifier is right for certain, on how many perhaps, and how many there are.
+
+    Where the answer on the sheet was wrong and nobody said what is right, another answer may be right or not.
+    """
+    answers = on(classifier.prompts.device, features_and_logits(dataset, np.array(list(seen))))
+    names = [classes[label] for label in classifier.correct(*answers).argmax(dim=1).tolist()]
+    judged = list(zip(names, seen.values(), strict=True))
+    right = sum(name == tick.truth for name, tick in judged)
+    unknown = sum(tick.truth is None and name != tick.teacher for name, tick in judged)
+    return right, right + unknown, len(judged)
 
 
 def features_and_logits(

@@ -62,7 +62,7 @@ def prepare(
     if recipe.targets.corrects or recipe.data.keep.asks:
         dataset = correct_and_filter(dataset, recipe, progress, run)
     if run is None or not run.quality_file.exists():
-        report_statistics(dataset, recipe, progress, run)
+        report_statistics(dataset, recipe, progress, run, like=like)
     report_selection(dataset, recipe.data.keep, progress, run)
     return dataset if few is None else with_labelled(dataset, few, recipe, load, progress)
 

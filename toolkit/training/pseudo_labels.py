@@ -151,13 +151,18 @@ def report_selection(dataset: DistillationDataset, keep: Keep, progress: Progres
         )
 
 
-def report_statistics(dataset: DistillationDataset, recipe: Recipe, progress: Progress, run: Run | None) -> None:
-    """Say how far the pseudo-labels can be trusted, and write it into the run."""
-    ticks = read_ticks(run.ticks_file, recipe.classes) if run is not None and run.ticks_file.exists() else []
+def report_statistics(
+    dataset: DistillationDataset, recipe: Recipe, progress: Progress, run: Run | None, *, like: Run | None
+) -> None:
+    """Say how far the pseudo-labels can be trusted, and write it into the run; ticks are read from ``like``, too."""
+    source = run or like
+    ticks = read_ticks(source.ticks_file, recipe.classes) if source is not None and source.ticks_file.exists() else []
+    progress.note("fitting every correction of the teacher's answers, to compare them")
     corrections = compare_corrections(dataset, recipe, ticks)
     result = report_answers(dataset, recipe, progress).model_copy(update={"corrections": corrections})
-    progress.note("corrections of these answers (targets in the recipe), none of which needs a label:")
-    for line in statistics.corrections_table(corrections):
+    if corrections:
+        progress.note("corrections of these answers (targets in the recipe), none of which needs a label:")
+    for line in statistics.corrections_table(corrections) if corrections else []:
         progress.note(f"  {line}".rstrip())
     if run is not None:
         write_sealed(run.quality_file, result.model_dump(mode="json", by_alias=True, exclude_unset=True))

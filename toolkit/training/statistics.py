@@ -193,7 +193,10 @@ def correction_cells(rows: Sequence[CorrectionRow]) -> list[list[str]]:
             f"{row.two_views:.1f} %",
         ]
         line += [f"{row.agreement[name]:.1f} %" if name in row.agreement else "" for name in others]
-        cells.append(line + ([] if row.ticked is None else [f"{row.ticked[0]} of {row.ticked[1]}"]))
+        if row.ticked is not None:
+            right, perhaps, images = row.ticked
+            line.append(f"{right} of {images}" if right == perhaps else f"{right} to {perhaps} of {images}")
+        cells.append(line)
     return cells
 
 

@@ -77,7 +77,7 @@ class CorrectionRow(Statistic):
     two_views: float  # percent of the images whose evaluation view and first crop get one answer
     agreement: dict[str, float]  # percent of the images with the same answer, by the other's name
     used: bool = False
-    ticked: tuple[int, int] | None = None  # right on so many of the ticked images whose class is known
+    ticked: tuple[int, int, int] | None = None  # right for certain, and perhaps, on so many of the ticked images
 
 
 class AdjustmentEffect(Statistic):

@@ -16,7 +16,7 @@ CLASSES = ("ripe tomato", "leaf", "soil")
     "text",
     [
         "ripe tomato,2\nleaf,1\nsoil,1\n",
-        "class;share\nsoil;25 %\nleaf;25%\nripe tomato;50\n",
+        "class;share\nsoil;25 %\nleaf;25%\nripe tomato;50 %\n",
         "\ufeffclass\tcount\r\nleaf\t100\r\nsoil\t100\r\nripe tomato\t200\r\n",
     ],
 )
@@ -26,6 +26,11 @@ def test_a_table_of_shares_or_counts_is_read_in_label_order(tmp_path: Path, text
     assert isinstance(prior, dict)
     assert list(prior) == list(CLASSES)
     assert class_shares(prior, CLASSES) == [0.5, 0.25, 0.25]
+
+
+def test_a_class_that_never_comes_keeps_a_millionth() -> None:
+    prior = load_prior({"ripe tomato": 1.0, "leaf": 1e-50, "soil": 1.0}, CLASSES)
+    assert class_shares(prior, CLASSES) == pytest.approx([0.5, 1e-6, 0.5], rel=1e-5)
 
 
 def test_even_and_none_need_no_names() -> None:
@@ -40,7 +45,9 @@ def test_even_and_none_need_no_names() -> None:
         ({"ripe tomato": 1.0, "leaf": 1.0, "soul": 1.0}, "no class is named 'soul'; did you mean 'soil'?"),
         ({"ripe tomato": 1.0}, "the prior has no share of leaf, soil"),
         ("evn", "the shares cannot be read: No such file"),
-        ("leaf,1\nsoil,0\n", "this is no class with its share"),
+        ("leaf,1\nsoil,-1\n", "this is no class with its share"),
+        ("leaf,1\nsoil,10 %\n", "some shares are percentages and some are not"),
+        ({"ripe tomato": 0.0, "leaf": 0.0, "soil": 0.0}, "every share of the prior is 0"),
         ("leaf,1\nleaf,2\n", "'leaf' stands twice"),
         ("leaf,1\nsoil,nan\n", "this is no class with its share"),
     ],

@@ -197,7 +197,7 @@ epochs: 100
         ("targets: {prior: even}", "targets.prior: only refine: inmap and debias read it, and neither is asked for"),
         (
             "targets: {debias: 1, prior: {a: 1, b: -0.5}}",
-            "targets.prior.b: must be greater than 0, not -0.5",
+            "targets.prior.b: must be greater than or equal to 0, not -0.5",
         ),
         ("targets: {debias: yes}", "targets.debias: must be a number, not True"),
         ("targets: {entropy: 1}", "targets.entropy: must be less than 1, not 1"),

@@ -411,14 +411,14 @@ def test_the_corrections_of_the_answers_are_a_table_with_the_ticks_where_there_a
         "effective_classes": 1.84,
         "two_views": 91.0,
     }
-    inmap = {**row, "name": "inmap", "used": True, "changed": 12.5, "mass": [0.5, 0.5], "ticked": [41, 50]}
-    report["pseudo_labels"] = {**doubtful(), "corrections": [{**row, "ticked": [38, 50], "agreement": {"inmap": 87.5}},
+    inmap = {**row, "name": "inmap", "used": True, "changed": 12.5, "mass": [0.5, 0.5], "ticked": [41, 44, 50]}
+    report["pseudo_labels"] = {**doubtful(), "corrections": [{**row, "ticked": [38, 38, 50], "agreement": {"inmap": 87.5}},
                                                              {**inmap, "agreement": {"none": 87.5}}]}  # fmt: skip
     text = page(report, samples=None, pictures=[])
     assert "Fitted to 90 unlabelled images before the first epoch" in text
-    line = next(part for part in re.findall("<tr.*?</tr>", text, re.DOTALL) if "41 of 50" in part)
+    line = next(part for part in re.findall("<tr.*?</tr>", text, re.DOTALL) if "41 to 44 of 50" in part)
     cells = [cell.strip() for cell in re.sub("<[^>]*>", "|", line).split("|") if cell.strip()]
-    assert cells == ["inmap (used)", "12.5 %", "50.0 to 50.0 %", "1.8", "91.0 %", "41 of 50"]
+    assert cells == ["inmap (used)", "12.5 %", "50.0 to 50.0 %", "1.8", "91.0 %", "41 to 44 of 50"]
 
 
 def test_the_row_to_speak_of_is_the_fastest_that_loses_less_than_a_point() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from prgkit.config.recipe import Recipe, validate
 from prgkit.config.sections import TargetsConfig
+from prgkit.data.ticks import Tick
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RunError, TargetsError
 from prgkit.progress import NullProgress
@@ -29,6 +31,7 @@ from prgkit.teacher.zero_shot import (
     mean_entropy,
     no_adjustment,
 )
+from prgkit.training.corrections import compare_corrections
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.prepare import prepare
 
@@ -232,6 +235,36 @@ def test_everyone_is_given_the_same_corrected_answers(photos: Path, tmp_path: Pa
         f"  correction  debias 1.0 changed {changed} of 60 pseudo-labels, as varied as {varied['after']:.1f} even "
         f"classes, before {varied['before']:.1f}; temperature {facts['temperature']:.3g}"
     ) in notes.told
+
+
+def test_ticks_judge_every_correction_with_what_they_leave_open(photos: Path, tmp_path: Path) -> None:
+    run, dataset = learn(photos, tmp_path, debias=1.0)
+    answers = dataset.classifier.logits(dataset.store.features(dataset.rows, np.zeros(60, dtype=int))).argmax(dim=1)
+    keys, names = dataset.image_index.keys, run.recipe.classes
+    named = [names[label] for label in answers.tolist()]
+    other = "one" if named[2] == "zero" else "zero"
+    ticks = [
+        Tick(1, "a", keys[0], named[0], "90", right=True),
+        Tick(2, "b", keys[1], named[1], "90", right=False),  # nobody said what it is
+        Tick(3, "c", keys[2], other, "90", right=False, named=named[2]),  # of another teacher; its class is known
+        Tick(4, "d", keys[3], "one" if named[3] == "zero" else "zero", "90", right=False),  # this answer may be right
+    ]
+    rows = {row.name: row for row in compare_corrections(dataset, run.recipe, ticks)}
+    assert rows["debias"].used
+    assert rows["debias"].ticked == (2, 3, 4)
+
+
+def test_fewer_images_than_classes_are_not_corrected(photos: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(photos.iterdir())[:6]:
+        shutil.copy(path, few)
+    notes = Notes()
+    run, dataset = learn(few, tmp_path, notes, refine="inmap", prior="even")
+    assert "images are too few to correct the answers to 10 classes by" in "".join(notes.told)
+    assert dataset.classifier.refinement is None
+    assert not run.refinement_file.exists()
+    assert classifier_of(run, run.recipe, dataset.classifier.prompts, dataset.classifier.logit_scale).refinement is None
 
 
 def test_a_lost_or_damaged_correction_is_never_guessed(photos: Path, tmp_path: Path) -> None:
