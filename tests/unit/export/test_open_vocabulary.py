@@ -211,7 +211,9 @@ def test_how_faithful_int8_was_with_the_old_classes_is_not_said_of_the_new(run: 
     assert told.confidence is None
     notes: list[str] = []
     assert list(predict(run.bundle, [next(Path("photos").iterdir())], top_k=1, min_confidence=0, note=notes.append))
-    assert notes == ["confidences are not calibrated: prgkit relabel gave other classes, and nothing was measured with those"]
+    assert notes == [
+        "confidences are not calibrated: prgkit relabel gave other classes, and nothing was measured with those"
+    ]
 
 
 def test_confidences_are_measured_on_images_that_no_label_was_read_of(
