@@ -25,6 +25,8 @@ class ObjectiveConfig(Config):
     learns_labels: ClassVar[bool] = False
     # Whether it looks at the maps that leave the student's stages.
     reads_stages: ClassVar[bool] = False
+    # Whether it asks the teacher about data.words.
+    reads_words: ClassVar[bool] = False
     weight: float = Field(1.0, gt=0)
     prompt_weighting: Literal["max", "mean", "softmax"] = "max"
 
@@ -38,6 +40,24 @@ class ObjectiveConfig(Config):
         """What it keeps of every image from step to step, in the run's checkpoints too."""
         return 0
 
+    @property
+    def fewest_classes(self) -> int:
+        """How many classes there have to be for it to teach anything."""
+        return 2
+
+
+class LogitsConfig(ObjectiveConfig):
+    """What objectives have that compare the logits of teacher and student and nothing else."""
+
+    # true: each image's logits with mean 0 and deviation 1 (Sun et al., 2024: weight 9.1, alpha 0.989, temperature 2);
+    # for three classes or more.
+    standardise: bool | None = None
+
+    @property
+    def fewest_classes(self) -> int:
+        """Three where logits are standardised, for of two nothing is left but which one is larger."""
+        return 3 if self.standardise else 2
+
 
 class CE(ObjectiveConfig):
     """Cross-entropy with the teacher's pseudo-labels."""
@@ -45,7 +65,7 @@ class CE(ObjectiveConfig):
     name: Literal["ce"]
 
 
-class KD(ObjectiveConfig):
+class KD(LogitsConfig):
     """Knowledge distillation: softened teacher probabilities beside the pseudo-labels (Hinton et al., 2015)."""
 
     name: Literal["kd"]
@@ -53,7 +73,7 @@ class KD(ObjectiveConfig):
     temperature: float = Field(4.0, gt=0)
 
 
-class DKD(ObjectiveConfig):
+class DKD(LogitsConfig):
     """Decoupled knowledge distillation: the label's share and the other classes apart (Zhao et al., 2022)."""
 
     name: Literal["dkd"]
@@ -144,6 +164,7 @@ class CLIPKD(ObjectiveConfig):
     name: Literal["clipkd"]
     feature_weight: float = Field(2000.0, ge=0)
     kl_weight: float = Field(1.0, ge=0)
+    gap_weighted: bool | None = None  # true: features count more where student and teacher answer differently
 
 
 class DHO(ObjectiveConfig):
@@ -154,6 +175,62 @@ class DHO(ObjectiveConfig):
     ce_weight: float = Field(0.5, ge=0)
     kl_weight: float = Field(0.5, ge=0)
     temperature: float = Field(2.0, gt=0)
+
+
+class TAID(ObjectiveConfig):
+    """The target moves from the student's own answer to the teacher's during training (Shing et al., 2025)."""
+
+    name: Literal["taid"]
+    start: Literal["student", "uniform"] = "student"  # uniform: KD whose temperature falls from 1 / t_start
+    t_start: float = Field(0.4, ge=0, le=1)
+    t_end: float = Field(1.0, ge=0, le=1)
+    adaptive: float = Field(5e-4, ge=0)  # by how much t may lead the linear schedule, a step; 0: not
+    momentum: float = Field(0.99, ge=0, lt=1)
+
+
+class LELP(ObjectiveConfig):
+    """Each class split into subclasses of the teacher's features, for few classes (after LELP, arXiv 2409.20449)."""
+
+    name: Literal["lelp"]
+    subclasses: int = Field(4, ge=1, le=64)  # of each class
+    subclass_weight: float = Field(1.0, ge=0)
+    subclass_temperature: float = Field(1.0, gt=0)  # of standardised projections
+    kl_weight: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+
+
+class Aspects(ObjectiveConfig):
+    """How far an image shows each of data.words, such as striped / plain, for few classes (after Lee et al., 2025)."""
+
+    reads_words = True
+    name: Literal["aspects"]
+    aspect_weight: float = Field(4.0, ge=0)
+    kl_weight: float = Field(1.0, ge=0)
+
+
+class Vocabulary(ObjectiveConfig):
+    """Features scored by data.words, which are no classes of the task, for few classes (after Gu et al., 2023)."""
+
+    reads_words = True
+    name: Literal["vocabulary"]
+    word_weight: float = Field(0.1, ge=0)
+    temperature: float = Field(4.0, gt=0)  # of the scores of words
+    kl_weight: float = Field(1.0, ge=0)
+
+
+class SP(ObjectiveConfig):
+    """Similarity preserving: whom an image is like within the batch, as the teacher has it (Tung and Mori, 2019)."""
+
+    name: Literal["sp"]
+    sp_weight: float = Field(3000.0, ge=0)  # as published for a batch of 64, whatever the batch
+
+
+class Prototypes(ObjectiveConfig):
+    """The batch's class means, the student's against the teacher's (after OnPro: Wei et al., 2023)."""
+
+    name: Literal["prototypes"]
+    prototype_weight: float = Field(1.0, ge=0)
+    temperature: float = Field(0.5, gt=0)
 
 
 class PRG(ObjectiveConfig):
@@ -175,7 +252,25 @@ class PRG(ObjectiveConfig):
 
 
 AnyObjective = Annotated[
-    PRG | KD | CE | DKD | DIST | RKD | CRD | ND | PLD | OFA | PromptKD | CLIPKD | DHO,
+    PRG
+    | KD
+    | CE
+    | DKD
+    | DIST
+    | RKD
+    | SP
+    | CRD
+    | ND
+    | Prototypes
+    | PLD
+    | TAID
+    | OFA
+    | PromptKD
+    | CLIPKD
+    | LELP
+    | Aspects
+    | Vocabulary
+    | DHO,
     Field(discriminator="name"),
 ]
 # By the names that recipes use. The loss is the class of the same name in prgkit/objectives/NAME.py.

@@ -30,6 +30,8 @@ class Keep(Config):
     """Which images are learned from, by the teacher's confidence: the largest probability in its answer."""
 
     min_confidence: float = Field(0.0, ge=0, lt=1)  # images below it are not learned from
+    # true: a class with b times the images of the largest has its confidences divided by b / (2 - b), to at most 1.
+    by_class: bool | None = None
     weighted: bool = False  # an image is in that share of the epochs that its confidence is
 
     @property
@@ -70,6 +72,9 @@ class Data(Config):
     label_format: LabelFormat = LabelFormat()
     classes: Words  # a named list, a file with one name a line, or the names
     prompts: Words = "photo"  # a named template set, or templates with one {} each
+    # What aspects and vocabulary ask of the teacher besides, as classes are given: phrases that are no classes of the
+    # task, and contrast pairs such as "striped / plain".
+    words: Words | None = None
     held_out: float = Field(0.05, gt=0, lt=0.5)  # share of the unlabelled images that selects the checkpoint
     keep: Keep = Keep()
 
@@ -139,6 +144,9 @@ Prior = Annotated[
 ]
 
 
+Average = Literal["probabilities", "confidence"]
+
+
 class TargetsConfig(Config):
     """How the teacher's answers are put right before anyone learns from them; without a label, without the teacher."""
 
@@ -147,11 +155,13 @@ class TargetsConfig(Config):
     prior: Prior | None = None  # how often each class comes: even, {name: share, ...}, or a file of them
     debias: float = Field(0.0, ge=0, le=1)  # how much of the teacher's own prior is taken off; 0: none
     entropy: float | None = Field(None, gt=0, lt=1)  # the mean that a temperature gives them, as a share of ln C
+    # How several teachers become one; null or logits: the mean of their logits; confidence: who is surer counts more.
+    average: Average | None = None
 
-    @field_validator("refine", mode="before")
+    @field_validator("refine", "average", mode="before")
     @classmethod
-    def _none_is_a_word(cls, method: Any) -> Any:
-        return None if method == "none" else method
+    def _default_is_a_word(cls, method: Any) -> Any:
+        return None if method in ("none", "logits") else method
 
     @property
     def corrects(self) -> bool:

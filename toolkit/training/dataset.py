@@ -21,6 +21,8 @@ from prgkit.storage.tensors import digest_of
 from prgkit.teacher.ensemble import TeacherFeatures
 from prgkit.teacher.zero_shot import ZeroShotClassifier
 
+MOST_OF_A_CLASS = 5000  # images whose features are held in memory at once
+
 
 class Process(NamedTuple):
     """One of the processes that train one student together."""
@@ -41,6 +43,7 @@ class DistillationDataset:
     sample_weights: NDArray[np.float32] | None  # [train], the share of the epochs that each is in; None: all
     classifier: ZeroShotClassifier  # of those features, on the device where they are used
     labelled: LabelledDataset | None = None  # a few more images, where an objective learns from labels
+    words: tuple[Tensor, ...] = ()  # data.words as the teacher reads them, where an objective does: [1 or 2, D] each
 
     @property
     def images_an_epoch(self) -> int:
@@ -70,16 +73,29 @@ class DistillationDataset:
 
     def class_means(self) -> torch.Tensor:
         """Return the mean of the teacher's features of each pseudo-class: [C, D], zero where there is no image."""
-        prompts = self.classifier.prompts  # [M, C, D]
-        sums = torch.zeros(prompts.shape[1:], dtype=torch.float64)
-        counts = torch.zeros(len(sums), dtype=torch.float64)
-        for start in range(0, len(self.train_indices), 4096):
-            part = self.train_indices[start : start + 4096]
-            output = self.teacher_output(part, np.zeros(len(part), dtype=np.int64), prompts.device)
+        shape = self.classifier.prompts.shape[1:]
+        sums, counts = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[0], dtype=torch.float64)
+        for output in self.evaluation_outputs():
             labels = output.labels.cpu()
             sums.index_add_(0, labels, output.features.double().cpu())
             counts += torch.bincount(labels, minlength=len(counts))
         return (sums / counts.clamp(min=1)[:, None]).float()
+
+    def class_features(self) -> Iterator[Tensor]:
+        """Yield the teacher's features [n, D] of each pseudo-class, of at most MOST_OF_A_CLASS of its images.
+
+        An index is ordered by content, so the first of a class are as good as any.
+        """
+        labels = torch.cat([output.labels.cpu() for output in self.evaluation_outputs()]).numpy()
+        for label in range(self.classifier.prompts.shape[1]):
+            positions = self.train_indices[labels == label][:MOST_OF_A_CLASS]
+            yield self.store.features(self.rows[positions], np.zeros(len(positions), dtype=np.int64))
+
+    def evaluation_outputs(self) -> Iterator[TeacherOutput]:
+        """Yield the teacher's output for the evaluation views of all images that are learned from, in their order."""
+        for start in range(0, len(self.train_indices), 4096):
+            part = self.train_indices[start : start + 4096]
+            yield self.teacher_output(part, np.zeros(len(part), dtype=np.int64), self.classifier.prompts.device)
 
 
 @dataclass(frozen=True)

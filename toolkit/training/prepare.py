@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from prgkit.config.prompts import phrases
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import Keep
 from prgkit.data.cache import PICTURES, DecodedImageCache
@@ -21,7 +24,7 @@ from prgkit.progress import Progress
 from prgkit.storage.run import Run
 from prgkit.storage.run_card import ImageFacts
 from prgkit.teacher.clip import teacher_loader
-from prgkit.teacher.ensemble import TeacherFeatures, existing_targets, open_targets
+from prgkit.teacher.ensemble import TeacherFeatures, averaged, existing_targets, open_targets
 from prgkit.teacher.feature_store import Load, embed
 from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.weights import check_teacher
@@ -127,10 +130,22 @@ def embed_images(
         val_indices=held_out,
         train_indices=np.setdiff1d(np.arange(len(images)), held_out),
         sample_weights=None,
-        classifier=ZeroShotClassifier(
-            prompts, store.logit_scale, recipe.prompt_weighting, no_adjustment(len(recipe.classes))
+        classifier=averaged(
+            ZeroShotClassifier(prompts, store.logit_scale, recipe.prompt_weighting, no_adjustment(len(recipe.classes))),
+            store,
+            recipe,
         ),
+        words=read_words(recipe, store, load, progress) if recipe.reads_words else (),
     )
+
+
+def read_words(recipe: Recipe, store: TeacherFeatures, load: Load, progress: Progress) -> tuple[Tensor, ...]:
+    """Return each of data.words as the teacher reads it in all templates, [1, D], or [2, D] of a contrast pair."""
+    words = [phrases(word) for word in recipe.words]
+    told = dict.fromkeys(phrase for pair in words for phrase in pair)
+    read = store.prompts(tuple(told), recipe.templates, load, progress).mean(dim=0)  # [phrases, D]
+    vectors = dict(zip(told, torch.nn.functional.normalize(read, dim=1), strict=True))
+    return tuple(torch.stack([vectors[phrase] for phrase in pair]) for pair in words)
 
 
 class FewLabelled(NamedTuple):
