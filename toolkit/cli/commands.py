@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from prgkit.cli.state import Document, RecipeOptions, Session
-from prgkit.errors import BackendError
+from prgkit.errors import BackendError, RunError
 from prgkit.storage.atomic import readable_bytes, write_text
 
 if TYPE_CHECKING:
@@ -150,6 +150,49 @@ def label_images(session: Session, recipe: Recipe, targets_root: Path, out: Path
         write_text(out, label.as_csv(rows) if out.suffix.lower() == ".csv" else label.as_json_lines(rows))
         terminal.say((str(out), "bold"), f": {summary}")
     return {"out": None if out is None else str(out), "labels": document}
+
+
+def suggest_images(
+    session: Session, recipe: Recipe, targets_root: Path, table: Path, count: int, folder: Path | None
+) -> Document:
+    """Write down which images to label, by the answers of the teacher or of the student of the run at ``folder``."""
+    if not session.is_main_process:  # the sheet has one writer
+        return {}
+    from prgkit.annotation.suggest import describe_suggestions, suggest_labels
+    from prgkit.storage.run import Run
+
+    student = None if folder is None else Run(folder)
+    found = suggest_labels(recipe, table, targets_root, count=count, student=student, progress=session.terminal)
+    session.terminal.say((found.sheet, "bold"), f": {describe_suggestions(found)}")
+    return found.model_dump(mode="json")
+
+
+def compare_trials(session: Session, recipe: Recipe, out: Path, targets_root: Path, given: dict[str, Any]) -> Document:
+    """Train and judge the trials that the options ask for, or rank students without training any."""
+    from prgkit.evaluate.compare import aggregate, diswot
+    from prgkit.evaluate.compare.trials import Plan, compare, trials_of
+    from prgkit.evaluate.report.terminal import table
+
+    if given["rank_students"] and not given["students"]:
+        given["students"] = diswot.candidates(recipe.student.model)
+    asked = ("objectives", "students", "seeds", "ladder", "sweeps", "base_to_novel", "random_teacher")
+    trials = trials_of(recipe, Plan(**{key: given[key] for key in asked}))
+    command = "prgkit " + shlex.join(sys.argv[1:])
+    whole = recipe if given["base_to_novel"] else None
+    if given["rank_students"]:
+        ranking = diswot.rank_students(trials, out, targets_root, session.terminal, command=command, whole=whole)
+        section = diswot.ranking_section(ranking)
+        session.terminal.show(table(section, title=diswot.headline(ranking), notes=section.notes))
+        session.terminal.say("ranking: ", (str(out / "rank.json"), "bold"))
+        return ranking.model_dump(mode="json")
+    comparison = compare(trials, out, targets_root, session.terminal, command=command, whole=whole)
+    section = aggregate.objectives(comparison)
+    session.terminal.show(table(section, title=aggregate.headline(comparison), notes=[section.about]))
+    session.terminal.say("comparison: ", (str(out / "compare.html"), "bold"))
+    if comparison.failed:
+        what = f"{len(comparison.failed)} of {len(trials)} trials came apart; the others stand"
+        session.failure = RunError(what, where=out)
+    return comparison.model_dump(mode="json")
 
 
 def list_recipes(session: Session, show: str | None, *, objectives: bool) -> Document:

@@ -17,6 +17,7 @@ from prgkit import __version__
 from prgkit.cli.chain import Chain, builds_engines
 from prgkit.cli.commands import (
     adapt_teacher,
+    compare_trials,
     label_images,
     list_or_prune_stores,
     list_recipes,
@@ -25,6 +26,7 @@ from prgkit.cli.commands import (
     print_doctor,
     print_estimate,
     relabel_bundle,
+    suggest_images,
     tell_bundle,
 )
 from prgkit.cli.options import (
@@ -38,10 +40,11 @@ from prgkit.cli.options import (
     recipe_options,
     refuse_in_a_bundle,
     run_option,
+    suggest_options,
 )
 from prgkit.cli.state import Document, RecipeOptions, Session
 from prgkit.cli.streams import print_error, take_any_text
-from prgkit.errors import DiskFullError, ImagesError, PrgkitError, RunError
+from prgkit.errors import DiskFullError, ImagesError, PrgkitError
 from prgkit.storage.atomic import is_disk_full
 
 REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # of the file system: nothing that we can mend
@@ -305,6 +308,21 @@ def label(session: Session, options: RecipeOptions, *, out: Path | None) -> Docu
         return label_images(session, recipe, options.targets_root, out)
 
 
+@cli.command("suggest-labels", short_help="Say which images to label, if you label a few.")
+@suggest_options
+@click.pass_obj
+def suggest(session: Session, options: RecipeOptions, *, out: Path | None, count: int, by: str) -> Document:
+    """Choose images of RECIPE that are worth a label: each time the one whose answer is farthest from those labelled.
+
+    data.labelled counts as labelled, and so does what is ticked in the table, which data.labelled_labels reads. The
+    images are as unlike each other as can be: they teach objective dho, and are no sample to judge by.
+    """
+    with needs_extra("distill"):
+        recipe, folder = choose_recipe(session, options)
+        table = out or Path("suggested") / f"{folder.name}.csv"
+        return suggest_images(session, recipe, options.targets_root, table, count, folder if by == "student" else None)
+
+
 @cli.command(short_help="Set objectives and students against each other.")
 @compare_options
 @click.pass_obj
@@ -318,33 +336,8 @@ def compare(session: Session, /, options: RecipeOptions, *, out: Path | None, **
         raise click.UsageError("compare trains one run after another in one process; start it without torchrun.")
     with needs_extra("distill"):
         recipe, folder = choose_recipe(session, options)
-        from prgkit.evaluate.compare import aggregate, diswot
-        from prgkit.evaluate.compare.trials import Plan, trials_of
-        from prgkit.evaluate.compare.trials import compare as work
-        from prgkit.evaluate.report.terminal import table
-    if given["rank_students"] and not given["students"]:
-        given["students"] = diswot.candidates(recipe.student.model)
-    asked = ("objectives", "students", "seeds", "ladder", "sweeps", "base_to_novel")
-    trials = trials_of(recipe, Plan(**{key: given[key] for key in asked}))
-    out = out or folder.with_name(f"{folder.name}-compared")
-    command = "prgkit " + shlex.join(sys.argv[1:])
-    whole = recipe if given["base_to_novel"] else None
-    if given["rank_students"]:
-        ranking = diswot.rank_students(
-            trials, out, options.targets_root, session.terminal, command=command, whole=whole
-        )
-        section = diswot.ranking_section(ranking)
-        session.terminal.show(table(section, title=diswot.headline(ranking), notes=section.notes))
-        session.terminal.say("ranking: ", (str(out / "rank.json"), "bold"))
-        return ranking.model_dump(mode="json")
-    comparison = work(trials, out, options.targets_root, session.terminal, command=command, whole=whole)
-    section = aggregate.objectives(comparison)
-    session.terminal.show(table(section, title=aggregate.headline(comparison), notes=[section.about]))
-    session.terminal.say("comparison: ", (str(out / "compare.html"), "bold"))
-    if comparison.failed:
-        what = f"{len(comparison.failed)} of {len(trials)} trials came apart; the others stand"
-        session.failure = RunError(what, where=out)
-    return comparison.model_dump(mode="json")
+        out = out or folder.with_name(f"{folder.name}-compared")
+        return compare_trials(session, recipe, out, options.targets_root, given)
 
 
 @cli.command(short_help="List the recipes.")

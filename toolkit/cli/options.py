@@ -107,6 +107,30 @@ def adapt_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def suggest_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what suggest-labels takes: how many images, by whose answers, and where they are listed."""
+    return which_recipe(
+        command,
+        click.option("--run", "folder", type=FOLDER, metavar="FOLDER", help="The run's folder.  [default: runs/NAME]"),
+        click.option(
+            "-n", "--count", type=click.IntRange(1, 1000), default=100, show_default=True, help="How many images."
+        ),
+        click.option(
+            "--by",
+            type=click.Choice(["teacher", "student"]),
+            default="teacher",
+            show_default=True,
+            help="Whose answers; the student's are those of the run.",
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE.csv",
+            help="Where the table goes, and the sheet beside it.  [default: suggested/NAME.csv]",
+        ),
+    )
+
+
 def label_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what label takes: where the table goes."""
     return which_recipe(
@@ -156,6 +180,11 @@ def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--base-to-novel",
             is_flag=True,
             help="Teach the first half of the classes alone, then ask for the second half by its names.",
+        ),
+        click.option(
+            "--random-teacher",
+            is_flag=True,
+            help="Also the last objective with a teacher of random weights, a control: what is learned without one.",
         ),
         click.option(
             "--rank-students",

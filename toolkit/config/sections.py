@@ -97,11 +97,15 @@ class Data(Config):
         return ImageSpec(source, Path(labels) if labels else None, self.label_format) if source else None
 
 
+RANDOM = "random"  # the weights of a teacher that knows nothing
+
+
 class TeacherConfig(Config):
     """Any open_clip model: a name with its weights, ``hf-hub:owner/name`` or ``local-dir:path``."""
 
     model: str
-    weights: str | None = None  # its tag; of a folder with several files of weights, one file's name
+    # Its tag; of a folder with several files of weights, one file's name; random: none, to see what is learned without.
+    weights: str | None = None
     context: str | None = None  # a file of prgkit adapt-teacher: what it learned is read in place of data.prompts
     precision: Literal["fp32", "bf16"] = "fp32"  # of its own pass
     batch_size: int = Field(64, ge=1)  # fixed, since a feature varies a little with the batch it is computed in
@@ -112,7 +116,8 @@ class TeacherConfig(Config):
         if not self.model.startswith("local-dir:"):
             return " ".join(filter(None, (self.model, self.weights)))
         # A tag, left from the named model whose place the folder takes, says nothing of it; a file's name does.
-        file = self.weights if self.weights and Path(self.weights).suffix else None
+        named = self.weights and (self.weights == RANDOM or Path(self.weights).suffix)
+        file = self.weights if named else None
         return " ".join(filter(None, (Path(self.model).name, file)))
 
 
