@@ -60,13 +60,19 @@ class LogitsConfig(ObjectiveConfig):
 
 
 class CE(ObjectiveConfig):
-    """Cross-entropy with the teacher's pseudo-labels."""
+    """Cross-entropy with the teacher's pseudo-labels.
+
+    Use: As the floor: what pseudo-labels alone teach.
+    """
 
     name: Literal["ce"]
 
 
 class KD(LogitsConfig):
-    """Knowledge distillation: softened teacher probabilities beside the pseudo-labels (Hinton et al., 2015)."""
+    """Knowledge distillation: softened teacher probabilities beside the pseudo-labels (Hinton et al., 2015).
+
+    Use: As the yardstick: the plain method that others are held against.
+    """
 
     name: Literal["kd"]
     alpha: float = Field(0.9, ge=0, le=1)
@@ -74,7 +80,10 @@ class KD(LogitsConfig):
 
 
 class DKD(LogitsConfig):
-    """Decoupled knowledge distillation: the label's share and the other classes apart (Zhao et al., 2022)."""
+    """Decoupled knowledge distillation: the label's share and the other classes apart (Zhao et al., 2022).
+
+    Use: With many classes and long runs.
+    """
 
     name: Literal["dkd"]
     alpha: float = Field(1.0, ge=0)
@@ -85,7 +94,10 @@ class DKD(LogitsConfig):
 
 
 class DIST(ObjectiveConfig):
-    """Correlation of probabilities, within an image and within a class over the batch (Huang et al., 2022)."""
+    """Correlation of probabilities, within an image and within a class over the batch (Huang et al., 2022).
+
+    Use: With many classes, where the teacher is far larger than the student.
+    """
 
     name: Literal["dist"]
     inter_weight: float = Field(2.0, ge=0)
@@ -94,7 +106,10 @@ class DIST(ObjectiveConfig):
 
 
 class RKD(ObjectiveConfig):
-    """Relational distillation: distances and angles between the batch's features (Park et al., 2019)."""
+    """Relational distillation: distances and angles between the batch's features (Park et al., 2019).
+
+    Use: Beside another in a list, where it matters which images are alike; memory grows with the batch squared.
+    """
 
     name: Literal["rkd"]
     distance_weight: float = Field(25.0, ge=0)
@@ -102,7 +117,10 @@ class RKD(ObjectiveConfig):
 
 
 class CRD(ObjectiveConfig):
-    """Contrastive distillation: an image's teacher features among those of other images (Tian et al., 2020)."""
+    """Contrastive distillation: an image's teacher features among those of other images (Tian et al., 2020).
+
+    Use: With large data sets and long runs.
+    """
 
     name: Literal["crd"]
     crd_weight: float = Field(0.8, ge=0)
@@ -118,7 +136,10 @@ class CRD(ObjectiveConfig):
 
 
 class ND(ObjectiveConfig):
-    """Norm and direction: features turned towards the teacher's class means, and grown (Wang et al., 2023)."""
+    """Norm and direction: features turned towards the teacher's class means, and grown (Wang et al., 2023).
+
+    Use: Where the student's features are used and not its answers alone.
+    """
 
     name: Literal["nd"]
     kl_weight: float = Field(1.0, ge=0)
@@ -132,14 +153,20 @@ class ND(ObjectiveConfig):
 
 
 class PLD(ObjectiveConfig):
-    """Plackett-Luce distillation: the teacher's whole ranking of the classes (arXiv 2506.12542)."""
+    """Plackett-Luce distillation: the teacher's whole ranking of the classes (arXiv 2506.12542).
+
+    Use: Where the order of all classes counts, as in top-5.
+    """
 
     name: Literal["pld"]
     temperature: float = Field(4.0, gt=0)
 
 
 class OFA(ObjectiveConfig):
-    """One for all: the label's share enhanced, on the logits and on an exit after each stage (Hao et al., 2023)."""
+    """One for all: the label's share enhanced, on the logits and on an exit after each stage (Hao et al., 2023).
+
+    Use: For a student with stages, a CNN, whose teacher is of another kind.
+    """
 
     reads_stages = True
     name: Literal["ofa"]
@@ -149,7 +176,10 @@ class OFA(ObjectiveConfig):
 
 
 class PromptKD(ObjectiveConfig):
-    """Both sides score images by the teacher's class vectors; the student has no class head (Li et al., 2024)."""
+    """Both sides score images by the teacher's class vectors; the student has no class head (Li et al., 2024).
+
+    Use: Where classes will change: export --open-vocabulary, then relabel.
+    """
 
     scores_by_text = True
     name: Literal["promptkd"]
@@ -158,7 +188,10 @@ class PromptKD(ObjectiveConfig):
 
 
 class CLIPKD(ObjectiveConfig):
-    """The teacher's features as they are, and its scores by class vectors (Yang et al., 2024)."""
+    """The teacher's features as they are, and its scores by class vectors (Yang et al., 2024).
+
+    Use: As promptkd, and where the student's features are to be the teacher's, for a search.
+    """
 
     scores_by_text = True
     name: Literal["clipkd"]
@@ -168,7 +201,10 @@ class CLIPKD(ObjectiveConfig):
 
 
 class DHO(ObjectiveConfig):
-    """Dual-head optimisation: one head for a few labels, one for the teacher, and their vote (arXiv 2505.07675)."""
+    """Dual-head optimisation: one head for a few labels, one for the teacher, and their vote (arXiv 2505.07675).
+
+    Use: Where a few images are labelled.
+    """
 
     learns_labels = True
     name: Literal["dho"]
@@ -178,7 +214,10 @@ class DHO(ObjectiveConfig):
 
 
 class TAID(ObjectiveConfig):
-    """The target moves from the student's own answer to the teacher's during training (Shing et al., 2025)."""
+    """The target moves from the student's own answer to the teacher's during training (Shing et al., 2025).
+
+    Use: In long runs of a student that is far smaller than its teacher.
+    """
 
     name: Literal["taid"]
     start: Literal["student", "uniform"] = "student"  # uniform: KD whose temperature falls from 1 / t_start
@@ -189,7 +228,10 @@ class TAID(ObjectiveConfig):
 
 
 class LELP(ObjectiveConfig):
-    """Each class split into subclasses of the teacher's features, for few classes (after LELP, arXiv 2409.20449)."""
+    """Each class split into subclasses of the teacher's features, for few classes (after LELP, arXiv 2409.20449).
+
+    Use: With 2 to 10 classes; of more than 20 or so it is KD.
+    """
 
     name: Literal["lelp"]
     subclasses: int = Field(4, ge=1, le=64)  # of each class
@@ -200,7 +242,10 @@ class LELP(ObjectiveConfig):
 
 
 class Aspects(ObjectiveConfig):
-    """How far an image shows each of data.words, such as striped / plain, for few classes (after Lee et al., 2025)."""
+    """How far an image shows each of data.words, such as striped / plain, for few classes (after Lee et al., 2025).
+
+    Use: With few classes whose looks can be said in pairs of words.
+    """
 
     reads_words = True
     name: Literal["aspects"]
@@ -209,7 +254,10 @@ class Aspects(ObjectiveConfig):
 
 
 class Vocabulary(ObjectiveConfig):
-    """Features scored by data.words, which are no classes of the task, for few classes (after Gu et al., 2023)."""
+    """Features scored by data.words, which are no classes of the task, for few classes (after Gu et al., 2023).
+
+    Use: With few classes, and many other names that the teacher knows.
+    """
 
     reads_words = True
     name: Literal["vocabulary"]
@@ -219,14 +267,20 @@ class Vocabulary(ObjectiveConfig):
 
 
 class SP(ObjectiveConfig):
-    """Similarity preserving: whom an image is like within the batch, as the teacher has it (Tung and Mori, 2019)."""
+    """Similarity preserving: whom an image is like within the batch, as the teacher has it (Tung and Mori, 2019).
+
+    Use: As rkd, with less memory and no distances to scale.
+    """
 
     name: Literal["sp"]
     sp_weight: float = Field(3000.0, ge=0)  # as published for a batch of 64, whatever the batch
 
 
 class Prototypes(ObjectiveConfig):
-    """The batch's class means, the student's against the teacher's (after OnPro: Wei et al., 2023)."""
+    """The batch's class means, the student's against the teacher's (after OnPro: Wei et al., 2023).
+
+    Use: Where a batch holds several images of most classes.
+    """
 
     name: Literal["prototypes"]
     prototype_weight: float = Field(1.0, ge=0)
@@ -234,7 +288,10 @@ class Prototypes(ObjectiveConfig):
 
 
 class PRG(ObjectiveConfig):
-    """Proxy relational graph: nodes, class proxies and the edges between them (arXiv 2408.12248, reconstructed)."""
+    """Proxy relational graph: nodes, class proxies and the edges between them (arXiv 2408.12248, reconstructed).
+
+    Use: To begin with; with many classes it was ahead of the others here.
+    """
 
     name: Literal["prg"]
     supervision: Literal["soft", "hard"] = "soft"
@@ -280,5 +337,6 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
 
 
 def objective_lines() -> dict[str, str]:
-    """Return each objective's name with one line on what it is."""
-    return {name: (config.__doc__ or "").splitlines()[0] for name, config in OBJECTIVES.items()}
+    """Return each objective's name with what it is and when to use it."""
+    told = {name: (config.__doc__ or "").split("\n\n") for name, config in OBJECTIVES.items()}
+    return {name: f"{what} {use.strip()}" for name, (what, use) in told.items()}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.prompts import load_classes
 from prgkit.config.recipe import (
     NOT_LEARNED_FROM,
@@ -168,11 +169,11 @@ epochs: 100
         ("zzz: 1", "zzz: unknown key; known: data, teacher, views, targets, student, objective, training, export"),
         (
             "objective: {}",
-            "objective.name: missing; known: prg, kd, ce, dkd, dist, rkd, crd, nd, pld, ofa, promptkd, clipkd, dho",
+            f"objective.name: missing; known: {', '.join(OBJECTIVES)}",
         ),
         (
             "objective: {name: pgr}",
-            "objective.name: unknown objective 'pgr', known are prg, kd, ce, dkd, dist, rkd, crd, nd, pld, ofa, promptkd, clipkd, dho; did you mean 'prg'?",
+            f"objective.name: unknown objective 'pgr', known are {', '.join(OBJECTIVES)}; did you mean 'prg'?",
         ),
         ("objective: ce", "objective: write a mapping such as {name: prg}, not 'ce'"),
         ("objective: []", "objective: name at least one"),
@@ -200,6 +201,15 @@ epochs: 100
             "targets.prior.b: must be greater than or equal to 0, not -0.5",
         ),
         ("targets: {debias: yes}", "targets.debias: must be a number, not True"),
+        (
+            "targets: {average: probabilities}",
+            "targets.average: it is of several teachers, and the recipe names one",
+        ),
+        ("targets: {average: product}", "targets.average: 'product' is none of probabilities, confidence"),
+        (
+            "objective: {name: aspects}",
+            "data.words: give phrases that are no classes, since an objective asks about them",
+        ),
         ("targets: {entropy: 1}", "targets.entropy: must be less than 1, not 1"),
         ("targets: {temperature: 2.0}", "targets.temperature: unknown key; it belongs in objective.temperature"),
         ("targets: {debais: 0.5}", "targets.debais: unknown key; did you mean 'debias'?"),
@@ -458,3 +468,31 @@ def test_each_source_of_images_has_its_own_table_of_labels() -> None:
     assert data.evaluation_spec == ImageSpec("photos", Path("judged.csv"), data.label_format)
     assert data.labelled_spec == ImageSpec("photos", None, data.label_format)
     assert data.model_copy(update={"labelled": None}).labelled_spec is None
+
+
+# Words that are no classes, and too few classes.
+
+
+def test_words_are_written_out_and_leave_no_trace_where_there_are_none(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("striped / plain\nfur\n")
+    plain = validate(page(""), where="test")
+    given = validate(page(f"data: {{images: a, classes: [cat, dog], words: {tmp_path}/words.txt}}"), where="test")
+    assert given.resolved().words == ("striped / plain", "fur")
+    assert plain.resolved().words == ()
+    assert "words" not in plain.model_dump(exclude_none=True)["data"]
+
+
+@pytest.mark.parametrize("word", ["old / new / newer", "old / "])
+def test_a_word_is_a_phrase_or_a_pair(word: str) -> None:
+    recipe = validate(page(f"data: {{images: a, classes: [cat, dog], words: [fur, '{word}']}}"), where="test")
+    with pytest.raises(RecipeError, match="is no contrast pair"):
+        recipe.resolved()
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd"])
+def test_two_classes_are_not_standardised(name: str) -> None:
+    recipe = validate(page(f"objective: {{name: {name}, standardise: true}}"), where="test")
+    with pytest.raises(RecipeError, match="of 2 classes a standardised logit says which one is larger"):
+        recipe.resolved()
+    three = recipe.model_copy(update={"data": recipe.data.model_copy(update={"classes": ("cat", "dog", "owl")})})
+    assert three.resolved().objective[0].name == name
