@@ -61,7 +61,7 @@ def load_words(value: str | Sequence[str]) -> tuple[str, ...]:
         RecipeError: as `load_classes` does, or one of them is more than a contrast pair.
     """
     words = load_classes(value, where="data.words")
-    if wrong := [word for word in words if len(phrases(word)) > 2 or not all(phrases(word))]:
+    if wrong := [word for word in words if len(phrases(word)) > 2]:
         fix = "write two phrases, as in 'old / new'"
         raise RecipeError(f"{wrong[0]!r} is no contrast pair", where="data.words", fix=fix)
     return words

@@ -69,13 +69,13 @@ def test_who_is_sure_enough() -> None:
 
 
 def test_a_floor_by_class_by_hand() -> None:
-    labels = np.array(
-        [0, 0, 0, 0, 1, 1, 2]
-    )  # shares of the largest: 1, 1/2, 1/4; a floor of 0.95 is one of 0.3167, 0.1357
+    labels = np.array([0, 0, 0, 0, 1, 1, 2])  # 1, 1/2 and 1/4 of the largest: 0.95 is one of 0.95, 0.3167 and 0.1357
     confidence = np.array([0.94, 0.96, 0.5, 0.99, 0.31, 0.32, 0.14], dtype=np.float32)
     relative = within_class(confidence, labels)
     assert sure_enough(relative, Keep(min_confidence=0.95, by_class=True)).tolist() == [
         False, True, False, True, False, True, True
     ]  # fmt: skip
-    assert relative.max() == 1
+    assert within_class(np.array([0.9, 0.9, 0.9], dtype=np.float32), np.array([0, 0, 1])).tolist() == pytest.approx(
+        [0.9, 0.9, 1]
+    )
     assert np.array_equal(within_class(confidence, np.arange(7)), confidence)  # even classes: one floor for all
