@@ -20,6 +20,7 @@ EXPORT_AGAIN = "export again: prgkit export"
 ONNX = "onnx"  # the format of a file that ONNX Runtime runs
 QDQ = "onnx-tensorrt"  # of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
 NCHW = "onnx-nchw"  # of an ONNX file for other runtimes: normalised floats in, never run or measured by us
+EMBEDDING = "onnx-embedding"  # of an ONNX file that gives a unit vector in the teacher's space, and no logits
 ENGINE = "engine"  # of a TensorRT engine
 MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
 VECTORS = f"{MATRIX}.npy"  # [C, D] float32

@@ -22,14 +22,18 @@ from prgkit.cli.commands import (
     list_or_prune_stores,
     list_recipes,
     merge_reports,
+    name_images,
     needs_extra,
     print_doctor,
     print_estimate,
     relabel_bundle,
+    search_gallery,
     suggest_images,
     tell_bundle,
+    write_gallery,
 )
 from prgkit.cli.options import (
+    PLACE,
     adapt_options,
     bench_options,
     choose_recipe,
@@ -44,7 +48,7 @@ from prgkit.cli.options import (
 )
 from prgkit.cli.state import Document, RecipeOptions, Session
 from prgkit.cli.streams import print_error, take_any_text
-from prgkit.errors import DiskFullError, ImagesError, PrgkitError
+from prgkit.errors import DiskFullError, PrgkitError
 from prgkit.storage.atomic import is_disk_full
 
 REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # of the file system: nothing that we can mend
@@ -105,8 +109,10 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     bundle = place or Path()
     from prgkit.export.formats.options import ExportOptions
 
-    kinds = {key: given[key] for key in ("fp16", "int8", "backend", "batch", "sm", "float_input", "evaluation_images")}
-    options = ExportOptions(trt=trt, class_vectors=given["open_vocabulary"], formats=given["formats"], **kinds)
+    kinds = ("fp16", "int8", "backend", "batch", "sm", "embedding", "float_input", "formats", "evaluation_images")
+    if given["embedding"]:
+        given["open_vocabulary"] = given["open_vocabulary"] or "initializer"
+    options = ExportOptions(trt=trt, class_vectors=given["open_vocabulary"], **{key: given[key] for key in kinds})
     if (bundle / "manifest.json").is_file():
         refuse_in_a_bundle(given, builds=trt)
         from prgkit.export.bundle.bundle import open_bundle
@@ -184,10 +190,15 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
 @click.option("--top-k", type=click.IntRange(min=1), default=3, show_default=True, help="How many answers.")
 @click.option("--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Abstain below this probability.")
 @click.option("--reject-unknown", is_flag=True, help="Abstain where an image seems to show none of the classes.")
+@click.option(
+    "--gallery", type=PLACE, metavar="FILE", help="Name no class: find the most alike images in this gallery."
+)
 @run_option
 @json_option
 @click.pass_obj
-def predict(session: Session, /, images: tuple[Path, ...], folder: Path | None, **given: Any) -> Document:
+def predict(
+    session: Session, /, images: tuple[Path, ...], folder: Path | None, gallery: Path | None, **given: Any
+) -> Document:
     """Name what is in each IMAGE, with calibrated probabilities; --min-confidence abstains where the best is too low.
 
     It says how often answers that sure were right on held-out images. --reject-unknown lets 95 % of such images pass.
@@ -196,34 +207,22 @@ def predict(session: Session, /, images: tuple[Path, ...], folder: Path | None, 
     others are answered, and the exit code is 1.
     """
     from prgkit.evaluate import system
-    from prgkit.evaluate.predict import predict as answer
     from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
+    if gallery is not None:
+        return search_gallery(session, bundle, images, gallery, given["top_k"])
     measured = (run.folder if run else bundle) / "bench" / system.machine_folder()
-    terminal, answers, failed = session.terminal, [], []
-    for image in answer(bundle, images, **given, bench=measured, note=terminal.note):
-        answers.append(image)
-        if "error" in image:
-            failed.append(ImagesError(**image["error"]))
-            if len(images) > 1 or image["image"] != str(images[0]):  # else it is the line's own failure
-                terminal.note(str(failed[-1]))
-            continue
-        scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in image["top"])
-        answer_text = image["class"] or ("none of the classes" if image["rejected"] else "abstains")
-        terminal.say(f"{image['image']}: ", (answer_text, "bold"), f"  ({scores})")
-    if failed:
-        what = f"{len(failed)} of {len(answers)} pictures cannot be read; the others are answered"
-        session.failure = failed[0] if len(answers) == 1 else ImagesError(what)
-    return answers
+    return name_images(session, bundle, images, measured, given)
 
 
 @cli.command(short_help="Let the teacher see the images, and no more.")
 @recipe_options
 @click.option("--list", "listed", is_flag=True, help="List the stores: what they hold, their size and age, their runs.")
+@click.option("--gallery", type=PLACE, metavar="FILE.npz", help="Also write what it saw for predict --gallery.")
 @click.option("--prune", is_flag=True, help="Free the stores that no run under runs/ uses; --dry-run only names them.")
 @click.pass_obj
-def targets(session: Session, options: RecipeOptions, *, listed: bool, prune: bool) -> Document:
+def targets(session: Session, options: RecipeOptions, *, listed: bool, prune: bool, gallery: Path | None) -> Document:
     """Let the teacher see every image of RECIPE, once, and store what it saw; distill then starts at once."""
     if listed or prune:
         return list_or_prune_stores(session, options.targets_root, prune=prune, dry_run=options.dry_run)
@@ -235,6 +234,8 @@ def targets(session: Session, options: RecipeOptions, *, listed: bool, prune: bo
             return {}
         from prgkit.training.prepare import prepare
     dataset = prepare(recipe, options.targets_root, session.terminal)
+    if gallery is not None:
+        write_gallery(session, dataset, gallery)
     folders = [store.folder for store in dataset.store.stores]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     for store, size in zip(folders, sizes, strict=True):

@@ -233,6 +233,11 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "classes; in the ONNX file they are an initializer (without a word), or an input.",
         ),
         click.option(
+            "--embedding",
+            is_flag=True,
+            help="Also the student's embedding as an ONNX file, for predict --gallery; implies --open-vocabulary.",
+        ),
+        click.option(
             "--float-input",
             is_flag=True,
             help="Also an ONNX file that takes normalised floats, NCHW, for runtimes that prepare images themselves.",
@@ -253,7 +258,8 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:
     """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
-    if asked := [key for key in ("float_input", "evaluation_images", "open_vocabulary", "formats") if given[key]]:
+    of_students = ("embedding", "float_input", "evaluation_images", "open_vocabulary", "formats")
+    if asked := [key for key in of_students if given[key]]:
         option = "--" + asked[0].removesuffix("s" if asked[0] == "formats" else "").replace("_", "-")
         raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")
     if given["fp16"] and not builds:
