@@ -1,10 +1,10 @@
 """Tasks of few classes made of CIFAR-100's superclasses: images, labelled test images and a recipe for each.
 
-    python benchmarks/superclasses.py cifar.yaml --targets targets --out few
+    python benchmarks/superclasses.py cifar.yaml --targets targets --teacher local-dir:broad-lite2-160 --out few
 
-The recipe is one of CIFAR-100 in tar shards, whose images the teacher has seen. A class of such a task is five of the
+The recipe is one of CIFAR-100 in tar shards, whose images its teacher has seen. A class of such a task is five of the
 100, and its name lists theirs; the unlabelled images are those that the teacher takes for one of these, by its answer
-among all 100. What the teacher saw is found again by content: no image is seen twice.
+among all 100. --teacher is who teaches the tasks: one that has read single names only does not read lists of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import click
 import numpy as np
 
 from prgkit.config.recipe import Recipe, load_recipe, save_recipe
-from prgkit.config.sections import ImageSpec
+from prgkit.config.sections import ImageSpec, TeacherConfig
 from prgkit.data.index import ImageIndex, read_image_index, select_labelled
 from prgkit.progress import NullProgress
 from prgkit.teacher.clip import teacher_loader
@@ -49,8 +49,9 @@ ASPECTS = (
 @click.command()
 @click.argument("recipe")
 @click.option("--targets", type=click.Path(path_type=Path, exists=True), default="targets")
+@click.option("--teacher", help="An open_clip model in place of the recipe's.")
 @click.option("--out", type=click.Path(path_type=Path), default="few")
-def main(recipe: str, targets: Path, out: Path) -> None:
+def main(recipe: str, targets: Path, teacher: str | None, out: Path) -> None:
     """Write NAME-train.tar, NAME-test.tar, NAME.yaml and, for aspects, NAME-aspects.yaml into a folder."""
     loaded = load_recipe(recipe)
     store = existing_targets(loaded, targets)
@@ -62,6 +63,8 @@ def main(recipe: str, targets: Path, out: Path) -> None:
         read(loaded.data.evaluation_spec, store), loaded.classes, note=partial(click.echo, err=True)
     )
     out.mkdir(parents=True, exist_ok=True)
+    if teacher is not None:
+        loaded = loaded.model_copy(update={"teacher": (TeacherConfig(model=teacher),)})
     for task, chosen in TASKS.items():
         members = [SUPERCLASSES[name].split(" or ") for name in chosen]
         place = {loaded.classes.index(word): number for number, words in enumerate(members) for word in words}
@@ -83,6 +86,8 @@ def teacher_labels(recipe: Recipe, store: TeacherFeatures, images: ImageIndex) -
     prompts = store.prompts(recipe.classes, recipe.templates, teacher_loader(NullProgress()))
     plain = ZeroShotClassifier(prompts, store.logit_scale, recipe.prompt_weighting, no_adjustment(len(recipe.classes)))
     rows = store.rows(images.keys, views=1)
+    if (rows < 0).any():
+        raise click.ClickException("the teacher has not seen all of these images: prgkit targets")
     features = store.features(rows, np.zeros(len(rows), dtype=int))
     labels: list[int] = averaged(plain, store, recipe).logits(features).argmax(dim=1).tolist()
     return labels

@@ -202,7 +202,7 @@ def write_gallery(session: Session, dataset: DistillationDataset, path: Path) ->
 
     from prgkit.evaluate.search import Gallery, save_gallery
 
-    images, rows = dataset.image_index, dataset.rows
+    images, rows = dataset.image_index, dataset.rows[: len(dataset.image_index)]
     vectors = dataset.store.features(rows, np.zeros(len(rows), dtype=int)).numpy()
     names = [images.source.path(index) for index in images.indices.tolist()]
     save_gallery(path, Gallery(names, vectors, dataset.store.facts().fingerprint))

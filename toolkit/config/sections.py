@@ -125,6 +125,8 @@ class Views(Config):
     """The random crops and flips that teacher and student both see."""
 
     count: int = Field(8, ge=1, le=255)  # random views of an image; each epoch shows the student the next one
+    # Mixtures of each image with another that the teacher is asked about too (function matching); null: none.
+    mixed: int | None = Field(None, ge=1, le=255)
     crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
     flip: bool = True  # half of them mirrored
     seed: int = 0

@@ -15,6 +15,7 @@ from torch import Tensor
 from prgkit.config.prompts import phrases
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import Keep
+from prgkit.data.augment import mix
 from prgkit.data.cache import PICTURES, DecodedImageCache
 from prgkit.data.decode import GreyRange
 from prgkit.data.index import NEARLY_BLACK, ImageIndex, nearly_black, of_one_colour, read_image_index, select_labelled
@@ -67,7 +68,9 @@ def prepare(
     if run is None or not run.quality_file.exists():
         report_statistics(dataset, recipe, progress, run, like=like)
     report_selection(dataset, recipe.data.keep, progress, run)
-    return dataset if few is None else with_labelled(dataset, few, recipe, load, progress)
+    if few is not None:
+        dataset = with_labelled(dataset, few, recipe, load, progress)
+    return dataset if recipe.views.mixed is None else with_mixtures(dataset, recipe, load, progress)
 
 
 def prepare_answers(recipe: Recipe, targets_root: Path, progress: Progress) -> DistillationDataset:
@@ -251,6 +254,16 @@ def with_labelled(
         val_indices=dataset.val_indices[without(dataset.image_index, dataset.val_indices, set(images.keys))],
         labelled=LabelledDataset(labelled, few.labels, first=len(dataset.image_index)),
     )
+
+
+def with_mixtures(dataset: DistillationDataset, recipe: Recipe, load: Load, progress: Progress) -> DistillationDataset:
+    """Return the data set with mixtures of the images that are learned from, about which the teacher is asked once."""
+    images, store = dataset.image_index, dataset.store
+    mixed = mix(images, dataset.train_indices, recipe.views.mixed or 0, recipe.views.seed)
+    views = np.repeat([0, 1], [len(images), len(mixed.pairs)])
+    embed(store.stores, mixed, views=views, recipe=recipe, teacher=load, progress=progress)
+    rows = store.rows(mixed.keys[len(images) :], views=1)
+    return replace(dataset, mixed=mixed, rows=np.concatenate([dataset.rows, rows]))
 
 
 def without(image_index: ImageIndex, positions: NDArray[np.int64], barred: Container[str]) -> NDArray[np.bool_]:
