@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
+import torch
 
 from prgkit.config.recipe import Recipe, validate
 from prgkit.data.augment import MultiViewDataset, mix
