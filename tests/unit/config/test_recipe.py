@@ -423,6 +423,7 @@ def test_everything_else_changes_it(mine: str) -> None:
         "teacher.weights": "b",
         "views.crop_scale": [0.3, 1.0],
         "views.aspect": 0.5,
+        "views.mixed": 2,
         "data.keep.min_confidence": 0.5,
         "data.keep.by_class": True,
         "targets.refine": "inmap",
