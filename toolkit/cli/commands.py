@@ -6,13 +6,15 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from prgkit.cli.state import Document, RecipeOptions, Session
-from prgkit.errors import BackendError
+from prgkit.errors import BackendError, ImagesError
 from prgkit.storage.atomic import readable_bytes, write_text
 
 if TYPE_CHECKING:
@@ -150,6 +152,52 @@ def label_images(session: Session, recipe: Recipe, targets_root: Path, out: Path
         write_text(out, label.as_csv(rows) if out.suffix.lower() == ".csv" else label.as_json_lines(rows))
         terminal.say((str(out), "bold"), f": {summary}")
     return {"out": None if out is None else str(out), "labels": document}
+
+
+def name_pictures(
+    session: Session, images: Sequence[str], place: Path | None, *, out: Path | None, watch: Path | None,
+    fps: float | None, **asked: Any,
+) -> Document:  # fmt: skip
+    """Name what is in pictures: print it, or keep it in ``out``."""
+    from prgkit.evaluate import system
+    from prgkit.evaluate.answers import in_words, open_answers
+    from prgkit.evaluate.live import is_live, watched
+    from prgkit.evaluate.pictures import NamedPicture, open_pictures
+    from prgkit.evaluate.predict import Model
+    from prgkit.storage.find import find_bundle
+
+    bundle, run = find_bundle(session.folder or place)
+    terminal, told, failed = session.terminal, [], []
+    kept = None if out is None else open_answers(out)
+    endless = watch is not None or "-" in images or any(map(is_live, images))
+    with Model(bundle, bench=system.bench_folder(bundle, run), note=terminal.note) as model:
+        given: Iterable[str] = images if watch is None else chain(images, watched(watch))
+        grey = model.bundle.preprocessing.grey_range
+        pictures: Iterable[NamedPicture] = open_pictures(given, grey, terminal.note, fps=fps, skip=kept or ())
+        if endless:  # none waits for the next ones
+            pictures = (picture._replace(live=True) for picture in pictures)
+        if kept is not None and not endless:
+            pictures = list(pictures)
+            terminal.start("pictures", len(pictures), "img")
+        with suppress(KeyboardInterrupt) if endless else nullcontext():
+            for answer in model.stream(pictures, **asked):
+                told.append(answer.to_json())
+                if answer.error is not None:
+                    failed.append(answer.error)
+                    if len(images) != 1 or answer.image != images[0]:  # else it is the line's own failure
+                        terminal.note(str(answer.error))
+                if kept is not None:
+                    kept.add(answer)
+                    terminal.advance(1)
+                elif answer.error is None:
+                    scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in answer.top)
+                    terminal.say(f"{answer.image}: ", (in_words(answer), "bold"), f"  ({scores})")
+    if out is not None:
+        terminal.say((str(out), "bold"), f": {len(told):,} pictures answered, {len(failed):,} of them unreadable")
+    if failed:
+        what = f"{len(failed)} of {len(told)} pictures cannot be read; the others are answered"
+        session.failure = failed[0] if len(told) == 1 else ImagesError(what)
+    return told
 
 
 def list_recipes(session: Session, show: str | None, *, objectives: bool) -> Document:

@@ -21,6 +21,7 @@ from prgkit.cli.commands import (
     list_or_prune_stores,
     list_recipes,
     merge_reports,
+    name_pictures,
     needs_extra,
     print_doctor,
     print_estimate,
@@ -35,13 +36,14 @@ from prgkit.cli.options import (
     export_options,
     json_option,
     label_options,
+    predict_options,
     recipe_options,
     refuse_in_a_bundle,
     run_option,
 )
 from prgkit.cli.state import Document, RecipeOptions, Session
 from prgkit.cli.streams import print_error, take_any_text
-from prgkit.errors import DiskFullError, ImagesError, PrgkitError, RunError
+from prgkit.errors import DiskFullError, PrgkitError, RunError
 from prgkit.storage.atomic import is_disk_full
 
 REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # of the file system: nothing that we can mend
@@ -155,7 +157,7 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
     from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
-    out = given["out"] or (run.folder if run else bundle) / "bench" / system.machine_folder()
+    out = given["out"] or system.bench_folder(bundle, run)
     share = 0.05 if given["tolerance"] is None else given["tolerance"]
     gate = regression.open_gate(given["baseline"], share, out=out) if given["baseline"] else None
     report = measure(
@@ -177,42 +179,18 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
 
 
 @cli.command(short_help="Name what is in an image.")
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
-@click.option("--top-k", type=click.IntRange(min=1), default=3, show_default=True, help="How many answers.")
-@click.option("--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Abstain below this probability.")
-@click.option("--reject-unknown", is_flag=True, help="Abstain where an image seems to show none of the classes.")
-@run_option
-@json_option
+@predict_options
 @click.pass_obj
-def predict(session: Session, /, images: tuple[Path, ...], folder: Path | None, **given: Any) -> Document:
+def predict(session: Session, /, images: tuple[str, ...], folder: Path | None, **given: Any) -> Document:
     """Name what is in each IMAGE, with calibrated probabilities; --min-confidence abstains where the best is too low.
 
     It says how often answers that sure were right on held-out images. --reject-unknown lets 95 % of such images pass.
 
-    A folder, a .zip or a .tar as IMAGE stands for all pictures in it. One that cannot be read is told in its place; the
-    others are answered, and the exit code is 1.
+    IMAGE is a picture, a folder, a .zip or .tar, a pattern in quotes, a video, a camera's number, an rtsp:// address,
+    or - for paths on stdin. A picture that cannot be read is told in its place; the others are answered, and the exit
+    code is 1.
     """
-    from prgkit.evaluate import system
-    from prgkit.evaluate.predict import predict as answer
-    from prgkit.storage.find import find_bundle
-
-    bundle, run = find_bundle(session.folder or folder)
-    measured = (run.folder if run else bundle) / "bench" / system.machine_folder()
-    terminal, answers, failed = session.terminal, [], []
-    for image in answer(bundle, images, **given, bench=measured, note=terminal.note):
-        answers.append(image)
-        if "error" in image:
-            failed.append(ImagesError(**image["error"]))
-            if len(images) > 1 or image["image"] != str(images[0]):  # else it is the line's own failure
-                terminal.note(str(failed[-1]))
-            continue
-        scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in image["top"])
-        answer_text = image["class"] or ("none of the classes" if image["rejected"] else "abstains")
-        terminal.say(f"{image['image']}: ", (answer_text, "bold"), f"  ({scores})")
-    if failed:
-        what = f"{len(failed)} of {len(answers)} pictures cannot be read; the others are answered"
-        session.failure = failed[0] if len(answers) == 1 else ImagesError(what)
-    return answers
+    return name_pictures(session, images, folder, **given)
 
 
 @cli.command(short_help="Let the teacher see the images, and no more.")

@@ -297,6 +297,45 @@ def bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_options(command, options)
 
 
+def predict_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what predict takes: pictures, how sure an answer has to be, and where answers go."""
+    options: list[Callable[..., Any]] = [
+        click.argument("images", nargs=-1, metavar="IMAGE..."),
+        click.option("--top-k", type=click.IntRange(min=1), default=3, show_default=True, help="How many answers."),
+        click.option(
+            "--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Abstain below this probability."
+        ),
+        click.option(
+            "--reject-unknown", is_flag=True, help="Abstain where an image seems to show none of the classes."
+        ),
+        click.option(
+            "--batch",
+            "batch_size",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="How many pictures the network is given at a time.",
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path),
+            metavar="PLACE",
+            help="Keep the answers in a .csv, a .jsonl, or a folder of pictures with their answers on them; what has "
+            "one there is not asked again.",
+        ),
+        click.option(
+            "--fps",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="N",
+            help="At most N frames a second of a video.",
+        ),
+        click.option("--watch", type=FOLDER, metavar="FOLDER", help="Also name what is put there, until Ctrl-C."),
+        run_option,
+        json_option,
+    ]
+    return with_options(command, options)
+
+
 def choose_recipe(session: Session, options: RecipeOptions) -> tuple[Recipe, Path]:
     """Return the recipe that was meant and the folder of its run."""
     from prgkit.config.recipe import load_recipe
