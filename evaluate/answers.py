@@ -105,19 +105,25 @@ class AnnotatedPictures:
         self.folder = folder
 
     def __contains__(self, name: object) -> bool:
-        return self.place(str(name)).exists()
+        return place_below(self.folder, str(name)).exists()
 
     def add(self, answer: Prediction) -> None:
         """Write the picture; one that cannot be read has none."""
         if answer.read is not None:
-            page = io.BytesIO()
-            annotated(answer.read(), answer).save(page, "JPEG", quality=90)
-            write_bytes(self.place(answer.image), page.getvalue())
+            save_picture(annotated(answer.read(), answer), place_below(self.folder, answer.image))
 
-    def place(self, name: str) -> Path:
-        """Return where a picture's copy lies: below the folder, whatever its name is."""
-        parts = [part for part in Path(name).parts if part not in (os.sep, "..")]
-        return self.folder.joinpath(*parts).with_name(f"{parts[-1]}.jpg")
+
+def place_below(folder: Path, name: str) -> Path:
+    """Return where a copy of a picture lies: below the folder, whatever its name is."""
+    parts = [part for part in Path(name).parts if part not in (os.sep, "..")]
+    return folder.joinpath(*parts).with_name(f"{parts[-1]}.jpg")
+
+
+def save_picture(page: Image.Image, path: Path) -> None:
+    """Write a picture, whole or not at all."""
+    data = io.BytesIO()
+    page.save(data, "JPEG", quality=90)
+    write_bytes(path, data.getvalue())
 
 
 def annotated(picture: Image.Image, answer: Prediction) -> Image.Image:

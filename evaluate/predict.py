@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from prgkit.errors import ExportError, PrgkitError
-from prgkit.evaluate.pictures import Pictures, open_pictures, prepared_ahead
+from prgkit.errors import ExportError, PrgkitError, nearest
+from prgkit.evaluate.heat_map import Explainer
+from prgkit.evaluate.pictures import Picture, Pictures, open_pictures, prepared_ahead
 from prgkit.evaluate.selection import selected_artifact
 from prgkit.export.bundle.bundle import open_bundle, verify_artifact
 from prgkit.export.bundle.confidence import energy, promise, uncalibrated
@@ -69,6 +70,7 @@ class Model:
         self.artifact = selected_artifact(self.bundle, bench)
         verify_artifact(folder, self.artifact)
         self._runner = open_runner(folder, self.artifact)
+        self._explainer: Explainer | None = None
 
     def __enter__(self) -> Model:
         return self
@@ -79,6 +81,8 @@ class Model:
     def close(self) -> None:
         """Release what the runtime holds."""
         self._runner.close()
+        if self._explainer is not None:
+            self._explainer.close()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -142,6 +146,24 @@ class Model:
                 rejected = bool(reject_unknown and facts and energy(row[None])[0] < facts.reject_below)
                 answer = self.answer(row, top_k, min_confidence, rejected=rejected)
                 yield replace(answer, image=one.picture.name, read=one.picture.read)
+
+    def heat_map(self, picture: Picture, label: str) -> Image.Image:
+        """Return a picture as the student sees it, with what spoke for a class drawn over it.
+
+        Raises:
+            ExportError: the bundle was exported without --explain, or has no such class.
+            ImagesError: the picture cannot be read.
+        """
+        if label not in self.classes:
+            raise ExportError(f"there is no class {label!r}{nearest(label, self.classes)}", where=self.bundle.folder)
+        (one,) = open_pictures(picture, self.bundle.preprocessing.grey_range, self.note)
+        return Image.fromarray(self.require_heat_maps().over(self.bundle.preprocessing.prepare(one.read()), label))
+
+    def require_heat_maps(self) -> Explainer:
+        """Open the file that says where a class was found; refuse where the bundle has none."""
+        if self._explainer is None:
+            self._explainer = Explainer(self.bundle)
+        return self._explainer
 
     def logits(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return logits [n, classes] of prepared pixels [n, S, S, 3], divided by the bundle's temperature."""

@@ -62,6 +62,7 @@ class Run(storage.Run):
         sm: Sequence[str] | None = None,
         open_vocabulary: Literal["initializer", "input"] | None = None,
         float_input: bool = False,
+        explain: bool = False,
         evaluation_images: int | None = None,
         progress: Callback | None = None,
     ) -> Bundle:
@@ -83,6 +84,7 @@ class Run(storage.Run):
             sm=None if sm is None else tuple(sm),
             class_vectors=open_vocabulary,
             float_input=float_input,
+            explain=explain,
             evaluation_images=evaluation_images,
         )
         with standing_where_it_started(self) as there:

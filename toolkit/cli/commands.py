@@ -6,10 +6,9 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import replace
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -27,6 +26,30 @@ class PackedBundle(TypedDict):
 
     zip: str
     zip_bytes: int
+
+
+@dataclass(frozen=True)
+class AskedPictures:
+    """Which pictures `predict` is to name."""
+
+    images: tuple[str, ...]
+    watch: Path | None  # a folder that more are put into
+    fps: float | None  # the most frames a second of a video
+
+    @property
+    def endless(self) -> bool:
+        """Whether they come over time, so that each is answered at once, and Ctrl-C is how they end."""
+        from prgkit.evaluate.live import is_live
+
+        return self.watch is not None or "-" in self.images or any(map(is_live, self.images))
+
+    def paths(self) -> Iterator[str]:
+        """Yield what was named, and then what comes."""
+        from prgkit.evaluate.live import watched
+
+        yield from self.images
+        if self.watch is not None:
+            yield from watched(self.watch)
 
 
 def pack_bundle(session: Session, bundle: Path, manifest: Manifest, *, asked: bool) -> PackedBundle | None:
@@ -155,13 +178,17 @@ def label_images(session: Session, recipe: Recipe, targets_root: Path, out: Path
 
 
 def name_pictures(
-    session: Session, images: Sequence[str], place: Path | None, *, out: Path | None, watch: Path | None,
-    fps: float | None, **asked: Any,
-) -> Document:  # fmt: skip
-    """Name what is in pictures: print it, or keep it in ``out``."""
+    session: Session,
+    asked: AskedPictures,
+    place: Path | None,
+    *,
+    out: Path | None,
+    explain: Path | None,
+    **options: Any,
+) -> Document:
+    """Name what is in pictures: print it, or keep it in ``out``; draw in ``explain`` what spoke for it."""
     from prgkit.evaluate import system
-    from prgkit.evaluate.answers import in_words, open_answers
-    from prgkit.evaluate.live import is_live, watched
+    from prgkit.evaluate.answers import in_words, open_answers, place_below, save_picture
     from prgkit.evaluate.pictures import NamedPicture, open_pictures
     from prgkit.evaluate.predict import Model
     from prgkit.storage.find import find_bundle
@@ -169,22 +196,24 @@ def name_pictures(
     bundle, run = find_bundle(session.folder or place)
     terminal, told, failed = session.terminal, [], []
     kept = None if out is None else open_answers(out)
-    endless = watch is not None or "-" in images or any(map(is_live, images))
     with Model(bundle, bench=system.bench_folder(bundle, run), note=terminal.note) as model:
-        given: Iterable[str] = images if watch is None else chain(images, watched(watch))
+        if explain is not None:
+            model.require_heat_maps()
         grey = model.bundle.preprocessing.grey_range
-        pictures: Iterable[NamedPicture] = open_pictures(given, grey, terminal.note, fps=fps, skip=kept or ())
-        if endless:  # none waits for the next ones
+        pictures: Iterable[NamedPicture] = open_pictures(
+            asked.paths(), grey, terminal.note, fps=asked.fps, skip=kept or ()
+        )
+        if asked.endless:  # none waits for the next ones
             pictures = (picture._replace(live=True) for picture in pictures)
-        if kept is not None and not endless:
+        elif kept is not None:
             pictures = list(pictures)
             terminal.start("pictures", len(pictures), "img")
-        with suppress(KeyboardInterrupt) if endless else nullcontext():
-            for answer in model.stream(pictures, **asked):
+        with suppress(KeyboardInterrupt) if asked.endless else nullcontext():
+            for answer in model.stream(pictures, **options):
                 told.append(answer.to_json())
                 if answer.error is not None:
                     failed.append(answer.error)
-                    if len(images) != 1 or answer.image != images[0]:  # else it is the line's own failure
+                    if asked.images != (answer.image,):  # else it is the line's own failure
                         terminal.note(str(answer.error))
                 if kept is not None:
                     kept.add(answer)
@@ -192,6 +221,9 @@ def name_pictures(
                 elif answer.error is None:
                     scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in answer.top)
                     terminal.say(f"{answer.image}: ", (in_words(answer), "bold"), f"  ({scores})")
+                if explain is not None and answer.read is not None:
+                    page = model.heat_map(answer.read(), answer.top[0][0])
+                    save_picture(page, place_below(explain, answer.image))
     if out is not None:
         terminal.say((str(out), "bold"), f": {len(told):,} pictures answered, {len(failed):,} of them unreadable")
     if failed:

@@ -16,6 +16,7 @@ import click
 from prgkit import __version__
 from prgkit.cli.chain import Chain, builds_engines
 from prgkit.cli.commands import (
+    AskedPictures,
     adapt_teacher,
     label_images,
     list_or_prune_stores,
@@ -104,7 +105,10 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     bundle = place or Path()
     from prgkit.export.formats.options import ExportOptions
 
-    kinds = {key: given[key] for key in ("fp16", "int8", "backend", "batch", "sm", "float_input", "evaluation_images")}
+    kinds = {
+        key: given[key]
+        for key in ("fp16", "int8", "backend", "batch", "sm", "float_input", "explain", "evaluation_images")
+    }
     options = ExportOptions(trt=trt, class_vectors=given["open_vocabulary"], formats=given["formats"], **kinds)
     if (bundle / "manifest.json").is_file():
         refuse_in_a_bundle(given, builds=trt)
@@ -190,7 +194,8 @@ def predict(session: Session, /, images: tuple[str, ...], folder: Path | None, *
     or - for paths on stdin. A picture that cannot be read is told in its place; the others are answered, and the exit
     code is 1.
     """
-    return name_pictures(session, images, folder, **given)
+    asked = AskedPictures(images, given.pop("watch"), given.pop("fps"))
+    return name_pictures(session, asked, folder, **given)
 
 
 @cli.command(short_help="Let the teacher see the images, and no more.")

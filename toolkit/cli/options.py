@@ -208,6 +208,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             is_flag=True,
             help="Also an ONNX file that takes normalised floats, NCHW, for runtimes that prepare images themselves.",
         ),
+        click.option("--explain", is_flag=True, help="Also a file for heat maps: where each class was found."),
         click.option(
             "--evaluation-images",
             type=click.IntRange(min=1),
@@ -224,7 +225,9 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:
     """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
-    if asked := [key for key in ("float_input", "evaluation_images", "open_vocabulary", "formats") if given[key]]:
+    if asked := [
+        key for key in ("float_input", "explain", "evaluation_images", "open_vocabulary", "formats") if given[key]
+    ]:
         option = "--" + asked[0].removesuffix("s" if asked[0] == "formats" else "").replace("_", "-")
         raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")
     if given["fp16"] and not builds:
@@ -328,6 +331,12 @@ def predict_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.FloatRange(min=0, min_open=True),
             metavar="N",
             help="At most N frames a second of a video.",
+        ),
+        click.option(
+            "--explain",
+            type=FOLDER,
+            metavar="FOLDER",
+            help="Also draw there what spoke for each answer; the bundle needs export --explain.",
         ),
         click.option("--watch", type=FOLDER, metavar="FOLDER", help="Also name what is put there, until Ctrl-C."),
         run_option,
