@@ -280,6 +280,8 @@ def space(classes: int, width: int) -> LossContext:
         class_vectors=torch.zeros(classes, width),
         logit_scale=100.0,
         stages=lambda: (),
+        class_features=lambda: iter(()),
+        words=(),
     )
 
 

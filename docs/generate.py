@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from prgkit.cli.main import cli
-from prgkit.config.objectives import OBJECTIVES, Config, ObjectiveConfig
+from prgkit.config.objectives import OBJECTIVES, Config, ObjectiveConfig, objective_lines
 from prgkit.config.recipe import Recipe
 from prgkit.evaluate.compare.schema import DeviceComparison, ObjectiveComparison, Ranking, TrialResult
 from prgkit.evaluate.report.samples import Samples
@@ -56,6 +56,14 @@ def objective_keys() -> str:
     return "\n\n".join(
         [common, *(f"## `{name}`\n\n{first_line(model)}\n\n{own_keys(model)}" for name, model in OBJECTIVES.items())]
     )
+
+
+def objective_uses() -> str:
+    """Return a table of what each objective is and when to use it."""
+    rows = [line.split(" Use: ") for line in objective_lines().values()]
+    named = zip(OBJECTIVES, rows, strict=True)
+    table = [f"| [`{name}`](reference/objectives.md#{name}) | {use} | {what} |" for name, (what, use) in named]
+    return "\n".join(["| objective | when to use it | what it is |", "|---|---|---|", *table])
 
 
 def commands() -> str:
@@ -206,6 +214,7 @@ def first_line(model: type[BaseModel]) -> str:
 MARKS: dict[str, Callable[[], str]] = {
     "@recipe_keys@": recipe_keys,
     "@objective_keys@": objective_keys,
+    "@objective_uses@": objective_uses,
     "@commands@": commands,
     "@file_schemas@": file_schemas,
     "@layers@": layers,

@@ -315,8 +315,7 @@ def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
 def expected_bytes(student: TrainedStudent, evaluation_images: int, options: ExportOptions) -> int:
     """Estimate the bundle's size from above."""
     weights = 4 * sum(parameter.numel() for parameter in student.network.parameters())
-    copies = (1.0 + 0.5 * options.fp16 + 2.0 * options.int8) * (1.0 + 1.4 * options.trt) + 1.0 * (
-        options.float_input + options.explain
-    )
+    copies = (1.0 + 0.5 * options.fp16 + 2.0 * options.int8) * (1.0 + 1.4 * options.trt)
+    copies += 1.0 * (options.float_input + options.explain) + 2.0 * options.embedding
     pictures = evaluation_images * math.prod(sides(student.preprocessing.image_size)) * 3
     return int(weights * copies) + pictures + (16 << 20)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +23,8 @@ class LossContext(NamedTuple):
     class_vectors: Tensor  # [C, D], of unit length: by which the teacher scores features, refined where the recipe asks
     logit_scale: float
     stages: Callable[[], tuple[int, ...]]  # the channels that leave each stage of the student
+    class_features: Callable[[], Iterator[Tensor]]  # the teacher's features [n, D] of each pseudo-class, on the CPU
+    words: tuple[Tensor, ...]  # data.words as the teacher reads them: unit vectors [1, D] each, or [2, D] of a pair
 
 
 class StudentOutput(NamedTuple):
@@ -50,3 +54,18 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
         reduction="batchmean",
         log_target=True,
     )
+
+
+def standardise_logits(logits: Tensor) -> Tensor:
+    """Return logits [B, C] with mean zero and unbiased standard deviation one (Sun et al., CVPR 2024, 2403.01427).
+
+    Every image gets the same sharpness: how sure the teacher is of it is lost. Of two classes nothing is left but
+    which is larger, (+-0.7071), so that no gradient passes.
+    """
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    return math.sqrt(logits.shape[1] - 1) * F.normalize(centred, dim=1, eps=1e-7)
+
+
+def several_processes() -> bool:
+    """Return whether other processes train the same student."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from prgkit.config.image_size import size_told
+from prgkit.config.sections import RANDOM
 from prgkit.evaluate.compare.schema import ComparedObjective, Difference, ObjectiveComparison, Of, Spread, TrialResult
 from prgkit.evaluate.report.formatting import NONE, counted
 from prgkit.evaluate.report.html import page
@@ -145,8 +146,9 @@ def headline(comparison: ObjectiveComparison) -> str:
         f"epoch{'' if comparison.epochs == [1] else 's'}, {listed(map(size_told, comparison.image_size))} px, "
         f"{counted(len(comparison.seeds), 'seed')}"
     )
-    if comparison.labelled and len(comparison.teacher) == 1:
-        (teacher,) = comparison.teacher
+    teachers = [teacher for teacher in comparison.teacher if not teacher.model.endswith(f" {RANDOM}")]
+    if comparison.labelled and len(teachers) == 1:
+        (teacher,) = teachers
         sentence += (
             f"; {listed([judged.images for judged in comparison.evaluation], '{:,}')} labelled images; the teacher is "
             f"right on {teacher.top1:.1f} % of them, with uniform prompts on {teacher.top1_uniform_prompts:.1f} %"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import Recipe, validate
+from prgkit.config.sections import RANDOM
 from prgkit.data.augment import evaluation_views
 from prgkit.data.index import ImageIndex, read_image_index, select_labelled
 from prgkit.data.snapshot import load_snapshot
@@ -88,6 +89,7 @@ class Plan:
         sweeps: parameters of objectives and the values they take, in every combination; an objective without the
             parameter stands there once.
         base_to_novel: teach the first half of the classes alone, and no labelled images beside them.
+        random_teacher: add the last objective once more, taught by the same teacher with random weights: a control.
     """
 
     objectives: Sequence[str]
@@ -96,6 +98,7 @@ class Plan:
     ladder: bool = False
     sweeps: Sequence[tuple[str, Sequence[Any]]] = ()
     base_to_novel: bool = False
+    random_teacher: bool = False
 
 
 def trials_of(recipe: Recipe, plan: Plan) -> list[Trial]:
@@ -121,7 +124,15 @@ def trials_of(recipe: Recipe, plan: Plan) -> list[Trial]:
             "training": {**raw["training"], "seed": recipe.training.seed + seed},
         }
         trials.append(Trial(label, validate(changed, where=f"the comparison's {label}").resolved()))
+    if plan.random_teacher:
+        trials += [untaught(trial) for trial in trials if trial.label == trials[-1].label]
     return trials
+
+
+def untaught(trial: Trial) -> Trial:
+    """Return a trial whose teacher has random weights: what a student learns without anyone's knowledge."""
+    teachers = tuple(teacher.model_copy(update={"weights": RANDOM}) for teacher in trial.recipe.teacher)
+    return Trial(f"{trial.label}, random teacher", trial.recipe.model_copy(update={"teacher": teachers}))
 
 
 def objective_configs(recipe: Recipe, plan: Plan) -> dict[str, Config]:

@@ -21,6 +21,7 @@ ONNX = "onnx"  # the format of a file that ONNX Runtime runs
 QDQ = "onnx-tensorrt"  # of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
 EXPLAIN = "onnx-explain"  # of an ONNX file whose second output says where each class was found; never measured
 NCHW = "onnx-nchw"  # of an ONNX file for other runtimes: normalised floats in, never run or measured by us
+EMBEDDING = "onnx-embedding"  # of an ONNX file that gives a unit vector in the teacher's space, and no logits
 ENGINE = "engine"  # of a TensorRT engine
 MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
 VECTORS = f"{MATRIX}.npy"  # [C, D] float32

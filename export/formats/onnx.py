@@ -1,4 +1,4 @@
-"""ONNX in FP32 and FP16: pixels in, logits out, the class names in the file; and one that also says where."""
+"""ONNX in FP32 and FP16: pixels in, logits out; and files of their own for heat maps and for the embedding."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prgkit.errors import ExportError
-from prgkit.export.bundle.manifest import EXPLAIN, ONNX
+from prgkit.errors import ExportError, ParityError
+from prgkit.export.bundle.bundle import describe_artifact
+from prgkit.export.bundle.manifest import EMBEDDING, EXPLAIN, ONNX, Artifact
 from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.snippets import section
 from prgkit.export.runtimes.onnxruntime import OnnxRunner
+from prgkit.export.runtimes.parity import run_and_close
 
 if TYPE_CHECKING:
     from prgkit.export.formats.onnx_export import OnnxExportModule
     from prgkit.export.formats.student_export import StudentExport
 
 CPU_FP16 = "ONNX Runtime's CPU provider computes in float32 with the float16 weights"
+LEAST_COSINE = {"fp32": 0.9999, "int8": 0.0}  # to PyTorch's; INT8's is told, and its answers are judged as ever
 
 
 def make_fp32(export: StudentExport) -> Made:
@@ -54,6 +57,45 @@ def make_fp16(export: StudentExport) -> Made:
     how: dict[str, Any] = {"format": ONNX, "precision": "fp16", "note": CPU_FP16, "runner": quiet_runner}
     how |= {"write": export.write_fp16, "export_options": ("--fp16",)}
     return Made([export.finish(ONNX_FP16.name, "model.fp16.onnx", **how)])
+
+
+def make_embedding(export: StudentExport) -> Made:
+    """Cut the scoring off the FP32 file, and off INT8's where there is one; say how near each is to PyTorch."""
+    sources = [one for one in export.artifacts if one.format == ONNX and one.precision in LEAST_COSINE]
+    return Made([embedding_of(export, source) for source in sources])
+
+
+def embedding_of(export: StudentExport, source: Artifact) -> Artifact:
+    """Write and check the embedding of a file with an open vocabulary.
+
+    Raises:
+        ParityError: a file in FP32 does not give PyTorch's embedding.
+    """
+    from prgkit.export.formats.open_vocabulary import write_embedding
+
+    file = source.file.replace("model.", "model.embedding.", 1)
+    write_embedding(export.folder / source.file, export.folder / file)
+    runner = quiet_runner(export.folder / file)
+    cosines = (run_and_close(runner, export.pixels) * export.reference_features).sum(axis=1)
+    told = (
+        f"cosine to PyTorch's {cosines.mean():.4f} on average and {cosines.min():.4f} at least, {len(cosines)} images"
+    )
+    if not cosines.min() >= LEAST_COSINE[source.precision]:
+        fix = "this export must not be deployed; try another opset, and report the figures above"
+        raise ParityError(f"{file} does not give PyTorch's embedding: {told}", fix=fix)
+    export.note(f"{file}: {source.precision}, {told}")
+    return describe_artifact(
+        export.folder,
+        file,
+        name=source.name.replace("onnx", EMBEDDING, 1),
+        format=EMBEDDING,
+        precision=source.precision,
+        backend=runner.backend,
+        executed=True,
+        note=told,
+        parity=None,
+        export_options=("--embedding", *source.export_options),
+    )
 
 
 def quiet_runner(path: Path) -> OnnxRunner:
@@ -106,4 +148,11 @@ ONNX_EXPLAIN = Format(
     make=make_explain,
     require=require_own_head,
     how_to_run=partial(section, "explain.md"),
+)
+ONNX_EMBEDDING = Format(
+    EMBEDDING,
+    "distill",
+    wanted=lambda options: options.embedding,
+    make=make_embedding,
+    how_to_run=partial(section, "embedding.md"),
 )

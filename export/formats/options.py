@@ -23,6 +23,7 @@ class ExportOptions:
     backend: str | None = None  # None: tensorrt where a GPU is, else tensorrt_rtx
     sm: tuple[str, ...] | None = None  # GPU generations, as "SM86"; None: all that tensorrt_rtx builds for
     class_vectors: Literal["initializer", "input"] | None = None  # in place of a class head; None: as it was trained
+    embedding: bool = False  # also files that give the student's embedding; class vectors are in place of a head then
     evaluation_images: int | None = None  # that travel; None: as many as the recipe says
     formats: tuple[str, ...] = ()  # the names of further formats
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ import prgkit
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.export.bundle.artifact_cache import ArtifactCache, Origin
 from prgkit.export.bundle.bundle import describe_artifact
-from prgkit.export.bundle.manifest import NCHW, Artifact
-from prgkit.export.formats.onnx_export import OnnxExportModule, onnx_export_module, rehearse_fp16, write_fp16
+from prgkit.export.bundle.manifest import EMBEDDING, NCHW, Artifact
+from prgkit.export.formats.onnx_export import Embedding, OnnxExportModule, onnx_export_module, rehearse_fp16, write_fp16
 from prgkit.export.formats.open_vocabulary import make_input
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.runtimes.base import Runner
@@ -28,6 +28,8 @@ from prgkit.export.runtimes.onnxruntime import NormalisingRunner, OnnxRunner
 from prgkit.export.runtimes.parity import require_agreement, run_and_close, run_batches
 from prgkit.export.runtimes.pytorch import TorchRunner
 from prgkit.storage.atomic import sha256
+from prgkit.student.heads import OpenVocabulary
+from prgkit.student.model import Normalised
 
 WRITERS = ("timm", "onnx", "onnxscript", "onnxruntime")  # besides torch: what writes ONNX files, and compares them
 
@@ -66,6 +68,15 @@ class StudentExport:
     def reference_logits(self) -> NDArray[np.float32]:
         """PyTorch's logits [n, classes] of the pixels."""
         return run_batches(TorchRunner(self.student), self.pixels)
+
+    @cached_property
+    def reference_features(self) -> NDArray[np.float32]:
+        """PyTorch's unit features [n, D] of the pixels, of a student with an open vocabulary."""
+        embedding = Embedding(cast(OpenVocabulary, self.student.model))
+        parts = torch.split(torch.from_numpy(self.pixels), 32)
+        with torch.no_grad():
+            features = torch.cat([embedding(cast(Normalised, self.student).images(part)) for part in parts])
+        return nn.functional.normalize(features, dim=1).numpy()
 
     @cached_property
     def fp16_file(self) -> Path:
@@ -121,6 +132,8 @@ class StudentExport:
 
         Such a file is made anew at each export: what is made from it needs the vectors in it.
         """
+        if artifact.format == EMBEDDING:
+            return artifact
         path = self.folder / artifact.file
 
         def logits() -> NDArray[np.float32]:

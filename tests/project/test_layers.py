@@ -122,7 +122,8 @@ def test_no_modules_import_each_other() -> None:
 
 
 def test_a_folder_holds_no_more_than_one_can_read() -> None:
-    folders = [path.parent for path in MODULES.values()]
+    """But one of an objective a file grows by them, and is read by name."""
+    folders = [path.parent for path in MODULES.values() if path.parent != ROOT / "toolkit" / "objectives"]
     assert {str(folder) for folder in folders if folders.count(folder) > 14} == set()
 
 

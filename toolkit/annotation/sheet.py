@@ -40,12 +40,21 @@ class Card:
 
 
 def sheet(
-    cards: Sequence[Card], *, title: str, about: str, classes: Sequence[str], ticks_file: str, made_from: str, base: str
+    cards: Sequence[Card],
+    *,
+    title: str,
+    about: str,
+    classes: Sequence[str],
+    ticks_file: str,
+    made_from: str,
+    base: str,
+    learns_from: str | None = None,
 ) -> str:
     """Return the whole page; everything that came from outside is escaped, and it needs no network.
 
     ``made_from`` names the sample and ``base`` the ticks that are in ``cards``: the browser remembers what is ticked
-    under the first, and the page's own ticks go before what it remembers where the second has changed since.
+    under the first, and the page's own ticks go before what it remembers where the second has changed since. Where the
+    ticks are to be learned from, ``learns_from`` is the source of the images.
     """
     return render(
         "sheet.html",
@@ -56,5 +65,6 @@ def sheet(
         ticks_file=ticks_file,
         made_from=made_from,
         base=base,
+        learns_from=learns_from,
         columns=COLUMNS,
     )

@@ -20,6 +20,7 @@ OF_ALL_PROCESSES = (
     "audit",
     "distill",
     "label",
+    "suggest-labels",
     "targets",
 )  # each says what all but the first have to do in it
 

@@ -6,19 +6,19 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from prgkit.cli.state import Document, RecipeOptions, Session
-from prgkit.errors import BackendError, ImagesError
+from prgkit.errors import BackendError, RunError
 from prgkit.storage.atomic import readable_bytes, write_text
 
 if TYPE_CHECKING:
     from prgkit.config.recipe import Recipe
     from prgkit.export.bundle.manifest import Artifact, Manifest
+    from prgkit.training.dataset import DistillationDataset
 
 
 class PackedBundle(TypedDict):
@@ -26,30 +26,6 @@ class PackedBundle(TypedDict):
 
     zip: str
     zip_bytes: int
-
-
-@dataclass(frozen=True)
-class AskedPictures:
-    """Which pictures `predict` is to name."""
-
-    images: tuple[str, ...]
-    watch: Path | None  # a folder that more are put into
-    fps: float | None  # the most frames a second of a video
-
-    @property
-    def endless(self) -> bool:
-        """Whether they come over time, so that each is answered at once, and Ctrl-C is how they end."""
-        from prgkit.evaluate.live import is_live
-
-        return self.watch is not None or "-" in self.images or any(map(is_live, self.images))
-
-    def paths(self) -> Iterator[str]:
-        """Yield what was named, and then what comes."""
-        from prgkit.evaluate.live import watched
-
-        yield from self.images
-        if self.watch is not None:
-            yield from watched(self.watch)
 
 
 def pack_bundle(session: Session, bundle: Path, manifest: Manifest, *, asked: bool) -> PackedBundle | None:
@@ -177,59 +153,60 @@ def label_images(session: Session, recipe: Recipe, targets_root: Path, out: Path
     return {"out": None if out is None else str(out), "labels": document}
 
 
-def name_pictures(
-    session: Session,
-    asked: AskedPictures,
-    place: Path | None,
-    *,
-    out: Path | None,
-    explain: Path | None,
-    **options: Any,
+def suggest_images(
+    session: Session, recipe: Recipe, targets_root: Path, table: Path, count: int, folder: Path | None
 ) -> Document:
-    """Name what is in pictures: print it, or keep it in ``out``; draw in ``explain`` what spoke for it."""
-    from prgkit.evaluate import system
-    from prgkit.evaluate.answers import in_words, open_answers, place_below, save_picture
-    from prgkit.evaluate.pictures import NamedPicture, open_pictures
-    from prgkit.evaluate.predict import Model
-    from prgkit.storage.find import find_bundle
+    """Write down which images to label, by the answers of the teacher or of the student of the run at ``folder``."""
+    if not session.is_main_process:  # the sheet has one writer
+        return {}
+    from prgkit.annotation.suggest import describe_suggestions, suggest_labels
+    from prgkit.storage.run import Run
 
-    bundle, run = find_bundle(session.folder or place)
-    terminal, told, failed = session.terminal, [], []
-    kept = None if out is None else open_answers(out)
-    with Model(bundle, bench=system.bench_folder(bundle, run), note=terminal.note) as model:
-        if explain is not None:
-            model.require_heat_maps()
-        grey = model.bundle.preprocessing.grey_range
-        pictures: Iterable[NamedPicture] = open_pictures(
-            asked.paths(), grey, terminal.note, fps=asked.fps, skip=kept or ()
-        )
-        if asked.endless:  # none waits for the next ones
-            pictures = (picture._replace(live=True) for picture in pictures)
-        elif kept is not None:
-            pictures = list(pictures)
-            terminal.start("pictures", len(pictures), "img")
-        with suppress(KeyboardInterrupt) if asked.endless else nullcontext():
-            for answer in model.stream(pictures, **options):
-                told.append(answer.to_json())
-                if answer.error is not None:
-                    failed.append(answer.error)
-                    if asked.images != (answer.image,):  # else it is the line's own failure
-                        terminal.note(str(answer.error))
-                if kept is not None:
-                    kept.add(answer)
-                    terminal.advance(1)
-                elif answer.error is None:
-                    scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in answer.top)
-                    terminal.say(f"{answer.image}: ", (in_words(answer), "bold"), f"  ({scores})")
-                if explain is not None and answer.read is not None:
-                    page = model.heat_map(answer.read(), answer.top[0][0])
-                    save_picture(page, place_below(explain, answer.image))
-    if out is not None:
-        terminal.say((str(out), "bold"), f": {len(told):,} pictures answered, {len(failed):,} of them unreadable")
-    if failed:
-        what = f"{len(failed)} of {len(told)} pictures cannot be read; the others are answered"
-        session.failure = failed[0] if len(told) == 1 else ImagesError(what)
-    return told
+    student = None if folder is None else Run(folder)
+    found = suggest_labels(recipe, table, targets_root, count=count, student=student, progress=session.terminal)
+    session.terminal.say((found.sheet, "bold"), f": {describe_suggestions(found)}")
+    return found.model_dump(mode="json")
+
+
+def compare_trials(session: Session, recipe: Recipe, out: Path, targets_root: Path, given: dict[str, Any]) -> Document:
+    """Train and judge the trials that the options ask for, or rank students without training any."""
+    from prgkit.evaluate.compare import aggregate, diswot
+    from prgkit.evaluate.compare.trials import Plan, compare, trials_of
+    from prgkit.evaluate.report.terminal import table
+
+    if given["rank_students"] and not given["students"]:
+        given["students"] = diswot.candidates(recipe.student.model)
+    asked = ("objectives", "students", "seeds", "ladder", "sweeps", "base_to_novel", "random_teacher")
+    trials = trials_of(recipe, Plan(**{key: given[key] for key in asked}))
+    command = "prgkit " + shlex.join(sys.argv[1:])
+    whole = recipe if given["base_to_novel"] else None
+    if given["rank_students"]:
+        ranking = diswot.rank_students(trials, out, targets_root, session.terminal, command=command, whole=whole)
+        section = diswot.ranking_section(ranking)
+        session.terminal.show(table(section, title=diswot.headline(ranking), notes=section.notes))
+        session.terminal.say("ranking: ", (str(out / "rank.json"), "bold"))
+        return ranking.model_dump(mode="json")
+    comparison = compare(trials, out, targets_root, session.terminal, command=command, whole=whole)
+    section = aggregate.objectives(comparison)
+    session.terminal.show(table(section, title=aggregate.headline(comparison), notes=[section.about]))
+    session.terminal.say("comparison: ", (str(out / "compare.html"), "bold"))
+    if comparison.failed:
+        what = f"{len(comparison.failed)} of {len(trials)} trials came apart; the others stand"
+        session.failure = RunError(what, where=out)
+    return comparison.model_dump(mode="json")
+
+
+def write_gallery(session: Session, dataset: DistillationDataset, path: Path) -> None:
+    """Write the teacher's vector of every image's evaluation view, with the image's path."""
+    import numpy as np
+
+    from prgkit.evaluate.search import Gallery, save_gallery
+
+    images, rows = dataset.image_index, dataset.rows[: len(dataset.image_index)]
+    vectors = dataset.store.features(rows, np.zeros(len(rows), dtype=int)).numpy()
+    names = [images.source.path(index) for index in images.indices.tolist()]
+    save_gallery(path, Gallery(names, vectors, dataset.store.facts().fingerprint))
+    session.terminal.say((str(path), "bold"), f": {len(names):,} images, {readable_bytes(path.stat().st_size)}")
 
 
 def list_recipes(session: Session, show: str | None, *, objectives: bool) -> Document:

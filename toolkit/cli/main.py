@@ -16,20 +16,23 @@ import click
 from prgkit import __version__
 from prgkit.cli.chain import Chain, builds_engines
 from prgkit.cli.commands import (
-    AskedPictures,
     adapt_teacher,
+    compare_trials,
     label_images,
     list_or_prune_stores,
     list_recipes,
     merge_reports,
-    name_pictures,
     needs_extra,
     print_doctor,
     print_estimate,
     relabel_bundle,
+    suggest_images,
     tell_bundle,
+    write_gallery,
 )
+from prgkit.cli.naming import AskedPictures, name_pictures, search_gallery
 from prgkit.cli.options import (
+    PLACE,
     adapt_options,
     bench_options,
     choose_recipe,
@@ -41,10 +44,11 @@ from prgkit.cli.options import (
     recipe_options,
     refuse_in_a_bundle,
     run_option,
+    suggest_options,
 )
 from prgkit.cli.state import Document, RecipeOptions, Session
 from prgkit.cli.streams import print_error, take_any_text
-from prgkit.errors import DiskFullError, PrgkitError, RunError
+from prgkit.errors import DiskFullError, PrgkitError
 from prgkit.storage.atomic import is_disk_full
 
 REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # of the file system: nothing that we can mend
@@ -105,11 +109,21 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     bundle = place or Path()
     from prgkit.export.formats.options import ExportOptions
 
-    kinds = {
-        key: given[key]
-        for key in ("fp16", "int8", "backend", "batch", "sm", "float_input", "explain", "evaluation_images")
-    }
-    options = ExportOptions(trt=trt, class_vectors=given["open_vocabulary"], formats=given["formats"], **kinds)
+    kinds = (
+        "fp16",
+        "int8",
+        "backend",
+        "batch",
+        "sm",
+        "embedding",
+        "explain",
+        "float_input",
+        "formats",
+        "evaluation_images",
+    )
+    if given["embedding"]:
+        given["open_vocabulary"] = given["open_vocabulary"] or "initializer"
+    options = ExportOptions(trt=trt, class_vectors=given["open_vocabulary"], **{key: given[key] for key in kinds})
     if (bundle / "manifest.json").is_file():
         refuse_in_a_bundle(given, builds=trt)
         from prgkit.export.bundle.bundle import open_bundle
@@ -195,15 +209,18 @@ def predict(session: Session, /, images: tuple[str, ...], folder: Path | None, *
     code is 1.
     """
     asked = AskedPictures(images, given.pop("watch"), given.pop("fps"))
+    if (gallery := given.pop("gallery")) is not None:
+        return search_gallery(session, asked, folder, gallery, given["top_k"])
     return name_pictures(session, asked, folder, **given)
 
 
 @cli.command(short_help="Let the teacher see the images, and no more.")
 @recipe_options
 @click.option("--list", "listed", is_flag=True, help="List the stores: what they hold, their size and age, their runs.")
+@click.option("--gallery", type=PLACE, metavar="FILE.npz", help="Also write what it saw for predict --gallery.")
 @click.option("--prune", is_flag=True, help="Free the stores that no run under runs/ uses; --dry-run only names them.")
 @click.pass_obj
-def targets(session: Session, options: RecipeOptions, *, listed: bool, prune: bool) -> Document:
+def targets(session: Session, options: RecipeOptions, *, listed: bool, prune: bool, gallery: Path | None) -> Document:
     """Let the teacher see every image of RECIPE, once, and store what it saw; distill then starts at once."""
     if listed or prune:
         return list_or_prune_stores(session, options.targets_root, prune=prune, dry_run=options.dry_run)
@@ -215,6 +232,8 @@ def targets(session: Session, options: RecipeOptions, *, listed: bool, prune: bo
             return {}
         from prgkit.training.prepare import prepare
     dataset = prepare(recipe, options.targets_root, session.terminal)
+    if gallery is not None:
+        write_gallery(session, dataset, gallery)
     folders = [store.folder for store in dataset.store.stores]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     for store, size in zip(folders, sizes, strict=True):
@@ -288,6 +307,21 @@ def label(session: Session, options: RecipeOptions, *, out: Path | None) -> Docu
         return label_images(session, recipe, options.targets_root, out)
 
 
+@cli.command("suggest-labels", short_help="Say which images to label, if you label a few.")
+@suggest_options
+@click.pass_obj
+def suggest(session: Session, options: RecipeOptions, *, out: Path | None, count: int, by: str) -> Document:
+    """Choose images of RECIPE that are worth a label: each time the one whose answer is farthest from those labelled.
+
+    data.labelled counts as labelled, and so does what is ticked in the table, which data.labelled_labels reads. The
+    images are as unlike each other as can be: they teach objective dho, and are no sample to judge by.
+    """
+    with needs_extra("distill"):
+        recipe, folder = choose_recipe(session, options)
+        table = out or Path("suggested") / f"{folder.name}.csv"
+        return suggest_images(session, recipe, options.targets_root, table, count, folder if by == "student" else None)
+
+
 @cli.command(short_help="Set objectives and students against each other.")
 @compare_options
 @click.pass_obj
@@ -301,33 +335,8 @@ def compare(session: Session, /, options: RecipeOptions, *, out: Path | None, **
         raise click.UsageError("compare trains one run after another in one process; start it without torchrun.")
     with needs_extra("distill"):
         recipe, folder = choose_recipe(session, options)
-        from prgkit.evaluate.compare import aggregate, diswot
-        from prgkit.evaluate.compare.trials import Plan, trials_of
-        from prgkit.evaluate.compare.trials import compare as work
-        from prgkit.evaluate.report.terminal import table
-    if given["rank_students"] and not given["students"]:
-        given["students"] = diswot.candidates(recipe.student.model)
-    asked = ("objectives", "students", "seeds", "ladder", "sweeps", "base_to_novel")
-    trials = trials_of(recipe, Plan(**{key: given[key] for key in asked}))
-    out = out or folder.with_name(f"{folder.name}-compared")
-    command = "prgkit " + shlex.join(sys.argv[1:])
-    whole = recipe if given["base_to_novel"] else None
-    if given["rank_students"]:
-        ranking = diswot.rank_students(
-            trials, out, options.targets_root, session.terminal, command=command, whole=whole
-        )
-        section = diswot.ranking_section(ranking)
-        session.terminal.show(table(section, title=diswot.headline(ranking), notes=section.notes))
-        session.terminal.say("ranking: ", (str(out / "rank.json"), "bold"))
-        return ranking.model_dump(mode="json")
-    comparison = work(trials, out, options.targets_root, session.terminal, command=command, whole=whole)
-    section = aggregate.objectives(comparison)
-    session.terminal.show(table(section, title=aggregate.headline(comparison), notes=[section.about]))
-    session.terminal.say("comparison: ", (str(out / "compare.html"), "bold"))
-    if comparison.failed:
-        what = f"{len(comparison.failed)} of {len(trials)} trials came apart; the others stand"
-        session.failure = RunError(what, where=out)
-    return comparison.model_dump(mode="json")
+        out = out or folder.with_name(f"{folder.name}-compared")
+        return compare_trials(session, recipe, out, options.targets_root, given)
 
 
 @cli.command(short_help="List the recipes.")

@@ -107,6 +107,30 @@ def adapt_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def suggest_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what suggest-labels takes: how many images, by whose answers, and where they are listed."""
+    return which_recipe(
+        command,
+        click.option("--run", "folder", type=FOLDER, metavar="FOLDER", help="The run's folder.  [default: runs/NAME]"),
+        click.option(
+            "-n", "--count", type=click.IntRange(1, 1000), default=100, show_default=True, help="How many images."
+        ),
+        click.option(
+            "--by",
+            type=click.Choice(["teacher", "student"]),
+            default="teacher",
+            show_default=True,
+            help="Whose answers; the student's are those of the run.",
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE.csv",
+            help="Where the table goes, and the sheet beside it.  [default: suggested/NAME.csv]",
+        ),
+    )
+
+
 def label_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what label takes: where the table goes."""
     return which_recipe(
@@ -158,6 +182,11 @@ def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Teach the first half of the classes alone, then ask for the second half by its names.",
         ),
         click.option(
+            "--random-teacher",
+            is_flag=True,
+            help="Also the last objective with a teacher of random weights, a control: what is learned without one.",
+        ),
+        click.option(
             "--rank-students",
             is_flag=True,
             help="Train nothing: score students by how like the teacher they see images before training (DisWOT).",
@@ -204,6 +233,11 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "classes; in the ONNX file they are an initializer (without a word), or an input.",
         ),
         click.option(
+            "--embedding",
+            is_flag=True,
+            help="Also the student's embedding as an ONNX file, for predict --gallery; implies --open-vocabulary.",
+        ),
+        click.option(
             "--float-input",
             is_flag=True,
             help="Also an ONNX file that takes normalised floats, NCHW, for runtimes that prepare images themselves.",
@@ -225,9 +259,8 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:
     """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
-    if asked := [
-        key for key in ("float_input", "explain", "evaluation_images", "open_vocabulary", "formats") if given[key]
-    ]:
+    of_students = ("embedding", "explain", "float_input", "evaluation_images", "open_vocabulary", "formats")
+    if asked := [key for key in of_students if given[key]]:
         option = "--" + asked[0].removesuffix("s" if asked[0] == "formats" else "").replace("_", "-")
         raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")
     if given["fp16"] and not builds:
@@ -294,51 +327,6 @@ def bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "what was chosen; with --merge, comparison]",
         ),
         click.option("--merge", is_flag=True, help="Compare the REPORTs of several benches; measure nothing."),
-        run_option,
-        json_option,
-    ]
-    return with_options(command, options)
-
-
-def predict_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what predict takes: pictures, how sure an answer has to be, and where answers go."""
-    options: list[Callable[..., Any]] = [
-        click.argument("images", nargs=-1, metavar="IMAGE..."),
-        click.option("--top-k", type=click.IntRange(min=1), default=3, show_default=True, help="How many answers."),
-        click.option(
-            "--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Abstain below this probability."
-        ),
-        click.option(
-            "--reject-unknown", is_flag=True, help="Abstain where an image seems to show none of the classes."
-        ),
-        click.option(
-            "--batch",
-            "batch_size",
-            type=click.IntRange(min=1),
-            default=1,
-            show_default=True,
-            help="How many pictures the network is given at a time.",
-        ),
-        click.option(
-            "--out",
-            type=click.Path(path_type=Path),
-            metavar="PLACE",
-            help="Keep the answers in a .csv, a .jsonl, or a folder of pictures with their answers on them; what has "
-            "one there is not asked again.",
-        ),
-        click.option(
-            "--fps",
-            type=click.FloatRange(min=0, min_open=True),
-            metavar="N",
-            help="At most N frames a second of a video.",
-        ),
-        click.option(
-            "--explain",
-            type=FOLDER,
-            metavar="FOLDER",
-            help="Also draw there what spoke for each answer; the bundle needs export --explain.",
-        ),
-        click.option("--watch", type=FOLDER, metavar="FOLDER", help="Also name what is put there, until Ctrl-C."),
         run_option,
         json_option,
     ]

@@ -25,6 +25,8 @@ class ObjectiveConfig(Config):
     learns_labels: ClassVar[bool] = False
     # Whether it looks at the maps that leave the student's stages.
     reads_stages: ClassVar[bool] = False
+    # Whether it asks the teacher about data.words.
+    reads_words: ClassVar[bool] = False
     weight: float = Field(1.0, gt=0)
     prompt_weighting: Literal["max", "mean", "softmax"] = "max"
 
@@ -38,23 +40,50 @@ class ObjectiveConfig(Config):
         """What it keeps of every image from step to step, in the run's checkpoints too."""
         return 0
 
+    @property
+    def fewest_classes(self) -> int:
+        """How many classes there have to be for it to teach anything."""
+        return 2
+
+
+class LogitsConfig(ObjectiveConfig):
+    """What objectives have that compare the logits of teacher and student and nothing else."""
+
+    # true: each image's logits with mean 0 and deviation 1 (Sun et al., 2024: weight 9.1, alpha 0.989, temperature 2);
+    # for three classes or more.
+    standardise: bool | None = None
+
+    @property
+    def fewest_classes(self) -> int:
+        """Three where logits are standardised, for of two nothing is left but which one is larger."""
+        return 3 if self.standardise else 2
+
 
 class CE(ObjectiveConfig):
-    """Cross-entropy with the teacher's pseudo-labels."""
+    """Cross-entropy with the teacher's pseudo-labels.
+
+    Use: As the floor: what pseudo-labels alone teach.
+    """
 
     name: Literal["ce"]
 
 
-class KD(ObjectiveConfig):
-    """Knowledge distillation: softened teacher probabilities beside the pseudo-labels (Hinton et al., 2015)."""
+class KD(LogitsConfig):
+    """Knowledge distillation: softened teacher probabilities beside the pseudo-labels (Hinton et al., 2015).
+
+    Use: As the yardstick: the plain method that others are held against.
+    """
 
     name: Literal["kd"]
     alpha: float = Field(0.9, ge=0, le=1)
     temperature: float = Field(4.0, gt=0)
 
 
-class DKD(ObjectiveConfig):
-    """Decoupled knowledge distillation: the label's share and the other classes apart (Zhao et al., 2022)."""
+class DKD(LogitsConfig):
+    """Decoupled knowledge distillation: the label's share and the other classes apart (Zhao et al., 2022).
+
+    Use: With many classes and long runs.
+    """
 
     name: Literal["dkd"]
     alpha: float = Field(1.0, ge=0)
@@ -65,7 +94,10 @@ class DKD(ObjectiveConfig):
 
 
 class DIST(ObjectiveConfig):
-    """Correlation of probabilities, within an image and within a class over the batch (Huang et al., 2022)."""
+    """Correlation of probabilities, within an image and within a class over the batch (Huang et al., 2022).
+
+    Use: With many classes, where the teacher is far larger than the student.
+    """
 
     name: Literal["dist"]
     inter_weight: float = Field(2.0, ge=0)
@@ -74,7 +106,10 @@ class DIST(ObjectiveConfig):
 
 
 class RKD(ObjectiveConfig):
-    """Relational distillation: distances and angles between the batch's features (Park et al., 2019)."""
+    """Relational distillation: distances and angles between the batch's features (Park et al., 2019).
+
+    Use: Beside another in a list, where it matters which images are alike; memory grows with the batch squared.
+    """
 
     name: Literal["rkd"]
     distance_weight: float = Field(25.0, ge=0)
@@ -82,7 +117,10 @@ class RKD(ObjectiveConfig):
 
 
 class CRD(ObjectiveConfig):
-    """Contrastive distillation: an image's teacher features among those of other images (Tian et al., 2020)."""
+    """Contrastive distillation: an image's teacher features among those of other images (Tian et al., 2020).
+
+    Use: With large data sets and long runs.
+    """
 
     name: Literal["crd"]
     crd_weight: float = Field(0.8, ge=0)
@@ -98,7 +136,10 @@ class CRD(ObjectiveConfig):
 
 
 class ND(ObjectiveConfig):
-    """Norm and direction: features turned towards the teacher's class means, and grown (Wang et al., 2023)."""
+    """Norm and direction: features turned towards the teacher's class means, and grown (Wang et al., 2023).
+
+    Use: Where the student's features are used and not its answers alone.
+    """
 
     name: Literal["nd"]
     kl_weight: float = Field(1.0, ge=0)
@@ -112,14 +153,20 @@ class ND(ObjectiveConfig):
 
 
 class PLD(ObjectiveConfig):
-    """Plackett-Luce distillation: the teacher's whole ranking of the classes (arXiv 2506.12542)."""
+    """Plackett-Luce distillation: the teacher's whole ranking of the classes (arXiv 2506.12542).
+
+    Use: Where the order of all classes counts, as in top-5.
+    """
 
     name: Literal["pld"]
     temperature: float = Field(4.0, gt=0)
 
 
 class OFA(ObjectiveConfig):
-    """One for all: the label's share enhanced, on the logits and on an exit after each stage (Hao et al., 2023)."""
+    """One for all: the label's share enhanced, on the logits and on an exit after each stage (Hao et al., 2023).
+
+    Use: For a student with stages, a CNN, whose teacher is of another kind.
+    """
 
     reads_stages = True
     name: Literal["ofa"]
@@ -129,7 +176,10 @@ class OFA(ObjectiveConfig):
 
 
 class PromptKD(ObjectiveConfig):
-    """Both sides score images by the teacher's class vectors; the student has no class head (Li et al., 2024)."""
+    """Both sides score images by the teacher's class vectors; the student has no class head (Li et al., 2024).
+
+    Use: Where classes will change: export --open-vocabulary, then relabel.
+    """
 
     scores_by_text = True
     name: Literal["promptkd"]
@@ -138,16 +188,23 @@ class PromptKD(ObjectiveConfig):
 
 
 class CLIPKD(ObjectiveConfig):
-    """The teacher's features as they are, and its scores by class vectors (Yang et al., 2024)."""
+    """The teacher's features as they are, and its scores by class vectors (Yang et al., 2024).
+
+    Use: As promptkd, and where the student's features are to be the teacher's, for a search.
+    """
 
     scores_by_text = True
     name: Literal["clipkd"]
     feature_weight: float = Field(2000.0, ge=0)
     kl_weight: float = Field(1.0, ge=0)
+    gap_weighted: bool | None = None  # true: features count more where student and teacher answer differently
 
 
 class DHO(ObjectiveConfig):
-    """Dual-head optimisation: one head for a few labels, one for the teacher, and their vote (arXiv 2505.07675)."""
+    """Dual-head optimisation: one head for a few labels, one for the teacher, and their vote (arXiv 2505.07675).
+
+    Use: Where a few images are labelled.
+    """
 
     learns_labels = True
     name: Literal["dho"]
@@ -156,8 +213,85 @@ class DHO(ObjectiveConfig):
     temperature: float = Field(2.0, gt=0)
 
 
+class TAID(ObjectiveConfig):
+    """The target moves from the student's own answer to the teacher's during training (Shing et al., 2025).
+
+    Use: In long runs of a student that is far smaller than its teacher.
+    """
+
+    name: Literal["taid"]
+    start: Literal["student", "uniform"] = "student"  # uniform: KD whose temperature falls from 1 / t_start
+    t_start: float = Field(0.4, ge=0, le=1)
+    t_end: float = Field(1.0, ge=0, le=1)
+    adaptive: float = Field(5e-4, ge=0)  # by how much t may lead the linear schedule, a step; 0: not
+    momentum: float = Field(0.99, ge=0, lt=1)
+
+
+class LELP(ObjectiveConfig):
+    """Each class split into subclasses of the teacher's features, for few classes (after LELP, arXiv 2409.20449).
+
+    Use: With 2 to 10 classes; of more than 20 or so it is KD.
+    """
+
+    name: Literal["lelp"]
+    subclasses: int = Field(4, ge=1, le=64)  # of each class
+    subclass_weight: float = Field(1.0, ge=0)
+    subclass_temperature: float = Field(1.0, gt=0)  # of standardised projections
+    kl_weight: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+
+
+class Aspects(ObjectiveConfig):
+    """How far an image shows each of data.words, such as striped / plain, for few classes (after Lee et al., 2025).
+
+    Use: With few classes whose looks can be said in pairs of words.
+    """
+
+    reads_words = True
+    name: Literal["aspects"]
+    aspect_weight: float = Field(4.0, ge=0)
+    kl_weight: float = Field(1.0, ge=0)
+
+
+class Vocabulary(ObjectiveConfig):
+    """Features scored by data.words, which are no classes of the task, for few classes (after Gu et al., 2023).
+
+    Use: With few classes, and many other names that the teacher knows.
+    """
+
+    reads_words = True
+    name: Literal["vocabulary"]
+    word_weight: float = Field(0.1, ge=0)
+    temperature: float = Field(4.0, gt=0)  # of the scores of words
+    kl_weight: float = Field(1.0, ge=0)
+
+
+class SP(ObjectiveConfig):
+    """Similarity preserving: whom an image is like within the batch, as the teacher has it (Tung and Mori, 2019).
+
+    Use: As rkd, with less memory and no distances to scale.
+    """
+
+    name: Literal["sp"]
+    sp_weight: float = Field(3000.0, ge=0)  # as published for a batch of 64, whatever the batch
+
+
+class Prototypes(ObjectiveConfig):
+    """The batch's class means, the student's against the teacher's (after OnPro: Wei et al., 2023).
+
+    Use: Where a batch holds several images of most classes.
+    """
+
+    name: Literal["prototypes"]
+    prototype_weight: float = Field(1.0, ge=0)
+    temperature: float = Field(0.5, gt=0)
+
+
 class PRG(ObjectiveConfig):
-    """Proxy relational graph: nodes, class proxies and the edges between them (arXiv 2408.12248, reconstructed)."""
+    """Proxy relational graph: nodes, class proxies and the edges between them (arXiv 2408.12248, reconstructed).
+
+    Use: To begin with; with many classes it was ahead of the others here.
+    """
 
     name: Literal["prg"]
     supervision: Literal["soft", "hard"] = "soft"
@@ -175,7 +309,25 @@ class PRG(ObjectiveConfig):
 
 
 AnyObjective = Annotated[
-    PRG | KD | CE | DKD | DIST | RKD | CRD | ND | PLD | OFA | PromptKD | CLIPKD | DHO,
+    PRG
+    | KD
+    | CE
+    | DKD
+    | DIST
+    | RKD
+    | SP
+    | CRD
+    | ND
+    | Prototypes
+    | PLD
+    | TAID
+    | OFA
+    | PromptKD
+    | CLIPKD
+    | LELP
+    | Aspects
+    | Vocabulary
+    | DHO,
     Field(discriminator="name"),
 ]
 # By the names that recipes use. The loss is the class of the same name in prgkit/objectives/NAME.py.
@@ -185,5 +337,6 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
 
 
 def objective_lines() -> dict[str, str]:
-    """Return each objective's name with one line on what it is."""
-    return {name: (config.__doc__ or "").splitlines()[0] for name, config in OBJECTIVES.items()}
+    """Return each objective's name with what it is and when to use it."""
+    told = {name: (config.__doc__ or "").split("\n\n") for name, config in OBJECTIVES.items()}
+    return {name: f"{what} {use.strip()}" for name, (what, use) in told.items()}

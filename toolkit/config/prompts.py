@@ -26,7 +26,11 @@ NAMED_TEMPLATES = tuple(sorted((*(path.stem for path in TEMPLATES.glob("*.txt"))
 
 
 def load_classes(
-    value: str | Sequence[str], *, folder: Path | None = None, note: Callable[[str], None] = silent
+    value: str | Sequence[str],
+    *,
+    folder: Path | None = None,
+    note: Callable[[str], None] = silent,
+    where: str = "the class names",
 ) -> tuple[str, ...]:
     """Return class names: a named list, a file of names (relative to ``folder``), or the names given.
 
@@ -37,7 +41,7 @@ def load_classes(
     """
     if not isinstance(value, str):
         entries = [(f"entry {number}", name) for number, name in enumerate(value, 1)]
-        names = checked_classes(entries, where="the class names")
+        names = checked_classes(entries, where=where)
     elif value in NAMED_CLASSES:
         return named_classes(value)
     else:
@@ -48,6 +52,24 @@ def load_classes(
     elif odd := odd_names(names):
         note(f"class names look odd: {some(odd)}; the teacher reads them as they are")
     return names
+
+
+def load_words(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Return data.words, given as class names are.
+
+    Raises:
+        RecipeError: as `load_classes` does, or one of them is more than a contrast pair.
+    """
+    words = load_classes(value, where="data.words")
+    if wrong := [word for word in words if len(phrases(word)) > 2]:
+        fix = "write two phrases, as in 'old / new'"
+        raise RecipeError(f"{wrong[0]!r} is no contrast pair", where="data.words", fix=fix)
+    return words
+
+
+def phrases(word: str) -> list[str]:
+    """Return what one of data.words says: a phrase, or the two of a contrast pair, "striped / plain"."""
+    return [phrase.strip() for phrase in word.split(" / ")]
 
 
 def load_templates(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from prgkit.config.image_size import sides
 from prgkit.config.messages import ONE_OR_MANY, explain
 from prgkit.config.objectives import OBJECTIVES, AnyObjective, Config
 from prgkit.config.prior import load_prior
-from prgkit.config.prompts import LEARNED, load_classes, load_templates
+from prgkit.config.prompts import LEARNED, load_classes, load_templates, load_words
 from prgkit.config.sections import (
     Data,
     Export,
@@ -93,12 +93,25 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _words_to_ask_about(self) -> Recipe:
+        if self.reads_words and self.data.words is None:
+            raise ValueError("data.words: give phrases that are no classes, since an objective asks about them")
+        return self
+
+    @model_validator(mode="after")
     def _corrections_that_fit(self) -> Recipe:
         targets = self.targets
         if self.scores_by_text and (targets.adjusts or targets.refine == "stata"):
             raise ValueError(
                 "targets: promptkd and clipkd teach the scores of class vectors: of the corrections only refine: inmap "
                 "gives such scores"
+            )
+        if targets.average is not None and len(self.teacher) == 1:
+            raise ValueError("targets.average: it is of several teachers, and the recipe names one")
+        if targets.average is not None and (self.scores_by_text or targets.refine == "inmap"):
+            raise ValueError(
+                "targets.average: promptkd, clipkd and refine: inmap score by the teachers' joint class vectors, which "
+                "average logits; leave it out"
             )
         if targets.prior is not None and targets.refine != "inmap" and targets.debias == 0:
             raise ValueError("targets.prior: only refine: inmap and debias read it, and neither is asked for")
@@ -118,6 +131,16 @@ class Recipe(Config):
     def templates(self) -> tuple[str, ...]:
         """The prompt templates; after `resolved` these are the recipe's own words, or one for a learned context."""
         return LEARNED if self.teacher[0].context else tuple(self.data.prompts)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The phrases that are no classes; after `resolved` these are the recipe's own words."""
+        return tuple(self.data.words or ())
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether an objective asks the teacher about `data.words`."""
+        return any(objective.reads_words for objective in self.objective)
 
     @property
     def scores_by_text(self) -> bool:
@@ -159,12 +182,15 @@ class Recipe(Config):
 
         ``note`` is told what was taken off the class names, and which look odd.
         """
+        words = self.data.words
         data = self.data.model_copy(
             update={
                 "classes": load_classes(self.data.classes, note=note),
                 "prompts": load_templates(self.data.prompts),
+                "words": None if words is None else load_words(words),
             }
         )
+        require_classes(self.objective, data.classes)
         targets = self.targets.model_copy(update={"prior": load_prior(self.targets.prior, data.classes)})
         height, width = sides(self.student.image_size)
         views = self.views
@@ -180,6 +206,17 @@ class Recipe(Config):
         config = self.model_dump(mode="json", exclude=NOT_LEARNED_FROM, exclude_none=True)
         contexts = [Path(os.path.expanduser(teacher.context)) for teacher in self.teacher if teacher.context]
         return fingerprint([config, *(sha256(path) for path in contexts if path.is_file())] if contexts else config)
+
+
+def require_classes(objectives: Sequence[AnyObjective], classes: Sequence[str]) -> None:
+    """Refuse an objective that teaches nothing of so few classes."""
+    for objective in objectives:
+        if len(classes) < objective.fewest_classes:
+            raise RecipeError(
+                f"objective.standardise: of {len(classes)} classes a standardised logit says which one is larger and "
+                "nothing else, so that no gradient passes",
+                fix="leave it out, or learn by lelp, which is made for few classes",
+            )
 
 
 def load_recipe(

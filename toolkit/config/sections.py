@@ -30,6 +30,8 @@ class Keep(Config):
     """Which images are learned from, by the teacher's confidence: the largest probability in its answer."""
 
     min_confidence: float = Field(0.0, ge=0, lt=1)  # images below it are not learned from
+    # true: a class with b times the images of the largest has its confidences divided by b / (2 - b), to at most 1.
+    by_class: bool | None = None
     weighted: bool = False  # an image is in that share of the epochs that its confidence is
 
     @property
@@ -70,6 +72,9 @@ class Data(Config):
     label_format: LabelFormat = LabelFormat()
     classes: Words  # a named list, a file with one name a line, or the names
     prompts: Words = "photo"  # a named template set, or templates with one {} each
+    # What aspects and vocabulary ask of the teacher besides, as classes are given: phrases that are no classes of the
+    # task, and contrast pairs such as "striped / plain".
+    words: Words | None = None
     held_out: float = Field(0.05, gt=0, lt=0.5)  # share of the unlabelled images that selects the checkpoint
     keep: Keep = Keep()
 
@@ -92,11 +97,15 @@ class Data(Config):
         return ImageSpec(source, Path(labels) if labels else None, self.label_format) if source else None
 
 
+RANDOM = "random"  # the weights of a teacher that knows nothing
+
+
 class TeacherConfig(Config):
     """Any open_clip model: a name with its weights, ``hf-hub:owner/name`` or ``local-dir:path``."""
 
     model: str
-    weights: str | None = None  # its tag; of a folder with several files of weights, one file's name
+    # Its tag; of a folder with several files of weights, one file's name; random: none, to see what is learned without.
+    weights: str | None = None
     context: str | None = None  # a file of prgkit adapt-teacher: what it learned is read in place of data.prompts
     precision: Literal["fp32", "bf16"] = "fp32"  # of its own pass
     batch_size: int = Field(64, ge=1)  # fixed, since a feature varies a little with the batch it is computed in
@@ -107,7 +116,8 @@ class TeacherConfig(Config):
         if not self.model.startswith("local-dir:"):
             return " ".join(filter(None, (self.model, self.weights)))
         # A tag, left from the named model whose place the folder takes, says nothing of it; a file's name does.
-        file = self.weights if self.weights and Path(self.weights).suffix else None
+        named = self.weights and (self.weights == RANDOM or Path(self.weights).suffix)
+        file = self.weights if named else None
         return " ".join(filter(None, (Path(self.model).name, file)))
 
 
@@ -115,6 +125,8 @@ class Views(Config):
     """The random crops and flips that teacher and student both see."""
 
     count: int = Field(8, ge=1, le=255)  # random views of an image; each epoch shows the student the next one
+    # Mixtures of each image with another that the teacher is asked about too (function matching); null: none.
+    mixed: int | None = Field(None, ge=1, le=255)
     crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
     flip: bool = True  # half of them mirrored
     seed: int = 0
@@ -139,6 +151,9 @@ Prior = Annotated[
 ]
 
 
+Average = Literal["probabilities", "confidence"]
+
+
 class TargetsConfig(Config):
     """How the teacher's answers are put right before anyone learns from them; without a label, without the teacher."""
 
@@ -147,11 +162,13 @@ class TargetsConfig(Config):
     prior: Prior | None = None  # how often each class comes: even, {name: share, ...}, or a file of them
     debias: float = Field(0.0, ge=0, le=1)  # how much of the teacher's own prior is taken off; 0: none
     entropy: float | None = Field(None, gt=0, lt=1)  # the mean that a temperature gives them, as a share of ln C
+    # How several teachers become one; null or logits: the mean of their logits; confidence: who is surer counts more.
+    average: Average | None = None
 
-    @field_validator("refine", mode="before")
+    @field_validator("refine", "average", mode="before")
     @classmethod
-    def _none_is_a_word(cls, method: Any) -> Any:
-        return None if method == "none" else method
+    def _default_is_a_word(cls, method: Any) -> Any:
+        return None if method in ("none", "logits") else method
 
     @property
     def corrects(self) -> bool:

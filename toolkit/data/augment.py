@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch.nn import functional as F
 
 from prgkit.config.image_size import Size, sides
@@ -61,6 +63,49 @@ def render(picture: NDArray[np.uint8], view: View, size: Size, interpolation: st
     mode, antialias = ("nearest-exact", False) if interpolation == "nearest" else (interpolation, True)
     resized = F.interpolate(crop, size=sides(size), mode=mode, antialias=antialias)
     return (resized.flip(3) if view.flip else resized)[0].permute(1, 2, 0).numpy()
+
+
+@dataclass(frozen=True)
+class MixedIndex(ImageIndex):
+    """The images of an index and, after them, mixtures of two of them, each with a key as if it were an image.
+
+    Function matching (Beyer et al., CVPR 2022, arXiv 2106.05237) asks the teacher about what the student sees, mixed
+    images too. A mixture is share * one + (1 - share) * other, the other in the one's size, and follows from both
+    images' content.
+    """
+
+    pairs: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))  # [mixtures, 2] positions
+    shares: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # [mixtures], of the first of each
+
+    def read(self, position: int) -> Image.Image:
+        """Return the image or the mixture at a position, whole."""
+        if position < len(self.indices):
+            return super().read(position)
+        mixture = position - len(self.indices)
+        one, other = (super(MixedIndex, self).read(int(place)).convert("RGB") for place in self.pairs[mixture])
+        return Image.blend(other.resize(one.size), one, float(self.shares[mixture]))
+
+
+def mix(images: ImageIndex, positions: NDArray[np.int64], count: int, seed: int) -> MixedIndex:
+    """Return the images with ``count`` mixtures of each of those at ``positions``, in their order.
+
+    The partner is the image of ``positions`` whose key follows on a hash of (seed, image, mixture), so that images that
+    are added change few of the pairs; the share is uniform in [0.5, 1], as a ~ Beta(1, 1) and max(a, 1 - a).
+    """
+    keys = [images.keys[position] for position in positions]
+    pairs, shares, mixed = [], [], []
+    for place, key in enumerate(keys):
+        for number in range(count):
+            digest = hashlib.blake2b(f"{seed}/{key}/mixed {number}".encode(), digest_size=24).digest()
+            partner = bisect.bisect_left(keys, digest[:16].hex()) % len(keys)
+            partner = (partner + 1) % len(keys) if partner == place else partner
+            share = int.from_bytes(digest[16:], "little") / 2**64
+            pairs.append((positions[place], positions[partner]))
+            shares.append(max(share, 1 - share))
+            content = f"{key} {keys[partner]} {shares[-1]!r}"
+            mixed.append(hashlib.blake2b(content.encode(), digest_size=16).hexdigest())
+    facts = {one.name: getattr(images, one.name) for one in fields(images)}
+    return MixedIndex(**{**facts, "keys": (*images.keys, *mixed)}, pairs=np.array(pairs), shares=np.array(shares))
 
 
 class Batch(NamedTuple):

@@ -227,7 +227,11 @@ def select_labelled(
     labels = source.labels([index for _, index in places], class_names, note=note)
     known = {position for (position, _), label in zip(places, labels, strict=True) if label is not None}
     # A copy without a label takes that of another.
-    used = [pair for pair in zip(places, labels, strict=True) if pair[1] is not None or pair[0][0] not in known]
+    used = [
+        pair
+        for pair in zip(places, labels, strict=True)
+        if pair[1] is not None or not (pair[0][0] in known or source.partly_labelled)
+    ]
     indices = class_indices(
         [label for _, label in used],
         class_names,

@@ -6,6 +6,7 @@ import csv
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from prgkit.config.sections import ImageSpec, LabelFormat
 from prgkit.data.decode import image_suffixes
 from prgkit.data.files import Source, printable
 from prgkit.data.labels import LABEL_WORDS, Entry, LabelTable, cell_of
+from prgkit.data.ticks import NEEDED, YES, without_guard
 from prgkit.errors import ImagesError, nearest, some
 from prgkit.storage.atomic import as_on_disk, read_text
 
@@ -40,6 +42,10 @@ def read_label_table(path: Path, spec: ImageSpec, source: Source) -> LabelTable:
     """
     paths = Paths(spec.source, [source.name(index) for index in range(len(source))])
     by_delimiter, at_spaces = read_ways(path)
+    if told := labels_of_sheet(path, by_delimiter):
+        sheet, _ = most_named(path, [lambda: told], paths, LabelFormat())
+        if sheet is not None:
+            return replace(sheet, is_sheet=True)
     table, rows = most_named(path, by_delimiter, paths, spec.label_format)
     if table is None:
         table, _ = most_named(path, at_spaces, paths, spec.label_format)
@@ -51,6 +57,31 @@ def read_label_table(path: Path, spec: ImageSpec, source: Source) -> LabelTable:
         raise ImagesError(what, where=f"{path}, line {narrow.line}", fix=fix)
     _ = table.plain_labels  # says now what contradicts itself in any case
     return table
+
+
+def labels_of_sheet(path: Path, ways: Sequence[Way]) -> list[Row]:
+    """Return file,label rows of a sheet that audit or suggest-labels wrote, of what is ticked; none of another table.
+
+    Raises:
+        ImagesError: nothing is ticked.
+    """
+    try:
+        rows = ways[0]() if ways else []
+    except csv.Error:
+        return []
+    header = [cell.lower() for cell in rows[0][1]] if rows else []
+    if not {*NEEDED, "file"} <= set(header):
+        return []
+    told = [(rows[0][0], ["file", "label"])]
+    for line, cells in rows[1:]:
+        row = {"class": "", **dict(zip(header, map(without_guard, cells), strict=False))}
+        label = row["teacher"] if row.get("right", "").lower() in YES else row["class"]
+        if label:
+            told.append((line, [row["file"], label]))
+    if len(told) == 1:
+        fix = "tick some images on the sheet beside it, and put the file that it saves in its place"
+        raise ImagesError(f"nothing is ticked in {path.name}", where=path, fix=fix)
+    return told
 
 
 def read_ways(path: Path) -> tuple[list[Way], list[Way]]:

@@ -225,6 +225,7 @@ class LabelTable:
     unmatched: Sequence[Row]  # rows that name no image here
     elsewhere: str  # a file whose folder is none of this source's, while it has the name of an image; empty: none
     label_column: int | None  # where the recipe names it
+    is_sheet: bool = False  # of audit or suggest-labels: of some images of a source, and the others have no label
 
     def labels(self, class_names: Sequence[str], *, note: Callable[[str], None] = silent) -> dict[int, str]:
         """Return the label of each image that has one, and say how the table is read.

@@ -144,6 +144,11 @@ class ImageSource:
         labels = self._table.labels(class_names, note=note)
         return [labels.get(index) for index in indices]
 
+    @property
+    def partly_labelled(self) -> bool:
+        """Whether its labels are those of a sheet, on which some images stand and the others have none."""
+        return self._table is not None and self._table.is_sheet
+
     def file_digests(self, *, dated: bool = False) -> list[int]:
         """Return a number for each image's name and size in bytes, and its date if ``dated``; no image is read."""
         size, date = (getattr(self._source, name, lambda _: 0) for name in ("size", "date"))

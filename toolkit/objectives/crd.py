@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, several_processes
 
 
 class CRD(nn.Module):
@@ -94,8 +94,3 @@ class CRD(nn.Module):
                 )
             self.labels[images] = labels
         self.step += 1
-
-
-def several_processes() -> bool:
-    """Return whether other processes train the same student."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

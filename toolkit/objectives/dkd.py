@@ -7,11 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, standardise_logits
 
 
 class DKD(nn.Module):
-    """loss = CE(L, y) + min(epoch / warmup_epochs, 1) * (alpha * TCKD + beta * NCKD)."""
+    """loss = CE(L, y) + min(epoch / warmup_epochs, 1) * (alpha * TCKD + beta * NCKD).
+
+    With ``standardise`` W and L enter both standardised, each image's by itself.
+    """
 
     uses_features = False
     steps: Tensor
@@ -28,7 +31,10 @@ class DKD(nn.Module):
         """Return the loss terms ``ce``, ``tckd`` and ``nckd``, each a scalar."""
         self.steps += 1
         warmup = (self.steps / self.warmup_steps).clamp(max=1) if self.warmup_steps else 1.0
-        target, others = decoupled(student.logits, teacher.logits, teacher.labels, self.config.temperature)
+        answers = student.logits, teacher.logits
+        if self.config.standardise:
+            answers = standardise_logits(answers[0]), standardise_logits(answers[1])
+        target, others = decoupled(*answers, teacher.labels, self.config.temperature)
         return {
             "ce": F.cross_entropy(student.logits, teacher.labels),
             "tckd": warmup * self.config.alpha * target.mean(),

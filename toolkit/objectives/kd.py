@@ -6,11 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence, standardise_logits
 
 
 class KD(nn.Module):
-    """loss = (1 - alpha) * CE(L, y) + alpha * T^2 * KL(softmax(W / T) || softmax(L / T))."""
+    """loss = (1 - alpha) * CE(L, y) + alpha * T^2 * KL(softmax(W / T) || softmax(L / T)).
+
+    With ``standardise`` W and L enter the KL standardised, each image's by itself.
+    """
 
     uses_features = False
 
@@ -20,7 +23,10 @@ class KD(nn.Module):
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce`` and ``kl``, each a scalar."""
-        kl = kl_divergence(student.logits, teacher.logits, self.config.temperature)
+        answers = student.logits, teacher.logits
+        if self.config.standardise:
+            answers = standardise_logits(answers[0]), standardise_logits(answers[1])
+        kl = kl_divergence(*answers, self.config.temperature)
         return {
             "ce": (1 - self.config.alpha) * F.cross_entropy(student.logits, teacher.labels),
             "kl": self.config.alpha * self.config.temperature**2 * kl,

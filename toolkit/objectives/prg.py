@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence, several_processes
 
 
 class PRG(nn.Module):
@@ -71,7 +71,7 @@ class PRG(nn.Module):
         assignment = F.one_hot(labels, len(self.seen)).to(teacher_nodes.dtype)  # [B, C]
         counts = assignment.sum(dim=0)  # [C]
         sums = assignment.T @ torch.cat([student_nodes, teacher_nodes], dim=1)  # [C, 2(D+C)]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if several_processes():
             torch.distributed.all_reduce(counts)
             torch.distributed.all_reduce(sums)
         present = counts > 0

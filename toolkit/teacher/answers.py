@@ -18,7 +18,7 @@ from prgkit.errors import ExportError
 from prgkit.progress import Progress
 from prgkit.storage.run import Run
 from prgkit.teacher.clip import Teacher, load_teacher
-from prgkit.teacher.ensemble import open_targets
+from prgkit.teacher.ensemble import averaged, open_targets
 from prgkit.teacher.feature_store import embed
 from prgkit.teacher.zero_shot import ZeroShotClassifier, classifier_of
 
@@ -56,7 +56,7 @@ def teacher_answers(
     views = np.ones(len(images), dtype=int)
     embed(targets.stores, images, views=views, recipe=recipe, teacher=teacher, progress=progress)
     prompts = targets.prompts(recipe.classes, recipe.templates, teacher)
-    classifier = classifier_of(run, recipe, prompts, targets.logit_scale)
+    classifier = averaged(classifier_of(run, recipe, prompts, targets.logit_scale), targets, recipe)
     rows = targets.rows([images.keys[position] for position in positions], views=1)
     features = targets.features(rows, np.zeros(len(rows), dtype=int))
     return TeacherAnswers(*both_logits(classifier, features), features.numpy(), classifier)

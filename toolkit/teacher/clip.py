@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from prgkit.config.image_size import sides, size_of
-from prgkit.config.sections import TeacherConfig
+from prgkit.config.sections import RANDOM, TeacherConfig
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.device import best_device
 from prgkit.errors import TeacherError
@@ -231,9 +231,10 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> Teacher:
     check_teacher(config)
     folder = local_folder(config.model)
     name = f"local-dir:{folder}" if folder else config.model
-    tag = None if ":" in name else config.weights
+    random = config.weights == RANDOM
+    tag = None if ":" in name or random else config.weights
     try:
-        with _quiet():
+        with _quiet(), seeded() if random else contextlib.nullcontext():
             model = open_clip.create_model(
                 name,
                 pretrained=tag,
@@ -241,13 +242,22 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> Teacher:
                 pretrained_text=False,
                 force_quick_gelu=trained_with_quick_gelu(name, tag),
             )
-            load_weights(model, weights_file(folder, config.weights) if folder else fetch_weights(name, tag))
+            if not random:
+                load_weights(model, weights_file(folder, config.weights) if folder else fetch_weights(name, tag))
             tokenizer = open_clip.get_tokenizer(name)
     except TeacherError:
         raise
     except Exception as error:
         raise load_error(config, folder, error) from error
     return Teacher(model, tokenizer, device, config)
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """Draw the same random weights each time, and leave the generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _read_as_one(twins: Sequence[tuple[str, str | None]], most: int) -> TeacherError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -94,6 +95,12 @@ class TeacherEnsemble:
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([weight * part for weight, part in zip(self._weights, parts, strict=True)], dim=-1)
+
+
+def averaged(classifier: ZeroShotClassifier, targets: TeacherFeatures, recipe: Recipe) -> ZeroShotClassifier:
+    """Return the classifier with the average of several teachers that the recipe asks for."""
+    widths = tuple(store.width for store in targets.stores)
+    return replace(classifier, average=recipe.targets.average, widths=widths)
 
 
 def teacher_fingerprint(recipe: Recipe) -> str:

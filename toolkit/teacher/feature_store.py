@@ -299,7 +299,7 @@ def origin_of(config: TeacherConfig, views: Views) -> dict[str, JsonValue]:
     return {
         "schema": "prgkit.targets/2",
         "teacher": teacher_identity(config),
-        "views": views.model_dump(mode="json", exclude={"count"}, exclude_none=True),
+        "views": views.model_dump(mode="json", exclude={"count", "mixed"}, exclude_none=True),
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import JsonValue
 
 from prgkit import demo
-from prgkit.config.sections import TeacherConfig
+from prgkit.config.sections import RANDOM, TeacherConfig
 from prgkit.errors import TeacherError, nearest, one_line, some
 from prgkit.progress import silent
 from prgkit.storage.atomic import sha256
@@ -36,7 +36,11 @@ def check_teacher(config: TeacherConfig, *, note: Callable[[str], None] = silent
 
     ``note`` is told where other files in a folder may be its weights as well.
     """
-    if (folder := local_folder(config.model)) is not None:
+    if config.weights == RANDOM:
+        local_folder(config.model)
+        if ":" not in config.model:
+            _check_model(config.model)
+    elif (folder := local_folder(config.model)) is not None:
         chosen = weights_file(folder, config.weights)
         others = [path.name for path in weights_files(folder) if path.name not in (chosen.name, *WEIGHTS)]
         if others and config.weights != chosen.name:
@@ -52,8 +56,11 @@ def teacher_identity(config: TeacherConfig) -> dict[str, JsonValue]:
     folder = local_folder(config.model)
     if folder is not None:
         deciding = [path for path in folder.iterdir() if path.suffix in DECIDING_SUFFIXES and path.is_file()]
-        files = sorted({*deciding, weights_file(folder, config.weights)})
-        return {**identity, "files": {path.name: sha256(path) for path in files}}
+        if config.weights == RANDOM:
+            identity["weights"] = RANDOM
+        else:
+            deciding.append(weights_file(folder, config.weights))
+        return {**identity, "files": {path.name: sha256(path) for path in sorted({*deciding})}}
     return {**identity, "model": config.model, "weights": config.weights}
 
 
@@ -181,7 +188,7 @@ def _why_not_read(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)[:400]}"
 
 
-def _check_names(model: str, weights: str | None) -> None:
+def _check_model(model: str) -> None:
     import open_clip
 
     if model not in open_clip.list_models():
@@ -190,6 +197,12 @@ def _check_names(model: str, weights: str | None) -> None:
             where="teacher.model",
             fix="choose a name of open_clip.list_models(), hf-hub:OWNER/NAME, or local-dir:PATH",
         )
+
+
+def _check_names(model: str, weights: str | None) -> None:
+    import open_clip
+
+    _check_model(model)
     tags = open_clip.list_pretrained_tags_by_model(model)
     if weights is None:
         raise TeacherError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prgkit.config.prior import class_shares
 from prgkit.config.recipe import Recipe
-from prgkit.config.sections import TargetsConfig
+from prgkit.config.sections import Average, TargetsConfig
 from prgkit.errors import RunError, TargetsError
 from prgkit.storage.atomic import read_sealed, sha256
 from prgkit.storage.run import Run
@@ -79,6 +79,8 @@ class ZeroShotClassifier:
     prompt_weighting: str
     adjustment: LogitAdjustment
     refinement: Refinement | None = None
+    average: Average | None = None  # how K teachers' answers become one; None: the mean of their logits
+    widths: tuple[int, ...] = ()  # of their features side by side, where they are not averaged as logits
 
     @property
     def uncorrected(self) -> ZeroShotClassifier:
@@ -110,7 +112,16 @@ class ZeroShotClassifier:
 
     def raw_logits(self, features: Tensor) -> Tensor:
         """Return the logits W [n, C] before any correction."""
-        return self.combine(self.per_prompt(features))
+        if self.average is None:
+            return self.combine(self.per_prompt(features))
+        each = self.each_teacher(features)
+        return (each.log_softmax(dim=2) + log_shares(each, self.average)[:, :, None]).logsumexp(dim=0)
+
+    def each_teacher(self, features: Tensor) -> Tensor:
+        """Return the logits of each of K teachers alone [K, n, C], of their joint features (`TeacherEnsemble`)."""
+        sides = zip(*(torch.split(one, list(self.widths), dim=-1) for one in (features, self.prompts)), strict=True)
+        scale = len(self.widths) * self.logit_scale
+        return torch.stack([self.combine(prompt_logits(seen, read, scale)) for seen, read in sides])
 
     def per_prompt(self, features: Tensor) -> Tensor:
         """Return the logits of each template alone: W_m [n, M, C]."""
@@ -150,6 +161,16 @@ def weighted_logits(logits: Tensor, weighting: str) -> Tensor:
         total = strengths.sum(dim=1, keepdim=True)
         weights = torch.where(total > 0, strengths / total.clamp(min=1e-12), 1 / logits.shape[1])
     return torch.einsum("bm,bmc->bc", weights, logits)
+
+
+def log_shares(logits: Tensor, average: Average) -> Tensor:
+    """Return the logarithm of each teacher's share in the answer to each image [K, n], for their logits [K, n, C].
+
+    ``probabilities`` gives all the same (MEAL V2, arXiv 2009.08453); ``confidence`` the softmax over teachers of minus
+    the entropy of what each says, so that a teacher that is always sure outvotes others whether it is right or not.
+    """
+    entropies = torch.special.entr(logits.softmax(dim=2)).sum(dim=2)  # [K, n]
+    return (-entropies if average == "confidence" else torch.zeros_like(entropies)).log_softmax(dim=0)
 
 
 def classifier_of(run: Run, recipe: Recipe, prompts: Tensor, logit_scale: float) -> ZeroShotClassifier:

@@ -67,7 +67,7 @@ def load_batches(
 ) -> Iterator[StepBatch]:
     """Yield this process's part of the batch of each of ``steps``; end early once ``stop`` holds a signal."""
     config, process = recipe.training, Process(accelerator.process_index, accelerator.num_processes)
-    rendered = MultiViewDataset(dataset.image_index, preprocessing, recipe.views)
+    rendered = MultiViewDataset(dataset.mixed or dataset.image_index, preprocessing, recipe.views)
     items = step_items(dataset, config, recipe.views.count, plan, steps, process)
     loaded = make_dataloader(rendered, items, workers=config.workers, stop=stop)
     if dataset.labelled is None:
@@ -80,7 +80,12 @@ def load_batches(
 def step_items(
     dataset: DistillationDataset, config: Training, views: int, plan: StepPlan, steps: range, process: Process
 ) -> Iterator[list[tuple[int, list[int]]]]:
-    """Yield one process's (position, [view]) of each step: an image at most once an epoch, each epoch its next view."""
+    """Yield one process's (position, [view]) of each step: an image at most once an epoch, each epoch its next view.
+
+    After its ``views`` crops come its mixtures, which have positions of their own and one view, the evaluation view.
+    """
+    images, mixtures = len(dataset.image_index), dataset.mixtures_an_image
+    place_of = {int(position): place for place, position in enumerate(dataset.train_indices)}
     first_view = {position: int(dataset.image_index.keys[position][:8], 16) for position in dataset.train_indices}
     order = np.empty(0, dtype=np.int64)
     for step in steps:
@@ -90,7 +95,11 @@ def step_items(
             order = np.random.default_rng((config.seed, epoch)).permutation(chosen)
         batch = order[step_in_epoch * plan.batch_size : (step_in_epoch + 1) * plan.batch_size]
         mine = batch[process.rank :: process.world_size]
-        yield [(int(position), [1 + (first_view[position] + epoch) % views]) for position in mine]
+        turns = [(int(position), (first_view[position] + epoch) % (views + mixtures)) for position in mine]
+        yield [
+            (position, [1 + turn]) if turn < views else (images + place_of[position] * mixtures + turn - views, [0])
+            for position, turn in turns
+        ]
 
 
 def epoch_positions(dataset: DistillationDataset, config: Training, epoch: int, count: int) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prgkit.config.sections import Training, Views
-from prgkit.data.augment import MultiViewDataset, make_dataloader
+from prgkit.data.augment import MixedIndex, MultiViewDataset, make_dataloader
 from prgkit.data.index import ImageIndex
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.outputs import TeacherOutput
@@ -20,6 +20,8 @@ from prgkit.storage.atomic import fingerprint
 from prgkit.storage.tensors import digest_of
 from prgkit.teacher.ensemble import TeacherFeatures
 from prgkit.teacher.zero_shot import ZeroShotClassifier
+
+MOST_OF_A_CLASS = 5000  # images whose features are held in memory at once
 
 
 class Process(NamedTuple):
@@ -35,17 +37,24 @@ class DistillationDataset:
 
     image_index: ImageIndex
     store: TeacherFeatures
-    rows: NDArray[np.int64]  # [images], in the store; [images, K] in those of K teachers
+    rows: NDArray[np.int64]  # [images, then mixtures], in the store; [..., K] in those of K teachers
     val_indices: NDArray[np.int64]  # positions that select the checkpoint
     train_indices: NDArray[np.int64]  # positions that the student learns from
     sample_weights: NDArray[np.float32] | None  # [train], the share of the epochs that each is in; None: all
     classifier: ZeroShotClassifier  # of those features, on the device where they are used
     labelled: LabelledDataset | None = None  # a few more images, where an objective learns from labels
+    mixed: MixedIndex | None = None  # the images and, after them, mixtures of those that are learned from
+    words: tuple[Tensor, ...] = ()  # data.words as the teacher reads them, where an objective does: [1 or 2, D] each
 
     @property
     def images_an_epoch(self) -> int:
         """How many images there are to learn from in an epoch."""
         return len(self.train_indices) if self.sample_weights is None else images_an_epoch(self.sample_weights)
+
+    @property
+    def mixtures_an_image(self) -> int:
+        """How many mixtures there are of each image that is learned from."""
+        return len(self.mixed.pairs) // len(self.train_indices) if self.mixed is not None else 0
 
     def fingerprint(self) -> str:
         """Return what changes when other images are learned from, or the teacher's logits of them are others."""
@@ -66,20 +75,41 @@ class DistillationDataset:
         """Return the teacher's output (I, W, y) for these views [B] of the images at ``positions`` [B]."""
         features = self.store.features(self.rows[positions], views).to(device)  # I [B, D]
         logits = self.classifier.logits(features)  # W [B, C]
-        return TeacherOutput(features, logits, logits.argmax(dim=1), torch.from_numpy(positions).to(device))
+        images = torch.from_numpy(self.image_of(positions)).to(device)
+        return TeacherOutput(features, logits, logits.argmax(dim=1), images)
+
+    def image_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the images [B] at ``positions`` [B], and for a mixture that which is the larger part of it."""
+        images: NDArray[np.int64] = positions.copy()
+        if self.mixed is not None and (mixtures := positions >= len(self.image_index)).any():
+            images[mixtures] = self.mixed.pairs[positions[mixtures] - len(self.image_index), 0]
+        return images
 
     def class_means(self) -> torch.Tensor:
         """Return the mean of the teacher's features of each pseudo-class: [C, D], zero where there is no image."""
-        prompts = self.classifier.prompts  # [M, C, D]
-        sums = torch.zeros(prompts.shape[1:], dtype=torch.float64)
-        counts = torch.zeros(len(sums), dtype=torch.float64)
-        for start in range(0, len(self.train_indices), 4096):
-            part = self.train_indices[start : start + 4096]
-            output = self.teacher_output(part, np.zeros(len(part), dtype=np.int64), prompts.device)
+        shape = self.classifier.prompts.shape[1:]
+        sums, counts = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[0], dtype=torch.float64)
+        for output in self.evaluation_outputs():
             labels = output.labels.cpu()
             sums.index_add_(0, labels, output.features.double().cpu())
             counts += torch.bincount(labels, minlength=len(counts))
         return (sums / counts.clamp(min=1)[:, None]).float()
+
+    def class_features(self) -> Iterator[Tensor]:
+        """Yield the teacher's features [n, D] of each pseudo-class, of at most MOST_OF_A_CLASS of its images.
+
+        An index is ordered by content, so the first of a class are as good as any.
+        """
+        labels = torch.cat([output.labels.cpu() for output in self.evaluation_outputs()]).numpy()
+        for label in range(self.classifier.prompts.shape[1]):
+            positions = self.train_indices[labels == label][:MOST_OF_A_CLASS]
+            yield self.store.features(self.rows[positions], np.zeros(len(positions), dtype=np.int64))
+
+    def evaluation_outputs(self) -> Iterator[TeacherOutput]:
+        """Yield the teacher's output for the evaluation views of all images that are learned from, in their order."""
+        for start in range(0, len(self.train_indices), 4096):
+            part = self.train_indices[start : start + 4096]
+            yield self.teacher_output(part, np.zeros(len(part), dtype=np.int64), self.classifier.prompts.device)
 
 
 @dataclass(frozen=True)

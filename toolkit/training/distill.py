@@ -341,6 +341,8 @@ def loss_context(recipe: Recipe, dataset: DistillationDataset, student: Student,
         class_vectors=class_vectors,
         logit_scale=logit_scale,
         stages=student.stage_widths,
+        class_features=dataset.class_features,
+        words=dataset.words,
     )
 
 

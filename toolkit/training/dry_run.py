@@ -140,10 +140,12 @@ def open_matched(
         return None
     images = open_images(spec)
     numbers = range(len(images))
+    labels = zip(numbers, images.labels(numbers, recipe.classes, note=progress.note), strict=True)
+    known = [(number, label) for number, label in labels if label is not None or not images.partly_labelled]
     class_indices(
-        images.labels(numbers, recipe.classes, note=progress.note),
+        [label for _, label in known],
         recipe.classes,
-        names=[images.name(number) for number in numbers],
+        names=[images.name(number) for number, _ in known],
         where=images.spec,
         first_number=images.first_number,
         note=progress.note,

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from prgkit.config.prompts import phrases
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import Keep
+from prgkit.data.augment import mix
 from prgkit.data.cache import PICTURES, DecodedImageCache
 from prgkit.data.decode import GreyRange
 from prgkit.data.index import NEARLY_BLACK, ImageIndex, nearly_black, of_one_colour, read_image_index, select_labelled
@@ -21,7 +25,7 @@ from prgkit.progress import Progress
 from prgkit.storage.run import Run
 from prgkit.storage.run_card import ImageFacts
 from prgkit.teacher.clip import teacher_loader
-from prgkit.teacher.ensemble import TeacherFeatures, existing_targets, open_targets
+from prgkit.teacher.ensemble import TeacherFeatures, averaged, existing_targets, open_targets
 from prgkit.teacher.feature_store import Load, embed
 from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.weights import check_teacher
@@ -64,7 +68,9 @@ def prepare(
     if run is None or not run.quality_file.exists():
         report_statistics(dataset, recipe, progress, run, like=like)
     report_selection(dataset, recipe.data.keep, progress, run)
-    return dataset if few is None else with_labelled(dataset, few, recipe, load, progress)
+    if few is not None:
+        dataset = with_labelled(dataset, few, recipe, load, progress)
+    return dataset if recipe.views.mixed is None else with_mixtures(dataset, recipe, load, progress)
 
 
 def prepare_answers(recipe: Recipe, targets_root: Path, progress: Progress) -> DistillationDataset:
@@ -127,10 +133,22 @@ def embed_images(
         val_indices=held_out,
         train_indices=np.setdiff1d(np.arange(len(images)), held_out),
         sample_weights=None,
-        classifier=ZeroShotClassifier(
-            prompts, store.logit_scale, recipe.prompt_weighting, no_adjustment(len(recipe.classes))
+        classifier=averaged(
+            ZeroShotClassifier(prompts, store.logit_scale, recipe.prompt_weighting, no_adjustment(len(recipe.classes))),
+            store,
+            recipe,
         ),
+        words=read_words(recipe, store, load, progress) if recipe.reads_words else (),
     )
+
+
+def read_words(recipe: Recipe, store: TeacherFeatures, load: Load, progress: Progress) -> tuple[Tensor, ...]:
+    """Return each of data.words as the teacher reads it in all templates, [1, D], or [2, D] of a contrast pair."""
+    words = [phrases(word) for word in recipe.words]
+    told = dict.fromkeys(phrase for pair in words for phrase in pair)
+    read = store.prompts(tuple(told), recipe.templates, load, progress).mean(dim=0)  # [phrases, D]
+    vectors = dict(zip(told, torch.nn.functional.normalize(read, dim=1), strict=True))
+    return tuple(torch.stack([vectors[phrase] for phrase in pair]) for pair in words)
 
 
 class FewLabelled(NamedTuple):
@@ -236,6 +254,16 @@ def with_labelled(
         val_indices=dataset.val_indices[without(dataset.image_index, dataset.val_indices, set(images.keys))],
         labelled=LabelledDataset(labelled, few.labels, first=len(dataset.image_index)),
     )
+
+
+def with_mixtures(dataset: DistillationDataset, recipe: Recipe, load: Load, progress: Progress) -> DistillationDataset:
+    """Return the data set with mixtures of the images that are learned from, about which the teacher is asked once."""
+    images, store = dataset.image_index, dataset.store
+    mixed = mix(images, dataset.train_indices, recipe.views.mixed or 0, recipe.views.seed)
+    views = np.repeat([0, 1], [len(images), len(mixed.pairs)])
+    embed(store.stores, mixed, views=views, recipe=recipe, teacher=load, progress=progress)
+    rows = store.rows(mixed.keys[len(images) :], views=1)
+    return replace(dataset, mixed=mixed, rows=np.concatenate([dataset.rows, rows]))
 
 
 def without(image_index: ImageIndex, positions: NDArray[np.int64], barred: Container[str]) -> NDArray[np.bool_]:

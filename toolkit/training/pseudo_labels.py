@@ -19,9 +19,9 @@ from prgkit.progress import Progress
 from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed
 from prgkit.storage.run import Run
 from prgkit.storage.run_card import LearnedFacts
-from prgkit.teacher.ensemble import TeacherEnsemble
+from prgkit.teacher.ensemble import TeacherEnsemble, averaged
 from prgkit.teacher.refine import save_refinement
-from prgkit.teacher.zero_shot import SavedAdjustment, ZeroShotClassifier, classifier_of
+from prgkit.teacher.zero_shot import SavedAdjustment, ZeroShotClassifier, classifier_of, log_shares
 from prgkit.training import statistics
 from prgkit.training.corrections import (
     compare_corrections,
@@ -53,13 +53,13 @@ def correct_and_filter(
     saved = read_findings(run) if run is not None else None
     if run is not None and saved is not None and saved.made_from == made_from and is_intact(run, saved):
         known = classifier_of(run, recipe, dataset.classifier.prompts, dataset.store.logit_scale)
-        dataset = replace(dataset, classifier=known)
+        dataset = replace(dataset, classifier=averaged(known, dataset.store, recipe))
         confidence = np.load(run.confidence_file) if config.asks else None
     else:
         if recipe.targets.corrects:
             dataset = replace(dataset, classifier=fit_classifier(dataset, recipe, progress))
         if config.asks:
-            confidence = teacher_confidence(dataset, progress)
+            confidence = teacher_confidence(dataset, progress, by_class=bool(config.by_class))
         if run is not None:
             save_findings(run, made_from, dataset.classifier, recipe.classes, confidence)
     if confidence is None:
@@ -119,16 +119,30 @@ def is_intact(run: Run, saved: SavedAdjustment) -> bool:
     return all(digest is None or (file.exists() and sha256(file) == digest) for file, digest in written)
 
 
-def teacher_confidence(dataset: DistillationDataset, progress: Progress) -> Floats:
+def teacher_confidence(dataset: DistillationDataset, progress: Progress, *, by_class: bool = False) -> Floats:
     """Return how sure the teacher is of each learned image [learned]: the largest probability in its answer."""
     progress.start("confidence", len(dataset.train_indices), "img")
-    parts = []
+    parts, labels = [], []
     for start in range(0, len(dataset.train_indices), 16 * PART):
         answers = features_and_logits(dataset, dataset.train_indices[start : start + 16 * PART])
-        parts.append(dataset.classifier.correct(*answers).softmax(dim=1).amax(dim=1))
+        largest = dataset.classifier.correct(*answers).softmax(dim=1).max(dim=1)
+        parts.append(largest.values)
+        labels.append(largest.indices)
         progress.advance(len(parts[-1]))
     confidence: Floats = torch.cat(parts).numpy()
-    return confidence
+    return within_class(confidence, torch.cat(labels).numpy()) if by_class else confidence
+
+
+def within_class(confidence: Floats, labels: NDArray[np.int64]) -> Floats:
+    """Return confidences [n] divided by b / (2 - b), to at most 1: b is the class's images over the largest class's.
+
+    So a floor tau becomes one of tau * b / (2 - b) for each class, as in KD3 (Tang et al., ICCV 2023, after FlexMatch):
+    rare classes stay in, which one floor for all would empty.
+    """
+    counts = np.bincount(labels)
+    share = (counts / counts.max())[labels]
+    relative: Floats = np.minimum(1, confidence / (share / (2 - share))).astype(np.float32)
+    return relative
 
 
 def report_selection(dataset: DistillationDataset, keep: Keep, progress: Progress, run: Run | None) -> None:
@@ -190,7 +204,8 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
     for rows in np.array_split(dataset.rows[positions], max(1, len(positions) // PART)):
         feature_parts.append(dataset.store.features(rows, np.zeros(len(rows), dtype=int)))
         per_prompt = classifier.per_prompt(feature_parts[-1])  # [part, M, C]
-        logit_parts.append(classifier.combine(per_prompt))
+        averages = classifier.average is not None
+        logit_parts.append(classifier.raw_logits(feature_parts[-1]) if averages else classifier.combine(per_prompt))
         template_labels.append(per_prompt.argmax(dim=2).T)  # [M, part]
     joined, raw_logits = torch.cat(feature_parts), torch.cat(logit_parts)
     features, vectors = joined.numpy(), classifier.class_vectors().numpy()
@@ -220,6 +235,10 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
             teachers=[store.config.name for store in dataset.store.stores],
             classes=recipe.classes,
         )
+    if classifier.average is not None:
+        shares = log_shares(classifier.each_teacher(joined), classifier.average).exp().mean(dim=1)
+        names = [store.config.name for store in dataset.store.stores]
+        update["teacher_shares"] = {name: round(float(share), 4) for name, share in zip(names, shares, strict=True)}
     return result.model_copy(update=update)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -156,6 +156,8 @@ def summarise(statistics: Statistics) -> list[tuple[str, str]]:
         lines.append(("correction", summarise_adjustment(statistics.correction)))
     if statistics.teachers:
         lines += summarise_disagreement(statistics.teachers)
+    if statistics.teacher_shares:
+        lines.append(("shares", summarise_shares(statistics.teacher_shares)))
     lines += [
         ("confidence", f"{statistics.confidence.mean:.2f} on average, {close:.0f} % of the images are close calls"),
         (
@@ -209,6 +211,11 @@ def corrections_table(rows: Sequence[CorrectionRow]) -> list[str]:
         + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
         for line in cells
     ]
+
+
+def summarise_shares(shares: Mapping[str, float]) -> str:
+    """Say how much of the answers is each teacher's."""
+    return ", ".join(f"{teacher} {100 * share:.1f} %" for teacher, share in shares.items()) + " of the answers"
 
 
 def summarise_adjustment(effect: AdjustmentEffect) -> str:

@@ -140,3 +140,4 @@ class Statistics(Statistic):
     correction: AdjustmentEffect | None = None
     corrections: list[CorrectionRow] = []
     teachers: Disagreement | None = None
+    teacher_shares: dict[str, float] = {}  # in the answers, by teacher, where their probabilities are averaged

@@ -22,18 +22,19 @@ Options:
   -h, --help  Show this message and exit.
 
 Commands:
-  distill        Teach a student from unlabelled images.
-  export         Turn the student into ONNX and TensorRT.
-  relabel        Give an open-vocabulary bundle other classes.
-  bench          Measure every artifact on this machine.
-  predict        Name what is in an image.
-  targets        Let the teacher see the images, and no more.
-  adapt-teacher  Fit the teacher to your images by a few labels.
-  audit          Tick some of the teacher's answers yourself.
-  label          Write down the teacher's answer to each image.
-  compare        Set objectives and students against each other.
-  recipes        List the recipes.
-  doctor         Say what can run on this machine.
+  distill         Teach a student from unlabelled images.
+  export          Turn the student into ONNX and TensorRT.
+  relabel         Give an open-vocabulary bundle other classes.
+  bench           Measure every artifact on this machine.
+  predict         Name what is in an image.
+  targets         Let the teacher see the images, and no more.
+  adapt-teacher   Fit the teacher to your images by a few labels.
+  audit           Tick some of the teacher's answers yourself.
+  label           Write down the teacher's answer to each image.
+  suggest-labels  Say which images to label, if you label a few.
+  compare         Set objectives and students against each other.
+  recipes         List the recipes.
+  doctor          Say what can run on this machine.
 """
 
 

@@ -24,7 +24,7 @@ def test_recipes(prgkit: PrgkitCommand) -> None:
     assert prgkit("recipes", "--show", "custom", "--json").json == {"recipes": {"custom": page}}
     objectives = prgkit("recipes", "--objectives").out
     assert [line.split()[0] for line in objectives.splitlines() if line[2] != " "] == list(OBJECTIVES)
-    assert "  ce        Cross-entropy with the teacher's pseudo-labels.\n" in objectives
+    assert "  ce          Cross-entropy with the teacher's pseudo-labels. Use: As the floor:" in objectives
     assert prgkit("recipes", "--show", "custum").err.startswith(
         "Error: unknown recipe 'custum'; did you mean 'custom'?\n"
     )

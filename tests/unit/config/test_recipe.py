@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.prompts import load_classes
 from prgkit.config.recipe import (
     NOT_LEARNED_FROM,
@@ -168,11 +169,11 @@ epochs: 100
         ("zzz: 1", "zzz: unknown key; known: data, teacher, views, targets, student, objective, training, export"),
         (
             "objective: {}",
-            "objective.name: missing; known: prg, kd, ce, dkd, dist, rkd, crd, nd, pld, ofa, promptkd, clipkd, dho",
+            f"objective.name: missing; known: {', '.join(OBJECTIVES)}",
         ),
         (
             "objective: {name: pgr}",
-            "objective.name: unknown objective 'pgr', known are prg, kd, ce, dkd, dist, rkd, crd, nd, pld, ofa, promptkd, clipkd, dho; did you mean 'prg'?",
+            f"objective.name: unknown objective 'pgr', known are {', '.join(OBJECTIVES)}; did you mean 'prg'?",
         ),
         ("objective: ce", "objective: write a mapping such as {name: prg}, not 'ce'"),
         ("objective: []", "objective: name at least one"),
@@ -200,6 +201,15 @@ epochs: 100
             "targets.prior.b: must be greater than or equal to 0, not -0.5",
         ),
         ("targets: {debias: yes}", "targets.debias: must be a number, not True"),
+        (
+            "targets: {average: probabilities}",
+            "targets.average: it is of several teachers, and the recipe names one",
+        ),
+        ("targets: {average: product}", "targets.average: 'product' is none of probabilities, confidence"),
+        (
+            "objective: {name: aspects}",
+            "data.words: give phrases that are no classes, since an objective asks about them",
+        ),
         ("targets: {entropy: 1}", "targets.entropy: must be less than 1, not 1"),
         ("targets: {temperature: 2.0}", "targets.temperature: unknown key; it belongs in objective.temperature"),
         ("targets: {debais: 0.5}", "targets.debais: unknown key; did you mean 'debias'?"),
@@ -313,6 +323,7 @@ def test_another_objective_drops_the_parameters_of_the_first(mine: str) -> None:
     assert objective.model_dump() == {
         "weight": 2.0,
         "prompt_weighting": "mean",
+        "standardise": None,
         "name": "kd",
         "alpha": 0.5,
         "temperature": 4.0,
@@ -404,6 +415,7 @@ def test_everything_else_changes_it(mine: str) -> None:
     other = {
         "data.classes": ["cat", "cow"],
         "data.prompts": ["a {}"],
+        "data.words": ["old / new", "red"],
         "data.labelled": "shots/",
         "data.labelled_labels": "shots.csv",
         "teacher.context": "adapted/mine.safetensors",
@@ -411,11 +423,14 @@ def test_everything_else_changes_it(mine: str) -> None:
         "teacher.weights": "b",
         "views.crop_scale": [0.3, 1.0],
         "views.aspect": 0.5,
+        "views.mixed": 2,
         "data.keep.min_confidence": 0.5,
+        "data.keep.by_class": True,
         "targets.refine": "inmap",
         "targets.prior": "even",
         "targets.debias": 0.5,
         "targets.entropy": 0.3,
+        "targets.average": "confidence",
         "student.crop": 0.9,
         "objective.name": "kd",
         "objective.prompt_weighting": "mean",
@@ -428,13 +443,16 @@ def test_everything_else_changes_it(mine: str) -> None:
         "training.gradient_clip": None,
         "training.mixup": 0.2,
     }
+    # A prior that nothing reads is refused, and so is an average of one teacher.
+    two = "teacher=[{model: a, weights: b}, {model: c, weights: d}]"
+    readers = {"targets.prior": ["targets.debias=1"], "targets.average": [two]}
+    seen.add(load_recipe(mine, overrides=[two]).fingerprint())
     for key, value in leaves(recipe.model_dump(mode="json", exclude=NOT_LEARNED_FROM)).items():
         if key not in other:
             kinds = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * 0.9, str: lambda v: f"{v}x"}
             other[key] = kinds[type(value)](value)
-        reader = ["targets.debias=1"] if key == "targets.prior" else []  # a prior that nothing reads is refused
         value_text = yaml.safe_dump(other[key], default_flow_style=True)
-        changed = load_recipe(mine, overrides=[*reader, f"{key}={value_text}"])
+        changed = load_recipe(mine, overrides=[*readers.get(key, []), f"{key}={value_text}"])
         assert changed.fingerprint() not in seen, key
         seen.add(changed.fingerprint())
     assert len(seen) > 30
@@ -458,3 +476,30 @@ def test_each_source_of_images_has_its_own_table_of_labels() -> None:
     assert data.evaluation_spec == ImageSpec("photos", Path("judged.csv"), data.label_format)
     assert data.labelled_spec == ImageSpec("photos", None, data.label_format)
     assert data.model_copy(update={"labelled": None}).labelled_spec is None
+
+
+# Words that are no classes, and too few classes.
+
+
+def test_words_are_written_out_and_leave_no_trace_where_there_are_none(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("striped / plain\nfur\n")
+    plain = validate(page("{}"), where="test")
+    given = validate(page(f"data: {{images: a, classes: [cat, dog], words: {tmp_path}/words.txt}}"), where="test")
+    assert given.resolved().words == ("striped / plain", "fur")
+    assert plain.resolved().words == ()
+    assert "words" not in plain.model_dump(exclude_none=True)["data"]
+
+
+def test_a_word_is_a_phrase_or_a_pair() -> None:
+    recipe = validate(page("data: {images: a, classes: [cat, dog], words: [fur, old / new / newer]}"), where="test")
+    with pytest.raises(RecipeError, match="is no contrast pair"):
+        recipe.resolved()
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd"])
+def test_two_classes_are_not_standardised(name: str) -> None:
+    recipe = validate(page(f"objective: {{name: {name}, standardise: true}}"), where="test")
+    with pytest.raises(RecipeError, match="of 2 classes a standardised logit says which one is larger"):
+        recipe.resolved()
+    three = recipe.model_copy(update={"data": recipe.data.model_copy(update={"classes": ("cat", "dog", "owl")})})
+    assert three.resolved().objective[0].name == name

@@ -28,10 +28,11 @@ from prgkit.config.recipe import validate  # noqa: E402
 from prgkit.config.sections import StudentConfig  # noqa: E402
 from prgkit.data.index import read_image_index  # noqa: E402
 from prgkit.demo.digits import CLASSES, load_digits  # noqa: E402
-from prgkit.errors import BackendError, ExportError, RecipeError, RunError  # noqa: E402
+from prgkit.errors import BackendError, ExportError, ImagesError, RecipeError, RunError  # noqa: E402
 from prgkit.evaluate.bench.cases import plan  # noqa: E402
 from prgkit.evaluate.bench.worker import opener  # noqa: E402
-from prgkit.evaluate.predict import predict  # noqa: E402
+from prgkit.evaluate.predict import Model  # noqa: E402
+from prgkit.evaluate.search import Gallery, save_gallery, search  # noqa: E402
 from prgkit.export import relabel as relabelling  # noqa: E402
 from prgkit.export.bundle.archive import pack  # noqa: E402
 from prgkit.export.bundle.bundle import open_bundle, read_evaluation  # noqa: E402
@@ -54,7 +55,7 @@ from prgkit.storage.locks import locked  # noqa: E402
 from prgkit.storage.run import Run  # noqa: E402
 from prgkit.student.model import build_student, load_student  # noqa: E402
 from prgkit.training.distill import distill  # noqa: E402
-from prgkit.training.prepare import hold_out  # noqa: E402
+from prgkit.training.prepare import hold_out, prepare  # noqa: E402
 
 BASE = Path(__file__).parents[3] / ".venv-base" / "bin" / "python"
 LEARNED = CLASSES[:4]
@@ -140,6 +141,45 @@ def test_the_exported_file_scores_as_the_student_does_by_the_teachers_class_vect
     assert "\n## Other classes\n" in (run.bundle / "README.md").read_text()
 
 
+def test_the_embedding_is_a_file_of_its_own_that_searches_what_the_teacher_saw(run: Run) -> None:
+    options = ExportOptions(embedding=True, class_vectors="initializer")
+    manifest = export_run(run, options, progress=NullProgress())
+    artifact = next(one for one in manifest.artifacts if one.format == "onnx-embedding")
+    assert (artifact.name, artifact.file, artifact.parity) == ("onnx-embedding-fp32", "model.embedding.onnx", None)
+    assert artifact.note.startswith("cosine to PyTorch's 1.0000 on average")
+    vectors = logits_of(run.bundle, artifact.file)  # [n, D], and no logits
+    np.testing.assert_allclose(vectors, np.load(run.bundle / "evaluation" / "features.npy"), atol=1e-5)
+    assert "\n## Embedding\n" in (run.bundle / "README.md").read_text()
+
+    dataset = prepare(run.recipe, Path("targets"), NullProgress())
+    stored = dataset.store.features(dataset.rows, np.zeros(len(dataset.rows), dtype=int)).numpy()
+    names = [f"{place}.png" for place in range(len(stored))]
+    save_gallery(Path("gallery.npz"), Gallery(names, stored, dataset.store.facts().fingerprint))
+    picture = run.bundle / "golden" / "00.png"
+    (answer,) = search(run.bundle, [picture], Path("gallery.npz"), top_k=3, note=print)
+    embedding = np.load(run.bundle / "golden" / "features.npy")[0]
+    best = np.argsort(-(stored @ embedding), kind="stable")[:3]
+    assert [name for name, _ in answer["nearest"]] == [names[place] for place in best]
+    assert answer["nearest"][0][1] == pytest.approx(float(stored[best[0]] @ embedding), abs=2e-3)
+
+    relabel(run.bundle, ["cat", "dog"], run=run, progress=NullProgress())
+    np.testing.assert_array_equal(logits_of(run.bundle, artifact.file), vectors)
+
+
+def test_a_gallery_of_another_teacher_and_a_bundle_without_embedding_are_refused(run: Run) -> None:
+    def find() -> list[Any]:
+        return list(search(run.bundle, [run.bundle / "golden" / "00.png"], Path("mine.npz"), top_k=1, note=print))
+
+    with pytest.raises(ImagesError, match=r"mine\.npz is no gallery that can be read"):
+        find()
+    save_gallery(Path("mine.npz"), Gallery(["a"], np.ones((1, 4), np.float32), "another"))
+    with pytest.raises(ExportError, match="no file that gives an embedding"):
+        find()
+    export_run(run, ExportOptions(embedding=True, class_vectors="initializer"), progress=NullProgress())
+    with pytest.raises(ExportError, match="of another teacher"):
+        find()
+
+
 def test_new_logits_are_one_product_of_what_is_stored(run: Run) -> None:
     vectors, evaluation = np.load(run.bundle / "class_vectors.npy"), run.bundle / "evaluation"
     scale = open_bundle(run.bundle).manifest.open_vocabulary.logit_scale
@@ -210,7 +250,7 @@ def test_how_faithful_int8_was_with_the_old_classes_is_not_said_of_the_new(run: 
     assert told.not_kept == ()
     assert told.confidence is None
     notes: list[str] = []
-    assert list(predict(run.bundle, [next(Path("photos").iterdir())], top_k=1, min_confidence=0, note=notes.append))
+    assert Model(run.bundle, note=notes.append).predict(next(Path("photos").iterdir()))
     assert notes == [
         "confidences are not calibrated: prgkit relabel gave other classes, and nothing was measured with those"
     ]
@@ -269,8 +309,8 @@ def test_there_may_be_more_or_fewer_classes(run: Run, count: int) -> None:
     np.testing.assert_allclose(logits_of(run.bundle), evaluation.logits, atol=1e-4)
     lost = "the evaluation images have no labels any more: 4 of their classes are not among the new ones"
     assert (lost in progress.told) == (evaluation.labels is None) == (not manifest.evaluation.labelled) == (count == 2)
-    (answer,) = predict(run.bundle, [run.bundle / "golden/00.png"], top_k=count, min_confidence=0)
-    assert {name for name, _ in answer["top"]} == set(names)
+    (answer,) = Model(run.bundle).predict(run.bundle / "golden/00.png", top_k=count)
+    assert {name for name, _ in answer.top} == set(names)
     packed = pack(run.bundle)
     assert packed.exists()
 
@@ -370,8 +410,8 @@ def test_class_vectors_as_an_input_give_the_same_answers(run: Run) -> None:
     python = str(BASE) if BASE.exists() else sys.executable
     command = [python, "-c", code.group(1), "golden/00.png"]
     printed = subprocess.run(command, cwd=run.bundle, capture_output=True, text=True, check=True)
-    (answer,) = predict(run.bundle, [run.bundle / "golden/00.png"], top_k=1, min_confidence=0)
-    assert printed.stdout.strip() == answer["class"]
+    (answer,) = Model(run.bundle).predict(run.bundle / "golden/00.png")
+    assert printed.stdout.strip() == answer.label
     np.save(run.bundle / "class_vectors.npy", np.load(run.bundle / "class_vectors.npy")[:2])
     with pytest.raises(ExportError, match=r"class_vectors\.npy is damaged"):
         open_bundle(run.bundle)

@@ -38,6 +38,8 @@ SPACE = LossContext(
     class_vectors=F.normalize(torch.eye(CLASSES, WIDTH) + 0.5, dim=1),
     logit_scale=10.0,
     stages=lambda: (3, 5),
+    class_features=lambda: iter(torch.randn(CLASSES, 20, WIDTH, generator=torch.Generator().manual_seed(0))),
+    words=(torch.eye(2, WIDTH), torch.eye(1, WIDTH)),
 )
 ONE = torch.tensor([0])  # a batch of the first image
 CEPage, KDPage, PRGPage = objectives.CE, objectives.KD, objectives.PRG

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.clip import Teacher
 from prgkit.teacher.ensemble import TeacherEnsemble
 from prgkit.teacher.stores import list_stores
+from prgkit.teacher.weights import teacher_identity
+from prgkit.teacher.zero_shot import ZeroShotClassifier, log_shares, no_adjustment
 from prgkit.training.distill import distill
 from prgkit.training.dry_run import estimate
 from prgkit.training.prepare import prepare
@@ -154,6 +157,25 @@ def test_any_teachers_make_unit_vectors_whose_logits_are_the_mean() -> None:
     torch.testing.assert_close(together, torch.stack(mine).mean(dim=0), rtol=1e-5, atol=1e-4)
 
 
+def test_probabilities_are_averaged_by_hand_and_the_surer_teacher_may_count_more() -> None:
+    scale, eye = 2.0, torch.eye(2)[None]
+    said = torch.tensor([[0.9, 0.1], [0.5, 0.5]]).log()  # what the two teachers say of an image
+    features = torch.cat([one / scale for one in said])[None]  # the prompts are the axes
+    joint = torch.cat([eye, eye], dim=2) / 2  # the logits of each are 2 * 2 / 2 times a feature
+    plain = ZeroShotClassifier(joint, scale, "mean", no_adjustment(2))
+    torch.testing.assert_close(plain.raw_logits(features).softmax(dim=1), torch.tensor([[0.75, 0.25]]))
+    even = replace(plain, average="probabilities", widths=(2, 2))
+    torch.testing.assert_close(even.each_teacher(features)[:, 0], said)
+    torch.testing.assert_close(even.raw_logits(features).exp(), torch.tensor([[0.7, 0.3]]))
+    sure = torch.tensor([[[50.0, 0.0]], [[0.0, 0.0]]])  # certain, and at even odds: entropies 0 and ln 2
+    shares = log_shares(sure, "confidence").exp()[:, 0]
+    torch.testing.assert_close(shares, torch.tensor([2 / 3, 1 / 3]))
+    torch.testing.assert_close(shares @ sure[:, 0].softmax(dim=1), torch.tensor([5 / 6, 1 / 6]))
+    torch.testing.assert_close(
+        log_shares(said[:, None].flip(2).repeat(2, 1, 1)[::2], "confidence").exp(), torch.full((2, 1), 0.5)
+    )
+
+
 # A run of several.
 
 
@@ -203,6 +225,45 @@ def test_a_student_of_two_teachers_is_trained_judged_and_keeps_both_stores(
     dataset = prepare(recipe, Path("targets"), NullProgress())
     said = dataset.teacher_output(np.arange(len(images)), np.zeros(len(images), dtype=int), torch.device("cpu"))
     np.testing.assert_allclose(weighted, said.logits.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_of_averaged_probabilities_tells_each_teachers_share(place: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(place, digits(), tiny(place), targets={"average": "confidence", "debias": 1.0})
+    progress = Noting()
+    run = distill(recipe, tmp_path / "run", tmp_path / "targets", progress)
+    found = run.quality()
+    assert found is not None
+    assert list(found["teacher_shares"]) == ["demo:digits", "tiny"]
+    assert sum(found["teacher_shares"].values()) == pytest.approx(1, abs=1e-3)
+    assert any(note.startswith("  shares      demo:digits ") for note in progress.notes)
+    images = index_images(open_images(recipe.data.images), workers=1)
+    judged = teacher_answers(run, recipe, images, np.arange(len(images)), NullProgress()).logits
+    dataset = prepare(recipe, tmp_path / "targets", NullProgress(), run)
+    said = dataset.teacher_output(np.arange(len(images)), np.zeros(len(images), dtype=int), torch.device("cpu"))
+    np.testing.assert_allclose(judged, said.logits.numpy(), rtol=1e-5, atol=1e-5)
+    plain = prepare(recipe_for(place, digits(), tiny(place)), tmp_path / "targets", NullProgress())
+    other = plain.teacher_output(np.arange(len(images)), np.zeros(len(images), dtype=int), torch.device("cpu"))
+    assert not torch.allclose(other.logits.softmax(dim=1), said.logits.softmax(dim=1), atol=1e-3)
+
+
+def test_a_teacher_of_random_weights_is_the_same_each_time_and_knows_nothing(place: Path, tmp_path: Path) -> None:
+    untaught = {**digits(), "weights": "random"}
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    features = [
+        prepare(recipe_for(place, untaught), tmp_path / str(time), NullProgress()).store.features(
+            np.arange(IMAGES), np.zeros(IMAGES, dtype=int)
+        )
+        for time in range(2)
+    ]
+    assert torch.equal(features[0], features[1])
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert recipe_for(place, untaught).teacher_name == "demo:digits random"
+    stores = {
+        recipe_for(place, one).teacher[0].weights: teacher_identity(recipe_for(place, one).teacher[0])
+        for one in (untaught, digits())
+    }
+    assert stores["random"] != stores[None]
 
 
 class Noting(NullProgress):

@@ -48,6 +48,8 @@ def state_of(seed: int, *, optimizer: str = "adamw", objective: str = "prg", ima
         class_vectors=torch.eye(CLASSES, WIDTH),
         logit_scale=1.0,
         stages=student.stage_widths,
+        class_features=lambda: iter(torch.eye(WIDTH).expand(CLASSES, WIDTH, WIDTH)),
+        words=(torch.eye(2, WIDTH), torch.eye(1, WIDTH)),
     )
     objectives = Objectives([page_of(objective)], space)
     student.projector.requires_grad_(objectives.uses_features)

@@ -7,7 +7,7 @@ from prgkit.config.sections import Keep
 from prgkit.errors import TargetsError
 from prgkit.training.batches import systematic_sample
 from prgkit.training.dataset import images_an_epoch
-from prgkit.training.pseudo_labels import sure_enough
+from prgkit.training.pseudo_labels import sure_enough, within_class
 
 SHARES = np.random.default_rng(0).uniform(0.02, 1, 500).astype(np.float32)
 
@@ -66,3 +66,16 @@ def test_who_is_sure_enough() -> None:
     )
     with pytest.raises(TargetsError, match="only one image is left to learn from"):
         sure_enough(confidence, Keep(min_confidence=0.7, weighted=True))  # 0.9 + 0.8 are not two an epoch
+
+
+def test_a_floor_by_class_by_hand() -> None:
+    labels = np.array([0, 0, 0, 0, 1, 1, 2])  # 1, 1/2 and 1/4 of the largest: 0.95 is one of 0.95, 0.3167 and 0.1357
+    confidence = np.array([0.94, 0.96, 0.5, 0.99, 0.31, 0.32, 0.14], dtype=np.float32)
+    relative = within_class(confidence, labels)
+    assert sure_enough(relative, Keep(min_confidence=0.95, by_class=True)).tolist() == [
+        False, True, False, True, False, True, True
+    ]  # fmt: skip
+    assert within_class(np.array([0.9, 0.9, 0.9], dtype=np.float32), np.array([0, 0, 1])).tolist() == pytest.approx(
+        [0.9, 0.9, 1]
+    )
+    assert np.array_equal(within_class(confidence, np.arange(7)), confidence)  # even classes: one floor for all
