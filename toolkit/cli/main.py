@@ -30,7 +30,7 @@ from prgkit.cli.commands import (
     tell_bundle,
     write_gallery,
 )
-from prgkit.cli.naming import AskedPictures, name_pictures, search_gallery
+from prgkit.cli.naming import AskedPictures, name_pictures, predict_options, search_gallery
 from prgkit.cli.options import (
     PLACE,
     adapt_options,
@@ -40,7 +40,6 @@ from prgkit.cli.options import (
     export_options,
     json_option,
     label_options,
-    predict_options,
     recipe_options,
     refuse_in_a_bundle,
     run_option,
@@ -109,21 +108,15 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     bundle = place or Path()
     from prgkit.export.formats.options import ExportOptions
 
-    kinds = (
-        "fp16",
-        "int8",
-        "backend",
-        "batch",
-        "sm",
-        "embedding",
-        "explain",
-        "float_input",
-        "formats",
-        "evaluation_images",
-    )
+    kinds = ("fp16", "int8", "backend", "batch", "sm", "embedding", "explain", "float_input", "evaluation_images")
     if given["embedding"]:
         given["open_vocabulary"] = given["open_vocabulary"] or "initializer"
-    options = ExportOptions(trt=trt, class_vectors=given["open_vocabulary"], **{key: given[key] for key in kinds})
+    options = ExportOptions(
+        trt=trt,
+        class_vectors=given["open_vocabulary"],
+        formats=given["formats"],
+        **{key: given[key] for key in kinds},
+    )
     if (bundle / "manifest.json").is_file():
         refuse_in_a_bundle(given, builds=trt)
         from prgkit.export.bundle.bundle import open_bundle

@@ -88,13 +88,7 @@ class AskedPictures:
 
 
 def name_pictures(
-    session: Session,
-    asked: AskedPictures,
-    place: Path | None,
-    *,
-    out: Path | None,
-    explain: Path | None,
-    **options: Any,
+    session: Session, asked: AskedPictures, place: Path | None, *, out: Path | None, explain: Path | None, **how: Any
 ) -> Document:
     """Name what is in pictures: print it, or keep it in ``out``; draw in ``explain`` what spoke for it."""
     from prgkit.evaluate import system
