@@ -1,86 +1,190 @@
-"""Name what is in an image, with a bundle and nothing that a device would not have."""
+"""Name what is in pictures, with a bundle and nothing that a device would not have."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from prgkit.data.archives import is_archive
-from prgkit.data.decode import GreyRange
-from prgkit.data.preprocessing import load_image
-from prgkit.data.sources import open_images
-from prgkit.errors import ExportError, PrgkitError
+from prgkit.errors import ExportError, PrgkitError, nearest
+from prgkit.evaluate.heat_map import Explainer
+from prgkit.evaluate.pictures import Picture, Pictures, open_pictures, prepared_ahead
 from prgkit.evaluate.selection import selected_artifact
 from prgkit.export.bundle.bundle import open_bundle, verify_artifact
 from prgkit.export.bundle.confidence import energy, promise, uncalibrated
 from prgkit.export.bundle.manifest import Artifact, Manifest
 from prgkit.export.runtimes import open_runner
 from prgkit.metrics import log_softmax
+from prgkit.progress import silent
 
 
-def predict(
-    folder: Path,
-    images: Sequence[Path],
-    *,
-    top_k: int,
-    min_confidence: float,
-    reject_unknown: bool = False,
-    bench: Path | None = None,
-    note: Callable[[str], None] = lambda text: None,
-) -> Iterator[dict[str, Any]]:
-    """Yield for each picture its class and the ``top_k`` (name, probability) pairs, best first.
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one picture; of one that cannot be read only why."""
 
-    A folder or an archive among ``images`` stands for its pictures. Below ``min_confidence`` the class is None and
-    ``abstained`` is true; the probabilities are still there, calibrated where the bundle knows their temperature. The
-    same where ``reject_unknown`` asks for it and a picture seems to show no class, which is ``rejected``. A picture
-    that cannot be read has an ``error`` in place of an answer: what, where, fix.
+    image: str  # its path, or for one that has none its place among those asked about
+    label: str | None = None  # the class; None where the model abstains
+    probability: float | None = None  # that of the likeliest class, calibrated where the bundle knows its temperature
+    top: tuple[tuple[str, float], ...] = ()  # class names and probabilities, the likeliest first
+    abstained: bool = False  # below the confidence asked for, or rejected
+    rejected: bool = False  # the picture seems to show none of the classes
+    artifact: str | None = None  # the file of the bundle that answered
+    error: PrgkitError | None = None
+    read: Callable[[], Image.Image] | None = field(default=None, repr=False, compare=False)  # reads the picture again
 
-    ``bench`` is where this machine's measurements of the bundle are: the artifact that its selection.json names
-    is run, the FP32 file otherwise.
+    def to_json(self) -> dict[str, object]:
+        """Return it as ``prgkit predict --json`` prints it."""
+        if self.error is not None:
+            where = None if self.error.where is None else str(self.error.where)
+            return {"image": self.image, "error": {"what": self.error.what, "where": where, "fix": self.error.fix}}
+        return {
+            "image": self.image,
+            "artifact": self.artifact,
+            "class": self.label,
+            "abstained": self.abstained,
+            "rejected": self.rejected,
+            "top": self.top,
+        }
+
+
+class Model:
+    """A bundle that is opened on this machine to name pictures; close it, or use it in a ``with`` statement.
+
+    Args:
+        folder: the bundle.
+        bench: where this machine's measurements of the bundle are: the artifact that its selection.json names is run,
+            the FP32 file otherwise.
+        note: told what a confidence is worth, and which files of a folder are no pictures.
 
     Raises:
-        PrgkitError: the bundle or selection.json is damaged, or the bundle does not know what shows no class.
+        PrgkitError: the bundle or selection.json is damaged, or nothing here runs the file.
     """
-    bundle = open_bundle(folder, verify=())
-    facts = bundle.manifest.confidence
-    if reject_unknown and facts is None:
-        why = "pictures of none of the classes cannot be told: " + uncalibrated(bundle.manifest)
-        raise ExportError(why, where=folder, fix="leave --reject-unknown out")
-    artifact = selected_artifact(bundle, bench)
-    if min_confidence or bundle.manifest.relabelled:
-        note(worth(bundle.manifest, artifact, min_confidence))
-    verify_artifact(folder, artifact)
-    runner = open_runner(folder, artifact)
-    try:
-        for given in images:
-            for name, read in pictures_of(given, bundle.preprocessing.grey_range, note):
-                try:
-                    pixels = bundle.preprocessing.prepare(read())[None]  # [1, S, S, 3]
-                except PrgkitError as error:
-                    where = None if error.where is None else str(error.where)
-                    yield {"image": name, "error": {"what": error.what, "where": where, "fix": error.fix}}
+
+    def __init__(self, folder: Path, *, bench: Path | None = None, note: Callable[[str], None] = silent) -> None:
+        self.bundle, self.note = open_bundle(folder, verify=()), note
+        self.artifact = selected_artifact(self.bundle, bench)
+        verify_artifact(folder, self.artifact)
+        self._runner = open_runner(folder, self.artifact)
+        self._explainer: Explainer | None = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release what the runtime holds."""
+        self._runner.close()
+        if self._explainer is not None:
+            self._explainer.close()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the order of the logits."""
+        return self.bundle.classes
+
+    def predict(
+        self,
+        images: Pictures,
+        *,
+        top_k: int = 3,
+        min_confidence: float = 0.0,
+        reject_unknown: bool = False,
+        batch_size: int = 1,
+    ) -> list[Prediction]:
+        """Return an answer for every picture in ``images``, in their order; `stream` says more."""
+        answers = self.stream(
+            images, top_k=top_k, min_confidence=min_confidence, reject_unknown=reject_unknown, batch_size=batch_size
+        )
+        return list(answers)
+
+    def stream(
+        self,
+        images: Pictures,
+        *,
+        top_k: int = 3,
+        min_confidence: float = 0.0,
+        reject_unknown: bool = False,
+        batch_size: int = 1,
+    ) -> Iterator[Prediction]:
+        """Yield an answer for every picture, as soon as it is known; pictures are read ahead in threads.
+
+        Args:
+            images: one or several of: a path, a folder, a .zip or .tar, a pattern such as ``"cam/*.jpg"``, Pillow's
+                image, or an array uint8 [H, W, 3] or [n, H, W, 3] in RGB order.
+            top_k: how many classes an answer names.
+            min_confidence: below this probability the label is None.
+            reject_unknown: the label is None, too, where a picture seems to show none of the classes.
+            batch_size: how many pictures the network is given at a time.
+
+        Raises:
+            ExportError: the bundle does not know what shows none of the classes.
+        """
+        facts = self.bundle.manifest.confidence
+        if reject_unknown and facts is None:
+            why = "pictures of none of the classes cannot be told: " + uncalibrated(self.bundle.manifest)
+            raise ExportError(why, where=self.bundle.folder, fix="leave --reject-unknown out")
+        if min_confidence or self.bundle.manifest.relabelled:
+            self.note(worth(self.bundle.manifest, self.artifact, min_confidence))
+        preprocessing = self.bundle.preprocessing
+        ready = prepared_ahead(open_pictures(images, preprocessing.grey_range, self.note), preprocessing)
+        size = min(batch_size, self._runner.max_batch or batch_size)
+        while batch := list(islice(ready, size)):
+            pixels = [one.pixels for one in batch if one.pixels is not None]
+            rows = iter(self.logits(np.stack(pixels)) if pixels else np.empty((0, 0), np.float32))
+            for one in batch:
+                if one.error is not None:
+                    yield Prediction(one.picture.name, error=one.error)
                     continue
-                logits = runner.run(pixels) / bundle.manifest.temperature
-                probabilities = np.exp(log_softmax(logits))[0]  # [classes]
-                best = np.argsort(-probabilities, kind="stable")[:top_k]
-                rejected = bool(reject_unknown and facts and energy(logits)[0] < facts.reject_below)
-                abstained = rejected or bool(probabilities[best[0]] < min_confidence)
-                yield {
-                    "image": name,
-                    "artifact": runner.name,
-                    "class": None if abstained else bundle.classes[best[0]],
-                    "abstained": abstained,
-                    "rejected": rejected,
-                    "top": [(bundle.classes[index], round(float(probabilities[index]), 6)) for index in best],
-                }
-    finally:
-        runner.close()
+                row = next(rows)  # [classes]
+                rejected = bool(reject_unknown and facts and energy(row[None])[0] < facts.reject_below)
+                answer = self.answer(row, top_k, min_confidence, rejected=rejected)
+                yield replace(answer, image=one.picture.name, read=one.picture.read)
+
+    def heat_map(self, picture: Picture, label: str) -> Image.Image:
+        """Return a picture as the student sees it, with what spoke for a class drawn over it.
+
+        Raises:
+            ExportError: the bundle was exported without --explain, or has no such class.
+            ImagesError: the picture cannot be read.
+        """
+        if label not in self.classes:
+            raise ExportError(f"there is no class {label!r}{nearest(label, self.classes)}", where=self.bundle.folder)
+        (one,) = open_pictures(picture, self.bundle.preprocessing.grey_range, self.note)
+        return Image.fromarray(self.require_heat_maps().over(self.bundle.preprocessing.prepare(one.read()), label))
+
+    def require_heat_maps(self) -> Explainer:
+        """Open the file that says where a class was found; refuse where the bundle has none."""
+        if self._explainer is None:
+            self._explainer = Explainer(self.bundle)
+        return self._explainer
+
+    def logits(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return logits [n, classes] of prepared pixels [n, S, S, 3], divided by the bundle's temperature."""
+        logits: NDArray[np.float32] = self._runner.run(pixels) / self.bundle.manifest.temperature
+        return logits
+
+    def answer(self, logits: NDArray[np.float32], top_k: int, min_confidence: float, *, rejected: bool) -> Prediction:
+        """Put the logits [classes] of a picture into an answer."""
+        probabilities = np.exp(log_softmax(logits[None]))[0]  # [classes]
+        best = np.argsort(-probabilities, kind="stable")[:top_k]
+        abstained = rejected or bool(probabilities[best[0]] < min_confidence)
+        top = tuple((self.classes[index], round(float(probabilities[index]), 6)) for index in best)
+        return Prediction(
+            image="",
+            label=None if abstained else top[0][0],
+            probability=top[0][1],
+            top=top,
+            abstained=abstained,
+            rejected=rejected,
+            artifact=self._runner.name,
+        )
 
 
 def worth(manifest: Manifest, artifact: Artifact, min_confidence: float) -> str:
@@ -93,26 +197,3 @@ def worth(manifest: Manifest, artifact: Artifact, min_confidence: float) -> str:
         else f" (measured with the FP32 file, whose temperature {artifact.name} shares)"
     )
     return promise(manifest.confidence, min_confidence) + shared
-
-
-def pictures_of(
-    given: Path, grey: GreyRange | None, note: Callable[[str], None]
-) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
-    """Yield name and reader of a picture, or of each picture in a folder or an archive."""
-    if not (os.path.isdir(given) or is_archive(given)):
-        yield str(given), partial(load_image, given, grey=grey)
-        return
-    try:
-        images = open_images(str(given), note=note).with_grey(grey)
-    except PrgkitError as error:
-        yield str(given), partial(refuse, error)
-        return
-    if images.left_out:
-        note(f"{given}: {images.left_out}")
-    for index in range(len(images)):
-        yield images.path(index), partial(images.read, index)
-
-
-def refuse(error: PrgkitError) -> Image.Image:
-    """Say when it is asked for its pictures what is wrong with a folder."""
-    raise error

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.errors import ExportError, ImagesError, PrgkitError
-from prgkit.evaluate.predict import pictures_of
+from prgkit.errors import ExportError, ImagesError
+from prgkit.evaluate.pictures import Pictures, open_pictures, prepared_ahead
+from prgkit.evaluate.predict import Prediction
 from prgkit.export.bundle.bundle import open_bundle, verify_artifact
 from prgkit.export.bundle.manifest import EMBEDDING
 from prgkit.export.runtimes.onnxruntime import OnnxRunner
@@ -20,7 +21,7 @@ from prgkit.storage.atomic import write_bytes
 
 
 def search(
-    folder: Path, images: Sequence[Path], gallery: Path, *, top_k: int, note: Callable[[str], None]
+    folder: Path, images: Pictures, gallery: Path, *, top_k: int, note: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     """Yield for each picture the ``top_k`` nearest images of a gallery, each with its cosine.
 
@@ -38,19 +39,13 @@ def search(
     verify_artifact(folder, artifact)
     runner = OnnxRunner(folder / artifact.file, name=artifact.name)
     try:
-        for given in images:
-            for name, read in pictures_of(given, bundle.preprocessing.grey_range, note):
-                try:
-                    pixels = bundle.preprocessing.prepare(read())[None]  # [1, S, S, 3]
-                except PrgkitError as error:
-                    where = None if error.where is None else str(error.where)
-                    yield {"image": name, "error": {"what": error.what, "where": where, "fix": error.fix}}
-                    continue
-                yield {
-                    "image": name,
-                    "artifact": artifact.name,
-                    "nearest": known.nearest(runner.run(pixels)[0], top_k),
-                }
+        pictures = open_pictures(images, bundle.preprocessing.grey_range, note)
+        for picture, pixels, error in prepared_ahead(pictures, bundle.preprocessing):
+            if pixels is None:
+                yield Prediction(picture.name, error=error).to_json()
+                continue
+            nearest = known.nearest(runner.run(pixels[None])[0], top_k)
+            yield {"image": picture.name, "artifact": artifact.name, "nearest": nearest}
     finally:
         runner.close()
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from prgkit.evaluate import sensors
 from prgkit.evaluate.report.schema import Gpu, Machine
 from prgkit.evaluate.sensors import read
+from prgkit.storage.run import Run
 
 RUNTIMES = (
     *("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino"),
@@ -136,6 +137,11 @@ def how_to_lock(machine: Machine) -> str:
         return "jetson_clocks"
     more = ", nvidia-smi --lock-gpu-clocks=MHZ" if machine.gpus else ""
     return f"cpupower frequency-set --governor performance{more}"
+
+
+def bench_folder(bundle: Path, run: Run | None) -> Path:
+    """Return where this machine's measurements of a bundle lie: in the run that it lies in, else in the bundle."""
+    return (run.folder if run else bundle) / "bench" / machine_folder()
 
 
 def machine_folder() -> str:

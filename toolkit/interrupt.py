@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,9 +21,13 @@ class Interrupted(PrgkitError):  # noqa: N818 - nothing went wrong
 def stopping() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying of them; the loop looks between steps and saves.
 
-    A second signal of the same kind ends the process as usual.
+    A second signal of the same kind ends the process as usual. In a thread nothing is collected: signals are the main
+    thread's.
     """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
     previous: dict[int, Any] = {}
 
     def receive(number: int, _frame: object) -> None:

@@ -29,6 +29,7 @@ from prgkit.evaluate.bench.options import BenchOptions
 from prgkit.evaluate.bench.soak import soak_lead
 from prgkit.evaluate.bench.worker import Pixels, Spec
 from prgkit.evaluate.bench.workers import BenchContext
+from prgkit.evaluate.heat_map import with_heat_maps
 from prgkit.evaluate.report.bench_report import write_report
 from prgkit.evaluate.report.examples import choose_examples
 from prgkit.evaluate.report.regression import Gate, against, require_comparable
@@ -307,7 +308,7 @@ def write(out: Path, subject: Subject, results: Results, report: Report) -> None
     logits = student_logits(results.session, subject.evaluation)
     logits = logits / subject.bundle.manifest.temperature  # as sure as predict
     examples = choose_examples(subject.evaluation, logits, subject.bundle.classes)
-    write_report(out, report, samples=results.samples, pictures=examples)
+    write_report(out, report, samples=results.samples, pictures=with_heat_maps(examples, subject.bundle))
 
 
 def student_logits(session: latency.Session, evaluation: Evaluation) -> Any:

@@ -9,11 +9,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -179,6 +180,17 @@ def remote(method: Callable[Concatenate[Resident, P], R]) -> Callable[Concatenat
     return ask
 
 
+@contextmanager
+def no_main_script() -> Iterator[None]:
+    """Keep a process that is started inside from running the caller's script first, which may have no main guard."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 class Worker:
     """A process that holds one artifact open. Its methods raise WorkerFailedError, and nothing else, when it fails."""
 
@@ -190,7 +202,8 @@ class Worker:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, self.log.name, spec), daemon=True)
         try:
-            self.process.start()
+            with no_main_script():
+                self.process.start()
             theirs.close()  # so that its death reads as the end of the pipe
             self.load_ms = remote(Resident.open)(self, images)
         except BaseException:

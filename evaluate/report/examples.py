@@ -32,6 +32,7 @@ class Picture:
     student: str
     student_confidence: float
     label: str | None
+    heat_map: NDArray[np.uint8] | None = None  # [height, width, 3]: what spoke for the student's answer
 
 
 def choose_examples(evaluation: Evaluation, logits: Any, classes: Sequence[str], *, seed: int = 0) -> list[Picture]:
@@ -94,6 +95,7 @@ def example(picture: Picture) -> Example:
         f"evaluation image; teacher: {picture.teacher}; student: {picture.student}",
         verdict(picture),
         tuple(Answer(name, who, label is not None and name != label) for name, who in givers.items()),
+        "" if picture.heat_map is None else data_uri(picture.heat_map),
     )
 
 

@@ -80,6 +80,7 @@ class Example:
     description: str
     verdict: Chip
     answers: tuple[Answer, ...]
+    heat_map: str = ""  # what spoke for the student's answer, as a data URI
 
 
 @dataclass(frozen=True)

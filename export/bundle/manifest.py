@@ -19,6 +19,7 @@ FILE = "manifest.json"
 EXPORT_AGAIN = "export again: prgkit export"
 ONNX = "onnx"  # the format of a file that ONNX Runtime runs
 QDQ = "onnx-tensorrt"  # of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
+EXPLAIN = "onnx-explain"  # of an ONNX file whose second output says where each class was found; never measured
 NCHW = "onnx-nchw"  # of an ONNX file for other runtimes: normalised floats in, never run or measured by us
 EMBEDDING = "onnx-embedding"  # of an ONNX file that gives a unit vector in the teacher's space, and no logits
 ENGINE = "engine"  # of a TensorRT engine

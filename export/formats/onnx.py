@@ -1,20 +1,23 @@
-"""ONNX in FP32 and FP16: pixels in, logits out, the class names in the file; and the embedding, a file of its own."""
+"""ONNX in FP32 and FP16: pixels in, logits out; and files of their own for heat maps and for the embedding."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prgkit.errors import ParityError
+from prgkit.errors import ExportError, ParityError
 from prgkit.export.bundle.bundle import describe_artifact
-from prgkit.export.bundle.manifest import EMBEDDING, ONNX, Artifact
+from prgkit.export.bundle.manifest import EMBEDDING, EXPLAIN, ONNX, Artifact
 from prgkit.export.formats.base import Format, Made
+from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.snippets import section
 from prgkit.export.runtimes.onnxruntime import OnnxRunner
 from prgkit.export.runtimes.parity import run_and_close
 
 if TYPE_CHECKING:
+    from prgkit.export.formats.onnx_export import OnnxExportModule
     from prgkit.export.formats.student_export import StudentExport
 
 CPU_FP16 = "ONNX Runtime's CPU provider computes in float32 with the float16 weights"
@@ -23,20 +26,30 @@ LEAST_COSINE = {"fp32": 0.9999, "int8": 0.0}  # to PyTorch's; INT8's is told, an
 
 def make_fp32(export: StudentExport) -> Made:
     """Trace the student and write it."""
-    from prgkit.export.formats.onnx_export import export_onnx
 
     def write(path: Path) -> None:
-        export_onnx(
-            export.module,
-            path,
-            image_size=export.preprocessing.image_size,
-            classes=export.classes,
-            preprocessing=export.preprocessing.to_dict(),
-            opset=export.options.opset,
-        )
+        write_fp32(export, path, export.module)
 
     how = {"format": ONNX, "precision": "fp32", "runner": quiet_runner}
     return Made([export.finish(ONNX_FP32.name, "model.onnx", write=write, **how)])
+
+
+def write_fp32(
+    export: StudentExport, path: Path, module: OnnxExportModule, outputs: Sequence[str] = ("logits",)
+) -> None:
+    """Write a module of the student's as FP32."""
+    from prgkit.export.formats.onnx_export import export_onnx
+
+    facts = export.preprocessing
+    export_onnx(
+        module,
+        path,
+        image_size=facts.image_size,
+        classes=export.classes,
+        preprocessing=facts.to_dict(),
+        opset=export.options.opset,
+        outputs=outputs,
+    )
 
 
 def make_fp16(export: StudentExport) -> Made:
@@ -90,6 +103,36 @@ def quiet_runner(path: Path) -> OnnxRunner:
     return OnnxRunner(path, spin=False)
 
 
+def make_explain(export: StudentExport) -> Made:
+    """Trace the student once more; its head at each place of the last feature map is a second output.
+
+    Such maps are class activation maps (Zhou et al., 2016).
+    """
+
+    from prgkit.export.formats.onnx_export import with_evidence
+
+    def write(path: Path) -> None:
+        write_fp32(export, path, with_evidence(export.module, export.pixels), outputs=("logits", "evidence"))
+
+    artifact = export.finish(
+        ONNX_EXPLAIN.name,
+        "model.explain.onnx",
+        write=write,
+        runner=quiet_runner,
+        kind=" with evidence",
+        format=EXPLAIN,
+        precision="fp32",
+        export_options=("--explain",),
+    )
+    return Made([artifact])
+
+
+def require_own_head(options: ExportOptions) -> None:
+    """Refuse class vectors: features are brought to unit length before these, so that no place has a share of them."""
+    if options.explain and options.class_vectors:
+        raise ExportError("there are no heat maps of a student that is scored by class vectors", fix="leave one out")
+
+
 ONNX_FP32 = Format(
     "onnx-fp32",
     "distill",
@@ -98,6 +141,14 @@ ONNX_FP32 = Format(
     how_to_run=partial(section, "onnxruntime.md"),
 )
 ONNX_FP16 = Format("onnx-fp16", "distill", wanted=lambda options: options.fp16, make=make_fp16)
+ONNX_EXPLAIN = Format(
+    "onnx-explain",
+    "distill",
+    wanted=lambda options: options.explain,
+    make=make_explain,
+    require=require_own_head,
+    how_to_run=partial(section, "explain.md"),
+)
 ONNX_EMBEDDING = Format(
     EMBEDDING,
     "distill",

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
@@ -65,6 +66,45 @@ class Embedding(nn.Module):
         return cast(Tensor, self.projector(pooled(self.model, images)))
 
 
+class Evidence(nn.Module):
+    """A network with its head at each place of its last feature map besides, [B, C, h, w]."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits [B, C] and evidence for normalised images [B, 3, S, S]: the logits are its mean and a bias."""
+        maps = self.network.forward_features(images)  # type: ignore[operator]
+        weight = self.network.get_classifier().weight  # type: ignore[operator]
+        evidence = nn.functional.conv2d(maps, weight[:, :, None, None])
+        return self.network.forward_head(maps), evidence  # type: ignore[operator]
+
+
+@torch.no_grad()
+def with_evidence(module: OnnxExportModule, pixels: NDArray[np.uint8]) -> OnnxExportModule:
+    """Return a module that gives logits and evidence, where the logits are linear in the pooled last feature map.
+
+    Raises:
+        ExportError: they are not, on ``pixels`` [n, S, S, 3].
+    """
+    explained = copy.copy(module)
+    explained._modules = dict(module._modules)
+    explained.network = Evidence(module.network)
+    try:
+        logits, evidence = explained(torch.from_numpy(pixels[:32]))
+        bias = logits - evidence.mean(dim=(2, 3))  # [n, C], the same for every image
+        linear = bool((bias - bias[0]).abs().max() <= 1e-3 * max(1.0, float(logits.abs().max())))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        linear = False
+    if not linear:
+        raise ExportError(
+            "there are no heat maps of this student: its logits are not linear in its pooled last feature map",
+            fix="leave --explain out, or choose a RepViT or EfficientNet student without a second head",
+        )
+    return explained
+
+
 @torch.no_grad()
 def onnx_export_module(student: nn.Module, pixels: Tensor) -> OnnxExportModule:
     """Reparameterise and fuse a copy of ``student`` and assert that it computes what the student computes.
@@ -102,15 +142,16 @@ def export_onnx(
     classes: Sequence[str],
     preprocessing: dict[str, Any],
     opset: int,
+    outputs: Sequence[str] = ("logits",),
 ) -> None:
     """Write ``module`` as one FP32 ONNX file: input ``pixels`` [batch, H, W, 3] uint8, output ``logits`` float32."""
     if isinstance(network := module.network, OpenVocabulary):
         embedding = copy.deepcopy(module)
         embedding.network = Embedding(network)
-        model = trace(embedding, image_size=image_size, opset=opset, output=FEATURES)
+        model = trace(embedding, image_size=image_size, opset=opset, outputs=(FEATURES,))
         append_scoring(model, network.scorer.vectors.cpu().numpy(), float(network.scorer.scale))
     else:
-        model = trace(module, image_size=image_size, opset=opset)
+        model = trace(module, image_size=image_size, opset=opset, outputs=outputs)
     lower_opset(model, opset)
     strip_traces(model)
     describe(model, classes=classes, preprocessing=preprocessing)
@@ -174,7 +215,9 @@ def rehearse_fp16(module: nn.Module, pixels: Tensor) -> Tensor:
     return torch.cat([half_value(rounded(batch), "the logits") for batch in torch.split(pixels, 32)])
 
 
-def trace(module: OnnxExportModule, *, image_size: Size, opset: int, output: str = "logits") -> onnx.ModelProto:
+def trace(
+    module: OnnxExportModule, *, image_size: Size, opset: int, outputs: Sequence[str] = ("logits",)
+) -> onnx.ModelProto:
     """Run the dynamo exporter, quietly; two example images keep the batch dimension symbolic."""
     example = torch.zeros((2, *sides(image_size), 3), dtype=torch.uint8)
     try:
@@ -186,7 +229,7 @@ def trace(module: OnnxExportModule, *, image_size: Size, opset: int, output: str
                 dynamo=True,
                 opset_version=max(opset, LEAST_TRACED_OPSET),
                 input_names=["pixels"],
-                output_names=[output],
+                output_names=list(outputs),
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 external_data=False,
                 optimize=True,

@@ -17,6 +17,7 @@ class ExportOptions:
     int8: bool = False
     fidelity: float = 98.0  # percent of the evaluation images on which INT8 must surely give FP32's answer
     float_input: bool = False  # also a file that takes normalised floats, NCHW
+    explain: bool = False  # also a file that says where in an image each class was found
     trt: bool = False
     batch: tuple[int, int, int] | None = None  # of the engines: min, opt, max; None: the recipe's
     backend: str | None = None  # None: tensorrt where a GPU is, else tensorrt_rtx

@@ -143,8 +143,12 @@ class OnnxRunner:
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Map pixels [batch, S, S, 3] to logits [batch, classes]."""
+        return self.outputs(pixels)[0]
+
+    def outputs(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """Return all that the file answers to pixels [batch, S, S, 3], the logits first."""
         try:
-            return cast(NDArray[np.float32], self._session.run(None, {self._input: pixels, **self._others})[0])
+            return cast(list[NDArray[np.float32]], self._session.run(None, {self._input: pixels, **self._others}))
         except Exception as error:
             raise BackendError(f"ONNX Runtime cannot run {self.name}: {one_line(error)}") from error
 

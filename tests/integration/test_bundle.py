@@ -19,7 +19,7 @@ from PIL import Image
 from prgkit.config.recipe import shipped_recipes
 from prgkit.config.yaml_io import parse_yaml
 from prgkit.errors import BackendError, DiskFullError, ExportError, ParityError, PrgkitError, RunError
-from prgkit.evaluate.predict import predict
+from prgkit.evaluate.predict import Model
 from prgkit.export import engines as bundle_engines
 from prgkit.export import pipeline
 from prgkit.export.bundle import bundle as bundle_module
@@ -332,17 +332,17 @@ def test_an_artifact_without_its_facts_is_refused(copy, entry):
 
 def test_predict_opens_the_fp32_file_that_the_manifest_names(copy):
     picture = copy / "golden" / "00.png"
-    expected = list(predict(copy, [picture], top_k=1, min_confidence=0))
+    expected = Model(copy).predict(picture, top_k=1)
     manifest = read_json(copy / "manifest.json")
     manifest["artifacts"][0]["file"] = "student.onnx"
     manifest["artifacts"].reverse()
     (copy / "model.onnx").rename(copy / "student.onnx")
     write_sealed(copy / "manifest.json", manifest)
-    assert list(predict(copy, [picture], top_k=1, min_confidence=0)) == expected
+    assert Model(copy).predict(picture, top_k=1) == expected
     manifest["artifacts"].pop()
     write_sealed(copy / "manifest.json", manifest)
     with pytest.raises(ExportError, match="the bundle has no fp32 ONNX file"):
-        list(predict(copy, [picture], top_k=1, min_confidence=0))
+        Model(copy).predict(picture, top_k=1)
 
 
 def test_a_folder_without_a_bundle_says_so(tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 from prgkit.errors import ExportError, ParityError
 from prgkit.evaluate.bench.bench import bench
 from prgkit.evaluate.bench.options import BenchOptions
-from prgkit.evaluate.predict import predict
+from prgkit.evaluate.predict import Model
 from prgkit.export.bundle.bundle import open_bundle
 from prgkit.export.bundle.manifest import Artifact, Manifest
 from prgkit.export.formats import FORMATS
@@ -190,9 +190,9 @@ def test_a_toy_format_is_exported_measured_predicted_with_and_reported(tmp_path:
         assert POOLED in (out / page).read_text(), page
     selection = {"schema": "prgkit.selection/1", "artifact": POOLED, "sha256": artifact.sha256, "int8": []}
     write_sealed(out / "selection.json", selection)
-    (answer,) = predict(bundle, [bundle / "golden" / "00.png"], top_k=1, min_confidence=0, bench=out)
-    assert answer["artifact"] == POOLED
-    assert answer["class"] == CLASSES[np.load(bundle / "golden" / "logits.npy")[0].argmax()]
+    (answer,) = Model(bundle, bench=out).predict(bundle / "golden" / "00.png")
+    assert answer.artifact == POOLED
+    assert answer.label == CLASSES[np.load(bundle / "golden" / "logits.npy")[0].argmax()]
 
 
 @pytest.mark.usefixtures("_registered")

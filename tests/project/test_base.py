@@ -112,6 +112,12 @@ def test_predict_gives_the_torch_students_answer(bundle: Path, repvit: Any) -> N
         np.testing.assert_allclose([told[name] for name in classes], probabilities, atol=1e-4)
 
 
+def test_python_answers_as_the_command_line_does(bundle: Path) -> None:
+    code = "import json, prgkit; print(json.dumps([one.top for one in prgkit.load('.').predict('golden/00.png')]))"
+    done = subprocess.run([PYTHON, "-c", code], cwd=bundle, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [answer["top"] for answer in result("predict", "golden/00.png", cwd=bundle)]
+
+
 def test_predict_promises_and_rejects(bundle: Path, tmp_path: Path) -> None:
     here = shutil.copytree(bundle, tmp_path / "bundle")
     manifest = json.loads((here / "manifest.json").read_text())

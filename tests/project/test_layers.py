@@ -32,8 +32,13 @@ LAYERS = [
     {"prgkit.evaluate.bench"},
     {"prgkit.evaluate.compare"},
     {"prgkit.annotation"},
+    {"prgkit.api"},
     {"prgkit.cli"},
 ]
+ALONE = {
+    "prgkit.__main__": "prgkit.cli",
+    "prgkit.api": "prgkit.api",
+}  # modules beside the folders with a layer of their own
 # One owner for each heavy dependency: a folder, or a module where one is enough.
 OWNERS = {
     "open_clip": {"prgkit.config.prompts", "prgkit.teacher"},
@@ -47,6 +52,7 @@ OWNERS = {
     "tensorrt_rtx": {"prgkit.export.formats", "prgkit.export.runtimes"},
     "onnxruntime": {"prgkit.cli.doctor", "prgkit.evaluate.bench", "prgkit.export.int8", "prgkit.export.runtimes"},
     "onnx": {"prgkit.export.formats", "prgkit.export.int8"},
+    "cv2": {"prgkit.evaluate.accuracy.opencv", "prgkit.evaluate.live"},
     "datasets": {"prgkit.data.hub"},
     "torchvision": {"prgkit.data.hub"},
     "sklearn": {"prgkit.demo.digits", "prgkit.teacher.refine"},
@@ -94,7 +100,7 @@ def folder_of(module: str) -> str:
 
 
 def layer_of(module: str) -> int:
-    folder = "prgkit.cli" if module == "prgkit.__main__" else folder_of(module)
+    folder = ALONE.get(module) or folder_of(module)
     return next((number for number, layer in enumerate(LAYERS) if folder in layer), 0)  # recipes/ imports nothing
 
 

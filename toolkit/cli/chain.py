@@ -116,6 +116,8 @@ def check_chain(steps: Sequence[click.Context]) -> None:
             choose_targets(choose_backend(step.params["backend"]).name, step.params["sm"])
         if step.info_name == "bench":
             check_bench(step)
+        if step.info_name == "predict" and not (step.params["images"] or step.params["watch"]):
+            raise click.UsageError("Missing argument 'IMAGE...'.", step)
 
 
 def check_bench(step: click.Context) -> None:

@@ -6,13 +6,13 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from prgkit.cli.state import Document, RecipeOptions, Session
-from prgkit.errors import BackendError, ImagesError, RunError
+from prgkit.errors import BackendError, RunError
 from prgkit.storage.atomic import readable_bytes, write_text
 
 if TYPE_CHECKING:
@@ -207,44 +207,6 @@ def write_gallery(session: Session, dataset: DistillationDataset, path: Path) ->
     names = [images.source.path(index) for index in images.indices.tolist()]
     save_gallery(path, Gallery(names, vectors, dataset.store.facts().fingerprint))
     session.terminal.say((str(path), "bold"), f": {len(names):,} images, {readable_bytes(path.stat().st_size)}")
-
-
-def name_images(
-    session: Session, bundle: Path, images: Sequence[Path], measured: Path, given: dict[str, Any]
-) -> Document:
-    """Say what is in each picture; one that cannot be read is told in its place, and fails the line at its end."""
-    from prgkit.evaluate.predict import predict
-
-    terminal, answers, failed = session.terminal, [], []
-    for image in predict(bundle, images, **given, bench=measured, note=terminal.note):
-        answers.append(image)
-        if "error" in image:
-            failed.append(ImagesError(**image["error"]))
-            if len(images) > 1 or image["image"] != str(images[0]):  # else it is the line's own failure
-                terminal.note(str(failed[-1]))
-            continue
-        scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in image["top"])
-        answer_text = image["class"] or ("none of the classes" if image["rejected"] else "abstains")
-        terminal.say(f"{image['image']}: ", (answer_text, "bold"), f"  ({scores})")
-    if failed:
-        what = f"{len(failed)} of {len(answers)} pictures cannot be read; the others are answered"
-        session.failure = failed[0] if len(answers) == 1 else ImagesError(what)
-    return answers
-
-
-def search_gallery(session: Session, bundle: Path, images: Sequence[Path], gallery: Path, top_k: int) -> Document:
-    """Say which images of a gallery each picture is most like."""
-    from prgkit.evaluate.search import search
-
-    answers = list(search(bundle, images, gallery, top_k=top_k, note=session.terminal.note))
-    for answer in answers:
-        if "error" in answer:
-            session.failure = ImagesError(**answer["error"])
-            session.terminal.note(str(session.failure))
-            continue
-        near = ", ".join(f"{name} {cosine:.3f}" for name, cosine in answer["nearest"])
-        session.terminal.say((answer["image"], "bold"), f": {near}")
-    return answers
 
 
 def list_recipes(session: Session, show: str | None, *, objectives: bool) -> Document:

@@ -22,16 +22,15 @@ from prgkit.cli.commands import (
     list_or_prune_stores,
     list_recipes,
     merge_reports,
-    name_images,
     needs_extra,
     print_doctor,
     print_estimate,
     relabel_bundle,
-    search_gallery,
     suggest_images,
     tell_bundle,
     write_gallery,
 )
+from prgkit.cli.naming import AskedPictures, name_pictures, predict_options, search_gallery
 from prgkit.cli.options import (
     PLACE,
     adapt_options,
@@ -109,10 +108,15 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     bundle = place or Path()
     from prgkit.export.formats.options import ExportOptions
 
-    kinds = ("fp16", "int8", "backend", "batch", "sm", "embedding", "float_input", "formats", "evaluation_images")
+    kinds = ("fp16", "int8", "backend", "batch", "sm", "embedding", "explain", "float_input", "evaluation_images")
     if given["embedding"]:
         given["open_vocabulary"] = given["open_vocabulary"] or "initializer"
-    options = ExportOptions(trt=trt, class_vectors=given["open_vocabulary"], **{key: given[key] for key in kinds})
+    options = ExportOptions(
+        trt=trt,
+        class_vectors=given["open_vocabulary"],
+        formats=given["formats"],
+        **{key: given[key] for key in kinds},
+    )
     if (bundle / "manifest.json").is_file():
         refuse_in_a_bundle(given, builds=trt)
         from prgkit.export.bundle.bundle import open_bundle
@@ -164,7 +168,7 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
     from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or folder)
-    out = given["out"] or (run.folder if run else bundle) / "bench" / system.machine_folder()
+    out = given["out"] or system.bench_folder(bundle, run)
     share = 0.05 if given["tolerance"] is None else given["tolerance"]
     gate = regression.open_gate(given["baseline"], share, out=out) if given["baseline"] else None
     report = measure(
@@ -186,34 +190,21 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
 
 
 @cli.command(short_help="Name what is in an image.")
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
-@click.option("--top-k", type=click.IntRange(min=1), default=3, show_default=True, help="How many answers.")
-@click.option("--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Abstain below this probability.")
-@click.option("--reject-unknown", is_flag=True, help="Abstain where an image seems to show none of the classes.")
-@click.option(
-    "--gallery", type=PLACE, metavar="FILE", help="Name no class: find the most alike images in this gallery."
-)
-@run_option
-@json_option
+@predict_options
 @click.pass_obj
-def predict(
-    session: Session, /, images: tuple[Path, ...], folder: Path | None, gallery: Path | None, **given: Any
-) -> Document:
+def predict(session: Session, /, images: tuple[str, ...], folder: Path | None, **given: Any) -> Document:
     """Name what is in each IMAGE, with calibrated probabilities; --min-confidence abstains where the best is too low.
 
     It says how often answers that sure were right on held-out images. --reject-unknown lets 95 % of such images pass.
 
-    A folder, a .zip or a .tar as IMAGE stands for all pictures in it. One that cannot be read is told in its place; the
-    others are answered, and the exit code is 1.
+    IMAGE is a picture, a folder, a .zip or .tar, a pattern in quotes, a video, a camera's number, an rtsp:// address,
+    or - for paths on stdin. A picture that cannot be read is told in its place; the others are answered, and the exit
+    code is 1.
     """
-    from prgkit.evaluate import system
-    from prgkit.storage.find import find_bundle
-
-    bundle, run = find_bundle(session.folder or folder)
-    if gallery is not None:
-        return search_gallery(session, bundle, images, gallery, given["top_k"])
-    measured = (run.folder if run else bundle) / "bench" / system.machine_folder()
-    return name_images(session, bundle, images, measured, given)
+    asked = AskedPictures(images, given.pop("watch"), given.pop("fps"))
+    if (gallery := given.pop("gallery")) is not None:
+        return search_gallery(session, asked, folder, gallery, given["top_k"])
+    return name_pictures(session, asked, folder, **given)
 
 
 @cli.command(short_help="Let the teacher see the images, and no more.")

@@ -242,6 +242,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             is_flag=True,
             help="Also an ONNX file that takes normalised floats, NCHW, for runtimes that prepare images themselves.",
         ),
+        click.option("--explain", is_flag=True, help="Also a file for heat maps: where each class was found."),
         click.option(
             "--evaluation-images",
             type=click.IntRange(min=1),
@@ -258,7 +259,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:
     """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
-    of_students = ("embedding", "float_input", "evaluation_images", "open_vocabulary", "formats")
+    of_students = ("embedding", "explain", "float_input", "evaluation_images", "open_vocabulary", "formats")
     if asked := [key for key in of_students if given[key]]:
         option = "--" + asked[0].removesuffix("s" if asked[0] == "formats" else "").replace("_", "-")
         raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,11 +124,163 @@ def test_what_shows_none_of_the_classes_is_rejected_where_that_is_asked_for(
 
 
 def test_predict_says_what_it_answers_as_it_goes(project_copy: Path) -> None:
-    from prgkit.evaluate.predict import predict
+    from prgkit.evaluate.predict import Model
 
-    answers = predict(Path("runs/tiny/bundle"), [Path("photos/00.png"), Path("photos")], top_k=1, min_confidence=0)
-    assert next(answers)["image"] == "photos/00.png"
-    answers.close()
+    with Model(Path("runs/tiny/bundle")) as model:
+        answers = model.stream([Path("photos/00.png"), Path("photos")])
+        assert next(answers).image == "photos/00.png"
+        answers.close()
+
+
+def test_answers_are_kept_and_gone_on_with(prgkit: PrgkitCommand, project_copy: Path) -> None:
+    printed = prgkit("predict photos --json").json["predict"]
+    Path("photos/cut.png").write_bytes(Path("photos/01.png").read_bytes()[:60])
+    result = prgkit("predict photos/00.png photos/0[1-4].png photos/cut.png --out new/a.jsonl")
+    assert (result.code, result.out) == (1, "new/a.jsonl: 6 pictures answered, 1 of them unreadable\n")
+    lines = Path("new/a.jsonl").read_bytes().splitlines(keepends=True)
+    assert [json.loads(line) for line in lines[:5]] == printed[:5]
+    assert json.loads(lines[5])["error"]["what"] == "photos/cut.png cannot be read: truncated"
+    Path("new/a.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:9])  # what a kill leaves
+    Path("photos/cut.png").unlink()
+    assert prgkit("predict photos --out new/a.jsonl").out == "new/a.jsonl: 21 pictures answered, 0 of them unreadable\n"
+    assert (
+        sorted(map(json.loads, Path("new/a.jsonl").read_text().splitlines()), key=lambda row: row["image"]) == printed
+    )
+    assert prgkit("predict photos/00.png photos/01.png --out a.csv --top-k 1").code == 0
+    header, first, _ = Path("a.csv").read_text().splitlines()
+    assert header == "image,class,probability,second_class,second_probability,abstained,rejected,error"
+    (name, probability), *_ = printed[0]["top"]
+    assert first == f"photos/00.png,{name},{probability},,,false,false,"
+    Path("a.csv").write_text("x,y\n")
+    refused = prgkit("predict photos --out a.csv")
+    assert refused.err == (
+        "Error: the file holds something else than answers\n  where: a.csv\n  fix: name another file, or delete this one\n"
+    )
+    assert prgkit("predict photos --out tiny.yaml").err.startswith(
+        "Error: answers go to a .csv, a .jsonl, or a folder of pictures\n  where: tiny.yaml\n"
+    )
+
+
+def test_answers_are_written_on_pictures(prgkit: PrgkitCommand, project_copy: Path) -> None:
+    assert prgkit("predict photos/00.png ../project/photos/01.png --out seen").code == 0
+    assert sorted(str(path) for path in Path("seen").rglob("*.jpg")) == [
+        "seen/photos/00.png.jpg", "seen/project/photos/01.png.jpg",
+    ]  # fmt: skip
+    before = Image.open("photos/00.png").convert("RGB")
+    page = Image.open("seen/photos/00.png.jpg")
+    assert page.width == before.width
+    assert page.height > before.height
+    assert np.asarray(page)[before.height + 2 :].max() > 150  # there is something bright on the bar
+    assert prgkit("predict photos/00.png --out seen").out == "seen: 0 pictures answered, 0 of them unreadable\n"
+
+
+def test_heat_maps_are_drawn_where_the_bundle_has_them(prgkit: PrgkitCommand, project_copy: Path) -> None:
+    refused = prgkit("predict photos/00.png --explain maps")
+    assert refused.err == (
+        "Error: the bundle holds no file that says where a class was found\n  where: runs/tiny/bundle\n"
+        "  fix: export again with heat maps: prgkit export --explain\n"
+    )
+    assert not Path("maps").exists()
+    exported = prgkit("export --explain")
+    assert "model.explain.onnx" in exported.out
+    result = prgkit("predict photos/00.png photos/01.png --explain maps --json")
+    assert result.code == 0
+    assert sorted(path.name for path in Path("maps/photos").iterdir()) == ["00.png.jpg", "01.png.jpg"]
+    readme = Path("runs/tiny/bundle/README.md").read_text()
+    assert "`model.explain.onnx` has a second output, `evidence` [batch, 3, h, w] float32" in readme
+    rows = prgkit("bench --seconds 0.1 --batches 1 --json").json["bench"]["rows"]
+    assert "onnx-explain" not in {row["artifact"] for row in rows}
+    (report,) = Path("runs/tiny/bench").rglob("report.html")
+    assert 'alt="where the student found its answer" src="data:image/jpeg;base64,' in report.read_text()
+    assert prgkit("export --explain --open-vocabulary").err.startswith(
+        "Error: there are no heat maps of a student that is scored by class vectors\n"
+    )
+
+
+def test_paths_on_stdin(prgkit: PrgkitCommand, project_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("photos/01.png\n\nphotos/00.png\n"))
+    assert [row["image"] for row in prgkit("predict - --json").json["predict"]] == ["photos/01.png", "photos/00.png"]
+    assert prgkit("predict").err.endswith("Error: Missing argument 'IMAGE...'.\n")
+
+
+def test_a_folder_is_watched_until_ctrl_c(project_copy: Path) -> None:
+    Path("drop").mkdir()
+    shutil.copy("photos/00.png", "drop/a.png")
+    command = [sys.executable, "-m", "prgkit", "predict", "--watch", "drop", "--out", "seen.jsonl"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert told("seen.jsonl", 1) == ["drop/a.png"]
+            Path("drop/notes.txt").write_text("x")
+            shutil.copy("photos/01.png", "drop/b.png")
+            assert told("seen.jsonl", 2) == ["drop/a.png", "drop/b.png"]
+        finally:
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "seen.jsonl: 2 pictures answered, 0 of them unreadable\n", "")
+
+
+def told(file: str, count: int) -> list[str]:
+    """Wait until so many answers are in a file, and return the names of their pictures."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        lines = Path(file).read_text().splitlines() if Path(file).exists() else []
+        if len(lines) >= count:
+            return [json.loads(line)["image"] for line in lines]
+        time.sleep(0.1)
+    raise AssertionError(f"{file} has no {count} answers")
+
+
+def test_the_frames_of_a_video(prgkit: PrgkitCommand, project_copy: Path) -> None:
+    cv2 = pytest.importorskip("cv2")
+    writer = cv2.VideoWriter("cam.avi", cv2.VideoWriter_fourcc(*"MJPG"), 10.0, (64, 64))
+    pictures = [np.asarray(Image.open(f"photos/{n:02}.png").convert("RGB").resize((64, 64))) for n in range(20)]
+    for picture in pictures:
+        writer.write(np.ascontiguousarray(picture[..., ::-1]))
+    writer.release()
+    answers = prgkit("predict cam.avi --json").json["predict"]
+    assert [row["image"] for row in answers] == [f"cam.avi/{place / 10:08.3f}s" for place in range(20)]
+    for place in (0, 7):
+        Image.fromarray(pictures[place]).save("frame.png")
+        (alone,) = prgkit("predict frame.png --json").json["predict"]
+        assert dict(answers[place]["top"]) == pytest.approx(dict(alone["top"]), abs=0.05)  # JPEG's loss, and no BGR
+    few = prgkit("predict cam.avi --fps 4 --json").json["predict"]
+    assert [row["image"] for row in few] == [f"cam.avi/{place / 10:08.3f}s" for place in (0, 3, 5, 8, 10, 13, 15, 18)]
+    Path("not.mp4").write_bytes(b"x")
+    assert "Error: video not.mp4 cannot be opened\n  fix: " in prgkit("predict not.mp4").err
+
+
+def test_a_camera_gives_its_newest_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a camera that gives a frame every 5 ms, to one who takes 50 ms for each."""
+    from prgkit.evaluate import live
+
+    class Camera:
+        count = 0
+
+        def __init__(self, number: int) -> None:
+            assert number == 0
+
+        def isOpened(self) -> bool:  # noqa: N802 - OpenCV's name
+            return True
+
+        def read(self) -> tuple[bool, Any]:
+            time.sleep(0.005)
+            Camera.count += 1
+            return Camera.count <= 60, np.full((2, 2, 3), Camera.count, np.uint8)
+
+        def release(self) -> None:
+            pass
+
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=Camera))
+    notes: list[str] = []
+    seen, late = [], []
+    for _, read in live.frames("0", None, notes.append):
+        seen.append(int(np.asarray(read())[0, 0, 0]))
+        late.append(Camera.count - seen[-1])
+        time.sleep(0.05)
+    assert seen == sorted(set(seen))
+    assert len(seen) < 30
+    assert late[0] <= late[-1] + 5  # it does not fall behind
+    assert notes == [f"0: {len(seen)} of 60 frames answered, the others skipped so that no answer is late"]
 
 
 def test_the_range_of_deep_greys_travels(prgkit: PrgkitCommand, project_copy: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: PrgkitCommand, 
     calls.clear()
     assert prgkit("export --sm 8.6,89 --batch 1,8,32").code == 0
     assert calls[0][1] == {"fp16": False, "int8": False, "trt": False, "backend": None, "batch": (1, 8, 32), "sm": ("SM86", "SM89"),
-                           "open_vocabulary": None, "embedding": False, "float_input": False, "evaluation_images": None, "packs": False, "formats": (),
+                           "open_vocabulary": None, "embedding": False, "explain": False, "float_input": False, "evaluation_images": None, "packs": False, "formats": (),
                            "folder": None, "as_json": False}  # fmt: skip
     calls.clear()
     assert prgkit("distill --images d --classes c export --trt").code == 0
@@ -58,8 +58,8 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: PrgkitCommand, 
     calls.clear()
     assert prgkit("predict ./export a.jpg --top-k 2 b.jpg").code == 0
     assert calls == [
-        ("predict", {"images": (Path("export"), Path("a.jpg"), Path("b.jpg")), "top_k": 2, "min_confidence": 0.0,
-                     "reject_unknown": False, "gallery": None,
+        ("predict", {"images": ("./export", "a.jpg", "b.jpg"), "top_k": 2, "min_confidence": 0.0,
+                     "reject_unknown": False, "gallery": None, "batch_size": 1, "explain": None, "out": None, "fps": None, "watch": None,
                      "folder": None, "as_json": False})
     ]  # fmt: skip
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from prgkit.errors import ExportError
-from prgkit.evaluate.predict import predict
+from prgkit.evaluate.predict import Model
 from prgkit.export.bundle.archive import left_out, pack
 from prgkit.export.bundle.bundle import open_bundle, read_evaluation
 from prgkit.export.bundle.checksums import PARTS, require_unchanged
@@ -159,8 +159,8 @@ def test_the_float_file_is_in_the_manifest_and_in_nobodys_way(bundle: Path) -> N
     manifest = read_json(bundle / "manifest.json")
     write_sealed(bundle / "manifest.json", {**manifest, "artifacts": [floats.to_json(), fp32.to_json()]})
     (bundle / floats.file).write_bytes(b"damaged")  # what is not run does not stop what is
-    (answer,) = predict(bundle, [bundle / "golden" / "00.png"], top_k=1, min_confidence=0)
-    assert answer["class"].startswith("thing ")
+    (answer,) = Model(bundle).predict(bundle / "golden" / "00.png")
+    assert answer.label.startswith("thing ")
     with pytest.raises(ExportError) as caught:
         open_bundle(bundle)
     assert caught.value.fix == "copy the bundle again, or make the file again: prgkit export --float-input"

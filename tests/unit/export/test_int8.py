@@ -19,7 +19,7 @@ from prgkit.config.recipe import load_recipe  # noqa: E402
 from prgkit.data.index import read_image_index  # noqa: E402
 from prgkit.data.preprocessing import Preprocessing  # noqa: E402
 from prgkit.errors import ExportError, TargetsError  # noqa: E402
-from prgkit.evaluate.predict import predict  # noqa: E402
+from prgkit.evaluate.predict import Model  # noqa: E402
 from prgkit.evaluate.report.formatting import lead_row, refused  # noqa: E402
 from prgkit.evaluate.report.schema import Int8Verdict, Latency, Row  # noqa: E402
 from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection  # noqa: E402
@@ -654,8 +654,8 @@ def test_predict_obeys_the_choice_of_this_machine(bundle, tmp_path):
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "a.png")
 
     def artifact():
-        answers = predict(bundle.folder, [tmp_path / "a.png"], top_k=1, min_confidence=0, bench=tmp_path / "bench")
-        return next(answers)["artifact"]
+        (answer,) = Model(bundle.folder, bench=tmp_path / "bench").predict(tmp_path / "a.png")
+        return answer.artifact
 
     assert artifact() == "onnx-fp32", "without a choice"
     write_selection(

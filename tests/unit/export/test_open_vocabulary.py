@@ -31,7 +31,7 @@ from prgkit.demo.digits import CLASSES, load_digits  # noqa: E402
 from prgkit.errors import BackendError, ExportError, ImagesError, RecipeError, RunError  # noqa: E402
 from prgkit.evaluate.bench.cases import plan  # noqa: E402
 from prgkit.evaluate.bench.worker import opener  # noqa: E402
-from prgkit.evaluate.predict import predict  # noqa: E402
+from prgkit.evaluate.predict import Model  # noqa: E402
 from prgkit.evaluate.search import Gallery, save_gallery, search  # noqa: E402
 from prgkit.export import relabel as relabelling  # noqa: E402
 from prgkit.export.bundle.archive import pack  # noqa: E402
@@ -250,7 +250,7 @@ def test_how_faithful_int8_was_with_the_old_classes_is_not_said_of_the_new(run: 
     assert told.not_kept == ()
     assert told.confidence is None
     notes: list[str] = []
-    assert list(predict(run.bundle, [next(Path("photos").iterdir())], top_k=1, min_confidence=0, note=notes.append))
+    assert Model(run.bundle, note=notes.append).predict(next(Path("photos").iterdir()))
     assert notes == [
         "confidences are not calibrated: prgkit relabel gave other classes, and nothing was measured with those"
     ]
@@ -309,8 +309,8 @@ def test_there_may_be_more_or_fewer_classes(run: Run, count: int) -> None:
     np.testing.assert_allclose(logits_of(run.bundle), evaluation.logits, atol=1e-4)
     lost = "the evaluation images have no labels any more: 4 of their classes are not among the new ones"
     assert (lost in progress.told) == (evaluation.labels is None) == (not manifest.evaluation.labelled) == (count == 2)
-    (answer,) = predict(run.bundle, [run.bundle / "golden/00.png"], top_k=count, min_confidence=0)
-    assert {name for name, _ in answer["top"]} == set(names)
+    (answer,) = Model(run.bundle).predict(run.bundle / "golden/00.png", top_k=count)
+    assert {name for name, _ in answer.top} == set(names)
     packed = pack(run.bundle)
     assert packed.exists()
 
@@ -410,8 +410,8 @@ def test_class_vectors_as_an_input_give_the_same_answers(run: Run) -> None:
     python = str(BASE) if BASE.exists() else sys.executable
     command = [python, "-c", code.group(1), "golden/00.png"]
     printed = subprocess.run(command, cwd=run.bundle, capture_output=True, text=True, check=True)
-    (answer,) = predict(run.bundle, [run.bundle / "golden/00.png"], top_k=1, min_confidence=0)
-    assert printed.stdout.strip() == answer["class"]
+    (answer,) = Model(run.bundle).predict(run.bundle / "golden/00.png")
+    assert printed.stdout.strip() == answer.label
     np.save(run.bundle / "class_vectors.npy", np.load(run.bundle / "class_vectors.npy")[:2])
     with pytest.raises(ExportError, match=r"class_vectors\.npy is damaged"):
         open_bundle(run.bundle)

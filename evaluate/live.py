@@ -1,0 +1,164 @@
+"""Pictures that come over time: the frames of a video or a camera, files dropped into a folder, paths on stdin."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from prgkit.data.decode import image_suffixes, suffix_of
+from prgkit.errors import BackendError, ImagesError
+
+VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"})
+ADDRESS = re.compile(r"(rtsps?|https?|udp|tcp)://")
+POLL_SECONDS = 0.5  # between two looks into a watched folder
+SETTLED_SECONDS = 3.0  # a file that was last written so long ago is whole
+Reader: TypeAlias = Callable[[], Image.Image]
+
+
+def is_video(given: str) -> bool:
+    """Tell whether this names a video: a file by its suffix, an address, or a camera by its number."""
+    return suffix_of(given) in VIDEO_SUFFIXES or is_live(given)
+
+
+def is_live(given: str) -> bool:
+    """Tell whether frames come whether or not they are taken: from a camera's number, or from an address."""
+    return bool(ADDRESS.match(given)) or (given.isdecimal() and not os.path.lexists(given))
+
+
+def frames(source: str, fps: float | None, note: Callable[[str], None]) -> Iterator[tuple[str, Reader]]:
+    """Yield the frames of a video, at most ``fps`` a second, each with its time as ``source/0012.345s``.
+
+    Of a camera or a stream always the newest is yielded: what comes while one is looked at is skipped, and counted.
+
+    Raises:
+        BackendError: OpenCV is not installed.
+        ImagesError: the video cannot be opened.
+    """
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said below
+    try:
+        cv2: Any = importlib.import_module("cv2")
+    except ImportError as error:
+        raise BackendError("a video needs OpenCV", fix="pip install 'prgkit[video]'") from error
+    capture = cv2.VideoCapture(int(source) if source.isdecimal() else source)
+    try:
+        if not capture.isOpened():
+            kind = "camera" if source.isdecimal() else "video"
+            raise ImagesError(
+                f"{kind} {source} cannot be opened", fix="play it with ffplay or VLC to see what is wrong"
+            )
+        yield from (newest_frames if is_live(source) else recorded_frames)(cv2, capture, source, fps, note)
+    finally:
+        capture.release()
+
+
+def recorded_frames(
+    cv2: Any, capture: Any, source: str, fps: float | None, note: Callable[[str], None]
+) -> Iterator[tuple[str, Reader]]:
+    """Yield the frames of a file; those between two that are wanted are not even decoded."""
+    rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
+    step, due = max(1.0, rate / fps) if fps else 1.0, 0.0
+    place = -1
+    while capture.grab():
+        place += 1
+        if place < due - 1e-9:
+            continue
+        due += step
+        readable, frame = capture.retrieve()
+        if readable:
+            yield frame_name(source, place / rate), reader_of(frame)
+    if place < 0:
+        raise ImagesError(
+            f"{source} has no frame that can be read", fix="convert it: ffmpeg -i IN -c:v libx264 OUT.mp4"
+        )
+
+
+def newest_frames(
+    cv2: Any, capture: Any, source: str, fps: float | None, note: Callable[[str], None]
+) -> Iterator[tuple[str, Reader]]:
+    """Yield the newest frame of a camera or a stream, until it ends; a thread takes them all, so that none is old."""
+    start, taken, yielded = time.monotonic(), 0, 0
+    newest: list[tuple[float, Any]] = []
+    arrived, ended = threading.Condition(), threading.Event()
+
+    def take() -> None:
+        nonlocal taken
+        while not ended.is_set():
+            readable, frame = capture.read()
+            with arrived:
+                if readable:
+                    taken += 1
+                    newest[:] = [(time.monotonic() - start, frame)]
+                else:
+                    ended.set()
+                arrived.notify()
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    try:
+        due = 0.0
+        while True:
+            with arrived:
+                arrived.wait_for(lambda: newest or ended.is_set())
+                if not newest:
+                    break
+                seconds, frame = newest.pop()
+            if seconds >= due:
+                due = max(due + 1 / fps, seconds) if fps else 0.0
+                yielded += 1
+                yield frame_name(source, seconds), reader_of(frame)
+    finally:
+        ended.set()
+        thread.join(5)
+        note(f"{source}: {yielded} of {taken} frames answered, the others skipped so that no answer is late")
+
+
+def frame_name(source: str, seconds: float) -> str:
+    """Return what a frame is called: by its video, and its time in it."""
+    return f"{source}/{seconds:08.3f}s"
+
+
+def reader_of(frame: Any) -> Reader:
+    """Return what turns a frame of OpenCV's, BGR, into a picture."""
+    return lambda: Image.fromarray(np.ascontiguousarray(frame[..., ::-1]))
+
+
+def watched(folder: Path) -> Iterator[str]:
+    """Yield the paths of the pictures in a folder, then of those put there, once they stop growing; without end.
+
+    Raises:
+        ImagesError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ImagesError("there is no such folder to watch", where=folder, fix=f"mkdir -p {folder}")
+    yielded: set[str] = set()
+    sizes: dict[str, int] = {}
+    while True:
+        for name in sorted(os.listdir(folder)):
+            if name in yielded or name.startswith(".") or suffix_of(name) not in image_suffixes():
+                continue
+            try:
+                facts = (folder / name).stat()
+            except OSError:  # it is gone again
+                continue
+            if sizes.get(name) == facts.st_size or time.time() - facts.st_mtime > SETTLED_SECONDS:
+                yielded.add(name)
+                yield str(folder / name)
+            sizes[name] = facts.st_size
+        time.sleep(POLL_SECONDS)
+
+
+def paths_on_stdin() -> Iterator[str]:
+    """Yield the paths that stand on stdin, one a line."""
+    for line in sys.stdin:
+        if text := line.rstrip("\r\n"):
+            yield text

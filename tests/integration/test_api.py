@@ -1,0 +1,103 @@
+"""prgkit from Python, as a user calls it; what the functions do is the commands' own tests' business."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import prgkit
+from prgkit.errors import ImagesError, StudentError
+from tests.conftest import PrgkitCommand
+
+DOCS = Path(__file__).parents[2] / "docs" / "python.md"
+
+
+def test_the_page_runs_as_it_is_written(project_copy: Path) -> None:
+    """In a script without a main guard, whose workers must not run it again; a tiny student in the place of a real one."""
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    code = code.replace('"demo"', '"tiny.yaml"').replace("repvit_m0_9", "test_efficientnet")
+    shutil.rmtree("runs")
+    Path("script.py").write_text(code)
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    bench, answer = done.stdout.splitlines()
+    artifact, p50, top1 = bench.split()
+    assert (artifact, top1) == ("onnx-fp32", "None")
+    assert 0 < float(p50) < 1000
+    assert answer.split()[0] in ("one", "two", "three")
+
+
+def test_distill_means_the_command_lines_run(request: pytest.FixtureRequest, project_copy: Path) -> None:
+    command: PrgkitCommand = request.getfixturevalue("prgkit")
+    updates: list[prgkit.Update] = []
+    run = prgkit.distill("tiny.yaml", run="runs/tiny", progress=updates.append)  # it is finished
+    assert (run.folder, run.card.finished, updates) == (Path("runs/tiny"), True, [])
+    settings = {"teacher": {"model": "demo:digits", "batch_size": 8}, "data.prompts": ["a {}"], "data.held_out": 0.2}
+    settings |= {"student.image_size": 32, "student.initial": "random", "training.batch_size": 8, "views.count": 1}
+    run = prgkit.distill(
+        images="photos", classes=("one", "two", "three"), student="test_efficientnet", epochs=1, settings=settings,
+        run="runs/mine", progress=updates.append,
+    )  # fmt: skip
+    assert run.recipe.data.classes == ("one", "two", "three")
+    assert (updates[-1].stage, updates[-1].done, updates[-1].unit) == ("student", updates[-1].total, "img")
+    assert updates[-1].facts.startswith("epoch 1/1  loss ")
+    assert command("distill runs/mine/recipe.yaml --run runs/mine").err == "runs/mine is finished already\n"
+    rows = prgkit.label("tiny.yaml")
+    assert [row.path for row in rows] == [f"photos/{number:02}.png" for number in range(24)]
+
+
+def test_what_cannot_be_is_refused_in_words(project_copy: Path) -> None:
+    with pytest.raises(TypeError, match="give a recipe, or both images and classes"):
+        prgkit.distill(images="photos")
+    with pytest.raises(StudentError, match="timm has no model 'repvit_m0_99'"):
+        prgkit.distill("tiny.yaml", student="repvit_m0_99", run="runs/other")
+    with pytest.raises(prgkit.PrgkitError, match="there is no such run folder"):
+        prgkit.load("nowhere")
+    with pytest.raises(AttributeError, match="has no attribute 'distil'"):
+        prgkit.distil  # noqa: B018
+
+
+def test_a_model_names_whatever_a_picture_comes_as(project_copy: Path) -> None:
+    path = Path("photos/00.png")
+    picture = Image.open(path)
+    pixels = np.asarray(picture.convert("RGB"))
+    with prgkit.load("runs/tiny") as model:
+        (answer,) = model.predict("photos/00.png")
+        assert answer.label == answer.top[0][0]
+        assert answer.probability == answer.top[0][1] == pytest.approx(max(dict(answer.top).values()))
+        assert model.classes == ("one", "two", "three")
+        named = {"label": answer.label, "top": answer.top}
+        for given in (path, picture, pixels, [path], pixels[None], (one for one in [pixels])):
+            (other,) = model.predict(given)
+            assert {"label": other.label, "top": other.top} == named
+        assert [one.image for one in model.predict([picture, pixels, "photos/0[12].png"])] == [
+            "photos/00.png", "1", "photos/01.png", "photos/02.png",
+        ]  # fmt: skip
+        alone, together = model.predict("photos"), model.predict("photos", batch_size=7)
+        assert [one.image for one in together] == [f"photos/{number:02}.png" for number in range(24)]
+        for one, other in zip(alone, together, strict=True):
+            assert dict(one.top) == pytest.approx(dict(other.top), abs=1e-5)
+        Path("cut.png").write_bytes(path.read_bytes()[:60])
+        bad, wrong, good = model.predict(["cut.png", pixels.astype(np.float32), pixels], batch_size=3)
+        assert isinstance(bad.error, ImagesError)
+        assert str(wrong.error) == (
+            "array 1 is no picture: float32 [8, 8, 3]\n  fix: give uint8 [height, width, 3], RGB from 0 to 255"
+        )
+        assert (good.label, bad.label, good.error) == (answer.label, None, None)
+        assert model.predict(path, min_confidence=1.0)[0].label is None
+        assert model.predict([]) == []
+
+
+def test_importing_it_imports_nothing_heavy() -> None:
+    code = "import json, sys; import prgkit; prgkit.__version__; dir(prgkit); print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
+    assert loaded & {"torch", "numpy", "PIL", "onnxruntime", "pydantic", "click", "rich", "yaml"} == set()

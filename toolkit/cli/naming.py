@@ -1,0 +1,152 @@
+"""`predict`: which pictures are asked about, and what becomes of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prgkit.cli.options import FOLDER, PLACE, json_option, run_option, with_options
+from prgkit.cli.state import Document, Session
+from prgkit.errors import ImagesError
+
+
+def predict_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what predict takes: pictures, how sure an answer has to be, and where answers go."""
+    options: list[Callable[..., Any]] = [
+        click.argument("images", nargs=-1, metavar="IMAGE..."),
+        click.option("--top-k", type=click.IntRange(min=1), default=3, show_default=True, help="How many answers."),
+        click.option(
+            "--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Abstain below this probability."
+        ),
+        click.option(
+            "--reject-unknown", is_flag=True, help="Abstain where an image seems to show none of the classes."
+        ),
+        click.option(
+            "--gallery", type=PLACE, metavar="FILE", help="Name no class: find the most alike images in this gallery."
+        ),
+        click.option(
+            "--batch",
+            "batch_size",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="How many pictures the network is given at a time.",
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path),
+            metavar="PLACE",
+            help="Keep the answers in a .csv, a .jsonl, or a folder of pictures with their answers on them; what has "
+            "one there is not asked again.",
+        ),
+        click.option(
+            "--fps",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="N",
+            help="At most N frames a second of a video.",
+        ),
+        click.option(
+            "--explain",
+            type=FOLDER,
+            metavar="FOLDER",
+            help="Also draw there what spoke for each answer; the bundle needs export --explain.",
+        ),
+        click.option("--watch", type=FOLDER, metavar="FOLDER", help="Also name what is put there, until Ctrl-C."),
+        run_option,
+        json_option,
+    ]
+    return with_options(command, options)
+
+
+@dataclass(frozen=True)
+class AskedPictures:
+    """Which pictures `predict` is to name."""
+
+    images: tuple[str, ...]
+    watch: Path | None  # a folder that more are put into
+    fps: float | None  # the most frames a second of a video
+
+    @property
+    def endless(self) -> bool:
+        """Whether they come over time, so that each is answered at once, and Ctrl-C is how they end."""
+        from prgkit.evaluate.live import is_live
+
+        return self.watch is not None or "-" in self.images or any(map(is_live, self.images))
+
+    def paths(self) -> Iterator[str]:
+        """Yield what was named, and then what comes."""
+        from prgkit.evaluate.live import watched
+
+        yield from self.images
+        if self.watch is not None:
+            yield from watched(self.watch)
+
+
+def name_pictures(
+    session: Session, asked: AskedPictures, place: Path | None, *, out: Path | None, explain: Path | None, **how: Any
+) -> Document:
+    """Name what is in pictures: print it, or keep it in ``out``; draw in ``explain`` what spoke for it."""
+    from prgkit.evaluate import system
+    from prgkit.evaluate.answers import in_words, open_answers, place_below, save_picture
+    from prgkit.evaluate.pictures import open_pictures
+    from prgkit.evaluate.predict import Model
+    from prgkit.storage.find import find_bundle
+
+    bundle, run = find_bundle(session.folder or place)
+    terminal, told, failed = session.terminal, [], []
+    kept = None if out is None else open_answers(out)
+    with Model(bundle, bench=system.bench_folder(bundle, run), note=terminal.note) as model:
+        if explain is not None:
+            model.require_heat_maps()
+        grey = model.bundle.preprocessing.grey_range
+        pictures = open_pictures(asked.paths(), grey, terminal.note, fps=asked.fps, skip=kept or ())
+        if asked.endless:  # none waits for the next ones
+            pictures = (picture._replace(live=True) for picture in pictures)
+        elif kept is not None:
+            listed = list(pictures)
+            terminal.start("pictures", len(listed), "img")
+            pictures = iter(listed)
+        with suppress(KeyboardInterrupt) if asked.endless else nullcontext():
+            for answer in model.stream(pictures, **how):
+                told.append(answer.to_json())
+                if kept is not None:
+                    kept.add(answer)
+                    terminal.advance(1)
+                if answer.error is not None:
+                    failed.append(answer.error)
+                    if asked.images != (answer.image,):  # else it is the line's own failure
+                        terminal.note(str(answer.error))
+                elif kept is None:
+                    scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in answer.top)
+                    terminal.say(f"{answer.image}: ", (in_words(answer), "bold"), f"  ({scores})")
+                if explain is not None and answer.read is not None:
+                    page = model.heat_map(answer.read(), answer.top[0][0])
+                    save_picture(page, place_below(explain, answer.image))
+    if out is not None:
+        terminal.say((str(out), "bold"), f": {len(told):,} pictures answered, {len(failed):,} of them unreadable")
+    if failed:
+        what = f"{len(failed)} of {len(told)} pictures cannot be read; the others are answered"
+        session.failure = failed[0] if len(told) == 1 else ImagesError(what)
+    return told
+
+
+def search_gallery(session: Session, asked: AskedPictures, place: Path | None, gallery: Path, top_k: int) -> Document:
+    """Say which images of a gallery each picture is most like."""
+    from prgkit.evaluate.search import search
+    from prgkit.storage.find import find_bundle
+
+    bundle, _ = find_bundle(session.folder or place)
+    answers = list(search(bundle, asked.paths(), gallery, top_k=top_k, note=session.terminal.note))
+    for answer in answers:
+        if "error" in answer:
+            session.failure = ImagesError(**answer["error"])
+            session.terminal.note(str(session.failure))
+            continue
+        near = ", ".join(f"{name} {cosine:.3f}" for name, cosine in answer["nearest"])
+        session.terminal.say((answer["image"], "bold"), f": {near}")
+    return answers
