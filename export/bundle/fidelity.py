@@ -4,16 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prgkit.export.bundle.manifest import Fidelity, NotBuilt, NotKept, TooFewImages
-from prgkit.metrics import wilson
+import numpy as np
+
+from prgkit.export.bundle.manifest import NonInferiority, NotBuilt, NotKept, PairedShares
+from prgkit.metrics import Z_ONE_SIDED, Labels, Logits, agreement, divergences, paired_bound
 
 NAMED = 4  # blocks at the most in a sentence; the manifest has them all
 WANTED_IMAGES = 2000  # with fewer, the lower bound lies far below the share itself
 
 
-def fidelity(same: int, images: int) -> Fidelity:
-    """Return how often a file gives FP32's answer: on ``same`` of ``images``, with the 95 % interval of that share."""
-    return Fidelity(images=images, agreement=100 * same / images, interval=wilson(same, images))
+def compare_with_fp32(
+    fp32: Logits, file: Logits, teacher: Logits, labels: Labels | None = None
+) -> NonInferiority:
+    """Compare a file's logits with those of the FP32 file, by the teacher's; each is [n, classes], of the same images.
+
+    ``labels`` [n] are class numbers, -1 where none is known. Whether the file may be kept says `NonInferiority.holds`.
+    """
+    answer = teacher.argmax(axis=1)
+    known = np.empty(0, bool) if labels is None else labels >= 0
+    before, after = divergences(teacher, fp32), divergences(teacher, file)
+    increase = after - before
+    return NonInferiority(
+        images=len(fp32),
+        agreement_fp32=agreement(file, fp32),
+        teacher=paired_shares(fp32, file, answer),
+        labels=paired_shares(fp32[known], file[known], labels[known]) if labels is not None and known.any() else None,
+        kl_fp32=float(before.mean()),
+        kl=float(after.mean()),
+        kl_bound=float(increase.mean() + Z_ONE_SIDED * increase.std(ddof=1) / len(increase) ** 0.5),
+    )
+
+
+def paired_shares(fp32: Logits, file: Logits, right: Labels) -> PairedShares:
+    """Return on how many images [n] two files' answers are the ``right`` ones, and how far the shares may be apart."""
+    ours, theirs = file.argmax(axis=1) == right, fp32.argmax(axis=1) == right
+    won, lost, count = int((ours & ~theirs).sum()), int((theirs & ~ours).sum()), len(right)
+    return PairedShares(
+        images=count,
+        fp32=100 * float(theirs.mean()),
+        file=100 * float(ours.mean()),
+        bounds=(paired_bound(won, lost, count), -paired_bound(lost, won, count)),
+    )
 
 
 def too_few(images: int, floor: float) -> TooFewImages | None:

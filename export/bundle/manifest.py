@@ -21,6 +21,7 @@ ONNX = "onnx"  # the format of a file that ONNX Runtime runs
 QDQ = "onnx-tensorrt"  # of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
 NCHW = "onnx-nchw"  # of an ONNX file for other runtimes: normalised floats in, never run or measured by us
 ENGINE = "engine"  # of a TensorRT engine
+KL_SHARE = 0.1  # of FP32's divergence from the teacher, by which another file's may be larger
 MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
 VECTORS = f"{MATRIX}.npy"  # [C, D] float32
 
@@ -57,16 +58,43 @@ class Parity(Facts):
     kl: float  # mean KL(reference || other) of the softmax, in nats
 
 
-class Fidelity(Facts):
-    """How often a file gives the FP32 file's answer."""
+class PairedShares(Facts):
+    """On how many of the same images the FP32 file and another are right."""
 
     images: int
-    agreement: float  # percent
-    interval: tuple[float, float]  # its 95 % interval
+    fp32: float  # percent
+    file: float  # percent
+    bounds: tuple[float, float]  # of file - fp32 in percent points, each one-sided at 95 %
 
-    def holds(self, floor: float) -> bool:
-        """Tell whether the agreement is surely ``floor`` percent or more: the lower bound of its interval counts."""
-        return self.interval[0] >= floor
+
+class NonInferiority(Facts):
+    """Whether a file is as good as the FP32 file: both are judged by the teacher, and by the truth where it is known."""
+
+    images: int
+    agreement_fp32: float  # percent of images with FP32's answer: a figure, by which nothing is judged
+    teacher: PairedShares  # right is the teacher's answer
+    labels: PairedShares | None = None  # right is the label, or what a person ticked, on the images that have one
+    kl_fp32: float  # mean KL(teacher || FP32) in nats
+    kl: float  # mean KL(teacher || file)
+    kl_bound: float  # the upper 95 % bound, one-sided, of how much larger it is than FP32's
+
+    def holds(self, margin: float) -> bool:
+        """Tell whether the file is surely less than ``margin`` percent points worse than the FP32 file.
+
+        Labels of some of the images are too few to show that: they refuse what is surely worse by them.
+        """
+        return all(self.conditions(margin).values())
+
+    def conditions(self, margin: float) -> dict[Literal["teacher", "labels", "kl"], bool]:
+        """Return by what the file is judged, and whether it holds there."""
+        found: dict[Literal["teacher", "labels", "kl"], bool] = {
+            "teacher": self.teacher.bounds[0] >= -margin,
+            "kl": self.kl_bound <= KL_SHARE * self.kl_fp32,
+        }
+        if self.labels is not None:
+            bounds = self.labels.bounds
+            found["labels"] = bounds[0] >= -margin if self.labels.images == self.images else bounds[1] >= 0
+        return found
 
 
 class BlockSensitivity(Facts):
