@@ -1,4 +1,4 @@
-"""Whether INT8 is kept on this machine: it must hold the fidelity floor here, and be faster than FP32 and FP16 here."""
+"""Whether INT8 is kept on this machine: it must be as good as FP32 here, and faster than FP32 and FP16 here."""
 
 from __future__ import annotations
 
@@ -11,30 +11,26 @@ from pydantic import Field
 
 from prgkit.evaluate.report.schema import Int8Verdict, Interval, Model, Row, measured_latency
 from prgkit.export.bundle.bundle import Bundle, fp32_onnx
-from prgkit.export.bundle.fidelity import fidelity, int8_sentence
+from prgkit.export.bundle.fidelity import comparison_sentence, int8_sentence
 from prgkit.export.bundle.manifest import Artifact
 from prgkit.storage.atomic import write_sealed
 from prgkit.storage.documents import read_document
 
 FILE = "selection.json"  # beside the report
-SCHEMA: Literal["prgkit.selection/1"] = "prgkit.selection/1"
+SCHEMA: Literal["prgkit.selection/2"] = "prgkit.selection/2"
 
 
 class Selection(Model):
     """selection.json: the file that `predict` runs on this machine, and why."""
 
-    schema_version: Literal["prgkit.selection/1"] = Field(SCHEMA, alias="schema")
+    schema_version: Literal["prgkit.selection/2"] = Field(SCHEMA, alias="schema")
     artifact: str
     sha256: str
     int8: list[Int8Verdict] = Field(description="The verdict on each INT8 file, the best first.")
 
 
-def judge_int8(bundle: Bundle, rows: Sequence[Row], *, images: int) -> list[Int8Verdict]:
-    """Judge every INT8 file that ONNX Runtime ran on this machine's CPU; the first one returned is to be used.
-
-    ``rows`` are the report's, with agreement on ``images`` images. Of several that are kept the fastest is first; where
-    none is kept, the bundle's first.
-    """
+def judge_int8(bundle: Bundle, rows: Sequence[Row]) -> list[Int8Verdict]:
+    """Judge every INT8 file that ONNX Runtime ran on this machine's CPU, by the report's ``rows``."""
     on_cpu = [row for row in rows if row.backend == "onnxruntime" and row.device == "cpu"]
     ran = {row.artifact: row for row in on_cpu if row.status == "measured"}
     floats = [row for row in ran.values() if row.precision in ("fp32", "fp16")]
@@ -42,23 +38,18 @@ def judge_int8(bundle: Bundle, rows: Sequence[Row], *, images: int) -> list[Int8
         return []
     against = min(floats, key=lambda row: measured_latency(row).p50_ms)
     files = [one for one in bundle.artifacts if (one.format, one.precision) == ("onnx", "int8")]
-    verdicts = [
-        judge(ran[one.name], against, floor=bundle.manifest.fidelity_floor(one), images=images)
-        for one in files
-        if one.name in ran
-    ]
-    return sorted(verdicts, key=lambda one: (not one.kept, one.kept and one.ratio))
+    return [judge(ran[one.name], against, margin=bundle.manifest.margin(one)) for one in files if one.name in ran]
 
 
-def judge(row: Row, against: Row, *, floor: float, images: int) -> Int8Verdict:
+def judge(row: Row, against: Row, *, margin: float) -> Int8Verdict:
     """Return whether one INT8 file is kept, and why.
 
-    The fidelity counts by the lower bound of its 95 % interval. The latency counts by the ratio to that of ``against``,
-    the faster of FP32 and FP16: its whole 95 % interval must lie below 1.
+    It must be as good as FP32 (`NonInferiority.holds`). The latency counts by the ratio to that of ``against``, the
+    faster of FP32 and FP16: its whole 95 % interval must lie below 1.
     """
+    assert row.comparison is not None
     ratio, interval = round_ratio(measured_latency(row).round_p50_ms, measured_latency(against).round_p50_ms)
-    agreement = fidelity(round((row.agreement_fp32 or 0) * images / 100), images)
-    faithful, faster = agreement.holds(floor), interval[1] < 1
+    faithful, faster = row.comparison.holds(margin), interval[1] < 1
     return Int8Verdict(
         artifact=row.artifact,
         backend=row.backend,
@@ -66,10 +57,8 @@ def judge(row: Row, against: Row, *, floor: float, images: int) -> Int8Verdict:
         kept=faithful and faster,
         faithful=faithful,
         faster=faster,
-        images=images,
-        agreement=agreement.agreement,
-        agreement_interval=agreement.interval,
-        floor=floor,
+        comparison=row.comparison,
+        margin=margin,
         against=against.artifact,
         ratio=ratio,
         ratio_interval=interval,
@@ -94,22 +83,15 @@ def round_ratio(
 def int8_notes(bundle: Bundle, verdicts: Sequence[Int8Verdict]) -> list[str]:
     """Say of every INT8 file whether it is kept, and why not; what was not kept at export says so again."""
     notes = [f"{facts.name}: {int8_sentence(facts)}." for facts in bundle.manifest.not_kept]
-    notes += [in_words(verdict) for verdict in verdicts]
-    if sum(verdict.kept for verdict in verdicts) > 1:
-        notes.append(f"predict runs {verdicts[0].artifact}, the fastest of these.")
-    return notes
+    return notes + [in_words(verdict) for verdict in verdicts]
 
 
 def in_words(verdict: Int8Verdict) -> str:
     """Say of one INT8 file whether it is kept, with the figures."""
-    share = (
-        f"the same answer as FP32 on {verdict.agreement:.2f} % of {verdict.images:,} images, lower 95 % bound "
-        f"{verdict.agreement_interval[0]:.2f} %, floor {verdict.floor:g} %"
-    )
     low, high = verdict.ratio_interval
     latency = f"{verdict.ratio:.2f} times the latency of {verdict.against} ({low:.2f}–{high:.2f})"
     kept = "is kept on this machine" if verdict.kept else "is not kept on this machine"
-    return f"{verdict.artifact} {kept}: {share}; {latency}."
+    return f"{verdict.artifact} {kept}: {latency}; {comparison_sentence(verdict.comparison, verdict.margin)}."
 
 
 def write_selection(folder: Path, bundle: Bundle, verdicts: Sequence[Int8Verdict]) -> None:
