@@ -39,6 +39,8 @@ def int8_sentence(facts: NotKept) -> str:
     share = f"the same answer as FP32 on {facts.fidelity.agreement:.2f} % of {images:,} held-out images, lower 95 % "
     share += f"bound {facts.fidelity.interval[0]:.2f} %; {floor}"
     wide = "" if images >= WANTED_IMAGES else f"; {WANTED_IMAGES:,} images would make the bound narrower"
+    if not facts.blocks:  # a runtime's own quantiser, whose files are of one piece
+        return f"{'all in INT8' if facts.kept else 'INT8 is not kept: with all in it,'}{':' * facts.kept} {share}{wide}"
     count = facts.blocks - len(facts.float_blocks)
     if not facts.kept:
         return f"INT8 is not kept: with only {count} of {facts.blocks} blocks in it, {share}{wide}"

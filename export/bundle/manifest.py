@@ -21,8 +21,11 @@ ONNX = "onnx"  # the format of a file that ONNX Runtime runs
 QDQ = "onnx-tensorrt"  # of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
 NCHW = "onnx-nchw"  # of an ONNX file for other runtimes: normalised floats in, never run or measured by us
 ENGINE = "engine"  # of a TensorRT engine
+LITERT = "litert"  # of a .tflite file
+EXECUTORCH = "executorch"  # of a .pte file
 MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
 VECTORS = f"{MATRIX}.npy"  # [C, D] float32
+Layout = Literal["onnxruntime", "tensorrt", "litert", "executorch"]  # whose INT8 a file is
 
 
 class Facts(BaseModel):
@@ -88,7 +91,7 @@ class Quantization(Facts):
     """How an INT8 file was made, and what its fidelity is; after a relabel only what does not depend on the classes."""
 
     name: str = ""
-    layout: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    layout: Layout = "onnxruntime"
     calibration_images: int = 0
     kept: bool = True
     clip_quantile: float | None = None  # the share of the images clipped on either side of a tensor's range
@@ -105,7 +108,7 @@ class TooFewImages(Facts):
     """An INT8 file that was not made: with every answer the same its fidelity would still not be sure."""
 
     name: str = ""
-    layout: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    layout: Layout = "onnxruntime"
     calibration_images: int = 0
     kept: Literal[False] = False
     floor: float  # percent

@@ -28,6 +28,7 @@ from prgkit.cli.commands import (
     tell_bundle,
 )
 from prgkit.cli.options import (
+    FORMATS,
     adapt_options,
     bench_options,
     choose_recipe,
@@ -103,7 +104,8 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     from prgkit.export.formats.options import ExportOptions
 
     kinds = {key: given[key] for key in ("fp16", "int8", "backend", "batch", "sm", "float_input", "evaluation_images")}
-    options = ExportOptions(trt=trt, class_vectors=given["open_vocabulary"], formats=given["formats"], **kinds)
+    formats = (*given["formats"], *(name for name in FORMATS if given[name]))
+    options = ExportOptions(trt=trt, class_vectors=given["open_vocabulary"], formats=formats, **kinds)
     if (bundle / "manifest.json").is_file():
         refuse_in_a_bundle(given, builds=trt)
         from prgkit.export.bundle.bundle import open_bundle
@@ -181,6 +183,7 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
 @click.option("--top-k", type=click.IntRange(min=1), default=3, show_default=True, help="How many answers.")
 @click.option("--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Abstain below this probability.")
 @click.option("--reject-unknown", is_flag=True, help="Abstain where an image seems to show none of the classes.")
+@click.option("--runtime", metavar="NAME", help="Answer with this runtime, e.g. litert.  [default: what bench chose]")
 @run_option
 @json_option
 @click.pass_obj
