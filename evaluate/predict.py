@@ -43,7 +43,7 @@ def predict(
     that cannot be read has an ``error`` in place of an answer: what, where, fix.
 
     ``bench`` is where this machine's measurements of the bundle are: the artifact that its selection.json names
-    is run, the FP32 file otherwise. A ``runtime`` that is named runs that artifact, or else the bundle's first that it can.
+    is run, the FP32 file otherwise. A ``runtime`` that is named runs that one, or else the bundle's first that it can.
 
     Raises:
         PrgkitError: the bundle or selection.json is damaged, or the bundle does not know what shows no class; there is
