@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -19,6 +19,7 @@ from torch import nn
 import prgkit
 from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
+from prgkit.data.ticks import Tick
 from prgkit.export.bundle.artifact_cache import ArtifactCache, Origin
 from prgkit.export.bundle.bundle import describe_artifact
 from prgkit.export.bundle.manifest import NCHW, Artifact
@@ -57,6 +58,7 @@ class StudentExport:
     cache: ArtifactCache
     origin: Origin
     note: Callable[[str], None]
+    ticks: Collection[Tick] = ()  # what a person said of the evaluation images
     artifacts: list[Artifact] = field(default_factory=list)  # that are made so far
 
     @cached_property

@@ -176,7 +176,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what export takes: which files are made besides FP32 ONNX, and how."""
     options: list[Callable[..., Any]] = [
         click.option("--fp16", is_flag=True, help="Also in 16-bit floats."),
-        click.option("--int8", is_flag=True, help="Also in 8-bit integers, where these keep the recipe's fidelity."),
+        click.option("--int8", is_flag=True, help="Also in 8-bit integers, where these are as good as FP32."),
         click.option("--trt", is_flag=True, help="Also as TensorRT engines."),
         click.option(
             "--backend",

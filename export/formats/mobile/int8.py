@@ -1,4 +1,4 @@
-"""INT8 files that a runtime's own quantiser makes of the whole network: kept where they hold the fidelity floor."""
+"""INT8 files that a runtime's own quantiser makes of the whole network: kept where they are as good as FP32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prgkit.export.bundle.bundle import describe_artifact, read_evaluation
-from prgkit.export.bundle.fidelity import fidelity, int8_sentence, too_few
+from prgkit.export.bundle.fidelity import compare_with_fp32, int8_sentence, known_classes, too_few
 from prgkit.export.bundle.manifest import Artifact, Layout, NotKept, Quantization
 from prgkit.export.formats.base import Made
 from prgkit.export.runtimes.base import Runner
@@ -36,15 +36,16 @@ class Int8Recipe:
 
 
 def make_int8(export: StudentExport, recipe: Int8Recipe) -> Made:
-    """Return the artifact of an INT8 file, or what became of it where it does not hold the fidelity floor."""
+    """Return the artifact of an INT8 file, or what became of it where it is not surely as good as FP32."""
     from prgkit.export.int8.quantise import calibration_pixels, digest
 
     if export.calibration is None:
         return Made()
-    evaluation, floor, cache = read_evaluation(export.folder), export.options.fidelity, export.cache
+    evaluation, margin, cache = read_evaluation(export.folder), export.options.margin, export.cache
+    labels = known_classes(evaluation, export.ticks, export.classes)
     calibration = calibration_pixels(export.calibration())
-    images = [digest(calibration), digest(evaluation.pixels)]
-    made_from = export.origin_by(recipe.converters) | {"int8": [recipe.name, floor, *images]}
+    images = [digest(values) for values in (calibration, evaluation.pixels, evaluation.teacher_logits, labels)]
+    made_from = export.origin_by(recipe.converters) | {"int8": [recipe.name, margin, *images]}
     known: dict[str, Any] = {"name": recipe.name, "layout": recipe.runtime, "calibration_images": len(calibration)}
 
     def refused(facts: NotKept) -> Made:
@@ -56,15 +57,14 @@ def make_int8(export: StudentExport, recipe: Int8Recipe) -> Made:
         return Made([artifact], (), frozenset({recipe.name}))
     if before := cache.not_kept(recipe.name, made_from):
         return refused(before)
-    if few := too_few(len(evaluation.pixels), floor):
+    if few := too_few(len(evaluation.pixels), margin):
         return refused(few.model_copy(update=known))
     path = export.folder / recipe.file
     np.save(saved := export.work / "calibration.npy", calibration)
     recipe.write(saved, path)
     logits = run_and_close(recipe.runner(path), evaluation.pixels)
-    same = int((logits.argmax(axis=1) == evaluation.logits.argmax(axis=1)).sum())
-    figures = fidelity(same, len(logits))
-    made = Quantization(kept=figures.holds(floor), floor=floor, fidelity=figures, **known)
+    found = compare_with_fp32(evaluation.logits, logits, evaluation.teacher_logits, labels)
+    made = Quantization(kept=found.holds(margin), margin=margin, comparison=found, **known)
     if not made.kept:
         path.unlink()
         return refused(made.model_copy(update={"made_from": fingerprint(made_from)}))

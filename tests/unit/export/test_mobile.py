@@ -108,4 +108,4 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     pytest.importorskip("litert_torch", reason="pip install 'prgkit[litert-export]'")
     formats = ("litert", "executorch") if find_executorch() else ("litert",)
     folder = tmp_path_factory.mktemp("mobile") / "bundle"
-    return export(folder, formats=formats, fp16=True, int8=True, fidelity=80.0)
+    return export(folder, formats=formats, fp16=True, int8=True, margin=10.0)
