@@ -18,8 +18,8 @@ def convert(program: Path, path: Path) -> None:
     import torch
 
     exported = torch.export.load(program)
-    (example,) = exported.example_inputs[0]
-    litert_torch.convert(exported.module(), sample_kwargs={INPUT: example}).export(str(path))
+    _, named = exported.example_inputs
+    litert_torch.convert(exported.module(), sample_kwargs=named).export(str(path))
 
 
 def halve(fp32: Path, path: Path) -> None:
