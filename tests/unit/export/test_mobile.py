@@ -24,7 +24,7 @@ from prgkit.evaluate.predict import predict
 from prgkit.export.bundle.bundle import read_evaluation
 from prgkit.export.bundle.fidelity import compare_with_fp32
 from prgkit.export.formats import FORMATS
-from prgkit.export.formats.mobile import executorch, litert, litert_convert
+from prgkit.export.formats.mobile import executorch, int8, litert
 from prgkit.export.formats.mobile.apart import run_apart
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.runtimes.executorch import ExecuTorchRunner
@@ -160,12 +160,14 @@ def test_a_miss_is_told_and_not_tried_again(
     exported: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(exported.folder, tmp_path / "bundle")
-    first = export(folder, formats=("litert",), int8=True, margin=2.0)
+    noise = 50 * np.random.default_rng(0).normal(size=(IMAGES, 3)).astype(np.float32)
+    monkeypatch.setattr(int8, "run_and_close", lambda runner, pixels: noise)
+    first = export(folder, formats=("litert",), int8=True, margin=9.0)
     (missed,) = (facts for facts in first.manifest.not_kept if facts.name == "litert-int8")
     assert not (folder / "model.int8.tflite").exists()
     told = next(note for note in first.notes if note.startswith("model.int8.tflite: INT8 is not kept"))
-    monkeypatch.setattr(litert_convert, "quantise", None)
-    second = export(folder, formats=("litert",), int8=True, margin=2.0)
+    monkeypatch.setattr(litert, "run_apart", None)
+    second = export(folder, formats=("litert",), int8=True, margin=9.0)
     assert told in second.notes
     assert missed in second.manifest.not_kept
 
