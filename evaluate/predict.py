@@ -18,7 +18,7 @@ from prgkit.evaluate.selection import selected_artifact
 from prgkit.export.bundle.bundle import open_bundle, verify_artifact
 from prgkit.export.bundle.confidence import energy, promise, uncalibrated
 from prgkit.export.bundle.manifest import Artifact, Manifest
-from prgkit.export.runtimes import open_runner
+from prgkit.export.runtimes import first_setup
 from prgkit.metrics import log_softmax
 from prgkit.progress import silent
 
@@ -59,17 +59,27 @@ class Model:
         folder: the bundle.
         bench: where this machine's measurements of the bundle are: the artifact that its selection.json names is run,
             the FP32 file otherwise.
+        runtime: what runs it, such as litert: that file where it can, or else the bundle's first that it can.
         note: told what a confidence is worth, and which files of a folder are no pictures.
 
     Raises:
-        PrgkitError: the bundle or selection.json is damaged, or nothing here runs the file.
+        PrgkitError: the bundle or selection.json is damaged; there is no such runtime, or it runs nothing here.
     """
 
-    def __init__(self, folder: Path, *, bench: Path | None = None, note: Callable[[str], None] = silent) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        bench: Path | None = None,
+        runtime: str | None = None,
+        note: Callable[[str], None] = silent,
+    ) -> None:
         self.bundle, self.note = open_bundle(folder, verify=()), note
-        self.artifact = selected_artifact(self.bundle, bench)
+        selected = selected_artifact(self.bundle, bench)
+        setup = first_setup(folder, [selected, *self.bundle.artifacts] if runtime else [selected], runtime)
+        self.artifact = setup.artifact
         verify_artifact(folder, self.artifact)
-        self._runner = open_runner(folder, self.artifact)
+        self._runner = setup.open()
         self._explainer: Explainer | None = None
 
     def __enter__(self) -> Model:

@@ -157,8 +157,9 @@ def write_relabelled(
     """Change everything in ``new``, a copy of the bundle, that says something of its classes; return the manifest."""
     vectors: Matrix = answers.class_vectors().numpy()  # [C, D]
     write_array(new / VECTORS, vectors)
-    artifacts = [relabelled(new, one, vectors, classes) for one in bundle.artifacts if one.format != "engine"]
+    artifacts = [relabelled(new, one, vectors, classes) for one in bundle.artifacts if one.file.endswith(".onnx")]
     leave_engines(bundle, new, progress)
+    leave_converted(bundle, new, progress)
     for part in PARTS:
         features = read_array(new / part / "features.npy")
         write_array(new / part / "logits.npy", scored(features, vectors, answers.logit_scale))
@@ -221,6 +222,16 @@ def leave_engines(bundle: Bundle, new: Path, progress: Progress) -> None:
         build = ["prgkit", "export", "--trt", *kinds, "--backend", metadata.backend, "--batch", batch]
         again = shlex.join([*build, "--run", str(bundle.folder)])
         progress.note(f"{names}: of the old classes, and removed; {again} builds them again")
+
+
+def leave_converted(bundle: Bundle, new: Path, progress: Progress) -> None:
+    """Remove what a converter made with the old classes inside, and say how it is made with the new ones."""
+    left = [one for one in bundle.artifacts if not one.file.endswith(".onnx") and one.format != "engine"]
+    for artifact in left:
+        (new / artifact.file).unlink()
+    if left:
+        names = ", ".join(artifact.file for artifact in left)
+        progress.note(f"{names}: of the old classes, and removed; only the ONNX files take other classes")
 
 
 def move_labels(path: Path, before: Sequence[str], classes: Sequence[str], progress: Progress) -> bool:

@@ -129,9 +129,9 @@ class Bundle(exported.Bundle):
         folder = system.bench_folder(bundle, run) if out is None else Path(out)
         return bench(bundle, options, run_folder=run.folder if run else None, out=folder, note=logger.info)
 
-    def load(self) -> Model:
-        """Open the file that is best on this machine, to name pictures with it."""
-        return load(self.folder)
+    def load(self, *, runtime: str | None = None) -> Model:
+        """Open the file that is best on this machine, or that a runtime runs, to name pictures with it."""
+        return load(self.folder, runtime=runtime)
 
 
 def distill(
@@ -207,14 +207,16 @@ def compare(
     return train(trials, place, Path(targets), Reporter(progress), command="prgkit.compare()", whole=None)
 
 
-def load(folder: AnyPath) -> Model:
+def load(folder: AnyPath, *, runtime: str | None = None) -> Model:
     """Open a bundle, or the bundle of a run, with the file that is best on this machine; needs no torch.
+
+    A ``runtime`` that is named, such as "litert", runs what it can of the bundle.
 
     Raises:
         PrgkitError: there is none, or something in it is damaged.
     """
     bundle, run = find_bundle(Path(folder))
-    return Model(bundle, bench=system.bench_folder(bundle, run), note=logger.info)
+    return Model(bundle, bench=system.bench_folder(bundle, run), runtime=runtime, note=logger.info)
 
 
 def choose(

@@ -24,6 +24,8 @@ OPENVINO_QDQ = "onnx-openvino"  # of an INT8 file for OpenVINO; ONNX Runtime run
 NCHW = "onnx-nchw"  # of an ONNX file for other runtimes: normalised floats in, never run or measured by us
 EMBEDDING = "onnx-embedding"  # of an ONNX file that gives a unit vector in the teacher's space, and no logits
 ENGINE = "engine"  # of a TensorRT engine
+LITERT = "litert"  # of a .tflite file
+EXECUTORCH = "executorch"  # of a .pte file
 KL_SHARE = 0.1  # of FP32's divergence from the teacher, by which another file's may be larger
 MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
 VECTORS = f"{MATRIX}.npy"  # [C, D] float32
@@ -103,13 +105,14 @@ class NonInferiority(Facts):
 
 
 Layout = Literal["onnxruntime", "openvino", "tensorrt"]
+OwnQuantiser = Literal["litert", "executorch"]  # runtimes whose INT8 files their own quantiser makes
 
 
 class Quantization(Facts):
     """How an INT8 file was made, and how it stands to FP32; after a relabel what does not depend on the classes."""
 
     name: str = ""
-    layout: Layout = "onnxruntime"
+    layout: Layout | OwnQuantiser = "onnxruntime"
     calibration_images: int = 0
     kept: bool = True
     clip_quantile: float | None = None  # the share of the images clipped on either side of a tensor's range
@@ -122,7 +125,7 @@ class TooFewImages(Facts):
     """An INT8 file that was not made: with every answer right that is FP32's, nothing would be sure of it."""
 
     name: str = ""
-    layout: Layout = "onnxruntime"
+    layout: Layout | OwnQuantiser = "onnxruntime"
     calibration_images: int = 0
     kept: Literal[False] = False
     margin: float  # percent points

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import prgkit
+from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.ticks import Tick
 from prgkit.export.bundle.artifact_cache import ArtifactCache, Origin
@@ -81,6 +83,16 @@ class StudentExport:
         return nn.functional.normalize(features, dim=1).numpy()
 
     @cached_property
+    def program(self) -> Path:
+        """The fused student as a program of torch.export, of one picture: what other converters than ONNX's read."""
+        example = torch.zeros((1, *sides(self.preprocessing.image_size), 3), dtype=torch.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(self.module, (), {"pixels": example})
+            torch.export.save(program, path := self.work / "program.pt2")
+        return path
+
+    @cached_property
     def fp16_file(self) -> Path:
         """The FP16 ONNX file: the bundle's own, or one that does not stay."""
         if self.options.fp16:
@@ -100,14 +112,24 @@ class StudentExport:
         require_agreement(self.reference_logits, rehearsed, precision="fp16", names=names)
         write_fp16(self.folder / "model.onnx", path)
 
-    def finish(self, name: str, file: str, *, write: Callable[[Path], None], **how: Any) -> Artifact:
-        """Return the artifact of a file that ``write`` writes; how it is described and compared is `describe`'s."""
+    def finish(
+        self, name: str, file: str, *, write: Callable[[Path], None], converters: Sequence[str] = (), **how: Any
+    ) -> Artifact:
+        """Return the artifact of a file that ``write`` writes; how it is described and compared is `describe`'s.
+
+        ``converters`` are the packages that write it, where they are others than those of ONNX files.
+        """
 
         def make() -> Artifact:
             write(self.folder / file)
             return self.describe(name, file, **how)
 
-        return self.cache.get(name, self.origin, make)
+        return self.cache.get(name, self.origin_by(converters), make)
+
+    def origin_by(self, converters: Sequence[str]) -> Origin:
+        """Return what decides a file that these packages write."""
+        versions: Origin = {"converters": [metadata.version(name) for name in converters]} if converters else {}
+        return self.origin | versions
 
     def describe(
         self, name: str, file: str, *, runner: Callable[[Path], Runner], precision: str, kind: str = "", **facts: Any

@@ -32,6 +32,7 @@ from prgkit.cli.commands import (
 )
 from prgkit.cli.naming import AskedPictures, name_pictures, predict_options, search_gallery
 from prgkit.cli.options import (
+    FORMATS,
     PLACE,
     adapt_options,
     bench_options,
@@ -114,7 +115,7 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     options = ExportOptions(
         trt=trt,
         class_vectors=given["open_vocabulary"],
-        formats=given["formats"],
+        formats=(*given["formats"], *(name for name in FORMATS if given[name])),
         **{key: given[key] for key in kinds},
     )
     if (bundle / "manifest.json").is_file():

@@ -27,6 +27,9 @@ def predict_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--reject-unknown", is_flag=True, help="Abstain where an image seems to show none of the classes."
         ),
         click.option(
+            "--runtime", metavar="NAME", help="Answer with this runtime, e.g. litert.  [default: what bench chose]"
+        ),
+        click.option(
             "--gallery", type=PLACE, metavar="FILE", help="Name no class: find the most alike images in this gallery."
         ),
         click.option(
@@ -100,7 +103,8 @@ def name_pictures(
     bundle, run = find_bundle(session.folder or place)
     terminal, told, failed = session.terminal, [], []
     kept = None if out is None else open_answers(out)
-    with Model(bundle, bench=system.bench_folder(bundle, run), note=terminal.note) as model:
+    measured = system.bench_folder(bundle, run)
+    with Model(bundle, bench=measured, runtime=how.pop("runtime"), note=terminal.note) as model:
         if explain is not None:
             model.require_heat_maps()
         grey = model.bundle.preprocessing.grey_range

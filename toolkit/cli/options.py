@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from prgkit.config.recipe import Recipe
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
+FORMATS = {  # options that each ask for a format, by its name
+    "litert": "Also as LiteRT (.tflite); with --fp16 and --int8 in these, too.",
+    "executorch": "Also as ExecuTorch (.pte), its network in XNNPACK.",
+}
 PLACE = click.Path(path_type=Path)  # a folder, or a packed bundle, of which the command says what to do with it
 
 
@@ -249,6 +253,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="N",
             help="How many held-out images travel.  [default: the recipe's, 2000]",
         ),
+        *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FORMATS.items()),
         click.option("--format", "formats", multiple=True, hidden=True, help="Also in this format, by its name."),
         click.option("--zip", "packs", is_flag=True, help="Also pack the bundle into one file beside it."),
         run_option,
@@ -259,7 +264,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:
     """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
-    of_students = ("embedding", "explain", "float_input", "evaluation_images", "open_vocabulary", "formats")
+    of_students = ("embedding", "explain", "float_input", "evaluation_images", "open_vocabulary", *FORMATS, "formats")
     if asked := [key for key in of_students if given[key]]:
         option = "--" + asked[0].removesuffix("s" if asked[0] == "formats" else "").replace("_", "-")
         raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")

@@ -59,7 +59,7 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: PrgkitCommand, 
     assert prgkit("predict ./export a.jpg --top-k 2 b.jpg").code == 0
     assert calls == [
         ("predict", {"images": ("./export", "a.jpg", "b.jpg"), "top_k": 2, "min_confidence": 0.0,
-                     "reject_unknown": False, "gallery": None, "batch_size": 1, "explain": None, "out": None, "fps": None, "watch": None,
+                     "reject_unknown": False, "runtime": None, "gallery": None, "batch_size": 1, "explain": None, "out": None, "fps": None, "watch": None,
                      "folder": None, "as_json": False})
     ]  # fmt: skip
 
