@@ -316,5 +316,6 @@ def expected_bytes(student: TrainedStudent, evaluation_images: int, options: Exp
     """Estimate the bundle's size from above."""
     weights = 4 * sum(parameter.numel() for parameter in student.network.parameters())
     copies = (1.0 + 0.5 * options.fp16 + 2.0 * options.int8) * (1.0 + 1.4 * options.trt) + 1.0 * options.float_input
+    copies += len(options.formats) * (1.0 + 0.5 * options.fp16)
     pictures = evaluation_images * math.prod(sides(student.preprocessing.image_size)) * 3
     return int(weights * copies) + pictures + (16 << 20)

@@ -31,7 +31,7 @@ def make_fp32(export: StudentExport) -> Made:
             opset=export.options.opset,
         )
 
-    how = {"format": ONNX, "precision": "fp32", "runner": quiet_runner}
+    how: dict[str, Any] = {"format": ONNX, "precision": "fp32", "runner": quiet_runner}
     return Made([export.finish(ONNX_FP32.name, "model.onnx", write=write, **how)])
 
 

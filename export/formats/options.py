@@ -23,6 +23,7 @@ class ExportOptions:
     sm: tuple[str, ...] | None = None  # GPU generations, as "SM86"; None: all that tensorrt_rtx builds for
     class_vectors: Literal["initializer", "input"] | None = None  # in place of a class head; None: as it was trained
     evaluation_images: int | None = None  # that travel; None: as many as the recipe says
+    qnn: str | None = None  # a chip of Qualcomm's, as "SM8550", whose NPU a file is compiled for
     formats: tuple[str, ...] = ()  # the names of further formats
 
     @property

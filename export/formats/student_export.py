@@ -29,6 +29,7 @@ from prgkit.export.runtimes.parity import require_agreement, run_and_close, run_
 from prgkit.export.runtimes.pytorch import TorchRunner
 from prgkit.storage.atomic import sha256
 
+NEVER_EXECUTED = "never executed here"
 WRITERS = ("timm", "onnx", "onnxscript", "onnxruntime")  # besides torch: what writes ONNX files, and compares them
 
 
@@ -87,25 +88,45 @@ class StudentExport:
         require_agreement(self.reference_logits, rehearsed, precision="fp16", names=names)
         write_fp16(self.folder / "model.onnx", path)
 
-    def finish(self, name: str, file: str, *, write: Callable[[Path], None], **how: Any) -> Artifact:
-        """Return the artifact of a file that ``write`` writes; how it is described and compared is `describe`'s."""
+    def finish(
+        self, name: str, file: str, *, write: Callable[[Path], None], writers: Sequence[str] = (), **how: Any
+    ) -> Artifact:
+        """Return the artifact of a file or folder that ``write`` writes; how it is compared is `describe`'s.
+
+        ``writers`` are the packages, besides PyTorch's and ONNX's, whose versions decide what is written.
+        """
 
         def make() -> Artifact:
             write(self.folder / file)
             return self.describe(name, file, **how)
 
-        return self.cache.get(name, self.origin, make)
+        versions: Origin = {"writers": [metadata.version(package) for package in writers]} if writers else {}
+        return self.cache.get(name, self.origin | versions, make)
 
     def describe(
-        self, name: str, file: str, *, runner: Callable[[Path], Runner], precision: str, kind: str = "", **facts: Any
+        self,
+        name: str,
+        file: str,
+        *,
+        runner: Callable[[Path], Runner] | None,
+        precision: str,
+        kind: str = "",
+        **facts: Any,
     ) -> Artifact:
         """Assert that a file agrees with PyTorch and return what is known of it.
 
-        ``runner`` opens it; ``kind`` is said after its precision; ``facts`` are other fields of `Artifact`.
+        ``runner`` opens it, None where nothing here can run it; ``kind`` is said after its precision; ``facts`` are
+        other fields of `Artifact`.
 
         Raises:
             ParityError: it does not.
         """
+        if runner is None:
+            facts = {"note": NEVER_EXECUTED, **facts}
+            self.note(f"{file}: {precision}{kind}, {facts['note']}")
+            return describe_artifact(
+                self.folder, file, name=name, precision=precision, parity=None, executed=False, **facts
+            )
         opened = runner(self.folder / file)
         logits = run_and_close(opened, self.pixels)
         parity = require_agreement(self.reference_logits, logits, precision=precision, names=("torch", name))

@@ -29,6 +29,7 @@ from prgkit.cli.commands import (
 )
 from prgkit.cli.options import (
     adapt_options,
+    asked_formats,
     bench_options,
     choose_recipe,
     compare_options,
@@ -102,8 +103,13 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     bundle = place or Path()
     from prgkit.export.formats.options import ExportOptions
 
-    kinds = {key: given[key] for key in ("fp16", "int8", "backend", "batch", "sm", "float_input", "evaluation_images")}
-    options = ExportOptions(trt=trt, class_vectors=given["open_vocabulary"], formats=given["formats"], **kinds)
+    kinds = ("fp16", "int8", "backend", "batch", "sm", "float_input", "evaluation_images", "qnn")
+    options = ExportOptions(
+        trt=trt,
+        class_vectors=given["open_vocabulary"],
+        formats=asked_formats(given),
+        **{key: given[key] for key in kinds},
+    )
     if (bundle / "manifest.json").is_file():
         refuse_in_a_bundle(given, builds=trt)
         from prgkit.export.bundle.bundle import open_bundle

@@ -16,6 +16,8 @@ from prgkit.cli.state import RecipeOptions, Session
 if TYPE_CHECKING:
     from prgkit.config.recipe import Recipe
 
+CONVERTED = ("ncnn", "coreml")  # formats with an option of their name
+QUALCOMM_CHIPS = ("SM8450", "SM8475", "SM8550", "SM8650", "SM8750", "SM8850", "SC8380XP")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 PLACE = click.Path(path_type=Path)  # a folder, or a packed bundle, of which the command says what to do with it
 
@@ -208,6 +210,14 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             is_flag=True,
             help="Also an ONNX file that takes normalised floats, NCHW, for runtimes that prepare images themselves.",
         ),
+        click.option("--ncnn", is_flag=True, help="Also for ncnn, as on a Raspberry Pi or a phone."),
+        click.option("--coreml", is_flag=True, help="Also for Core ML, on iOS and macOS."),
+        click.option(
+            "--qnn",
+            type=click.Choice(QUALCOMM_CHIPS, case_sensitive=False),
+            metavar="CHIP",
+            help=f"Also compiled for the NPU of a Qualcomm chip: {', '.join(QUALCOMM_CHIPS)}.",
+        ),
         click.option(
             "--evaluation-images",
             type=click.IntRange(min=1),
@@ -222,9 +232,15 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_options(command, options)
 
 
+def asked_formats(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the formats that `export` was asked for beside ONNX and engines."""
+    return (*(name for name in CONVERTED if given[name]), *given["formats"])
+
+
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:
     """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
-    if asked := [key for key in ("float_input", "evaluation_images", "open_vocabulary", "formats") if given[key]]:
+    keys = ("float_input", "evaluation_images", "open_vocabulary", *CONVERTED, "qnn", "formats")
+    if asked := [key for key in keys if given[key]]:
         option = "--" + asked[0].removesuffix("s" if asked[0] == "formats" else "").replace("_", "-")
         raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")
     if given["fp16"] and not builds:
