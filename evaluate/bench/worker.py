@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 import signal
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from prgkit.errors import BenchError, PrgkitError
 from prgkit.evaluate.bench.timing import clocked_runs, fixed_rate_runs, timed_runs
 from prgkit.evaluate.report.samples import WarmUp
 from prgkit.evaluate.report.schema import STAGES, Stage
+from prgkit.native_output import redirect_output
 
 if TYPE_CHECKING:
     from prgkit.data.preprocessing import Preprocessing
@@ -254,7 +254,7 @@ class Worker:
 def serve(connection: Connection, log: str, spec: Spec) -> None:
     """Be the worker: answer commands until the other end closes. It blocks on the pipe, so idle it uses no core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides who ends
-    redirect_output(log)
+    redirect_output(log)  # a crash's last words are its reason
     resident = Resident(spec)
     try:
         while True:
@@ -274,16 +274,6 @@ def opener(spec: Spec) -> Callable[[], Runner]:
     setup = replace(spec.setup, threads=spec.threads)
     setup.load_libraries()
     return setup.open
-
-
-def redirect_output(log: str) -> None:
-    """Send what native libraries print to ``log``: stdout is the command's, and a crash's last words are its reason."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
 
 
 def reason(error: Exception) -> str:

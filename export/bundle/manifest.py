@@ -21,6 +21,9 @@ ONNX = "onnx"  # the format of a file that ONNX Runtime runs
 QDQ = "onnx-tensorrt"  # of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
 NCHW = "onnx-nchw"  # of an ONNX file for other runtimes: normalised floats in, never run or measured by us
 ENGINE = "engine"  # of a TensorRT engine
+NCNN = "ncnn"  # of a folder with ncnn's two files
+COREML = "coreml"  # of an .mlpackage
+QNN = "qnn"  # of an ONNX file that holds a program for a Qualcomm NPU
 MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
 VECTORS = f"{MATRIX}.npy"  # [C, D] float32
 

@@ -1,9 +1,9 @@
 """The formats that a student leaves in; the list of all is here, and no other module knows one by its name."""
 
 from prgkit.export.formats.base import Format
-from prgkit.export.formats.mobile.coreml import CORE_ML
-from prgkit.export.formats.mobile.ncnn import NCNN_FILES
-from prgkit.export.formats.mobile.qnn import QNN
+from prgkit.export.formats.mobile.coreml import COREML_FORMAT
+from prgkit.export.formats.mobile.ncnn import NCNN_FORMAT
+from prgkit.export.formats.mobile.qnn import QNN_FORMAT
 from prgkit.export.formats.onnx import ONNX_FP16, ONNX_FP32
 from prgkit.export.formats.onnx_int8 import ONNX_INT8
 from prgkit.export.formats.onnx_nchw import ONNX_NCHW
@@ -17,7 +17,7 @@ FORMATS: list[Format] = [
     ONNX_NCHW,
     ONNX_INT8,
     INT8_ENGINES,
-    NCNN_FILES,
-    CORE_ML,
-    QNN,
+    NCNN_FORMAT,
+    COREML_FORMAT,
+    QNN_FORMAT,
 ]

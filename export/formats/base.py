@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from prgkit.errors import ExportError
 from prgkit.export.bundle.manifest import Artifact, Manifest, NotKept
 from prgkit.export.formats.options import ExportOptions
 
@@ -36,16 +35,3 @@ class Format:
     # The bundle's README on how its files are run without prgkit; nothing where it is as with the FP32 ONNX file.
     how_to_run: Callable[[Manifest], str] = lambda manifest: ""
     preprocessing_inside: bool = True  # else its files take what the manifest says of their input
-
-
-def require_vectors_inside(options: ExportOptions, what: str) -> None:
-    """Refuse class vectors as an input of files, called ``what``, that hold them.
-
-    Raises:
-        ExportError: says what to do instead.
-    """
-    if options.class_vectors == "input":
-        raise ExportError(
-            f"{what} hold their class vectors; they cannot take them as an input",
-            fix="export with --open-vocabulary alone, and after other class names again",
-        )

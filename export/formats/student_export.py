@@ -89,19 +89,23 @@ class StudentExport:
         write_fp16(self.folder / "model.onnx", path)
 
     def finish(
-        self, name: str, file: str, *, write: Callable[[Path], None], writers: Sequence[str] = (), **how: Any
+        self, name: str, file: str, *, write: Callable[[Path], None], converters: Sequence[str] = (), **how: Any
     ) -> Artifact:
-        """Return the artifact of a file or folder that ``write`` writes; how it is compared is `describe`'s.
+        """Return the artifact of what ``write`` writes; how it is described and compared is `describe`'s.
 
-        ``writers`` are the packages, besides PyTorch's and ONNX's, whose versions decide what is written.
+        ``converters`` are the packages that write it, where they are others than those of ONNX files.
         """
 
         def make() -> Artifact:
             write(self.folder / file)
             return self.describe(name, file, **how)
 
-        versions: Origin = {"writers": [metadata.version(package) for package in writers]} if writers else {}
-        return self.cache.get(name, self.origin | versions, make)
+        return self.cache.get(name, self.origin_by(converters), make)
+
+    def origin_by(self, converters: Sequence[str]) -> Origin:
+        """Return what decides a file that these packages write."""
+        versions: Origin = {"converters": [metadata.version(name) for name in converters]} if converters else {}
+        return self.origin | versions
 
     def describe(
         self,

@@ -9,13 +9,13 @@ from pathlib import Path
 from prgkit.errors import BackendError
 from prgkit.export.bundle.manifest import Artifact
 from prgkit.export.runtimes.base import Runner, Runtime, Setup
-from prgkit.export.runtimes.ncnn import NCNN_CPU
+from prgkit.export.runtimes.ncnn import NCNN_RUNTIME
 from prgkit.export.runtimes.onnxruntime import ONNXRUNTIME
 from prgkit.export.runtimes.openvino import OPENVINO
 from prgkit.export.runtimes.pytorch import PYTORCH
 from prgkit.export.runtimes.tensorrt import TENSORRT, TENSORRT_RTX
 
-RUNTIMES: list[Runtime] = [ONNXRUNTIME, OPENVINO, NCNN_CPU, PYTORCH, TENSORRT, TENSORRT_RTX]
+RUNTIMES: list[Runtime] = [ONNXRUNTIME, OPENVINO, NCNN_RUNTIME, PYTORCH, TENSORRT, TENSORRT_RTX]
 
 
 def setups(artifact: Artifact, folder: Path, beside: Sequence[Artifact]) -> Iterator[Setup]:

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BackendError
+from prgkit.export.bundle.manifest import NCNN
 from prgkit.export.runtimes.base import Runtime, Setup, Variant, Versions
+from prgkit.native_output import without_stderr
 
-NCNN = "ncnn"  # the format of an artifact
 PARAM, BIN = "model.ncnn.param", "model.ncnn.bin"  # its files: the graph as text, and the weights
 INPUT, OUTPUT = "in0", "out0"  # pnnx calls them so
 INSTALL = "pip install 'prgkit[ncnn]'"
@@ -44,10 +45,10 @@ def examine(versions: Versions) -> Sequence[tuple[str, str | None]]:
     return [("ncnn CPU", None)]
 
 
-NCNN_CPU = Runtime(
+NCNN_RUNTIME = Runtime(
     name="ncnn",
     formats=(NCNN,),
-    variants=(Variant("CPU", "ncnn", "cpu", always_listed=True),),
+    variants=(Variant("CPU", "ncnn", "cpu"),),
     libraries=("ncnn",),
     open=open_ncnn,
     examine=examine,
@@ -87,7 +88,9 @@ class NcnnRunner:
         if threads is not None:
             self._net.opt.num_threads = threads
         for file, load in ((PARAM, self._net.load_param), (BIN, self._net.load_model)):
-            if load(str(path / file)) != 0:
+            with without_stderr():  # it says there which layer it could not read
+                failed = load(str(path / file)) != 0
+            if failed:
                 raise BackendError(f"ncnn cannot open {file}: it is damaged or truncated", where=path, fix=MAKE_AGAIN)
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

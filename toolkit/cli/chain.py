@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 
-from prgkit.cli.options import asked_formats
 from prgkit.cli.state import Document, Session
 
 ON_A_RUN = ("audit", "distill", "export", "relabel", "bench", "predict")
@@ -114,7 +113,7 @@ def check_chain(steps: Sequence[click.Context]) -> None:
             from prgkit.export.runtimes.gpu import choose_backend, choose_targets
 
             choose_targets(choose_backend(step.params["backend"]).name, step.params["sm"])
-        if step.info_name == "export" and (asked_formats(step.params) or step.params["qnn"]):
+        if step.info_name == "export":
             check_formats(step.params)
         if step.info_name == "bench":
             check_bench(step)
@@ -122,11 +121,15 @@ def check_chain(steps: Sequence[click.Context]) -> None:
 
 def check_formats(given: Mapping[str, Any]) -> None:
     """Refuse formats whose converter is missing."""
+    from prgkit.cli.options import FORMATS as NAMED
+
+    formats = tuple(name for name in NAMED if given[name])
+    if not (formats or given["qnn"]):
+        return
     from prgkit.export.formats import FORMATS
     from prgkit.export.formats.options import ExportOptions
 
-    vectors = given["open_vocabulary"]
-    options = ExportOptions(qnn=given["qnn"], class_vectors=vectors, formats=asked_formats(given))
+    options = ExportOptions(qnn=given["qnn"], class_vectors=given["open_vocabulary"], formats=formats)
     for known in FORMATS:
         if known.wanted(options):
             known.require(options)

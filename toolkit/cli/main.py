@@ -28,8 +28,8 @@ from prgkit.cli.commands import (
     tell_bundle,
 )
 from prgkit.cli.options import (
+    FORMATS,
     adapt_options,
-    asked_formats,
     bench_options,
     choose_recipe,
     compare_options,
@@ -103,13 +103,10 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     bundle = place or Path()
     from prgkit.export.formats.options import ExportOptions
 
-    kinds = ("fp16", "int8", "backend", "batch", "sm", "float_input", "evaluation_images", "qnn")
-    options = ExportOptions(
-        trt=trt,
-        class_vectors=given["open_vocabulary"],
-        formats=asked_formats(given),
-        **{key: given[key] for key in kinds},
-    )
+    kinds = {key: given[key] for key in ("fp16", "int8", "backend", "batch", "sm", "float_input", "evaluation_images")}
+    formats = (*given["formats"], *(name for name in FORMATS if given[name]))
+    vectors = given["open_vocabulary"]
+    options = ExportOptions(trt=trt, class_vectors=vectors, qnn=given["qnn"], formats=formats, **kinds)
     if (bundle / "manifest.json").is_file():
         refuse_in_a_bundle(given, builds=trt)
         from prgkit.export.bundle.bundle import open_bundle

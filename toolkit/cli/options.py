@@ -16,9 +16,12 @@ from prgkit.cli.state import RecipeOptions, Session
 if TYPE_CHECKING:
     from prgkit.config.recipe import Recipe
 
-CONVERTED = ("ncnn", "coreml")  # formats with an option of their name
 QUALCOMM_CHIPS = ("SM8450", "SM8475", "SM8550", "SM8650", "SM8750", "SM8850", "SC8380XP")
 FOLDER = click.Path(path_type=Path, file_okay=False)
+FORMATS = {  # options that each ask for a format, by its name
+    "ncnn": "Also as ncnn (.param, .bin), as for a Raspberry Pi; with --fp16 in that, too.",
+    "coreml": "Also as Core ML (.mlpackage), for iOS and macOS; with --fp16 in that, too.",
+}
 PLACE = click.Path(path_type=Path)  # a folder, or a packed bundle, of which the command says what to do with it
 
 
@@ -210,8 +213,6 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             is_flag=True,
             help="Also an ONNX file that takes normalised floats, NCHW, for runtimes that prepare images themselves.",
         ),
-        click.option("--ncnn", is_flag=True, help="Also for ncnn, as on a Raspberry Pi or a phone."),
-        click.option("--coreml", is_flag=True, help="Also for Core ML, on iOS and macOS."),
         click.option(
             "--qnn",
             type=click.Choice(QUALCOMM_CHIPS, case_sensitive=False),
@@ -224,6 +225,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="N",
             help="How many held-out images travel.  [default: the recipe's, 2000]",
         ),
+        *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FORMATS.items()),
         click.option("--format", "formats", multiple=True, hidden=True, help="Also in this format, by its name."),
         click.option("--zip", "packs", is_flag=True, help="Also pack the bundle into one file beside it."),
         run_option,
@@ -232,15 +234,10 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_options(command, options)
 
 
-def asked_formats(given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the formats that `export` was asked for beside ONNX and engines."""
-    return (*(name for name in CONVERTED if given[name]), *given["formats"])
-
-
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:
     """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
-    keys = ("float_input", "evaluation_images", "open_vocabulary", *CONVERTED, "qnn", "formats")
-    if asked := [key for key in keys if given[key]]:
+    elsewhere = ("float_input", "evaluation_images", "open_vocabulary", "qnn", *FORMATS, "formats")
+    if asked := [key for key in elsewhere if given[key]]:
         option = "--" + asked[0].removesuffix("s" if asked[0] == "formats" else "").replace("_", "-")
         raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")
     if given["fp16"] and not builds:

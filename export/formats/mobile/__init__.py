@@ -1,1 +1,1 @@
-"""Formats for phones and boards, each written by a converter of its own: ncnn, Core ML, Qualcomm's QNN."""
+"""Formats of runtimes for phones and boards: what a converter makes of the fused student."""

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import json
-import shutil
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
-from prgkit.errors import BackendError, ExportError, one_line
-from prgkit.export.bundle.manifest import Artifact, Manifest, TensorSpec
-from prgkit.export.formats.base import Format, Made, require_vectors_inside
+from prgkit.errors import BackendError, ExportError
+from prgkit.export.bundle.manifest import COREML, Artifact, Manifest, TensorSpec
+from prgkit.export.formats.base import Format, Made
+from prgkit.export.formats.mobile.apart import run_apart
+from prgkit.export.formats.mobile.require import install, require_converter
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.snippets import section
 
 if TYPE_CHECKING:
     from prgkit.export.formats.student_export import StudentExport
 
-COREML = "coreml"  # the format of an artifact
 IMAGE, LABEL, PROBABILITIES, LOGITS = "image", "classLabel", "probabilities", "logits"
 NEVER_EXECUTED = "never executed here: Core ML runs on Apple's systems"
 
@@ -35,11 +31,19 @@ def make_coreml(export: StudentExport) -> Made:
 def make_one(export: StudentExport, precision: str) -> Artifact:
     """Convert the student to compute in one precision."""
     half = precision == "fp16"
+
+    def write(path: Path) -> None:
+        from prgkit.export.formats.mobile.planar import torchscript
+
+        metadata = {"preprocessing": json.dumps(export.preprocessing.to_dict())}
+        size = sides(export.preprocessing.image_size)
+        run_apart(convert, torchscript(export), path, size, list(export.classes), precision, metadata)
+
     return export.finish(
         f"coreml-{precision}",
         "model.fp16.mlpackage" if half else "model.mlpackage",
-        write=partial(write_package, export, precision),
-        writers=("coremltools",),
+        write=write,
+        converters=("coremltools",),
         runner=None,
         format=COREML,
         precision=precision,
@@ -50,38 +54,25 @@ def make_one(export: StudentExport, precision: str) -> Artifact:
     )
 
 
-def write_package(export: StudentExport, precision: str, path: Path) -> None:
-    """Write an ML program for iOS 15 or macOS 12 and newer: an RGB image in; class name, probabilities and logits out.
+def convert(
+    torchscript: Path, path: Path, size: tuple[int, int], classes: list[str], precision: str, metadata: dict[str, str]
+) -> None:
+    """Write an ML program for iOS 15, macOS 12 and newer: an RGB image in; class name, probabilities and logits out."""
+    import coremltools as tools
 
-    Raises:
-        ExportError: coremltools cannot convert the student.
-    """
-    from prgkit.export.formats.mobile.planar import PlanarStudent, trace_planar
+    from prgkit.export.formats.mobile.planar import with_probabilities
 
-    tools, size = quiet_coremltools(), export.preprocessing.image_size
-    traced = trace_planar(PlanarStudent(export.module, probabilities=True), size)
-    kinds = {"fp32": tools.precision.FLOAT32, "fp16": tools.precision.FLOAT16}
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # bars of progress
-            model = tools.convert(
-                traced,
-                inputs=[tools.ImageType(IMAGE, shape=(1, 3, *sides(size)), color_layout=tools.colorlayout.RGB)],
-                outputs=[tools.TensorType(PROBABILITIES), tools.TensorType(LOGITS)],
-                classifier_config=tools.ClassifierConfig(
-                    list(export.classes), LABEL, predicted_probabilities_output=PROBABILITIES
-                ),
-                convert_to="mlprogram",
-                minimum_deployment_target=tools.target.iOS15,
-                compute_precision=kinds[precision],
-                skip_model_load=True,
-            )
-    except Exception as error:  # a converter of 600 operators raises what it likes
-        raise ExportError(
-            f"coremltools cannot convert this student: {one_line(error)}",
-            fix="export without --coreml, or choose another student",
-        ) from error
-    model.user_defined_metadata["preprocessing"] = json.dumps(export.preprocessing.to_dict())
-    shutil.rmtree(path, ignore_errors=True)
+    model = tools.convert(
+        with_probabilities(torchscript, size),
+        inputs=[tools.ImageType(IMAGE, shape=(1, 3, *size), color_layout=tools.colorlayout.RGB)],
+        outputs=[tools.TensorType(PROBABILITIES), tools.TensorType(LOGITS)],
+        classifier_config=tools.ClassifierConfig(classes, LABEL, predicted_probabilities_output=PROBABILITIES),
+        convert_to="mlprogram",
+        minimum_deployment_target=tools.target.iOS15,
+        compute_precision=tools.precision.FLOAT16 if precision == "fp16" else tools.precision.FLOAT32,
+        skip_model_load=True,
+    )
+    model.user_defined_metadata.update(metadata)
     model.save(str(path))
 
 
@@ -91,23 +82,17 @@ def image_of(preprocessing: Preprocessing) -> TensorSpec:
 
 
 def require_coreml(options: ExportOptions) -> None:
-    """Refuse where coremltools is not installed, or does not start beside what is."""
-    require_vectors_inside(options, "Core ML's files")
+    """Refuse where coremltools is not installed, or does not start beside the versions that are."""
+    require_converter(options, "Core ML", modules=("coremltools",), extra="coreml")
     try:
-        quiet_coremltools()
-    except ImportError as error:
-        raise BackendError("--coreml needs coremltools, which is not installed", fix=INSTALL) from error
-    except Exception as error:  # what a clash of versions raises
-        raise BackendError(f"coremltools does not start here: {one_line(error)}", fix=f"{INSTALL} --upgrade") from error
+        run_apart(start)
+    except ExportError as error:
+        raise BackendError(f"coremltools does not start here: {error.what}", fix=install("coreml")) from error
 
 
-INSTALL = "pip install 'prgkit[coreml]'"
-
-
-def quiet_coremltools() -> Any:
-    """Import coremltools without its notes on versions that it was not tested with, and on what needs macOS."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        return importlib.import_module("coremltools")
+def start() -> None:
+    """Import coremltools."""
+    import coremltools  # noqa: F401
 
 
 def how_to_run(manifest: Manifest) -> str:
@@ -116,7 +101,7 @@ def how_to_run(manifest: Manifest) -> str:
     return section("coreml.md", manifest, files=files) if files else ""
 
 
-CORE_ML = Format(
+COREML_FORMAT = Format(
     "coreml",
     "coreml",
     wanted=lambda options: "coreml" in options.formats,

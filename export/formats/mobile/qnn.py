@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from prgkit.errors import BackendError, ExportError
-from prgkit.export.bundle.manifest import Manifest, TensorSpec
-from prgkit.export.formats.base import Format, Made, require_vectors_inside
+from prgkit.errors import ExportError
+from prgkit.export.bundle.manifest import QNN, Manifest, TensorSpec
+from prgkit.export.formats.base import Format, Made
+from prgkit.export.formats.mobile.apart import run_apart
+from prgkit.export.formats.mobile.require import require_converter
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.snippets import section
 
 if TYPE_CHECKING:
     from prgkit.export.formats.student_export import StudentExport
 
-QNN_CONTEXT = "qnn"  # the format of an artifact
-INSTALL = "pip install 'prgkit[qnn]'"
 NEVER_EXECUTED = "never executed here: it runs on a Qualcomm NPU"
 
 
@@ -49,10 +45,10 @@ def make_qnn(export: StudentExport) -> Made:
     artifact = export.finish(
         f"qnn-{chip.lower()}",
         f"model.{chip.lower()}.qnn.onnx",
-        write=lambda path: compile_ahead(export.folder / "model.onnx", path, CHIPS[chip], export.work),
-        writers=("onnxruntime-qnn",),
+        write=lambda path: run_apart(compile_ahead, export.folder / "model.onnx", path, CHIPS[chip]),
+        converters=("onnxruntime-qnn",),
         runner=None,
-        format=QNN_CONTEXT,
+        format=QNN,
         precision="fp16",
         backend=f"onnxruntime-qnn, {chip}",
         note=NEVER_EXECUTED,
@@ -62,67 +58,49 @@ def make_qnn(export: StudentExport) -> Made:
     return Made([artifact])
 
 
-def compile_ahead(source: Path, path: Path, chip: Chip, work: Path) -> None:
-    """Compile an ONNX file for a chip's NPU into an ONNX file that holds the program.
-
-    It is done by another process: QNN's libraries print to stdout.
-
-    Raises:
-        ExportError: a part of the network does not run there.
-    """
+def compile_ahead(source: Path, path: Path, chip: Chip) -> None:
+    """Compile an ONNX file for a chip's NPU, all of it or not at all, into an ONNX file that holds the program."""
     import onnx
+    import onnxruntime
+    import onnxruntime_qnn
 
     model = onnx.load(str(source))
     for tensor in (*model.graph.input, *model.graph.output):
         tensor.type.tensor_type.shape.dim[0].dim_value = 1  # NPUs take no batch that varies
-    onnx.save(onnx.shape_inference.infer_shapes(model), str(work / "one-image.onnx"))
-    code = f"import sys; from {__name__} import compile_here; compile_here(*sys.argv[1:])"
-    given = [str(work / "one-image.onnx"), str(path), str(chip.soc_model), str(chip.htp_arch)]
-    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
-    if done.returncode or not path.exists():
-        said = done.stderr.strip().splitlines() or ["it says nothing"]
-        raise ExportError(
-            f"QNN cannot compile this student: {said[-1]}", fix="export without --qnn, or choose another student"
-        )
-
-
-def compile_here(source: str, path: str, soc_model: str, htp_arch: str) -> None:
-    """Compile an ONNX file of static shapes in this process."""
-    runtime, qnn = importlib.import_module("onnxruntime"), importlib.import_module("onnxruntime_qnn")
-    runtime.register_execution_provider_library(qnn.get_ep_name(), qnn.get_library_path())
-    options = runtime.SessionOptions()
+    name = onnxruntime_qnn.get_ep_name()
+    onnxruntime.register_execution_provider_library(name, onnxruntime_qnn.get_library_path())
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+    options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    for key, value in (("enable", "1"), ("embed_mode", "1"), ("file_path", path)):
+    for key, value in (("enable", "1"), ("embed_mode", "1"), ("file_path", str(path))):
         options.add_session_config_entry(f"ep.context_{key}", value)
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # all of it, or an error
-    devices = [device for device in runtime.get_ep_devices() if device.ep_name == qnn.get_ep_name()]
-    options.add_provider_for_devices(devices[:1], {
-        "backend_path": qnn.get_qnn_htp_path(),
-        "soc_model": soc_model,
-        "htp_arch": htp_arch,
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    settings = {
+        "backend_path": onnxruntime_qnn.get_qnn_htp_path(),
+        "soc_model": str(chip.soc_model),
+        "htp_arch": str(chip.htp_arch),
         "enable_htp_fp16_precision": "1",
-        "htp_graph_finalization_optimization_mode": "3",
+        "htp_graph_finalization_optimization_mode": "3",  # the slowest compiler for the fastest program
         "offload_graph_io_quantization": "0",
-    })  # fmt: skip
-    runtime.InferenceSession(source, options)
+    }
+    options.add_provider_for_devices(devices[:1], settings)
+    onnxruntime.InferenceSession(onnx.shape_inference.infer_shapes(model).SerializeToString(), options)
 
 
 def require_qnn(options: ExportOptions) -> None:
     """Refuse a chip that is not known, and a machine on which the compiler is not installed."""
-    require_vectors_inside(options, "compiled files")
+    require_converter(options, "QNN", modules=("onnxruntime_qnn",), extra="qnn")
     if str(options.qnn).upper() not in CHIPS:
         raise ExportError(f"--qnn: {options.qnn} is not known", fix=f"one of: {', '.join(CHIPS)}")
-    if importlib.util.find_spec("onnxruntime_qnn") is None:
-        raise BackendError("--qnn needs onnxruntime-qnn, which is not installed", fix=INSTALL)
 
 
 def how_to_run(manifest: Manifest) -> str:
     """Return how the files are run on their chip, where there are any."""
-    files = [artifact for artifact in manifest.artifacts if artifact.format == QNN_CONTEXT]
+    files = [artifact for artifact in manifest.artifacts if artifact.format == QNN]
     return section("qnn.md", manifest, files=files) if files else ""
 
 
-QNN = Format(
+QNN_FORMAT = Format(
     "qnn",
     "qnn",
     wanted=lambda options: options.qnn is not None,
