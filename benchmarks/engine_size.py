@@ -20,7 +20,6 @@ from prgkit.errors import NotWorthItError
 from prgkit.export.bundle.bundle import Bundle, open_bundle
 from prgkit.export.bundle.manifest import QDQ
 from prgkit.export.formats import tensorrt_precision
-from prgkit.export.formats.tensorrt import buildable
 from prgkit.export.formats.tensorrt_build import build_engine
 from prgkit.export.runtimes.gpu import Backend, choose_backend
 
@@ -36,7 +35,7 @@ def sizes(bundle: Bundle, backend: Backend, folder: Path) -> list[dict[str, Any]
     for batch in BATCHES:
         common: dict[str, Any] = {"batch": batch, "backend": backend.name}
         fp16 = build_engine(bundle.folder / half.file, folder, precision="fp16", **common).bytes
-        for source in buildable(quantised, backend):
+        for source in quantised:
             for least in LEAST:
                 row = {"file": source.file, "batch": batch, "least_weights": least, "fp16_bytes": fp16}
                 try:

@@ -47,7 +47,7 @@ from prgkit.student.model import load_student, reparameterised
 
 PEERS = ("timm", "timm_reparam", "timm_reparam_dynamo", "onnxslim", "onnxslim_reparam")
 OURS, FLOAT = "prgkit", "prgkit_float"
-INT8 = {"prgkit_int8": "onnx-int8", "prgkit_int8_heavy": "onnx-int8-heavy"}  # and their names in a bundle
+INT8 = {"prgkit_int8": "onnx-int8"}  # and its name in a bundle
 RUNTIMES = ("onnxruntime", "openvino", "torch")
 HERE: dict[str, Contender] = {}  # of a process that runs the bare loop
 Call = Callable[[Any], Any]  # one input [1, ...] to logits [1, classes]

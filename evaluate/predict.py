@@ -20,7 +20,7 @@ from prgkit.evaluate.selection import selected_artifact
 from prgkit.export.bundle.bundle import open_bundle, verify_artifact
 from prgkit.export.bundle.confidence import energy, promise, uncalibrated
 from prgkit.export.bundle.manifest import Artifact, Manifest
-from prgkit.export.runtimes import open_runner
+from prgkit.export.runtimes import first_setup
 from prgkit.metrics import log_softmax
 
 
@@ -32,6 +32,7 @@ def predict(
     min_confidence: float,
     reject_unknown: bool = False,
     bench: Path | None = None,
+    runtime: str | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict[str, Any]]:
     """Yield for each picture its class and the ``top_k`` (name, probability) pairs, best first.
@@ -42,10 +43,11 @@ def predict(
     that cannot be read has an ``error`` in place of an answer: what, where, fix.
 
     ``bench`` is where this machine's measurements of the bundle are: the artifact that its selection.json names
-    is run, the FP32 file otherwise.
+    is run, the FP32 file otherwise. A ``runtime`` that is named runs that one, or else the bundle's first that it can.
 
     Raises:
-        PrgkitError: the bundle or selection.json is damaged, or the bundle does not know what shows no class.
+        PrgkitError: the bundle or selection.json is damaged, or the bundle does not know what shows no class; there is
+            no such runtime, or it runs nothing here.
     """
     bundle = open_bundle(folder, verify=())
     facts = bundle.manifest.confidence
@@ -53,10 +55,12 @@ def predict(
         why = "pictures of none of the classes cannot be told: " + uncalibrated(bundle.manifest)
         raise ExportError(why, where=folder, fix="leave --reject-unknown out")
     artifact = selected_artifact(bundle, bench)
+    setup = first_setup(folder, [artifact, *bundle.artifacts] if runtime else [artifact], runtime)
+    artifact = setup.artifact
     if min_confidence or bundle.manifest.relabelled:
         note(worth(bundle.manifest, artifact, min_confidence))
     verify_artifact(folder, artifact)
-    runner = open_runner(folder, artifact)
+    runner = setup.open()
     try:
         for given in images:
             for name, read in pictures_of(given, bundle.preprocessing.grey_range, note):

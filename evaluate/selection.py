@@ -1,4 +1,4 @@
-"""Whether INT8 is kept on this machine: it must hold the fidelity floor here, and be faster than FP32 and FP16 here."""
+"""Whether INT8 is kept on this machine: it must be as good as FP32 here, and faster than FP32 and FP16 here."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ from pydantic import Field
 
 from prgkit.evaluate.report.schema import Int8Verdict, Interval, Model, Row, measured_latency
 from prgkit.export.bundle.bundle import Bundle, fp32_onnx
-from prgkit.export.bundle.fidelity import fidelity, int8_sentence
+from prgkit.export.bundle.fidelity import comparison_sentence, int8_sentence
 from prgkit.export.bundle.manifest import Artifact
 from prgkit.storage.atomic import write_sealed
 from prgkit.storage.documents import read_document
 
 FILE = "selection.json"  # beside the report
-SCHEMA: Literal["prgkit.selection/1"] = "prgkit.selection/1"
+SCHEMA: Literal["prgkit.selection/2"] = "prgkit.selection/2"
 
 
 class Selection(Model):
     """selection.json: the file that `predict` runs on this machine, and why."""
 
-    schema_version: Literal["prgkit.selection/1"] = Field(SCHEMA, alias="schema")
+    schema_version: Literal["prgkit.selection/2"] = Field(SCHEMA, alias="schema")
     artifact: str
     sha256: str
     int8: list[Int8Verdict] = Field(description="The verdict on each INT8 file, the best first.")
 
 
-def judge_int8(bundle: Bundle, rows: Sequence[Row], *, images: int) -> list[Int8Verdict]:
+def judge_int8(bundle: Bundle, rows: Sequence[Row]) -> list[Int8Verdict]:
     """Judge every INT8 file that ONNX Runtime ran on this machine's CPU; the first one returned is to be used.
 
-    ``rows`` are the report's, with agreement on ``images`` images. Of several that are kept the fastest is first; where
-    none is kept, the bundle's first.
+    ``rows`` are the report's. Of several that are kept the fastest is first; where none is kept, the bundle's first.
     """
     on_cpu = [row for row in rows if row.backend == "onnxruntime" and row.device == "cpu"]
     ran = {row.artifact: row for row in on_cpu if row.status == "measured"}
@@ -42,23 +41,19 @@ def judge_int8(bundle: Bundle, rows: Sequence[Row], *, images: int) -> list[Int8
         return []
     against = min(floats, key=lambda row: measured_latency(row).p50_ms)
     files = [one for one in bundle.artifacts if (one.format, one.precision) == ("onnx", "int8")]
-    verdicts = [
-        judge(ran[one.name], against, floor=bundle.manifest.fidelity_floor(one), images=images)
-        for one in files
-        if one.name in ran
-    ]
+    verdicts = [judge(ran[one.name], against, margin=bundle.manifest.margin(one)) for one in files if one.name in ran]
     return sorted(verdicts, key=lambda one: (not one.kept, one.kept and one.ratio))
 
 
-def judge(row: Row, against: Row, *, floor: float, images: int) -> Int8Verdict:
+def judge(row: Row, against: Row, *, margin: float) -> Int8Verdict:
     """Return whether one INT8 file is kept, and why.
 
-    The fidelity counts by the lower bound of its 95 % interval. The latency counts by the ratio to that of ``against``,
-    the faster of FP32 and FP16: its whole 95 % interval must lie below 1.
+    It must be as good as FP32 (`NonInferiority.holds`). The latency counts by the ratio to that of ``against``, the
+    faster of FP32 and FP16: its whole 95 % interval must lie below 1.
     """
+    assert row.comparison is not None
     ratio, interval = round_ratio(measured_latency(row).round_p50_ms, measured_latency(against).round_p50_ms)
-    agreement = fidelity(round((row.agreement_fp32 or 0) * images / 100), images)
-    faithful, faster = agreement.holds(floor), interval[1] < 1
+    faithful, faster = row.comparison.holds(margin), interval[1] < 1
     return Int8Verdict(
         artifact=row.artifact,
         backend=row.backend,
@@ -66,10 +61,8 @@ def judge(row: Row, against: Row, *, floor: float, images: int) -> Int8Verdict:
         kept=faithful and faster,
         faithful=faithful,
         faster=faster,
-        images=images,
-        agreement=agreement.agreement,
-        agreement_interval=agreement.interval,
-        floor=floor,
+        comparison=row.comparison,
+        margin=margin,
         against=against.artifact,
         ratio=ratio,
         ratio_interval=interval,
@@ -102,14 +95,10 @@ def int8_notes(bundle: Bundle, verdicts: Sequence[Int8Verdict]) -> list[str]:
 
 def in_words(verdict: Int8Verdict) -> str:
     """Say of one INT8 file whether it is kept, with the figures."""
-    share = (
-        f"the same answer as FP32 on {verdict.agreement:.2f} % of {verdict.images:,} images, lower 95 % bound "
-        f"{verdict.agreement_interval[0]:.2f} %, floor {verdict.floor:g} %"
-    )
     low, high = verdict.ratio_interval
     latency = f"{verdict.ratio:.2f} times the latency of {verdict.against} ({low:.2f}–{high:.2f})"
     kept = "is kept on this machine" if verdict.kept else "is not kept on this machine"
-    return f"{verdict.artifact} {kept}: {share}; {latency}."
+    return f"{verdict.artifact} {kept}: {latency}; {comparison_sentence(verdict.comparison, verdict.margin)}."
 
 
 def write_selection(folder: Path, bundle: Bundle, verdicts: Sequence[Int8Verdict]) -> None:

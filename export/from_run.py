@@ -49,7 +49,7 @@ GOLDEN_SIDE = 1024  # of the shorter side: sixteen photographs of 24 megapixels 
 def export_run(run: Run, options: ExportOptions, *, progress: Progress) -> Manifest:
     """Export a run's best student into ``<run>/bundle`` and return the manifest.
 
-    What the recipe says of exports takes the place of the options' ``opset`` and ``fidelity``, and of those that are
+    What the recipe says of exports takes the place of the options' ``opset`` and ``margin``, and of those that are
     None; ``evaluation_images`` takes the place of the recipe's, also in the recipe that the manifest holds.
 
     Raises:
@@ -62,7 +62,7 @@ def export_run(run: Run, options: ExportOptions, *, progress: Progress) -> Manif
             export = recipe.export.model_copy(update={"evaluation_images": asked})
             recipe = recipe.model_copy(update={"export": export})
         export = recipe.export
-        options = replace(options, opset=export.opset, fidelity=export.fidelity, batch=options.batch or export.batch)
+        options = replace(options, opset=export.opset, margin=export.margin, batch=options.batch or export.batch)
         check_vocabulary(recipe, options)
         manifest = export_best(run, recipe, options, progress)
     if asked is not None and (images := manifest.evaluation.images) < asked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -104,7 +104,7 @@ class HeldOutSet:
     prepared: Iterable[NDArray[np.uint8]] | None  # n times [S, S, 3]; None: they are the evaluation images
     teacher_logits: NDArray[np.float32]  # [n, classes]
     keys: Sequence[str]  # n content keys
-    ticks: Iterable[Tick] = ()
+    ticks: Collection[Tick] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ def export_student(
             cache=ArtifactCache(new, bundle=folder, note=note),
             origin=origin_of(student.network, images.parity, student.classes, student.preprocessing, options),
             note=note,
+            ticks=images.held_out.ticks if images.held_out else (),
         )
         first, confidence = make_first(formats[0], export, student, images)  # FORMATS begins with FP32
         made = [first]
@@ -316,6 +317,6 @@ def expected_bytes(student: TrainedStudent, evaluation_images: int, options: Exp
     """Estimate the bundle's size from above."""
     weights = 4 * sum(parameter.numel() for parameter in student.network.parameters())
     copies = (1.0 + 0.5 * options.fp16 + 2.0 * options.int8) * (1.0 + 1.4 * options.trt) + 1.0 * options.float_input
-    copies += len(options.formats) * (1.0 + 0.5 * options.fp16)
+    copies += len(options.formats) * (1.0 + 0.5 * options.fp16 + 0.25 * options.int8)
     pictures = evaluation_images * math.prod(sides(student.preprocessing.image_size)) * 3
     return int(weights * copies) + pictures + (16 << 20)

@@ -33,6 +33,7 @@ from prgkit.export.bundle.manifest import (
     ENGINE,
     NCHW,
     ONNX,
+    OPENVINO_QDQ,
     QDQ,
     VECTORS,
     Artifact,
@@ -57,8 +58,8 @@ from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 OPEN = "prgkit export --open-vocabulary"
 # Of an INT8 file: all else of how it was quantised was found with the old classes; bench judges it by the new ones.
-OF_THE_NETWORK = {"name", "layout", "calibration_images", "floor", "blocks", "float_blocks", "clip_quantile"}
-REWRITTEN = (ONNX, QDQ, NCHW)  # the formats whose files are given other class vectors
+OF_THE_NETWORK = {"name", "layout", "calibration_images", "margin", "clip_quantile"}
+REWRITTEN = (ONNX, QDQ, OPENVINO_QDQ, NCHW)  # the formats whose files are given other class vectors
 UNCOMPARED = "its network was compared with PyTorch when it was exported, with other classes"
 
 

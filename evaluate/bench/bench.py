@@ -36,7 +36,7 @@ from prgkit.evaluate.report.samples import RowSamples, Samples, ThroughputSample
 from prgkit.evaluate.report.schema import FixedRate, Int8Verdict, Machine, Report, Row, Soak, ThreadSweep, Throughput
 from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection
 from prgkit.export.bundle.bundle import Bundle, Evaluation, open_bundle, read_evaluation
-from prgkit.export.bundle.fidelity import fidelity
+from prgkit.export.bundle.fidelity import compare_with_fp32, known_classes
 from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes.parity import check_golden
 from prgkit.storage.atomic import sha256
@@ -190,7 +190,7 @@ def measure(
             where=subject.bundle.folder,
             fix="prgkit doctor says what can run here",
         )
-    int8 = judge_int8(subject.bundle, rows, images=len(pixels))
+    int8 = judge_int8(subject.bundle, rows)
     soaked, windows = soak_lead(rows, specs, int8, options, context)
     return Results(
         rows=rows,
@@ -239,7 +239,7 @@ def with_results(row: Row, one: Measured, subject: Subject) -> Row:
 
 
 def accuracy(row: Row, logits: NDArray[np.float32], subject: Subject) -> dict[str, object]:
-    """Return how right a row's logits [images, classes] are, and how faithful; of INT8, whether it holds the floor."""
+    """Return how right a row's logits [images, classes] are, and how faithful; of INT8, whether it is as good."""
     evaluation = subject.evaluation
     scores = metrics.scores(logits, teacher=evaluation.teacher_logits, fp32=evaluation.logits, labels=evaluation.labels)
     figures: dict[str, object] = scores._asdict()
@@ -248,8 +248,9 @@ def accuracy(row: Row, logits: NDArray[np.float32], subject: Subject) -> dict[st
             logits / subject.bundle.manifest.temperature, evaluation.labels
         )
     if row.precision == "int8":
-        same = round((scores.agreement_fp32 or 0) * len(logits) / 100)
-        figures["faithful"] = fidelity(same, len(logits)).holds(subject.bundle.manifest.fidelity_floor())
+        known = known_classes(evaluation, subject.ticks, subject.bundle.classes)
+        found = compare_with_fp32(evaluation.logits, logits, evaluation.teacher_logits, known)
+        figures |= {"comparison": found, "faithful": found.holds(subject.bundle.manifest.margin())}
     return figures
 
 

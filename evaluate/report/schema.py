@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-REPORT_SCHEMA: Literal["prgkit.report/2"] = "prgkit.report/2"
+from prgkit.export.bundle.manifest import NonInferiority
+
+REPORT_SCHEMA: Literal["prgkit.report/3"] = "prgkit.report/3"
 
 Stage = Annotated[
     Literal["compute", "io", "pipeline", "end_to_end"],
@@ -97,7 +99,8 @@ class Row(ArtifactKey):
     agreement_teacher_interval: Interval | None = None
     agreement_fp32: float | None = Field(None, description="Percent of images with the FP32 student's answer.")
     kl_teacher: float | None = Field(None, description="Mean KL(teacher || artifact) in nats.")
-    faithful: bool | None = Field(None, description="Of INT8: whether it holds the fidelity floor here.")
+    comparison: NonInferiority | None = Field(None, description="Of INT8: how it stands to FP32 here.")
+    faithful: bool | None = Field(None, description="Of INT8: whether it is as good as FP32 here.")
 
 
 class Gpu(Model):
@@ -266,15 +269,13 @@ class Soak(ArtifactKey):
 
 
 class Int8Verdict(ArtifactKey):
-    """Whether one INT8 file is used on this machine: it must hold the floor, and be faster than FP32 and FP16."""
+    """Whether one INT8 file is used on this machine: it must be as good as FP32, and faster than FP32 and FP16."""
 
     kept: bool
-    faithful: bool = Field(description="Whether the lower bound of its agreement reaches the floor.")
+    faithful: bool = Field(description="Whether it is as good as FP32.")
     faster: bool = Field(description="Whether the whole interval of the ratio lies below 1.")
-    images: int
-    agreement: float = Field(description="Percent of images with FP32's answer.")
-    agreement_interval: Interval
-    floor: float = Field(description="The fidelity floor in percent.")
+    comparison: NonInferiority
+    margin: float = Field(description="Percent points that it may be worse than FP32.")
     against: str = Field(description="The faster one of FP32 and FP16.")
     ratio: float = Field(description="Its latency divided by that of the other.")
     ratio_interval: Interval
@@ -369,7 +370,7 @@ class BaselineComparison(Model):
 class Report(Model):
     """report.json: everything that a bench found on one machine."""
 
-    schema_version: Literal["prgkit.report/2"] = Field(REPORT_SCHEMA, alias="schema")
+    schema_version: Literal["prgkit.report/3"] = Field(REPORT_SCHEMA, alias="schema")
     prgkit: str = Field(description="The version that measured.")
     created: str = Field(description="When, in UTC.")
     command: str

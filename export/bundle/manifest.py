@@ -14,13 +14,17 @@ from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ExportError, PrgkitError
 from prgkit.storage.atomic import read_sealed
 
-SCHEMA = "prgkit.bundle/2"
+SCHEMA = "prgkit.bundle/3"
 FILE = "manifest.json"
 EXPORT_AGAIN = "export again: prgkit export"
 ONNX = "onnx"  # the format of a file that ONNX Runtime runs
 QDQ = "onnx-tensorrt"  # of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
+OPENVINO_QDQ = "onnx-openvino"  # of an INT8 file for OpenVINO; ONNX Runtime runs it, but slowly
 NCHW = "onnx-nchw"  # of an ONNX file for other runtimes: normalised floats in, never run or measured by us
 ENGINE = "engine"  # of a TensorRT engine
+LITERT = "litert"  # of a .tflite file
+EXECUTORCH = "executorch"  # of a .pte file
+KL_SHARE = 0.1  # of FP32's divergence from the teacher, by which another file's may be larger
 NCNN = "ncnn"  # of a folder with ncnn's two files
 COREML = "coreml"  # of an .mlpackage
 QNN = "qnn"  # of an ONNX file that holds a program for a Qualcomm NPU
@@ -60,58 +64,71 @@ class Parity(Facts):
     kl: float  # mean KL(reference || other) of the softmax, in nats
 
 
-class Fidelity(Facts):
-    """How often a file gives the FP32 file's answer."""
+class PairedShares(Facts):
+    """On how many of the same images the FP32 file and another are right."""
 
     images: int
-    agreement: float  # percent
-    interval: tuple[float, float]  # its 95 % interval
-
-    def holds(self, floor: float) -> bool:
-        """Tell whether the agreement is surely ``floor`` percent or more: the lower bound of its interval counts."""
-        return self.interval[0] >= floor
-
-
-class BlockSensitivity(Facts):
-    """What quantising one block by itself does to the student's logits."""
-
-    block: str
-    median_kl: float  # over images, in nats
-    agreement: float  # percent
+    fp32: float  # percent
+    file: float  # percent
+    won: int  # images on which the file alone is right
+    lost: int  # images on which FP32 alone is right
+    bounds: tuple[float, float]  # of file - fp32 in percent points, each one-sided at 95 %
 
 
-class Attempt(Facts):
-    """One INT8 file that was tried: its most sensitive blocks in float, and the fidelity that this gave."""
+class NonInferiority(Facts):
+    """Whether a file is as good as the FP32 file: both are judged by the teacher, and by the truth where known."""
 
-    float_blocks: int
-    fidelity: Fidelity
+    images: int
+    agreement_fp32: float  # percent of images with FP32's answer: a figure, by which nothing is judged
+    teacher: PairedShares  # right is the teacher's answer
+    labels: PairedShares | None = None  # right is the label, or what a person ticked, on the images that have one
+    kl_fp32: float  # mean KL(teacher || FP32) in nats
+    kl: float  # mean KL(teacher || file)
+    kl_bound: float  # the upper 95 % bound, one-sided, of how much larger it is than FP32's
+
+    def holds(self, margin: float) -> bool:
+        """Tell whether the file is surely less than ``margin`` percent points worse than the FP32 file.
+
+        Labels of some of the images are too few to show that: they refuse what is surely worse by them.
+        """
+        return all(self.conditions(margin).values())
+
+    def conditions(self, margin: float) -> dict[Literal["teacher", "labels", "kl"], bool]:
+        """Return by what the file is judged, and whether it holds there."""
+        found: dict[Literal["teacher", "labels", "kl"], bool] = {
+            "teacher": self.teacher.bounds[0] >= -margin,
+            "kl": self.kl_bound <= KL_SHARE * self.kl_fp32,
+        }
+        if self.labels is not None:
+            bounds = self.labels.bounds
+            found["labels"] = bounds[0] >= -margin if self.labels.images == self.images else bounds[1] >= 0
+        return found
+
+
+Layout = Literal["onnxruntime", "openvino", "tensorrt", "litert", "executorch"]  # whose INT8 a file is
 
 
 class Quantization(Facts):
-    """How an INT8 file was made, and what its fidelity is; after a relabel only what does not depend on the classes."""
+    """How an INT8 file was made, and how it stands to FP32; after a relabel what does not depend on the classes."""
 
     name: str = ""
-    layout: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    layout: Layout = "onnxruntime"
     calibration_images: int = 0
     kept: bool = True
     clip_quantile: float | None = None  # the share of the images clipped on either side of a tensor's range
-    floor: float  # percent
-    fidelity: Fidelity | None = None
-    blocks: int = 0
-    float_blocks: tuple[str, ...] = ()
-    sensitivity: tuple[BlockSensitivity, ...] = ()  # the most sensitive block first
-    tried: tuple[Attempt, ...] = ()
+    margin: float  # percent points that it may be worse than FP32
+    comparison: NonInferiority | None = None
     made_from: str | None = None
 
 
 class TooFewImages(Facts):
-    """An INT8 file that was not made: with every answer the same its fidelity would still not be sure."""
+    """An INT8 file that was not made: with every answer right that is FP32's, nothing would be sure of it."""
 
     name: str = ""
-    layout: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    layout: Layout = "onnxruntime"
     calibration_images: int = 0
     kept: Literal[False] = False
-    floor: float  # percent
+    margin: float  # percent points
     images: int
 
 
@@ -247,10 +264,10 @@ class Manifest(Facts):
         """When the classes were changed, or None."""
         return self.open_vocabulary.relabelled if self.open_vocabulary else None
 
-    def fidelity_floor(self, artifact: Artifact | None = None) -> float:
-        """Return the fidelity in percent that an INT8 file is held to: the one it was made for, else the recipe's."""
+    def margin(self, artifact: Artifact | None = None) -> float:
+        """Return by how many percent points INT8 may be worse: what a file was made for, else the recipe's."""
         made_for = artifact.quantization if artifact else None
-        return made_for.floor if made_for else self.export.fidelity
+        return made_for.margin if made_for else self.export.margin
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -2,6 +2,8 @@
 
 from prgkit.export.formats.base import Format
 from prgkit.export.formats.mobile.coreml import COREML_FORMAT
+from prgkit.export.formats.mobile.executorch import EXECUTORCH_FORMAT
+from prgkit.export.formats.mobile.litert import LITERT_FORMAT
 from prgkit.export.formats.mobile.ncnn import NCNN_FORMAT
 from prgkit.export.formats.mobile.qnn import QNN_FORMAT
 from prgkit.export.formats.onnx import ONNX_FP16, ONNX_FP32
@@ -17,6 +19,8 @@ FORMATS: list[Format] = [
     ONNX_NCHW,
     ONNX_INT8,
     INT8_ENGINES,
+    LITERT_FORMAT,
+    EXECUTORCH_FORMAT,
     NCNN_FORMAT,
     COREML_FORMAT,
     QNN_FORMAT,

@@ -15,7 +15,7 @@ class ExportOptions:
     opset: int = 20
     fp16: bool = False
     int8: bool = False
-    fidelity: float = 98.0  # percent of the evaluation images on which INT8 must surely give FP32's answer
+    margin: float = 2.0  # percent points that INT8 may be worse than FP32
     float_input: bool = False  # also a file that takes normalised floats, NCHW
     trt: bool = False
     batch: tuple[int, int, int] | None = None  # of the engines: min, opt, max; None: the recipe's

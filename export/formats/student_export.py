@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 import prgkit
+from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
+from prgkit.data.ticks import Tick
 from prgkit.export.bundle.artifact_cache import ArtifactCache, Origin
 from prgkit.export.bundle.bundle import describe_artifact
 from prgkit.export.bundle.manifest import NCHW, Artifact
@@ -56,6 +59,7 @@ class StudentExport:
     cache: ArtifactCache
     origin: Origin
     note: Callable[[str], None]
+    ticks: Collection[Tick] = ()  # what a person said of the evaluation images
     artifacts: list[Artifact] = field(default_factory=list)  # that are made so far
 
     @cached_property
@@ -67,6 +71,15 @@ class StudentExport:
     def reference_logits(self) -> NDArray[np.float32]:
         """PyTorch's logits [n, classes] of the pixels."""
         return run_batches(TorchRunner(self.student), self.pixels)
+
+    @cached_property
+    def program(self) -> Path:
+        """The fused student as a program of torch.export, of one picture: what other converters than ONNX's read."""
+        example = torch.zeros((1, *sides(self.preprocessing.image_size), 3), dtype=torch.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.export.save(torch.export.export(self.module, (example,)), path := self.work / "program.pt2")
+        return path
 
     @cached_property
     def fp16_file(self) -> Path:

@@ -48,8 +48,7 @@ def make_engines(precisions: Sequence[str], export: StudentExport) -> Made:
     builder = EngineBuilder(export.folder, backend, export.options, export.pixels, reference, export.cache, export.note)
     sources = [one for one in export.artifacts if one.precision in precisions and is_source(one)]
     artifacts, not_built = builder.make_all(sources)
-    decided = [f"{backend.name}-{kind}" for kind in ("int8", "int8-heavy") if "int8" in precisions]
-    return Made(artifacts, not_built, frozenset(decided))
+    return Made(artifacts, not_built, frozenset([f"{backend.name}-int8"] if "int8" in precisions else ()))
 
 
 FLOAT_ENGINES = Format(
@@ -105,7 +104,7 @@ class EngineBuilder:
         """Return the engines of ONNX artifacts, and why there is none where one is not worth it."""
         made: list[Artifact] = []
         not_built: list[NotBuilt] = []
-        for source in buildable(sources, self.backend):
+        for source in sources:
             try:
                 made.append(self.make(source))
             except NotWorthItError as error:
@@ -204,15 +203,5 @@ def is_source(artifact: Artifact) -> bool:
 
 
 def engine_name(backend: str, source: Artifact) -> str:
-    """Return the name of the engine that a backend builds from an ONNX artifact, as "tensorrt-int8-heavy"."""
+    """Return the name of the engine that a backend builds from an ONNX artifact, as "tensorrt-int8"."""
     return f"{backend}-{source.name.removeprefix('onnx-').removesuffix('-tensorrt')}"
-
-
-def buildable(sources: Sequence[Artifact], backend: Backend) -> list[Artifact]:
-    """Return the ONNX artifacts of which a backend builds engines: for TensorRT for RTX one of each precision.
-
-    Its engines compute only convolutions of many weights in INT8 (see `leave_small_in_fp16`), so of the INT8 files the
-    last, which has the others in float where there are two, loses nothing and rounds least.
-    """
-    last = {source.precision: source for source in sources}
-    return [source for source in sources if backend.name != "tensorrt_rtx" or source is last[source.precision]]

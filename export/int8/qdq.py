@@ -12,7 +12,6 @@ where both activations and both weights are large. So no two neighbours of one s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,35 +26,21 @@ from prgkit.errors import ExportError
 from prgkit.export.formats.onnx_graph import normalised_input, save, set_nodes
 from prgkit.export.int8.calibration import Spread
 
-Layout = Literal["onnxruntime", "tensorrt"]
+QdqLayout = Literal["onnxruntime", "tensorrt"]
 POOLS = ("ReduceMean", "GlobalAveragePool")
 DENSE_CHANNELS = 32  # into a kernel larger than 1 x 1
-# Products per value that a convolution takes or gives. Below the first rounding costs what INT8 gains; below the second
-# it depends on the machine, even on its threads: benchmarks/results/export_int8.json has RepViT-M0.9 with and without.
-LEAST_WORK = 24
-COMPUTE_BOUND_WORK = 80
-SEGMENTS = 16  # of a graph whose weights have no names to group them by
+LEAST_WORK = 24  # products per value that a 1 x 1 convolution takes or gives: below, rounding costs what INT8 gains
 LEAST_SCALE = {np.dtype(np.float32): 1e-12, np.dtype(np.float16): 2.0**-14}  # below it float16 loses precision
 MOST_BIAS = 2.0**30  # a bias is int32 in steps of input scale x weight scale
 
 
-@dataclass(frozen=True)
-class Block:
-    """A part of the network that is quantised as a whole or not at all."""
+def find_convolutions(path: Path) -> list[str]:
+    """Return the nodes that are quantised in an ONNX file of ours: every dense convolution of feature maps.
 
-    name: str
-    nodes: tuple[str, ...]  # convolutions, in the graph's order
-    work: float = math.inf  # the least of them, in products per value
-
-
-def find_blocks(path: Path) -> list[Block]:
-    """Group what can be quantised in an ONNX file of ours by the blocks of the network, in the graph's order.
-
-    That is every dense convolution of feature maps: there the arithmetic is. Depthwise ones, those of few channels and
-    the sums between blocks stay in float: ONNX Runtime's 8-bit kernels for them are slower than its float ones (a
-    whole EfficientNet-B0 in INT8 took 1.3 times FP32's time at 224 px), and their errors are the largest. What works
-    on pooled features (squeeze-excite, the head) takes no time, and its errors reach everything. A block's name is that
-    of the module its weights come from; a graph without such names is cut into `SEGMENTS` parts.
+    There the arithmetic is. Depthwise ones, those of few channels and the sums between blocks stay in float: ONNX
+    Runtime's 8-bit kernels for them are slower than its float ones (a whole EfficientNet-B0 in INT8 took 1.3 times
+    FP32's time at 224 px), and their errors are the largest. What works on pooled features (squeeze-excite, the head)
+    takes no time, and its errors reach everything.
 
     Raises:
         ExportError: there is no convolution to quantise, or the file is none of ours.
@@ -65,24 +50,18 @@ def find_blocks(path: Path) -> list[Block]:
     _, before = normalised_input(graph)
     outside = {node.output[0] for node in before} | {graph.output[0].name}
     pooled: set[str] = set()
-    named: dict[str, str] = {}  # node -> block
-    work: dict[str, float] = {}  # node -> products per value
+    found = []
     for node in graph.node:
         activations = [name for name in node.input if name and name not in weights]
         if node.op_type in POOLS or (activations and all(name in pooled for name in activations)):
             pooled.update(node.output)
-            continue
-        if node.output[0] in outside:
-            continue
-        if node.op_type == "Conv" and is_dense(node, shape := weights.get(node.input[1], ())):
-            named[node.name], work[node.name] = block_name(node.input[1]), work_of(shape)
-    if not named:
+        elif (
+            node.op_type == "Conv" and node.output[0] not in outside and is_dense(node, weights.get(node.input[1], ()))
+        ):
+            found.append(node.name)
+    if not found:
         raise ExportError(f"{path.name} has no convolution to quantise", where=path, fix="export without --int8")
-    if len(set(named.values())) < 2:
-        parts = np.array_split(np.array(list(named)), min(SEGMENTS, len(named)))
-        named = {str(node): f"part {number}" for number, nodes in enumerate(parts) for node in nodes}
-    nodes = {name: [node for node, block in named.items() if block == name] for name in named.values()}
-    return [Block(name, tuple(those), min(work[node] for node in those)) for name, those in nodes.items()]
+    return found
 
 
 def is_dense(node: onnx.NodeProto, shape: tuple[int, ...]) -> bool:
@@ -90,32 +69,15 @@ def is_dense(node: onnx.NodeProto, shape: tuple[int, ...]) -> bool:
     groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
     if len(shape) != 4 or groups != 1:
         return False
-    return work_of(shape) >= LEAST_WORK if shape[2:] == (1, 1) else shape[1] >= DENSE_CHANNELS
+    products = shape[0] * shape[1] / (shape[0] + shape[1])
+    return products >= LEAST_WORK if shape[2:] == (1, 1) else shape[1] >= DENSE_CHANNELS
 
 
-def work_of(shape: tuple[int, ...]) -> float:
-    """Return how many products a convolution [out, in, height, width] computes per value that it takes or gives."""
-    return math.prod(shape) / (shape[0] + shape[1])
-
-
-def block_name(weight: str) -> str:
-    """Return the block of a weight's name: the part of a numbered module to which the weight belongs.
-
-    ``network.stages.1.downsample.ffn.conv1.weight`` is of ``stages.1.downsample.ffn``. Numbered modules as a whole
-    would be too much: of RepViT's downsampling only the one convolution that makes the next stage's maps is sensitive.
-    """
-    parts = weight.removeprefix("network.").removeprefix("model.").split(".")[:-1]  # an open vocabulary's is model
-    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
-    depth = numbers[1] + 2 if len(numbers) > 1 else numbers[0] + 3 if numbers else 2
-    return ".".join(parts[:depth])
-
-
-def tensors_of(path: Path, blocks: Collection[Block]) -> list[str]:
-    """Return the tensors whose values must be known to quantise ``blocks``: what their nodes take and give."""
+def tensors_of(path: Path, convolutions: Collection[str]) -> list[str]:
+    """Return the tensors whose values must be known to quantise ``convolutions``: what they take and give."""
     graph = onnx.load(str(path)).graph
     weights = {tensor.name for tensor in graph.initializer}
-    chosen = {node for block in blocks for node in block.nodes}
-    names = [name for node in graph.node if node.name in chosen for name in (*node.input, *node.output)]
+    names = [name for node in graph.node if node.name in convolutions for name in (*node.input, *node.output)]
     return [name for name in dict.fromkeys(names) if name and name not in weights]
 
 
@@ -126,7 +88,7 @@ class Quantizable:
     source: Path  # the FP32 file for ONNX Runtime, the FP16 file for TensorRT
     spreads: Mapping[str, Spread]  # of the FP32 file
     clip_quantile: float  # the share of the spreads' images that may reach beyond a tensor's range on either side
-    layout: Layout
+    layout: QdqLayout
 
     def write(self, path: Path, nodes: Collection[str]) -> None:
         """Write the file with Q/DQ nodes around ``nodes``; all else in it stays as it is."""
@@ -143,7 +105,7 @@ class Quantizable:
         save(model, path)
 
 
-def weight_scales(weight: NDArray[Any], layout: Layout) -> NDArray[Any]:
+def weight_scales(weight: NDArray[Any], layout: QdqLayout) -> NDArray[Any]:
     """Return the step of each output channel [out] of a convolution's weights [out, in, h, w].
 
     For ONNX Runtime no two neighbouring input channels' steps of one sign sum to more than 128: 255 x 128 fits 16 bits.
@@ -160,7 +122,7 @@ class QdqWriter:
     """The Q/DQ nodes of one file while it is written, one pair for each tensor."""
 
     def __init__(
-        self, graph: onnx.GraphProto, spreads: Mapping[str, Spread], clip_quantile: float, layout: Layout
+        self, graph: onnx.GraphProto, spreads: Mapping[str, Spread], clip_quantile: float, layout: QdqLayout
     ) -> None:
         self.spreads, self.clip_quantile, self.layout = spreads, clip_quantile, layout
         self.weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BackendError
-from prgkit.export.bundle.manifest import ONNX, QDQ, Artifact
+from prgkit.export.bundle.manifest import ONNX, OPENVINO_QDQ, QDQ, Artifact
 from prgkit.export.runtimes.base import EXPORT_AGAIN, Runtime, Setup, Variant, Versions, read_class_vectors
 
 INSTALL = "pip install 'prgkit[openvino]'"
@@ -27,9 +27,10 @@ def open_onnx(setup: Setup) -> OpenVinoRunner:
 def runs_in_openvino(variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -> bool:
     """Tell whether OpenVINO computes in a file's precision: FP16 would be FP32 on the CPU.
 
-    Of the two layouts of INT8 it is faster with TensorRT's, where the bundle has that ``beside``.
+    Of the layouts of INT8 it is fastest with its own, else with TensorRT's, where the bundle has that ``beside``.
     """
-    layout = QDQ if any(other.format == QDQ for other in beside) else ONNX
+    formats = {other.format for other in beside}
+    layout = next(one for one in (OPENVINO_QDQ, QDQ, ONNX) if one in formats or one == ONNX)
     return (artifact.format, artifact.precision) in ((ONNX, "fp32"), (layout, "int8"))
 
 
@@ -51,7 +52,7 @@ def examine(versions: Versions) -> Sequence[tuple[str, str | None]]:
 
 OPENVINO = Runtime(
     name="openvino",
-    formats=(ONNX, QDQ),
+    formats=(ONNX, OPENVINO_QDQ, QDQ),
     variants=(Variant("CPU", "openvino", "cpu"),),
     libraries=("openvino",),
     open=open_onnx,
@@ -75,7 +76,7 @@ class OpenVinoRunner:
         """Open ``path``, ready for one picture.
 
         Args:
-            path: the ONNX file, in FP32, or in INT8 of either layout.
+            path: the ONNX file, in FP32, or in INT8 of any layout.
             threads: threads of one run; None leaves the choice to OpenVINO.
             name: what reports call it; the file's name by default.
 

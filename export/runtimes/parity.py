@@ -18,7 +18,7 @@ from prgkit.storage.reproducible import read_array, read_png
 
 # Of max(1, largest reference logit): rounding in another order of summation stays below it.
 FP32_RELATIVE_TOLERANCE = 1e-4
-# Percent; INT8 files are judged by export.fidelity, on more images: this tells a broken INT8 engine from a right one.
+# Percent; INT8 files are judged by export.margin, on more images: this tells a broken INT8 engine from a right one.
 MIN_TOP1_AGREEMENT = {"fp32": 100.0, "fp16": 99.0, "int8": 85.0}
 GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}  # of the largest logit: other processors sum in other orders
 

@@ -184,6 +184,7 @@ def bench(session: Session, /, folder: Path | None, **given: Any) -> Document:
 @click.option("--top-k", type=click.IntRange(min=1), default=3, show_default=True, help="How many answers.")
 @click.option("--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Abstain below this probability.")
 @click.option("--reject-unknown", is_flag=True, help="Abstain where an image seems to show none of the classes.")
+@click.option("--runtime", metavar="NAME", help="Answer with this runtime, e.g. litert.  [default: what bench chose]")
 @run_option
 @json_option
 @click.pass_obj

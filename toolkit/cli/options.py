@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 QUALCOMM_CHIPS = ("SM8450", "SM8475", "SM8550", "SM8650", "SM8750", "SM8850", "SC8380XP")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FORMATS = {  # options that each ask for a format, by its name
+    "litert": "Also as LiteRT (.tflite); with --fp16 and --int8 in these, too.",
+    "executorch": "Also as ExecuTorch (.pte), its network in XNNPACK.",
     "ncnn": "Also as ncnn (.param, .bin), as for a Raspberry Pi; with --fp16 in that, too.",
     "coreml": "Also as Core ML (.mlpackage), for iOS and macOS; with --fp16 in that, too.",
 }
@@ -177,7 +179,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what export takes: which files are made besides FP32 ONNX, and how."""
     options: list[Callable[..., Any]] = [
         click.option("--fp16", is_flag=True, help="Also in 16-bit floats."),
-        click.option("--int8", is_flag=True, help="Also in 8-bit integers, where these keep the recipe's fidelity."),
+        click.option("--int8", is_flag=True, help="Also in 8-bit integers, where these are as good as FP32."),
         click.option("--trt", is_flag=True, help="Also as TensorRT engines."),
         click.option(
             "--backend",

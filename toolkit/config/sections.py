@@ -205,7 +205,7 @@ class Export(Config):
     opset: int = 20  # the oldest ONNX Runtime that runs it: 17 1.12, 18 1.15, 19 1.16, 20 1.17, 21 1.18, 22 1.21
     batch: tuple[int, int, int] = (1, 1, 32)  # [min, opt, max] of a TensorRT profile; opt is the deployed batch
     evaluation_images: int = Field(2000, ge=1)  # that travel in the bundle, of the held-out or labelled ones
-    fidelity: float = Field(98.0, ge=90, lt=100)  # percent of those on which INT8 must surely give FP32's answer
+    margin: float = Field(2.0, gt=0, le=20)  # percent points that INT8 may be worse than FP32, by the teacher's answers
 
     @field_validator("opset")
     @classmethod

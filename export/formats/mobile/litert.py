@@ -1,0 +1,69 @@
+"""LiteRT (formerly TensorFlow Lite): a .tflite file in FP32, FP16 and INT8, pixels in and logits out."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prgkit.export.bundle.manifest import LITERT
+from prgkit.export.formats.base import Format, Made
+from prgkit.export.formats.mobile import litert_convert
+from prgkit.export.formats.mobile.apart import run_apart
+from prgkit.export.formats.mobile.int8 import Int8Recipe, make_int8
+from prgkit.export.formats.mobile.require import require_converter
+from prgkit.export.formats.snippets import section
+from prgkit.export.runtimes.litert import LiteRtRunner
+
+if TYPE_CHECKING:
+    from prgkit.export.formats.student_export import StudentExport
+
+EXTRA = "litert-export"  # `litert` alone is the runtime, which a device installs
+CONVERTER, QUANTISER = ("litert-torch", "litert-converter"), ("ai-edge-quantizer",)
+ON_CPU_FP16 = "weights in float16; on a CPU LiteRT computes with them in float32 unless it is told otherwise"
+
+
+def make_litert(export: StudentExport) -> Made:
+    """Convert the fused student; the FP16 and INT8 files are made of the FP32 one, where these are asked for."""
+    fp32 = export.folder / "model.tflite"
+    how: dict[str, Any] = {"format": LITERT, "runner": LiteRtRunner}
+
+    def convert(path: Path) -> None:
+        export.note("LiteRT: converting takes a minute")
+        run_apart(litert_convert.convert, export.program, path)
+
+    options = ("--litert",)
+    how32: dict[str, Any] = {"precision": "fp32", "converters": CONVERTER, "export_options": options}
+    artifacts = [export.finish("litert", fp32.name, write=convert, **how, **how32)]
+    if export.options.fp16:
+        how16: dict[str, Any] = {"precision": "fp16", "converters": (*CONVERTER, *QUANTISER), "note": ON_CPU_FP16}
+        how16 |= {"write": partial(run_apart, litert_convert.halve, fp32), "export_options": (*options, "--fp16")}
+        artifacts.append(export.finish("litert-fp16", "model.fp16.tflite", **how, **how16))
+    int8 = make_int8(export, int8_recipe(fp32)) if export.options.int8 else Made()
+    return Made([*artifacts, *int8.artifacts], int8.not_kept, int8.decided)
+
+
+def int8_recipe(fp32: Path) -> Int8Recipe:
+    """Return how the INT8 file is made of the FP32 one."""
+    return Int8Recipe(
+        "litert-int8",
+        "model.int8.tflite",
+        format=LITERT,
+        runtime="litert",
+        converters=(*CONVERTER, *QUANTISER),
+        write=partial(run_apart, litert_convert.quantise, fp32),
+        runner=LiteRtRunner,
+        export_options=("--litert", "--int8"),
+    )
+
+
+LITERT_FORMAT = Format(
+    "litert",
+    EXTRA,
+    wanted=lambda options: "litert" in options.formats,
+    make=make_litert,
+    require=partial(
+        require_converter, what="LiteRT", modules=("litert_torch", "ai_edge_quantizer", "ai_edge_litert"), extra=EXTRA
+    ),
+    how_to_run=partial(section, "litert.md"),
+)

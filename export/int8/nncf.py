@@ -1,0 +1,27 @@
+"""INT8 for OpenVINO by NNCF, its own quantiser: depthwise convolutions, sums and the head as well."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from prgkit.export.formats.onnx_graph import save
+
+INSTALL = "pip install 'prgkit[nncf]'"
+
+
+def write_for_openvino(fp32: Path, path: Path, pixels: NDArray[np.uint8]) -> None:
+    """Write an FP32 file of ours with Q/DQ nodes as NNCF places them, calibrated on ``pixels`` [n, S, S, 3]."""
+    nncf: Any = importlib.import_module("nncf")
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    source = onnx.load(str(fp32))
+    images = nncf.Dataset([{source.graph.input[0].name: image[None]} for image in pixels])
+    preset = nncf.QuantizationPreset.MIXED
+    model = nncf.quantize(source, images, preset=preset, subset_size=len(pixels), fast_bias_correction=True)
+    save(model, path)
