@@ -14,8 +14,15 @@ from prgkit.export.formats.mobile.coreml import COREML_FORMAT
 from prgkit.export.formats.mobile.qnn import QNN_FORMAT
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.runtimes import setups
-from tests.conftest import SIZE, Exported
+from tests.conftest import SIZE, Exported, export_family
 from tests.unit.export.test_ncnn import student_export
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """timm's smallest student."""
+    pytest.importorskip("torch")
+    return export_family("test_efficientnet", tmp_path_factory.mktemp("small"))
 
 
 def cache_of(folder: Path) -> ArtifactCache:
@@ -23,10 +30,10 @@ def cache_of(folder: Path) -> ArtifactCache:
     return ArtifactCache(folder, bundle=folder / "none", note=lambda _: None)
 
 
-def test_a_core_ml_package_has_image_in_and_classes_out(repvit: Exported, tmp_path: Path) -> None:
+def test_a_core_ml_package_has_image_in_and_classes_out(student: Exported, tmp_path: Path) -> None:
     tools = pytest.importorskip("coremltools")
     folder = tmp_path / "bundle"
-    export = student_export(repvit, folder, cache_of(folder), formats=("coreml",))
+    export = student_export(student, folder, cache_of(folder), formats=("coreml",))
     (artifact,) = COREML_FORMAT.make(export).artifacts
     assert (artifact.name, artifact.file, artifact.precision) == ("coreml-fp32", "model.mlpackage", "fp32")
     assert (artifact.executed, artifact.parity) == (False, None)
@@ -53,7 +60,7 @@ def test_a_core_ml_package_has_image_in_and_classes_out(repvit: Exported, tmp_pa
     assert listed == [f"thing {number}" for number in range(20)]
     assert classify
     weights = folder / artifact.file / "Data/com.apple.CoreML/weights/weight.bin"
-    assert 0.9 < weights.stat().st_size / repvit.fp32.stat().st_size < 1.1  # FP32
+    assert 0.9 < weights.stat().st_size / student.fp32.stat().st_size < 1.1  # FP32
     assert "preprocessing" in spec.description.metadata.userDefined
 
 
@@ -67,18 +74,18 @@ def names(block: Any) -> list[str]:
     ]
 
 
-def test_a_program_for_an_npu_is_one_node_with_the_same_input_and_output(repvit: Exported, tmp_path: Path) -> None:
+def test_a_program_for_an_npu_is_one_node_with_the_same_input_and_output(student: Exported, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime_qnn")
     folder = tmp_path / "bundle"
-    export = student_export(repvit, folder, cache_of(folder), qnn="sm8650")
+    export = student_export(student, folder, cache_of(folder), qnn="sm8650")
     (artifact,) = QNN_FORMAT.make(export).artifacts
     assert (artifact.name, artifact.file, artifact.precision) == ("qnn-sm8650", "model.sm8650.qnn.onnx", "fp16")
     assert (artifact.executed, artifact.backend) == (False, "onnxruntime-qnn, SM8650")
     model = onnx.load(str(folder / artifact.file))
     assert [(node.op_type, node.domain) for node in model.graph.node] == [("EPContext", "com.microsoft")]
     assert [value.name for value in (*model.graph.input, *model.graph.output)] == ["pixels", "logits"]
-    assert artifact.bytes < 0.7 * repvit.fp32.stat().st_size
+    assert artifact.bytes < 0.7 * student.fp32.stat().st_size
 
 
 def test_what_cannot_be_made_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

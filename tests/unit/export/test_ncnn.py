@@ -17,7 +17,7 @@ from prgkit.export.formats.mobile.ncnn import NCNN_FORMAT
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes.ncnn import BIN, NCNN_RUNTIME, PARAM, NcnnRunner
-from tests.conftest import SIZE, Exported
+from tests.conftest import SIZE, Exported, export_family
 
 pytest.importorskip("pnnx")
 pytest.importorskip("ncnn")
@@ -45,20 +45,26 @@ def student_export(student: Exported, folder: Path, cache: ArtifactCache, **opti
     )
 
 
-@pytest.fixture(scope="module")
-def converted(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Artifact], Exported]:
-    """A folder with a student's ncnn files in FP32 and FP16."""
-    folder = tmp_path_factory.mktemp("ncnn") / "bundle"
+Converted = tuple[Path, list[Artifact]]
+
+
+def convert(student: Exported, folder: Path) -> Converted:
+    """Return a folder with a student's ncnn files in FP32 and FP16."""
     folder.mkdir()
     cache = ArtifactCache(folder, bundle=folder / "none", note=lambda _: None)
-    export = student_export(exported, folder, cache, formats=("ncnn",), fp16=True)
-    return folder, list(NCNN_FORMAT.make(export).artifacts), exported
+    export = student_export(student, folder, cache, formats=("ncnn",), fp16=True)
+    return folder, list(NCNN_FORMAT.make(export).artifacts)
 
 
-def test_its_files_give_pytorchs_logits_and_say_what_they_take(
-    converted: tuple[Path, list[Artifact], Exported],
-) -> None:
-    folder, (fp32, fp16), student = converted
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """The files of timm's smallest student."""
+    folder = tmp_path_factory.mktemp("ncnn")
+    return convert(export_family("test_efficientnet", folder), folder / "bundle")
+
+
+def test_its_files_give_pytorchs_logits_and_say_what_they_take(exported: Exported, tmp_path: Path) -> None:
+    folder, (fp32, fp16) = convert(exported, tmp_path / "bundle")
     for artifact in (fp32, fp16):
         assert artifact.executed
         assert artifact.parity is not None
@@ -70,14 +76,14 @@ def test_its_files_give_pytorchs_logits_and_say_what_they_take(
     assert fp16.bytes < 0.6 * fp32.bytes
     runner = open_runner(folder, fp32, threads=1)
     assert (runner.name, runner.backend, runner.device) == ("ncnn-fp32", "ncnn", "cpu")
-    logits = runner.run(student.pixels[:2])
+    logits = runner.run(exported.pixels[:2])
     assert (logits.shape, logits.dtype) == ((2, 20), np.float32)
     runner.close()
 
 
-def test_a_folder_is_an_artifact_like_a_file(converted: tuple[Path, list[Artifact], Exported], tmp_path: Path) -> None:
+def test_a_folder_is_an_artifact_like_a_file(converted: Converted, tmp_path: Path) -> None:
     """It is verified, kept by an export that was killed, taken over by the next one, and removed where it is not."""
-    source, (artifact, _), _ = converted
+    source, (artifact, _) = converted
     new = tmp_path / ".bundle.new"
     shutil.copytree(source / "model.ncnn", new / "model.ncnn")
     ArtifactCache(new, bundle=tmp_path / "bundle", note=print).add(artifact, {"of": "this"})
@@ -112,7 +118,7 @@ def test_a_folder_is_an_artifact_like_a_file(converted: tuple[Path, list[Artifac
     ],
 )
 def test_a_damaged_folder_is_a_short_error(
-    converted: tuple[Path, list[Artifact], Exported],
+    converted: Converted,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     file: str,
