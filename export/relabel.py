@@ -20,7 +20,7 @@ from prgkit.config.recipe import Recipe, validate
 from prgkit.config.sections import TeacherConfig
 from prgkit.device import best_device
 from prgkit.errors import ExportError, ParityError, RunError
-from prgkit.export.bundle.artifact_cache import RELABELLED, alone_in, building, files_of, link, put_back
+from prgkit.export.bundle.artifact_cache import RELABELLED, alone_in, building, files_of, link, put_back, remove
 from prgkit.export.bundle.bundle import (
     Bundle,
     fp32_onnx,
@@ -29,7 +29,18 @@ from prgkit.export.bundle.bundle import (
 )
 from prgkit.export.bundle.checksums import PARTS, checksums, require_unchanged
 from prgkit.export.bundle.engine_metadata import load_engine_metadata
-from prgkit.export.bundle.manifest import VECTORS, Artifact, ClassScoring, Manifest, Quantization
+from prgkit.export.bundle.manifest import (
+    ENGINE,
+    NCHW,
+    ONNX,
+    OPENVINO_QDQ,
+    QDQ,
+    VECTORS,
+    Artifact,
+    ClassScoring,
+    Manifest,
+    Quantization,
+)
 from prgkit.export.formats.open_vocabulary import Matrix, agreement_sentence, scored, write_classes
 from prgkit.export.readme import write_manifest
 from prgkit.export.runtimes.onnxruntime import OnnxRunner
@@ -48,6 +59,7 @@ from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 OPEN = "prgkit export --open-vocabulary"
 # Of an INT8 file: all else of how it was quantised was found with the old classes; bench judges it by the new ones.
 OF_THE_NETWORK = {"name", "layout", "calibration_images", "margin", "clip_quantile"}
+REWRITTEN = (ONNX, QDQ, OPENVINO_QDQ, NCHW)  # the formats whose files are given other class vectors
 UNCOMPARED = "its network was compared with PyTorch when it was exported, with other classes"
 
 
@@ -157,7 +169,7 @@ def write_relabelled(
     """Change everything in ``new``, a copy of the bundle, that says something of its classes; return the manifest."""
     vectors: Matrix = answers.class_vectors().numpy()  # [C, D]
     write_array(new / VECTORS, vectors)
-    artifacts = [relabelled(new, one, vectors, classes) for one in bundle.artifacts if one.file.endswith(".onnx")]
+    artifacts = [relabelled(new, one, vectors, classes) for one in bundle.artifacts if one.format in REWRITTEN]
     leave_engines(bundle, new, progress)
     leave_converted(bundle, new, progress)
     for part in PARTS:
@@ -225,13 +237,15 @@ def leave_engines(bundle: Bundle, new: Path, progress: Progress) -> None:
 
 
 def leave_converted(bundle: Bundle, new: Path, progress: Progress) -> None:
-    """Remove what a converter made with the old classes inside, and say how it is made with the new ones."""
-    left = [one for one in bundle.artifacts if not one.file.endswith(".onnx") and one.format != "engine"]
-    for artifact in left:
-        (new / artifact.file).unlink()
-    if left:
-        names = ", ".join(artifact.file for artifact in left)
-        progress.note(f"{names}: of the old classes, and removed; only the ONNX files take other classes")
+    """Remove what was converted for other runtimes with the old classes, and say how it is made again."""
+    converted = [artifact for artifact in bundle.artifacts if artifact.format not in (*REWRITTEN, ENGINE)]
+    for artifact in converted:
+        for path in files_of(new, artifact):
+            remove(path)
+    if converted:
+        names = ", ".join(artifact.file for artifact in converted)
+        options = " ".join(dict.fromkeys(option for artifact in converted for option in artifact.export_options))
+        progress.note(f"{names}: of the old classes, and removed; {OPEN} {options} makes them, with the run's classes")
 
 
 def move_labels(path: Path, before: Sequence[str], classes: Sequence[str], progress: Progress) -> bool:

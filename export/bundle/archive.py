@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prgkit.errors import ExportError
 from prgkit.export.bundle.artifact_cache import files_of
-from prgkit.export.bundle.bundle import Bundle, open_bundle
+from prgkit.export.bundle.bundle import Bundle, files_in, open_bundle
 from prgkit.export.bundle.checksums import PARTS, require_unchanged
 from prgkit.export.bundle.manifest import VECTORS, Manifest
 from prgkit.storage.atomic import require_space, writing
@@ -65,7 +65,7 @@ def left_out(folder: Path) -> list[str]:
 def packed_files(bundle: Bundle) -> list[Path]:
     """Return the files that the manifest describes, and the manifest and README themselves."""
     folder, stated = bundle.folder, bundle.manifest.checksums
-    models = [path for artifact in bundle.artifacts for path in files_of(folder, artifact)]
+    models = [path for artifact in bundle.artifacts for part in files_of(folder, artifact) for path in files_in(part)]
     images = [path for part in PARTS for path in (folder / part).iterdir()]
     images += [folder / VECTORS] if (folder / VECTORS).exists() else []
     known = [path for path in images if not stated or path.relative_to(folder).as_posix() in stated]

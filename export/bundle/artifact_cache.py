@@ -92,7 +92,12 @@ class ArtifactCache:
     def bring(self, artifact: Artifact) -> Artifact:
         """Give an artifact of the bundle a second name here, or copy it, and write down that it is finished."""
         for path in files_of(self.bundle, artifact):
-            with writing(self.folder / path.name) as temporary:
+            target = self.folder / path.name
+            if path.is_dir():
+                remove(target)
+                shutil.copytree(path, target, copy_function=link)
+                continue
+            with writing(target) as temporary:
                 link(str(path), str(temporary))
         return self.write_down(artifact)
 
@@ -113,7 +118,7 @@ class ArtifactCache:
         """Remove what else is finished: a killed export may have been of another student, or asked for more."""
         wanted = {path for artifact in artifacts for path in files_of(self.folder, artifact)}
         for path in {path for artifact in self.artifacts for path in files_of(self.folder, artifact)} - wanted:
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 @contextmanager
@@ -174,10 +179,15 @@ def clear_unfinished(folder: Path) -> None:
         return
     kept = {path for artifact in artifacts for path in files_of(folder, artifact)} | {folder / JOURNAL}
     for path in set(folder.iterdir()) - kept:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_whole(folder: Path, artifact: Artifact) -> bool:
@@ -193,7 +203,7 @@ def is_whole(folder: Path, artifact: Artifact) -> bool:
 
 
 def files_of(folder: Path, artifact: Artifact) -> list[Path]:
-    """Return an artifact's file, and with an engine's its metadata."""
+    """Return an artifact's file or folder, and with an engine's its metadata."""
     path = folder / artifact.file
     return [path, engine_metadata_path(path)] if artifact.format == "engine" else [path]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -89,17 +90,17 @@ def fp32_onnx(bundle: Bundle) -> Artifact:
 
 
 def verify_artifact(folder: Path, artifact: Artifact) -> None:
-    """Compare a file's size and hash with the manifest's."""
+    """Compare the size and hash of a file, or of a folder's files together, with the manifest's."""
     path = folder / artifact.file
     command = " ".join(["prgkit export", *artifact.export_options])
     fix = f"copy the bundle again, or make the file again: {command}"
     if not path.exists():
         raise ExportError(f"{path.name} is missing from the bundle", where=folder, fix=fix)
-    size = path.stat().st_size
+    size = size_of(path)
     if size != artifact.bytes:
         is_short = "truncated" if size < artifact.bytes else "not the file that was exported"
         raise ExportError(f"{path.name} is {is_short}: {size} of {artifact.bytes} bytes", where=path, fix=fix)
-    if sha256(path) != artifact.sha256:
+    if digest_of(path) != artifact.sha256:
         raise ExportError(f"{path.name} is damaged: its content is not what was exported", where=path, fix=fix)
 
 
@@ -190,9 +191,30 @@ def batches(images: Iterable[Pixels], size: int) -> Iterator[Pixels]:
 
 
 def describe_artifact(folder: Path, file: str, **facts: Any) -> Artifact:
-    """Return the manifest's entry for a file that lies in ``folder``; ``facts`` are the other fields of `Artifact`."""
+    """Return the manifest's entry for a file, or a folder of files, that lies in ``folder``.
+
+    ``facts`` are the other fields of `Artifact`.
+    """
     path = folder / file
-    return Artifact(file=file, bytes=path.stat().st_size, sha256=sha256(path), **facts)
+    return Artifact(file=file, bytes=size_of(path), sha256=digest_of(path), **facts)
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in files_in(path))
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file; of a folder, that of its files' names and their SHA-256."""
+    if not path.is_dir():
+        return sha256(path)
+    listed = "".join(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n" for file in files_in(path))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def files_in(path: Path) -> list[Path]:
+    """Return the files of an artifact: itself, or what lies in its folder, however deep."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def input_spec(preprocessing: Preprocessing) -> TensorSpec:

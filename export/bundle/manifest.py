@@ -27,6 +27,9 @@ ENGINE = "engine"  # of a TensorRT engine
 LITERT = "litert"  # of a .tflite file
 EXECUTORCH = "executorch"  # of a .pte file
 KL_SHARE = 0.1  # of FP32's divergence from the teacher, by which another file's may be larger
+NCNN = "ncnn"  # of a folder with ncnn's two files
+COREML = "coreml"  # of an .mlpackage
+QNN = "qnn"  # of an ONNX file that holds a program for a Qualcomm NPU
 MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
 VECTORS = f"{MATRIX}.npy"  # [C, D] float32
 

@@ -1,8 +1,11 @@
 """The formats that a student leaves in; the list of all is here, and no other module knows one by its name."""
 
 from prgkit.export.formats.base import Format
+from prgkit.export.formats.mobile.coreml import COREML_FORMAT
 from prgkit.export.formats.mobile.executorch import EXECUTORCH_FORMAT
 from prgkit.export.formats.mobile.litert import LITERT_FORMAT
+from prgkit.export.formats.mobile.ncnn import NCNN_FORMAT
+from prgkit.export.formats.mobile.qnn import QNN_FORMAT
 from prgkit.export.formats.onnx import ONNX_EMBEDDING, ONNX_EXPLAIN, ONNX_FP16, ONNX_FP32
 from prgkit.export.formats.onnx_int8 import ONNX_INT8
 from prgkit.export.formats.onnx_nchw import ONNX_NCHW
@@ -11,5 +14,5 @@ from prgkit.export.formats.tensorrt import FLOAT_ENGINES, INT8_ENGINES
 # In the order in which they are made: each may be made of those before it.
 FORMATS: list[Format] = [
     *(ONNX_FP32, ONNX_FP16, FLOAT_ENGINES, ONNX_NCHW, ONNX_EXPLAIN, ONNX_INT8, INT8_ENGINES, ONNX_EMBEDDING),
-    *(LITERT_FORMAT, EXECUTORCH_FORMAT),
+    *(LITERT_FORMAT, EXECUTORCH_FORMAT, NCNN_FORMAT, COREML_FORMAT, QNN_FORMAT),
 ]

@@ -25,6 +25,7 @@ class ExportOptions:
     class_vectors: Literal["initializer", "input"] | None = None  # in place of a class head; None: as it was trained
     embedding: bool = False  # also files that give the student's embedding; class vectors are in place of a head then
     evaluation_images: int | None = None  # that travel; None: as many as the recipe says
+    qnn: str | None = None  # a chip of Qualcomm's, as "SM8550", whose NPU a file is compiled for
     formats: tuple[str, ...] = ()  # the names of further formats
 
     @property

@@ -34,6 +34,7 @@ from prgkit.storage.atomic import sha256
 from prgkit.student.heads import OpenVocabulary
 from prgkit.student.model import Normalised
 
+NEVER_EXECUTED = "never executed here"
 WRITERS = ("timm", "onnx", "onnxscript", "onnxruntime")  # besides torch: what writes ONNX files, and compares them
 
 
@@ -115,7 +116,7 @@ class StudentExport:
     def finish(
         self, name: str, file: str, *, write: Callable[[Path], None], converters: Sequence[str] = (), **how: Any
     ) -> Artifact:
-        """Return the artifact of a file that ``write`` writes; how it is described and compared is `describe`'s.
+        """Return the artifact of what ``write`` writes; how it is described and compared is `describe`'s.
 
         ``converters`` are the packages that write it, where they are others than those of ONNX files.
         """
@@ -132,15 +133,29 @@ class StudentExport:
         return self.origin | versions
 
     def describe(
-        self, name: str, file: str, *, runner: Callable[[Path], Runner], precision: str, kind: str = "", **facts: Any
+        self,
+        name: str,
+        file: str,
+        *,
+        runner: Callable[[Path], Runner] | None,
+        precision: str,
+        kind: str = "",
+        **facts: Any,
     ) -> Artifact:
         """Assert that a file agrees with PyTorch and return what is known of it.
 
-        ``runner`` opens it; ``kind`` is said after its precision; ``facts`` are other fields of `Artifact`.
+        ``runner`` opens it, None where nothing here can run it; ``kind`` is said after its precision; ``facts`` are
+        other fields of `Artifact`.
 
         Raises:
             ParityError: it does not.
         """
+        if runner is None:
+            facts = {"note": NEVER_EXECUTED, **facts}
+            self.note(f"{file}: {precision}{kind}, {facts['note']}")
+            return describe_artifact(
+                self.folder, file, name=name, precision=precision, parity=None, executed=False, **facts
+            )
         opened = runner(self.folder / file)
         logits = run_and_close(opened, self.pixels)
         parity = require_agreement(self.reference_logits, logits, precision=precision, names=("torch", name))

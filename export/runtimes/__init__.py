@@ -11,6 +11,7 @@ from prgkit.export.bundle.manifest import Artifact
 from prgkit.export.runtimes.base import Runner, Runtime, Setup
 from prgkit.export.runtimes.executorch import EXECUTORCH_RUNTIME
 from prgkit.export.runtimes.litert import LITERT_RUNTIME
+from prgkit.export.runtimes.ncnn import NCNN_RUNTIME
 from prgkit.export.runtimes.onnxruntime import ONNXRUNTIME
 from prgkit.export.runtimes.openvino import OPENVINO
 from prgkit.export.runtimes.pytorch import PYTORCH
@@ -19,6 +20,7 @@ from prgkit.export.runtimes.tensorrt import TENSORRT, TENSORRT_RTX
 RUNTIMES: list[Runtime] = [
     ONNXRUNTIME,
     OPENVINO,
+    NCNN_RUNTIME,
     LITERT_RUNTIME,
     EXECUTORCH_RUNTIME,
     PYTORCH,

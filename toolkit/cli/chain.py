@@ -114,10 +114,28 @@ def check_chain(steps: Sequence[click.Context]) -> None:
             from prgkit.export.runtimes.gpu import choose_backend, choose_targets
 
             choose_targets(choose_backend(step.params["backend"]).name, step.params["sm"])
+        if step.info_name == "export":
+            check_formats(step.params)
         if step.info_name == "bench":
             check_bench(step)
         if step.info_name == "predict" and not (step.params["images"] or step.params["watch"]):
             raise click.UsageError("Missing argument 'IMAGE...'.", step)
+
+
+def check_formats(given: Mapping[str, Any]) -> None:
+    """Refuse formats whose converter is missing."""
+    from prgkit.cli.options import FORMATS as NAMED
+
+    formats = tuple(name for name in NAMED if given[name])
+    if not (formats or given["qnn"]):
+        return
+    from prgkit.export.formats import FORMATS
+    from prgkit.export.formats.options import ExportOptions
+
+    options = ExportOptions(qnn=given["qnn"], class_vectors=given["open_vocabulary"], formats=formats)
+    for known in FORMATS:
+        if known.wanted(options):
+            known.require(options)
 
 
 def check_bench(step: click.Context) -> None:

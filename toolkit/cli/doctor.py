@@ -10,10 +10,11 @@ from prgkit.evaluate import system
 from prgkit.export.runtimes import RUNTIMES
 
 PACKAGES = (
-    *("prgkit", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino"),
+    *("prgkit", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino", "ncnn"),
     *("ai-edge-litert", "litert-torch", "ai-edge-quantizer", "executorch"),
     *("torch", "torchvision", "timm", "open_clip_torch"),
     *("accelerate", "safetensors", "onnx", "onnxscript", "tensorrt", "tensorrt_rtx", "cuda-python", "cuda-bindings"),
+    *("pnnx", "coremltools", "onnxruntime-qnn"),
 )
 
 

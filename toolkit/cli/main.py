@@ -109,7 +109,18 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     bundle = place or Path()
     from prgkit.export.formats.options import ExportOptions
 
-    kinds = ("fp16", "int8", "backend", "batch", "sm", "embedding", "explain", "float_input", "evaluation_images")
+    kinds = (
+        "fp16",
+        "int8",
+        "backend",
+        "batch",
+        "sm",
+        "embedding",
+        "explain",
+        "float_input",
+        "evaluation_images",
+        "qnn",
+    )
     if given["embedding"]:
         given["open_vocabulary"] = given["open_vocabulary"] or "initializer"
     options = ExportOptions(

@@ -16,10 +16,13 @@ from prgkit.cli.state import RecipeOptions, Session
 if TYPE_CHECKING:
     from prgkit.config.recipe import Recipe
 
+QUALCOMM_CHIPS = ("SM8450", "SM8475", "SM8550", "SM8650", "SM8750", "SM8850", "SC8380XP")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FORMATS = {  # options that each ask for a format, by its name
     "litert": "Also as LiteRT (.tflite); with --fp16 and --int8 in these, too.",
     "executorch": "Also as ExecuTorch (.pte), its network in XNNPACK.",
+    "ncnn": "Also as ncnn (.param, .bin), as for a Raspberry Pi; with --fp16 in that, too.",
+    "coreml": "Also as Core ML (.mlpackage), for iOS and macOS; with --fp16 in that, too.",
 }
 PLACE = click.Path(path_type=Path)  # a folder, or a packed bundle, of which the command says what to do with it
 
@@ -248,6 +251,12 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--explain", is_flag=True, help="Also a file for heat maps: where each class was found."),
         click.option(
+            "--qnn",
+            type=click.Choice(QUALCOMM_CHIPS, case_sensitive=False),
+            metavar="CHIP",
+            help=f"Also compiled for the NPU of a Qualcomm chip: {', '.join(QUALCOMM_CHIPS)}.",
+        ),
+        click.option(
             "--evaluation-images",
             type=click.IntRange(min=1),
             metavar="N",
@@ -264,7 +273,16 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:
     """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
-    of_students = ("embedding", "explain", "float_input", "evaluation_images", "open_vocabulary", *FORMATS, "formats")
+    of_students = (
+        "embedding",
+        "explain",
+        "float_input",
+        "evaluation_images",
+        "open_vocabulary",
+        "qnn",
+        *FORMATS,
+        "formats",
+    )
     if asked := [key for key in of_students if given[key]]:
         option = "--" + asked[0].removesuffix("s" if asked[0] == "formats" else "").replace("_", "-")
         raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")

@@ -1,0 +1,89 @@
+"""ncnn: a folder with the graph as text and the weights, converted by pnnx."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prgkit.config.image_size import sides
+from prgkit.data.preprocessing import Preprocessing
+from prgkit.errors import ExportError
+from prgkit.export.bundle.manifest import NCNN, Artifact, Manifest, TensorSpec
+from prgkit.export.formats.base import Format, Made
+from prgkit.export.formats.mobile.apart import run_apart
+from prgkit.export.formats.mobile.require import require_converter
+from prgkit.export.formats.snippets import section
+from prgkit.export.runtimes.ncnn import BIN, INPUT, PARAM, NcnnRunner
+
+if TYPE_CHECKING:
+    from prgkit.export.formats.student_export import StudentExport
+
+
+def make_ncnn(export: StudentExport) -> Made:
+    """Convert the fused student, in FP32 and where FP16 is wanted with its weights halved, too."""
+    return Made([make_one(export, "fp32"), *([make_one(export, "fp16")] if export.options.fp16 else [])])
+
+
+def make_one(export: StudentExport, precision: str) -> Artifact:
+    """Convert the student in one precision; it must give PyTorch's logits."""
+    half = precision == "fp16"
+
+    def write(folder: Path) -> None:
+        from prgkit.export.formats.mobile.planar import torchscript
+
+        run_apart(convert, torchscript(export), folder, sides(export.preprocessing.image_size), half)
+
+    return export.finish(
+        f"ncnn-{precision}",
+        "model.fp16.ncnn" if half else "model.ncnn",
+        write=write,
+        converters=("pnnx", "ncnn"),
+        runner=partial(NcnnRunner, threads=1, half=half),  # more would spin where others work
+        format=NCNN,
+        precision=precision,
+        input=planes(export.preprocessing),
+        export_options=("--ncnn", "--fp16") if half else ("--ncnn",),
+    )
+
+
+def convert(torchscript: Path, folder: Path, size: tuple[int, int], half: bool) -> None:
+    """Write ncnn's two files into a new folder; pnnx leaves its own beside the TorchScript file.
+
+    Raises:
+        ExportError: pnnx cannot convert the student.
+    """
+    import subprocess
+
+    import pnnx
+
+    folder.mkdir()
+    files = [f"ncnnparam={folder.resolve() / PARAM}", f"ncnnbin={folder.resolve() / BIN}"]
+    shape = f"inputshape=[1,3,{size[0]},{size[1]}]"
+    done = subprocess.run(
+        [pnnx.EXEC_PATH, torchscript.name, shape, f"fp16={int(half)}", *files], cwd=torchscript.parent
+    )
+    if done.returncode or not (folder / BIN).exists():
+        raise ExportError(f"pnnx cannot convert this student: it ended with exit code {done.returncode}")
+
+
+def planes(preprocessing: Preprocessing) -> TensorSpec:
+    """Return what the files take: what ncnn's Mat::from_pixels makes of RGB pixels."""
+    shape = (3, *sides(preprocessing.image_size))
+    return TensorSpec(name=INPUT, dtype="float32", layout="CHW", shape=shape, values="RGB, 0 to 255")
+
+
+def how_to_run(manifest: Manifest) -> str:
+    """Return how the files are run in Python and C++, where there are any."""
+    files = [artifact for artifact in manifest.artifacts if artifact.format == NCNN]
+    return section("ncnn.md", manifest, files=files) if files else ""
+
+
+NCNN_FORMAT = Format(
+    "ncnn",
+    "ncnn-export",
+    wanted=lambda options: "ncnn" in options.formats,
+    make=make_ncnn,
+    require=partial(require_converter, what="ncnn", modules=("pnnx", "ncnn"), extra="ncnn-export"),
+    how_to_run=how_to_run,
+)
