@@ -12,7 +12,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+from typing_extensions import TypedDict, Unpack
 
 from prgkit.config.recipe import Recipe, load_recipe
 from prgkit.evaluate import system
@@ -44,6 +46,51 @@ class Update(NamedTuple):
 Callback: TypeAlias = Callable[[Update], None]
 
 
+class RecipeArguments(TypedDict, total=False):
+    """Which recipe is meant, and how the work is followed.
+
+    Attributes:
+        images: a folder, a .zip or tar shards.
+        classes: the names, a file with one a line, or the name of a known list.
+        settings: any keys of the recipe, ``{"training.batch_size": 64}``.
+        targets: where the teacher's targets are kept, for all runs; by default targets/.
+        progress: called with an `Update` as the work goes on.
+    """
+
+    images: AnyPath
+    classes: AnyPath | Sequence[str]
+    settings: dict[str, object]
+    targets: AnyPath
+    progress: Callback | None
+
+
+class ExportArguments(TypedDict, total=False):
+    """What `Run.export` makes besides FP32 ONNX, as the options of ``prgkit export`` say it."""
+
+    fp16: bool
+    int8: bool
+    trt: bool
+    backend: str
+    batch: tuple[int, int, int]
+    sm: tuple[str, ...]
+    open_vocabulary: Literal["initializer", "input"]
+    embedding: bool
+    explain: bool
+    float_input: bool
+    evaluation_images: int
+
+
+class BenchArguments(TypedDict, total=False):
+    """How `Bundle.bench` measures, as the options of ``prgkit bench`` say it."""
+
+    seconds: float
+    batches: Sequence[int]
+    threads: int | None
+    sweep_threads: Sequence[int]
+    fps: float
+    soak_minutes: float
+
+
 class Run(storage.Run):
     """A student that was distilled, in the folder of its run: its recipe, its card, its metrics, its weights."""
 
@@ -51,22 +98,11 @@ class Run(storage.Run):
         super().__init__(find_run(Path(folder)).folder)
 
     def export(
-        self,
-        *,
-        fp16: bool = False,
-        int8: bool = False,
-        trt: bool = False,
-        formats: Sequence[str] = (),
-        batch: tuple[int, int, int] | None = None,
-        backend: str | None = None,
-        sm: Sequence[str] | None = None,
-        open_vocabulary: Literal["initializer", "input"] | None = None,
-        float_input: bool = False,
-        explain: bool = False,
-        evaluation_images: int | None = None,
-        progress: Callback | None = None,
+        self, *, formats: Sequence[str] = (), progress: Callback | None = None, **options: Unpack[ExportArguments]
     ) -> Bundle:
         """Turn the student into ONNX, and what else is asked for, as ``prgkit export`` does; return the bundle.
+
+        ``formats`` are "litert", "ncnn", ... as the command line has them, and "onnx", which every bundle has.
 
         Raises:
             PrgkitError: the run has no student, an artifact disagrees with PyTorch, or something is not installed.
@@ -74,21 +110,13 @@ class Run(storage.Run):
         from prgkit.export.formats.options import ExportOptions
         from prgkit.export.from_run import export_run
 
-        options = ExportOptions(
-            fp16=fp16,
-            int8=int8,
-            trt=trt or bool(backend or sm or batch),
-            formats=tuple(formats),
-            batch=batch,
-            backend=backend,
-            sm=None if sm is None else tuple(sm),
-            class_vectors=open_vocabulary,
-            float_input=float_input,
-            explain=explain,
-            evaluation_images=evaluation_images,
+        asked: dict[str, Any] = {**options, "formats": tuple(name for name in formats if name != "onnx")}
+        asked["trt"] = any(options.get(key) for key in ("trt", "backend", "sm", "batch"))
+        asked["class_vectors"] = asked.pop("open_vocabulary", None) or (
+            "initializer" if asked.get("embedding") else None
         )
         with standing_where_it_started(self) as there:
-            export_run(there, options, progress=Reporter(progress))
+            export_run(there, ExportOptions(**asked), progress=Reporter(progress))
         return Bundle(self.bundle)
 
 
@@ -98,17 +126,7 @@ class Bundle(exported.Bundle):
     def __init__(self, folder: AnyPath) -> None:
         super().__init__(Path(folder), read_manifest(Path(folder)))
 
-    def bench(
-        self,
-        *,
-        seconds: float = 10.0,
-        batches: Sequence[int] = (1, 8, 32),
-        threads: int | None = None,
-        sweep_threads: Sequence[int] = (),
-        fps: float | None = None,
-        soak_minutes: float | None = None,
-        out: AnyPath | None = None,
-    ) -> Report:
+    def bench(self, *, out: AnyPath | None = None, **options: Unpack[BenchArguments]) -> Report:
         """Measure every artifact on this machine, as ``prgkit bench`` does, and return the report, which is written.
 
         Raises:
@@ -118,16 +136,9 @@ class Bundle(exported.Bundle):
         from prgkit.evaluate.bench.options import BenchOptions
 
         bundle, run = find_bundle(self.folder)
-        options = BenchOptions(
-            seconds=seconds,
-            batches=tuple(batches),
-            threads=threads,
-            sweep_threads=tuple(sweep_threads),
-            fps=fps,
-            soak_minutes=soak_minutes,
-        )
         folder = system.bench_folder(bundle, run) if out is None else Path(out)
-        return bench(bundle, options, run_folder=run.folder if run else None, out=folder, note=logger.info)
+        asked = BenchOptions.model_validate(options)
+        return bench(bundle, asked, run_folder=run.folder if run else None, out=folder, note=logger.info)
 
     def load(self, *, runtime: str | None = None) -> Model:
         """Open the file that is best on this machine, or that a runtime runs, to name pictures with it."""
@@ -137,74 +148,55 @@ class Bundle(exported.Bundle):
 def distill(
     recipe: AnyPath | None = None,
     *,
-    images: AnyPath | None = None,
-    classes: AnyPath | Sequence[str] | None = None,
     student: str | None = None,
     epochs: int | None = None,
-    settings: Mapping[str, object] | None = None,
     run: AnyPath | None = None,
-    targets: AnyPath = "targets",
-    progress: Callback | None = None,
+    **which: Unpack[RecipeArguments],
 ) -> Run:
     """Teach a student from unlabelled images, as ``prgkit distill`` does; a run that was stopped goes on.
 
     Args:
         recipe: a shipped recipe's name or a YAML file; without one, ``images`` and ``classes`` are needed.
-        images: a folder, a .zip or tar shards.
-        classes: the names, a file with one a line, or the name of a known list.
         student: a timm model, the recipe's ``student.model``.
         epochs: the recipe's ``training.epochs``.
-        settings: further keys of the recipe, ``{"training.batch_size": 64}``.
         run: the run's folder; by default runs/NAME.
-        targets: where the teacher's targets are kept, for all runs.
-        progress: called with an `Update` as the work goes on.
+        which: see `RecipeArguments`.
 
     Raises:
         PrgkitError: for anything that you can mend: what is wrong, where, and what to do.
     """
     from prgkit.training.distill import distill as train
 
-    chosen, folder = choose(recipe, images, classes, student=student, epochs=epochs, settings=settings)
-    return Run(train(chosen, Path(run) if run else folder, Path(targets), Reporter(progress)).folder)
+    more = {"student.model": student, "training.epochs": epochs}
+    chosen, folder = choose(recipe, which, {key: value for key, value in more.items() if value is not None})
+    return Run(train(chosen, Path(run) if run else folder, targets_of(which), Reporter(which.get("progress"))).folder)
 
 
-def label(
-    recipe: AnyPath | None = None,
-    *,
-    images: AnyPath | None = None,
-    classes: AnyPath | Sequence[str] | None = None,
-    settings: Mapping[str, object] | None = None,
-    targets: AnyPath = "targets",
-    progress: Callback | None = None,
-) -> list[ImageLabel]:
+def label(recipe: AnyPath | None = None, **which: Unpack[RecipeArguments]) -> list[ImageLabel]:
     """Return what the teacher says of every image, as ``prgkit label`` does; nothing is trained."""
     from prgkit.annotation.label import label_images
 
-    chosen, _ = choose(recipe, images, classes, settings=settings)
-    return label_images(chosen, Path(targets), Reporter(progress))
+    chosen, _ = choose(recipe, which)
+    return label_images(chosen, targets_of(which), Reporter(which.get("progress")))
 
 
 def compare(
     recipe: AnyPath | None = None,
     *,
-    images: AnyPath | None = None,
-    classes: AnyPath | Sequence[str] | None = None,
     objectives: Sequence[str] = ("ce", "kd", "prg"),
     students: Sequence[str] = (),
     seeds: int = 1,
-    settings: Mapping[str, object] | None = None,
     out: AnyPath | None = None,
-    targets: AnyPath = "targets",
-    progress: Callback | None = None,
+    **which: Unpack[RecipeArguments],
 ) -> ObjectiveComparison:
     """Train every objective with every student and seed on the same targets, as ``prgkit compare`` does."""
     from prgkit.evaluate.compare.trials import Plan, trials_of
     from prgkit.evaluate.compare.trials import compare as train
 
-    chosen, folder = choose(recipe, images, classes, settings=settings)
-    trials = trials_of(chosen, Plan(objectives, students, seeds))
-    place = Path(out) if out else folder.with_name(f"{folder.name}-compared")
-    return train(trials, place, Path(targets), Reporter(progress), command="prgkit.compare()", whole=None)
+    chosen, folder = choose(recipe, which)
+    trials, place = trials_of(chosen, Plan(objectives, students, seeds)), folder.with_name(f"{folder.name}-compared")
+    progress = Reporter(which.get("progress"))
+    return train(trials, Path(out or place), targets_of(which), progress, command="prgkit.compare(...)", whole=None)
 
 
 def load(folder: AnyPath, *, runtime: str | None = None) -> Model:
@@ -220,23 +212,25 @@ def load(folder: AnyPath, *, runtime: str | None = None) -> Model:
 
 
 def choose(
-    recipe: AnyPath | None,
-    images: AnyPath | None,
-    classes: AnyPath | Sequence[str] | None,
-    *,
-    student: str | None = None,
-    epochs: int | None = None,
-    settings: Mapping[str, object] | None = None,
+    recipe: AnyPath | None, which: RecipeArguments, more: Mapping[str, object] | None = None
 ) -> tuple[Recipe, Path]:
-    """Return the recipe that is meant, and the folder of its run."""
+    """Return the recipe that is meant, with ``more`` of its keys, and the folder of its run."""
+    images, classes = which.get("images"), which.get("classes")
     if recipe is None and (images is None or classes is None):
         raise TypeError("give a recipe, or both images and classes")
-    listed = classes if isinstance(classes, str | os.PathLike | None) else list(classes)
-    named = {"data.images": images, "data.classes": listed, "student.model": student, "training.epochs": epochs}
-    values = {key: value for key, value in named.items() if value is not None} | dict(settings or {})
-    overrides = [f"{key}={json.dumps(value, default=os.fspath)}" for key, value in values.items()]
+    given: dict[str, object] = {**(more or {}), **which.get("settings", {})}
+    if images is not None:
+        given["data.images"] = images
+    if classes is not None:
+        given["data.classes"] = classes if isinstance(classes, str | os.PathLike) else list(classes)
+    overrides = [f"{key}={json.dumps(value, default=os.fspath)}" for key, value in given.items()]
     chosen = load_recipe(os.fspath(recipe or "custom"), overrides=overrides, note=logger.info)
     return chosen, RUNS / run_name(os.fspath(recipe or images or ""))
+
+
+def targets_of(which: RecipeArguments) -> Path:
+    """Return where the teacher's targets are kept."""
+    return Path(which.get("targets", "targets"))
 
 
 @dataclass

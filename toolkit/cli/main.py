@@ -109,26 +109,12 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     bundle = place or Path()
     from prgkit.export.formats.options import ExportOptions
 
-    kinds = (
-        "fp16",
-        "int8",
-        "backend",
-        "batch",
-        "sm",
-        "embedding",
-        "explain",
-        "float_input",
-        "evaluation_images",
-        "qnn",
-    )
     if given["embedding"]:
         given["open_vocabulary"] = given["open_vocabulary"] or "initializer"
-    options = ExportOptions(
-        trt=trt,
-        class_vectors=given["open_vocabulary"],
-        formats=(*given["formats"], *(name for name in FORMATS if given[name])),
-        **{key: given[key] for key in kinds},
-    )
+    asked = {key: given[key] for key in ExportOptions.__dataclass_fields__ if key in given}
+    asked |= {"trt": trt, "class_vectors": given["open_vocabulary"]}
+    asked["formats"] = (*given["formats"], *(name for name in FORMATS if given[name]))
+    options = ExportOptions(**asked)
     if (bundle / "manifest.json").is_file():
         refuse_in_a_bundle(given, builds=trt)
         from prgkit.export.bundle.bundle import open_bundle

@@ -273,16 +273,8 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:
     """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
-    of_students = (
-        "embedding",
-        "explain",
-        "float_input",
-        "evaluation_images",
-        "open_vocabulary",
-        "qnn",
-        *FORMATS,
-        "formats",
-    )
+    files = ("embedding", "explain", "float_input", "open_vocabulary", "qnn", *FORMATS, "formats")
+    of_students = (*files, "evaluation_images")
     if asked := [key for key in of_students if given[key]]:
         option = "--" + asked[0].removesuffix("s" if asked[0] == "formats" else "").replace("_", "-")
         raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")
