@@ -19,7 +19,7 @@ from prgkit.export.formats.snippets import section
 if TYPE_CHECKING:
     from prgkit.export.formats.student_export import StudentExport
 
-IMAGE, LABEL, PROBABILITIES, LOGITS = "image", "classLabel", "probabilities", "logits"
+IMAGE, LABEL = "image", "classLabel"
 NEVER_EXECUTED = "never executed here: Core ML runs on Apple's systems"
 
 
@@ -57,16 +57,15 @@ def make_one(export: StudentExport, precision: str) -> Artifact:
 def convert(
     torchscript: Path, path: Path, size: tuple[int, int], classes: list[str], precision: str, metadata: dict[str, str]
 ) -> None:
-    """Write an ML program for iOS 15, macOS 12 and newer: an RGB image in; class name, probabilities and logits out."""
+    """Write an ML program for iOS 15, macOS 12 and newer: an RGB image in, class name and probabilities out."""
     import coremltools as tools
 
-    from prgkit.export.formats.mobile.planar import with_probabilities
+    from prgkit.export.formats.mobile.planar import classifier
 
     model = tools.convert(
-        with_probabilities(torchscript, size),
+        classifier(torchscript, size),
         inputs=[tools.ImageType(IMAGE, shape=(1, 3, *size), color_layout=tools.colorlayout.RGB)],
-        outputs=[tools.TensorType(PROBABILITIES), tools.TensorType(LOGITS)],
-        classifier_config=tools.ClassifierConfig(classes, LABEL, predicted_probabilities_output=PROBABILITIES),
+        classifier_config=tools.ClassifierConfig(classes, LABEL),
         convert_to="mlprogram",
         minimum_deployment_target=tools.target.iOS15,
         compute_precision=tools.precision.FLOAT16 if precision == "fp16" else tools.precision.FLOAT32,

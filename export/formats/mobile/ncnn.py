@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +14,6 @@ from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ExportError
 from prgkit.export.bundle.manifest import NCNN, Artifact, Manifest, TensorSpec
 from prgkit.export.formats.base import Format, Made
-from prgkit.export.formats.mobile.apart import run_apart
 from prgkit.export.formats.mobile.require import require_converter
 from prgkit.export.formats.snippets import section
 from prgkit.export.runtimes.ncnn import BIN, INPUT, PARAM, NcnnRunner
@@ -32,7 +34,7 @@ def make_one(export: StudentExport, precision: str) -> Artifact:
     def write(folder: Path) -> None:
         from prgkit.export.formats.mobile.planar import torchscript
 
-        run_apart(convert, torchscript(export), folder, sides(export.preprocessing.image_size), half)
+        convert(torchscript(export), folder, sides(export.preprocessing.image_size), half)
 
     return export.finish(
         f"ncnn-{precision}",
@@ -48,23 +50,29 @@ def make_one(export: StudentExport, precision: str) -> Artifact:
 
 
 def convert(torchscript: Path, folder: Path, size: tuple[int, int], half: bool) -> None:
-    """Write ncnn's two files into a new folder; pnnx leaves its own beside the TorchScript file.
+    """Write ncnn's two files into a new folder; pnnx, a program, leaves its own beside the TorchScript file.
 
     Raises:
         ExportError: pnnx cannot convert the student.
     """
-    import subprocess
-
-    import pnnx
-
     folder.mkdir()
     files = [f"ncnnparam={folder.resolve() / PARAM}", f"ncnnbin={folder.resolve() / BIN}"]
     shape = f"inputshape=[1,3,{size[0]},{size[1]}]"
-    done = subprocess.run(
-        [pnnx.EXEC_PATH, torchscript.name, shape, f"fp16={int(half)}", *files], cwd=torchscript.parent
-    )
+    command = [program(), torchscript.name, shape, f"fp16={int(half)}", *files]
+    done = subprocess.run(command, cwd=torchscript.parent, capture_output=True, check=False)
     if done.returncode or not (folder / BIN).exists():
-        raise ExportError(f"pnnx cannot convert this student: it ended with exit code {done.returncode}")
+        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"it ended with {done.returncode}"]
+        raise ExportError(
+            f"pnnx cannot convert this student: {said[-1]}", fix="export without --ncnn, or choose another student"
+        )
+
+
+def program() -> str:
+    """Return where pnnx lies in its package, whose import would import torch."""
+    package = importlib.util.find_spec("pnnx")
+    assert package is not None
+    assert package.origin is not None
+    return str(Path(package.origin).with_name("pnnx.exe" if sys.platform == "win32" else "pnnx"))
 
 
 def planes(preprocessing: Preprocessing) -> TensorSpec:

@@ -28,19 +28,6 @@ class PlanarStudent(nn.Module):
         return cast(Tensor, self.module.network(image * self.module.scale + self.module.offset))
 
 
-class WithProbabilities(nn.Module):
-    """A student that says its probabilities before its logits."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Map an image [1, 3, H, W] to probabilities and logits [1, classes]."""
-        logits = self.student(image)
-        return logits.softmax(dim=1), logits
-
-
 def torchscript(export: StudentExport) -> Path:
     """Return a file with the student of an export in TorchScript."""
     path = export.work / "planar.pt"
@@ -49,9 +36,10 @@ def torchscript(export: StudentExport) -> Path:
     return path
 
 
-def with_probabilities(torchscript: Path, size: tuple[int, int]) -> Any:
-    """Return the student of a TorchScript file with its probabilities, for images [1, 3, H, W] of a ``size``."""
-    return traced(WithProbabilities(torch.jit.load(str(torchscript))), size)  # type: ignore[no-untyped-call]
+def classifier(torchscript: Path, size: tuple[int, int]) -> Any:
+    """Return the student of a TorchScript file for images [1, 3, H, W] of a ``size``, its logits as probabilities."""
+    student = torch.jit.load(str(torchscript))  # type: ignore[no-untyped-call]
+    return traced(nn.Sequential(student, nn.Softmax(dim=1)), size)
 
 
 def traced(student: nn.Module, size: tuple[int, int]) -> Any:

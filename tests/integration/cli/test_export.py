@@ -128,3 +128,33 @@ def test_a_packed_bundle_is_not_opened(prgkit: PrgkitCommand, project_copy: Path
     assert prgkit(f"{command} --run tiny.yaml").err == (
         "Error: this is a file, not a run or a bundle\n  where: tiny.yaml\n  fix: give the folder that holds it\n"
     )
+
+
+def test_a_bundle_for_a_board_runs_there_by_its_readme(prgkit: PrgkitCommand, project_copy: Path) -> None:
+    """ncnn's files in two precisions: exported, measured, asked by the command line and by the README's lines."""
+    pytest.importorskip("pnnx")
+    result = prgkit("export --fp16 --ncnn bench --seconds 0.1 --threads 1 --json")
+    assert result.code == 0, result.err
+    artifacts = {artifact["name"]: artifact for artifact in result.json["export"]["artifacts"]}
+    assert {name: one["file"] for name, one in artifacts.items() if one["format"] == "ncnn"} == {
+        "ncnn-fp32": "model.ncnn",
+        "ncnn-fp16": "model.fp16.ncnn",
+    }
+    rows = {row["artifact"]: row for row in result.json["bench"]["rows"] if row["backend"] == "ncnn"}
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(rows, "measured")
+    assert rows["ncnn-fp32"]["agreement_fp32"] == 100.0
+    bundle, picture = project_copy / "runs/tiny/bundle", project_copy / "runs/tiny/bundle/golden/00.input.png"
+    answer = prgkit(f"predict {picture} --runtime ncnn --json").json["predict"][0]
+    assert answer["artifact"] == "ncnn-fp32"
+    code = next(part for part in (bundle / "README.md").read_text().split("```python\n") if "import ncnn" in part[:60])
+    code = code.split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code, str(picture)], cwd=bundle, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{answer['top'][0][0]}\n", "")
+    assert prgkit("export --zip").code == 0
+    assert prgkit("export").code == 0  # of the same student: not asked for, and it stays
+    assert (bundle / "model.ncnn/model.ncnn.bin").exists()
+    (bundle / "model.ncnn/model.ncnn.bin").unlink()
+    broken = prgkit(f"predict {picture} --runtime ncnn")
+    assert broken.code != 0
+    assert "model.ncnn is truncated" in broken.err
+    assert "prgkit export --ncnn" in broken.err
