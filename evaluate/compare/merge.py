@@ -13,10 +13,9 @@ from prgkit.evaluate.compare.devices import devices_document
 from prgkit.evaluate.compare.schema import ComparedReport, ComparedRow, DeviceComparison
 from prgkit.evaluate.report import formatting
 from prgkit.evaluate.report.html import page
-from prgkit.evaluate.report.load import read_report, report_file
 from prgkit.evaluate.report.markdown import markdown
 from prgkit.evaluate.report.regression import machine_name
-from prgkit.evaluate.report.schema import Report
+from prgkit.evaluate.report.schema import Report, read_report, report_file
 from prgkit.storage.atomic import write_json, write_text
 
 

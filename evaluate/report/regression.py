@@ -20,7 +20,6 @@ import numpy as np
 
 from prgkit.errors import BenchError
 from prgkit.evaluate.report import formatting
-from prgkit.evaluate.report.load import read_report, report_file
 from prgkit.evaluate.report.schema import (
     BaselineComparison,
     BaselineLine,
@@ -31,6 +30,8 @@ from prgkit.evaluate.report.schema import (
     Report,
     Row,
     measured_latency,
+    read_report,
+    report_file,
 )
 from prgkit.evaluate.report.sections import Cell, Chip, Column, Section, table_row
 from prgkit.evaluate.report.terminal import Table, table

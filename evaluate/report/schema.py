@@ -5,11 +5,19 @@ A key says its unit; shares of images (top1, agreement_*, ...) are in percent. N
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from prgkit.errors import BenchError
+from prgkit.evaluate.report.machine import Gpu as Gpu
+from prgkit.evaluate.report.machine import Interval as Interval
+from prgkit.evaluate.report.machine import Machine as Machine
+from prgkit.evaluate.report.machine import Model as Model
 from prgkit.export.bundle.manifest import NonInferiority
+from prgkit.storage.documents import read_document
 
 REPORT_SCHEMA: Literal["prgkit.report/3"] = "prgkit.report/3"
 
@@ -25,14 +33,7 @@ Status = Annotated[
     Literal["measured", "failed", "not executed"],
     Field(description="failed: it started and broke; not executed: it cannot run on this machine."),
 ]
-Interval = Annotated[tuple[float, float], Field(description="Lower and upper bound of a 95 % interval.")]
 Epoch = Annotated[dict[str, int | float], Field(description="epoch, loss, its terms by name, agreement in percent.")]
-
-
-class Model(BaseModel):
-    """What all of these have in common: nothing changes after it was made, and no key is unknown."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, serialize_by_alias=True)
 
 
 class ArtifactKey(Model):
@@ -101,45 +102,6 @@ class Row(ArtifactKey):
     kl_teacher: float | None = Field(None, description="Mean KL(teacher || artifact) in nats.")
     comparison: NonInferiority | None = Field(None, description="Of INT8: how it stands to FP32 here.")
     faithful: bool | None = Field(None, description="Of INT8: whether it is as good as FP32 here.")
-
-
-class Gpu(Model):
-    """One NVIDIA GPU as nvidia-smi describes it before the measurement."""
-
-    name: str
-    driver: str
-    memory_mib: float | None = None
-    clock_mhz: float | None = None
-    power_limit_w: float | None = None
-    temperature_c: float | None = None
-    busy_percent: float | None = None
-
-
-class Machine(Model):
-    """The machine before the measurement, and from clocks_mhz on, what was seen of it meanwhile."""
-
-    cpu: str
-    cores: int | None
-    usable_cores: int = Field(description="Cores that the process may use.")
-    busy_cores: float | None = Field(None, description="How many cores were at work before the measurement.")
-    load_average: list[float] | None = None
-    governor: str | None = Field(None, description="The rule by which Linux chooses the clock.")
-    clock_range_mhz: Interval | None = Field(None, description="Lowest and highest clock that may be chosen.")
-    clocks_locked: bool | None = None
-    temperature_c: float | None = None
-    power_mode: str | None = Field(None, description="A Jetson's power mode.")
-    memory_gib: float | None = None
-    os: str
-    kernel: str
-    architecture: str
-    virtual: bool
-    python: str
-    versions: dict[str, str] = Field(description="Installed runtimes.")
-    gpus: list[Gpu] = []
-    clocks_mhz: list[int] = Field([], description="Mean clock over the cores, before each round.")
-    temperatures_c: list[float] = Field([], description="Hottest sensor, before each round.")
-    stolen_percent: float | None = Field(None, description="Processor time that the hypervisor took.")
-    throttling: list[str] = Field([], description="Why the device held itself back, in words.")
 
 
 class RunFacts(Model):
@@ -388,14 +350,39 @@ class Report(Model):
     soak: Soak | None = None
     int8: list[Int8Verdict] = Field([], description="ONNX Runtime's INT8 files on the CPU; the first one is used.")
     audit: Audit | None = None
-    training: list[Epoch] = []
+    training: list[Epoch] = Field([])
     pseudo_labels: dict[str, Any] | None = Field(None, description="The run's quality.json, known before training.")
     per_class: PerClass | None = None
     baseline: BaselineComparison | None = None
-    notes: list[str] = []
+    notes: list[str] = Field([])
+
+    def to_frame(self) -> Any:
+        """Return the rows as a pandas DataFrame, an artifact a line; figures within figures have dotted names.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        pandas: Any = importlib.import_module("pandas")
+        return pandas.json_normalize([row.model_dump(mode="json") for row in self.rows])
 
 
 def measured_latency(row: Row) -> Latency:
     """Return the latency of a row that was measured, which has one."""
     assert row.latency is not None
     return row.latency
+
+
+def report_file(path: Path) -> Path:
+    """Return where a report is: a bench's folder stands for the report.json in it."""
+    return path / "report.json" if path.is_dir() else path
+
+
+def read_report(path: Path) -> Report:
+    """Read the report.json of a bench; its folder does as well.
+
+    Raises:
+        BenchError: there is none, it is damaged, or it is of another schema.
+    """
+    fix = "name the report.json that prgkit bench wrote, or measure again: prgkit bench"
+    what = "the report of a bench"
+    return read_document(report_file(path), Report, REPORT_SCHEMA, what=what, fix=fix, error=BenchError, sealed=False)

@@ -19,7 +19,7 @@ LAYERS = [
     {"prgkit.config", "prgkit.storage"},
     {"prgkit.data"},
     {"prgkit.teacher"},
-    {"prgkit.objectives"},
+    {"prgkit.objectives", "prgkit.objectives.features", "prgkit.objectives.logits", "prgkit.objectives.text"},
     {"prgkit.student"},
     {"prgkit.training"},
     {"prgkit.export.bundle"},

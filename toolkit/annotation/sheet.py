@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from typing_extensions import Required, TypedDict, Unpack
 
 from prgkit.data.ticks import COLUMNS, Tick, csv_row
 from prgkit.evaluate.report.examples import PIXELATED_SIDE, data_uri
@@ -39,32 +40,24 @@ class Card:
         return data_uri(np.asarray(self.picture), largest_side=LARGEST_SIDE)
 
 
-def sheet(
-    cards: Sequence[Card],
-    *,
-    title: str,
-    about: str,
-    classes: Sequence[str],
-    ticks_file: str,
-    made_from: str,
-    base: str,
-    learns_from: str | None = None,
-) -> str:
-    """Return the whole page; everything that came from outside is escaped, and it needs no network.
+class Page(TypedDict, total=False):
+    """What a sheet says around its cards.
 
-    ``made_from`` names the sample and ``base`` the ticks that are in ``cards``: the browser remembers what is ticked
-    under the first, and the page's own ticks go before what it remembers where the second has changed since. Where the
-    ticks are to be learned from, ``learns_from`` is the source of the images.
+    Attributes:
+        made_from: names the sample: under it the browser remembers what is ticked.
+        base: names the ticks that are in the cards: where it has changed since, they go before what is remembered.
+        learns_from: the source of the images, where the ticks are to be learned from.
     """
-    return render(
-        "sheet.html",
-        cards=cards,
-        title=title,
-        about=about,
-        classes=classes,
-        ticks_file=ticks_file,
-        made_from=made_from,
-        base=base,
-        learns_from=learns_from,
-        columns=COLUMNS,
-    )
+
+    title: Required[str]
+    about: Required[str]
+    classes: Required[Sequence[str]]
+    ticks_file: Required[str]
+    made_from: Required[str]
+    base: Required[str]
+    learns_from: str
+
+
+def sheet(cards: Sequence[Card], **page: Unpack[Page]) -> str:
+    """Return the whole page; everything that came from outside is escaped, and it needs no network."""
+    return render("sheet.html", cards=cards, columns=COLUMNS, **{"learns_from": None, **page})

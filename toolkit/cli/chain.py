@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from prgkit.cli.state import Document, Session
+from prgkit.cli.values import refuse_twice
 
 ON_A_RUN = ("audit", "distill", "export", "relabel", "bench", "predict")
 OF_ALL_PROCESSES = (
@@ -40,13 +41,6 @@ class Command(click.Command):
             for option in once:
                 refuse_twice(option.opts[-1], given.get(option.name, []), ctx)
         return super().parse_args(ctx, args)
-
-
-def refuse_twice(option: str, values: Sequence[object], ctx: click.Context) -> None:
-    """Refuse more than one value of what has one."""
-    if len(values) > 1:
-        listed = " and as ".join(value if isinstance(value, str) else "nothing" for value in values)
-        raise click.UsageError(f"{option} is given {len(values)} times, as {listed}; give it once.", ctx)
 
 
 class Chain(click.Group):

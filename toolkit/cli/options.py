@@ -210,27 +210,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--fp16", is_flag=True, help="Also in 16-bit floats."),
         click.option("--int8", is_flag=True, help="Also in 8-bit integers, where these are as good as FP32."),
         click.option("--trt", is_flag=True, help="Also as TensorRT engines."),
-        click.option(
-            "--backend",
-            type=click.Choice(["tensorrt", "tensorrt_rtx"]),
-            metavar="NAME",
-            help="Build the engines with this one of tensorrt and tensorrt_rtx; implies --trt.  "
-            "[default: tensorrt where it can run, else tensorrt_rtx]",
-        ),
-        click.option(
-            "--batch",
-            metavar="MIN,OPT,MAX",
-            type=values.batch_profile,
-            help="Batch sizes of the engines, e.g. 1,1,32; three equal ones make a static engine; implies --trt.  "
-            "[default: the recipe's]",
-        ),
-        click.option(
-            "--sm",
-            metavar="LIST",
-            type=values.gpu_generations,
-            help="GPU generations that the engines are for, e.g. 86,89; 80+ is all from Ampere on that the backend "
-            "builds for; implies --trt.  [default: 80+; of tensorrt: this GPU]",
-        ),
+        *engine_options(),
         click.option(
             "--open-vocabulary",
             is_flag=False,
@@ -269,6 +249,33 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         json_option,
     ]
     return with_options(command, options)
+
+
+def engine_options() -> list[Callable[..., Any]]:
+    """Return how TensorRT's engines are built."""
+    return [
+        click.option(
+            "--backend",
+            type=click.Choice(["tensorrt", "tensorrt_rtx"]),
+            metavar="NAME",
+            help="Build the engines with this one of tensorrt and tensorrt_rtx; implies --trt.  "
+            "[default: tensorrt where it can run, else tensorrt_rtx]",
+        ),
+        click.option(
+            "--batch",
+            metavar="MIN,OPT,MAX",
+            type=values.batch_profile,
+            help="Batch sizes of the engines, e.g. 1,1,32; three equal ones make a static engine; implies --trt.  "
+            "[default: the recipe's]",
+        ),
+        click.option(
+            "--sm",
+            metavar="LIST",
+            type=values.gpu_generations,
+            help="GPU generations that the engines are for, e.g. 86,89; 80+ is all from Ampere on that the backend "
+            "builds for; implies --trt.  [default: 80+; of tensorrt: this GPU]",
+        ),
+    ]
 
 
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-
-from prgkit.cli.chain import refuse_twice
 
 
 def batch_sizes(text: str) -> list[int]:
@@ -112,3 +111,10 @@ def swept_values(ctx: click.Context, option: click.Parameter, texts: tuple[str, 
             raise click.BadParameter(f"write a sweep as edge_weight=0,1,3, not {text!r}.", ctx, option)
         sweeps.append((key.strip(), parsed))
     return sweeps
+
+
+def refuse_twice(option: str, values: Sequence[object], ctx: click.Context) -> None:
+    """Refuse more than one value of what has one."""
+    if len(values) > 1:
+        listed = " and as ".join(value if isinstance(value, str) else "nothing" for value in values)
+        raise click.UsageError(f"{option} is given {len(values)} times, as {listed}; give it once.", ctx)

@@ -19,6 +19,8 @@ class Config(BaseModel):
 class ObjectiveConfig(Config):
     """What every objective has: its share in a weighted list, and how the prompts are combined."""
 
+    # The folder of its loss within prgkit/objectives; empty where the loss lies in that itself.
+    family: ClassVar[str] = ""
     # Whether the student has no class head of its own: it scores its features by the teacher's class vectors.
     scores_by_text: ClassVar[bool] = False
     # Whether it reads the labels of data.labelled, with a second head for the teacher's answers.
@@ -49,6 +51,7 @@ class ObjectiveConfig(Config):
 class LogitsConfig(ObjectiveConfig):
     """What objectives have that compare the logits of teacher and student and nothing else."""
 
+    family = "logits"
     # true: each image's logits with mean 0 and deviation 1 (Sun et al., 2024: weight 9.1, alpha 0.989, temperature 2);
     # for three classes or more.
     standardise: bool | None = None
@@ -65,6 +68,7 @@ class CE(ObjectiveConfig):
     Use: As the floor: what pseudo-labels alone teach.
     """
 
+    family = "logits"
     name: Literal["ce"]
 
 
@@ -99,6 +103,7 @@ class DIST(ObjectiveConfig):
     Use: With many classes, where the teacher is far larger than the student.
     """
 
+    family = "logits"
     name: Literal["dist"]
     inter_weight: float = Field(2.0, ge=0)
     intra_weight: float = Field(2.0, ge=0)
@@ -111,6 +116,7 @@ class RKD(ObjectiveConfig):
     Use: Beside another in a list, where it matters which images are alike; memory grows with the batch squared.
     """
 
+    family = "features"
     name: Literal["rkd"]
     distance_weight: float = Field(25.0, ge=0)
     angle_weight: float = Field(50.0, ge=0)
@@ -122,6 +128,7 @@ class CRD(ObjectiveConfig):
     Use: With large data sets and long runs.
     """
 
+    family = "features"
     name: Literal["crd"]
     crd_weight: float = Field(0.8, ge=0)
     width: int = Field(128, ge=1)  # of the space in which features are compared
@@ -141,6 +148,7 @@ class ND(ObjectiveConfig):
     Use: Where the student's features are used and not its answers alone.
     """
 
+    family = "features"
     name: Literal["nd"]
     kl_weight: float = Field(1.0, ge=0)
     nd_weight: float = Field(1.0, ge=0)
@@ -158,6 +166,7 @@ class PLD(ObjectiveConfig):
     Use: Where the order of all classes counts, as in top-5.
     """
 
+    family = "logits"
     name: Literal["pld"]
     temperature: float = Field(4.0, gt=0)
 
@@ -168,6 +177,7 @@ class OFA(ObjectiveConfig):
     Use: For a student with stages, a CNN, whose teacher is of another kind.
     """
 
+    family = "features"
     reads_stages = True
     name: Literal["ofa"]
     gamma: float = Field(1.0, ge=1)
@@ -181,6 +191,7 @@ class PromptKD(ObjectiveConfig):
     Use: Where classes will change: export --open-vocabulary, then relabel.
     """
 
+    family = "text"
     scores_by_text = True
     name: Literal["promptkd"]
     kl_weight: float = Field(10.0, ge=0)
@@ -193,6 +204,7 @@ class CLIPKD(ObjectiveConfig):
     Use: As promptkd, and where the student's features are to be the teacher's, for a search.
     """
 
+    family = "text"
     scores_by_text = True
     name: Literal["clipkd"]
     feature_weight: float = Field(2000.0, ge=0)
@@ -219,6 +231,7 @@ class TAID(ObjectiveConfig):
     Use: In long runs of a student that is far smaller than its teacher.
     """
 
+    family = "logits"
     name: Literal["taid"]
     start: Literal["student", "uniform"] = "student"  # uniform: KD whose temperature falls from 1 / t_start
     t_start: float = Field(0.4, ge=0, le=1)
@@ -233,6 +246,7 @@ class LELP(ObjectiveConfig):
     Use: With 2 to 10 classes; of more than 20 or so it is KD.
     """
 
+    family = "logits"
     name: Literal["lelp"]
     subclasses: int = Field(4, ge=1, le=64)  # of each class
     subclass_weight: float = Field(1.0, ge=0)
@@ -247,6 +261,7 @@ class Aspects(ObjectiveConfig):
     Use: With few classes whose looks can be said in pairs of words.
     """
 
+    family = "text"
     reads_words = True
     name: Literal["aspects"]
     aspect_weight: float = Field(4.0, ge=0)
@@ -259,6 +274,7 @@ class Vocabulary(ObjectiveConfig):
     Use: With few classes, and many other names that the teacher knows.
     """
 
+    family = "text"
     reads_words = True
     name: Literal["vocabulary"]
     word_weight: float = Field(0.1, ge=0)
@@ -272,6 +288,7 @@ class SP(ObjectiveConfig):
     Use: As rkd, with less memory and no distances to scale.
     """
 
+    family = "features"
     name: Literal["sp"]
     sp_weight: float = Field(3000.0, ge=0)  # as published for a batch of 64, whatever the batch
 
@@ -282,6 +299,7 @@ class Prototypes(ObjectiveConfig):
     Use: Where a batch holds several images of most classes.
     """
 
+    family = "features"
     name: Literal["prototypes"]
     prototype_weight: float = Field(1.0, ge=0)
     temperature: float = Field(0.5, gt=0)
@@ -330,7 +348,7 @@ AnyObjective = Annotated[
     | DHO,
     Field(discriminator="name"),
 ]
-# By the names that recipes use. The loss is the class of the same name in prgkit/objectives/NAME.py.
+# By the names that recipes use. The loss is the class of the same name in prgkit/objectives/FAMILY/NAME.py.
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     get_args(config.model_fields["name"].annotation)[0]: config for config in get_args(get_args(AnyObjective)[0])
 }

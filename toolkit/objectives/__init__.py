@@ -34,10 +34,10 @@ class Objectives(nn.Module):
 
 
 def build_loss(config: AnyObjective, context: LossContext) -> nn.Module:
-    """Build the loss of a config: the class of the same name, in the file of the objective's name in this folder.
+    """Build the loss of a config: the class of the same name, in the objective's file in its family's folder.
 
     A loss says whether it ``uses_features``, and returns its terms, weighted by its config.
     """
-    module = import_module(f"{__name__}.{config.name}")
+    module = import_module(".".join(filter(None, (__name__, config.family, config.name))))
     loss: nn.Module = getattr(module, type(config).__name__)(config, context)
     return loss

@@ -12,7 +12,6 @@ import pytest
 
 from prgkit.errors import BenchError
 from prgkit.evaluate.report import regression
-from prgkit.evaluate.report.load import read_report
 from prgkit.evaluate.report.markdown import table_rows
 from prgkit.evaluate.report.regression import (
     Gate,
@@ -22,7 +21,7 @@ from prgkit.evaluate.report.regression import (
     regressions,
     require_comparable,
 )
-from prgkit.evaluate.report.schema import BaselineComparison, Report
+from prgkit.evaluate.report.schema import BaselineComparison, Report, read_report
 from prgkit.evaluate.report.sections import Section
 
 Content = dict[str, Any]

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 
 from prgkit.config import objectives
 from prgkit.objectives import build_loss
-from prgkit.objectives.aspects import Aspects
-from prgkit.objectives.dkd import DKD
-from prgkit.objectives.kd import KD
-from prgkit.objectives.lelp import LELP, row_space, split_classes, subclass_directions
-from prgkit.objectives.prototypes import nt_xent
-from prgkit.objectives.sp import SP, similarities
-from prgkit.objectives.taid import TAID
+from prgkit.objectives.features.prototypes import nt_xent
+from prgkit.objectives.features.sp import SP, similarities
+from prgkit.objectives.logits.dkd import DKD
+from prgkit.objectives.logits.kd import KD
+from prgkit.objectives.logits.lelp import LELP, row_space, split_classes, subclass_directions
+from prgkit.objectives.logits.taid import TAID
+from prgkit.objectives.text.aspects import Aspects
 from prgkit.outputs import StudentOutput, TeacherOutput, standardise_logits
 from tests.unit.objectives.test_objectives import SPACE, sides
 

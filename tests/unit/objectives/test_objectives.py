@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from prgkit import objectives as losses
 from prgkit.config import objectives
 from prgkit.objectives import Objectives, build_loss
-from prgkit.objectives.ce import CE
-from prgkit.objectives.crd import CRD
 from prgkit.objectives.dho import DHO
-from prgkit.objectives.dist import DIST
-from prgkit.objectives.dkd import DKD, decoupled
-from prgkit.objectives.kd import KD
-from prgkit.objectives.nd import ND
-from prgkit.objectives.ofa import OFA, enhanced
-from prgkit.objectives.pld import PLD
+from prgkit.objectives.features.crd import CRD
+from prgkit.objectives.features.nd import ND
+from prgkit.objectives.features.ofa import OFA, enhanced
+from prgkit.objectives.features.rkd import RKD, angles, distances
+from prgkit.objectives.logits.ce import CE
+from prgkit.objectives.logits.dist import DIST
+from prgkit.objectives.logits.dkd import DKD, decoupled
+from prgkit.objectives.logits.kd import KD
+from prgkit.objectives.logits.pld import PLD
 from prgkit.objectives.prg import PRG, correlate, nodes, pearson
-from prgkit.objectives.rkd import RKD, angles, distances
 from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
 from prgkit.teacher.zero_shot import prompt_logits, weighted_logits
 

@@ -1,0 +1,1 @@
+"""Objectives on the classes' logits, and on subclasses of them."""
