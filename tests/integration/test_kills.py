@@ -36,13 +36,19 @@ Trap = tuple[str, int, str]
 POINTS: dict[str, tuple[str, Trap]] = {
     "targets: the card is not there yet": (TARGETS, ("prgkit.teacher.feature_store:write_sealed", 1, "before")),
     "targets: while embedding": (TARGETS, ("prgkit.teacher.clip:Teacher.embed_images", 6, "before")),
-    "targets: block written, not journalled": (TARGETS, ("prgkit.teacher.feature_store:BlockJournal.append", 2, "before")),
+    "targets: block written, not journalled": (
+        TARGETS,
+        ("prgkit.teacher.feature_store:BlockJournal.append", 2, "before"),
+    ),
     "targets: half a record of the index": (TARGETS, ("prgkit.teacher.feature_store:BlockJournal.append", 2, "within")),
     "targets: block journalled": (TARGETS, ("prgkit.teacher.feature_store:BlockJournal.append", 3, "after")),
     "targets: prompts not written": (TARGETS, ("prgkit.teacher.feature_store:FeatureStore.prompts", 1, "before")),
     "distill: recipe written, no card": (DISTILL, ("prgkit.storage.run:write_sealed", 1, "before")),
     "distill: recipe written, not renamed": (DISTILL, ("prgkit.storage.atomic:os.replace", 1, "before")),
-    "distill: block written, not journalled": (DISTILL, ("prgkit.teacher.feature_store:BlockJournal.append", 2, "before")),
+    "distill: block written, not journalled": (
+        DISTILL,
+        ("prgkit.teacher.feature_store:BlockJournal.append", 2, "before"),
+    ),
     "distill: during the quality stage": (DISTILL, ("prgkit.training.statistics:compute_statistics", 1, "before")),
     "distill: quality told, not written": (DISTILL, ("prgkit.training.statistics:summarise", 1, "after")),
     "distill: before the first step": (DISTILL, ("prgkit.training.distill:train", 1, "before")),

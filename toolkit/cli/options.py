@@ -46,6 +46,27 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def targets_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what targets takes: which part of the images, or what is to be done with the stores instead."""
+    options: list[Callable[..., Any]] = [
+        click.option(
+            "--list", "listed", is_flag=True, help="List the stores: what they hold, their size and age, their runs."
+        ),
+        click.option(
+            "--prune", is_flag=True, help="Free the stores that no run under runs/ uses; --dry-run only names them."
+        ),
+        click.option(
+            "--shard",
+            type=values.shard,
+            metavar="I/N",
+            help="Embed one part of the images, counted from 0. auto: that of this task of a Slurm array, or process "
+            "of torchrun.",
+        ),
+        click.option("--join", "joins", is_flag=True, help="Check the parts, and make them one store."),
+    ]
+    return recipe_options(with_options(command, options))
+
+
 def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Callable[..., Any]:
     """Add which recipe, what is different this time and where targets are kept; then ``others`` and --json.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prgkit.cli.chain import refuse_twice
+
+if TYPE_CHECKING:
+    from prgkit.config.shard import Shard
 
 
 def batch_sizes(text: str) -> list[int]:
@@ -25,6 +28,16 @@ def thread_counts(text: str) -> list[int]:
     if counts[0] < 1:
         raise click.BadParameter(f"write numbers of threads as 1,2,4, not {text!r}.")
     return counts
+
+
+def shard(text: str) -> Shard:
+    """Read ``0/8``, or ``auto``."""
+    from prgkit.config.shard import parse_shard
+
+    try:
+        return parse_shard(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} {error}.") from error
 
 
 def batch_profile(text: str) -> tuple[int, int, int]:

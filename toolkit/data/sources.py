@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.config.sections import ImageSpec
+from prgkit.config.shard import BLOCK_IMAGES, Shard
 from prgkit.data.archives import TAR, TarSource, ZipSource, expand_braces
 from prgkit.data.decode import (
     DEPTHS,
@@ -149,6 +151,27 @@ class ImageSource:
         size, date = (getattr(self._source, name, lambda _: 0) for name in ("size", "date"))
         states = (f"{size(i)} {date(i) if dated else ''} {self.name(i)}".encode() for i in range(len(self)))
         return [int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little") for state in states]
+
+    def share(self, shard: Shard) -> NDArray[np.int64]:
+        """Return the images of a shard: whole tars in turn where there are enough of them, else blocks of neighbours.
+
+        So a shard follows from the listing alone, and reads what lies side by side.
+        """
+        numbers = np.arange(len(self))
+        if not shard.total:
+            return numbers
+        source = self._source
+        units = numbers // BLOCK_IMAGES
+        if isinstance(source, TarSource) and len(source.shards) >= shard.total:
+            units = source.places[:, 0]
+        return np.flatnonzero(units % shard.total == shard.number)
+
+    def listing(self) -> tuple[int, str]:
+        """Return how many images there are, and 16 hex digits that change with the name of any."""
+        names = hashlib.blake2b(digest_size=8)
+        for index in range(len(self)):
+            names.update(self.name(index).encode() + b"\n")
+        return len(self), names.hexdigest()
 
     def read(self, index: int, *, min_side: int | None = None) -> Image.Image:
         """Return the image as upright RGB, reduced towards ``min_side`` [pixels], or raise UnreadableImage."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prgkit.config.recipe import Recipe
+from prgkit.config.shard import WHOLE, Shard
 from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import fingerprint
@@ -112,13 +113,13 @@ def teacher_fingerprint(recipe: Recipe) -> str:
 TeacherFeatures: TypeAlias = FeatureStore | TeacherEnsemble
 
 
-def open_targets(recipe: Recipe, root: Path, teacher: Load) -> TeacherFeatures:
-    """Open the stores of the recipe's teachers and views, creating those that are new.
+def open_targets(recipe: Recipe, root: Path, teacher: Load, shard: Shard = WHOLE) -> TeacherFeatures:
+    """Open the stores of the recipe's teachers and views, creating those that are new; appending to the ``shard``.
 
     Raises:
         TargetsError: a store was made by something else, or two teachers are the same.
     """
-    return _as_one([open_store(config, recipe.views, root, teacher) for config in recipe.teacher])
+    return _as_one([open_store(config, recipe.views, root, teacher, shard) for config in recipe.teacher])
 
 
 def existing_targets(recipe: Recipe, root: Path) -> TeacherFeatures | None:

@@ -41,6 +41,10 @@ class Block(NamedTuple):
     digests: tuple[bytes, ...]  # one a view
     shard: Shard = WHOLE
 
+    def hex_keys(self) -> list[str]:
+        """Return the keys as hex digits."""
+        return [key.tobytes().hex() for key in self.keys]
+
     def packed(self) -> bytes:
         """Return its record."""
         body = self.keys.tobytes() + b"".join(self.digests)

@@ -123,7 +123,8 @@ class FeatureStore:
                     for block, damage in zip(some, damages, strict=True):
                         first = self._place(block)
                         if damage and self._table.drop(first, first + len(block.keys)):
-                            self._broken.append((damage, [key.tobytes().hex() for key in block.keys]))
+                            place = f"{SHARDS}/{block.shard.folder}/" if block.shard.total else ""
+                            self._broken.append((place + damage, block.hex_keys()))
 
     @property
     def stores(self) -> tuple[FeatureStore, ...]:

@@ -37,7 +37,15 @@ from prgkit.teacher.ensemble import teacher_fingerprint
 from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
 from prgkit.training.checkpoint import Clock, HeldOutScores, TrainingCounters, TrainingState, expected_bytes, model_ema
 from prgkit.training.dataset import DistillationDataset
-from prgkit.training.distributed import first_goes_on, from_first, join_processes, probe_precision, share_buffers
+from prgkit.training.distributed import (
+    any_process,
+    first_goes_on,
+    from_first,
+    join_processes,
+    probe_precision,
+    share_buffers,
+    share_teacher_pass,
+)
 from prgkit.training.few_shot import append_labelled, tune_head_mixing
 from prgkit.training.optimizer import build_optimizer, schedule
 from prgkit.training.prepare import prepare
@@ -66,7 +74,7 @@ def distill(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress
 def distill_one_rank(
     recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelerator, progress: Progress
 ) -> None:
-    """Do what each process does: the first reads images and asks the teacher while the others wait, then all train."""
+    """Do what each process does: each embeds its part of the images, the first prepares the data set, all train."""
     run = Run(folder)
     if from_first(accelerator, lambda: already_finished(run, recipe, progress)):
         return
@@ -74,6 +82,8 @@ def distill_one_rank(
         unused_student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)
         if recipe.reads_stages:  # what is wrong with the student is said before the teacher sees an image
             unused_student.stage_widths()
+        if not run.begun:
+            share_teacher_pass(recipe, targets_root, accelerator, progress)
         dataset = from_first(accelerator, lambda: prepare(recipe, targets_root, progress, run))
         seed_everything(recipe.training.seed)
         student = start_student(recipe, dataset.store.facts(), dataset.classifier.scoring())
@@ -361,15 +371,6 @@ def fetch(batches: Iterator[StepBatch]) -> tuple[StepBatch | None, Exception | N
         return next(batches, None), None
     except Exception as error:  # raised when all processes have stopped, and what they did is saved
         return None, error
-
-
-def any_process(asks: bool, accelerator: Accelerator) -> bool:
-    """Return whether any process asks to stop."""
-    if accelerator.num_processes == 1:
-        return asks
-    if asks:
-        accelerator.set_trigger()
-    return bool(accelerator.check_trigger())
 
 
 @torch.inference_mode()

@@ -230,7 +230,9 @@ def test_what_was_not_journalled_is_seen_again_and_ends_the_same(
     (folder / "index.bin").write_bytes(first + second + third[:30])  # torn in the third record
     calls["views"] = 0
     resumed = see(recipe, tmp_path / "cut")
-    assert see(recipe, tmp_path / "cut").store.damaged == []  # what was appended in place of the torn record can be read
+    assert (
+        see(recipe, tmp_path / "cut").store.damaged == []
+    )  # what was appended in place of the torn record can be read
     assert 0 < calls["views"] < all_views
     for view in range(3):
         assert torch.equal(features(resumed, view, resumed.train_indices), features(whole, view, whole.train_indices))
