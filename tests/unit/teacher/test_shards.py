@@ -76,7 +76,7 @@ def expected(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
     return stored(recipe_for(photos), tmp_path_factory.mktemp("whole"))
 
 
-@pytest.mark.parametrize("total", [1, 2, 5, 20])  # of the last, some have no images
+@pytest.mark.parametrize("total", [1, 2, 5, 30])  # of the last, some have no images
 def test_shards_are_the_store_of_one_process_to_the_bit(
     photos: Path, tmp_path: Path, expected: dict[Any, bytes], total: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
