@@ -62,9 +62,7 @@ class ImageSpec(NamedTuple):
 class Data(Config):
     """Where the images come from, and what may be in them."""
 
-    # A folder, a .zip, shards-{000..041}.tar, here or at s3://, gs://, https://, torchvision:NAME/split or
-    # hf:owner/name/split
-    images: str
+    images: str  # a folder, a .zip, shards-{000..041}.tar here or at a URL, torchvision:NAME/split, hf:owner/name/split
     evaluation: str | None = None  # labelled images; their labels are read by evaluation alone
     evaluation_labels: str | None = None  # a CSV of file,label where folders or .cls members do not say it
     labelled: str | None = None  # a few labelled images; only objectives and commands that say so read them
