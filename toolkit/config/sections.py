@@ -98,8 +98,10 @@ class TeacherConfig(Config):
     model: str
     weights: str | None = None  # its tag; of a folder with several files of weights, one file's name
     context: str | None = None  # a file of prgkit adapt-teacher: what it learned is read in place of data.prompts
-    precision: Literal["fp32", "bf16"] = "fp32"  # of its own pass
-    batch_size: int = Field(64, ge=1)  # fixed, since a feature varies a little with the batch it is computed in
+    # Of its own pass. auto: that of the store that is there, else bf16 where a GPU has it, and fp32 on a CPU.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    # A feature varies a little with it. None: that of the store that is there, else 64, and on a GPU what fits it.
+    batch_size: int | None = Field(None, ge=1)
 
     @property
     def name(self) -> str:

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from prgkit.config.recipe import Recipe
 from prgkit.config.shard import WHOLE, Shard
+from prgkit.device import best_device, teacher_precision
 from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import fingerprint
 from prgkit.storage.run_card import TeacherFacts
+from prgkit.teacher.clip import BATCH_SIZES
 from prgkit.teacher.feature_store import FeatureStore, Load, existing_store, open_store
 from prgkit.teacher.prompt_context import load_context
-from prgkit.teacher.weights import teacher_identity, weights_identity
+from prgkit.teacher.weights import as_stored, settled, teacher_identity, weights_identity
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 
@@ -97,15 +99,17 @@ class TeacherEnsemble:
         return torch.cat([weight * part for weight, part in zip(self._weights, parts, strict=True)], dim=-1)
 
 
-def teacher_fingerprint(recipe: Recipe) -> str:
-    """Return what ``facts`` say of the recipe's teachers as their files are now.
+def teacher_fingerprint(recipe: Recipe, root: Path) -> str:
+    """Return what ``facts`` say of the recipe's teachers as their files are now, by the stores under ``root``.
 
     Raises:
         TeacherError: one of them is gone.
     """
     each = []
     for config in recipe.teacher:
-        identity, context = teacher_identity(config), load_context(config)
+        left_open = settled(config, teacher_precision(best_device()), config.batch_size or BATCH_SIZES[-1])
+        stored = as_stored(config, recipe.views, root) or left_open
+        identity, context = teacher_identity(stored), load_context(config)
         each.append(fingerprint([identity, context.digest] if context else identity))
     return each[0] if len(each) == 1 else fingerprint(each)
 

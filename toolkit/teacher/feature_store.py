@@ -51,10 +51,9 @@ from prgkit.teacher.clip import Teacher
 from prgkit.teacher.feature_files import INDEX, SCHEMA, SHARDS, FeatureFiles, upgrade
 from prgkit.teacher.feature_index import Block, BlockJournal, KeyTable, digest
 from prgkit.teacher.prompt_context import load_context
-from prgkit.teacher.weights import teacher_identity
+from prgkit.teacher.weights import as_stored, name_of, settled, teacher_identity, views_identity
 from prgkit.workers import available_cores
 
-NAMED_BY = "prgkit.targets/2"  # in the fingerprint: the name of a store, which runs know, outlives its form
 BLOCKS_AT_ONCE = 1024  # in memory while a store is checked
 MOST_VIEWS = 256  # of an image, the evaluation view included
 ROW_BITS = 40  # of a place: above them stands the number of the part
@@ -259,9 +258,12 @@ def open_store(config: TeacherConfig, views: Views, root: Path, teacher: Load, s
     """
     if (stored := existing_store(config, views, root, shard)) is not None:
         return stored
+    loaded = teacher(config)
+    config = settled(config, loaded.precision, loaded.batch_size)
+    if (stored := existing_store(config, views, root, shard)) is not None:
+        return stored
     made_from = origin_of(config, views)
     folder = root / name_of(made_from)
-    loaded = teacher(config)
     card = StoreCard(
         **made_from,
         teacher_model=config.model,
@@ -275,12 +277,15 @@ def open_store(config: TeacherConfig, views: Views, root: Path, teacher: Load, s
 
 
 def existing_store(config: TeacherConfig, views: Views, root: Path, shard: Shard = WHOLE) -> FeatureStore | None:
-    """Open the store of a teacher and views where there is one.
+    """Open the store of a teacher and views where there is one, of whatever precision and batch size are left open.
 
     Raises:
         TargetsError: the store was made by something else.
     """
-    made_from = origin_of(config, views)
+    chosen = as_stored(config, views, root)
+    if chosen is None:
+        return None
+    config, made_from = chosen, origin_of(chosen, views)
     folder = root / name_of(made_from)
     if not (folder / "card.json").exists():
         return None
@@ -297,13 +302,8 @@ def origin_of(config: TeacherConfig, views: Views) -> dict[str, JsonValue]:
     return {
         "schema": SCHEMA,
         "teacher": teacher_identity(config),
-        "views": views.model_dump(mode="json", exclude={"count"}, exclude_none=True),
+        "views": views_identity(views),
     }
-
-
-def name_of(made_from: dict[str, JsonValue]) -> str:
-    """Return the name of the folder of the store that is made from this."""
-    return fingerprint({**made_from, "schema": NAMED_BY})
 
 
 def embed(
@@ -366,17 +366,18 @@ def _embed_views(
     before = store.rows(image_index.keys, views=views.start)
     done: list[int] = []
     seen: list[torch.Tensor] = []
-    waiting = torch.empty(0, *teacher.shape, dtype=torch.uint8)  # [views, S, S, 3]
+    waiting = torch.empty(0, *teacher.shape, dtype=torch.uint8, device=teacher.device)  # [views, S, S, 3]
     for number, batch in enumerate(make_dataloader(rendered, plan, workers=recipe.training.workers), start=1):
         last = number == len(plan)
         done += batch.positions.tolist()
-        waiting = torch.cat([waiting, batch.pixels.flatten(0, 1)])
+        waiting = torch.cat([waiting, batch.pixels.flatten(0, 1).to(teacher.device, non_blocking=True)])
         while len(waiting) >= size or (last and len(waiting)):
             seen.append(_embed_full(teacher, waiting[:size]).half())
             waiting = waiting[size:]
         progress.advance(len(batch.positions))
         if last or (len(done) >= BLOCK_IMAGES and not len(waiting)):
-            block = torch.cat(seen).view(-1, len(views), store.width).transpose(0, 1).numpy()  # [views, images, D]
+            # [views, images, D]; up to here the host does not wait for a GPU
+            block = torch.cat(seen).view(-1, len(views), store.width).transpose(0, 1).cpu().numpy()
             earlier = store.stored_features(before[done], views.start)
             store.append([image_index.keys[position] for position in done], np.concatenate([earlier, block]))
             done, seen = [], []
@@ -385,7 +386,7 @@ def _embed_views(
 def _embed_full(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
     """Embed a batch padded to the fixed size: features vary slightly with the size of the batch they are part of."""
     padding = pixels[-1:].expand(teacher.batch_size - len(pixels), -1, -1, -1)
-    return teacher.embed_images(torch.cat([pixels, padding]))[: len(pixels)].cpu()
+    return teacher.embed_images(torch.cat([pixels, padding]))[: len(pixels)]
 
 
 def _is_whole(path: Path) -> bool:

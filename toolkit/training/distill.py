@@ -76,7 +76,7 @@ def distill_one_rank(
 ) -> None:
     """Do what each process does: each embeds its part of the images, the first prepares the data set, all train."""
     run = Run(folder)
-    if from_first(accelerator, lambda: already_finished(run, recipe, progress)):
+    if from_first(accelerator, lambda: already_finished(run, recipe, targets_root, progress)):
         return
     with locked_run(run, recipe) if accelerator.is_main_process else nullcontext():
         unused_student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)
@@ -95,7 +95,7 @@ def distill_one_rank(
         train(recipe, run, dataset, student, accelerator, progress)
 
 
-def already_finished(run: Run, recipe: Recipe, progress: Progress) -> bool:
+def already_finished(run: Run, recipe: Recipe, targets_root: Path, progress: Progress) -> bool:
     """Tell whether a run is finished, and whether its images have changed since; or refuse it before it is touched."""
     require_own_folder(run.folder, recipe)
     if not (run.finished and run.weights.exists()) or differences(run, recipe):
@@ -104,7 +104,7 @@ def already_finished(run: Run, recipe: Recipe, progress: Progress) -> bool:
     progress.note(f"{run.folder} is finished already")
     report_changes(run, recipe, progress)
     with suppress(TeacherError):  # it is gone, and needed no more
-        if teacher_fingerprint(recipe) != run.teacher_facts.fingerprint:
+        if teacher_fingerprint(recipe, targets_root) != run.teacher_facts.fingerprint:
             again = restart_command(run)
             progress.note(f"the teacher is not the one that it learned from any more; to learn from this one: {again}")
     return True
@@ -269,6 +269,7 @@ def end_epoch(trainer: Trainer) -> None:
     An epoch whose evaluation fails is not over, but what it learned is saved.
     """
     counters, accelerator = trainer.state.counters, trainer.accelerator
+    counters.read()
     counters.seconds = trainer.clock.seconds()
     epoch = counters.epoch + 1
     try:
