@@ -30,7 +30,7 @@ from prgkit.storage.atomic import read_sealed, sha256, write_sealed
 from prgkit.storage.run import Run
 from prgkit.storage.tensors import load_tensors
 from prgkit.student.model import load_student
-from prgkit.teacher.feature_index import BlockJournal
+from prgkit.teacher.feature_files import BlockJournal
 from prgkit.training.distill import distill
 from prgkit.training.optimizer import schedule
 from prgkit.training.prepare import hold_out

@@ -24,7 +24,7 @@ import pytest
 
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.storage.run import Run
-from prgkit.teacher.feature_index import BlockJournal
+from prgkit.teacher.feature_files import BlockJournal
 
 pytest.importorskip("torch")
 

@@ -49,6 +49,7 @@ OWNERS = {
     "onnx": {"prgkit.export.formats", "prgkit.export.int8"},
     "datasets": {"prgkit.data.hub"},
     "torchvision": {"prgkit.data.hub"},
+    "ray": {"prgkit.teacher.ray_engine"},
     "fsspec": {"prgkit.storage.remote"},
     "sklearn": {"prgkit.demo.digits", "prgkit.teacher.refine"},
 }

@@ -144,6 +144,14 @@ def embed_one_shard(session: Session, recipe: Recipe, targets_root: Path, shard:
     return {"shards": [manifest.model_dump(mode="json", by_alias=True) for manifest in manifests]}
 
 
+def embed_with_ray(session: Session, recipe: Recipe, targets_root: Path, workers: tuple[int, int]) -> Document:
+    """Embed all shards on a Ray cluster, and join them."""
+    from prgkit.teacher.ray_engine import WorkerCount, embed_on_ray
+
+    embed_on_ray(recipe, targets_root, WorkerCount(*workers), session.terminal)
+    return join_all_shards(session, recipe, targets_root)
+
+
 def join_all_shards(session: Session, recipe: Recipe, targets_root: Path) -> Document:
     """Join the shards of the teacher's pass, and say what is in them."""
     if not session.is_main_process:

@@ -19,6 +19,7 @@ from prgkit.cli.commands import (
     adapt_teacher,
     embed_all,
     embed_one_shard,
+    embed_with_ray,
     join_all_shards,
     label_images,
     list_or_prune_stores,
@@ -235,6 +236,8 @@ def targets(session: Session, /, options: RecipeOptions, **given: Any) -> Docume
             return print_estimate(session, recipe, folder, options.targets_root)
         if given["shard"]:
             return embed_one_shard(session, recipe, options.targets_root, given["shard"])
+        if given["engine"] == "ray":
+            return embed_with_ray(session, recipe, options.targets_root, given["workers"])
         if given["joins"]:
             return join_all_shards(session, recipe, options.targets_root)
         return embed_all(session, recipe, folder, options.targets_root)

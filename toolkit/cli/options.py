@@ -63,6 +63,17 @@ def targets_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "of torchrun.",
         ),
         click.option("--join", "joins", is_flag=True, help="Check the parts, and make them one store."),
+        click.option(
+            "--engine", type=click.Choice(["ray"]), help="Let a Ray cluster embed all parts, and join them then."
+        ),
+        click.option(
+            "--workers",
+            metavar="MIN:MAX",
+            type=values.worker_count,
+            default="1:8",
+            show_default=True,
+            help="How many workers --engine ray waits for, and how many it takes.",
+        ),
     ]
     return recipe_options(with_options(command, options))
 

@@ -40,6 +40,14 @@ def shard(text: str) -> Shard:
         raise click.BadParameter(f"{text!r} {error}.") from error
 
 
+def worker_count(text: str) -> tuple[int, int]:
+    """Read ``2:8``, or one number for both."""
+    counts = whole_numbers(text.replace(":", ","))
+    if len(counts) > 2 or not 1 <= counts[0] <= counts[-1]:
+        raise click.BadParameter(f"write the least and the most workers as 2:8, not {text!r}.")
+    return counts[0], counts[-1]
+
+
 def batch_profile(text: str) -> tuple[int, int, int]:
     """Read ``1,1,32``: the least, the usual and the largest batch of an engine."""
     sizes = whole_numbers(text)

@@ -48,8 +48,17 @@ from prgkit.storage.atomic import (
 from prgkit.storage.locks import locked
 from prgkit.storage.run_card import TeacherFacts
 from prgkit.teacher.clip import Teacher
-from prgkit.teacher.feature_files import INDEX, SCHEMA, SHARDS, FeatureFiles, upgrade
-from prgkit.teacher.feature_index import Block, BlockJournal, KeyTable, digest
+from prgkit.teacher.feature_files import (
+    INDEX,
+    SCHEMA,
+    SHARDS,
+    Block,
+    BlockJournal,
+    FeatureFiles,
+    KeyTable,
+    digest,
+    upgrade,
+)
 from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.weights import as_stored, name_of, settled, teacher_identity, views_identity
 from prgkit.workers import available_cores
@@ -103,10 +112,7 @@ class FeatureStore:
                 self._take_in(block)
 
     def mend(self) -> None:
-        """Blank the records of the index that cannot be read: what they told of is lost, and named.
-
-        To be called by the holder of the lock of ``own_folder``.
-        """
+        """Blank the records of the index that cannot be read, under the lock of ``own_folder``: they are named once."""
         self._own_journal.mend()
 
     def check(self) -> None:
@@ -127,7 +133,7 @@ class FeatureStore:
 
     @property
     def stores(self) -> tuple[FeatureStore, ...]:
-        """The one store that this is; `TeacherEnsemble` are several."""
+        """This store; `TeacherEnsemble` are several."""
         return (self,)
 
     @property
@@ -140,14 +146,10 @@ class FeatureStore:
         """Where the store is damaged; of no account once the images in question have been embedded again."""
         self.check()
         blocks = [place for place, keys in self._broken or [] if (self._table.find(keys).views == 0).any()]
-        records = [
-            f"{journal.path.name}, bytes {start:,} to {end:,}"
-            for journal in self._journals
-            for start, end in journal.damages
-        ]
-        return (
-            records + blocks + [path.name for path in sorted(self.folder.glob("prompts-*.npy")) if not _is_whole(path)]
-        )
+        damages = [damage for journal in self._journals for damage in journal.damages]
+        records = [f"{INDEX}, bytes {start:,} to {end:,}" for start, end in damages]
+        prompts = [path.name for path in sorted(self.folder.glob("prompts-*.npy")) if not _is_whole(path)]
+        return records + blocks + prompts
 
     def __contains__(self, key: object) -> bool:
         return bool(self.stored_views([str(key)])[0])

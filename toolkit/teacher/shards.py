@@ -35,8 +35,7 @@ from prgkit.storage.locks import locked
 from prgkit.storage.run_card import SkippedFile
 from prgkit.teacher.clip import teacher_loader
 from prgkit.teacher.ensemble import open_targets
-from prgkit.teacher.feature_files import INDEX, SHARDS
-from prgkit.teacher.feature_index import Block, BlockJournal, KeyTable, digest
+from prgkit.teacher.feature_files import INDEX, SHARDS, Block, BlockJournal, KeyTable, digest
 from prgkit.teacher.feature_store import FeatureStore, Load, embed, existing_store
 from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.weights import check_teacher
@@ -79,7 +78,9 @@ class JoinedShards(BaseModel, frozen=True):
     seconds: float  # that the shards took together
 
 
-def embed_shard(recipe: Recipe, targets_root: Path, shard: Shard, progress: Progress) -> list[ShardManifest]:
+def embed_shard(
+    recipe: Recipe, targets_root: Path, shard: Shard, progress: Progress, load: Load | None = None
+) -> list[ShardManifest]:
     """Have each teacher embed one part of the images, and of the evaluation images, into files of its own.
 
     The same command goes on where it was stopped.
@@ -87,7 +88,7 @@ def embed_shard(recipe: Recipe, targets_root: Path, shard: Shard, progress: Prog
     Raises:
         TargetsError: the part was begun by another teacher or another version.
     """
-    started, load = time.monotonic(), teacher_loader(progress)
+    started, load = time.monotonic(), load or teacher_loader(progress)
     for config in recipe.teacher:
         check_teacher(config, note=progress.note)
         load_context(config)
@@ -340,6 +341,15 @@ def join_set(store: FeatureStore, found: ShardSet, progress: Progress) -> Joined
         unreadable=sum(len(manifest.unreadable) for manifest in found.manifests),
         seconds=round(sum(manifest.seconds for manifest in found.manifests), 1),
     )
+
+
+def is_finished(store: FeatureStore, shard: Shard) -> bool:
+    """Tell whether a shard has a manifest that says so."""
+    folder = store.files(shard).folder
+    try:
+        return read_manifest(folder).finished
+    except PrgkitError:
+        return False
 
 
 def read_manifest(folder: Path) -> ShardManifest:

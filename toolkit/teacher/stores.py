@@ -18,8 +18,7 @@ from prgkit.storage.find import RUNS
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Run
-from prgkit.teacher.feature_files import INDEX, SHARDS, upgrade
-from prgkit.teacher.feature_index import BlockJournal, KeyTable
+from prgkit.teacher.feature_files import INDEX, SHARDS, BlockJournal, KeyTable, upgrade
 
 DAY_SECONDS = 86_400
 

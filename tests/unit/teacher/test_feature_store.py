@@ -28,7 +28,7 @@ from prgkit.storage.atomic import write_sealed
 from prgkit.storage.locks import locked
 from prgkit.teacher import feature_store as storing
 from prgkit.teacher.clip import Teacher, load_teacher
-from prgkit.teacher.feature_index import BlockJournal
+from prgkit.teacher.feature_files import BlockJournal
 from prgkit.teacher.feature_store import FeatureStore, embed
 from prgkit.training import prepare as preparing
 from prgkit.training.prepare import prepare

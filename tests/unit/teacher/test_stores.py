@@ -14,7 +14,7 @@ from prgkit.storage.atomic import write_sealed
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Run
 from prgkit.storage.run_card import SCHEMA
-from prgkit.teacher.feature_index import Block
+from prgkit.teacher.feature_files import Block
 from prgkit.teacher.stores import describe_stores, list_stores, prune
 
 CARD = {"schema": SCHEMA, "prgkit": "0", "created": "", "fingerprint": "", "origin": "../..", "finished": False}

@@ -11,7 +11,7 @@ import pytest
 
 from prgkit.config.shard import Shard
 from prgkit.data.snapshot import packed
-from prgkit.teacher.feature_index import Block, BlockJournal, KeyTable
+from prgkit.teacher.feature_files import Block, BlockJournal, KeyTable
 
 KEYS = ["00" * 16, "ff" * 16, "ab" * 16]
 
