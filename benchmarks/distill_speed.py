@@ -133,7 +133,7 @@ def student_steps(bench: Bench) -> list[dict[str, Any]]:
         found.append(
             {
                 "teacher": name,
-                "teacher_precision": "bf16" if teacher.autocast_to_bf16 else "fp32",
+                "teacher_precision": teacher.precision,
                 "student": bench.student.model,
                 "student_precision": precision.model_dump(),
                 "step_ms_an_image": {key: per_image(times, bench.batch_size) for key, times in rounds.items()},
@@ -424,7 +424,7 @@ def teacher_pass(bench: Bench) -> dict[str, Any]:
 
     def open_clips() -> None:
         chosen = torch.utils.data.Subset(files, whole.indices[:count].tolist())
-        precision = torch.autocast(bench.device.type, torch.bfloat16) if teacher.autocast_to_bf16 else nullcontext()
+        precision = torch.autocast(bench.device.type, torch.bfloat16) if teacher.precision == "bf16" else nullcontext()
         with torch.inference_mode(), precision:
             for images, _ in DataLoader(chosen, batch_size=batch, num_workers=1):
                 teacher.model.encode_image(images.to(bench.device)).float().cpu()
@@ -432,7 +432,7 @@ def teacher_pass(bench: Bench) -> dict[str, Any]:
     rounds = take_turns({"prgkit": ours, "open_clip": open_clips}, max(3, bench.rounds // 2))
     return {
         "teacher": name,
-        "precision": "bf16" if teacher.autocast_to_bf16 else "fp32",
+        "precision": teacher.precision,
         "images": count,
         "images_per_s": {key: round(count / statistics.median(times), 2) for key, times in rounds.items()},
         "open_clip_to_prgkit": ratio(rounds["open_clip"], rounds["prgkit"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 
@@ -11,6 +13,12 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def teacher_precision(device: torch.device) -> Literal["fp32", "bf16"]:
+    """Return what a teacher computes in unless it is said: bf16 where a GPU has it, not merely emulates it."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
 
 
 def seed_everything(seed: int) -> None:

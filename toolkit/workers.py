@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -251,6 +252,25 @@ if HAS_FORK:
 atexit.register(_end_all)
 
 
+def available_cores() -> int:
+    """Return how many cores this process really has: a container, Slurm or taskset may leave it few of many."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    return max(1, min(cores, *quotas()))
+
+
+def quotas() -> list[int]:
+    """Return the cores that control groups allow this process, rounded up, as far as anything is set."""
+    found = [1 << 16]
+    with contextlib.suppress(OSError, ValueError):
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        found.append(math.ceil(int(limit) / int(period)))
+    with contextlib.suppress(OSError, ValueError):
+        limit, period = (Path("/sys/fs/cgroup/cpu", f"cpu.cfs_{part}_us").read_text() for part in ("quota", "period"))
+        if int(limit) > 0:
+            found.append(math.ceil(int(limit) / int(period)))
+    return found
+
+
 def default_workers() -> int:
     """Return how many processes decode: half the cores, since the other half trains where there is no GPU."""
-    return max(1, min(8, (os.cpu_count() or 2) // 2))
+    return max(1, min(8, available_cores() // 2))

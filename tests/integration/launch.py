@@ -27,9 +27,12 @@ def tear(path: Path) -> None:
 
 
 def tear_line(journal: Any, record: Any) -> None:
-    """Append half a line and end."""
-    line = json.dumps(record if isinstance(record, dict) else record.model_dump())
-    with open(journal.path, "a") as file:
+    """Append half a record and end."""
+    if hasattr(record, "packed"):
+        line = record.packed()
+    else:
+        line = json.dumps(record if isinstance(record, dict) else record.model_dump()).encode()
+    with open(journal.path, "ab") as file:
         file.write(line[: len(line) // 2])
         file.flush()
         os.fsync(file.fileno())

@@ -24,6 +24,7 @@ import pytest
 
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.storage.run import Run
+from prgkit.teacher.feature_files import BlockJournal
 
 pytest.importorskip("torch")
 
@@ -35,13 +36,19 @@ Trap = tuple[str, int, str]
 POINTS: dict[str, tuple[str, Trap]] = {
     "targets: the card is not there yet": (TARGETS, ("prgkit.teacher.feature_store:write_sealed", 1, "before")),
     "targets: while embedding": (TARGETS, ("prgkit.teacher.clip:Teacher.embed_images", 6, "before")),
-    "targets: block written, not journalled": (TARGETS, ("prgkit.teacher.feature_store:Journal.append", 2, "before")),
-    "targets: half a journal line": (TARGETS, ("prgkit.teacher.feature_store:Journal.append", 2, "within")),
-    "targets: block journalled": (TARGETS, ("prgkit.teacher.feature_store:Journal.append", 3, "after")),
+    "targets: block written, not journalled": (
+        TARGETS,
+        ("prgkit.teacher.feature_store:BlockJournal.append", 2, "before"),
+    ),
+    "targets: half a record of the index": (TARGETS, ("prgkit.teacher.feature_store:BlockJournal.append", 2, "within")),
+    "targets: block journalled": (TARGETS, ("prgkit.teacher.feature_store:BlockJournal.append", 3, "after")),
     "targets: prompts not written": (TARGETS, ("prgkit.teacher.feature_store:FeatureStore.prompts", 1, "before")),
     "distill: recipe written, no card": (DISTILL, ("prgkit.storage.run:write_sealed", 1, "before")),
     "distill: recipe written, not renamed": (DISTILL, ("prgkit.storage.atomic:os.replace", 1, "before")),
-    "distill: block written, not journalled": (DISTILL, ("prgkit.teacher.feature_store:Journal.append", 2, "before")),
+    "distill: block written, not journalled": (
+        DISTILL,
+        ("prgkit.teacher.feature_store:BlockJournal.append", 2, "before"),
+    ),
     "distill: during the quality stage": (DISTILL, ("prgkit.training.statistics:compute_statistics", 1, "before")),
     "distill: quality told, not written": (DISTILL, ("prgkit.training.statistics:summarise", 1, "after")),
     "distill: before the first step": (DISTILL, ("prgkit.training.distill:train", 1, "before")),
@@ -167,17 +174,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 def outcome(folder: Path) -> dict[str, Any]:
     """Return all that has to be the same: every stored feature by image and view, prompts, weights and metrics."""
     (store,) = (path.parent for path in (folder / "store").glob("*/card.json"))
-    blocks = [json.loads(line) for line in (store / "journal.jsonl").read_text().splitlines()]
+    blocks = list(BlockJournal(store / "index.bin").new_blocks())
     width = json.loads((store / "card.json").read_text())["width"]
     features: dict[tuple[str, int], bytes] = {}
     for block in blocks:
-        for view in range(len(block["digests"])):
+        for view in range(len(block.digests)):
             content = (store / f"view-{view:03}.f16").read_bytes()
-            for row, key in enumerate(block["keys"], block["row"]):
-                features[key, view] = content[2 * width * row : 2 * width * (row + 1)]
+            for row, key in enumerate(block.keys, block.row):
+                features[key.tobytes().hex(), view] = content[2 * width * row : 2 * width * (row + 1)]
     found: dict[str, Any] = {
         "views": {path.name: path.read_bytes() for path in sorted(store.glob("view-*.f16"))},
-        "journal": (store / "journal.jsonl").read_bytes(),
+        "index": (store / "index.bin").read_bytes(),
         "card": (store / "card.json").read_bytes(),
         "prompts": {path.name: path.read_bytes() for path in sorted(store.glob("prompts-*"))},
         "features": features,
@@ -198,8 +205,7 @@ def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 def on_disk(folder: Path) -> str:
     """Say what is there, in a few words."""
-    journals = list((folder / "store").glob("*/journal.jsonl"))
-    blocks = sum(path.read_bytes().count(b"\n") for path in journals if path.parent.name != "pictures")
+    blocks = sum(len(list(BlockJournal(path).new_blocks())) for path in (folder / "store").glob("*/index.bin"))
     run = Run(folder / "run")
     parts = [f"{blocks} blocks"]
     if run.metrics_file.exists():
@@ -218,11 +224,8 @@ def stage(said: str) -> str:
 def is_finished(folder: Path, line: str) -> bool:
     if line == DISTILL:
         return Run(folder / "run").finished
-    journals = [path for path in (folder / "store").glob("*/journal.jsonl") if path.parent.name != "pictures"]
-    seen = {
-        key for path in journals for block in path.read_bytes().split(b"\n")[:-1] for key in json.loads(block)["keys"]
-    }
-    return len(seen) == 600
+    blocks = [block for path in (folder / "store").glob("*/index.bin") for block in BlockJournal(path).new_blocks()]
+    return len({key.tobytes() for block in blocks for key in block.keys}) == 600
 
 
 def killed_then_repeated(place: Place, name: str, line: str, **how: Any) -> tuple[str, str]:

@@ -63,6 +63,8 @@ OWNERS = {
     "executorch": {"prgkit.export.formats.mobile", "prgkit.export.runtimes"},
     "datasets": {"prgkit.data.hub"},
     "torchvision": {"prgkit.data.hub"},
+    "ray": {"prgkit.teacher.ray_engine"},
+    "fsspec": {"prgkit.storage.remote"},
     "sklearn": {"prgkit.demo.digits", "prgkit.teacher.refine"},
 }
 HEAVY = {"torch", "timm", "open_clip", "accelerate", "onnx"}

@@ -118,7 +118,7 @@ def check_chain(steps: Sequence[click.Context]) -> None:
 
 def check_formats(given: Mapping[str, Any]) -> None:
     """Refuse formats whose converter is missing."""
-    from prgkit.cli.options import FORMATS as NAMED
+    from prgkit.cli.exporting import FORMATS as NAMED
 
     formats = tuple(name for name in NAMED if given[name])
     if not (formats or given["qnn"]):
@@ -161,7 +161,7 @@ def run_chain(steps: Sequence[click.Context]) -> None:
     is_main_process = int(os.environ.get("RANK", "0")) == 0  # the others of torchrun's processes train, and no more
     results: dict[str, Document] = {}
     with Terminal(says_results=is_main_process and not as_json, shows_progress=is_main_process) as terminal:
-        session = Session(terminal, is_main_process)
+        session = Session(terminal, is_main_process, int(os.environ.get("WORLD_SIZE", "1")))
         # A library that prints must not get into the document.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             for step in steps:

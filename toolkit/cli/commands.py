@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from prgkit.cli.state import Document, RecipeOptions, Session
 from prgkit.errors import BackendError, RunError
+from prgkit.progress import duration
 from prgkit.storage.atomic import readable_bytes, write_text
 
 if TYPE_CHECKING:
     from prgkit.config.recipe import Recipe
+    from prgkit.config.shard import Shard
     from prgkit.export.bundle.manifest import Artifact, Manifest
     from prgkit.training.dataset import DistillationDataset
 
@@ -107,6 +109,66 @@ def list_or_prune_stores(session: Session, root: Path, *, prune: bool, dry_run: 
     elif not rows:
         session.terminal.say(f"there is no target store in {root}")
     return {"freed" if prune else "stores": [row.model_dump(mode="json") for row in rows]}
+
+
+def embed_all(session: Session, recipe: Recipe, folder: Path, targets_root: Path, *, gallery: Path | None) -> Document:
+    """Have the teacher embed every image, in all processes that torchrun started, and say what is stored."""
+    if session.processes > 1:
+        from prgkit.training.distributed import join_processes, share_teacher_pass
+
+        share_teacher_pass(recipe, targets_root, join_processes((), folder), session.terminal)
+        if not session.is_main_process:
+            return {}
+    from prgkit.teacher.stores import size_of
+    from prgkit.training.prepare import prepare
+
+    dataset = prepare(recipe, targets_root, session.terminal)
+    if gallery is not None:
+        write_gallery(session, dataset, gallery)
+    images, folders = len(dataset.image_index), [store.folder for store in dataset.store.stores]
+    sizes = [size_of(folder) for folder in folders]
+    for store, size in zip(folders, sizes, strict=True):
+        session.terminal.say((str(store), "bold"), f": {images:,} images, {size / 2**20:,.1f} MiB")
+    stores = [str(folder) for folder in folders]
+    return {"targets": stores[0] if len(stores) == 1 else stores, "images": images, "bytes": sum(sizes)}
+
+
+def embed_one_shard(session: Session, recipe: Recipe, targets_root: Path, shard: Shard) -> Document:
+    """Embed one part of the images, and say where it lies."""
+    from prgkit.teacher.shards import embed_shard
+
+    manifests = embed_shard(recipe, targets_root, shard, session.terminal)
+    first = manifests[0]
+    copies = f", {first.duplicates} duplicates" if first.duplicates else ""
+    skipped = f", {len(first.unreadable)} unreadable" if first.unreadable else ""
+    session.terminal.say(
+        (f"shard {shard}", "bold"), f": {first.images:,} images{skipped}{copies}, {duration(first.seconds)}"
+    )
+    return {"shards": [manifest.model_dump(mode="json", by_alias=True) for manifest in manifests]}
+
+
+def embed_with_ray(session: Session, recipe: Recipe, targets_root: Path, workers: tuple[int, int]) -> Document:
+    """Embed all shards on a Ray cluster, and join them."""
+    from prgkit.teacher.ray_engine import WorkerCount, embed_on_ray
+
+    embed_on_ray(recipe, targets_root, WorkerCount(*workers), session.terminal)
+    return join_all_shards(session, recipe, targets_root)
+
+
+def join_all_shards(session: Session, recipe: Recipe, targets_root: Path) -> Document:
+    """Join the shards of the teacher's pass, and say what is in them."""
+    if not session.is_main_process:
+        return {}
+    from prgkit.teacher.shards import join_shards
+
+    joined = join_shards(recipe, targets_root, session.terminal)
+    for one in joined:
+        session.terminal.say(
+            (one.store, "bold"),
+            f": {one.shards} shards joined, {one.images:,} images, {one.duplicates:,} duplicates, "
+            f"{one.unreadable:,} unreadable; {duration(one.seconds)} of work",
+        )
+    return {"joined": [one.model_dump(mode="json") for one in joined]}
 
 
 def print_estimate(session: Session, recipe: Recipe, folder: Path, targets_root: Path) -> Document:

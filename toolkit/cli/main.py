@@ -18,6 +18,10 @@ from prgkit.cli.chain import Chain, builds_engines
 from prgkit.cli.commands import (
     adapt_teacher,
     compare_trials,
+    embed_all,
+    embed_one_shard,
+    embed_with_ray,
+    join_all_shards,
     label_images,
     list_or_prune_stores,
     list_recipes,
@@ -28,23 +32,20 @@ from prgkit.cli.commands import (
     relabel_bundle,
     suggest_images,
     tell_bundle,
-    write_gallery,
 )
+from prgkit.cli.exporting import FORMATS, export_options, refuse_in_a_bundle
 from prgkit.cli.naming import AskedPictures, name_pictures, predict_options, search_gallery
 from prgkit.cli.options import (
-    FORMATS,
-    PLACE,
     adapt_options,
     bench_options,
     choose_recipe,
     compare_options,
-    export_options,
     json_option,
     label_options,
     recipe_options,
-    refuse_in_a_bundle,
     run_option,
     suggest_options,
+    targets_options,
 )
 from prgkit.cli.state import Document, RecipeOptions, Session
 from prgkit.cli.streams import print_error, take_any_text
@@ -206,35 +207,26 @@ def predict(session: Session, /, images: tuple[str, ...], folder: Path | None, *
 
 
 @cli.command(short_help="Let the teacher see the images, and no more.")
-@recipe_options
-@click.option("--list", "listed", is_flag=True, help="List the stores: what they hold, their size and age, their runs.")
-@click.option("--gallery", type=PLACE, metavar="FILE.npz", help="Also write what it saw for predict --gallery.")
-@click.option("--prune", is_flag=True, help="Free the stores that no run under runs/ uses; --dry-run only names them.")
+@targets_options
 @click.pass_obj
-def targets(session: Session, options: RecipeOptions, *, listed: bool, prune: bool, gallery: Path | None) -> Document:
-    """Let the teacher see every image of RECIPE, once, and store what it saw; distill then starts at once."""
-    if listed or prune:
-        return list_or_prune_stores(session, options.targets_root, prune=prune, dry_run=options.dry_run)
+def targets(session: Session, /, options: RecipeOptions, **given: Any) -> Document:
+    """Let the teacher see every image of RECIPE, once, and store what it saw; distill then starts at once.
+
+    On many machines with a shared folder, each embeds a part (--shard), and one joins them (--join).
+    """
+    if given["listed"] or given["prune"]:
+        return list_or_prune_stores(session, options.targets_root, prune=given["prune"], dry_run=options.dry_run)
     with needs_extra("distill"):
         recipe, folder = choose_recipe(session, options)
         if options.dry_run:
             return print_estimate(session, recipe, folder, options.targets_root)
-        if not session.is_main_process:  # the store has one writer
-            return {}
-        from prgkit.training.prepare import prepare
-    dataset = prepare(recipe, options.targets_root, session.terminal)
-    if gallery is not None:
-        write_gallery(session, dataset, gallery)
-    folders = [store.folder for store in dataset.store.stores]
-    sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
-    for store, size in zip(folders, sizes, strict=True):
-        session.terminal.say((str(store), "bold"), f": {len(dataset.image_index):,} images, {size / 2**20:,.1f} MiB")
-    stores = [str(folder) for folder in folders]
-    return {
-        "targets": stores[0] if len(stores) == 1 else stores,
-        "images": len(dataset.image_index),
-        "bytes": sum(sizes),
-    }
+        if given["shard"]:
+            return embed_one_shard(session, recipe, options.targets_root, given["shard"])
+        if given["engine"] == "ray":
+            return embed_with_ray(session, recipe, options.targets_root, given["workers"])
+        if given["joins"]:
+            return join_all_shards(session, recipe, options.targets_root)
+        return embed_all(session, recipe, folder, options.targets_root, gallery=given["gallery"])
 
 
 @cli.command("adapt-teacher", short_help="Fit the teacher to your images by a few labels.")

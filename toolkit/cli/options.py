@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,7 @@ from prgkit.cli.state import RecipeOptions, Session
 if TYPE_CHECKING:
     from prgkit.config.recipe import Recipe
 
-QUALCOMM_CHIPS = ("SM8450", "SM8475", "SM8550", "SM8650", "SM8750", "SM8850", "SC8380XP")
 FOLDER = click.Path(path_type=Path, file_okay=False)
-FORMATS = {  # options that each ask for a format, by its name
-    "litert": "Also as LiteRT (.tflite); with --fp16 and --int8 in these, too.",
-    "executorch": "Also as ExecuTorch (.pte), its network in XNNPACK.",
-    "ncnn": "Also as ncnn (.param, .bin), as for a Raspberry Pi; with --fp16 in that, too.",
-    "coreml": "Also as Core ML (.mlpackage), for iOS and macOS; with --fp16 in that, too.",
-}
 PLACE = click.Path(path_type=Path)  # a folder, or a packed bundle, of which the command says what to do with it
 
 
@@ -51,6 +44,39 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--run", "folder", type=FOLDER, metavar="FOLDER", help="The run's folder.  [default: runs/NAME]"),
         click.option("--dry-run", is_flag=True, help="Say what would run, how much disk and how long; train nothing."),
     )
+
+
+def targets_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what targets takes: which part of the images, or what is to be done with the stores instead."""
+    options: list[Callable[..., Any]] = [
+        click.option(
+            "--list", "listed", is_flag=True, help="List the stores: what they hold, their size and age, their runs."
+        ),
+        click.option(
+            "--prune", is_flag=True, help="Free the stores that no run under runs/ uses; --dry-run only names them."
+        ),
+        click.option("--gallery", type=PLACE, metavar="FILE.npz", help="Also write what it saw for predict --gallery."),
+        click.option(
+            "--shard",
+            type=values.shard,
+            metavar="I/N",
+            help="Embed one part of the images, counted from 0. auto: that of this task of a Slurm array, or process "
+            "of torchrun.",
+        ),
+        click.option("--join", "joins", is_flag=True, help="Check the parts, and make them one store."),
+        click.option(
+            "--engine", type=click.Choice(["ray"]), help="Let a Ray cluster embed all parts, and join them then."
+        ),
+        click.option(
+            "--workers",
+            metavar="MIN:MAX",
+            type=values.worker_count,
+            default="1:8",
+            show_default=True,
+            help="How many workers --engine ray waits for, and how many it takes.",
+        ),
+    ]
+    return recipe_options(with_options(command, options))
 
 
 def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Callable[..., Any]:
@@ -202,95 +228,6 @@ def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--out", type=FOLDER, metavar="FOLDER", help="Where runs and result go.  [default: runs/NAME-compared]"
         ),
     )
-
-
-def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what export takes: which files are made besides FP32 ONNX, and how."""
-    options: list[Callable[..., Any]] = [
-        click.option("--fp16", is_flag=True, help="Also in 16-bit floats."),
-        click.option("--int8", is_flag=True, help="Also in 8-bit integers, where these are as good as FP32."),
-        click.option("--trt", is_flag=True, help="Also as TensorRT engines."),
-        *engine_options(),
-        click.option(
-            "--open-vocabulary",
-            is_flag=False,
-            flag_value="initializer",
-            type=click.Choice(["initializer", "input"]),
-            help="Score images by the teacher's class vectors in place of a class head, so that relabel can change the "
-            "classes; in the ONNX file they are an initializer (without a word), or an input.",
-        ),
-        click.option(
-            "--embedding",
-            is_flag=True,
-            help="Also the student's embedding as an ONNX file, for predict --gallery; implies --open-vocabulary.",
-        ),
-        click.option(
-            "--float-input",
-            is_flag=True,
-            help="Also an ONNX file that takes normalised floats, NCHW, for runtimes that prepare images themselves.",
-        ),
-        click.option("--explain", is_flag=True, help="Also a file for heat maps: where each class was found."),
-        click.option(
-            "--qnn",
-            type=click.Choice(QUALCOMM_CHIPS, case_sensitive=False),
-            metavar="CHIP",
-            help=f"Also compiled for the NPU of a Qualcomm chip: {', '.join(QUALCOMM_CHIPS)}.",
-        ),
-        click.option(
-            "--evaluation-images",
-            type=click.IntRange(min=1),
-            metavar="N",
-            help="How many held-out images travel.  [default: the recipe's, 2000]",
-        ),
-        *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FORMATS.items()),
-        click.option("--format", "formats", multiple=True, hidden=True, help="Also in this format, by its name."),
-        click.option("--zip", "packs", is_flag=True, help="Also pack the bundle into one file beside it."),
-        run_option,
-        json_option,
-    ]
-    return with_options(command, options)
-
-
-def engine_options() -> list[Callable[..., Any]]:
-    """Return how TensorRT's engines are built."""
-    return [
-        click.option(
-            "--backend",
-            type=click.Choice(["tensorrt", "tensorrt_rtx"]),
-            metavar="NAME",
-            help="Build the engines with this one of tensorrt and tensorrt_rtx; implies --trt.  "
-            "[default: tensorrt where it can run, else tensorrt_rtx]",
-        ),
-        click.option(
-            "--batch",
-            metavar="MIN,OPT,MAX",
-            type=values.batch_profile,
-            help="Batch sizes of the engines, e.g. 1,1,32; three equal ones make a static engine; implies --trt.  "
-            "[default: the recipe's]",
-        ),
-        click.option(
-            "--sm",
-            metavar="LIST",
-            type=values.gpu_generations,
-            help="GPU generations that the engines are for, e.g. 86,89; 80+ is all from Ampere on that the backend "
-            "builds for; implies --trt.  [default: 80+; of tensorrt: this GPU]",
-        ),
-    ]
-
-
-def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:
-    """Refuse what can only be made where the student is; a bundle gets engines, and can be packed."""
-    files = ("embedding", "explain", "float_input", "open_vocabulary", "qnn", *FORMATS, "formats")
-    of_students = (*files, "evaluation_images")
-    if asked := [key for key in of_students if given[key]]:
-        option = "--" + asked[0].removesuffix("s" if asked[0] == "formats" else "").replace("_", "-")
-        raise click.UsageError(f"{option} is for where the student was trained; this is a bundle.")
-    if given["fp16"] and not builds:
-        raise click.UsageError("--fp16 halves where the student was trained; in a bundle it is for --trt.")
-    if given["int8"] and not builds:
-        raise click.UsageError("--int8 quantises where the student was trained; in a bundle it is for --trt.")
-    if not (builds or given["packs"]):
-        raise click.UsageError("A bundle is exported already; export --trt builds its engines, export --zip packs it.")
 
 
 def bench_options(command: Callable[..., Any]) -> Callable[..., Any]:

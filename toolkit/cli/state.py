@@ -38,6 +38,7 @@ class Session:
 
     terminal: Terminal
     is_main_process: bool = True  # False in all but the first of the processes that torchrun starts
+    processes: int = 1  # that torchrun started
     folder: Path | None = None  # the run, or the bundle, that the chain is about
     recipe_options: RecipeOptions | None = None  # those so far: a command that names no recipe means the one before
     failure: PrgkitError | None = None  # raised at the end, after the results are printed

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from prgkit.config.shard import Shard
 
 
 def batch_sizes(text: str) -> list[int]:
@@ -24,6 +27,24 @@ def thread_counts(text: str) -> list[int]:
     if counts[0] < 1:
         raise click.BadParameter(f"write numbers of threads as 1,2,4, not {text!r}.")
     return counts
+
+
+def shard(text: str) -> Shard:
+    """Read ``0/8``, or ``auto``."""
+    from prgkit.config.shard import parse_shard
+
+    try:
+        return parse_shard(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} {error}.") from error
+
+
+def worker_count(text: str) -> tuple[int, int]:
+    """Read ``2:8``, or one number for both."""
+    counts = whole_numbers(text.replace(":", ","))
+    if len(counts) > 2 or not 1 <= counts[0] <= counts[-1]:
+        raise click.BadParameter(f"write the least and the most workers as 2:8, not {text!r}.")
+    return counts[0], counts[-1]
 
 
 def batch_profile(text: str) -> tuple[int, int, int]:

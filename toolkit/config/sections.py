@@ -64,7 +64,7 @@ class ImageSpec(NamedTuple):
 class Data(Config):
     """Where the images come from, and what may be in them."""
 
-    images: str  # a folder, a .zip, shards-{000..041}.tar, torchvision:NAME/split, hf:owner/name/split
+    images: str  # a folder, a .zip, shards-{000..041}.tar here or at a URL, torchvision:NAME/split, hf:owner/name/split
     evaluation: str | None = None  # labelled images; their labels are read by evaluation alone
     evaluation_labels: str | None = None  # a CSV of file,label where folders or .cls members do not say it
     labelled: str | None = None  # a few labelled images; only objectives and commands that say so read them
@@ -107,8 +107,10 @@ class TeacherConfig(Config):
     # Its tag; of a folder with several files of weights, one file's name; random: none, to see what is learned without.
     weights: str | None = None
     context: str | None = None  # a file of prgkit adapt-teacher: what it learned is read in place of data.prompts
-    precision: Literal["fp32", "bf16"] = "fp32"  # of its own pass
-    batch_size: int = Field(64, ge=1)  # fixed, since a feature varies a little with the batch it is computed in
+    # Of its own pass. auto: that of the store that is there, else bf16 where a GPU has it, and fp32 on a CPU.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    # A feature varies a little with it. None: that of the store that is there, else 64, and on a GPU what fits it.
+    batch_size: int | None = Field(None, ge=1)
 
     @property
     def name(self) -> str:

@@ -36,6 +36,7 @@ from prgkit.data.files import (
 from prgkit.errors import ImagesError
 from prgkit.progress import silent
 from prgkit.storage.atomic import cache_folder, fingerprint, writing
+from prgkit.storage.remote import RemoteFile, fetch
 
 # What Python's readers of archives raise on damaged bytes, besides errors of their own.
 DAMAGES = (OSError, EOFError, ValueError, IndexError, KeyError, OverflowError, RuntimeError, struct.error, zlib.error)
@@ -54,15 +55,19 @@ def is_archive(path: Path) -> bool:
 class TarSource:
     """The images in tar files, read at offsets found when they were opened; labels are WebDataset's .cls or .json."""
 
-    def __init__(self, spec: str, shards: Sequence[Path], note: Callable[[str], None] = silent) -> None:
-        self.shards = tuple(plain_tar(shard, note) for shard in shards)
+    def __init__(self, spec: str, shards: Sequence[Path | RemoteFile], note: Callable[[str], None] = silent) -> None:
+        self.remotes = tuple(shard if isinstance(shard, RemoteFile) else None for shard in shards)
         self.titles = tuple(TAR.sub(".tar", shard.name) for shard in shards)
+        self.shards: tuple[Path, ...] = ()
         self.names: list[str] = []
         places: list[tuple[int, int, int]] = []
         label_places: list[tuple[int, int]] = []
         self.left_out = LeftOut()
-        for number, shard in enumerate(self.shards):
-            members, links = list_tar(shard, shards[number])
+        for number, given in enumerate(shards):
+            place = fetch(given, note) if isinstance(given, RemoteFile) else given
+            shard = plain_tar(place, note)
+            self.shards += (shard,)
+            members, links = list_tar(shard, place)
             spans = {name: (offset, size) for name, offset, size in members}
             kept, left_out = pictures_among(list(spans), partial(read_member_head, shard, spans), labels=TAR_LABELS)
             chosen = frozenset(kept)
@@ -73,10 +78,12 @@ class TarSource:
                     label_places.append(next((spans[label] for label in label_members(name) if label in spans), (0, 0)))
             self.left_out = self.left_out.and_(left_out).and_(LeftOut(Counter({LINKS: links} if links else {})))
         if not self.names:
-            raise no_images(spec, shards[0].parent, self.left_out)
+            raise no_images(spec, self.shards[0].parent, self.left_out)
         # Arrays, not objects: ImageNet has 1.3 million members.
         self.places: NDArray[np.int64] = np.array(places)  # [images, (shard, offset, size)]
         self.label_places: NDArray[np.int64] = np.array(label_places)  # [images, (offset, size)], size 0: no label
+        # Of what is in them: so it is the same whether they lie here or elsewhere.
+        self.bytes_of_tars = np.bincount(self.places[:, 0], self.places[:, 2], len(self.shards))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -88,8 +95,7 @@ class TarSource:
     def label(self, index: int) -> str | None:
         """Return what the .cls or .json member says, else the folder inside the archive."""
         offset, size = (int(value) for value in self.label_places[index])
-        shard = self.shards[int(self.places[index, 0])]
-        label = label_in(read_span(shard, self.name(index), offset=offset, size=size)) if size else None
+        label = label_in(self._read(index, offset, size)) if size else None
         return folder_name(printable(self.names[index])) if label is None else label
 
     def size(self, index: int) -> int:
@@ -98,9 +104,17 @@ class TarSource:
 
     def fetch(self, index: int) -> bytes:
         """Read the member where it lies."""
-        number, offset, size = (int(value) for value in self.places[index])
+        _, offset, size = (int(value) for value in self.places[index])
         refuse_climbing(self.names[index], self.name(index))
-        return read_span(self.shards[number], self.name(index), offset=offset, size=size)
+        return self._read(index, offset, size)
+
+    def _read(self, index: int, offset: int, size: int) -> bytes:
+        """Read bytes of the tar that an image lies in; a remote one whose copy had to make room is fetched again."""
+        number = int(self.places[index, 0])
+        shard, remote = self.shards[number], self.remotes[number]
+        if remote is not None and not shard.exists():
+            plain_tar(fetch(remote), silent)
+        return read_span(shard, self.name(index), offset=offset, size=size)
 
 
 class ZipSource:

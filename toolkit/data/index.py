@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.config.sections import ImageSpec
+from prgkit.config.shard import WHOLE, Shard
 from prgkit.data.cache import CacheWriter, DecodedImageCache
 from prgkit.data.decode import REDUCED_SIDE, SIXTEEN_BITS, GreyRange, UnreadableImage, known_formats
 from prgkit.data.labels import class_indices
@@ -79,18 +80,22 @@ def read_image_index(
     known: Container[str] = (),
     cache: DecodedImageCache | None = None,
     grey: GreyRange | None = None,
+    shard: Shard = WHOLE,
 ) -> ImageIndex:
     """Open a source and read every image once: which are readable, which are the same, and the key of each.
 
     An image that is ``known``, since the teacher has seen it, is not decoded; what is decoded goes into ``cache``.
-    ``grey`` is the range of deep greys where other images have settled it.
+    ``grey`` is the range of deep greys where other images have settled it. Of a ``shard`` there may be none.
     """
     source = open_images(spec, note=progress.note).with_grey(grey)
-    progress.start("images", len(source), "img")
-    index = index_images(source, workers=default_workers(), advance=progress.advance, known=known, cache=cache)
+    chosen = source.share(shard)
+    progress.start("images", len(chosen), "img")
+    index = index_images(
+        source, workers=default_workers(), advance=progress.advance, known=known, cache=cache, chosen=chosen
+    )
     if index.unreadable:
         first, count = index.unreadable[0], len(index.unreadable)
-        progress.note(f"{count} of {len(source)} images are unreadable, e.g. {first.name}: {first.reason}")
+        progress.note(f"{count} of {len(chosen)} images are unreadable, e.g. {first.name}: {first.reason}")
     return index
 
 
@@ -101,15 +106,18 @@ def index_images(
     advance: Callable[[int], None] = lambda count: None,
     known: Container[str] = (),
     cache: DecodedImageCache | None = None,
+    chosen: NDArray[np.int64] | None = None,
 ) -> ImageIndex:
     """Read every image once, in so many threads; list what cannot be decoded and drop exact copies.
 
     ``known`` are keys of images that were decoded before, and need not be again to know that they can be; ``cache``
-    keeps what is decoded.
+    keeps what is decoded. Of a part, those ``chosen``, maybe none can be read.
 
     Raises:
-        ImagesError: no image can be read.
+        ImagesError: no image of the whole source can be read.
     """
+    wanted_indices = range(len(source)) if chosen is None else chosen.tolist()
+    is_part = len(wanted_indices) < len(source)
     known_formats()  # loads Pillow's plugins before threads would do it all at once
     outcomes, deep_greys = Outcomes(), None
     pool = ThreadPoolExecutor(max(1, workers))
@@ -125,15 +133,16 @@ def index_images(
                 advance(sum(map(outcomes.add, task, examined)))
 
         try:
-            examine_all(source, range(len(source)))
+            examine_all(source, wanted_indices)
             if outcomes.unmeasured:
                 waiting = [index for _, index in sorted(outcomes.unmeasured)]  # by content: what is measured first
-                deep_greys = measure_deep_greys(source, waiting, pool.map)
+                measured = deep_greys_of(source, pool.map) if is_part else waiting  # every part finds the same range
+                deep_greys = measure_deep_greys(source, measured, pool.map)
                 source = source.with_grey(deep_greys.grey if deep_greys else SIXTEEN_BITS)
                 examine_all(source, waiting)
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
-    if not outcomes.indices:
+    if not outcomes.indices and not is_part:
         raise none_readable(source, outcomes.unreadable)
     keys = sorted(outcomes.indices)
     indices = np.array([outcomes.indices[key] for key in keys], dtype=np.int64)
@@ -186,6 +195,25 @@ def examine(
             writer.add(key, np.asarray(image))
         outcomes.append(key)
     return outcomes
+
+
+def deep_greys_of(source: ImageSource, mapper: Callable[..., Iterable[str]]) -> list[int]:
+    """Return the deep greys of a whole source, in the order of their content."""
+
+    def digest_of(index: int) -> str:
+        try:
+            result = source.read_with_key(index, lambda _: False)
+        except UnreadableImage:
+            return ""
+        return result.digest if isinstance(result, UnmeasuredGrey) else ""
+
+    digests = mapper(digest_of, range(len(source)))
+    return [index for digest, index in sorted(zip(digests, range(len(source)), strict=True)) if digest]
+
+
+def held_out_places(keys: Sequence[str]) -> NDArray[np.float64]:
+    """Return where each image [n] stands between 0 and 1, by its content: those below a share are held out."""
+    return np.array([int(key[-8:], 16) / 2**32 for key in keys])
 
 
 def none_readable(source: ImageSource, unreadable: Sequence[SkippedFile]) -> ImagesError:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.config.sections import ImageSpec
+from prgkit.config.shard import BLOCK_IMAGES, Shard
 from prgkit.data.archives import TAR, TarSource, ZipSource, expand_braces
 from prgkit.data.decode import (
     DEPTHS,
@@ -36,7 +41,11 @@ from prgkit.data.labels import Label, LabelTable
 from prgkit.errors import ImagesError
 from prgkit.progress import silent
 from prgkit.storage.atomic import as_on_disk
+from prgkit.storage.remote import is_url, look_up
 
+MOST_BYTES_AT_HAND = 64 << 30  # of tars that are read in any order; more are read one after the other
+WINDOW_BYTES = 8 << 30  # of those tars among which an epoch is shuffled then
+MOST_TARS = 100_000  # that a URL with braces may name
 MOST_GREYS_MEASURED = 256  # of a source's deep greys, to find the range they are in
 LIBRARIES: dict[str, Callable[[str], Source]] = {"torchvision": open_torchvision, "hf": open_hub, "demo": open_demo}
 
@@ -65,6 +74,8 @@ def open_path(spec: str, note: Callable[[str], None] = silent) -> Source:
     Raises:
         ImagesError: there is nothing there, it is damaged, or it holds no images.
     """
+    if is_url(spec):
+        return open_url(spec, note)
     path = Path(os.path.expandvars(os.path.expanduser(spec)))
     try:
         path = as_on_disk(path)
@@ -84,9 +95,19 @@ def open_path(spec: str, note: Callable[[str], None] = silent) -> Source:
     raise ImagesError(f"{spec} is neither a folder nor an archive that can be read", where=path, fix=fix)
 
 
+def open_url(spec: str, note: Callable[[str], None]) -> TarSource:
+    """Open tar shards by their URL, such as ``s3://bucket/shards-{000000..000999}.tar``."""
+    urls = list(islice(expand_braces(spec), MOST_TARS))
+    if not all(TAR.search(re.split(r"[?#]", url)[0]) for url in urls):
+        fix = "pack the pictures into tar files: https://host/shards-{000..004}.tar"
+        raise ImagesError(f"{spec} is no tar file", fix=fix)
+    with ThreadPoolExecutor(8) as pool:
+        return TarSource(spec, list(pool.map(look_up, urls)), note)
+
+
 def lies_in_files(spec: str) -> bool:
     """Tell whether images lie in files that people put there, and not in a library's dataset."""
-    return spec.partition(":")[0] not in LIBRARIES
+    return spec.partition(":")[0] not in LIBRARIES and not is_url(spec)
 
 
 class ImageSource:
@@ -154,6 +175,41 @@ class ImageSource:
         size, date = (getattr(self._source, name, lambda _: 0) for name in ("size", "date"))
         states = (f"{size(i)} {date(i) if dated else ''} {self.name(i)}".encode() for i in range(len(self)))
         return [int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little") for state in states]
+
+    def share(self, shard: Shard) -> NDArray[np.int64]:
+        """Return the images of a shard: whole tars in turn where there are enough of them, else blocks of neighbours.
+
+        So a shard follows from the listing alone, and reads what lies side by side.
+        """
+        numbers = np.arange(len(self))
+        if not shard.total:
+            return numbers
+        source = self._source
+        units = numbers // min(BLOCK_IMAGES, math.ceil(len(self) / shard.total))
+        if isinstance(source, TarSource) and len(source.shards) >= shard.total:
+            units = source.places[:, 0]
+        return np.flatnonzero(units % shard.total == shard.number)
+
+    def windows(self, indices: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64] | None:
+        """Return for each of ``indices`` [n] in which part of an epoch its tar is read; None where all fit the disk.
+
+        Tars come in random order and are read once an epoch, WINDOW_BYTES of them at a time: a shuffle buffer.
+        """
+        source = self._source
+        if not isinstance(source, TarSource) or source.bytes_of_tars.sum() <= MOST_BYTES_AT_HAND:
+            return None
+        order = generator.permutation(len(source.shards))
+        window = np.empty(len(order), np.int64)
+        window[order] = np.cumsum(source.bytes_of_tars[order]) // WINDOW_BYTES
+        windows: NDArray[np.int64] = window[source.places[indices, 0]]
+        return windows
+
+    def listing(self) -> tuple[int, str]:
+        """Return how many images there are, and 16 hex digits that change with the name of any."""
+        names = hashlib.blake2b(digest_size=8)
+        for index in range(len(self)):
+            names.update(self.name(index).encode() + b"\n")
+        return len(self), names.hexdigest()
 
     def read(self, index: int, *, min_side: int | None = None) -> Image.Image:
         """Return the image as upright RGB, reduced towards ``min_side`` [pixels], or raise UnreadableImage."""

@@ -26,12 +26,12 @@ class DHO(nn.Module):
         """Return the loss terms ``ce`` and ``kl``, each a scalar; ``ce`` is 0 where no image has a label."""
         label_head, teacher_head = student.heads  # logits [B, C] each
         config, truth = self.config, teacher.truth
-        total, labelled = label_head.sum() * 0.0, 0
+        ce = label_head.sum() * 0.0
         if truth is not None:
-            total = total + F.cross_entropy(label_head, truth, ignore_index=-1, reduction="sum")
-            labelled = int((truth >= 0).sum())
+            total = F.cross_entropy(label_head, truth, ignore_index=-1, reduction="sum")
+            ce = ce + total / (truth >= 0).sum().clamp(min=1)  # not read: a GPU would be waited for
         kl = kl_divergence(teacher_head, teacher.logits, config.temperature)
         return {
-            "ce": config.ce_weight * total / max(1, labelled),
+            "ce": config.ce_weight * ce,
             "kl": config.kl_weight * config.temperature**2 * kl,
         }

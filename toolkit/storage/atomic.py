@@ -77,7 +77,8 @@ def writing(path: Path) -> Iterator[Path]:
         DiskFullError: the disk was full before the file was whole; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Containers that share a disk have processes of the same number.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
         yield temporary
         with open(temporary, "rb") as file:

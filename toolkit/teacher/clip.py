@@ -8,7 +8,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from prgkit.config.image_size import sides, size_of
 from prgkit.config.sections import RANDOM, TeacherConfig
 from prgkit.data.preprocessing import Preprocessing
-from prgkit.device import best_device
+from prgkit.device import best_device, teacher_precision
 from prgkit.errors import TeacherError
 from prgkit.progress import Progress
 from prgkit.teacher.weights import (
@@ -27,10 +26,12 @@ from prgkit.teacher.weights import (
     load_error,
     load_weights,
     local_folder,
+    settled,
     trained_with_quick_gelu,
     weights_file,
 )
 
+BATCH_SIZES = (512, 256, 128, 64)
 TEXTS_AT_ONCE = 128  # whose activations are kept for a gradient
 
 
@@ -52,19 +53,20 @@ class Teacher:
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = device
-        self.batch_size = config.batch_size
-        self.autocast_to_bf16 = config.precision == "bf16"
+        self.precision = teacher_precision(device) if config.precision == "auto" else config.precision
         # Both families are scored alike: SigLIP's logit bias is one constant, and drops out of argmax and softmax.
         self.logit_scale = float(model.logit_scale.exp())
         self.preprocessing = _preprocessing(open_clip.get_model_preprocess_cfg(model))
+        self._mean, self._std = (
+            255 * torch.tensor(values, device=device) for values in (self.preprocessing.mean, self.preprocessing.std)
+        )
         self.width = int(self.embed_images(torch.zeros(1, *self.shape, dtype=torch.uint8)).shape[1])
+        self.batch_size = config.batch_size or self._fitting_batch_size()
 
     @torch.inference_mode()
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Embed uint8 pixels [B, S, S, 3] as unit vectors I [B, D], on the teacher's device."""
-        mean = torch.tensor(self.preprocessing.mean, device=self.device) * 255
-        std = torch.tensor(self.preprocessing.std, device=self.device) * 255
-        images = ((pixels.to(self.device).float() - mean) / std).permute(0, 3, 1, 2)
+        images = ((pixels.to(self.device).float() - self._mean) / self._std).permute(0, 3, 1, 2)
         with self._autocast():
             features = self.model.encode_image(images)
         return torch.nn.functional.normalize(features.float(), dim=-1)
@@ -206,16 +208,30 @@ class Teacher:
         return (*sides(self.preprocessing.image_size), 3)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast_to_bf16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _fitting_batch_size(self) -> int:
+        """Return the largest of `BATCH_SIZES` of which twice as many fit the GPU's memory; the least on a CPU."""
+        for size in BATCH_SIZES if self.device.type == "cuda" else ():
+            try:
+                self.embed_images(torch.zeros(2 * size, *self.shape, dtype=torch.uint8))
+                return size
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+        return BATCH_SIZES[-1]
 
 
 def teacher_loader(progress: Progress) -> Callable[[TeacherConfig], Teacher]:
     """Return a function that loads each teacher once, when it is first asked for."""
 
-    @cache
+    loaded: dict[TeacherConfig, Teacher] = {}
+
     def load(config: TeacherConfig) -> Teacher:
-        progress.note(f"loading the teacher {config.model}")
-        return load_teacher(config, best_device())
+        if config not in loaded:
+            progress.note(f"loading the teacher {config.model}")
+            teacher = load_teacher(config, best_device())
+            loaded[config] = loaded[settled(config, teacher.precision, teacher.batch_size)] = teacher
+        return loaded[config]
 
     return load
 

@@ -14,13 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prgkit.config.recipe import Recipe
+from prgkit.config.shard import WHOLE, Shard
+from prgkit.device import best_device, teacher_precision
 from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import fingerprint
 from prgkit.storage.run_card import TeacherFacts
+from prgkit.teacher.clip import BATCH_SIZES
 from prgkit.teacher.feature_store import FeatureStore, Load, existing_store, open_store
 from prgkit.teacher.prompt_context import load_context
-from prgkit.teacher.weights import teacher_identity, weights_identity
+from prgkit.teacher.weights import as_stored, settled, teacher_identity, weights_identity
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 
@@ -103,15 +106,17 @@ def averaged(classifier: ZeroShotClassifier, targets: TeacherFeatures, recipe: R
     return replace(classifier, average=recipe.targets.average, widths=widths)
 
 
-def teacher_fingerprint(recipe: Recipe) -> str:
-    """Return what ``facts`` say of the recipe's teachers as their files are now.
+def teacher_fingerprint(recipe: Recipe, root: Path) -> str:
+    """Return what ``facts`` say of the recipe's teachers as their files are now, by the stores under ``root``.
 
     Raises:
         TeacherError: one of them is gone.
     """
     each = []
     for config in recipe.teacher:
-        identity, context = teacher_identity(config), load_context(config)
+        left_open = settled(config, teacher_precision(best_device()), config.batch_size or BATCH_SIZES[-1])
+        stored = as_stored(config, recipe.views, root) or left_open
+        identity, context = teacher_identity(stored), load_context(config)
         each.append(fingerprint([identity, context.digest] if context else identity))
     return each[0] if len(each) == 1 else fingerprint(each)
 
@@ -119,13 +124,13 @@ def teacher_fingerprint(recipe: Recipe) -> str:
 TeacherFeatures: TypeAlias = FeatureStore | TeacherEnsemble
 
 
-def open_targets(recipe: Recipe, root: Path, teacher: Load) -> TeacherFeatures:
-    """Open the stores of the recipe's teachers and views, creating those that are new.
+def open_targets(recipe: Recipe, root: Path, teacher: Load, shard: Shard = WHOLE) -> TeacherFeatures:
+    """Open the stores of the recipe's teachers and views, creating those that are new; appending to the ``shard``.
 
     Raises:
         TargetsError: a store was made by something else, or two teachers are the same.
     """
-    return _as_one([open_store(config, recipe.views, root, teacher) for config in recipe.teacher])
+    return _as_one([open_store(config, recipe.views, root, teacher, shard) for config in recipe.teacher])
 
 
 def existing_targets(recipe: Recipe, root: Path) -> TeacherFeatures | None:

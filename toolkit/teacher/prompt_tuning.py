@@ -131,7 +131,7 @@ def tune_prompt(recipe: Recipe, path: Path, targets_root: Path, *, shots: int, p
     prompts = store.prompts(recipe.classes, recipe.templates, load, progress)[:, named]
     plain = ZeroShotClassifier(prompts, store.logit_scale, recipe.prompt_weighting, no_adjustment(len(named)))
     names = [recipe.classes[label] for label in named]
-    context, best = learn(load(config), names, used, seed=recipe.training.seed, progress=progress)
+    context, best = learn(load(store.config), names, used, seed=recipe.training.seed, progress=progress)
     report = TuningReport(
         context=str(path),
         prgkit=__version__,

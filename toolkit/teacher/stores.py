@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
 from prgkit.data.cache import PICTURES
@@ -16,6 +18,7 @@ from prgkit.storage.find import RUNS
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Run
+from prgkit.teacher.feature_files import INDEX, SHARDS, BlockJournal, KeyTable, upgrade
 
 DAY_SECONDS = 86_400
 
@@ -41,7 +44,7 @@ def list_stores(root: Path) -> list[StoredTargets]:
     stores = [describe(card.parent, users) for card in root.glob("*/card.json")]
     rows = sorted(stores, key=lambda row: -row.bytes)
     if (root / PICTURES).exists():
-        rows.append(describe(root / PICTURES, users).model_copy(update={"teacher": None, "views": None}))
+        rows.append(describe_pictures(root / PICTURES))
     return rows
 
 
@@ -59,10 +62,13 @@ def prune(root: Path, *, rehearse: bool) -> list[StoredTargets]:
 
 def free(row: StoredTargets, *, rehearse: bool) -> bool:
     """Delete a store unless another process holds it; return whether it went."""
+    store = Path(row.store)
     try:
-        with locked(Path(row.store), "target store"):
+        with ExitStack() as held:
+            for folder in (store, *store.glob(f"{SHARDS}/*")):
+                held.enter_context(locked(folder, "target store"))
             if not rehearse:
-                shutil.rmtree(row.store)
+                shutil.rmtree(store)
     except RunError:
         return False
     return True
@@ -70,19 +76,46 @@ def free(row: StoredTargets, *, rehearse: bool) -> bool:
 
 def describe(folder: Path, users: dict[Path, list[str]]) -> StoredTargets:
     """Return what a store holds, without reading its features."""
-    journal, card = folder / "journal.jsonl", folder / "card.json"
-    facts = read_json(card) if card.exists() else {}
-    blocks = [block for _, block in Journal(journal, dict[str, Any]).lines() if block]
-    written = max(path.stat().st_mtime for path in (folder, journal, card) if path.exists())
+    upgrade(folder)
+    card = folder / "card.json"
+    facts, table, views = read_json(card), KeyTable(), 0
+    for block in BlockJournal(folder / INDEX).new_blocks():
+        table.add(block.keys, np.zeros(len(block.keys), np.int64), len(block.digests))
+        views = max(views, len(block.digests))
     return StoredTargets(
         store=str(folder),
         teacher=" ".join(filter(None, (facts.get("teacher_model"), facts.get("teacher_weights")))) or "unknown",
-        images=len({key for block in blocks for key in block["keys"]}),
-        views=max((len(block.get("digests", ())) for block in blocks), default=0),
-        bytes=sum(path.stat().st_size for path in folder.iterdir()),
-        age_days=round((time.time() - written) / DAY_SECONDS, 2),
+        images=len(table),
+        views=views,
+        bytes=size_of(folder),
+        age_days=age_of(folder, INDEX, "card.json"),
         runs=users.get(folder.resolve(), []),
     )
+
+
+def describe_pictures(folder: Path) -> StoredTargets:
+    """Return what the store of decoded pictures holds."""
+    blocks = [block for _, block in Journal(folder / "journal.jsonl", dict[str, Any]).lines() if block]
+    return StoredTargets(
+        store=str(folder),
+        teacher=None,
+        images=len({key for block in blocks for key in block["keys"]}),
+        views=None,
+        bytes=size_of(folder),
+        age_days=age_of(folder, "journal.jsonl"),
+        runs=[],
+    )
+
+
+def size_of(folder: Path) -> int:
+    """Return the size of a folder's files and those below it [bytes]."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def age_of(folder: Path, *names: str) -> float:
+    """Return how long ago a folder or one of these files in it was written [days]."""
+    written = max(path.stat().st_mtime for path in (folder, *(folder / name for name in names)) if path.exists())
+    return round((time.time() - written) / DAY_SECONDS, 2)
 
 
 def used_by() -> dict[Path, list[str]]:

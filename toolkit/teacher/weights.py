@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import JsonValue
 
 from prgkit import demo
-from prgkit.config.sections import RANDOM, TeacherConfig
-from prgkit.errors import TeacherError, nearest, one_line, some
+from prgkit.config.sections import RANDOM, TeacherConfig, Views
+from prgkit.device import best_device, teacher_precision
+from prgkit.errors import PrgkitError, TeacherError, nearest, one_line, some
 from prgkit.progress import silent
-from prgkit.storage.atomic import sha256
+from prgkit.storage.atomic import fingerprint, read_sealed, sha256
 
 # The names under which open_clip looks for a folder's weights, the first it finds before the others.
 WEIGHTS = (
@@ -27,6 +30,7 @@ WEIGHTS = (
     "pytorch_model.pth",
     "model.pth",
 )
+NAMED_BY = "prgkit.targets/2"  # in a store's name, which runs know: it outlives the store's form
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 DECIDING_SUFFIXES = (".json", ".txt", ".model")  # a configuration, and what a tokenizer knows
 
@@ -67,6 +71,44 @@ def teacher_identity(config: TeacherConfig) -> dict[str, JsonValue]:
 def weights_identity(identity: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return what tells teachers apart: their files, and not how they compute."""
     return {key: value for key, value in identity.items() if key not in ("precision", "batch_size")}
+
+
+def views_identity(views: Views) -> dict[str, JsonValue]:
+    """Return what decides which crops a view is, and not how many there are."""
+    return views.model_dump(mode="json", exclude={"count", "mixed"}, exclude_none=True)
+
+
+def name_of(made_from: dict[str, JsonValue]) -> str:
+    """Return the name of the folder of the store that is made from this."""
+    return fingerprint({**made_from, "schema": NAMED_BY})
+
+
+def as_stored(config: TeacherConfig, views: Views, root: Path) -> TeacherConfig | None:
+    """Return a configuration with the precision and batch size of a store that is there, where it leaves them open.
+
+    Of several stores this device's precision goes before the other, and a larger batch before a smaller one.
+    """
+    if config.precision != "auto" and config.batch_size is not None:
+        return config
+    weights, found = weights_identity(teacher_identity(config)), []
+    for card in root.glob("*/card.json"):
+        with suppress(PrgkitError):  # one that is damaged is named where it is opened
+            made_from = read_sealed(card)
+            teacher: Any = made_from.get("teacher", {})
+            if made_from.get("views") == views_identity(views) and weights_identity(teacher) == weights:
+                found.append(settled(config, teacher["precision"], teacher["batch_size"]))
+    fitting = [
+        one
+        for one in found
+        if config.precision in ("auto", one.precision) and config.batch_size in (None, one.batch_size)
+    ]
+    own = teacher_precision(best_device())
+    return max(fitting, key=lambda one: (one.precision == own, one.batch_size or 0), default=None)
+
+
+def settled(config: TeacherConfig, precision: str, batch_size: int) -> TeacherConfig:
+    """Return a teacher's configuration with the precision and the batch size that were chosen for it."""
+    return config.model_copy(update={"precision": precision, "batch_size": batch_size})
 
 
 def local_folder(model: str) -> Path | None:

@@ -92,7 +92,7 @@ def step_items(
         epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
         if step_in_epoch == 0 or not len(order):
             chosen = epoch_positions(dataset, config, epoch, plan.steps_per_epoch * plan.batch_size)
-            order = np.random.default_rng((config.seed, epoch)).permutation(chosen)
+            order = shuffled(dataset, chosen, np.random.default_rng((config.seed, epoch)))
         batch = order[step_in_epoch * plan.batch_size : (step_in_epoch + 1) * plan.batch_size]
         mine = batch[process.rank :: process.world_size]
         turns = [(int(position), (first_view[position] + epoch) % (views + mixtures)) for position in mine]
@@ -100,6 +100,16 @@ def step_items(
             (position, [1 + turn]) if turn < views else (images + place_of[position] * mixtures + turn - views, [0])
             for position, turn in turns
         ]
+
+
+def shuffled(
+    dataset: DistillationDataset, chosen: NDArray[np.int64], generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return positions in random order; of tars that do not fit the disk together, those of a few at a time."""
+    order = generator.permutation(chosen)
+    images = dataset.image_index
+    windows = images.source.windows(images.indices[order], generator)
+    return order if windows is None else order[np.argsort(windows, kind="stable")]
 
 
 def epoch_positions(dataset: DistillationDataset, config: Training, epoch: int, count: int) -> NDArray[np.int64]:

@@ -18,6 +18,8 @@ from prgkit.storage.run import Run
 from prgkit.storage.tensors import load_tensors, save_tensors
 from prgkit.student.model import Student
 
+STEPS_UNREAD = 50  # of which a GPU keeps the losses to itself
+
 
 @dataclass
 class TrainingCounters:
@@ -35,22 +37,40 @@ class TrainingCounters:
     made_from: str = ""  # the images learned from and the targets, as a fingerprint
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._unread: list[tuple[int, dict[str, Tensor]]] = []  # steps, and terms that are on a GPU still
+
     def add(self, terms: dict[str, Tensor]) -> None:
-        """Count one step and its loss terms."""
+        """Count one step and its loss terms; on a GPU, which the host does not wait for, they are read later."""
         self.step += 1
         self.steps_in_epoch += 1
-        values = torch.stack([term.detach().double() for term in terms.values()]).tolist()
-        for name, value in zip(terms, values, strict=True):
-            if not math.isfinite(value):
-                raise RunError(
-                    f"training came apart: {name} is {value} in step {self.step}, epoch {self.epoch + 1}",
-                    fix="lower training.learning_rate, or objective.edge_weight, in a new run; the targets are kept",
-                )
-            self.sums[name] = self.sums.get(name, 0.0) + value
+        self._unread.append((self.step, {name: term.detach().double() for name, term in terms.items()}))
+        if len(self._unread) >= STEPS_UNREAD or all(term.device.type == "cpu" for term in terms.values()):
+            self.read()
+
+    def read(self) -> None:
+        """Add up the loss terms that were not read yet.
+
+        Raises:
+            RunError: one of them is no number.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        rows = torch.stack([torch.stack(list(terms.values())) for _, terms in unread]).tolist()
+        for (step, terms), row in zip(unread, rows, strict=True):
+            for name, value in zip(terms, row, strict=True):
+                if not math.isfinite(value):
+                    raise RunError(
+                        f"training came apart: {name} is {value} in step {step}, epoch {self.epoch + 1}",
+                        fix="lower training.learning_rate, or objective.edge_weight, in a new run; "
+                        "the targets are kept",
+                    )
+                self.sums[name] = self.sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
-        """Return this epoch's mean of each loss term."""
-        return {name: total / self.steps_in_epoch for name, total in self.sums.items()}
+        """Return this epoch's mean of each loss term, over the steps of which they were read."""
+        return {name: total / (self.steps_in_epoch - len(self._unread)) for name, total in self.sums.items()}
 
     def end_epoch(self) -> None:
         """Count one epoch and start the next one's sums at zero."""
@@ -76,6 +96,7 @@ class TrainingState:
 
     def save(self, run: Run) -> None:
         """Write the checkpoint; the one before stays until this one is whole."""
+        self.counters.read()
         tensors = {
             **_prefixed("student", self.student.state_dict()),
             **_prefixed("average", self.average.module.state_dict()),

@@ -37,7 +37,15 @@ from prgkit.teacher.ensemble import teacher_fingerprint
 from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
 from prgkit.training.checkpoint import Clock, HeldOutScores, TrainingCounters, TrainingState, expected_bytes, model_ema
 from prgkit.training.dataset import DistillationDataset
-from prgkit.training.distributed import first_goes_on, from_first, join_processes, probe_precision, share_buffers
+from prgkit.training.distributed import (
+    any_process,
+    first_goes_on,
+    from_first,
+    join_processes,
+    probe_precision,
+    share_buffers,
+    share_teacher_pass,
+)
 from prgkit.training.few_shot import append_labelled, tune_head_mixing
 from prgkit.training.optimizer import build_optimizer, schedule
 from prgkit.training.prepare import prepare
@@ -66,14 +74,16 @@ def distill(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress
 def distill_one_rank(
     recipe: Recipe, folder: Path, targets_root: Path, accelerator: Accelerator, progress: Progress
 ) -> None:
-    """Do what each process does: the first reads images and asks the teacher while the others wait, then all train."""
+    """Do what each process does: each embeds its part of the images, the first prepares the data set, all train."""
     run = Run(folder)
-    if from_first(accelerator, lambda: already_finished(run, recipe, progress)):
+    if from_first(accelerator, lambda: already_finished(run, recipe, targets_root, progress)):
         return
     with locked_run(run, recipe) if accelerator.is_main_process else nullcontext():
         unused_student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)
         if recipe.reads_stages:  # what is wrong with the student is said before the teacher sees an image
             unused_student.stage_widths()
+        if not run.begun:
+            share_teacher_pass(recipe, targets_root, accelerator, progress)
         dataset = from_first(accelerator, lambda: prepare(recipe, targets_root, progress, run))
         seed_everything(recipe.training.seed)
         student = start_student(recipe, dataset.store.facts(), dataset.classifier.scoring())
@@ -85,7 +95,7 @@ def distill_one_rank(
         train(recipe, run, dataset, student, accelerator, progress)
 
 
-def already_finished(run: Run, recipe: Recipe, progress: Progress) -> bool:
+def already_finished(run: Run, recipe: Recipe, targets_root: Path, progress: Progress) -> bool:
     """Tell whether a run is finished, and whether its images have changed since; or refuse it before it is touched."""
     require_own_folder(run.folder, recipe)
     if not (run.finished and run.weights.exists()) or differences(run, recipe):
@@ -94,7 +104,7 @@ def already_finished(run: Run, recipe: Recipe, progress: Progress) -> bool:
     progress.note(f"{run.folder} is finished already")
     report_changes(run, recipe, progress)
     with suppress(TeacherError):  # it is gone, and needed no more
-        if teacher_fingerprint(recipe) != run.teacher_facts.fingerprint:
+        if teacher_fingerprint(recipe, targets_root) != run.teacher_facts.fingerprint:
             again = restart_command(run)
             progress.note(f"the teacher is not the one that it learned from any more; to learn from this one: {again}")
     return True
@@ -259,6 +269,7 @@ def end_epoch(trainer: Trainer) -> None:
     An epoch whose evaluation fails is not over, but what it learned is saved.
     """
     counters, accelerator = trainer.state.counters, trainer.accelerator
+    counters.read()
     counters.seconds = trainer.clock.seconds()
     epoch = counters.epoch + 1
     try:
@@ -363,15 +374,6 @@ def fetch(batches: Iterator[StepBatch]) -> tuple[StepBatch | None, Exception | N
         return next(batches, None), None
     except Exception as error:  # raised when all processes have stopped, and what they did is saved
         return None, error
-
-
-def any_process(asks: bool, accelerator: Accelerator) -> bool:
-    """Return whether any process asks to stop."""
-    if accelerator.num_processes == 1:
-        return asks
-    if asks:
-        accelerator.set_trigger()
-    return bool(accelerator.check_trigger())
 
 
 @torch.inference_mode()

@@ -13,13 +13,18 @@ from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list, gather_object
 from torch import nn
 
 from prgkit.config.image_size import sides
+from prgkit.config.recipe import Recipe
+from prgkit.config.shard import Shard
+from prgkit.errors import PrgkitError
 from prgkit.interrupt import Interrupted
+from prgkit.progress import NullProgress, Progress
 from prgkit.storage.run_card import PrecisionProbe
 from prgkit.student.model import Student
+from prgkit.teacher.shards import embed_shard, join_shards
 
 PROBE_STEPS = 3
 T = TypeVar("T")
@@ -31,7 +36,7 @@ def join_processes(trackers: Sequence[str], trackers_folder: Path) -> Accelerato
         cpu=not torch.cuda.is_available(),  # unasked, accelerate lets the processes of a CPU work each for itself
         log_with=list(trackers) or None,
         project_dir=str(trackers_folder),
-        # The others wait while the first lets the teacher see every image.
+        # The others wait while the first reads every image.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
 
@@ -53,6 +58,39 @@ def from_first(accelerator: Accelerator, make: Callable[[], T]) -> T:
     """Return what the first process makes, in every process."""
     made = [make() if accelerator.is_main_process else None]
     return broadcast_object_list(made)[0]  # type: ignore[no-any-return]
+
+
+def share_teacher_pass(recipe: Recipe, targets_root: Path, accelerator: Accelerator, progress: Progress) -> None:
+    """Have every process embed its part of the images, and the first make the parts one store.
+
+    Machines need a shared folder for that.
+
+    Raises:
+        PrgkitError: in the first process, what went wrong in any; the others end.
+    """
+    shard = Shard(accelerator.process_index, accelerator.num_processes)
+    if shard.total == 1:
+        return
+    mine = progress if accelerator.is_main_process else NullProgress()
+    error: PrgkitError | None = None
+    try:
+        embed_shard(recipe, targets_root, shard, mine)
+    except PrgkitError as mistake:
+        error = mistake
+    if errors := [one for one in gather_object([error]) if one is not None]:
+        raise errors[0] if accelerator.is_main_process else SystemExit(errors[0].exit_code)
+    if accelerator.is_main_process:
+        join_shards(recipe, targets_root, progress)
+    accelerator.wait_for_everyone()
+
+
+def any_process(asks: bool, accelerator: Accelerator) -> bool:
+    """Return whether any process asks to stop."""
+    if accelerator.num_processes == 1:
+        return asks
+    if asks:
+        accelerator.set_trigger()
+    return bool(accelerator.check_trigger())
 
 
 def share_buffers(module: nn.Module, accelerator: Accelerator) -> None:

@@ -169,11 +169,11 @@ def count_missing(
     """
     if not images:
         return [Missing(0, 0)] * len(stored)
-    keys = [images.key(index) for index in sample_of(images)] if any(stored) else [""]
+    keys = [images.key(index) for index in sample_of(images)] if any(stored) else ["0" * 32]
     wanted = np.full(len(keys), views)
     if held_out and any(stored):
         wanted[hold_out(keys, held_out)] = 1
-    seen = [np.array([store.stored_views(key) if store else 0 for key in keys]) for store in stored]
+    seen = [store.stored_views(keys) if store else np.zeros(len(keys), int) for store in stored]
     left = [np.where(views_seen > 0, np.maximum(wanted - views_seen, 0), views) for views_seen in seen]
     shares = [((views_seen == 0).mean(), views_left.mean()) for views_seen, views_left in zip(seen, left, strict=True)]
     return [Missing(round(new * len(images)), round(each * len(images))) for new, each in shares]

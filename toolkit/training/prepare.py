@@ -18,7 +18,15 @@ from prgkit.config.sections import Keep
 from prgkit.data.augment import mix
 from prgkit.data.cache import PICTURES, DecodedImageCache
 from prgkit.data.decode import GreyRange
-from prgkit.data.index import NEARLY_BLACK, ImageIndex, nearly_black, of_one_colour, read_image_index, select_labelled
+from prgkit.data.index import (
+    NEARLY_BLACK,
+    ImageIndex,
+    held_out_places,
+    nearly_black,
+    of_one_colour,
+    read_image_index,
+    select_labelled,
+)
 from prgkit.data.snapshot import restrict_to_snapshot, save_snapshot
 from prgkit.errors import ImagesError
 from prgkit.progress import Progress
@@ -286,7 +294,7 @@ def image_facts(images: ImageIndex) -> ImageFacts:
 
 def hold_out(keys: Sequence[str], share: float) -> NDArray[np.int64]:
     """Return the positions of the images that select the checkpoint, chosen by their content alone."""
-    places = np.array([int(key[-8:], 16) / 2**32 for key in keys])
+    places = held_out_places(keys)
     chosen = np.flatnonzero(places < share)
     if len(keys) < FEWEST_IMAGES:
         raise ImagesError(

@@ -147,7 +147,7 @@ epochs: 100
         "    data.classes[1]: YAML reads 7 as a number; put it in quotes\n"
         "    data.classes[2]: YAML reads yes, no, on and off as false; put the word in quotes\n"
         "    data.imges: unknown key; did you mean 'images'?\n"
-        "    teacher.precision: 'fp61' is none of fp32, bf16; did you mean 'fp32'?\n"
+        "    teacher.precision: 'fp61' is none of auto, fp32, bf16; did you mean 'fp32'?\n"
         "    student.image_size: YAML reads 224 as text; write 224, without quotes\n"
         "    objective.block: 'softmx' is none of softmax, zscore, l2, raw; did you mean 'softmax'?\n"
         "    objective.alpha: unknown key; it is a parameter of kd and dkd\n"
@@ -420,6 +420,7 @@ def test_everything_else_changes_it(mine: str) -> None:
         "data.labelled_labels": "shots.csv",
         "teacher.context": "adapted/mine.safetensors",
         "teacher.precision": "bf16",
+        "teacher.batch_size": 32,
         "teacher.weights": "b",
         "views.crop_scale": [0.3, 1.0],
         "views.aspect": 0.5,

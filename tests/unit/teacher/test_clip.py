@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub.constants
 import numpy as np
@@ -20,10 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from prgkit.config.prompts import named_classes, named_templates
-from prgkit.config.sections import TeacherConfig
+from prgkit.config.sections import TeacherConfig, Views
 from prgkit.errors import TeacherError
 from prgkit.teacher.clip import Teacher, load_teacher
-from prgkit.teacher.weights import check_teacher, teacher_identity
+from prgkit.teacher.feature_store import existing_store, open_store
+from prgkit.teacher.weights import check_teacher, settled, teacher_identity
 
 CPU = torch.device("cpu")
 SIZE, WIDTH = 32, 24
@@ -624,3 +625,42 @@ def test_imagenets_words_are_open_clips() -> None:
     assert classes[:2] == ("tench", "goldfish")
     assert templates[0] == "a bad photo of a {}."
     assert all(template.count("{}") == 1 for template in templates)
+
+
+def test_what_a_teacher_leaves_open_is_chosen_by_the_device_and_by_the_store_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_open, loads = TeacherConfig(model="demo:digits"), 0
+    assert settled(left_open, "bf16", 8) == TeacherConfig(model="demo:digits", precision="bf16", batch_size=8)
+
+    def load(config: TeacherConfig) -> Teacher:
+        nonlocal loads
+        loads += 1
+        return load_teacher(config, torch.device("cpu"))
+
+    first = open_store(left_open, Views(), tmp_path, load)
+    assert (first.config.precision, first.config.batch_size) == ("fp32", 64)
+    assert first.card.teacher["precision"] == "fp32"
+    bf16 = open_store(settled(left_open, "bf16", 32), Views(), tmp_path, load)
+    assert bf16.folder != first.folder
+    assert existing_store(left_open, Views(), tmp_path).folder == first.folder  # type: ignore[union-attr]
+    assert existing_store(left_open, Views(seed=1), tmp_path) is None
+    monkeypatch.setattr("prgkit.teacher.weights.teacher_precision", lambda _: "bf16")
+    found = existing_store(left_open, Views(), tmp_path)
+    assert found is not None
+    assert (found.folder, found.config.batch_size) == (bf16.folder, 32)
+    assert loads == 2
+
+
+def test_the_batch_that_fits_a_gpu_is_found_by_trying() -> None:
+    class Small:
+        device, shape = torch.device("cuda"), (2, 2, 3)
+        tried: ClassVar[list[int]] = []
+
+        def embed_images(self, pixels: torch.Tensor) -> None:
+            self.tried.append(len(pixels))
+            if len(pixels) > 300:
+                raise torch.OutOfMemoryError
+
+    assert Teacher._fitting_batch_size(Small()) == 128  # type: ignore[arg-type]
+    assert Small.tried == [1024, 512, 256]

@@ -24,9 +24,11 @@ from prgkit.data.sources import open_images
 from prgkit.demo.digits import load_digits
 from prgkit.errors import DiskFullError, PrgkitError, TeacherError
 from prgkit.progress import NullProgress
+from prgkit.storage.atomic import write_sealed
 from prgkit.storage.locks import locked
 from prgkit.teacher import feature_store as storing
 from prgkit.teacher.clip import Teacher, load_teacher
+from prgkit.teacher.feature_files import BlockJournal
 from prgkit.teacher.feature_store import FeatureStore, embed
 from prgkit.training import prepare as preparing
 from prgkit.training.prepare import prepare
@@ -224,11 +226,13 @@ def test_what_was_not_journalled_is_seen_again_and_ends_the_same(
     all_views = calls["views"]
     folder = tmp_path / "cut" / whole.store.folder.name
     shutil.copytree(whole.store.folder, folder)
-    journal = (folder / "journal.jsonl").read_bytes().split(b"\n")
-    (folder / "journal.jsonl").write_bytes(b"\n".join(journal[:2]) + b"\n" + journal[2][:30])  # torn in the third line
+    first, second, third = records(folder)[:3]
+    (folder / "index.bin").write_bytes(first + second + third[:30])  # torn in the third record
     calls["views"] = 0
     resumed = see(recipe, tmp_path / "cut")
-    assert see(recipe, tmp_path / "cut").store.damaged == []  # what was appended after the torn line can be read
+    assert (
+        see(recipe, tmp_path / "cut").store.damaged == []
+    )  # what was appended in place of the torn record can be read
     assert 0 < calls["views"] < all_views
     for view in range(3):
         assert torch.equal(features(resumed, view, resumed.train_indices), features(whole, view, whole.train_indices))
@@ -340,43 +344,63 @@ def test_damaged_prompts_are_named_and_read_by_the_teacher_again(
     assert [found.name for found in whole.store.folder.glob("prompts-*")] == [path.name]
 
 
-@pytest.mark.parametrize("line", [0, 2])
-@pytest.mark.parametrize("damage", ["no JSON", "no block"])
-def test_a_damaged_journal_line_is_named_and_its_block_alone_is_seen_again(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: dict[str, int], line: int, damage: str
+def records(folder: Path) -> list[bytes]:
+    return [block.packed() for block in BlockJournal(folder / "index.bin").new_blocks()]
+
+
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("place", [3, 25, 40, 70])  # in the mark, the row, the number of views, a key
+def test_a_damaged_record_is_named_and_its_block_alone_is_seen_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: dict[str, int], number: int, place: int
 ) -> None:
     monkeypatch.setattr(storing, "BLOCK_IMAGES", 8)
     recipe = recipe_for(photos)
     whole = see(recipe, tmp_path)
     before = [features(whole, view, whole.train_indices) for view in range(3)]
-    journal = whole.store.folder / "journal.jsonl"
-    lines = journal.read_bytes().split(b"\n")
-    lines[line] = lines[line].replace(b'{"row"', b'["row"' if damage == "no JSON" else b'{"rov"')
-    journal.write_bytes(b"\n".join(lines))
-    lost = f"damaged in {whole.store.folder}: journal.jsonl, line {line + 1}; what was in it is embedded again"
+    index, view = whole.store.folder / "index.bin", whole.store.folder / "view-000.f16"
+    size, row_bytes = index.stat().st_size, view.stat().st_size
+    sizes = [len(record) for record in records(whole.store.folder)]
+    start = sum(sizes[:number])
+    flip(index, start + place)
+    lost = (
+        f"damaged in {whole.store.folder}: index.bin, bytes {start:,} to {start + sizes[number]:,}; "
+        "what was in it is embedded again"
+    )
     calls["views"] = 0
     progress = Noting()
     mended = prepare(recipe, tmp_path, progress)
     assert progress.notes[0] == lost
     assert 0 < calls["views"] <= 8 * 4  # at most eight images, two to a batch
-    for view in range(3):
-        assert torch.equal(features(mended, view, mended.train_indices), before[view])
+    for one in range(3):
+        assert torch.equal(features(mended, one, mended.train_indices), before[one])
     again = Noting()
     prepare(recipe, tmp_path, again)
     assert again.notes == [note for note in progress.notes if note != lost and "loading" not in note]
-    assert len(journal.read_bytes().split(b"\n")) == len(lines) + 1  # other processes count the lines
+    assert index.stat().st_size == size + sizes[number]  # what other processes have read stays where it was
+    assert view.stat().st_size <= 2 * row_bytes
 
 
-def test_a_changed_row_number_does_not_make_a_giant_of_a_store(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_store_of_the_form_before_keeps_what_the_teacher_has_seen(
+    photos: Path, tmp_path: Path, calls: dict[str, int]
 ) -> None:
-    monkeypatch.setattr(storing, "BLOCK_IMAGES", 8)
-    whole = see(recipe_for(photos), tmp_path)
-    journal, view = whole.store.folder / "journal.jsonl", whole.store.folder / "view-000.f16"
-    journal.write_text(journal.read_text().replace('{"row": 8,', '{"row": 900000000008,'))
-    before = view.stat().st_size
-    see(recipe_for(photos), tmp_path)
-    assert view.stat().st_size <= 2 * before
+    recipe = recipe_for(photos)
+    whole = see(recipe, tmp_path)
+    folder = whole.store.folder
+    before = features(whole, 1, whole.train_indices)
+    lines = [
+        {"row": block.row, "keys": [key.tobytes().hex() for key in block.keys], "digests": [one.hex() for one in block.digests]}
+        for block in BlockJournal(folder / "index.bin").new_blocks()
+    ]  # fmt: skip
+    (folder / "index.bin").unlink()
+    (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"row": 4')
+    card = json.loads((folder / "card.json").read_text())
+    write_sealed(folder / "card.json", {**card, "schema": "prgkit.targets/2"})
+    calls["views"] = 0
+    upgraded = see(recipe, tmp_path)
+    assert calls["views"] == 0
+    assert torch.equal(features(upgraded, 1, upgraded.train_indices), before)
+    assert json.loads((folder / "card.json").read_text()) == card
+    assert not (folder / "journal.jsonl").exists()
 
 
 def test_a_damaged_card_is_named_and_comes_back_with_what_the_teacher_has_seen(
@@ -401,7 +425,7 @@ def test_a_full_disk_is_told_before_the_work(photos: Path, tmp_path: Path, monke
         see(recipe_for(photos), tmp_path / "targets")
 
 
-@pytest.mark.parametrize("torn", ["a block", "a journal line"])
+@pytest.mark.parametrize("torn", ["a block", "a record"])
 def test_a_disk_that_fills_up_at_a_block_loses_that_block_alone(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: dict[str, int], torn: str
 ) -> None:
@@ -421,7 +445,7 @@ def test_a_disk_that_fills_up_at_a_block_loses_that_block_alone(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         patch.setattr("prgkit.data.cache.CacheWriter.add", lambda *_: None)  # pictures would be flushed, too
-        with pytest.raises(DiskFullError, match=r"no disk space left for (view-001\.f16|journal\.jsonl)") as caught:
+        with pytest.raises(DiskFullError, match=r"no disk space left for (view-001\.f16|index\.bin)") as caught:
             see(recipe, tmp_path / "cut")
     assert caught.value.fix == "free some space and run the same command again: finished work is kept"
     calls["views"] = 0
@@ -431,10 +455,3 @@ def test_a_disk_that_fills_up_at_a_block_loses_that_block_alone(
     assert {path.name: path.read_bytes() for path in cut.glob("*.*")} == {
         path.name: path.read_bytes() for path in whole.glob("*.*")
     }
-
-
-def test_the_journal_is_readable_json(photos: Path, tmp_path: Path) -> None:
-    dataset = see(recipe_for(photos), tmp_path)
-    lines = [json.loads(line) for line in (dataset.store.folder / "journal.jsonl").read_text().splitlines()]
-    assert sum(len(line["keys"]) for line in lines) == len(index_images(open_images(str(photos)), workers=1))
-    assert {len(line["digests"]) for line in lines} == {1, 3}

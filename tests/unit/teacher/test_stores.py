@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from prgkit.data.snapshot import packed
 from prgkit.storage.atomic import write_sealed
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Run
 from prgkit.storage.run_card import SCHEMA
+from prgkit.teacher.feature_files import Block
 from prgkit.teacher.stores import describe_stores, list_stores, prune
 
 CARD = {"schema": SCHEMA, "prgkit": "0", "created": "", "fingerprint": "", "origin": "../..", "finished": False}
@@ -21,8 +23,8 @@ TEACHER = {"model": "ViT-L-14", "weights": "openai", "fingerprint": "", "width":
 
 def make_store(folder: Path, images: int, *, views: int, teacher: str) -> None:
     write_sealed(folder / "card.json", {"teacher_model": teacher, "teacher_weights": "openai"})
-    block = {"row": 0, "keys": [f"{number:032x}" for number in range(images)], "digests": ["0"] * views}
-    (folder / "journal.jsonl").write_text(json.dumps(block) + "\n")
+    keys = packed([f"{number:032x}" for number in range(images)])
+    (folder / "index.bin").write_bytes(Block(0, keys, (bytes(16),) * views).packed())
     (folder / "view-000.f16").write_bytes(bytes(1000 * images))
 
 
