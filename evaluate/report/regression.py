@@ -160,10 +160,14 @@ def gated(report: Report) -> list[Row]:
 def row_place(row: Row) -> tuple[str | int | None, ...]:
     """Return what makes two rows the same artifact in the same place.
 
-    OpenVINO runs INT8 from TensorRT's layout where a bundle has that, from ONNX Runtime's where not.
+    OpenVINO runs INT8 from its own layout where a bundle has that, else from TensorRT's, else from ONNX Runtime's.
     """
     artifact, *where = formatting.row_key(row)
-    return artifact.removesuffix("-tensorrt") if row.backend == "openvino" else artifact, *where, row.threads
+    return (
+        artifact.removesuffix("-tensorrt").removesuffix("-openvino") if row.backend == "openvino" else artifact,
+        *where,
+        row.threads,
+    )
 
 
 def baseline_line(row: Row, what: What, verdict: Verdict, **figures: Any) -> BaselineLine:

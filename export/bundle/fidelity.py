@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from prgkit.data.ticks import Tick
 from prgkit.export.bundle.bundle import Evaluation
-from prgkit.export.bundle.manifest import KL_SHARE, NonInferiority, NotBuilt, NotKept, PairedShares, TooFewImages
+from prgkit.export.bundle.manifest import NonInferiority, NotBuilt, NotKept, PairedShares, TooFewImages
 from prgkit.metrics import Z_ONE_SIDED, Labels, Logits, agreement, divergences, paired_bound
 
 Z_NINE_IN_TEN = 1.281552  # of a normal value, 90 % lie below
@@ -99,7 +99,7 @@ def comparison_sentence(found: NonInferiority, margin: float) -> str:
         told.append(shares_in_words("right", found.labels))
     told.append(
         f"KL to the teacher {found.kl:.3f} (FP32 {found.kl_fp32:.3f}), at worst {found.kl_bound:+.3f}, "
-        f"{KL_SHARE * found.kl_fp32:.3f} allowed"
+        f"{found.kl_allowed:.3f} allowed"
     )
     told.append(f"the same answer as FP32 on {found.agreement_fp32:.2f} %")
     needed = images_needed((found.teacher.won + found.teacher.lost) / found.images, margin)

@@ -30,6 +30,7 @@ KL_SHARE = 0.1  # of FP32's divergence from the teacher, by which another file's
 NCNN = "ncnn"  # of a folder with ncnn's two files
 COREML = "coreml"  # of an .mlpackage
 QNN = "qnn"  # of an ONNX file that holds a program for a Qualcomm NPU
+LEAST_KL = 0.01  # nats by which it may be larger in any case: FP32's may be next to nothing
 MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
 VECTORS = f"{MATRIX}.npy"  # [C, D] float32
 
@@ -95,11 +96,16 @@ class NonInferiority(Facts):
         """
         return all(self.conditions(margin).values())
 
+    @property
+    def kl_allowed(self) -> float:
+        """By how many nats its divergence from the teacher may be larger than FP32's."""
+        return max(KL_SHARE * self.kl_fp32, LEAST_KL)
+
     def conditions(self, margin: float) -> dict[Literal["teacher", "labels", "kl"], bool]:
         """Return by what the file is judged, and whether it holds there."""
         found: dict[Literal["teacher", "labels", "kl"], bool] = {
             "teacher": self.teacher.bounds[0] >= -margin,
-            "kl": self.kl_bound <= KL_SHARE * self.kl_fp32,
+            "kl": self.kl_bound <= self.kl_allowed,
         }
         if self.labels is not None:
             bounds = self.labels.bounds

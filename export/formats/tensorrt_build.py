@@ -126,7 +126,7 @@ def describe_engine(path: Path, onnx_path: Path, network: Any, facts: dict[str, 
 
 
 def engine_file(onnx_path: Path, precision: str, backend: str) -> str:
-    """Return the name of the engine that is built from an ONNX file, as ``model.int8-heavy.tensorrt.engine``."""
+    """Return the name of the engine that is built from an ONNX file, as ``model.int8.tensorrt.engine``."""
     stem, kind = (*onnx_path.name.split("."), "")[:2]
     return f"{stem}.{kind if kind.startswith(precision) else precision}.{backend}.engine"
 

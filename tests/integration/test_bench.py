@@ -175,7 +175,7 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
     out = tmp_path / "bench" / "here"
     report = measure(make_bundle(tmp_path / "bundle"), out, note=said.append, command="prgkit bench --seconds 0.3")
     assert json.loads((out / "report.json").read_text()) == report
-    assert report["schema"] == "prgkit.report/2"
+    assert report["schema"] == "prgkit.report/3"
     assert report["command"] == "prgkit bench --seconds 0.3"
     assert report["run"] == {
         "name": "colours",

@@ -106,7 +106,7 @@ def copy(whole, tmp_path):
 def test_what_was_written_opens_again(whole, repvit):
     bundle = open_bundle(whole.folder)
     assert bundle.manifest == whole.manifest
-    assert read_json(whole.folder / "manifest.json")["schema"] == "prgkit.bundle/2"
+    assert read_json(whole.folder / "manifest.json")["schema"] == "prgkit.bundle/3"
     assert bundle.classes == tuple(CLASSES)
     assert bundle.preprocessing == repvit.preprocessing
     names = [entry.name for entry in bundle.artifacts]
@@ -297,9 +297,9 @@ def test_a_missing_artifact_is_named(copy):
     [
         ("{", "manifest.json is damaged"),
         ("[]", "manifest.json is damaged: it holds no object"),
-        ('{"schema": "prgkit.bundle/9"}', "manifest.json has schema 'prgkit.bundle/9', not 'prgkit.bundle/2'"),
-        ('{"schema": "prgkit.bundle/1"}', "manifest.json has schema 'prgkit.bundle/1', not 'prgkit.bundle/2'"),
-        ('{"schema": "prgkit.bundle/2", "run": {}}', "manifest.json lacks prgkit, created, run.name, run.fingerprint"),
+        ('{"schema": "prgkit.bundle/9"}', "manifest.json has schema 'prgkit.bundle/9', not 'prgkit.bundle/3'"),
+        ('{"schema": "prgkit.bundle/1"}', "manifest.json has schema 'prgkit.bundle/1', not 'prgkit.bundle/3'"),
+        ('{"schema": "prgkit.bundle/3", "run": {}}', "manifest.json lacks prgkit, created, run.name, run.fingerprint"),
     ],
 )
 def test_a_damaged_manifest_is_a_short_error(copy, text, message):

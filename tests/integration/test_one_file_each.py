@@ -188,7 +188,7 @@ def test_a_toy_format_is_exported_measured_predicted_with_and_reported(tmp_path:
     assert (row["backend"], row["status"], row["agreement_fp32"]) == ("pooled", "measured", 100)
     for page in ("report.md", "report.html"):
         assert POOLED in (out / page).read_text(), page
-    selection = {"schema": "prgkit.selection/1", "artifact": POOLED, "sha256": artifact.sha256, "int8": []}
+    selection = {"schema": "prgkit.selection/2", "artifact": POOLED, "sha256": artifact.sha256, "int8": []}
     write_sealed(out / "selection.json", selection)
     (answer,) = Model(bundle, bench=out).predict(bundle / "golden" / "00.png")
     assert answer.artifact == POOLED

@@ -27,7 +27,7 @@ def test_reports_are_merged_into_a_comparison_without_a_run(prgkit: PrgkitComman
     }
     for name in ("a", "b"):
         report = {
-            **{"schema": "prgkit.report/2", "prgkit": "0.1.0", "command": "prgkit bench"},
+            **{"schema": "prgkit.report/3", "prgkit": "0.1.0", "command": "prgkit bench"},
             "created": "2026-01-02T03:04:05+00:00",
             "machine": {
                 **{"cpu": f"CPU {name}", "cores": 2, "usable_cores": 2, "versions": {}, "os": "Debian"},

@@ -54,7 +54,7 @@ def row(artifact: str, p50_ms: float, **changes: Any) -> dict[str, Any]:
 
 def report(cpu: str = "AMD EPYC", *, run: str = "cifar100", created: str = "2026-01-02T03:04:05+00:00") -> Content:
     return {
-        "schema": "prgkit.report/2",
+        "schema": "prgkit.report/3",
         "prgkit": "0.1.0",
         "command": "prgkit bench",
         "created": created,
@@ -125,12 +125,13 @@ def test_reports_become_one_comparison_in_three_files(tmp_path: Path) -> None:
 
 def test_int8_that_a_bench_refused_is_not_the_fastest(tmp_path: Path) -> None:
     one = report()
+    shares = {"images": 2000, "fp32": 60.0, "file": 50.0, "won": 0, "lost": 200, "bounds": [-11.2, -8.9]}
+    found = {"images": 2000, "agreement_fp32": 80.0, "teacher": shares, "kl_fp32": 0.5, "kl": 0.5, "kl_bound": 0.0}
     one["int8"] = [
         {
             **{"artifact": "onnx-int8", "backend": "onnxruntime", "device": "cpu"},
-            **{"kept": False, "faithful": False, "faster": True, "images": 2000, "floor": 98.0},
-            **{"agreement": 97.0, "agreement_interval": [96.0, 98.0], "against": "onnx-fp32"},
-            **{"ratio": 0.5, "ratio_interval": [0.4, 0.6]},
+            **{"kept": False, "faithful": False, "faster": True, "margin": 2.0, "comparison": found},
+            **{"against": "onnx-fp32", "ratio": 0.5, "ratio_interval": [0.4, 0.6]},
         }
     ]
     found = merged(tmp_path, one, board())

@@ -73,7 +73,7 @@ def against(report: Content, before: Content, tolerance: float = 0.05) -> Baseli
 
 def old() -> Content:
     return {
-        "schema": "prgkit.report/2",
+        "schema": "prgkit.report/3",
         "prgkit": "0.1.0",
         "command": "prgkit bench",
         "created": "2026-01-02T03:04:05+00:00",
@@ -174,8 +174,9 @@ def test_openvinos_int8_is_one_artifact_whichever_layout_it_ran() -> None:
         report["rows"][1] = row(artifact, 1.0, backend="openvino")
         return report
 
-    found = against(ran("onnx-int8-tensorrt"), ran("onnx-int8"))
-    assert (worse(found), found.new) == ([], [])
+    for layout in ("tensorrt", "openvino"):
+        found = against(ran(f"onnx-int8-{layout}"), ran("onnx-int8"))
+        assert (worse(found), found.new) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ def test_a_baseline_is_a_report_or_its_folder_and_is_never_overwritten(tmp_path:
     for text, told in [
         ("{", "report.json is damaged"),
         ("[]", "report.json is not the report of a bench"),
-        (json.dumps({**old(), "schema": "prgkit.report/9"}), "has schema 'prgkit.report/9', not 'prgkit.report/2'"),
+        (json.dumps({**old(), "schema": "prgkit.report/9"}), "has schema 'prgkit.report/9', not 'prgkit.report/3'"),
     ]:
         path.write_text(text)
         with pytest.raises(BenchError, match=told):

@@ -83,7 +83,7 @@ def missing(artifact: str, status: str, reason: str) -> dict[str, Any]:
 def made_up(*, labelled: bool = True) -> dict[str, Any]:
     top1 = (60.0, 59.9, 60.0) if labelled else (None, None, None)
     return {
-        "schema": "prgkit.report/2",
+        "schema": "prgkit.report/3",
         "prgkit": "0.1.0",
         "created": "2026-01-02T03:04:05+00:00",
         "command": "prgkit distill cifar100 export --fp16 --trt bench",
@@ -541,7 +541,7 @@ def test_labels_of_equal_points_do_not_cover_each_other() -> None:
 
 
 def test_a_long_name_does_not_lie_under_the_figures_of_its_lane() -> None:
-    name = "onnx-int8-heavy-tensorrt (OpenVINO)"
+    name = "onnx-int8-longer-tensorrt (OpenVINO)"
     root = ElementTree.fromstring(figures.latency_distribution({name: [0.376] * 1200, "torch": [45.3] * 1200}))
     told = [node.text or "" for node in root.iter() if node.tag.endswith("text") and "p50" in (node.text or "")]
     assert told[1] == "p50 45.3 · p90 45.3 · p99 45.3 · slowest 45.3"

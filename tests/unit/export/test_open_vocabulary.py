@@ -43,7 +43,7 @@ from prgkit.export.formats.options import ExportOptions  # noqa: E402
 from prgkit.export.formats.tensorrt_build import build_engine  # noqa: E402
 from prgkit.export.from_run import check_vocabulary, export_run  # noqa: E402
 from prgkit.export.int8.calibration import measure_spreads  # noqa: E402
-from prgkit.export.int8.qdq import Quantizable, find_blocks, tensors_of  # noqa: E402
+from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of  # noqa: E402
 from prgkit.export.relabel import relabel, settled_bundle  # noqa: E402
 from prgkit.export.runtimes.gpu import available_backends  # noqa: E402
 from prgkit.export.runtimes.onnxruntime import OnnxRunner  # noqa: E402
@@ -509,12 +509,10 @@ def test_lengths_and_scale_stay_in_float32(reparameterised: SimpleNamespace) -> 
 
 
 def test_int8_leaves_the_product_in_float(reparameterised: SimpleNamespace, tmp_path: Path) -> None:
-    blocks = find_blocks(reparameterised.fp32)
-    assert [block.name for block in blocks if block.name.startswith("stages.")]
+    path, nodes = tmp_path / "model.int8.onnx", find_convolutions(reparameterised.fp32)
     spreads = measure_spreads(
-        reparameterised.fp32, tensors_of(reparameterised.fp32, blocks), reparameterised.pixels[:16]
+        reparameterised.fp32, tensors_of(reparameterised.fp32, nodes), reparameterised.pixels[:16]
     )
-    path, nodes = tmp_path / "model.int8.onnx", {node for block in blocks for node in block.nodes}
     Quantizable(reparameterised.fp32, spreads, 1e-4, "onnxruntime").write(path, nodes)
     graph = onnx.load(str(path)).graph
     (product,) = [node for node in graph.node if "class_vectors" in node.input]

@@ -193,13 +193,12 @@ def test_an_int8_engine_is_smaller_than_the_fp16_one(repvit, tmp_path):
     """RepViT-M0.9 at 224 px; with every convolution in INT8 its engine was 1.4 times as large as FP16's."""
     onnx = pytest.importorskip("onnx")
     from prgkit.export.int8.calibration import measure_spreads
-    from prgkit.export.int8.qdq import Quantizable, find_blocks, tensors_of
+    from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of
 
-    blocks = find_blocks(repvit.fp32)
-    spreads = measure_spreads(repvit.fp32, tensors_of(repvit.fp32, blocks), repvit.pixels[:4])
+    nodes = find_convolutions(repvit.fp32)
+    spreads = measure_spreads(repvit.fp32, tensors_of(repvit.fp32, nodes), repvit.pixels[:4])
     half, quantised = tmp_path / "model.fp16.onnx", tmp_path / "model.int8.tensorrt.onnx"
     enlarge(repvit.fp16, half, onnx)
-    nodes = {node for block in blocks for node in block.nodes}
     Quantizable(half, spreads, 0, "tensorrt").write(quantised, nodes)
     build = {"backend": "tensorrt_rtx", "batch": (1, 1, 32)}
     fp16 = build_engine(half, tmp_path, precision="fp16", **build)
@@ -213,12 +212,11 @@ def test_an_int8_engine_is_smaller_than_the_fp16_one(repvit, tmp_path):
 def test_a_small_convolution_of_an_int8_network_is_fp16_throughout(repvit, tmp_path):
     onnx = pytest.importorskip("onnx")
     from prgkit.export.int8.calibration import measure_spreads
-    from prgkit.export.int8.qdq import Quantizable, find_blocks, tensors_of
+    from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of
 
-    blocks = find_blocks(repvit.fp32)
-    spreads = measure_spreads(repvit.fp32, tensors_of(repvit.fp32, blocks), repvit.pixels[:4])
+    nodes = find_convolutions(repvit.fp32)
+    spreads = measure_spreads(repvit.fp32, tensors_of(repvit.fp32, nodes), repvit.pixels[:4])
     path = tmp_path / "model.onnx"
-    nodes = {node for block in blocks for node in block.nodes}
     Quantizable(repvit.fp16, spreads, 0, "tensorrt").write(path, nodes)
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
     trt = pytest.importorskip("tensorrt_rtx")
