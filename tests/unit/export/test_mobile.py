@@ -30,6 +30,7 @@ from prgkit.export.formats.options import ExportOptions
 from prgkit.export.runtimes.executorch import ExecuTorchRunner
 from prgkit.export.runtimes.litert import LiteRtRunner
 
+SMALL = Path(__file__).with_name("small.tflite")  # `network`, converted by litert-torch 0.10.0, pixels of 16 x 16
 SIDE = 16
 IMAGES = 256
 
@@ -203,8 +204,21 @@ def test_the_readmes_python_runs(exported: SimpleNamespace) -> None:
         assert done.stdout.split() == [wanted]
 
 
-def test_damaged_files_are_refused_in_one_line(exported: SimpleNamespace, tmp_path: Path) -> None:
-    whole = (exported.folder / "model.tflite").read_bytes()
+def test_litert_gives_pytorchs_logits_of_each_picture() -> None:
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("ai_edge_litert")
+    pixels = np.random.default_rng(1).integers(0, 256, (5, SIDE, SIDE, 3), dtype=np.uint8)
+    runner = LiteRtRunner(SMALL, threads=1)
+    with torch.inference_mode():
+        expected = network()(torch.from_numpy((pixels.astype(np.float32) - 127.5) / 60).permute(0, 3, 1, 2)).numpy()
+    logits = runner.run(pixels)
+    assert (logits.shape, logits.dtype, runner.max_batch) == ((5, 3), np.float32, 1)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    runner.close()
+
+
+def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert")
+    whole = SMALL.read_bytes()
     for name, data in {"short": whole[: len(whole) // 2], "none": b"", "other": b"PK" + whole}.items():
         path = tmp_path / f"{name}.tflite"
         path.write_bytes(data)
