@@ -133,6 +133,7 @@ def test_a_packed_bundle_is_not_opened(prgkit: PrgkitCommand, project_copy: Path
 def test_a_bundle_for_a_board_runs_there_by_its_readme(prgkit: PrgkitCommand, project_copy: Path) -> None:
     """ncnn's files in two precisions: exported, measured, asked by the command line and by the README's lines."""
     pytest.importorskip("pnnx")
+    pytest.importorskip("openvino")
     result = prgkit("export --fp16 --ncnn bench --seconds 0.1 --threads 1 --json")
     assert result.code == 0, result.err
     artifacts = {artifact["name"]: artifact for artifact in result.json["export"]["artifacts"]}
@@ -146,10 +147,11 @@ def test_a_bundle_for_a_board_runs_there_by_its_readme(prgkit: PrgkitCommand, pr
     bundle, picture = project_copy / "runs/tiny/bundle", project_copy / "runs/tiny/bundle/golden/00.input.png"
     answer = prgkit(f"predict {picture} --runtime ncnn --json").json["predict"][0]
     assert answer["artifact"] == "ncnn-fp32"
-    code = next(part for part in (bundle / "README.md").read_text().split("```python\n") if "import ncnn" in part[:60])
-    code = code.split("```")[0]
-    done = subprocess.run([sys.executable, "-c", code, str(picture)], cwd=bundle, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == (f"{answer['top'][0][0]}\n", "")
+    programs = [part.split("```")[0] for part in (bundle / "README.md").read_text().split("```python\n")[1:]]
+    for library in ("ncnn", "openvino"):
+        (code,) = [program for program in programs if f"np, {library}\n" in program]
+        done = subprocess.run([sys.executable, "-c", code, str(picture)], cwd=bundle, capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == (f"{answer['top'][0][0]}\n", ""), library
     assert prgkit("export --zip").code == 0
     assert prgkit("export").code == 0  # of the same student: not asked for, and it stays
     assert (bundle / "model.ncnn/model.ncnn.bin").exists()
