@@ -116,7 +116,7 @@ def test_two_processes_train_one_student_and_a_stop_loses_nothing(folder: Path) 
 
 def test_two_processes_share_the_teachers_pass(folder: Path) -> None:
     with launched(FORK, folder, "targets", "recipe.yaml", "--targets", "shared") as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert out.count("72 images") == 1
     assert err.count("teacher: 72 img") == 0  # of 36 each

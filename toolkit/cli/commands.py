@@ -171,14 +171,14 @@ def join_all_shards(session: Session, recipe: Recipe, targets_root: Path) -> Doc
     return {"joined": [one.model_dump(mode="json") for one in joined]}
 
 
-def print_estimate(session: Session, recipe: Recipe, folder: Path, targets_root: Path) -> Document:
-    """Print what a distillation would take."""
+def print_estimate(session: Session, recipe: Recipe, folder: Path, targets_root: Path, shards: int = 0) -> Document:
+    """Print what a distillation would take, and how even so many shards are."""
     session.dry_run = True
     if not session.is_main_process:
         return {}
     from prgkit.training.dry_run import estimate
 
-    expected = estimate(recipe, folder, targets_root, session.terminal)
+    expected = estimate(recipe, folder, targets_root, session.terminal, shards)
     session.terminal.listing({"run": str(folder), **expected.summary})
     return {"run": str(folder), **expected.model_dump(mode="json")}
 

@@ -219,7 +219,8 @@ def targets(session: Session, /, options: RecipeOptions, **given: Any) -> Docume
     with needs_extra("distill"):
         recipe, folder = choose_recipe(session, options)
         if options.dry_run:
-            return print_estimate(session, recipe, folder, options.targets_root)
+            shards = given["shard"].total if given["shard"] else 0
+            return print_estimate(session, recipe, folder, options.targets_root, shards)
         if given["shard"]:
             return embed_one_shard(session, recipe, options.targets_root, given["shard"])
         if given["engine"] == "ray":

@@ -177,18 +177,19 @@ class ImageSource:
         return [int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little") for state in states]
 
     def share(self, shard: Shard) -> NDArray[np.int64]:
-        """Return the images of a shard: whole tars in turn where there are enough of them, else blocks of neighbours.
+        """Return the images of a shard."""
+        return np.flatnonzero(self.shard_numbers(shard.total) == shard.number) if shard.total else np.arange(len(self))
+
+    def shard_numbers(self, total: int) -> NDArray[np.int64]:
+        """Return of each image in which of ``total`` shards it is: whole tars in turn, else blocks of neighbours.
 
         So a shard follows from the listing alone, and reads what lies side by side.
         """
-        numbers = np.arange(len(self))
-        if not shard.total:
-            return numbers
         source = self._source
-        units = numbers // min(BLOCK_IMAGES, math.ceil(len(self) / shard.total))
-        if isinstance(source, TarSource) and len(source.shards) >= shard.total:
+        units = np.arange(len(self)) // min(BLOCK_IMAGES, math.ceil(len(self) / total))
+        if isinstance(source, TarSource) and len(source.shards) >= total:
             units = source.places[:, 0]
-        return np.flatnonzero(units % shard.total == shard.number)
+        return units % total
 
     def windows(self, indices: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64] | None:
         """Return for each of ``indices`` [n] in which part of an epoch its tar is read; None where all fit the disk.

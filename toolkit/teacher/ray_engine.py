@@ -68,10 +68,10 @@ def shards_to_embed(recipe: Recipe, targets_root: Path, workers: WorkerCount, pr
     """Return the shards that are not finished, of the division that an earlier driver began or of a new one."""
     targets = open_targets(recipe, targets_root, teacher_loader(progress))  # before the workers would all create it
     begun = [total for total in shard_counts(targets.stores[0].folder) if total > 1]
-    images = len(open_images(recipe.data.image_spec, note=progress.note))
+    images, listing = open_images(recipe.data.image_spec, note=progress.note).listing()
     total = max(begun, default=max(-(-images // IMAGES_A_SHARD), min(images, 2 * workers.most)))
     shards = [Shard(number, total) for number in range(total)]
-    return [shard for shard in shards if not all(is_finished(store, shard) for store in targets.stores)]
+    return [shard for shard in shards if not all(is_finished(store, shard, listing) for store in targets.stores)]
 
 
 class ShardWorker:

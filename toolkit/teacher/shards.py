@@ -174,6 +174,8 @@ def begin(store: FeatureStore, recipe: Recipe, images: ImageIndex) -> ShardManif
                 where=store.own_folder,
                 fix="delete this folder, and the same command embeds it anew",
             )
+        if earlier.finished and (earlier.listing, earlier.stored_views) == (listing, manifest.stored_views):
+            return manifest  # what is finished stays so for a join meanwhile
     write_sealed(store.own_folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
     return manifest
 
@@ -343,11 +345,11 @@ def join_set(store: FeatureStore, found: ShardSet, progress: Progress) -> Joined
     )
 
 
-def is_finished(store: FeatureStore, shard: Shard) -> bool:
-    """Tell whether a shard has a manifest that says so."""
-    folder = store.files(shard).folder
+def is_finished(store: FeatureStore, shard: Shard, listing: str) -> bool:
+    """Tell whether a shard has a manifest that says so, of these images."""
     try:
-        return read_manifest(folder).finished
+        manifest = read_manifest(store.files(shard).folder)
+        return manifest.finished and manifest.listing == listing
     except PrgkitError:
         return False
 

@@ -62,11 +62,12 @@ class DistillEstimate(BaseModel, frozen=True):
     run_bytes: int
     teacher_s: float
     student_s: float
+    shards: tuple[int, ...] = ()  # images of each
     summary: dict[str, str] = {}
 
 
-def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress) -> DistillEstimate:
-    """Count the images, time teacher and student for a moment each, and add it up.
+def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress, shards: int = 0) -> DistillEstimate:
+    """Count the images, time teacher and student for a moment each, and add it up; also of so many ``shards``.
 
     Neither the run nor the target store is touched. Weights and datasets that are named but not at hand are
     downloaded to their usual caches, as there is no counting or timing them without.
@@ -108,6 +109,7 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
         pictures_bytes=min(pictures_bytes, room_bytes(targets_root / PICTURES)),
         run_bytes=expected_bytes(student, recipe.kept_floats * len(images)),
         teacher_s=round(sum(teacher.teacher_s for teacher in teachers), 1),
+        shards=tuple(np.bincount(images.shard_numbers(shards), minlength=shards).tolist()) if shards else (),
         student_s=round(recipe.training.epochs * len(images) / images_per_s, 1),
     )
     require_space(targets_root, result.targets_bytes, "the target store")
@@ -244,12 +246,29 @@ def in_words(recipe: Recipe, figures: DistillEstimate, device: torch.device, fre
         "evaluation": judged,
         "classes": f"{len(recipe.classes)}, {templates}",
         "teacher": f"{recipe.teacher_name}, {figures.views} views an image, "
-        f"about {duration(figures.teacher_s)}{each_teacher(figures.teachers)}",
+        f"about {duration(figures.teacher_s)}{gpu_hours(figures, device)}{each_teacher(figures.teachers)}",
+        **shards_in_words(figures),
         "student": f"{recipe.student.model} at {size_told(recipe.student.image_size)} px, "
         f"{recipe.training.epochs} epochs, {most} {duration(figures.student_s)} on {device}",
         "disk": f"{readable_bytes(figures.targets_bytes)} of targets, "
         f"up to {readable_bytes(figures.pictures_bytes)} of decoded pictures, "
         f"{readable_bytes(figures.run_bytes)} for the run; {readable_bytes(free)} are free",
+    }
+
+
+def gpu_hours(figures: DistillEstimate, device: torch.device) -> str:
+    """Return what the pass takes of GPUs, where this is one."""
+    return f", {figures.teacher_s / 3600:,.2f} GPU hours" if device.type == "cuda" else ""
+
+
+def shards_in_words(figures: DistillEstimate) -> dict[str, str]:
+    """Say how even the shards are, and how long the largest takes."""
+    if not figures.shards:
+        return {}
+    most = max(figures.shards)
+    longest = duration(figures.teacher_s * most / figures.images)
+    return {
+        "shards": f"{len(figures.shards)} of {min(figures.shards):,} to {most:,} images, at most about {longest} each"
     }
 
 

@@ -22,7 +22,7 @@ from prgkit.data.cache import DecodedImageCache
 from prgkit.data.index import ImageIndex, index_images
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.sources import open_images
-from prgkit.workers import default_workers
+from prgkit.workers import available_cores, default_workers
 
 PAGE = Views(count=3, crop_scale=(0.3, 0.8), seed=5)
 PREPROCESSING = Preprocessing(24, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -279,9 +279,16 @@ def test_an_endless_plan_is_read_as_it_is_used(photos: ImageIndex) -> None:
 
 
 def test_the_default_leaves_half_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, expected in ((None, 1), (1, 1), (2, 1), (9, 4), (64, 8)):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+    for cores, expected in ((1, 1), (2, 1), (9, 4), (64, 8)):
+        monkeypatch.setattr("prgkit.workers.available_cores", lambda cores=cores: cores)
         assert default_workers() == expected
+
+
+def test_the_cores_are_those_that_a_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    for quotas, expected in (([], 16), ([3], 3), ([40, 5], 5)):
+        monkeypatch.setattr("prgkit.workers.quotas", lambda quotas=quotas: [99, *quotas])
+        assert available_cores() == expected
 
 
 def test_a_gone_file_is_named(tmp_path: Path) -> None:
