@@ -219,7 +219,7 @@ def calibration_pixels(run: Run, size: int | None = None) -> np.ndarray:
     return found.read(np.arange(min(32 if size else CALIBRATION_IMAGES, found.images)))
 
 
-PARTS = {"fidelity": fidelity, "latency": latency}
+PARTS: dict[str, Callable[..., Any]] = {"fidelity": fidelity, "latency": latency}
 
 
 if __name__ == "__main__":

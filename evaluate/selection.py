@@ -30,10 +30,7 @@ class Selection(Model):
 
 
 def judge_int8(bundle: Bundle, rows: Sequence[Row]) -> list[Int8Verdict]:
-    """Judge every INT8 file that ONNX Runtime ran on this machine's CPU; the first one returned is to be used.
-
-    ``rows`` are the report's. Of several that are kept the fastest is first; where none is kept, the bundle's first.
-    """
+    """Judge every INT8 file that ONNX Runtime ran on this machine's CPU, by the report's ``rows``."""
     on_cpu = [row for row in rows if row.backend == "onnxruntime" and row.device == "cpu"]
     ran = {row.artifact: row for row in on_cpu if row.status == "measured"}
     floats = [row for row in ran.values() if row.precision in ("fp32", "fp16")]
@@ -41,8 +38,7 @@ def judge_int8(bundle: Bundle, rows: Sequence[Row]) -> list[Int8Verdict]:
         return []
     against = min(floats, key=lambda row: measured_latency(row).p50_ms)
     files = [one for one in bundle.artifacts if (one.format, one.precision) == ("onnx", "int8")]
-    verdicts = [judge(ran[one.name], against, margin=bundle.manifest.margin(one)) for one in files if one.name in ran]
-    return sorted(verdicts, key=lambda one: (not one.kept, one.kept and one.ratio))
+    return [judge(ran[one.name], against, margin=bundle.manifest.margin(one)) for one in files if one.name in ran]
 
 
 def judge(row: Row, against: Row, *, margin: float) -> Int8Verdict:
@@ -87,10 +83,7 @@ def round_ratio(
 def int8_notes(bundle: Bundle, verdicts: Sequence[Int8Verdict]) -> list[str]:
     """Say of every INT8 file whether it is kept, and why not; what was not kept at export says so again."""
     notes = [f"{facts.name}: {int8_sentence(facts)}." for facts in bundle.manifest.not_kept]
-    notes += [in_words(verdict) for verdict in verdicts]
-    if sum(verdict.kept for verdict in verdicts) > 1:
-        notes.append(f"predict runs {verdicts[0].artifact}, the fastest of these.")
-    return notes
+    return notes + [in_words(verdict) for verdict in verdicts]
 
 
 def in_words(verdict: Int8Verdict) -> str:

@@ -105,14 +105,15 @@ class NonInferiority(Facts):
         return found
 
 
-Layout = Literal["onnxruntime", "openvino", "tensorrt", "litert", "executorch"]  # whose INT8 a file is
+Layout = Literal["onnxruntime", "openvino", "tensorrt"]
+OwnQuantiser = Literal["litert", "executorch"]  # runtimes whose INT8 files their own quantiser makes
 
 
 class Quantization(Facts):
     """How an INT8 file was made, and how it stands to FP32; after a relabel what does not depend on the classes."""
 
     name: str = ""
-    layout: Layout = "onnxruntime"
+    layout: Layout | OwnQuantiser = "onnxruntime"
     calibration_images: int = 0
     kept: bool = True
     clip_quantile: float | None = None  # the share of the images clipped on either side of a tensor's range
@@ -125,7 +126,7 @@ class TooFewImages(Facts):
     """An INT8 file that was not made: with every answer right that is FP32's, nothing would be sure of it."""
 
     name: str = ""
-    layout: Layout = "onnxruntime"
+    layout: Layout | OwnQuantiser = "onnxruntime"
     calibration_images: int = 0
     kept: Literal[False] = False
     margin: float  # percent points

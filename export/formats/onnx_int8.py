@@ -1,4 +1,4 @@
-"""ONNX in INT8: as many blocks of the network as keep the fidelity floor, in the layouts of two runtimes."""
+"""ONNX in INT8, in the layout of each runtime, where that is as good as FP32."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def require_scales(options: ExportOptions) -> None:
 
 
 def make_int8(export: StudentExport) -> Made:
-    """Quantise the FP32 file and, where engines are wanted, the FP16 file for TensorRT to build from."""
+    """Quantise the FP32 file for each runtime and, where engines are wanted, the FP16 file for TensorRT."""
     from prgkit.export.int8.quantise import quantise
 
     if export.calibration is None:

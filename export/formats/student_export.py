@@ -78,7 +78,8 @@ class StudentExport:
         example = torch.zeros((1, *sides(self.preprocessing.image_size), 3), dtype=torch.uint8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.export.save(torch.export.export(self.module, (example,)), path := self.work / "program.pt2")
+            program = torch.export.export(self.module, (), {"pixels": example})
+            torch.export.save(program, path := self.work / "program.pt2")
         return path
 
     @cached_property

@@ -1,1 +1,1 @@
-"""INT8: calibration, what each block costs, and the accuracy that must be held."""
+"""INT8: calibration, a file for each runtime, and which are kept."""

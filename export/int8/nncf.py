@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,20 @@ from prgkit.export.formats.onnx_graph import save
 INSTALL = "pip install 'prgkit[nncf]'"
 
 
+def installed() -> bool:
+    """Tell whether NNCF is here, and OpenVINO, in which its file is judged."""
+    return all(importlib.util.find_spec(package) for package in ("nncf", "openvino"))
+
+
 def write_for_openvino(fp32: Path, path: Path, pixels: NDArray[np.uint8]) -> None:
-    """Write an FP32 file of ours with Q/DQ nodes as NNCF places them, calibrated on ``pixels`` [n, S, S, 3]."""
+    """Write an FP32 file of ours with Q/DQ nodes as NNCF places them, calibrated on ``pixels`` [n, S, S, 3].
+
+    Activations are symmetric: with zero-points OpenVINO took twice the time (docs/results.md).
+    """
     nncf: Any = importlib.import_module("nncf")
     logging.getLogger("nncf").setLevel(logging.ERROR)
     source = onnx.load(str(fp32))
     images = nncf.Dataset([{source.graph.input[0].name: image[None]} for image in pixels])
-    preset = nncf.QuantizationPreset.MIXED
+    preset = nncf.QuantizationPreset.PERFORMANCE
     model = nncf.quantize(source, images, preset=preset, subset_size=len(pixels), fast_bias_correction=True)
     save(model, path)

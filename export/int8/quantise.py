@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from prgkit.export.bundle.bundle import Evaluation, describe_artifact, read_eval
 from prgkit.export.bundle.fidelity import compare_with_fp32, int8_sentence, known_classes, too_few
 from prgkit.export.bundle.manifest import ONNX, OPENVINO_QDQ, QDQ, Artifact, Layout, Quantization, TooFewImages
 from prgkit.export.formats.student_export import CalibrationSet, StudentExport
+from prgkit.export.int8 import nncf
 from prgkit.export.int8.calibration import CLIP_QUANTILES, Spread, measure_spreads
-from prgkit.export.int8.nncf import INSTALL, write_for_openvino
 from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of
 from prgkit.export.runtimes.base import Runner
 from prgkit.export.runtimes.onnxruntime import OnnxRunner
@@ -73,10 +72,10 @@ def quantise(export: StudentExport, calibration: CalibrationSet) -> tuple[list[R
     network = Network(export.folder / "model.onnx", calibration_pixels(calibration), export.note)
     quantiser = Quantiser(export, network, evaluation, labels)
     files = [FOR_ONNXRUNTIME]
-    if importlib.util.find_spec("nncf") and importlib.util.find_spec("openvino"):
+    if nncf.installed():
         files.append(FOR_OPENVINO)
     else:
-        export.note(f"INT8: no file for OpenVINO is made, which takes NNCF: {INSTALL}")
+        export.note(f"INT8: no file for OpenVINO is made, which takes NNCF: {nncf.INSTALL}")
     if export.options.trt:
         files.append(FOR_TENSORRT_ENGINES)
     return [quantiser.make(file) for file in files], frozenset(file.name for file in files)
@@ -171,7 +170,7 @@ class Quantiser:
         """Write a file, and return how it stands to FP32."""
         path, margin, clip_quantile = self.export.folder / file.file, self.export.options.margin, None
         if file.layout == "openvino":
-            write_for_openvino(self.network.fp32, path, self.network.calibration)
+            nncf.write_for_openvino(self.network.fp32, path, self.network.calibration)
         else:
             source = self.network.fp32 if file.layout == "onnxruntime" else self.export.fp16_file
             self.network.write(source, path, file.layout)

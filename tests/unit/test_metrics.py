@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from prgkit import metrics
+from prgkit.metrics import Z_ONE_SIDED, paired_bound
 
 # Four images, three classes; the answers are 0, 1, 2 and 0.
 LOGITS = np.array([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 1.0, 4.0], [2.0, 1.0, 0.0]], dtype=np.float32)
@@ -80,3 +81,13 @@ def test_scores_say_what_can_be_known_and_no_more() -> None:
     assert labelled.top5 is None  # of three classes, five are always enough
     assert labelled.agreement_teacher is labelled.agreement_teacher_interval is labelled.kl_teacher is None
     assert labelled.top1_interval == pytest.approx((30.06, 95.44), abs=0.01)
+
+
+def test_the_bound_of_a_paired_difference() -> None:
+    squared = Z_ONE_SIDED**2
+    assert paired_bound(0, 0, 40) == pytest.approx(-100 * squared / (40 + squared))
+    assert paired_bound(0, 40, 40) == pytest.approx(-100)
+    assert paired_bound(90, 90, 2000) == pytest.approx(-100 * Z_ONE_SIDED * (0.09 / 2000) ** 0.5, abs=0.02)
+    # Fagerland, Lydersen and Laake (2014): 1 and 7 of 21 patients, 95 % of both sides: -0.517 to -0.026.
+    bounds = paired_bound(1, 7, 21, z=1.959964), -paired_bound(7, 1, 21, z=1.959964)
+    assert bounds == pytest.approx((-51.7, -2.6), abs=0.05)

@@ -16,6 +16,8 @@ from typing import Any
 from prgkit.errors import ExportError, one_line
 from prgkit.native_output import redirect_output
 
+PATIENCE_S = 10  # for a process whose work is done to clean up
+
 
 def run_apart(function: Callable[..., None], *arguments: Any) -> None:
     """Run ``function(*arguments)``, a function of a module, in a process that starts anew.
@@ -33,7 +35,9 @@ def run_apart(function: Callable[..., None], *arguments: Any) -> None:
             process.start()
             theirs.close()  # so that its death reads as the end of the pipe
             with suppress(EOFError):
-                if failure := ours.recv():
+                failure = ours.recv()
+                process.join(PATIENCE_S)
+                if failure:
                     raise ExportError(failure)
                 return
             process.join()

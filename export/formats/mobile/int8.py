@@ -11,7 +11,7 @@ import numpy as np
 
 from prgkit.export.bundle.bundle import describe_artifact, read_evaluation
 from prgkit.export.bundle.fidelity import compare_with_fp32, int8_sentence, known_classes, too_few
-from prgkit.export.bundle.manifest import Artifact, Layout, NotKept, Quantization
+from prgkit.export.bundle.manifest import Artifact, NotKept, OwnQuantiser, Quantization
 from prgkit.export.formats.base import Made
 from prgkit.export.runtimes.base import Runner
 from prgkit.export.runtimes.parity import compare, run_and_close
@@ -28,7 +28,7 @@ class Int8Recipe:
     name: str
     file: str
     format: str
-    runtime: Layout
+    runtime: OwnQuantiser
     converters: Sequence[str]  # packages that write it
     write: Callable[[Path, Path], None]  # calibration pixels [n, S, S, 3] as a .npy file, and the path to write
     runner: Callable[[Path], Runner]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,8 +16,8 @@ def convert(program: Path, path: Path) -> None:
     import torch
 
     exported = torch.export.load(program)
-    (example,) = exported.example_inputs[0]
-    litert_torch.convert(exported.module(), sample_kwargs={INPUT: example}).export(str(path))
+    _, named = exported.example_inputs
+    litert_torch.convert(exported.module(), sample_kwargs=named).export(str(path))
 
 
 def halve(fp32: Path, path: Path) -> None:
@@ -46,13 +44,8 @@ def quantise(fp32: Path, calibration: Path, path: Path) -> None:
     """
     from ai_edge_quantizer import qtyping, quantizer, recipe
 
-    pixels = np.load(calibration, mmap_mode="r")
-
-    def samples() -> Iterator[dict[str, Any]]:
-        for place in range(len(pixels)):
-            yield {INPUT: np.array(pixels[place : place + 1])}
-
     made = quantizer.Quantizer(str(fp32), recipe.static_wi8_ai8())
     made.update_quantization_recipe(".*", qtyping.TFLOperationName.OUTPUT, algorithm_key="no_quantize")
-    ranges = made.calibrate({SIGNATURE: samples()}, num_threads=1)
+    samples = [{INPUT: pixels} for pixels in np.load(calibration)[:, None]]
+    ranges = made.calibrate({SIGNATURE: samples}, num_threads=1)
     made.quantize(ranges, enable_progress_report=False).export_model(str(path))

@@ -1,4 +1,4 @@
-"""INT8: the graph that is written, the fidelity floor that decides what stays in it, and what becomes of a miss."""
+"""INT8: the graph that is written, the comparison with FP32 that decides whether it is kept, and what becomes of it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from onnx import numpy_helper  # noqa: E402
 from prgkit.config.recipe import load_recipe  # noqa: E402
 from prgkit.data.index import read_image_index  # noqa: E402
 from prgkit.data.preprocessing import Preprocessing  # noqa: E402
+from prgkit.data.ticks import Tick  # noqa: E402
 from prgkit.errors import ExportError, TargetsError  # noqa: E402
 from prgkit.evaluate.predict import predict  # noqa: E402
 from prgkit.evaluate.report.formatting import lead_row, refused  # noqa: E402
@@ -25,29 +26,24 @@ from prgkit.evaluate.report.schema import Int8Verdict, Latency, Row  # noqa: E40
 from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection  # noqa: E402
 from prgkit.export import engines  # noqa: E402
 from prgkit.export.bundle.bundle import open_bundle  # noqa: E402
-from prgkit.export.bundle.fidelity import in_float, int8_sentence, too_few  # noqa: E402
-from prgkit.export.bundle.manifest import BlockSensitivity, Fidelity, Quantization  # noqa: E402
+from prgkit.export.bundle.fidelity import compare_with_fp32, images_needed, int8_sentence, known_classes, too_few  # noqa: E402
+from prgkit.export.bundle.manifest import Quantization  # noqa: E402
 from prgkit.export.formats import tensorrt_precision  # noqa: E402
 from prgkit.export.formats.onnx_export import OnnxExportModule, export_onnx  # noqa: E402
 from prgkit.export.formats.options import ExportOptions  # noqa: E402
 from prgkit.export.formats.student_export import CalibrationSet  # noqa: E402
-from prgkit.export.formats.tensorrt import buildable, engine_name  # noqa: E402
 from prgkit.export.formats.tensorrt_build import build_engine  # noqa: E402
 from prgkit.export.from_run import calibration_set, evaluation_positions  # noqa: E402
+from prgkit.export.int8 import nncf  # noqa: E402
 from prgkit.export.int8 import quantise as pipeline  # noqa: E402
-from prgkit.export.int8.accuracy_control import (  # noqa: E402
-    AccuracyTarget,
-    analyse_sensitivity,
-    control_accuracy,
-    find_fewest,
-    logits_of,
-    median_kl,
-    root_kl,
-)
 from prgkit.export.int8.calibration import Spread, measure_spreads  # noqa: E402
-from prgkit.export.int8.qdq import Block, Quantizable, block_name, find_blocks, tensors_of, weight_scales  # noqa: E402
+from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of, weight_scales  # noqa: E402
+from prgkit.export.int8.quantise import root_kl  # noqa: E402
 from prgkit.export.pipeline import EvaluationSet, ExportImages, StudentOrigin, TrainedStudent, export_student  # noqa: E402
-from prgkit.export.runtimes.gpu import Backend, available_backends  # noqa: E402
+from prgkit.export.runtimes import setups  # noqa: E402
+from prgkit.export.runtimes.gpu import available_backends  # noqa: E402
+from prgkit.export.runtimes.onnxruntime import OnnxRunner  # noqa: E402
+from prgkit.export.runtimes.parity import run_and_close  # noqa: E402
 from prgkit.progress import NullProgress  # noqa: E402
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed  # noqa: E402
 from prgkit.storage.run import Run  # noqa: E402
@@ -66,15 +62,14 @@ needs_rtx = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def quantised(exported, tmp_path_factory):
-    """Both layouts of a real student, every block in INT8, calibrated on 64 images."""
+    """Both layouts of a real student, calibrated on 64 images."""
     folder = tmp_path_factory.mktemp("int8")
-    blocks = find_blocks(exported.fp32)
-    spreads = measure_spreads(exported.fp32, tensors_of(exported.fp32, blocks), exported.pixels[:64])
-    nodes = {node for block in blocks for node in block.nodes}
+    nodes = find_convolutions(exported.fp32)
+    spreads = measure_spreads(exported.fp32, tensors_of(exported.fp32, nodes), exported.pixels[:64])
     files = {"onnxruntime": folder / "model.int8.onnx", "tensorrt": folder / "model.int8.tensorrt.onnx"}
     Quantizable(exported.fp32, spreads, 0.02, "onnxruntime").write(files["onnxruntime"], nodes)
     Quantizable(exported.fp16, spreads, 0.02, "tensorrt").write(files["tensorrt"], nodes)
-    return SimpleNamespace(exported=exported, blocks=blocks, spreads=spreads, nodes=nodes, files=files)
+    return SimpleNamespace(exported=exported, nodes=nodes, files=files)
 
 
 def opened(path):
@@ -142,28 +137,13 @@ def test_preprocessing_input_output_and_metadata_stay(quantised, layout):
 @pytest.mark.parametrize("layout", ["onnxruntime", "tensorrt"])
 def test_it_runs_and_mostly_says_the_same(quantised, layout):
     exported = quantised.exported
-    reference, logits = (logits_of(path, exported.pixels[64:]) for path in (exported.fp32, quantised.files[layout]))
+    reference, logits = (
+        run_and_close(OnnxRunner(path), exported.pixels[64:]) for path in (exported.fp32, quantised.files[layout])
+    )
     least = 0.8 if exported.fp32.parent.name.startswith("repvit") else 0.6  # random weights: answers are close calls
     assert (reference.argmax(axis=1) == logits.argmax(axis=1)).mean() > least
     source = exported.fp32 if layout == "onnxruntime" else exported.fp16
     assert quantised.files[layout].stat().st_size < (0.45 if layout == "onnxruntime" else 0.7) * source.stat().st_size
-
-
-def test_blocks_follow_the_modules(quantised):
-    names = [block.name for block in quantised.blocks]
-    expected = ("stages.0.blocks.0.channel_mixer", "stages.0.blocks.1.channel_mixer", "stages.3.blocks.1.channel_mixer")
-    if names[-1] == "conv_head":
-        expected = ("blocks.2.0.conv_pwl", "blocks.2.1.conv_pw", "conv_head")  # what comes before has few channels
-    assert (names[0], names[1], names[-1]) == expected
-    assert len(names) > 12
-    assert block_name("network.stages.1.downsample.ffn.conv1.weight") == "stages.1.downsample.ffn"
-    assert (
-        block_name("network.stages.1.downsample.channel_downsample.weight") == "stages.1.downsample.channel_downsample"
-    )
-    assert block_name("network.stages.2.blocks.3.channel_mixer.conv1.weight") == "stages.2.blocks.3.channel_mixer"
-    assert block_name("network.blocks.4.2.conv_pw.weight") == "blocks.4.2.conv_pw"
-    assert block_name("model.stem.conv2.weight") == "stem.conv2"
-    assert block_name("network.head.weight") == "head"
 
 
 def test_root_kl_is_the_mean_of_the_images_roots():
@@ -182,16 +162,6 @@ def test_one_image_that_explodes_does_not_outweigh_all_others():
     one_lost[0] = (0, 500)
     all_blurred[1:] = (10.4, 0)
     assert root_kl(wanted, one_lost) < 0.2 * root_kl(wanted, all_blurred)
-
-
-def test_blocks_are_ranked_by_the_median_image():
-    wanted = np.log(np.array([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]], np.float32))
-    found = np.log(np.array([[0.2, 0.8], [0.4, 0.6], [0.5, 0.5]], np.float32)) - 2  # a shift changes no softmax
-    kl = 0.5 * np.log(0.5 / 0.4) + 0.5 * np.log(0.5 / 0.6)
-    assert median_kl(wanted, found) == pytest.approx(kl, rel=1e-5)
-    found[0] = (1000, 0)  # however far one image is off
-    assert median_kl(wanted, found) == pytest.approx(kl, rel=1e-5)
-    assert median_kl(wanted, wanted) == 0
 
 
 def test_a_range_leaves_out_the_images_that_explode_and_holds_zero():
@@ -257,100 +227,88 @@ def test_the_weights_of_a_file_obey_that(quantised):
     assert most > 96, "seven bits would do that too"
 
 
-@pytest.mark.parametrize(("blocks", "needed"), [(24, 0), (24, 1), (24, 7), (24, 23), (2, 1)])
-def test_the_fewest_blocks_in_float_are_found_by_bisection(blocks, needed):
-    asked = []
-
-    def holds(count):
-        asked.append(count)
-        return count >= needed
-
-    assert find_fewest(blocks, holds) == needed
-    assert len(asked) <= 6
+def compared(*, lost, images, won=0, labels=None):
+    """Two students of two classes: FP32 has the teacher's answer but for ``won`` images, INT8 but for the last lost."""
+    teacher = np.tile(np.float32([1, 0]), (images, 1))
+    fp32, int8 = teacher.copy(), teacher.copy()
+    fp32[:won] = int8[images - lost :] = (0, 1)
+    return compare_with_fp32(fp32, int8, teacher, labels)
 
 
-def test_where_even_one_block_misses_the_floor_none_is_found():
-    asked = []
-    assert find_fewest(24, lambda count: bool(asked.append(count))) is None
-    assert max(asked) == 23, "the last that was tried quantises one block"
+def test_a_file_is_as_good_where_the_bound_of_the_paired_difference_is_within_the_margin():
+    """Of 1,000 images 20 are lost and 20 won: z sqrt(0.04 / 1000) = 1.04 points, and a little for the score test."""
+    found = compared(lost=20, won=20, images=1000)
+    assert (found.agreement_fp32, found.teacher.fp32, found.teacher.file) == pytest.approx((96, 98, 98))
+    assert (found.teacher.won, found.teacher.lost) == (20, 20)
+    assert found.teacher.bounds == pytest.approx((-1.05, 1.05), abs=0.02)
+    assert (found.holds(1.1), found.holds(1.0)) == (True, False)
+    assert not compared(lost=40, images=1000).holds(2), "as many differ, all of them to the worse"
+    assert compared(lost=0, images=134).holds(2)
+    assert not compared(lost=0, images=132).holds(2), "z^2 / (132 + z^2) = 2.01 %"
 
 
-def test_a_sensitive_block_is_found_and_goes_back_to_float(repvit, tmp_path):
-    """One block's range is made absurdly wide: INT8 rounds all that passes through it to nothing."""
-    exported, blocks = repvit, find_blocks(repvit.fp32)[:6]
-    spoilt = next(block for block in blocks if block.name == "stages.1.downsample.channel_downsample")
-    spreads = measure_spreads(exported.fp32, tensors_of(exported.fp32, blocks), exported.pixels[:32])
-    (middle,) = spoilt.nodes  # nothing leads around it
-    taken = next(node.input[0] for node in onnx.load(str(exported.fp32)).graph.node if node.name == middle)
-    spreads[taken] = Spread()
-    spreads[taken].add(np.array([[-1e6, 1e6]], dtype=np.float32))
-    pixels = exported.pixels[64:]
-    logits = logits_of(exported.fp32, pixels)
-    scan = analyse_sensitivity(exported.fp32, blocks, spreads, 0.02, pixels)
-    assert scan[0].block == spoilt.name
-    found = control_accuracy(
-        Quantizable(exported.fp32, spreads, 0.02, "onnxruntime"),
-        tmp_path / "model.int8.onnx",
-        blocks=blocks,
-        sensitivity=scan,
-        target=AccuracyTarget(pixels, logits, 60),
-        note=lambda text: None,
+def test_the_divergence_from_the_teacher_may_rise_by_a_tenth():
+    """Logits that say nothing are KL = log 2 - H away; twice as sure ones have the same answers."""
+    teacher = np.tile(np.log(np.float32([0.8, 0.2])), (400, 1))
+    fp32 = np.tile(np.log(np.float32([0.6, 0.4])), (400, 1))
+    before = 0.8 * np.log(0.8 / 0.6) + 0.2 * np.log(0.2 / 0.4)
+    found = compare_with_fp32(fp32, np.zeros_like(fp32), teacher)
+    after = 0.8 * np.log(0.8 / 0.5) + 0.2 * np.log(0.2 / 0.5)
+    assert (found.kl_fp32, found.kl, found.kl_bound) == pytest.approx((before, after, after - before), rel=1e-5)
+    assert found.conditions(2) == {"teacher": True, "kl": False}
+    assert compare_with_fp32(fp32, 1.05 * fp32, teacher).holds(2), "surer, as the teacher is"
+
+
+def test_labels_of_all_images_decide_and_those_of_some_refuse_what_is_surely_worse():
+    everywhere = np.zeros(1000, int)
+    ticked = np.full(1000, -1)
+    ticked[-100:] = 0  # where all that differ are
+    assert compared(lost=10, images=1000, labels=everywhere).holds(2)
+    some = compared(lost=1, images=1000, labels=ticked)
+    assert (some.labels.images, some.labels.lost) == (100, 1)
+    assert some.labels.bounds[0] < -2
+    assert some.holds(2), "100 images are too few to show that it is as good"
+    assert compared(lost=10, images=1000, labels=ticked).conditions(2) == {"teacher": True, "kl": True, "labels": False}
+    assert compared(lost=10, images=1000, labels=np.full(1000, -1)).labels is None
+
+
+def test_what_is_ticked_is_known_of_the_images_that_travel():
+    evaluation = SimpleNamespace(labels=None, keys=("a", "b", "c", "d"))
+    ticks = [Tick(1, "", "b", "cat", "90", right=True), Tick(2, "", "c", "cat", "90", right=False, named="dog")]
+    ticks.append(Tick(3, "", "d", "cat", "90", right=False))  # and nobody says what it is
+    assert known_classes(evaluation, ticks, ["dog", "cat"]).tolist() == [-1, 1, 0, -1]
+
+
+def test_sentences_say_what_decided_and_how_many_images_would_tell():
+    found = compared(lost=12, won=12, images=500)
+    kept = [Quantization(kept=found.holds(margin), margin=margin, comparison=found) for margin in (3, 2)]
+    figures = (
+        "the same answer as the teacher on 97.60 % of 500 images (FP32 97.60 %), at worst -1.62 points, {} allowed"
     )
-    assert found.kept
-    assert found.float_blocks[0] == spoilt.name
-    assert found.fidelity.interval[0] >= 60
-    assert found.tried[0].float_blocks == 0
-    assert found.tried[0].fidelity.interval[0] < 60
-    kept = onnx.load(str(tmp_path / "model.int8.onnx"))
-    for node in kept.graph.node:
-        if node.name in spoilt.nodes:
-            assert not node.input[1].endswith("_dequantised"), "its weights are float again"
-    assert int8_sentence(found).startswith(f"{found.blocks - len(found.float_blocks)} of {found.blocks} blocks in INT8")
-
-
-def test_the_most_sensitive_blocks_do_not_choose_the_clipping(monkeypatch):
-    asked = []
-    monkeypatch.setattr(pipeline, "choose_clip_quantile", lambda fp32, blocks, *rest: asked.extend(blocks) or 0.04)
-    network = pipeline.Network("model.onnx", np.zeros((1, 8, 8, 3), np.uint8), print)
-    blocks = [Block(f"block {number}", ()) for number in range(10)]
-    scan = [
-        BlockSensitivity(block=f"block {number}", median_kl=0, agreement=0) for number in (7, 2, 0, 1, 3, 4, 5, 6, 8, 9)
-    ]  # the most sensitive first
-    network.__dict__.update(blocks=blocks, sensitivity=scan, spreads={})  # as if measured
-    assert network.clip_quantile == 0.04
-    assert {block.name for block in blocks} - {block.name for block in asked} == {"block 7", "block 2"}
-
-
-def test_where_the_floor_cannot_be_held_no_file_remains(quantised, tmp_path):
-    exported = quantised.exported
-    pixels = exported.pixels[64:128]
-    nobody = -logits_of(exported.fp32, pixels)  # the answers of another network
-    found = control_accuracy(
-        Quantizable(exported.fp32, quantised.spreads, 0.02, "onnxruntime"),
-        tmp_path / "model.int8.onnx",
-        blocks=quantised.blocks[:2],
-        sensitivity=[
-            BlockSensitivity(block=block.name, median_kl=1.0, agreement=0.0) for block in quantised.blocks[:2]
-        ],
-        target=AccuracyTarget(pixels, nobody, 98),
-        note=lambda text: None,
+    assert int8_sentence(kept[0]).startswith(f"as good as FP32: {figures.format(3)}; KL to the teacher 0.")
+    assert int8_sentence(kept[0]).endswith("; the same answer as FP32 on 95.20 %")
+    strict = Quantization(kept=False, margin=1.5, comparison=found)
+    assert int8_sentence(strict).startswith(
+        f"INT8 is not kept: it is not surely as good as FP32: {figures.format(1.5)}"
     )
-    assert not found.kept
-    assert not list(tmp_path.iterdir())
-    assert int8_sentence(found) == (
-        "INT8 is not kept: with only 1 of 2 blocks in it, the same answer as FP32 on 0.00 % of 64 held-out images, "
-        "lower 95 % bound 0.00 %; the floor is 98 %; 2,000 images would make the bound narrower"
-    )
+    assert int8_sentence(strict).endswith("; about 1,828 images would show whether it is as good")
+    assert images_needed(0.048, 1.5) == 1828  # (1.645 + 1.282)^2 x 0.048 / 0.015^2
 
 
-def test_too_few_images_can_show_nothing_and_that_is_said():
-    assert too_few(189, 98) is None  # 189 / (189 + 1.96^2) = 98.01 %
-    found = too_few(188, 98)
-    assert not found.kept
-    assert int8_sentence(found) == (
-        "INT8 is not kept: 188 held-out images cannot show its fidelity; with every answer the same its lower 95 % "
-        "bound would be 98.00 %, and the floor is 98 %"
+def test_a_layer_of_which_the_scale_is_doubled_is_refused_and_the_file_without_that_is_not(quantised, tmp_path):
+    exported, path = quantised.exported, tmp_path / "doubled.onnx"
+    model, constants, _ = opened(quantised.files["onnxruntime"])
+    scales = [tensor for tensor in model.graph.initializer if tensor.name.endswith("_weight_scale")]
+    chosen = scales[len(scales) // 2]
+    chosen.CopyFrom(numpy_helper.from_array(2 * constants[chosen.name], chosen.name))
+    onnx.save(model, str(path))
+    fp32, whole, doubled = (
+        run_and_close(OnnxRunner(one), exported.pixels[64:])
+        for one in (exported.fp32, quantised.files["onnxruntime"], path)
     )
+    teacher = 3 * fp32 / fp32.std()  # a student that is less sure than its teacher
+    assert compare_with_fp32(fp32, whole, teacher).conditions(12)["kl"]
+    assert not compare_with_fp32(fp32, doubled, teacher).holds(12)
 
 
 @needs_rtx
@@ -373,20 +331,18 @@ def test_an_int8_engine_comes_from_an_int8_file_and_no_other(quantised, tmp_path
 
 
 @pytest.fixture(scope="module")
-def few_blocks():
-    """Quantise a few blocks only, two of them of little arithmetic: a scan of them tells the same, sooner."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "find_blocks", lambda path: find_blocks(path)[7:12])
-        yield
-
-
-@pytest.fixture(scope="module")
-def bundle(repvit, few_blocks, tmp_path_factory):
-    """A bundle with INT8 held to a floor that random weights can reach."""
+def bundle(repvit, tmp_path_factory):
+    """A bundle with INT8 in a margin that so few images can show, of two runtimes."""
     folder = tmp_path_factory.mktemp("run") / "bundle"
     notes = []
-    manifest = export(repvit, folder, notes, count=192, int8=True, fidelity=60.0)
+    manifest = export(repvit, folder, notes, count=192, int8=True, margin=15.0)
     return SimpleNamespace(folder=folder, manifest=manifest, notes=notes)
+
+
+@pytest.fixture(autouse=True)
+def _without_nncf(monkeypatch):
+    """Make OpenVINO's file in its own test alone: NNCF takes its time."""
+    monkeypatch.setattr(nncf, "installed", lambda: False)
 
 
 def export(repvit, folder, notes, *, count, **options):
@@ -417,58 +373,42 @@ def test_a_bundle_carries_int8_with_its_parity_and_what_was_found(bundle):
     assert (entry.name, entry.file, entry.precision) == ("onnx-int8", "model.int8.onnx", "int8")
     assert entry.parity.images == 32
     found = entry.quantization
-    assert (found.kept, found.floor, found.fidelity.images, found.calibration_images) == (True, 60.0, 192, 64)
-    assert found.fidelity.interval[0] >= 60
-    assert len(found.sensitivity) == found.blocks == 5
+    assert (found.kept, found.margin, found.comparison.images, found.calibration_images) == (True, 15.0, 192, 64)
+    assert found.comparison.teacher.bounds[0] >= -15
     assert opened.manifest.not_kept == ()
-    assert any(note.startswith("model.int8.onnx: ") and "blocks in INT8" in note for note in bundle.notes)
+    said = [note for note in bundle.notes if note.startswith("model.int8.onnx: ")]
+    assert said == [f"model.int8.onnx: {int8_sentence(found)}"]
 
 
-def test_the_heavy_file_leaves_the_blocks_of_little_arithmetic_in_float(bundle):
-    every, heavy = (entry.quantization for entry in bundle.manifest.artifacts[1:])
-    assert [entry.name for entry in bundle.manifest.artifacts] == ["onnx-fp32", "onnx-int8", "onnx-int8-heavy"]
-    blocks = find_blocks(bundle.folder / "model.onnx")[7:12]
-    light = [block.name for block in blocks if block.work < 80]
-    assert [round(block.work) for block in blocks] == [64, 64, 128, 128, 128]
-    assert not set(light) <= set(every.float_blocks), "else it would be the same file"
-    assert list(heavy.float_blocks[-2:]) == light
-    assert (heavy.blocks, heavy.kept, heavy.layout) == (5, True, "onnxruntime")
-    names = {block.name: block.nodes for block in blocks}
-    graph = onnx.load(str(bundle.folder / "model.int8-heavy.onnx")).graph
-    taken = {node.name: node.input[0] for node in graph.node}
-    assert not any(taken[node].endswith("_dequantised") for name in light for node in names[name])
-    assert all(taken[node].endswith("_dequantised") for node in names[(set(names) - set(heavy.float_blocks)).pop()])
-
-
-def test_where_every_light_block_is_in_float_anyway_there_is_no_heavy_file(bundle, repvit, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "COMPUTE_BOUND_WORK", 60)
-        manifest = export(repvit, tmp_path / "bundle", [], count=192, int8=True, fidelity=60.0)
-    assert [entry.name for entry in manifest.artifacts] == ["onnx-fp32", "onnx-int8"]
+def test_openvino_has_a_file_of_its_own_where_nncf_is_installed(repvit, tmp_path, monkeypatch):
+    monkeypatch.setattr(nncf, "installed", lambda: True)
+    folder = tmp_path / "bundle"
+    manifest = export(repvit, folder, [], count=192, int8=True, margin=15.0)
+    entry = manifest.artifacts[2]
+    assert (entry.name, entry.backend, entry.quantization.kept) == ("onnx-int8-openvino", "openvino", True)
+    assert entry.format == "onnx-openvino"
+    beside = manifest.artifacts
+    runtimes = {one.name: [setup.variant.name for setup in setups(one, folder, beside)] for one in beside}
+    assert "openvino" not in {setup.variant.backend for setup in setups(beside[1], folder, beside)}
+    assert runtimes["onnx-int8-openvino"] == ["CPU"]
+    model = onnx.load(str(folder / entry.file))
+    assert (model.ir_version, model.opset_import[0].version) == (9, 20)
+    assert sum(node.op_type == "QuantizeLinear" for node in model.graph.node) > 25
 
 
 @needs_rtx
-def test_each_runtime_has_its_two_files_and_what_makes_the_same_engine_of_both_builds_one(
-    bundle, repvit, tmp_path, monkeypatch
-):
+def test_each_runtime_has_its_file_and_the_engine_is_built_of_tensorrts(bundle, repvit, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt_precision, "LEAST_INT8_WEIGHTS", 1)
     shutil.copytree(bundle.folder, tmp_path / "bundle")
-    manifest = export(repvit, tmp_path / "bundle", [], count=192, int8=True, fidelity=60.0, trt=True)
+    manifest = export(repvit, tmp_path / "bundle", [], count=192, int8=True, margin=15.0, trt=True)
     files = {entry.name: entry.file for entry in manifest.artifacts}
     assert files == {
         "onnx-fp32": "model.onnx",
         "tensorrt_rtx-fp32": "model.fp32.tensorrt_rtx.engine",
         "onnx-int8": "model.int8.onnx",
-        "onnx-int8-heavy": "model.int8-heavy.onnx",
         "onnx-int8-tensorrt": "model.int8.tensorrt.onnx",
-        "onnx-int8-heavy-tensorrt": "model.int8-heavy.tensorrt.onnx",
-        "tensorrt_rtx-int8-heavy": "model.int8-heavy.tensorrt_rtx.engine",
+        "tensorrt_rtx-int8": "model.int8.tensorrt_rtx.engine",
     }
-    quantised = [entry for entry in manifest.artifacts if entry.format == "onnx-tensorrt"]
-    rtx, tensorrt = (Backend(name, "11", None) for name in ("tensorrt_rtx", "tensorrt"))
-    assert buildable(quantised, rtx) == quantised[1:]
-    assert buildable(quantised, tensorrt) == quantised
-    assert [engine_name("tensorrt", entry) for entry in quantised] == ["tensorrt-int8", "tensorrt-int8-heavy"]
     notes = []
     build = {"fp16": False, "int8": True, "batch": (1, 1, 1), "backend": "tensorrt_rtx", "note": notes.append}
     on_device = build_engines(tmp_path / "bundle", **build)
@@ -483,15 +423,15 @@ def test_an_int8_engine_that_would_be_larger_than_fp16s_is_not_kept_and_that_is_
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     notes = []
     why = (
-        "INT8 is not kept: none of its 6 quantised convolutions has 275,000 weights, and what tensorrt_rtx builds around "
+        "INT8 is not kept: none of its 30 quantised convolutions has 275,000 weights, and what tensorrt_rtx builds around "
         "a smaller one takes more than INT8 saves, so FP16's engine is smaller"
     )
-    manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=60.0, trt=True)
-    assert notes[-1] == f"tensorrt_rtx-int8-heavy: {why}"
-    assert [one.name for one in manifest.not_kept] == ["tensorrt_rtx-int8-heavy"]
-    assert int8_notes(open_bundle(tmp_path / "bundle"), []) == [f"tensorrt_rtx-int8-heavy: {why}."]
+    manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, margin=15.0, trt=True)
+    assert notes[-1] == f"tensorrt_rtx-int8: {why}"
+    assert [one.name for one in manifest.not_kept] == ["tensorrt_rtx-int8"]
+    assert int8_notes(open_bundle(tmp_path / "bundle"), []) == [f"tensorrt_rtx-int8: {why}."]
     for asked in (True, False):  # what is not decided anew stays, and what was said of it
-        again = export(repvit, tmp_path / "bundle", [], count=192, int8=asked, fidelity=60.0)
+        again = export(repvit, tmp_path / "bundle", [], count=192, int8=asked, margin=15.0)
         assert again.not_kept == manifest.not_kept
         assert {entry.name for entry in again.artifacts} == {entry.name for entry in manifest.artifacts}
 
@@ -504,18 +444,18 @@ def test_an_int8_engine_that_would_be_larger_than_fp16s_is_not_kept_and_that_is_
 
     with monkeypatch.context() as patch:
         patch.setattr(tensorrt_precision, "LEAST_INT8_WEIGHTS", 1)
-        assert build((1, 1, 1)) == (["model.int8-heavy.tensorrt_rtx.engine"], [])
-    assert build((2, 2, 2)) == ([], ["tensorrt_rtx-int8-heavy"])
-    assert notes[-1] == f"tensorrt_rtx-int8-heavy: {why}"
+        assert build((1, 1, 1)) == (["model.int8.tensorrt_rtx.engine"], [])
+    assert build((2, 2, 2)) == ([], ["tensorrt_rtx-int8"])
+    assert notes[-1] == f"tensorrt_rtx-int8: {why}"
 
 
 def test_int8_that_is_finished_is_not_made_again(bundle, repvit, tmp_path):
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     notes = []
-    manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=60.0)
+    manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, margin=15.0)
     assert manifest.artifacts == bundle.manifest.artifacts
     assert "model.int8.onnx: finished before, and made from the same; it is kept" in notes
-    assert not any("scanning" in note for note in notes)
+    assert not any("calibrating" in note for note in notes)
 
 
 def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tmp_path):
@@ -527,8 +467,8 @@ def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tm
     assert [(one.name, one.kept, one.images) for one in manifest.not_kept] == [("onnx-int8", False, 40)]
     assert not hasattr(manifest.not_kept[0], "made_from"), "to try again costs nothing"
     said = (
-        "INT8 is not kept: 40 held-out images cannot show its fidelity; with every answer the same its lower 95 % bound "
-        "would be 91.24 %, and the floor is 98 %"
+        "INT8 is not kept: 40 held-out images cannot show that it is as good as FP32; with the same answers it could be "
+        "6.34 points worse, and 2 are allowed; 133 images or more are needed"
     )
     assert f"model.int8.onnx: {said}" in notes
     assert int8_notes(open_bundle(tmp_path / "bundle"), []) == [f"onnx-int8: {said}."]
@@ -538,10 +478,12 @@ def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tm
 def test_an_engine_of_int8_that_missed_its_floor_is_refused_with_the_figures(bundle, tmp_path):
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     manifest = read_sealed(tmp_path / "bundle" / "manifest.json")
-    manifest["not_kept"] = [{"name": "onnx-int8-tensorrt", "layout": "tensorrt", **too_few(40, 98.0).to_json()}]
+    manifest["not_kept"] = [{"name": "onnx-int8-tensorrt", "layout": "tensorrt", **too_few(40, 2.0).to_json()}]
     write_sealed(tmp_path / "bundle" / "manifest.json", manifest)
     build = {"fp16": False, "int8": True, "batch": (1, 1, 1), "backend": "tensorrt_rtx", "note": lambda _: None}
-    with pytest.raises(ExportError, match="INT8 is not kept: 40 held-out images cannot show its fidelity") as caught:
+    with pytest.raises(
+        ExportError, match="INT8 is not kept: 40 held-out images cannot show that it is as good"
+    ) as caught:
         build_engines(tmp_path / "bundle", **build)
     assert caught.value.fix == "build without --int8"
 
@@ -550,31 +492,30 @@ def test_int8_that_was_not_kept_is_not_tried_again_before_something_changes(bund
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     tried = []
 
-    def missed(network, path, *, target, **_):
-        floor = target.floor
-        tried.append(floor)
-        found = {"kept": False, "floor": floor, "blocks": 5, "float_blocks": ["a"], "clip_quantile": 0.0}
-        return Quantization(**found, fidelity=Fidelity(images=192, agreement=50.0, interval=(40.0, 60.0)))
+    def missed(self, file):
+        margin = self.export.options.margin
+        tried.append(margin)
+        (self.export.folder / file.file).touch()
+        answers = np.eye(20, dtype=np.float32)[np.zeros(192, int)]
+        return Quantization(kept=False, margin=margin, comparison=compare_with_fp32(answers, -answers, answers))
 
-    monkeypatch.setattr(pipeline, "control_accuracy", missed)
+    monkeypatch.setattr(pipeline.Quantiser, "judge", missed)
     said = []
-    for floor in (70.0, 70.0, 71.0):
+    for margin in (3.0, 3.0, 4.0):
         notes = []
-        export(repvit, tmp_path / "bundle", notes, count=192, int8=True, fidelity=floor)
+        export(repvit, tmp_path / "bundle", notes, count=192, int8=True, margin=margin)
         said.append(next(note for note in notes if note.startswith("model.int8.onnx: ")))
-    assert tried == [70.0, 71.0]
+    assert tried == [3.0, 4.0]
     assert said[1] == f"{said[0]} (found before, from the same)"
     assert said[0].startswith("model.int8.onnx: INT8 is not kept: ")
-    assert [one.floor for one in open_bundle(tmp_path / "bundle").manifest.not_kept] == [71.0]
+    assert [one.margin for one in open_bundle(tmp_path / "bundle").manifest.not_kept] == [4.0]
 
 
-def rows(*, int8_ms, agreement, heavy_ms=None, heavy_agreement=100.0):
-    files = {"fp32": ([10.0] * 10, 100.0), "fp16": ([12.0] * 10, 100.0), "int8": (int8_ms, agreement)}
-    files |= {"int8-heavy": (heavy_ms, heavy_agreement)} if heavy_ms else {}
-    made = []
-    for kind, (times, same) in files.items():
-        made.append(measured_row(f"onnx-{kind}", times, precision=kind.partition("-")[0], agreement_fp32=same))
-    return made
+def rows(*, int8_ms, lost=0):
+    """Rows of a bench in which INT8 loses the teacher's answer on some of 2,000 images, and wins it on none."""
+    found = compared(lost=lost, images=2000)
+    files = {"fp32": [10.0] * 10, "fp16": [12.0] * 10, "int8": int8_ms}
+    return [measured_row(f"onnx-{kind}", times, precision=kind, comparison=found) for kind, times in files.items()]
 
 
 def measured_row(artifact, times, *, backend="onnxruntime", precision="int8", **figures):
@@ -584,69 +525,44 @@ def measured_row(artifact, times, *, backend="onnxruntime", precision="int8", **
 
 
 @pytest.mark.parametrize(
-    ("int8_ms", "agreement", "kept", "said"),
+    ("int8_ms", "lost", "kept", "said"),
     [
+        ([5.0] * 10, 10, True, "onnx-int8 is kept on this machine: 0.50 times the latency of onnx-fp32 (0.50–0.50); "),
         (
             [5.0] * 10,
-            90.0,
-            True,
-            "onnx-int8 is kept on this machine: the same answer as FP32 on 90.00 % of 2,000 images",
+            300,
+            False,
+            "the same answer as the teacher on 85.00 % of 2,000 images (FP32 100.00 %), at worst -16.",
         ),
-        ([5.0] * 10, 61.0, False, "lower 95 % bound 58.84 %, floor 60 %; 0.50 times the latency of onnx-fp32"),
-        ([10.0, 9.0] * 5, 90.0, True, "0.95 times the latency of onnx-fp32 (0.92–0.98)"),
-        ([10.0] * 9 + [9.0], 90.0, False, "0.99 times the latency of onnx-fp32 (0.97–1.00)"),
-        ([20.0] * 10, 90.0, False, "onnx-int8 is not kept on this machine: "),
+        ([10.0, 9.0] * 5, 10, True, "0.95 times the latency of onnx-fp32 (0.92–0.98)"),
+        ([10.0] * 9 + [9.0], 10, False, "0.99 times the latency of onnx-fp32 (0.97–1.00)"),
+        ([20.0] * 10, 10, False, "onnx-int8 is not kept on this machine: "),
     ],
 )
-def test_int8_is_kept_only_where_it_is_faithful_and_faster(bundle, int8_ms, agreement, kept, said):
+def test_int8_is_kept_only_where_it_is_as_good_and_faster(bundle, int8_ms, lost, kept, said):
     opened = open_bundle(bundle.folder)
-    found = judge_int8(opened, rows(int8_ms=int8_ms, agreement=agreement), images=2000)
+    found = judge_int8(opened, rows(int8_ms=int8_ms, lost=lost))
     assert found[0].kept is kept
     assert said in int8_notes(opened, found)[0]
-
-
-@pytest.mark.parametrize(
-    ("heavy_ms", "heavy_agreement", "chosen", "kept"),
-    [
-        ([4.0] * 10, 90.0, "onnx-int8-heavy", [True, True]),
-        ([6.0] * 10, 90.0, "onnx-int8", [True, True]),
-        ([4.0] * 10, 61.0, "onnx-int8", [True, False]),
-    ],
-)
-def test_of_several_int8_files_the_fastest_that_is_faithful_is_chosen(
-    bundle, tmp_path, heavy_ms, heavy_agreement, chosen, kept
-):
-    opened = open_bundle(bundle.folder)
-    measured = rows(int8_ms=[5.0] * 10, agreement=90.0, heavy_ms=heavy_ms, heavy_agreement=heavy_agreement)
-    found = judge_int8(opened, measured, images=2000)
-    assert found[0].artifact == chosen
-    assert [one.kept for one in found] == kept
-    notes = int8_notes(opened, found)
-    assert (f"predict runs {chosen}, the fastest of these." in notes) == all(kept)
-    assert [note.split()[0] for note in notes[:2]] == [chosen, *(one.artifact for one in found[1:])]
-    write_selection(tmp_path, opened, found)
-    assert read_sealed(tmp_path / "selection.json")["artifact"] == chosen
-    assert refused(found, measured_row("onnx-int8-heavy", [1.0], faithful=True)) == (not kept[1])
-    for artifact in ("onnx-int8-heavy", "onnx-int8-tensorrt"):
-        faithful = [
-            refused(judged, measured_row(artifact, [1.0], backend="openvino", faithful=how))
-            for how in (True, False)
-            for judged in (found, [])
-        ]
-        assert faithful == [False, False, True, True], "slow here may be fast there, but not what is wrong"
-    slow = rows(int8_ms=[50.0] * 10, agreement=90.0, heavy_ms=[60.0] * 10)
-    assert judge_int8(opened, slow, images=2000)[0].artifact == "onnx-int8", "the first, where none is kept"
+    faithful = [
+        refused(judged, measured_row(artifact, [1.0], backend="openvino", faithful=how))
+        for artifact in ("onnx-int8", "onnx-int8-openvino")
+        for how in (True, False)
+        for judged in (found, [])
+    ]
+    assert faithful == [False, False, True, True] * 2, "slow here may be fast there, but not what is wrong"
 
 
 def test_what_predict_cannot_run_has_no_say_in_its_choice(bundle):
-    opened, measured = open_bundle(bundle.folder), rows(int8_ms=[5.0] * 10, agreement=90.0)
+    opened, measured = open_bundle(bundle.folder), rows(int8_ms=[5.0] * 10)
+    worse = compared(lost=1000, images=2000)
     elsewhere = [
-        measured_row(row.artifact, [ms] * 10, backend="openvino", precision=row.precision, agreement_fp32=0.0)
+        measured_row(row.artifact, [ms] * 10, backend="openvino", precision=row.precision, comparison=worse)
         for row, ms in zip(measured, (0.1, 0.1, 100.0), strict=True)
     ]
     for order in (measured + elsewhere, elsewhere + measured):
-        assert judge_int8(opened, order, images=2000) == judge_int8(opened, measured, images=2000)
-    assert judge_int8(opened, elsewhere, images=2000) == []
+        assert judge_int8(opened, order) == judge_int8(opened, measured)
+    assert judge_int8(opened, elsewhere) == []
 
 
 def test_predict_obeys_the_choice_of_this_machine(bundle, tmp_path):
@@ -658,13 +574,9 @@ def test_predict_obeys_the_choice_of_this_machine(bundle, tmp_path):
         return next(answers)["artifact"]
 
     assert artifact() == "onnx-fp32", "without a choice"
-    write_selection(
-        tmp_path / "bench", opened, judge_int8(opened, rows(int8_ms=[5.0] * 10, agreement=99.0), images=2000)
-    )
+    write_selection(tmp_path / "bench", opened, judge_int8(opened, rows(int8_ms=[5.0] * 10)))
     assert artifact() == "onnx-int8"
-    write_selection(
-        tmp_path / "bench", opened, judge_int8(opened, rows(int8_ms=[50.0] * 10, agreement=99.0), images=2000)
-    )
+    write_selection(tmp_path / "bench", opened, judge_int8(opened, rows(int8_ms=[50.0] * 10)))
     assert artifact() == "onnx-fp32"
     choice = read_sealed(tmp_path / "bench" / "selection.json")
     assert (choice["artifact"], choice["int8"][0]["faithful"], choice["int8"][0]["faster"]) == (
@@ -702,9 +614,8 @@ def test_silu_beside_int8_stays_one_pass_in_onnx_runtime(tmp_path):
     ).eval()
     fp32, path, fused = (tmp_path / name for name in ("fp32.onnx", "int8.onnx", "fused.onnx"))
     export_onnx(module, fp32, image_size=16, classes=list("abcdefghij"), preprocessing={}, opset=20)
-    blocks, pixels = find_blocks(fp32), np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
-    spreads = measure_spreads(fp32, tensors_of(fp32, blocks), pixels)
-    nodes = {node for block in blocks for node in block.nodes}
+    nodes, pixels = find_convolutions(fp32), np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    spreads = measure_spreads(fp32, tensors_of(fp32, nodes), pixels)
     Quantizable(fp32, spreads, 0.0, "onnxruntime").write(path, nodes)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(fused)
@@ -712,38 +623,6 @@ def test_silu_beside_int8_stays_one_pass_in_onnx_runtime(tmp_path):
     kinds = [node.op_type for node in onnx.load(str(fused)).graph.node]
     assert "QuickGelu" in kinds
     assert "Sigmoid" not in kinds
-
-
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [
-        ("", ""),
-        ("a", ", a in float"),
-        ("abcd", ", a, b, c, d in float"),
-        ("abcdefg", ", a, b, c, d and 3 more in float"),
-    ],
-)
-def test_a_sentence_names_a_few_blocks(names, said):
-    assert in_float(list(names)) == said
-
-
-def test_blocks_left_in_float_are_counted_and_stay_there(quantised, tmp_path):
-    exported, blocks, path = quantised.exported, quantised.blocks, tmp_path / "int8.onnx"
-    pixels = exported.pixels[192:]
-    found = control_accuracy(
-        Quantizable(exported.fp32, quantised.spreads, 0.02, "onnxruntime"),
-        path,
-        blocks=blocks[1:],
-        sensitivity=[BlockSensitivity(block=block.name, median_kl=0, agreement=0) for block in blocks[1:]],
-        target=AccuracyTarget(pixels, logits_of(exported.fp32, pixels), 0),
-        left_in_float=[blocks[0].name],
-        note=lambda text: None,
-    )
-    assert (found.blocks, found.float_blocks) == (len(blocks), (blocks[0].name,))
-    assert [row.float_blocks for row in found.tried] == [1]
-    weights = {node.name: node.input[1] for node in onnx.load(str(path)).graph.node if node.op_type == "Conv"}
-    assert not weights[blocks[0].nodes[0]].endswith("_dequantised")
-    assert weights[blocks[1].nodes[0]].endswith("_dequantised")
 
 
 def test_nothing_that_is_held_out_is_learned_from(tmp_path):
