@@ -10,7 +10,9 @@ made to fail: one with the scale of a layer doubled, one of ONNX Runtime's quant
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import logging
 import random
@@ -69,7 +71,9 @@ def nncf(fp32: Path, pixels: np.ndarray, path: Path, *, preset: str, fast: bool 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     images = library.Dataset([{"pixels": image[None]} for image in pixels])
     how = {"preset": library.QuantizationPreset(preset), "fast_bias_correction": fast, "subset_size": len(pixels)}
-    onnx.save(library.quantize(onnx.load(str(fp32)), images, **how), str(path))
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+        model = library.quantize(onnx.load(str(fp32)), images, **how)
+    onnx.save(model, str(path))
 
 
 def onnxruntime_quantiser(fp32: Path, pixels: np.ndarray, path: Path, *, per_channel: bool) -> None:

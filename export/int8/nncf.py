@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -32,5 +34,6 @@ def write_for_openvino(fp32: Path, path: Path, pixels: NDArray[np.uint8]) -> Non
     source = onnx.load(str(fp32))
     images = nncf.Dataset([{source.graph.input[0].name: image[None]} for image in pixels])
     preset = nncf.QuantizationPreset.PERFORMANCE
-    model = nncf.quantize(source, images, preset=preset, subset_size=len(pixels), fast_bias_correction=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars: stdout is for results
+        model = nncf.quantize(source, images, preset=preset, subset_size=len(pixels), fast_bias_correction=True)
     save(model, path)

@@ -406,10 +406,11 @@ def test_each_runtime_has_its_file_and_the_engine_is_built_of_tensorrts(bundle, 
 def test_an_int8_engine_that_would_be_larger_than_fp16s_is_not_kept_and_that_is_said(
     bundle, repvit, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(tensorrt_precision, "LEAST_INT8_WEIGHTS", 1_000_000)
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     notes = []
     why = (
-        "INT8 is not kept: none of its 30 quantised convolutions has 275,000 weights, and what tensorrt_rtx builds around "
+        "INT8 is not kept: none of its 55 quantised convolutions has 1,000,000 weights, and what tensorrt_rtx builds around "
         "a smaller one takes more than INT8 saves, so FP16's engine is smaller"
     )
     manifest = export(repvit, tmp_path / "bundle", notes, count=192, int8=True, margin=15.0, trt=True)
