@@ -50,7 +50,7 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: PrgkitCommand, 
     assert prgkit("export --sm 8.6,89 --batch 1,8,32").code == 0
     assert calls[0][1] == {"fp16": False, "int8": False, "trt": False, "backend": None, "batch": (1, 8, 32), "sm": ("SM86", "SM89"),
                            "open_vocabulary": None, "float_input": False, "evaluation_images": None, "packs": False, "formats": (),
-                           "folder": None, "as_json": False}  # fmt: skip
+                           "litert": False, "executorch": False, "ncnn": False, "coreml": False, "qnn": None, "folder": None, "as_json": False}  # fmt: skip
     calls.clear()
     assert prgkit("distill --images d --classes c export --trt").code == 0
     assert (calls[0][1]["recipe"], calls[0][1]["images"], calls[0][1]["classes"]) == (None, "d", "c")
