@@ -68,7 +68,7 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: PrgkitCommand, 
     ("line", "message"),
     [
         ("distil demo", "No such command 'distil'. Did you mean 'distill'?"),
-        ("distill demo export --trtt", "No such option '--trtt'. Did you mean '--trt'?"),
+        ("distill demo export --int88", "No such option '--int88'. Did you mean '--int8'?"),
         ("distill demo bench --batches 1,x", "write batch sizes as 1,8,32, not '1,x'."),
         ("distill demo export --batch 4,1,8", "write the least, the usual and the largest as 1,1,32, not '4,1,8'."),
         ("distill demo export --sm ada", "write compute capabilities as 86,89, not 'ada'."),
