@@ -59,7 +59,7 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: PrgkitCommand, 
     assert prgkit("predict ./export a.jpg --top-k 2 b.jpg").code == 0
     assert calls == [
         ("predict", {"images": (Path("export"), Path("a.jpg"), Path("b.jpg")), "top_k": 2, "min_confidence": 0.0,
-                     "reject_unknown": False,
+                     "reject_unknown": False, "runtime": None,
                      "folder": None, "as_json": False})
     ]  # fmt: skip
 
