@@ -69,7 +69,7 @@ class NcnnRunner:
         Args:
             path: the folder.
             threads: threads inside one layer; None leaves the choice to ncnn.
-            half: keep values in FP16 where the processor can, and sum in FP32; left to itself ncnn would do all in FP16.
+            half: keep values in FP16 where the processor can, and sum in FP32; by default ncnn does all in FP16.
             name: what reports call it; the folder's name by default.
 
         Raises:
