@@ -84,8 +84,10 @@ def open_ncnn(folder: str, precision: str) -> Callable[[Any], Any]:
     import ncnn
 
     net = ncnn.Net()
+    net.opt.num_threads = 1  # several wait busily for each other, in an emulator for ever
+    net.opt.use_fp16_arithmetic = False
     if precision == "fp32":
-        net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+        net.opt.use_fp16_packed = net.opt.use_fp16_storage = False
     assert net.load_param(f"{folder}/model.ncnn.param") == 0
     assert net.load_model(f"{folder}/model.ncnn.bin") == 0
 

@@ -118,17 +118,13 @@ def check_chain(steps: Sequence[click.Context]) -> None:
 
 def check_formats(given: Mapping[str, Any]) -> None:
     """Refuse formats whose converter is missing."""
-    from prgkit.cli.exporting import FORMATS as NAMED
-
-    formats = tuple(name for name in NAMED if given[name])
-    if not (formats or given["qnn"]):
-        return
     from prgkit.export.formats import FORMATS
     from prgkit.export.formats.options import ExportOptions
 
+    formats = tuple(known.name for known in FORMATS if given.get(known.name))  # each by the option of its name
     options = ExportOptions(qnn=given["qnn"], class_vectors=given["open_vocabulary"], formats=formats)
     for known in FORMATS:
-        if known.wanted(options):
+        if known.name in formats:
             known.require(options)
 
 

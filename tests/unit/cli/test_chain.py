@@ -50,7 +50,7 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: PrgkitCommand, 
     assert prgkit("export --sm 8.6,89 --batch 1,8,32").code == 0
     assert calls[0][1] == {"fp16": False, "int8": False, "trt": False, "backend": None, "batch": (1, 8, 32), "sm": ("SM86", "SM89"),
                            "open_vocabulary": None, "embedding": False, "explain": False, "float_input": False, "evaluation_images": None, "packs": False, "formats": (),
-                           "folder": None, "as_json": False}  # fmt: skip
+                           "litert": False, "executorch": False, "ncnn": False, "coreml": False, "qnn": None, "folder": None, "as_json": False}  # fmt: skip
     calls.clear()
     assert prgkit("distill --images d --classes c export --trt").code == 0
     assert (calls[0][1]["recipe"], calls[0][1]["images"], calls[0][1]["classes"]) == (None, "d", "c")
@@ -68,7 +68,7 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: PrgkitCommand, 
     ("line", "message"),
     [
         ("distil demo", "No such command 'distil'. Did you mean 'distill'?"),
-        ("distill demo export --trtt", "No such option '--trtt'. Did you mean '--trt'?"),
+        ("distill demo export --int88", "No such option '--int88'. Did you mean '--int8'?"),
         ("distill demo bench --batches 1,x", "write batch sizes as 1,8,32, not '1,x'."),
         ("distill demo export --batch 4,1,8", "write the least, the usual and the largest as 1,1,32, not '4,1,8'."),
         ("distill demo export --sm ada", "write compute capabilities as 86,89, not 'ada'."),

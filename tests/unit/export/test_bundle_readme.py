@@ -80,7 +80,7 @@ def test_it_is_about_this_bundle() -> None:
     assert "const std::array<int64_t, 4> shape{1, 224, 224, 3};" in text
     assert "std::vector<float> logits(3);" in text
     assert "Floats in place of pixels" not in text
-    assert text.count("```") == 10
+    assert text.count("```") == 12
 
 
 def test_tensorrts_int8_is_not_said_to_have_run_in_tensorrt() -> None:
