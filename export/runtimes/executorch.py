@@ -18,7 +18,7 @@ from prgkit.export.runtimes.base import EXPORT_AGAIN, Runtime, Setup, Variant, V
 from prgkit.native_output import without_stderr
 
 INSTALL = "pip install 'prgkit[executorch]'"
-LIBRARY = "executorch.extension.pybindings.portable_lib"
+LIBRARY, THREADS = "executorch.runtime", "executorch.extension.pybindings.portable_lib"
 IDENTIFIER = slice(4, 8)  # where a file says which version of the format it is of, as b"ET12"
 
 
@@ -70,7 +70,7 @@ class ExecuTorchRunner:
         try:
             with warnings.catch_warnings(), without_stderr():
                 warnings.simplefilter("ignore")
-                library, self._torch = (importlib.import_module(module) for module in (LIBRARY, "torch"))
+                library, threading, self._torch = map(importlib.import_module, (LIBRARY, THREADS, "torch"))
         except ImportError as error:
             raise BackendError("ExecuTorch is not installed", fix=INSTALL) from error
         if not path.exists():
@@ -79,8 +79,9 @@ class ExecuTorchRunner:
         try:
             with without_stderr():
                 if threads is not None:
-                    library._unsafe_reset_threadpool(threads)  # safe as long as no file is open
-                self._module: Any = library._load_for_executorch(str(path))
+                    threading._unsafe_reset_threadpool(threads)  # safe as long as no file is open
+                self._program: Any = library.Runtime.get().load_program(str(path))
+                self._method: Any = self._program.load_method("forward")
         except RuntimeError as error:
             raise BackendError(why_not_opened(path, error), where=path, fix=EXPORT_AGAIN) from error
 
@@ -88,14 +89,14 @@ class ExecuTorchRunner:
         """Map pixels [batch, S, S, 3] to logits [batch, classes]."""
         images = self._torch.from_numpy(np.ascontiguousarray(pixels))
         try:
-            logits = [self._module.forward([image], clone_outputs=True)[0] for image in images.split(1)]
+            logits = [self._method.execute([image])[0] for image in images.split(1)]
         except RuntimeError as error:
             raise BackendError(f"ExecuTorch cannot run {self.name}: {one_line(error)}") from error
         return cast(NDArray[np.float32], self._torch.cat(logits).numpy())
 
     def close(self) -> None:
         """Release the program."""
-        self._module = None
+        self._method = self._program = None
 
 
 def why_not_opened(path: Path, error: RuntimeError) -> str:

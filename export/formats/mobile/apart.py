@@ -16,6 +16,7 @@ from typing import Any
 from prgkit.errors import ExportError, one_line
 from prgkit.native_output import redirect_output
 
+FIX = "export without this format; what was finished is kept"
 PATIENCE_S = 10  # for a process whose work is done to clean up
 
 
@@ -38,12 +39,12 @@ def run_apart(function: Callable[..., None], *arguments: Any) -> None:
                 failure = ours.recv()
                 process.join(PATIENCE_S)
                 if failure:
-                    raise ExportError(failure)
+                    raise ExportError(f"the converter failed: {failure}", fix=FIX)
                 return
             process.join()
             printed = Path(log.name).read_text(errors="replace").split("\n")
             last = next((line.strip() for line in reversed(printed) if line.strip()), "it printed nothing")
-            raise ExportError(f"the converter ended with exit code {process.exitcode}: {last}")
+            raise ExportError(f"the converter ended with exit code {process.exitcode}: {last}", fix=FIX)
         finally:
             ours.close()
             process.kill()

@@ -263,7 +263,7 @@ def test_a_missing_converter_is_told_before_any_work(
 
 
 def test_a_converters_failure_and_its_death_are_told() -> None:
-    with pytest.raises(ExportError, match="division by zero"):
+    with pytest.raises(ExportError, match="the converter failed: division by zero"):
         run_apart(operator.truediv, 1, 0)
     with pytest.raises(ExportError, match="ended with exit code -6"):
         run_apart(os.abort)
