@@ -102,6 +102,11 @@ def with_evidence(module: OnnxExportModule, pixels: NDArray[np.uint8]) -> OnnxEx
             "there are no heat maps of this student: its logits are not linear in its pooled last feature map",
             fix="leave --explain out, or choose a RepViT or EfficientNet student without a second head",
         )
+    if evidence.shape[2:] == (1, 1):
+        raise ExportError(
+            "there are no heat maps of this student: its last feature map has one place",
+            fix="leave --explain out, or distil at a larger student.image_size: 224 gives 7 x 7 places",
+        )
     return explained
 
 
