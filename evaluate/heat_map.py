@@ -42,8 +42,12 @@ class Explainer:
         return self._runner.outputs(pixels)[1]
 
     def over(self, pixels: NDArray[np.uint8], label: str) -> NDArray[np.uint8]:
-        """Return prepared pixels [S, S, 3] with the evidence for a class over them, and larger where they are small."""
-        return overlay(pixels, self.evidence(pixels[None])[0, self.bundle.classes.index(label)])
+        """Return prepared pixels [S, S, 3] with the evidence for a class over them, and larger where they are small.
+
+        That is its evidence less the mean of all classes': a probability depends on differences alone.
+        """
+        maps = self.evidence(pixels[None])[0]  # [classes, h, w]
+        return overlay(pixels, maps[self.bundle.classes.index(label)] - maps.mean(axis=0))
 
     def close(self) -> None:
         """Release the session."""
