@@ -30,6 +30,7 @@ from prgkit.export.bundle.bundle import (
 from prgkit.export.bundle.checksums import PARTS, checksums, require_unchanged
 from prgkit.export.bundle.engine_metadata import load_engine_metadata
 from prgkit.export.bundle.manifest import (
+    EMBEDDING,
     ENGINE,
     NCHW,
     ONNX,
@@ -169,7 +170,11 @@ def write_relabelled(
     """Change everything in ``new``, a copy of the bundle, that says something of its classes; return the manifest."""
     vectors: Matrix = answers.class_vectors().numpy()  # [C, D]
     write_array(new / VECTORS, vectors)
-    artifacts = [relabelled(new, one, vectors, classes) for one in bundle.artifacts if one.format in REWRITTEN]
+    artifacts = [
+        one if one.format == EMBEDDING else relabelled(new, one, vectors, classes)  # an embedding knows no classes
+        for one in bundle.artifacts
+        if one.format in (*REWRITTEN, EMBEDDING)
+    ]
     leave_engines(bundle, new, progress)
     leave_converted(bundle, new, progress)
     for part in PARTS:
@@ -238,7 +243,7 @@ def leave_engines(bundle: Bundle, new: Path, progress: Progress) -> None:
 
 def leave_converted(bundle: Bundle, new: Path, progress: Progress) -> None:
     """Remove what was converted for other runtimes with the old classes, and say how it is made again."""
-    converted = [artifact for artifact in bundle.artifacts if artifact.format not in (*REWRITTEN, ENGINE)]
+    converted = [artifact for artifact in bundle.artifacts if artifact.format not in (*REWRITTEN, EMBEDDING, ENGINE)]
     for artifact in converted:
         for path in files_of(new, artifact):
             remove(path)

@@ -117,8 +117,8 @@ def embed_all(session: Session, recipe: Recipe, folder: Path, targets_root: Path
         from prgkit.training.distributed import join_processes, share_teacher_pass
 
         share_teacher_pass(recipe, targets_root, join_processes((), folder), session.terminal)
-        if not session.is_main_process:
-            return {}
+    if not session.is_main_process:  # the store has one writer
+        return {}
     from prgkit.teacher.stores import size_of
     from prgkit.training.prepare import prepare
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from prgkit.config.objectives import OBJECTIVES
 from tests.conftest import TINY_RECIPE, PrgkitCommand, write_photos
 
 
@@ -30,7 +31,7 @@ def tiny(empty_folder: Path, *changes: tuple[str, str]) -> None:
         (('"demo:digits"', "ViT-B-32"), "teacher.weights is missing for ViT-B-32"),
         (('"demo:digits"', "local-dir:nowhere"), "there is no such folder\n  where: nowhere\n"),
         (("{name: ce}", "{name: cee}"), "the recipe has a mistake:\n    objective.name: unknown objective 'cee', known are "
-                                        "prg, kd, ce, dkd, dist, rkd, crd, nd, pld, ofa, promptkd, clipkd, dho; did you mean 'ce'?"),
+                                        f"{', '.join(OBJECTIVES)}; did you mean 'ce'?"),
         (("[one, two, three]", "[one, two, One]"), "class names repeat: 'One' (entry 1 and entry 3)"),
         (("[one, two, three]", "[one]"), "there is only one class, 'one'"),
         (('"a {}"', "a"), "the template 'a' has not exactly one {}"),

@@ -240,12 +240,14 @@ def test_how_faithful_int8_was_with_the_old_classes_is_not_said_of_the_new(run: 
     confidence = {"temperature": 2.0, "fitted_to": "teacher", "images": 30, "calibration_error": 1.0,
                   "uncalibrated_error": 1.0, "right": [0.5] * 30, "wrong": [], "held_out": 30, "reject_below": 0.0}  # fmt: skip
     manifest["confidence"] = confidence
-    found = {"layout": "onnxruntime", "floor": 98.0, "blocks": 4, "float_blocks": ["a"], "tried": [], "sensitivity": []}
+    share = {"images": 2, "fp32": 50.0, "file": 50.0, "won": 0, "lost": 0, "bounds": [-1.0, 1.0]}
+    found = {"layout": "onnxruntime", "margin": 2.0, "calibration_images": 4, "comparison": {
+        "images": 2, "agreement_fp32": 100.0, "teacher": share, "kl_fp32": 0.1, "kl": 0.1, "kl_bound": 0.0}}  # fmt: skip
     manifest["artifacts"][0]["quantization"] = found
     manifest["not_kept"] = [{"name": "int8", "why": "it is slow"}]
     write_sealed(run.bundle / "manifest.json", manifest)
     told = relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
-    kept = {"layout": "onnxruntime", "floor": 98.0, "blocks": 4, "float_blocks": ["a"]}  # the floor is what bench needs
+    kept = {"layout": "onnxruntime", "margin": 2.0, "calibration_images": 4}  # the margin is what bench needs
     assert told.artifacts[0].quantization.to_json() == kept
     assert told.not_kept == ()
     assert told.confidence is None

@@ -46,11 +46,11 @@ class TAID(nn.Module):
         if several_processes():
             torch.distributed.all_reduce(loss)
             loss /= torch.distributed.get_world_size()
-        if self.steps:
-            change = (self.previous - loss) / (self.previous + 1e-15)
-            self.momentum.mul_(config.momentum).add_((1 - config.momentum) * change)
-            adaptive = self.t + config.adaptive * self.momentum.sigmoid() * (1 - self.t)
-            linear = config.t_start + (config.t_end - config.t_start) * self.steps / self.steps_in_all
-            self.t.copy_(torch.maximum(linear, adaptive).clamp(max=config.t_end))
+        begun = self.steps > 0  # a tensor: nothing here waits for the device
+        change = begun * (self.previous - loss) / (self.previous + 1e-15)
+        self.momentum.mul_(config.momentum).add_((1 - config.momentum) * change)
+        adaptive = self.t + config.adaptive * self.momentum.sigmoid() * (1 - self.t)
+        linear = config.t_start + (config.t_end - config.t_start) * self.steps / self.steps_in_all
+        self.t.copy_(torch.where(begun, torch.maximum(linear, adaptive).clamp(max=config.t_end), self.t))
         self.previous.copy_(loss)
         self.steps += 1
