@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from typing_extensions import TypedDict, Unpack
 
 from prgkit.errors import ExportError, PrgkitError, nearest
 from prgkit.evaluate.heat_map import Explainer
@@ -50,6 +51,15 @@ class Prediction:
             "rejected": self.rejected,
             "top": self.top,
         }
+
+
+class AnswerArguments(TypedDict, total=False):
+    """How `Model.stream` answers; it says what each means."""
+
+    top_k: int
+    min_confidence: float
+    reject_unknown: bool
+    batch_size: int
 
 
 class Model:
@@ -99,20 +109,9 @@ class Model:
         """The class names, in the order of the logits."""
         return self.bundle.classes
 
-    def predict(
-        self,
-        images: Pictures,
-        *,
-        top_k: int = 3,
-        min_confidence: float = 0.0,
-        reject_unknown: bool = False,
-        batch_size: int = 1,
-    ) -> list[Prediction]:
+    def predict(self, images: Pictures, **asked: Unpack[AnswerArguments]) -> list[Prediction]:
         """Return an answer for every picture in ``images``, in their order; `stream` says more."""
-        answers = self.stream(
-            images, top_k=top_k, min_confidence=min_confidence, reject_unknown=reject_unknown, batch_size=batch_size
-        )
-        return list(answers)
+        return list(self.stream(images, **asked))
 
     def stream(
         self,

@@ -63,6 +63,8 @@ def export_run(run: Run, options: ExportOptions, *, progress: Progress) -> Manif
             recipe = recipe.model_copy(update={"export": export})
         export = recipe.export
         options = replace(options, opset=export.opset, margin=export.margin, batch=options.batch or export.batch)
+        if options.embedding and options.class_vectors is None:
+            options = replace(options, class_vectors="initializer")
         check_vocabulary(recipe, options)
         manifest = export_best(run, recipe, options, progress)
     if asked is not None and (images := manifest.evaluation.images) < asked:

@@ -112,9 +112,7 @@ class Run(storage.Run):
 
         asked: dict[str, Any] = {**options, "formats": tuple(name for name in formats if name != "onnx")}
         asked["trt"] = any(options.get(key) for key in ("trt", "backend", "sm", "batch"))
-        asked["class_vectors"] = asked.pop("open_vocabulary", None) or (
-            "initializer" if asked.get("embedding") else None
-        )
+        asked["class_vectors"] = asked.pop("open_vocabulary", None)
         with standing_where_it_started(self) as there:
             export_run(there, ExportOptions(**asked), progress=Reporter(progress))
         return Bundle(self.bundle)

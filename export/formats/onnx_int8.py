@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prgkit.errors import ExportError
-from prgkit.export.bundle.manifest import Artifact
 from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.options import ExportOptions
 
@@ -27,13 +26,11 @@ def require_scales(options: ExportOptions) -> None:
 
 def make_int8(export: StudentExport) -> Made:
     """Quantise the FP32 file for each runtime and, where engines are wanted, the FP16 file for TensorRT."""
+    from prgkit.export.int8.files import int8_judge
     from prgkit.export.int8.quantise import quantise
 
-    if export.calibration is None:
-        return Made()
-    results, names = quantise(export, export.calibration())
-    kept = [result for result in results if isinstance(result, Artifact)]
-    return Made(kept, [result for result in results if not isinstance(result, Artifact)], names)
+    judge = int8_judge(export)
+    return Made() if judge is None else quantise(export, judge)
 
 
 ONNX_INT8 = Format("onnx-int8", "distill", wanted=lambda options: options.int8, make=make_int8, require=require_scales)

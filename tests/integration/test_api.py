@@ -96,6 +96,14 @@ def test_a_model_names_whatever_a_picture_comes_as(project_copy: Path) -> None:
         assert model.predict([]) == []
 
 
+def test_a_report_is_a_table_for_pandas_users(project_copy: Path) -> None:
+    pytest.importorskip("pandas")
+    report = prgkit.Bundle("runs/tiny/bundle").bench(seconds=0.1, batches=[1])
+    frame = report.to_frame()
+    assert list(frame["artifact"]) == [row.artifact for row in report.rows]
+    assert frame["latency.p50_ms"][0] == report.rows[0].latency.p50_ms
+
+
 def test_importing_it_imports_nothing_heavy() -> None:
     code = "import json, sys; import prgkit; prgkit.__version__; dir(prgkit); print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -28,6 +28,7 @@ from prgkit.export.bundle.bundle import open_bundle, read_evaluation, write_eval
 from prgkit.export.bundle.engine_metadata import load_engine_metadata
 from prgkit.export.formats import student_export
 from prgkit.export.formats import tensorrt as engines
+from prgkit.export.formats.base import Made
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.student_export import CalibrationSet
 from prgkit.export.pipeline import EvaluationSet, ExportImages, StudentOrigin, TrainedStudent, export_student
@@ -496,9 +497,9 @@ def test_what_a_killed_export_had_finished_of_another_student_is_neither_used_no
     assert (tmp_path / ".bundle.new" / "model.fp16.onnx").exists(), "it was finished"
     sources = []
 
-    def quantise(export, calibration):
+    def quantise(export, judge):
         sources.append(export.fp16_file)
-        return [], frozenset()
+        return Made()
 
     monkeypatch.setattr("prgkit.export.int8.quantise.quantise", quantise)
     learned = CalibrationSet(16, lambda places: repvit.pixels[places])

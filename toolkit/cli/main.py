@@ -110,8 +110,6 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     bundle = place or Path()
     from prgkit.export.formats.options import ExportOptions
 
-    if given["embedding"]:
-        given["open_vocabulary"] = given["open_vocabulary"] or "initializer"
     asked = {key: given[key] for key in ExportOptions.__dataclass_fields__ if key in given}
     asked |= {"trt": trt, "class_vectors": given["open_vocabulary"]}
     asked["formats"] = (*given["formats"], *(name for name in FORMATS if given[name]))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from prgkit.errors import ImagesError, PrgkitError, one_line
 from prgkit.progress import silent
@@ -19,6 +19,7 @@ CHUNK_BYTES = 8 << 20
 PAUSES_SECONDS = (0.5, 2.0, 8.0, 30.0)  # before each new attempt
 SHARE_OF_DISK = 0.8  # of what is free or filled with copies already
 COPIES = "remote"  # folder of the cache
+Result = TypeVar("Result")
 
 
 class RemoteFile(NamedTuple):
@@ -51,12 +52,9 @@ def look_up(url: str) -> RemoteFile:
         ImagesError: it is not there, or cannot be reached after several attempts.
     """
     with saying_what_failed(url):
-        for _ in attempts():
-            with retried():
-                found = file_system(url).info(url)
-                version = next((found[key] for key in ("ETag", "etag", "mtime", "LastModified") if found.get(key)), "")
-                return RemoteFile(url, found.get("size"), str(version))
-    raise unreachable(url)
+        found = persist(url, lambda: file_system(url).info(url))
+    version = next((found[key] for key in ("ETag", "etag", "mtime", "LastModified") if found.get(key)), "")
+    return RemoteFile(url, found.get("size"), str(version))
 
 
 def fetch(remote: RemoteFile, note: Callable[[str], None] = silent) -> Path:
@@ -78,12 +76,9 @@ def fetch(remote: RemoteFile, note: Callable[[str], None] = silent) -> Path:
         note(f"fetching {remote.url}" + (f" ({readable_bytes(remote.size)})" if remote.size else ""))
         part = copy.with_name(f"{copy.name}.part")
         with saying_what_failed(remote.url), guarding_space(part, remote.size or CHUNK_BYTES):
-            for _ in attempts():
-                with retried():
-                    download(remote, part)
-                    part.replace(copy)
-                    return copy
-    raise unreachable(remote.url)
+            persist(remote.url, lambda: download(remote, part))
+            part.replace(copy)
+    return copy
 
 
 def download(remote: RemoteFile, part: Path) -> None:
@@ -128,37 +123,27 @@ def file_system(url: str) -> Any:
     return fsspec.core.url_to_fs(url, skip_instance_cache=True)[0]
 
 
-def attempts() -> Iterator[int]:
-    """Yield the number of each attempt, and wait between them."""
-    yield 0
-    for number, pause in enumerate(PAUSES_SECONDS, start=1):
-        time.sleep(pause)
-        yield number
+def persist(url: str, act: Callable[[], Result]) -> Result:
+    """Return what ``act`` does, tried again after a pause where another attempt may mend what went wrong.
 
-
-_last: list[BaseException] = []  # why the last attempt failed
-
-
-@contextmanager
-def retried() -> Iterator[None]:
-    """Let what another attempt may mend pass; what none can mend is raised."""
-    try:
-        yield
-    except (FileNotFoundError, PermissionError, ImportError, ValueError, PrgkitError, MemoryError):
-        raise
-    except OSError as error:
-        if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
-            raise  # of this machine: a full disk, say
-        _last[:] = [error]
-    except Exception as error:  # of a client of some kind of storage: each has its own
-        _last[:] = [error]
-
-
-def unreachable(url: str) -> ImagesError:
-    """Build the error for a URL that could not be had after all attempts."""
-    reason = one_line(_last[0])[:200] if _last else "no answer"
+    Raises:
+        ImagesError: the last attempt failed as well.
+        Exception: what no attempt can mend.
+    """
+    for pause in (*PAUSES_SECONDS, None):
+        try:
+            return act()
+        except (FileNotFoundError, PermissionError, ImportError, ValueError, PrgkitError, MemoryError):
+            raise
+        except Exception as error:  # of a client of some kind of storage: each has its own
+            own = isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError)
+            if own:  # of this machine: a full disk, say
+                raise
+            reason = one_line(error)[:200]
+        if pause is not None:
+            time.sleep(pause)
     fix = "check the network and the server; the same command goes on from what came so far"
-    return ImagesError(f"{url} could not be fetched in {1 + len(PAUSES_SECONDS)} attempts: {reason}", fix=fix)
+    raise ImagesError(f"{url} could not be fetched in {1 + len(PAUSES_SECONDS)} attempts: {reason}", fix=fix)
 
 
 @contextmanager

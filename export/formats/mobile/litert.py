@@ -6,13 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from prgkit.export.bundle.manifest import LITERT
 from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.mobile import litert_convert
 from prgkit.export.formats.mobile.apart import run_apart
-from prgkit.export.formats.mobile.int8 import Int8Recipe, make_int8
 from prgkit.export.formats.mobile.require import require_converter
 from prgkit.export.formats.snippets import section
+from prgkit.export.int8.files import Int8File, int8_judge
 from prgkit.export.runtimes.litert import LiteRtRunner
 
 if TYPE_CHECKING:
@@ -39,22 +41,31 @@ def make_litert(export: StudentExport) -> Made:
         how16: dict[str, Any] = {"precision": "fp16", "converters": (*CONVERTER, *QUANTISER), "note": ON_CPU_FP16}
         how16 |= {"write": partial(run_apart, litert_convert.halve, fp32), "export_options": (*options, "--fp16")}
         artifacts.append(export.finish("litert-fp16", "model.fp16.tflite", **how, **how16))
-    int8 = make_int8(export, int8_recipe(fp32)) if export.options.int8 else Made()
+    int8 = make_int8(export, fp32) if export.options.int8 else Made()
     return Made([*artifacts, *int8.artifacts], int8.not_kept, int8.decided)
 
 
-def int8_recipe(fp32: Path) -> Int8Recipe:
-    """Return how the INT8 file is made of the FP32 one."""
-    return Int8Recipe(
+def make_int8(export: StudentExport, fp32: Path) -> Made:
+    """Make the INT8 file of the FP32 one, by LiteRT's own quantiser."""
+    judge = int8_judge(export)
+    if judge is None:
+        return Made()
+
+    def write(path: Path) -> None:
+        np.save(saved := export.work / "calibration.npy", judge.calibration)
+        run_apart(litert_convert.quantise, fp32, saved, path)
+
+    file = Int8File(
         "litert-int8",
         "model.int8.tflite",
+        layout="litert",
         format=LITERT,
-        runtime="litert",
-        converters=(*CONVERTER, *QUANTISER),
-        write=partial(run_apart, litert_convert.quantise, fp32),
+        write=write,
         runner=LiteRtRunner,
-        export_options=("--litert", "--int8"),
+        options=("--litert", "--int8"),
+        converters=(*CONVERTER, *QUANTISER),
     )
+    return judge.make_all([file])
 
 
 LITERT_FORMAT = Format(

@@ -35,8 +35,8 @@ from prgkit.export.formats.student_export import CalibrationSet  # noqa: E402
 from prgkit.export.formats.tensorrt_build import build_engine  # noqa: E402
 from prgkit.export.from_run import calibration_set, evaluation_positions  # noqa: E402
 from prgkit.export.int8 import nncf  # noqa: E402
-from prgkit.export.int8 import quantise as pipeline  # noqa: E402
 from prgkit.export.int8.calibration import Spread, measure_spreads  # noqa: E402
+from prgkit.export.int8.files import Int8Judge  # noqa: E402
 from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of, weight_scales  # noqa: E402
 from prgkit.export.int8.quantise import root_kl  # noqa: E402
 from prgkit.export.pipeline import EvaluationSet, ExportImages, StudentOrigin, TrainedStudent, export_student  # noqa: E402
@@ -486,7 +486,7 @@ def test_int8_that_was_not_kept_is_not_tried_again_before_something_changes(bund
         answers = np.eye(20, dtype=np.float32)[np.zeros(192, int)]
         return Quantization(kept=False, margin=margin, comparison=compare_with_fp32(answers, -answers, answers))
 
-    monkeypatch.setattr(pipeline.Quantiser, "judge", missed)
+    monkeypatch.setattr(Int8Judge, "judge", missed)
     said = []
     for margin in (3.0, 3.0, 4.0):
         notes = []
