@@ -199,7 +199,14 @@ def latency(
     files = {"fp32": scratch / "timed.onnx"}
     student = load_student(run)
     module = onnx_export_module(student.inference_model(), torch.from_numpy(pixels[:8]))
-    export_onnx(module, files["fp32"], image_size=size, classes=run.recipe.classes, preprocessing={}, opset=20)
+    export_onnx(
+        module,
+        files["fp32"],
+        image_size=size,
+        classes=run.recipe.classes,
+        preprocessing=student.preprocessing,
+        opset=20,
+    )
     for recipe in TIMED:
         if recipe in recipes:
             RECIPES[recipe](files["fp32"], pixels, path := scratch / f"timed.{recipe}.onnx")

@@ -23,8 +23,8 @@ from prgkit.evaluate.report.samples import Samples
 from prgkit.evaluate.report.schema import Report
 from prgkit.export.bundle.engine_metadata import EngineMetadata
 from prgkit.export.bundle.manifest import Manifest
+from prgkit.storage.quality import Statistics
 from prgkit.storage.run_card import RunCard
-from prgkit.training.statistics_schema import Statistics
 
 # Every file that people or programs read, and the model that it is written by. A new file's model gets its line here.
 FILES: dict[str, type[BaseModel]] = {

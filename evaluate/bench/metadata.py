@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import Any
 
 from prgkit import metrics
 from prgkit.config.sections import Export
@@ -25,6 +24,7 @@ from prgkit.export.bundle.bundle import Bundle, Evaluation
 from prgkit.export.bundle.confidence import describe_confidence
 from prgkit.export.bundle.engine_metadata import load_engine_metadata
 from prgkit.storage.atomic import fingerprint
+from prgkit.storage.quality import Statistics
 from prgkit.storage.run import Run
 
 NOT_TRAINING = {"learning_rate", "seconds", "images_per_s", "step"}
@@ -165,8 +165,7 @@ def training_records(bundle: Bundle, run_folder: Path | None) -> list[Epoch]:
     ]
 
 
-def pseudo_labels(bundle: Bundle, run_folder: Path | None) -> dict[str, Any] | None:
+def pseudo_labels(bundle: Bundle, run_folder: Path | None) -> Statistics | None:
     """Return what was known of the pseudo-labels before training: the run's, or what the bundle took along."""
     statistics = Run(run_folder).quality() if run_folder is not None else None
-    in_bundle: dict[str, Any] | None = bundle.manifest.run.quality
-    return statistics or in_bundle
+    return statistics or bundle.manifest.run.quality

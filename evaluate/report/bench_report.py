@@ -105,7 +105,7 @@ def teacher_doubt(report: Report) -> str:
     """Return why the teacher looks no better than chance, or nothing; where there are labels, they decide."""
     images, top1 = report.evaluation.images, report.teacher.top1
     if top1 is None:
-        return str(next(iter((report.pseudo_labels or {}).get("doubts", ())), ""))
+        return next(iter(report.pseudo_labels.doubts if report.pseudo_labels else ()), "")
     chance = 100 / report.run.classes
     if wilson(round(images * top1 / 100), images)[0] > chance:
         return ""
@@ -114,7 +114,7 @@ def teacher_doubt(report: Report) -> str:
 
 def quality_kept(report: Report, row: Row) -> str:
     """Return what the student keeps of its teacher, as a verb and its object."""
-    corrected = (report.pseudo_labels or {}).get("correction") is not None
+    corrected = report.pseudo_labels is not None and report.pseudo_labels.correction is not None
     teacher, top1 = report.teacher.top1_uniform_prompts if corrected else report.teacher.top1, row.top1
     if teacher and top1 is not None:
         ratio = 100 * top1 / teacher

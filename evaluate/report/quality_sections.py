@@ -10,7 +10,6 @@ from prgkit.evaluate.report.plots import charts
 from prgkit.evaluate.report.schema import ClassShare, Epoch, PerClass, Report, TickedRow, TickedShare
 from prgkit.evaluate.report.sections import Cell, Column, Section, TableRow, table_row
 from prgkit.training.statistics import correction_cells, summarise
-from prgkit.training.statistics_schema import Statistics
 
 SHOWN_AT_ONCE = 20  # so many classes are shown whole; of more, the worst and a few of the best
 WORST, BEST = 12, 4
@@ -24,7 +23,8 @@ def teacher_and_student(report: Report) -> Section | None:
     if not report.evaluation.labelled:
         return None
     teacher, student = report.teacher, report.student
-    corrected, raw = (", corrected", ", uncorrected") if (report.pseudo_labels or {}).get("correction") else ("", "")
+    statistics = report.pseudo_labels
+    corrected, raw = (", corrected", ", uncorrected") if statistics and statistics.correction else ("", "")
     rows = [table_row(f"Teacher: {report.run.teacher}{corrected}", percent(teacher.top1), percent(teacher.top5), NONE)]
     if teacher.top1_uniform_prompts is not None:
         name = f"Teacher, prompts weighted equally{raw}"
@@ -164,9 +164,8 @@ def ticked_share(share: TickedShare | TickedRow) -> str:
 
 def pseudo_labels(report: Report) -> Section | None:
     """Return how far the teacher's pseudo-labels could be trusted before training, where the run is at hand."""
-    if not report.pseudo_labels:
+    if (statistics := report.pseudo_labels) is None:
         return None
-    statistics = Statistics.model_validate(report.pseudo_labels)
     confidence, balance = statistics.confidence.histogram, statistics.balance
     return Section(
         "The teacher's answers",
@@ -182,7 +181,7 @@ def pseudo_labels(report: Report) -> Section | None:
 
 def corrections(report: Report) -> Section | None:
     """Return what each correction of the teacher's answers would have changed, where the run is at hand."""
-    rows = Statistics.model_validate(report.pseudo_labels).corrections if report.pseudo_labels else []
+    rows = report.pseudo_labels.corrections if report.pseudo_labels else []
     if not rows:
         return None
     (_, *headings), *lines = correction_cells(rows)

@@ -18,6 +18,7 @@ from prgkit.evaluate.report.machine import Machine as Machine
 from prgkit.evaluate.report.machine import Model as Model
 from prgkit.export.bundle.manifest import NonInferiority
 from prgkit.storage.documents import read_document
+from prgkit.storage.quality import Statistics
 
 REPORT_SCHEMA: Literal["prgkit.report/3"] = "prgkit.report/3"
 
@@ -351,7 +352,7 @@ class Report(Model):
     int8: list[Int8Verdict] = Field([], description="ONNX Runtime's INT8 files on the CPU; the first one is used.")
     audit: Audit | None = None
     training: list[Epoch] = Field([])
-    pseudo_labels: dict[str, Any] | None = Field(None, description="The run's quality.json, known before training.")
+    pseudo_labels: Statistics | None = Field(None, description="The run's quality.json, known before training.")
     per_class: PerClass | None = None
     baseline: BaselineComparison | None = None
     notes: list[str] = Field([])

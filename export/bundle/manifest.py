@@ -13,6 +13,7 @@ from prgkit.config.sections import Export
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ExportError, PrgkitError
 from prgkit.storage.atomic import read_sealed
+from prgkit.storage.quality import Statistics
 
 SCHEMA = "prgkit.bundle/3"
 FILE = "manifest.json"
@@ -183,7 +184,7 @@ class RunFacts(Facts):
     best_epoch: int | None = None
     images: int | None = None  # that were used
     training: tuple[dict[str, JsonValue], ...] = ()  # a record an epoch
-    quality: dict[str, JsonValue] | None = None  # of the pseudo-labels
+    quality: Statistics | None = None  # of the pseudo-labels
 
 
 class TeacherFacts(Facts):

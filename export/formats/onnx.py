@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prgkit.errors import ExportError, ParityError
 from prgkit.export.bundle.bundle import describe_artifact
@@ -30,8 +30,9 @@ def make_fp32(export: StudentExport) -> Made:
     def write(path: Path) -> None:
         write_fp32(export, path, export.module)
 
-    how: dict[str, Any] = {"format": ONNX, "precision": "fp32", "runner": quiet_runner}
-    return Made([export.finish(ONNX_FP32.name, "model.onnx", write=write, **how)])
+    return Made(
+        [export.finish(ONNX_FP32.name, "model.onnx", write=write, format=ONNX, precision="fp32", runner=quiet_runner)]
+    )
 
 
 def write_fp32(
@@ -46,7 +47,7 @@ def write_fp32(
         path,
         image_size=facts.image_size,
         classes=export.classes,
-        preprocessing=facts.to_dict(),
+        preprocessing=facts,
         opset=export.options.opset,
         outputs=outputs,
     )
@@ -54,9 +55,17 @@ def write_fp32(
 
 def make_fp16(export: StudentExport) -> Made:
     """Halve the FP32 file's weights and activations."""
-    how: dict[str, Any] = {"format": ONNX, "precision": "fp16", "note": CPU_FP16, "runner": quiet_runner}
-    how |= {"write": export.write_fp16, "export_options": ("--fp16",)}
-    return Made([export.finish(ONNX_FP16.name, "model.fp16.onnx", **how)])
+    artifact = export.finish(
+        ONNX_FP16.name,
+        "model.fp16.onnx",
+        write=export.write_fp16,
+        format=ONNX,
+        precision="fp16",
+        runner=quiet_runner,
+        note=CPU_FP16,
+        export_options=("--fp16",),
+    )
+    return Made([artifact])
 
 
 def make_embedding(export: StudentExport) -> Made:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import prgkit
 from prgkit.config.image_size import Size, sides
+from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ExportError, first_line
 from prgkit.export.bundle.manifest import MATRIX
 from prgkit.export.formats.onnx_graph import normalised_input, rename, save, set_nodes
@@ -145,7 +146,7 @@ def export_onnx(
     *,
     image_size: Size,
     classes: Sequence[str],
-    preprocessing: dict[str, Any],
+    preprocessing: Preprocessing,
     opset: int,
     outputs: Sequence[str] = ("logits",),
 ) -> None:
@@ -311,13 +312,13 @@ def strip_traces(model: onnx.ModelProto) -> None:
     del graph.value_info[:]
 
 
-def describe(model: onnx.ModelProto, *, classes: Sequence[str], preprocessing: dict[str, Any]) -> None:
+def describe(model: onnx.ModelProto, *, classes: Sequence[str], preprocessing: Preprocessing) -> None:
     """Put into the file all that a program needs to use it without the rest of the bundle."""
     model.producer_name, model.producer_version = "prgkit", prgkit.__version__
     contract = {
         "prgkit": prgkit.__version__,
         "classes": json.dumps(list(classes), ensure_ascii=False),
-        "preprocessing": json.dumps(preprocessing),
+        "preprocessing": json.dumps(preprocessing.to_dict()),
     }
     helper.set_model_props(model, contract)
 

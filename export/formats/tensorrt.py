@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,15 +158,18 @@ class EngineBuilder:
             f"{list(batch)}, for {', '.join(metadata.compute_capabilities)}, built in {metadata.build_s:.1f} s; "
             f"{metadata.note or f'it agrees with {self.reference.name}'}"
         )
-        options = ("--trt", *([f"--{precision}"] if precision != "fp32" else []))
-        facts: dict[str, Any] = {
-            "export_options": options,
-            "parity": parity,
-            "executed": metadata.executed,
-            "note": metadata.note,
-        }
-        facts |= {"format": ENGINE, "precision": precision, "backend": self.backend.name}
-        return describe_artifact(self.folder, metadata.file, name=name, **facts)
+        return describe_artifact(
+            self.folder,
+            metadata.file,
+            name=name,
+            format=ENGINE,
+            precision=precision,
+            backend=self.backend.name,
+            export_options=("--trt", *([f"--{precision}"] if precision != "fp32" else [])),
+            parity=parity,
+            executed=metadata.executed,
+            note=metadata.note,
+        )
 
     def compared(self, metadata: EngineMetadata, work: Path, name: str) -> tuple[EngineMetadata, Parity | None]:
         """Compare an engine in ``work`` with the reference where it can run here; return its metadata, which says so.

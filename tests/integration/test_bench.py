@@ -16,7 +16,7 @@ from PIL import Image
 
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.ticks import Tick, write_ticks
-from prgkit.errors import BenchError, ExportError
+from prgkit.errors import BenchError, ExportError, RunError
 from prgkit.evaluate.bench.bench import bench
 from prgkit.evaluate.bench.metadata import evaluation_images, pseudo_labels, training_records
 from prgkit.evaluate.bench.options import BenchOptions
@@ -36,6 +36,7 @@ from prgkit.export.readme import write_manifest
 from prgkit.export.runtimes.onnxruntime import ONNXRUNTIME
 from prgkit.export.runtimes.tensorrt import TENSORRT, TENSORRT_RTX
 from prgkit.storage.atomic import sha256, write_sealed
+from prgkit.storage.quality import Statistics
 
 onnx = pytest.importorskip("onnx", reason="the model under test is made with the onnx package")
 
@@ -267,16 +268,43 @@ def test_latency_stages_threads_and_frames_stand_beside_the_rows(tmp_path: Path)
 
 def test_the_run_travels_in_the_manifest_and_the_run_at_hand_goes_first(tmp_path: Path) -> None:
     run = {"name": "colours", "fingerprint": "0" * 16, "objective": "prg", "epochs": 3}
-    told = {"training": [{"epoch": 1, "loss": 2.0, "seconds": 3.0}], "quality": {"images": 40}}
+    told = {"training": [{"epoch": 1, "loss": 2.0, "seconds": 3.0}], "quality": quality(images=40)}
     bundle: Any = SimpleNamespace(manifest=SimpleNamespace(run=RunFacts(**run, **told)))
     assert training_records(bundle, None) == [{"epoch": 1, "loss": 2.0}]
-    assert pseudo_labels(bundle, None) == {"images": 40}
+    assert pseudo_labels(bundle, None) == quality(images=40)
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0}\n')
-    write_sealed(tmp_path / "quality.json", {"images": 41})
+    write_sealed(tmp_path / "quality.json", quality(images=41).model_dump(mode="json"))
     assert training_records(bundle, tmp_path) == [{"epoch": 1, "loss": 1.0}]
-    assert pseudo_labels(bundle, tmp_path) == {"images": 41}
+    assert pseudo_labels(bundle, tmp_path) == quality(images=41)
     older: Any = SimpleNamespace(manifest=SimpleNamespace(run=RunFacts(**run)))
     assert (training_records(older, None), pseudo_labels(older, None)) == ([], None)
+    write_sealed(tmp_path / "quality.json", {"images": 41})
+    with pytest.raises(RunError, match=r"quality\.json is damaged: confidence: Field required"):
+        pseudo_labels(bundle, tmp_path)
+
+
+def quality(*, images: int) -> Statistics:
+    """Return what is known of the pseudo-labels of so many images, half of them red."""
+    balance = {
+        "counts": [images // 2, images - images // 2],
+        "uniform": images / 2,
+        "largest": {"class": "red", "count": images // 2},
+        "smallest": {"class": "blue", "count": images - images // 2},
+        "unmatched": [],
+        "effective_classes": 2.0,
+    }
+    known: dict[str, Any] = {
+        "images": images,
+        "confidence": {"mean": 0.9, "histogram": [0] * 19 + [images]},
+        "margin": {"mean": 0.8, "histogram": [0] * 19 + [images]},
+        "close_calls": 0,
+        "balance": balance,
+        "confused": [],
+        "near_duplicates": {"compared": images, "images": 0, "pairs": []},
+        "outliers": {"count": 0, "floor": 0.1, "lowest": []},
+        "templates": [],
+    }
+    return Statistics.model_validate(known)
 
 
 def test_evaluation_images_are_the_same_where_pictures_and_labels_are() -> None:

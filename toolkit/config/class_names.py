@@ -141,7 +141,7 @@ def parsed(text: str) -> Any:
     return None
 
 
-def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Build a mapping of which no key is lost."""
     mapping = dict(pairs)
     if len(mapping) < len(pairs):

@@ -11,7 +11,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from prgkit import __version__
+from prgkit.config.messages import first_mistake
 from prgkit.config.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
 from prgkit.config.sections import StudentConfig
 from prgkit.config.yaml_io import YamlMapping, read_yaml
@@ -20,6 +23,7 @@ from prgkit.storage.atomic import read_sealed, sha256, write_sealed
 from prgkit.storage.documents import read_document
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
+from prgkit.storage.quality import Statistics
 from prgkit.storage.run_card import SCHEMA, ImageFacts, RunCard, StudentFacts, TeacherFacts
 
 Metrics = dict[str, int | float]  # of an epoch: its number, the losses, the agreement, the seconds so far
@@ -146,11 +150,16 @@ class Run:
         """Whether the student is trained."""
         return self.card_file.exists() and self.card.finished
 
-    def quality(self) -> dict[str, Any] | None:
+    def quality(self) -> Statistics | None:
         """Return what was known of the pseudo-labels before training, where that was written down."""
         if not self.quality_file.exists():
             return None
-        return read_sealed(self.quality_file, fix="delete it: the report does without")
+        fix = "delete it: the report does without"
+        try:
+            return Statistics.model_validate(read_sealed(self.quality_file, fix=fix))
+        except ValidationError as mistakes:
+            damage = f"{self.quality_file.name} is damaged: {first_mistake(mistakes)}"
+            raise RunError(damage, where=self.quality_file, fix=fix) from mistakes
 
     def metrics(self) -> list[Metrics]:
         """Return the metrics, one record an epoch; a torn last line is left out."""

@@ -16,10 +16,10 @@ from prgkit.data.ticks import Tick, ticked
 from prgkit.device import best_device
 from prgkit.errors import some
 from prgkit.progress import Progress
+from prgkit.storage.quality import CorrectionRow
 from prgkit.teacher.zero_shot import ZeroShotClassifier, fit_corrections
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.statistics import NONE, effective_classes, percent
-from prgkit.training.statistics_schema import CorrectionRow
 
 PART = 256  # images whose answers are computed at once
 MOST_FITTED = 50_000  # images: their features are held in memory

@@ -17,6 +17,7 @@ from prgkit.data.ticks import read_ticks
 from prgkit.errors import TargetsError
 from prgkit.progress import Progress
 from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed
+from prgkit.storage.quality import Statistics
 from prgkit.storage.run import Run
 from prgkit.storage.run_card import LearnedFacts
 from prgkit.teacher.ensemble import TeacherEnsemble, averaged
@@ -31,7 +32,6 @@ from prgkit.training.corrections import (
 )
 from prgkit.training.dataset import DistillationDataset, images_an_epoch
 from prgkit.training.statistics import Floats
-from prgkit.training.statistics_schema import Statistics
 
 PART = 256  # images whose answers are computed at once
 VIEWED_TWICE = 1024  # images whose answers in two views are compared

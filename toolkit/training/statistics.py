@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.config.sections import TargetsConfig
-from prgkit.training.statistics_schema import (
+from prgkit.storage.quality import (
     AdjustmentEffect,
     Balance,
     BeforeAfter,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,19 +28,27 @@ ON_CPU_FP16 = "weights in float16; on a CPU LiteRT computes with them in float32
 def make_litert(export: StudentExport) -> Made:
     """Convert the fused student; the FP16 and INT8 files are made of the FP32 one, where these are asked for."""
     fp32 = export.folder / "model.tflite"
-    how: dict[str, Any] = {"format": LITERT, "runner": LiteRtRunner}
+    finish = partial(export.finish, format=LITERT, runner=LiteRtRunner)
 
     def convert(path: Path) -> None:
         export.note("LiteRT: converting takes a minute")
         run_apart(litert_convert.convert, export.program, path)
 
     options = ("--litert",)
-    how32: dict[str, Any] = {"precision": "fp32", "converters": CONVERTER, "export_options": options}
-    artifacts = [export.finish("litert", fp32.name, write=convert, **how, **how32)]
+    artifacts = [
+        finish("litert", fp32.name, write=convert, precision="fp32", converters=CONVERTER, export_options=options)
+    ]
     if export.options.fp16:
-        how16: dict[str, Any] = {"precision": "fp16", "converters": (*CONVERTER, *QUANTISER), "note": ON_CPU_FP16}
-        how16 |= {"write": partial(run_apart, litert_convert.halve, fp32), "export_options": (*options, "--fp16")}
-        artifacts.append(export.finish("litert-fp16", "model.fp16.tflite", **how, **how16))
+        fp16 = finish(
+            "litert-fp16",
+            "model.fp16.tflite",
+            write=partial(run_apart, litert_convert.halve, fp32),
+            precision="fp16",
+            note=ON_CPU_FP16,
+            converters=(*CONVERTER, *QUANTISER),
+            export_options=(*options, "--fp16"),
+        )
+        artifacts.append(fp16)
     int8 = make_int8(export, fp32) if export.options.int8 else Made()
     return Made([*artifacts, *int8.artifacts], int8.not_kept, int8.decided)
 

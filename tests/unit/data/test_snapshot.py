@@ -26,6 +26,7 @@ from prgkit.export.formats.options import ExportOptions
 from prgkit.export.from_run import export_run
 from prgkit.interrupt import Interrupted
 from prgkit.progress import NullProgress
+from prgkit.storage.quality import Statistics
 from prgkit.storage.run import Run
 from prgkit.training.distill import distill
 
@@ -54,6 +55,13 @@ class Heard(NullProgress):
 
     def about(self, words: str) -> list[str]:
         return [text for text in self.said if words in text]
+
+
+def quality_of(run: Run) -> Statistics:
+    """Return a run's figures of its pseudo-labels, which have to be there."""
+    quality = run.quality()
+    assert quality is not None
+    return quality
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +203,7 @@ def test_a_start_that_was_stopped_before_it_learned_takes_what_is_there(photos: 
         distill(*arguments, Stop())
     put(photos, source, ALL)
     run = distill(*arguments, NullProgress())
-    assert (run.image_facts.used, (run.quality() or {})["images"]) == (ALL, ALL)
+    assert (run.image_facts.used, quality_of(run).images) == (ALL, ALL)
 
 
 def test_a_damaged_list_of_images_is_named(photos: Path, tmp_path: Path) -> None:
@@ -255,7 +263,7 @@ def test_a_run_in_which_nothing_was_done_gives_way_to_another_recipe(photos: Pat
     run = distill(recipe_for(photos), folder, targets, NullProgress())
     assert run.finished
     assert not run.answers_file.exists()
-    assert "correction" not in (run.quality() or {})
+    assert quality_of(run).correction is None
     with pytest.raises(RunError, match=r"made from another recipe; it differs in targets\.debias"):
         distill(recipe_for(photos, targets={"debias": 0.7}), folder, targets, NullProgress())
 

@@ -346,7 +346,9 @@ def test_the_headline_says_what_is_kept_and_how_fast() -> None:
     assert headline(report).startswith(
         "RepViT-M0.9 matches its teacher (63.0 % against its teacher's 61.2 %, without a label) at 1.90 ms"
     )
-    report["pseudo_labels"] = {"correction": {}}  # the teacher by itself is what the student is held against
+    report["pseudo_labels"] = doubtful() | {
+        "correction": DEBIASED
+    }  # the teacher by itself is what the student is held against
     report["teacher"].update(top1=62.5, top1_uniform_prompts=58.0)
     assert "beats its teacher (63.0 % against its teacher's 58.0 %, 62.5 % corrected, without a label)" in headline(
         report
@@ -357,6 +359,17 @@ def test_the_headline_says_what_is_kept_and_how_fast() -> None:
     )
     report["rows"] = report["rows"][3:]
     assert headline(report) == "RepViT-M0.9: nothing could be measured on this machine"
+
+
+DEBIASED = {
+    "refine": None,
+    "debias": 0.5,
+    "entropy": None,
+    "temperature": 1.0,
+    "changed": 3,
+    "images": 10,
+    "effective_classes": {"before": 1.5, "after": 2.0},
+}
 
 
 def doubtful() -> dict[str, Any]:
@@ -598,7 +611,7 @@ def test_a_corrected_teacher_is_said_to_be_corrected() -> None:
     report = made_up()
     plain = names_of_teachers(report)
     assert plain[1] == "Teacher, prompts weighted equally"
-    report["pseudo_labels"] = {"correction": {"debias": 0.5, "entropy": None, "temperature": 1.0}}
+    report["pseudo_labels"] = doubtful() | {"correction": DEBIASED}
     corrected = names_of_teachers(report)
     assert corrected == [f"{plain[0]}, corrected", f"{plain[1]}, uncorrected"]
 

@@ -186,7 +186,7 @@ def test_fp16_holds_no_float32_between_its_edges(exported):
 @pytest.mark.parametrize(("opset", "ir"), [(17, 8), (18, 8), (19, 9), (21, 10)])
 def test_another_opset_says_the_lowest_ir_and_computes_the_same(exported, tmp_path, opset, ir):
     path = tmp_path / "m.onnx"
-    facts = {"image_size": 64, "classes": ["a"] * 20, "preprocessing": exported.preprocessing.to_dict()}
+    facts = {"image_size": 64, "classes": ["a"] * 20, "preprocessing": exported.preprocessing}
     export_onnx(exported.module, path, opset=opset, **facts)
     write_fp16(path, tmp_path / "m.fp16.onnx")
     for file in (path, tmp_path / "m.fp16.onnx"):

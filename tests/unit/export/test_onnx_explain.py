@@ -58,7 +58,7 @@ def test_evidence_lies_where_the_class_is(tmp_path: Path) -> None:
     explained = with_evidence(module(RedOrBlue()), pictures())
     path = tmp_path / "model.explain.onnx"
     export_onnx(
-        explained, path, image_size=8, classes=["red", "blue"], preprocessing=FACTS.to_dict(), opset=20,
+        explained, path, image_size=8, classes=["red", "blue"], preprocessing=FACTS, opset=20,
         outputs=("logits", "evidence"),
     )  # fmt: skip
     logits, evidence = OnnxRunner(path, spin=False).outputs(pictures())

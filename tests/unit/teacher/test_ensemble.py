@@ -215,8 +215,9 @@ def test_a_student_of_two_teachers_is_trained_judged_and_keeps_both_stores(
     assert (card.model, card.weights) == ("demo:digits + tiny", None)
     assert sorted(row.runs for row in list_stores(Path("targets")) if row.teacher) == [["runs/two"]] * 2
     assert found is not None
-    assert [one["teacher"] for one in found["teachers"]["average"]] == ["demo:digits", "tiny"]
-    assert 0 < found["teachers"]["differ"] <= 100
+    assert found.teachers is not None
+    assert [one.teacher for one in found.teachers.average] == ["demo:digits", "tiny"]
+    assert 0 < found.teachers.differ <= 100
     assert any(note.startswith("  teachers    they name different classes on ") for note in progress.notes)
 
     images = index_images(open_images(recipe.data.images), workers=1)
@@ -233,8 +234,8 @@ def test_a_run_of_averaged_probabilities_tells_each_teachers_share(place: Path, 
     run = distill(recipe, tmp_path / "run", tmp_path / "targets", progress)
     found = run.quality()
     assert found is not None
-    assert list(found["teacher_shares"]) == ["demo:digits", "tiny"]
-    assert sum(found["teacher_shares"].values()) == pytest.approx(1, abs=1e-3)
+    assert list(found.teacher_shares) == ["demo:digits", "tiny"]
+    assert sum(found.teacher_shares.values()) == pytest.approx(1, abs=1e-3)
     assert any(note.startswith("  shares      demo:digits ") for note in progress.notes)
     images = index_images(open_images(recipe.data.images), workers=1)
     judged = teacher_answers(run, recipe, images, np.arange(len(images)), NullProgress()).logits

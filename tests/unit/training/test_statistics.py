@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from prgkit.config.sections import TargetsConfig
+from prgkit.storage.quality import Statistics
 from prgkit.training.statistics import (
     adjustment_effect,
     compute_statistics,
@@ -18,7 +19,6 @@ from prgkit.training.statistics import (
     summarise,
     template_agreement,
 )
-from prgkit.training.statistics_schema import Statistics
 
 CLASSES = ("cat", "dog", "cow", "owl")
 

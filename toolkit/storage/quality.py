@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Statistic(BaseModel):
     """A part of quality.json."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, serialize_by_alias=True)
 
 
 class Distribution(Statistic):
