@@ -207,7 +207,7 @@ def export_family(model: str, folder: Path) -> Exported:
         fp32,
         image_size=SIZE,
         classes=CLASSES,
-        preprocessing=built.preprocessing.to_dict(),
+        preprocessing=built.preprocessing,
         opset=20,
     )
     write_fp16(fp32, fp16)

@@ -216,7 +216,9 @@ def test_int8_for_tensorrt_in_an_opset_without_fp16_scales_is_refused_at_once():
 
 
 def test_the_exporter_prints_nothing(repvit, tmp_path, capfd):
-    export_onnx(repvit.module, tmp_path / "m.onnx", image_size=64, classes=["a"], preprocessing={}, opset=19)
+    export_onnx(
+        repvit.module, tmp_path / "m.onnx", image_size=64, classes=["a"], preprocessing=repvit.preprocessing, opset=19
+    )
     assert tuple(capfd.readouterr()) == ("", "")
     assert onnx.load(str(tmp_path / "m.onnx")).opset_import[0].version == 19
 

@@ -480,7 +480,7 @@ def reparameterised(repvit: Any, tmp_path_factory: pytest.TempPathFactory) -> Si
     student, pixels = built.inference_model(), repvit.pixels[:64]
     fp32, fp16 = folder / "model.onnx", folder / "model.fp16.onnx"
     module = onnx_export_module(student, torch.from_numpy(pixels))
-    facts = {"classes": [f"thing {number}" for number in range(20)], "preprocessing": repvit.preprocessing.to_dict()}
+    facts = {"classes": [f"thing {number}" for number in range(20)], "preprocessing": repvit.preprocessing}
     export_onnx(module, fp32, image_size=64, opset=20, **facts)
     write_fp16(fp32, fp16)
     features = module.network.projector(
