@@ -82,7 +82,7 @@ class AnswerLines:
 def names_in(text: str, *, as_table: bool) -> Iterator[str]:
     """Yield the name of each picture that has an answer in a file's text."""
     if not as_table:
-        yield from (json.loads(line)["image"] for line in text.splitlines())
+        yield from (json.loads(line)["image"] for line in text.split("\n")[:-1])
         return
     rows = csv.reader(io.StringIO(text))
     if (header := next(rows, None)) is not None and tuple(header) != COLUMNS:

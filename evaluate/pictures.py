@@ -17,6 +17,7 @@ from PIL import Image
 
 from prgkit.data.archives import is_archive
 from prgkit.data.decode import GreyRange, upright_rgb
+from prgkit.data.files import printable
 from prgkit.data.preprocessing import Preprocessing, load_image
 from prgkit.data.sources import open_images
 from prgkit.errors import ImagesError, PrgkitError
@@ -80,7 +81,8 @@ def open_pictures(
             found = iter([NamedPicture(name, partial(upright_rgb, given, grey))])
         else:
             found = iter([NamedPicture(str(place), partial(from_array, given, place))])
-        yield from (picture for picture in found if picture.name not in skip)
+        named = (picture._replace(name=printable(picture.name)) for picture in found)
+        yield from (picture for picture in named if picture.name not in skip)
 
 
 def pictures_at(
