@@ -175,7 +175,7 @@ void name_image(const std::string& bundle, const std::string& picture) {
   const float* logits = outputs[0].GetTensorData<float>();
 
   const std::string manifest = read_file(bundle + "/manifest.json");
-  const size_t calibrated = manifest.rfind("\"confidence\": {");
+  const size_t calibrated = manifest.find("\n  \"confidence\": {");  // of the bundle; what lies deeper is indented more
   const double temperature =
       calibrated == std::string::npos ? 1 : std::stod(value_of(manifest.substr(calibrated), "temperature"));
   const double largest = *std::max_element(logits, logits + classes.size());
