@@ -49,6 +49,10 @@ class Explainer:
         maps = self.evidence(pixels[None])[0]  # [classes, h, w]
         return overlay(pixels, maps[self.bundle.classes.index(label)] - maps.mean(axis=0))
 
+    def of_picture(self, picture: Image.Image, label: str) -> NDArray[np.uint8]:
+        """Return a picture as the student sees it, with the evidence for a class over it."""
+        return self.over(self.bundle.preprocessing.prepare(picture), label)
+
     def close(self) -> None:
         """Release the session."""
         self._runner.close()

@@ -25,7 +25,7 @@ from prgkit.evaluate.live import frames, is_live, is_video, paths_on_stdin
 from prgkit.progress import silent
 
 DECODERS = 4  # threads that read pictures ahead of the network
-READ_AHEAD = 8  # pictures
+READ_AHEAD = 8  # pictures, or twice a batch where that is more: while one is answered, the next is made ready
 
 
 class NamedPicture(NamedTuple):
@@ -127,8 +127,11 @@ def refuse(error: PrgkitError) -> Image.Image:
     raise error
 
 
-def prepared_ahead(pictures: Iterable[NamedPicture], preprocessing: Preprocessing) -> Iterator[PreparedPicture]:
+def prepared_ahead(
+    pictures: Iterable[NamedPicture], preprocessing: Preprocessing, *, batch_size: int = 1
+) -> Iterator[PreparedPicture]:
     """Yield each picture as the network takes it; the next ones are read meanwhile, in threads."""
+    ahead = max(READ_AHEAD, 2 * batch_size)
 
     def prepare(picture: NamedPicture) -> PreparedPicture:
         try:
@@ -140,7 +143,7 @@ def prepared_ahead(pictures: Iterable[NamedPicture], preprocessing: Preprocessin
     with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
         for picture in pictures:
             waiting.append(pool.submit(prepare, picture))
-            while len(waiting) > (0 if picture.live else READ_AHEAD):
+            while len(waiting) > (0 if picture.live else ahead):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

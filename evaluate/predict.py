@@ -142,8 +142,9 @@ class Model:
         if min_confidence or self.bundle.manifest.relabelled:
             self.note(worth(self.bundle.manifest, self.artifact, min_confidence))
         preprocessing = self.bundle.preprocessing
-        ready = prepared_ahead(open_pictures(images, preprocessing.grey_range, self.note), preprocessing)
         size = min(batch_size, self._runner.max_batch or batch_size)
+        pictures = open_pictures(images, preprocessing.grey_range, self.note)
+        ready = prepared_ahead(pictures, preprocessing, batch_size=size)
         while batch := list(islice(ready, size)):
             pixels = [one.pixels for one in batch if one.pixels is not None]
             rows = iter(self.logits(np.stack(pixels)) if pixels else np.empty((0, 0), np.float32))
@@ -166,7 +167,7 @@ class Model:
         if label not in self.classes:
             raise ExportError(f"there is no class {label!r}{nearest(label, self.classes)}", where=self.bundle.folder)
         (one,) = open_pictures(picture, self.bundle.preprocessing.grey_range, self.note)
-        return Image.fromarray(self.require_heat_maps().over(self.bundle.preprocessing.prepare(one.read()), label))
+        return Image.fromarray(self.require_heat_maps().of_picture(one.read(), label))
 
     def require_heat_maps(self) -> Explainer:
         """Open the file that says where a class was found; refuse where the bundle has none."""

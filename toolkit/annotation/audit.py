@@ -17,12 +17,16 @@ from prgkit.annotation.sheet import Card, sheet
 from prgkit.config.recipe import Recipe
 from prgkit.data.ticks import AuditSample, SampledImage, Tick, carried, read_ticks, set_aside, ticked, write_ticks
 from prgkit.device import best_device
-from prgkit.errors import RunError
+from prgkit.errors import PrgkitError, RunError
 from prgkit.evaluate.accuracy.ticked import teacher_share
+from prgkit.evaluate.heat_map import Explainer
 from prgkit.evaluate.report.formatting import interval, percent
 from prgkit.evaluate.report.schema import TickedShare
+from prgkit.export.bundle.bundle import open_bundle
+from prgkit.export.bundle.manifest import EXPLAIN
 from prgkit.progress import Progress
 from prgkit.storage.atomic import fingerprint, write_sealed, write_text
+from prgkit.storage.find import find_bundle
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Run, differences, require_own_folder, start_run, undoing
 from prgkit.training.dataset import DistillationDataset
@@ -231,18 +235,27 @@ def draw_sheet(
 ) -> str:
     """Return the sheet, with every picture in it."""
     places = {key: position for position, key in enumerate(dataset.image_index.keys)}
+    explainer = heat_maps_of(run, progress)
     progress.start("sheet", len(ticks), "img")
     cards = []
     for tick in ticks:
         position = places[tick.key]
         others = zip(predictions.classes[position, 1:], predictions.confidence[position, 1:], strict=True)
         next_answers = [(recipe.classes[index], in_percent(share)) for index, share in others]
-        cards.append(Card(tick, dataset.image_index.read(position), next_answers))
+        picture = dataset.image_index.read(position)
+        heat_map = None if explainer is None else explainer.of_picture(picture, tick.teacher)
+        cards.append(Card(tick, picture, next_answers, heat_map))
         progress.advance(1)
     about = (
         f"{len(ticks):,} of {len(dataset.image_index):,} images, the same share of every class that the teacher named "
         f"and of every confidence. Each shows the answer of {recipe.teacher_name}, and its next ones."
     )
+    if explainer is not None:
+        explainer.close()
+        about += (
+            " On the right, the picture as the student sees it, and in red where the student finds that answer: not "
+            "the teacher's reason, and no sign that the answer is right."
+        )
     return sheet(
         cards,
         title=f"{run.name}: is the teacher right?",
@@ -252,6 +265,18 @@ def draw_sheet(
         made_from=fingerprint([tick.key for tick in ticks]),
         base=fingerprint([[tick.key, tick.right, tick.named] for tick in ticks]),
     )
+
+
+def heat_maps_of(run: Run, progress: Progress) -> Explainer | None:
+    """Open the file that says where the run's student finds a class, if its bundle was exported with one."""
+    if not (run.bundle / "manifest.json").is_file():  # as before the training
+        return None
+    try:
+        bundle = open_bundle(find_bundle(run.folder)[0], verify=())
+        return Explainer(bundle) if any(one.format == EXPLAIN for one in bundle.artifacts) else None
+    except PrgkitError as error:
+        progress.note(f"the sheet has no heat maps: {error.what}")
+        return None
 
 
 def in_percent(share: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from typing_extensions import Required, TypedDict, Unpack
 
@@ -23,6 +24,7 @@ class Card:
     tick: Tick
     picture: Image.Image
     others: Sequence[tuple[str, str]]  # the next answers, each with its confidence in percent
+    heat_map: NDArray[np.uint8] | None = None  # [height, width, 3]: where the student finds the teacher's answer
 
     @property
     def row(self) -> str:
@@ -38,6 +40,11 @@ class Card:
     def source(self) -> str:
         """The picture itself, as a data URI."""
         return data_uri(np.asarray(self.picture), largest_side=LARGEST_SIDE)
+
+    @property
+    def heat_map_source(self) -> str:
+        """The heat map as a data URI, or nothing."""
+        return "" if self.heat_map is None else data_uri(self.heat_map, largest_side=LARGEST_SIDE)
 
 
 class Page(TypedDict, total=False):

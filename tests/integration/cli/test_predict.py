@@ -192,6 +192,12 @@ def test_heat_maps_are_drawn_where_the_bundle_has_them(prgkit: PrgkitCommand, pr
     assert "onnx-explain" not in {row["artifact"] for row in rows}
     (report,) = Path("runs/large/bench").rglob("report.html")
     assert 'alt="where the student found its answer" src="data:image/jpeg;base64,' in report.read_text()
+    sheet = Path(prgkit("audit -n 6 --json").json["audit"]["sheet"])
+    assert sheet.read_text().count('<img alt="where the student finds ') == 6
+    with open("runs/large/student.safetensors", "ab") as weights:
+        weights.write(b" ")  # another student than the bundle's
+    assert "the sheet has no heat maps: the bundle is stale" in prgkit("audit").err
+    assert "where the student finds" not in sheet.read_text()
 
 
 def test_paths_on_stdin(prgkit: PrgkitCommand, project_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

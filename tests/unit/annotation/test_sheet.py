@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -67,6 +68,18 @@ def test_every_image_is_there_and_the_page_needs_nothing_else() -> None:
     assert "http" not in page
     assert "url(" not in page
     assert "@import" not in page
+
+
+def test_a_heat_map_stands_beside_its_picture() -> None:
+    heat_map = np.zeros((224, 224, 3), np.uint8)
+    cards = [Card(tick, Image.new("RGB", (8, 8)), [], heat_map if tick.number == 2 else None) for tick in ticks(3)]
+    facts = {"title": "Right?", "about": "", "classes": CLASSES, "ticks_file": "t", "made_from": "0", "base": "1"}
+    page = sheet(cards, **facts)
+    assert Reader(page).tags.count("img") == 4
+    assert page.count('<div class="pair">') == 1
+    assert '<ol class="sheet pairs">' in page
+    assert '<img alt="where the student finds -fox in picture 2" src="data:image/jpeg' in page
+    assert '<ol class="sheet">' in made(ticks())
 
 
 def test_a_class_named_like_a_script_is_shown_as_text() -> None:
