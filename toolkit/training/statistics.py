@@ -166,6 +166,9 @@ def summarise(statistics: Statistics) -> list[tuple[str, str]]:
             f"({spread.largest.class_name}) images a class; {spread.uniform:,.0f} would be even",
         ),
     ]
+    if weights := statistics.class_weights:
+        least, most = min(weights, key=weights.__getitem__), max(weights, key=weights.__getitem__)
+        lines.append(("weights", f"an image counts {weights[least]:.2f} ({least}) to {weights[most]:.2f} ({most})"))
     if spread.unmatched:
         lines.append(("no image", f"{len(spread.unmatched)} classes, e.g. {', '.join(spread.unmatched[:5])}"))
     if statistics.confused:
