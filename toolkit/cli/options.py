@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from prgkit.cli import values
+from prgkit.cli.chain import following
 from prgkit.cli.state import RecipeOptions, Session
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Ca
         return command(*arguments, RecipeOptions(**named), **options)
 
     options: list[Callable[..., Any]] = [
-        click.argument("recipe", required=False),
+        click.argument("recipe", required=False, shell_complete=complete_recipe),
         click.option("--images", metavar="SOURCE", help="Unlabelled images: a folder, a .zip or tar shards."),
         click.option("--classes", metavar="FILE", help="One class name a line, or the name of a known list."),
         click.option(
@@ -115,6 +117,15 @@ def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Ca
         json_option,
     ]
     return with_options(with_recipe, options)
+
+
+def complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return how a shell goes on with RECIPE: a shipped recipe, a page here, or the command that follows."""
+    from prgkit.config.recipe import shipped_recipes
+
+    pages = [str(page) for page in sorted(Path().glob("*.y*ml"))]
+    names = [name for name in (*shipped_recipes(), *pages) if name.startswith(incomplete)]
+    return [*map(CompletionItem, names), *following(ctx, incomplete)]
 
 
 def with_options(command: Callable[..., Any], options: list[Callable[..., Any]]) -> Callable[..., Any]:
