@@ -15,6 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -168,6 +169,6 @@ def talking_to_the_hub(repo: str) -> Iterator[None]:
         refused = error.response.status_code in (401, 403)
         fix = NO_TOKEN if refused else "try again; https://status.huggingface.co says whether the Hub is up"
         raise HubError(f"the Hub refuses: {one_line(error)[:300]}", where=repo, fix=fix) from error
-    except Exception as error:  # whatever the network has to say
+    except (OSError, HTTPError) as error:
         fix = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
         raise HubError(f"the Hub cannot be reached: {one_line(error)[:200]}", where=repo, fix=fix) from error

@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
             if repo in self.server.private:
-                return self.refuse(409, "", "You already created this model repo")
+                return self.answer({"error": "You already created it", "url": f"{self.server.address}/{repo}"}, 409)
             self.server.private[repo] = bool(asked.get("private")) or asked.get("visibility") == "private"
             self.server.branches[repo, "main"] = {".gitattributes": b""}
             return self.answer({"url": f"{self.server.address}/{repo}", "id": repo, "name": repo})

@@ -46,24 +46,14 @@ from prgkit.cli.options import (
     run_option,
     suggest_options,
     targets_options,
+    version_option,
 )
 from prgkit.cli.state import Document, RecipeOptions, Session
 from prgkit.cli.streams import run_process
 
 
-def show_versions(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
-    """Print the versions of prgkit and of what it works with."""
-    if asked and not ctx.resilient_parsing:
-        from prgkit.cli.versions import version_lines
-
-        click.echo("\n".join(version_lines()))
-        ctx.exit()
-
-
 @click.group(cls=Chain, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=show_versions, help="Show versions and exit."
-)
+@version_option
 def cli() -> None:
     """Distil CLIP into a small classifier for your device, without a label.
 
@@ -383,7 +373,7 @@ def completion(session: Session, shell: str) -> Document:
     \b
     bash, in ~/.bashrc:  eval "$(prgkit completion bash)"
     zsh, in ~/.zshrc:    eval "$(prgkit completion zsh)"
-    fish:                prgkit completion fish > ~/.config/fish/completions/prgkit.fish
+    fish:                prgkit completion fish | source
     """
     return print_completion(session, cli, shell)
 

@@ -22,6 +22,22 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 PLACE = click.Path(path_type=Path)  # a folder, or a packed bundle, of which the command says what to do with it
 
 
+def version_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --version, of prgkit and of what it works with."""
+
+    def show(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+        if asked and not ctx.resilient_parsing:
+            from prgkit.cli.versions import version_lines
+
+            click.echo("\n".join(version_lines()))
+            ctx.exit()
+
+    help_text = "Show versions and exit."
+    return click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show, help=help_text)(
+        command
+    )
+
+
 def run_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --run to a command that works on a run or a bundle."""
     help_text = "The run, or the bundle, to work on.  [default: the one this chain made, stood in, or the newest]"
