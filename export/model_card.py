@@ -12,7 +12,7 @@ from prgkit import metrics
 from prgkit.config.image_size import size_told
 from prgkit.errors import some
 from prgkit.export.bundle.bundle import Evaluation
-from prgkit.export.bundle.manifest import ENGINE, Manifest
+from prgkit.export.bundle.manifest import ENGINE, Manifest, NotBuilt
 from prgkit.export.formats.snippets import section
 
 UNKNOWN = "unknown: check"
@@ -65,6 +65,7 @@ def published(manifest: Manifest, name: str, *, with_images: bool) -> Manifest:
             "teacher": manifest.teacher.model_copy(update=without_paths(manifest.teacher.to_json())),
             "student": manifest.student.model_copy(update=without_paths({"model": manifest.student.model})),
             "artifacts": tuple(one for one in manifest.artifacts if one.format != ENGINE),
+            "not_kept": tuple(one for one in manifest.not_kept if not isinstance(one, NotBuilt)),  # a builder's words
             "evaluation": manifest.evaluation.model_copy(
                 update={"source": "published with the model"}
                 if with_images

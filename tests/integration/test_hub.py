@@ -13,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from prgkit.config.recipe import validate
 from tests.conftest import CLASSES, PrgkitCommand
 from tests.hub import TOKEN, Hub
 
@@ -155,6 +156,7 @@ def test_a_bundle_travels_without_what_is_private_and_runs_where_it_comes_to(
     told = files["README.md"].decode() + files["manifest.json"].decode()
     assert [secret for secret in SECRETS if secret in told] == []
     card(files["README.md"].decode(), hub)
+    validate(json.loads(files["manifest.json"])["recipe"], where="published")  # as relabel reads it
 
     monkeypatch.chdir(tmp_path)
     pulled = prgkit("pull me/things bench --seconds 1 --batches 1 --threads 1 --json")
