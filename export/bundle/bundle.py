@@ -157,8 +157,8 @@ def read_evaluation(folder: Path, *, limit: int | None = None) -> Evaluation:
     Raises:
         ExportError: a file is missing or damaged.
     """
-    evaluation, manifest = folder / "evaluation", read_manifest(folder)
-    if manifest.evaluation.images == 0:
+    evaluation = folder / "evaluation"
+    if not evaluation.exists() and (manifest := read_manifest(folder)).evaluation.images == 0:
         none = np.zeros((0, len(manifest.classes)), np.float32)
         pixels = np.zeros((0, *sides(manifest.preprocessing.image_size), 3), np.uint8)
         return Evaluation(pixels, none, none, none, None, ())
