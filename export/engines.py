@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prgkit.errors import ExportError, NotWorthItError
 from prgkit.export.bundle.artifact_cache import Origin, alone_in, files_of, is_whole
-from prgkit.export.bundle.bundle import Bundle, open_bundle, read_evaluation
+from prgkit.export.bundle.bundle import Bundle, noise, open_bundle, read_evaluation
 from prgkit.export.bundle.fidelity import int8_sentence
 from prgkit.export.bundle.manifest import ONNX, QDQ, Artifact, Manifest, NotBuilt
 from prgkit.export.formats.options import ExportOptions
@@ -43,6 +43,7 @@ def build_engines(folder: Path, options: ExportOptions, *, note: Callable[[str],
         kinds = {"fp32": True, "fp16": options.fp16, "int8": options.int8}
         sources = sources_of(bundle, [precision for precision, wanted in kinds.items() if wanted])
         pixels = read_evaluation(folder, limit=PARITY_IMAGES).pixels
+        pixels = pixels if len(pixels) else noise(bundle, PARITY_IMAGES)
         engines = EnginesInPlace(bundle, note)
         reference = Reference(sources[0].name, cache(lambda: run_and_close(open_runner(folder, sources[0]), pixels)))
         builder = EngineBuilder(folder, backend, options, pixels, reference, engines, note)

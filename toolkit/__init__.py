@@ -1,13 +1,13 @@
 """prgkit: distil CLIP into a small classifier without labels, export it, and measure it on the device.
 
-From Python: `distill`, `label`, `compare`, `load`, and the classes that they return; see `prgkit.api`.
+From Python: `distill`, `label`, `compare`, `load`, `pull`, and the classes that they return; see `prgkit.api`.
 """
 
 from importlib import import_module
 
 __version__ = "0.1.0"
 _HOMES = {  # of each public name: importing prgkit imports none of them, so that it costs a device nothing
-    **dict.fromkeys(("Bundle", "Run", "Update", "compare", "distill", "label", "load"), "prgkit.api"),
+    **dict.fromkeys(("Bundle", "Run", "Update", "compare", "distill", "label", "load", "pull"), "prgkit.api"),
     **dict.fromkeys(("Model", "Prediction"), "prgkit.evaluate.predict"),
     "PrgkitError": "prgkit.errors",
     "Report": "prgkit.evaluate.report.schema",

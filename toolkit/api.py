@@ -91,6 +91,15 @@ class BenchArguments(TypedDict, total=False):
     soak_minutes: float
 
 
+class PushArguments(TypedDict, total=False):
+    """What `Bundle.push` publishes, as the options of ``prgkit push`` say it."""
+
+    private: bool
+    with_images: bool
+    license: str
+    revision: str | None
+
+
 class Run(storage.Run):
     """A student that was distilled, in the folder of its run: its recipe, its card, its metrics, its weights."""
 
@@ -137,6 +146,12 @@ class Bundle(exported.Bundle):
         folder = system.bench_folder(bundle, run) if out is None else Path(out)
         asked = BenchOptions.model_validate(options)
         return bench(bundle, asked, run_folder=run.folder if run else None, out=folder, note=logger.info)
+
+    def push(self, repo: str, **options: Unpack[PushArguments]) -> str:
+        """Publish it as the model repository OWNER/NAME of the Hugging Face Hub; return its address."""
+        from prgkit.export.hub import PushOptions, push
+
+        return push(self.folder, repo, PushOptions(**options))
 
     def load(self, *, runtime: str | None = None) -> Model:
         """Open the file that is best on this machine, or that a runtime runs, to name pictures with it."""
@@ -207,6 +222,13 @@ def load(folder: AnyPath, *, runtime: str | None = None) -> Model:
     """
     bundle, run = find_bundle(Path(folder))
     return Model(bundle, bench=system.bench_folder(bundle, run), runtime=runtime, note=logger.info)
+
+
+def pull(repo: str, folder: AnyPath | None = None, *, revision: str | None = None) -> Bundle:
+    """Bring the bundle of the model repository OWNER/NAME of the Hugging Face Hub into ``folder``, by default NAME."""
+    from prgkit.export.hub import pull as bring
+
+    return Bundle(bring(repo, Path(folder or repo.rpartition("/")[2]), revision=revision, note=logger.info))
 
 
 def choose(

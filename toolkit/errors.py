@@ -71,6 +71,10 @@ class BenchError(PrgkitError):
     """A measurement that cannot be made as asked."""
 
 
+class HubError(PrgkitError):
+    """The Hugging Face Hub cannot be reached, or refuses what it was asked for."""
+
+
 class DiskFullError(PrgkitError):
     """No space left for something that was about to be written."""
 

@@ -29,7 +29,9 @@ class Scores(NamedTuple):
 def scores(
     logits: Logits, *, teacher: Logits | None = None, fp32: Logits | None = None, labels: Labels | None = None
 ) -> Scores:
-    """Return everything that can be said of ``logits`` [images, classes] with what is known."""
+    """Return everything that can be said of ``logits`` [images, classes] with what is known: of no image, nothing."""
+    if len(logits) == 0:
+        return Scores(*[None] * len(Scores._fields))
     classes = logits.shape[1]
     right = None if labels is None else int((logits.argmax(axis=1) == labels).sum())
     same = None if teacher is None else int((logits.argmax(axis=1) == teacher.argmax(axis=1)).sum())

@@ -44,16 +44,32 @@ class TeacherOutput(NamedTuple):
     labels: Tensor
     images: Tensor  # [B], the number of each image, below N
     truth: Tensor | None = None  # [B], true labels of the few images of data.labelled, -1 for all others
+    weights: Tensor | None = None  # [B], of each image's pseudo-class (training.class_weights); None: all are 1
 
 
-def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the batch mean of KL(softmax(teacher / T) || softmax(student / T)): logits [B, C] -> scalar."""
-    return F.kl_div(
+def batch_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the batch mean of each image's weight times its loss: [B], [B] -> scalar."""
+    return losses.mean() if weights is None else (weights * losses).mean()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the weighted batch mean of the cross-entropy with classes [B] or probabilities [B, C] -> scalar."""
+    if weights is None:
+        return F.cross_entropy(logits, targets)
+    return batch_mean(F.cross_entropy(logits, targets, reduction="none"), weights)
+
+
+def kl_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, weights: Tensor | None = None
+) -> Tensor:
+    """Return the weighted batch mean of KL(softmax(teacher / T) || softmax(student / T)): logits [B, C] -> scalar."""
+    divergence = F.kl_div(
         (student_logits / temperature).log_softmax(dim=1),
         (teacher_logits / temperature).log_softmax(dim=1),
-        reduction="batchmean",
+        reduction="batchmean" if weights is None else "none",
         log_target=True,
     )
+    return divergence if weights is None else batch_mean(divergence.sum(dim=1), weights)
 
 
 def standardise_logits(logits: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from prgkit.evaluate.report.regression import Gate, against, require_comparable
 from prgkit.evaluate.report.samples import RowSamples, Samples, ThroughputSamples
 from prgkit.evaluate.report.schema import FixedRate, Int8Verdict, Machine, Report, Row, Soak, ThreadSweep, Throughput
 from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection
-from prgkit.export.bundle.bundle import Bundle, Evaluation, open_bundle, read_evaluation
+from prgkit.export.bundle.bundle import Bundle, Evaluation, noise, open_bundle, read_evaluation
 from prgkit.export.bundle.fidelity import compare_with_fp32, known_classes
 from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes.parity import check_golden
@@ -116,7 +116,7 @@ def bench(
     with open_journal(out, made_from, note) as journal:
         monitor = system.SystemMonitor("cuda" if machine.gpus else "cpu")
         context = BenchContext(
-            images=evenly(subject.evaluation.pixels, TIMED_IMAGES),
+            images=timed_images(subject),
             seconds=options.seconds,
             journal=journal,
             note=note,
@@ -135,7 +135,7 @@ def bench(
 
 def files_under_test(subject: Subject) -> list[str]:
     """Return the digests of all that is measured, and of the images that it is measured with."""
-    paths = [subject.bundle.folder / "evaluation" / "images.zip"]
+    paths = [subject.bundle.folder / "evaluation" / "images.zip"] if len(subject.evaluation.pixels) else []
     if subject.run_folder is not None and Run(subject.run_folder).weights.exists():
         paths.append(Run(subject.run_folder).weights)
     return [*(artifact.sha256 for artifact in subject.bundle.artifacts), *(sha256(path) for path in paths)]
@@ -143,6 +143,8 @@ def files_under_test(subject: Subject) -> list[str]:
 
 def golden_notes(bundle: Bundle) -> list[str]:
     """Check that this machine prepares images as training did, and that its FP32 student answers as exported."""
+    if bundle.manifest.evaluation.images == 0:
+        return ["This bundle was published without its images: latency is measured on noise, and nothing is judged."]
     artifact = next((one for one in bundle.artifacts if one.format == "onnx" and one.precision == "fp32"), None)
     if artifact is None:
         return []
@@ -156,9 +158,12 @@ def golden_notes(bundle: Bundle) -> list[str]:
     return notes
 
 
-def evenly(pixels: Pixels, count: int) -> Pixels:
-    """Return up to ``count`` images, spread over all of them."""
-    places = np.unique(np.linspace(0, len(pixels) - 1, min(count, len(pixels))).astype(int))
+def timed_images(subject: Subject) -> Pixels:
+    """Return up to `TIMED_IMAGES` images, spread over all of them; noise where the bundle has none."""
+    pixels = subject.evaluation.pixels
+    if len(pixels) == 0:
+        return noise(subject.bundle, TIMED_IMAGES)
+    places = np.unique(np.linspace(0, len(pixels) - 1, min(TIMED_IMAGES, len(pixels))).astype(int))
     spread: Pixels = pixels[places]
     return spread
 

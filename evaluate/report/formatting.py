@@ -156,6 +156,8 @@ def best_throughput(row: Row) -> Throughput | None:
 
 def evaluated_on(evaluation: EvaluationImages) -> str:
     """Return what the quality was measured on."""
+    if evaluation.images == 0:
+        return "no images, since none came with the bundle"
     return f"{images_text(evaluation)} held out of training"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prgkit.evaluate.report.formatting import NONE, evaluated_on, interval, model_name, percent, row_name
 from prgkit.evaluate.report.plots import charts
@@ -54,15 +54,17 @@ def class_by_class(report: Report) -> Section | None:
     groups = [shares] if few else [shares[:WORST], shares[-BEST:]]
     marks = [[class_mark(share) for share in group] for group in groups]
     judges = ("student", "teacher") if per_class.measure == "recall" else ("same answer",)
+    weights: dict[str, float] = report.pseudo_labels.class_weights if report.pseudo_labels else {}
     return Section(
         "Class by class",
-        class_about(per_class, shares),
+        class_about(per_class, shares, weights),
         (
             Column("Class", short="class", left=True),
             Column("Images", short="images"),
             *(Column(name.capitalize(), short=name, small="95 %") for name in judges),
+            *((Column("Weight", short="weight"),) if weights else ()),
         ),
-        tuple(class_row(share, len(judges)) for share in shares),
+        tuple(class_row(share, len(judges), weights) for share in shares),
         ends=None if few else (WORST, BEST),
         folded="Every class in figures",
         plots=(charts.class_shares(marks, left_out=len(shares) - sum(map(len, groups))),),
@@ -83,16 +85,16 @@ def class_mark(share: ClassShare) -> charts.Share:
     return charts.Share(share.name, share.images, share.student, share.student_interval, share.teacher)
 
 
-def class_row(share: ClassShare, judges: int) -> TableRow:
+def class_row(share: ClassShare, judges: int, weights: Mapping[str, float]) -> TableRow:
     """Return a class as a line of the table; nobody but the student is judged where there are no labels."""
     judged = [(share.student, share.student_interval), (share.teacher, share.teacher_interval)][:judges]
-    return table_row(
-        share.name, f"{share.images:,}", *(Cell(percent(value), interval(bounds)) for value, bounds in judged)
-    )
+    cells = [Cell(percent(value), interval(bounds)) for value, bounds in judged]
+    weight = f"{weights[share.name]:.2f}" if share.name in weights else NONE  # relabel brings classes that have none
+    return table_row(share.name, f"{share.images:,}", *cells, *((weight,) if weights else ()))
 
 
-def class_about(per_class: PerClass, shares: Sequence[ClassShare]) -> str:
-    """Return what the shares are shares of, and how few images they rest on."""
+def class_about(per_class: PerClass, shares: Sequence[ClassShare], weights: Mapping[str, float]) -> str:
+    """Return what the shares are shares of, how few images they rest on, and which classes counted most in training."""
     if per_class.measure == "recall":
         what = f"The share of each class's images that {per_class.artifact} and the teacher name right (recall)"
     else:
@@ -102,7 +104,14 @@ def class_about(per_class: PerClass, shares: Sequence[ClassShare]) -> str:
     chance = ", so few that much of the order is chance" if sum(counts) < FEW_IMAGES * len(counts) else ""
     empty = len(per_class.classes) - len(shares)
     none = f" {empty:,} of {len(per_class.classes):,} classes have none here." if empty else ""
-    return f"{what}, the worst first. A class has {size} images{chance}.{none}"
+    weighted = ""
+    if weights:
+        rarest, most = max(weights, key=weights.__getitem__), min(weights, key=weights.__getitem__)
+        weighted = (
+            f" In training (training.class_weights) an image of {rarest} counted {weights[rarest]:.2f}, one of {most} "
+            f"{weights[most]:.2f}, by the teacher's answer."
+        )
+    return f"{what}, the worst first. A class has {size} images{chance}.{none}{weighted}"
 
 
 def mistakes(report: Report) -> Section | None:

@@ -152,12 +152,16 @@ def write_evaluation(
 
 
 def read_evaluation(folder: Path, *, limit: int | None = None) -> Evaluation:
-    """Read a bundle's evaluation images, the first ``limit`` of them or all.
+    """Read a bundle's evaluation images, the first ``limit`` of them or all; none where it was published without.
 
     Raises:
         ExportError: a file is missing or damaged.
     """
     evaluation = folder / "evaluation"
+    if not evaluation.exists() and (manifest := read_manifest(folder)).evaluation.images == 0:
+        none = np.zeros((0, len(manifest.classes)), np.float32)
+        pixels = np.zeros((0, *sides(manifest.preprocessing.image_size), 3), np.uint8)
+        return Evaluation(pixels, none, none, none, None, ())
     try:
         with zipfile.ZipFile(evaluation / "images.zip") as archive:
             pixels = np.stack([as_pixels(archive.read(name)) for name in archive.namelist()[:limit]])
@@ -181,6 +185,12 @@ def read_evaluation(folder: Path, *, limit: int | None = None) -> Evaluation:
         )
     require_unchanged(folder, "evaluation")
     return Evaluation(pixels, teacher, uniform, student, labels, keys)
+
+
+def noise(bundle: Bundle, count: int) -> Pixels:
+    """Return images [count, S, S, 3] that stand in for those of a bundle that was published without."""
+    shape = (count, *sides(bundle.preprocessing.image_size), 3)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def batches(images: Iterable[Pixels], size: int) -> Iterator[Pixels]:

@@ -68,6 +68,7 @@ OWNERS = {
     "ai_edge_litert": {"prgkit.export.runtimes"},
     "executorch": {"prgkit.export.formats.mobile", "prgkit.export.runtimes"},
     "datasets": {"prgkit.data.hub"},
+    "huggingface_hub": {"prgkit.export.hub", "prgkit.export.model_card"},
     "torchvision": {"prgkit.data.hub"},
     "ray": {"prgkit.teacher.ray_engine"},
     "fsspec": {"prgkit.storage.remote"},

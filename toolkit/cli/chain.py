@@ -11,11 +11,12 @@ from itertools import pairwise
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from prgkit.cli.state import Document, Session
 from prgkit.cli.values import refuse_twice
 
-ON_A_RUN = ("audit", "distill", "export", "relabel", "bench", "predict")
+ON_A_RUN = ("audit", "distill", "export", "relabel", "bench", "predict", "push")
 OF_ALL_PROCESSES = (
     "adapt-teacher",
     "audit",
@@ -42,6 +43,21 @@ class Command(click.Command):
                 refuse_twice(option.opts[-1], given.get(option.name, []), ctx)
         return super().parse_args(ctx, args)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete an option, or the name of the command that follows."""
+        return [*super().shell_complete(ctx, incomplete), *following(ctx, incomplete)]
+
+
+def following(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    """Return the commands that may follow in a shell's line, by how they begin."""
+    whole = ctx.find_root().command
+    names = whole.commands if isinstance(whole, click.Group) else {}
+    return [
+        CompletionItem(name, help=names[name].short_help)
+        for name in names
+        if incomplete and name.startswith(incomplete)
+    ]
+
 
 class Chain(click.Group):
     """A group whose commands chain as people type them: ``distill cifar100 --set a=1 export --trt bench``.
@@ -60,7 +76,8 @@ class Chain(click.Group):
         """Keep the parts for `invoke`; click itself sees the first."""
         head, parts = split_at_commands(args, self.commands)
         ctx.meta["parts"] = parts
-        return super().parse_args(ctx, head + (parts[0] if parts else []))
+        seen = parts[-1:] if ctx.resilient_parsing else parts[:1]  # a shell completes the last command of a line
+        return super().parse_args(ctx, head + (seen[0] if seen else []))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Parse every part, then run them in order."""

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import click
+
 from prgkit.cli.state import Document, RecipeOptions, Session
 from prgkit.errors import BackendError, RunError
 from prgkit.progress import duration
@@ -83,6 +85,30 @@ def relabel_bundle(session: Session, place: Path | None, classes: str) -> Docume
         with standing_where_it_started(run) as there:
             manifest = relabel(there.bundle, names, run=there, progress=session.terminal)
     return tell_bundle(session, bundle, manifest, packs=False)
+
+
+def push_bundle(session: Session, repo: str, place: Path | None, given: dict[str, Any]) -> Document:
+    """Publish a bundle, and say where it is."""
+    from prgkit.storage.find import find_bundle
+
+    with needs_extra("hub"):
+        from prgkit.export.hub import PushOptions, push
+    bundle, _ = find_bundle(session.folder or place)
+    url = push(bundle, repo, PushOptions(**given))
+    if given["license"] == "unknown":
+        session.terminal.note("the card says that the licence is unknown; --license apache-2.0 states one")
+    session.terminal.say((url, "bold"), " is published")
+    return {"url": url}
+
+
+def pull_bundle(session: Session, repo: str, out: Path, revision: str | None) -> Document:
+    """Bring a bundle, and say what is in it."""
+    from prgkit.export.bundle.bundle import open_bundle
+
+    with needs_extra("hub"):
+        from prgkit.export.hub import pull
+    session.folder = pull(repo, out, revision=revision, note=session.terminal.note)
+    return tell_bundle(session, out, open_bundle(out, verify=()).manifest, packs=False)
 
 
 def merge_reports(session: Session, reports: tuple[Path, ...], out: Path) -> Document:
@@ -285,6 +311,30 @@ def list_recipes(session: Session, show: str | None, *, objectives: bool) -> Doc
     lines = objective_lines() if objectives else named
     session.terminal.listing(lines)
     return lines
+
+
+def print_completion(session: Session, whole: click.Group, shell: str) -> Document:
+    """Print a shell's script."""
+    from click.shell_completion import get_completion_class
+
+    make = get_completion_class(shell)
+    assert make is not None  # Click knows these shells
+    script = make(whole, {}, "prgkit", "_PRGKIT_COMPLETE").source()
+    session.terminal.verbatim(script)
+    return {"script": script}
+
+
+def new_recipe(session: Session, name: str, images: str | None, classes: str | None) -> Document:
+    """Write a recipe page for images and classes, and say where it is."""
+    from prgkit.cli.new_recipe import write_new_recipe
+
+    if not (images and classes):
+        raise click.UsageError("--new writes a page for images: give --images and --classes.")
+    path, text = write_new_recipe(name, images, classes, note=session.terminal.note)
+    session.terminal.say(
+        (str(path), "bold"), f" is written; prgkit distill {shlex.quote(str(path))} --dry-run reads it"
+    )
+    return {"recipe": str(path), "text": text}
 
 
 def print_doctor(session: Session) -> Document:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from typing import TypedDict
 
+from prgkit.cli.versions import version_of
 from prgkit.evaluate import system
 from prgkit.export.runtimes import RUNTIMES
 
@@ -51,14 +51,6 @@ def examine() -> Diagnosis:
         "backends": [backend(*line) for runtime in RUNTIMES for line in runtime.examine(versions)],
         "clashes": clashes(versions),
     }
-
-
-def version_of(package: str) -> str | None:
-    """Return an installed package's version."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def backend(name: str, problem: str | None) -> Backend:

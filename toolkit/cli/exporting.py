@@ -1,4 +1,4 @@
-"""The options of `export`: which files are made besides FP32 ONNX, and what a bundle refuses."""
+"""The options of `export` and `push`: which files are made besides FP32 ONNX, what a bundle refuses, what travels."""
 
 from __future__ import annotations
 
@@ -60,6 +60,28 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FORMATS.items()),
         click.option("--format", "formats", multiple=True, hidden=True, help="Also in this format, by its name."),
         click.option("--zip", "packs", is_flag=True, help="Also pack the bundle into one file beside it."),
+        run_option,
+        json_option,
+    ]
+    return with_options(command, options)
+
+
+def push_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what push takes: where a bundle is published, and what of it."""
+    options: list[Callable[..., Any]] = [
+        click.argument("repo", metavar="OWNER/NAME"),
+        click.option("--private", is_flag=True, help="Make the repository private; an existing one must be."),
+        click.option(
+            "--with-images", is_flag=True, help="Also the golden and the evaluation images, and their labels."
+        ),
+        click.option(
+            "--license",
+            default="unknown",
+            show_default=True,
+            metavar="ID",
+            help="The model's licence, in the Hub's words, e.g. apache-2.0.",
+        ),
+        click.option("--revision", metavar="BRANCH", help="A branch, made where there is none.  [default: main]"),
         run_option,
         json_option,
     ]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
-import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
-from prgkit import __version__
 from prgkit.cli.chain import Chain, builds_engines
 from prgkit.cli.commands import (
     adapt_teacher,
@@ -27,13 +23,17 @@ from prgkit.cli.commands import (
     list_recipes,
     merge_reports,
     needs_extra,
+    new_recipe,
+    print_completion,
     print_doctor,
     print_estimate,
+    pull_bundle,
+    push_bundle,
     relabel_bundle,
     suggest_images,
     tell_bundle,
 )
-from prgkit.cli.exporting import FORMATS, export_options, refuse_in_a_bundle
+from prgkit.cli.exporting import FORMATS, export_options, push_options, refuse_in_a_bundle
 from prgkit.cli.naming import AskedPictures, name_pictures, predict_options, search_gallery
 from prgkit.cli.options import (
     adapt_options,
@@ -46,17 +46,14 @@ from prgkit.cli.options import (
     run_option,
     suggest_options,
     targets_options,
+    version_option,
 )
 from prgkit.cli.state import Document, RecipeOptions, Session
-from prgkit.cli.streams import print_error, take_any_text
-from prgkit.errors import DiskFullError, PrgkitError
-from prgkit.storage.atomic import is_disk_full
-
-REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # of the file system: nothing that we can mend
+from prgkit.cli.streams import run_process
 
 
 @click.group(cls=Chain, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="prgkit")
+@version_option
 def cli() -> None:
     """Distil CLIP into a small classifier for your device, without a label.
 
@@ -204,6 +201,34 @@ def predict(session: Session, /, images: tuple[str, ...], folder: Path | None, *
     return name_pictures(session, asked, folder, **given)
 
 
+@cli.command(short_help="Publish a bundle on the Hugging Face Hub.")
+@push_options
+@click.pass_obj
+def push(session: Session, /, repo: str, folder: Path | None, **given: Any) -> Document:
+    """Publish a bundle as the model repository OWNER/NAME, with a model card made of its manifest.
+
+    No image, no image's name and no path travel, nor engines, ticks or reports; --with-images adds the golden and the
+    evaluation images and their labels.
+    """
+    return push_bundle(session, repo, folder, given)
+
+
+@cli.command(short_help="Bring a bundle from the Hugging Face Hub.")
+@click.argument("repo", metavar="OWNER/NAME")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Where it goes.  [default: NAME]"
+)
+@click.option("--revision", metavar="REV", help="A branch, a tag or a commit.  [default: main]")
+@json_option
+@click.pass_obj
+def pull(session: Session, repo: str, out: Path | None, revision: str | None) -> Document:
+    """Bring the bundle of the model repository OWNER/NAME, and compare every digest with its manifest.
+
+    What follows on the line works on it: prgkit pull OWNER/NAME bench.
+    """
+    return pull_bundle(session, repo, out or Path(repo.rpartition("/")[2]), revision)
+
+
 @cli.command(short_help="Let the teacher see the images, and no more.")
 @targets_options
 @click.pass_obj
@@ -324,11 +349,33 @@ def compare(session: Session, /, options: RecipeOptions, *, out: Path | None, **
 @cli.command(short_help="List the recipes.")
 @click.option("--show", metavar="NAME", help="Print one, to copy.")
 @click.option("--objectives", is_flag=True, help="List what a recipe's objective can be instead.")
+@click.option(
+    "--new", metavar="NAME", help="Write NAME.yaml for --images and --classes, with a reason for each choice."
+)
+@click.option("--images", metavar="SOURCE", help="Of --new: the unlabelled images.")
+@click.option("--classes", metavar="FILE", help="Of --new: one class name a line, or the name of a known list.")
 @json_option
 @click.pass_obj
-def recipes(session: Session, show: str | None, objectives: bool) -> Document:
-    """List the recipes that are shipped, or print one to copy."""
+def recipes(session: Session, /, show: str | None, objectives: bool, new: str | None, **given: str | None) -> Document:
+    """List the recipes that are shipped, print one to copy, or write one for your images."""
+    if new:
+        return new_recipe(session, new, **given)
     return list_recipes(session, show, objectives=objectives)
+
+
+@cli.command(short_help="Print what completes prgkit in a shell.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@json_option
+@click.pass_obj
+def completion(session: Session, shell: str) -> Document:
+    """Print the script by which a shell completes commands, options, recipes and choices.
+
+    \b
+    bash, in ~/.bashrc:  eval "$(prgkit completion bash)"
+    zsh, in ~/.zshrc:    eval "$(prgkit completion zsh)"
+    fish:                prgkit completion fish | source
+    """
+    return print_completion(session, cli, shell)
 
 
 @cli.command(short_help="Say what can run on this machine.")
@@ -341,30 +388,4 @@ def doctor(session: Session) -> Document:
 
 def main() -> None:
     """Run the command line; a user's mistake is told without a traceback (exit 1), a wrong call with usage (exit 2)."""
-    take_any_text()
-    if os.path.expanduser("~") == "~":  # no HOME, and no entry for the user: libraries would fail, or fill a folder "~"
-        os.environ["HOME"] = tempfile.gettempdir()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a system that shuts down is told like Ctrl-C
-    try:
-        cli.main(prog_name="prgkit", standalone_mode=False)
-    except click.ClickException as error:
-        error.show(sys.stderr)
-        sys.exit(error.exit_code)
-    except click.Abort as abort:
-        if isinstance(abort.__cause__, EOFError):  # nothing here asks a question, so this is a bug
-            raise abort.__cause__ from None
-        click.echo("Stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
-        sys.exit(130)
-    except PrgkitError as error:
-        sys.exit(print_error(error))
-    except Exception as error:
-        place = getattr(error, "filename", None)
-        if is_disk_full(error):
-            fix = "free some and run the same command again"
-            sys.exit(print_error(DiskFullError("no disk space left", where=place, fix=fix)))
-        if not isinstance(error, OSError) or error.errno not in REFUSALS or place is None:
-            raise
-        fix = "make it accessible, or name another folder (--out, --run)"
-        sys.exit(print_error(PrgkitError(str(error.strerror).lower(), where=place, fix=fix)))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    run_process(cli)

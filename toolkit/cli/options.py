@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from prgkit.cli import values
+from prgkit.cli.chain import following
 from prgkit.cli.state import RecipeOptions, Session
 
 if TYPE_CHECKING:
@@ -18,6 +20,22 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 PLACE = click.Path(path_type=Path)  # a folder, or a packed bundle, of which the command says what to do with it
+
+
+def version_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --version, of prgkit and of what it works with."""
+
+    def show(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+        if asked and not ctx.resilient_parsing:
+            from prgkit.cli.versions import version_lines
+
+            click.echo("\n".join(version_lines()))
+            ctx.exit()
+
+    help_text = "Show versions and exit."
+    return click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show, help=help_text)(
+        command
+    )
 
 
 def run_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,7 +109,7 @@ def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Ca
         return command(*arguments, RecipeOptions(**named), **options)
 
     options: list[Callable[..., Any]] = [
-        click.argument("recipe", required=False),
+        click.argument("recipe", required=False, shell_complete=complete_recipe),
         click.option("--images", metavar="SOURCE", help="Unlabelled images: a folder, a .zip or tar shards."),
         click.option("--classes", metavar="FILE", help="One class name a line, or the name of a known list."),
         click.option(
@@ -115,6 +133,15 @@ def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Ca
         json_option,
     ]
     return with_options(with_recipe, options)
+
+
+def complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return how a shell goes on with RECIPE: a shipped recipe, a page here, or the command that follows."""
+    from prgkit.config.recipe import shipped_recipes
+
+    pages = [str(page) for page in sorted(Path().glob("*.y*ml"))]
+    names = [name for name in (*shipped_recipes(), *pages) if name.startswith(incomplete)]
+    return [*map(CompletionItem, names), *following(ctx, incomplete)]
 
 
 def with_options(command: Callable[..., Any], options: list[Callable[..., Any]]) -> Callable[..., Any]:

@@ -1,23 +1,59 @@
-"""The process's own streams: stdout and stderr take any text, whatever the terminal's encoding has letters for."""
+"""The process: its exit codes, its signals, and streams that take any text, whatever the terminal has letters for."""
 
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import os
+import signal
 import sys
+import tempfile
 import unicodedata
 
 import click
 
-from prgkit.errors import PrgkitError
+from prgkit.errors import DiskFullError, PrgkitError
+from prgkit.storage.atomic import is_disk_full
 
+REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # of the file system: nothing that we can mend
 # What the texts of this project hold besides ASCII, for a terminal that does not: no letter of these is lost.
 PLAIN = {
     "–": "-", "—": "-", "−": "-", "‑": "-", "×": "x", "·": "*", "•": "*", "±": "+-", "≈": "~", "≤": "<=", "≥": ">=",
     "≠": "!=", "→": "->", "←": "<-", "↑": "^", "↓": "v", "…": "...", "µ": "u", "μ": "u", "°": " deg", "√": "sqrt",
     "‘": "'", "’": "'", "“": '"', "”": '"', "\u00a0": " ", "\u202f": " ", "\u2009": " ", "✓": "yes", "✗": "no",
 }  # fmt: skip
+
+
+def run_process(cli: click.Group) -> None:
+    """Run the command line; a user's mistake is told without a traceback (exit 1), a wrong call with usage (exit 2)."""
+    take_any_text()
+    if os.path.expanduser("~") == "~":  # no HOME, and no entry for the user: libraries would fail, or fill a folder "~"
+        os.environ["HOME"] = tempfile.gettempdir()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a system that shuts down is told like Ctrl-C
+    try:
+        cli.main(prog_name="prgkit", standalone_mode=False)
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        sys.exit(error.exit_code)
+    except click.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # nothing here asks a question, so this is a bug
+            raise abort.__cause__ from None
+        click.echo("Stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
+    except PrgkitError as error:
+        sys.exit(print_error(error))
+    except Exception as error:
+        place = getattr(error, "filename", None)
+        if is_disk_full(error):
+            fix = "free some and run the same command again"
+            sys.exit(print_error(DiskFullError("no disk space left", where=place, fix=fix)))
+        if not isinstance(error, OSError) or error.errno not in REFUSALS or place is None:
+            raise
+        fix = "make it accessible, or name another folder (--out, --run)"
+        sys.exit(print_error(PrgkitError(str(error.strerror).lower(), where=place, fix=fix)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def take_any_text() -> None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError, field_serializer, field_validator, model_v
 from prgkit.config.image_size import sides
 from prgkit.config.messages import ONE_OR_MANY, explain
 from prgkit.config.objectives import OBJECTIVES, AnyObjective, Config
-from prgkit.config.prior import load_prior
+from prgkit.config.prior import EVEN, load_by_class
 from prgkit.config.prompts import LEARNED, load_classes, load_templates, load_words
 from prgkit.config.sections import (
     Data,
@@ -191,12 +191,21 @@ class Recipe(Config):
             }
         )
         require_classes(self.objective, data.classes)
-        targets = self.targets.model_copy(update={"prior": load_prior(self.targets.prior, data.classes)})
+        prior = load_by_class(self.targets.prior, data.classes, key="targets.prior", word=EVEN)
+        weights = load_by_class(
+            self.training.class_weights, data.classes, key="training.class_weights", word="balanced"
+        )
         height, width = sides(self.student.image_size)
         views = self.views
         if height != width and views.aspect is None:
             views = views.model_copy(update={"aspect": round(width / height, 6)})
-        return self.model_copy(update={"data": data, "targets": targets, "views": views})
+        sections = {
+            "data": data,
+            "targets": self.targets.model_copy(update={"prior": prior}),
+            "training": self.training.model_copy(update={"class_weights": weights}),
+            "views": views,
+        }
+        return self.model_copy(update=sections)
 
     def fingerprint(self) -> str:
         """Return what decides the trained weights: everything but NOT_LEARNED_FROM, and what learned contexts hold.

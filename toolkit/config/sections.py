@@ -143,13 +143,13 @@ class Views(Config):
         return scale
 
 
-def _prior_shape(value: Any) -> str:
-    return "shares by class" if isinstance(value, dict) else "one word"
+def _by_class_shape(value: Any) -> str:
+    return "by class" if isinstance(value, dict) else "one word"
 
 
-Prior = Annotated[
-    Annotated[str, Tag("one word")] | Annotated[dict[str, Annotated[float, Field(ge=0)]], Tag("shares by class")],
-    Discriminator(_prior_shape),
+ByClass = Annotated[
+    Annotated[str, Tag("one word")] | Annotated[dict[str, Annotated[float, Field(ge=0)]], Tag("by class")],
+    Discriminator(_by_class_shape),
 ]
 
 
@@ -161,7 +161,7 @@ class TargetsConfig(Config):
 
     # Fitted to the unlabelled images: inmap learns class vectors among them, stata a Gaussian for each class.
     refine: Literal["inmap", "stata"] | None = None
-    prior: Prior | None = None  # how often each class comes: even, {name: share, ...}, or a file of them
+    prior: ByClass | None = None  # how often each class comes: even, {name: share, ...}, or a file of them
     debias: float = Field(0.0, ge=0, le=1)  # how much of the teacher's own prior is taken off; 0: none
     entropy: float | None = Field(None, gt=0, lt=1)  # the mean that a temperature gives them, as a share of ln C
     # How several teachers become one; null or logits: the mean of their logits; confidence: who is surer counts more.
@@ -209,6 +209,9 @@ class Training(Config):
     warmup_epochs: float = Field(1.0, ge=0)  # over which the rate rises, at most a fifth of the run
     gradient_clip: float | None = Field(5.0, gt=0)  # of the gradient's norm; null: none
     mixup: float | None = Field(None, gt=0)  # of Beta(mixup, mixup), by which two images are mixed, and their targets
+    # What an image's answer counts, by its pseudo-class: none; balanced, where rare classes count more; {name: weight,
+    # ...}, or a file of them.
+    class_weights: ByClass | None = None
     ema: float = Field(0.9998, ge=0, lt=1)  # warms up: min(ema, (1 + t) / (10 + t))
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto times both for a few steps and writes down which won
     compile: bool = False  # with torch.compile
@@ -216,6 +219,11 @@ class Training(Config):
     workers: int | None = Field(None, ge=0)  # processes that decode images; None: chosen from the CPU count
     checkpoint_minutes: float = Field(5.0, gt=0)  # between two checkpoints within an epoch; each epoch ends with one
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where the metrics go besides metrics.jsonl
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _none_is_a_word(cls, weights: Any) -> Any:
+        return None if weights == "none" else weights
 
 
 class Export(Config):

@@ -30,7 +30,7 @@ class DHO(nn.Module):
         if truth is not None:
             total = F.cross_entropy(label_head, truth, ignore_index=-1, reduction="sum")
             ce = ce + total / (truth >= 0).sum().clamp(min=1)  # not read: a GPU would be waited for
-        kl = kl_divergence(teacher_head, teacher.logits, config.temperature)
+        kl = kl_divergence(teacher_head, teacher.logits, config.temperature, teacher.weights)
         return {
             "ce": config.ce_weight * ce,
             "kl": config.kl_weight * config.temperature**2 * kl,

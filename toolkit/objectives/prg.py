@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence, several_processes
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, cross_entropy, kl_divergence, several_processes
 
 
 class PRG(nn.Module):
@@ -44,9 +44,9 @@ class PRG(nn.Module):
         student_edges = correlate(student_nodes, self.student_proxies[self.seen])  # E^s [B, seen classes]
 
         if self.config.supervision == "soft":
-            supervision = kl_divergence(student.logits, teacher.logits)
+            supervision = kl_divergence(student.logits, teacher.logits, weights=teacher.weights)
         else:
-            supervision = F.cross_entropy(student.logits, teacher.labels)
+            supervision = cross_entropy(student.logits, teacher.labels, teacher.weights)
         if self.config.node_loss == "pearson":
             node = (1 - pearson(student_nodes, teacher_nodes)).mean()
         else:

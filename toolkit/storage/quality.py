@@ -136,6 +136,7 @@ class Statistics(Statistic):
     outliers: Outliers
     templates: list[TemplateAgreement]
     doubts: list[str] = []  # why the answers look like chance
+    class_weights: dict[str, float] = {}  # of training.class_weights, by class, where it asks for any
     read_as_one: list[tuple[str, str]] = []  # classes with one and the same vector
     correction: AdjustmentEffect | None = None
     corrections: list[CorrectionRow] = []

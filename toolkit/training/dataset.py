@@ -44,6 +44,7 @@ class DistillationDataset:
     classifier: ZeroShotClassifier  # of those features, on the device where they are used
     labelled: LabelledDataset | None = None  # a few more images, where an objective learns from labels
     mixed: MixedIndex | None = None  # the images and, after them, mixtures of those that are learned from
+    class_weights: NDArray[np.float32] | None = None  # [C], of training.class_weights; None: all are 1
     words: tuple[Tensor, ...] = ()  # data.words as the teacher reads them, where an objective does: [1 or 2, D] each
 
     @property
@@ -78,6 +79,12 @@ class DistillationDataset:
         images = torch.from_numpy(self.image_of(positions)).to(device)
         return TeacherOutput(features, logits, logits.argmax(dim=1), images)
 
+    def weighted(self, teacher: TeacherOutput) -> TeacherOutput:
+        """Return the teacher's output with what each image counts, by the pseudo-label that it has here."""
+        if self.class_weights is None:
+            return teacher
+        return teacher._replace(weights=torch.from_numpy(self.class_weights).to(teacher.labels.device)[teacher.labels])
+
     def image_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the images [B] at ``positions`` [B], and for a mixture that which is the larger part of it."""
         images: NDArray[np.int64] = positions.copy()
@@ -100,10 +107,15 @@ class DistillationDataset:
 
         An index is ordered by content, so the first of a class are as good as any.
         """
-        labels = torch.cat([output.labels.cpu() for output in self.evaluation_outputs()]).numpy()
+        labels = self.pseudo_classes()
         for label in range(self.classifier.prompts.shape[1]):
             positions = self.train_indices[labels == label][:MOST_OF_A_CLASS]
             yield self.store.features(self.rows[positions], np.zeros(len(positions), dtype=np.int64))
+
+    def pseudo_classes(self) -> NDArray[np.int64]:
+        """Return the class that the teacher names in the evaluation view of each image that is learned from [train]."""
+        labels: NDArray[np.int64] = torch.cat([output.labels.cpu() for output in self.evaluation_outputs()]).numpy()
+        return labels
 
     def evaluation_outputs(self) -> Iterator[TeacherOutput]:
         """Yield the teacher's output for the evaluation views of all images that are learned from, in their order."""

@@ -250,7 +250,7 @@ def train_step(trainer: Trainer, batch: StepBatch, step: int) -> dict[str, Tenso
 
 
 def inputs_of(trainer: Trainer, batch: StepBatch, step: int) -> tuple[Tensor, TeacherOutput]:
-    """Return a step's pixels [B, S, S, 3] and what the teacher says of them, mixed and with labels where asked for."""
+    """Return a step's pixels [B, S, S, 3] and what the teacher says of them; mixed, labelled, weighted if asked for."""
     config, device = trainer.config, trainer.accelerator.device
     positions, views = batch.unlabelled.positions.numpy(), batch.unlabelled.views[:, 0].numpy()
     pixels = batch.unlabelled.pixels[:, 0].to(device, non_blocking=True)
@@ -260,7 +260,7 @@ def inputs_of(trainer: Trainer, batch: StepBatch, step: int) -> tuple[Tensor, Te
         pixels, teacher = mixup(pixels, teacher, config.mixup, seed=seed)
     if batch.labelled is not None:
         pixels, teacher = append_labelled(pixels, teacher, *batch.labelled)
-    return pixels, teacher
+    return pixels, trainer.dataset.weighted(teacher)
 
 
 def end_epoch(trainer: Trainer) -> None:

@@ -40,7 +40,13 @@ from prgkit.teacher.weights import check_teacher
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 from prgkit.training.dataset import DistillationDataset, LabelledDataset
 from prgkit.training.few_shot import VALIDATION_SHARE
-from prgkit.training.pseudo_labels import correct_and_filter, report_answers, report_selection, report_statistics
+from prgkit.training.pseudo_labels import (
+    class_weights,
+    correct_and_filter,
+    report_answers,
+    report_selection,
+    report_statistics,
+)
 
 FEWEST_IMAGES = 4  # that can be learned from
 
@@ -73,6 +79,11 @@ def prepare(
         embed(store.stores, evaluation, views=views, recipe=recipe, teacher=load, progress=progress)
     if recipe.targets.corrects or recipe.data.keep.asks:
         dataset = correct_and_filter(dataset, recipe, progress, run)
+    if recipe.training.class_weights is not None:
+        weights = class_weights(
+            recipe.training.class_weights, dataset.pseudo_classes(), dataset.sample_weights, classes=len(recipe.classes)
+        )
+        dataset = replace(dataset, class_weights=weights)
     if run is None or not run.quality_file.exists():
         report_statistics(dataset, recipe, progress, run, like=like)
     report_selection(dataset, recipe.data.keep, progress, run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import Keep
 from prgkit.data.ticks import read_ticks
-from prgkit.errors import TargetsError
+from prgkit.errors import RecipeError, TargetsError
 from prgkit.progress import Progress
 from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed
 from prgkit.storage.quality import Statistics
@@ -35,6 +35,7 @@ from prgkit.training.statistics import Floats
 
 PART = 256  # images whose answers are computed at once
 VIEWED_TWICE = 1024  # images whose answers in two views are compared
+BETA = 0.999  # of balanced class weights: from some thousand images on, more of them hardly lower a class's
 
 
 def correct_and_filter(
@@ -145,6 +146,42 @@ def within_class(confidence: Floats, labels: NDArray[np.int64]) -> Floats:
     return relative
 
 
+def class_weights(
+    asked: str | Mapping[str, float], labels: NDArray[np.int64], shares: Floats | None, *, classes: int
+) -> Floats:
+    """Return what an image of each class counts [C], such that the images learned from count 1 on average.
+
+    Balanced is 1 / E, E = (1 - beta^n) / (1 - beta) the effective number of a class's n images (Cui et al., CVPR 2019,
+    arXiv 1901.05555): nearly n of a rare class, at most 1 / (1 - beta). Of a class that has none it is 1.
+
+    Args:
+        asked: "balanced", or a weight of each class in label order.
+        labels: the pseudo-class of each image that is learned from [n].
+        shares: of the epochs that each image is in [n]; None: all are in each.
+        classes: C.
+
+    Raises:
+        RecipeError: no class of a weight above 0 has an image.
+    """
+    counts = np.bincount(labels, weights=shares, minlength=classes).astype(float)
+    if isinstance(asked, str):
+        effective = (1 - BETA**counts) / (1 - BETA)
+        weights = np.divide(1, effective, out=np.zeros(classes), where=counts > 0)
+    else:
+        weights = np.array([*asked.values()], dtype=float)
+    total = weights @ counts
+    if total == 0:
+        raise RecipeError(
+            "no image is learned from: the teacher names none of the classes that have a weight above 0",
+            where="training.class_weights",
+            fix="give the classes that it names a weight",
+        )
+    weights *= counts.sum() / total
+    if isinstance(asked, str):
+        weights[counts == 0] = 1
+    return weights.astype(np.float32)
+
+
 def report_selection(dataset: DistillationDataset, keep: Keep, progress: Progress, run: Run | None) -> None:
     """Say how many images are learned from, and write it into the run's card."""
     dropped = len(dataset.image_index) - len(dataset.val_indices) - len(dataset.train_indices)
@@ -224,6 +261,9 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
         "doubts": statistics.find_doubts(features, raw_logits.numpy(), vectors, two_views(dataset)),
         "read_as_one": statistics.find_read_as_one(vectors, recipe.classes),
     }
+    if dataset.class_weights is not None:
+        weights = zip(recipe.classes, dataset.class_weights, strict=True)
+        update["class_weights"] = {name: round(float(weight), 4) for name, weight in weights}
     if recipe.targets.corrects:
         update["correction"] = statistics.adjustment_effect(
             raw_logits.numpy(), logits, recipe.targets, temperature=classifier.adjustment.temperature

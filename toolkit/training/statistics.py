@@ -166,15 +166,19 @@ def summarise(statistics: Statistics) -> list[tuple[str, str]]:
             f"({spread.largest.class_name}) images a class; {spread.uniform:,.0f} would be even",
         ),
     ]
+    if weights := statistics.class_weights:
+        least, most = min(weights, key=weights.__getitem__), max(weights, key=weights.__getitem__)
+        lines.append(("weights", f"an image counts {weights[least]:.2f} ({least}) to {weights[most]:.2f} ({most})"))
     if spread.unmatched:
         lines.append(("no image", f"{len(spread.unmatched)} classes, e.g. {', '.join(spread.unmatched[:5])}"))
     if statistics.confused:
         lines.append(("confused", ", ".join(f"{a} / {b} ({count:,})" for a, b, count in statistics.confused[:3])))
     if alike.images:
-        example = " = ".join(alike.pairs[0][:2])
-        lines.append(("near copies", f"{alike.images:,} of {alike.compared:,} images, e.g. {example}"))
+        example = "".join(f", e.g. {one} = {other}" for one, other, _ in alike.pairs[:1])  # none where it was published
+        lines.append(("near copies", f"{alike.images:,} of {alike.compared:,} images{example}"))
     if far.count:
-        lines.append(("outliers", f"{far.count:,} images fit no class, e.g. {far.lowest[0][0]}"))
+        example = "".join(f", e.g. {name}" for name, _ in far.lowest[:1])
+        lines.append(("outliers", f"{far.count:,} images fit no class{example}"))
     worst = min(statistics.templates, key=lambda template: template.agreement)
     if len(statistics.templates) > 1:
         lines.append(("odd prompt", f"{worst.template!r} agrees with the others on {worst.agreement:.1f} %"))

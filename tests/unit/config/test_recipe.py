@@ -443,6 +443,7 @@ def test_everything_else_changes_it(mine: str) -> None:
         "training.precision": "bf16",
         "training.gradient_clip": None,
         "training.mixup": 0.2,
+        "training.class_weights": "balanced",
     }
     # A prior that nothing reads is refused, and so is an average of one teacher.
     two = "teacher=[{model: a, weights: b}, {model: c, weights: d}]"

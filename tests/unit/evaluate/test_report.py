@@ -414,6 +414,20 @@ def test_a_student_of_a_teacher_that_answers_by_chance_is_not_praised() -> None:
     assert "look like chance" not in headline(report)
 
 
+def test_what_classes_counted_in_training_stands_beside_their_figures() -> None:
+    report = made_up()
+    plain = page(report, samples=None, pictures=[])
+    assert "counted" not in plain
+    report["per_class"] = per_class.by_class("onnx-fp32", STUDENT, TEACHER, LABELS, NAMES)
+    first, second = NAMES[:2]
+    report["pseudo_labels"] = {**doubtful(), "class_weights": {first: 0.4, second: 3.2}}
+    text = page(report, samples=None, pictures=[])
+    assert f"an image of {second} counted 3.20, one of {first} 0.40, by the teacher&#39;s answer" in text
+    assert f"an image counts 0.40 ({first}) to 3.20 ({second})" in text
+    row = next(part for part in re.findall("<tr.*?</tr>", text, re.DOTALL) if f">{first}<" in part)
+    assert "0.40" in row
+
+
 def test_the_corrections_of_the_answers_are_a_table_with_the_ticks_where_there_are_any() -> None:
     report = made_up()
     row = {

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, several_processes
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, cross_entropy, several_processes
 
 
 class CRD(nn.Module):
@@ -57,7 +57,7 @@ class CRD(nn.Module):
         )
         self.update_banks(student_embedding.detach(), teacher_embedding.detach(), teacher)
         return {
-            "ce": F.cross_entropy(student.logits, teacher.labels),
+            "ce": cross_entropy(student.logits, teacher.labels, teacher.weights),
             "crd": self.config.crd_weight * torch.as_tensor(contrast),
         }
 

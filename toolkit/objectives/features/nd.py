@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, cross_entropy, kl_divergence
 
 
 class ND(nn.Module):
@@ -28,9 +28,9 @@ class ND(nn.Module):
         config = self.config
         dots = (student.features * self.class_means[teacher.labels]).sum(dim=1)  # <f, e_y> [B]
         lengths = student.features.norm(dim=1).maximum(teacher.features.norm(dim=1))  # [B]
-        kl = kl_divergence(student.logits, teacher.logits, config.temperature)
+        kl = kl_divergence(student.logits, teacher.logits, config.temperature, teacher.weights)
         return {
-            "ce": F.cross_entropy(student.logits, teacher.labels),
+            "ce": cross_entropy(student.logits, teacher.labels, teacher.weights),
             "kl": config.kl_weight * config.temperature**2 * kl,
             "nd": config.nd_weight * (1 - dots / lengths).mean(),
         }

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, batch_mean, cross_entropy
 
 
 class OFA(nn.Module):
@@ -32,7 +32,7 @@ class OFA(nn.Module):
             enhanced(leave(maps), teacher, self.config) for leave, maps in zip(self.exits, student.stages, strict=True)
         ]
         return {
-            "ce": F.cross_entropy(student.logits, teacher.labels),
+            "ce": cross_entropy(student.logits, teacher.labels, teacher.weights),
             "ofa": enhanced(student.logits, teacher, self.config),
             "exits": self.config.exit_weight * sum(exits, start=student.logits.new_zeros(())),
         }
@@ -43,7 +43,7 @@ def enhanced(logits: Tensor, teacher: TeacherOutput, config: objectives.OFA) -> 
     target = (teacher.logits / config.temperature).softmax(dim=1)  # p_t [B, C]
     label = F.one_hot(teacher.labels, target.shape[1])  # 1_y [B, C]
     weights = (target + label) ** config.gamma - label
-    return -(weights * (logits / config.temperature).log_softmax(dim=1)).sum(dim=1).mean()
+    return -batch_mean((weights * (logits / config.temperature).log_softmax(dim=1)).sum(dim=1), teacher.weights)
 
 
 def exit_after(widths: tuple[int, ...], classes: int) -> nn.Sequential:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, cross_entropy
 
 
 class Prototypes(nn.Module):
@@ -26,7 +26,7 @@ class Prototypes(nn.Module):
         mine, theirs = (F.normalize(of_class @ F.normalize(one.features, dim=1), dim=1) for one in (student, teacher))
         contrast = nt_xent(mine, theirs, self.config.temperature)
         return {
-            "ce": F.cross_entropy(student.logits, teacher.labels),
+            "ce": cross_entropy(student.logits, teacher.labels, teacher.weights),
             "prototypes": self.config.prototype_weight * contrast,
         }
 

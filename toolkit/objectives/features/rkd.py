@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, cross_entropy
 
 
 class RKD(nn.Module):
@@ -22,7 +22,7 @@ class RKD(nn.Module):
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce``, ``distance`` and ``angle``, each a scalar; memory grows with B^2 * D."""
         return {
-            "ce": F.cross_entropy(student.logits, teacher.labels),
+            "ce": cross_entropy(student.logits, teacher.labels, teacher.weights),
             "distance": self.config.distance_weight
             * F.smooth_l1_loss(distances(student.features), distances(teacher.features)),
             "angle": self.config.angle_weight * F.smooth_l1_loss(angles(student.features), angles(teacher.features)),

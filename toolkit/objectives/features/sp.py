@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, cross_entropy
 
 PUBLISHED_BATCH = 64  # for which sp_weight is meant: the published mean over pairs shrinks as the batch grows
 
@@ -28,7 +28,7 @@ class SP(nn.Module):
         """Return the loss terms ``ce`` and ``sp``, each a scalar."""
         difference = similarities(student.features) - similarities(teacher.features)  # [B, B]
         return {
-            "ce": F.cross_entropy(student.logits, teacher.labels),
+            "ce": cross_entropy(student.logits, teacher.labels, teacher.weights),
             "sp": self.weight * difference.square().sum(dim=1).mean(),
         }
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, cross_entropy
 
 
 class CE(nn.Module):
@@ -19,4 +18,4 @@ class CE(nn.Module):
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss term ``ce``, a scalar."""
-        return {"ce": F.cross_entropy(student.logits, teacher.labels)}
+        return {"ce": cross_entropy(student.logits, teacher.labels, teacher.weights)}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
 from prgkit.objectives.prg import pearson
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, batch_mean, cross_entropy
 
 
 class DIST(nn.Module):
@@ -28,10 +27,10 @@ class DIST(nn.Module):
         student_probabilities = (student.logits / config.temperature).softmax(dim=1)  # [B, C]
         teacher_probabilities = (teacher.logits / config.temperature).softmax(dim=1)  # [B, C]
         return {
-            "ce": F.cross_entropy(student.logits, teacher.labels),
+            "ce": cross_entropy(student.logits, teacher.labels, teacher.weights),
             "inter": config.inter_weight
             * config.temperature**2
-            * (1 - pearson(student_probabilities, teacher_probabilities)).mean(),
+            * batch_mean(1 - pearson(student_probabilities, teacher_probabilities), teacher.weights),
             "intra": config.intra_weight
             * config.temperature**2
             * (1 - pearson(student_probabilities.T, teacher_probabilities.T)).mean(),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, standardise_logits
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, batch_mean, cross_entropy, standardise_logits
 
 
 class DKD(nn.Module):
@@ -36,9 +36,9 @@ class DKD(nn.Module):
             answers = standardise_logits(answers[0]), standardise_logits(answers[1])
         target, others = decoupled(*answers, teacher.labels, self.config.temperature)
         return {
-            "ce": F.cross_entropy(student.logits, teacher.labels),
-            "tckd": warmup * self.config.alpha * target.mean(),
-            "nckd": warmup * self.config.beta * others.mean(),
+            "ce": cross_entropy(student.logits, teacher.labels, teacher.weights),
+            "tckd": warmup * self.config.alpha * batch_mean(target, teacher.weights),
+            "nckd": warmup * self.config.beta * batch_mean(others, teacher.weights),
         }
 
 

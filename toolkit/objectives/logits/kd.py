@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence, standardise_logits
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, cross_entropy, kl_divergence, standardise_logits
 
 
 class KD(nn.Module):
@@ -26,8 +25,8 @@ class KD(nn.Module):
         answers = student.logits, teacher.logits
         if self.config.standardise:
             answers = standardise_logits(answers[0]), standardise_logits(answers[1])
-        kl = kl_divergence(*answers, self.config.temperature)
+        kl = kl_divergence(*answers, self.config.temperature, teacher.weights)
         return {
-            "ce": (1 - self.config.alpha) * F.cross_entropy(student.logits, teacher.labels),
+            "ce": (1 - self.config.alpha) * cross_entropy(student.logits, teacher.labels, teacher.weights),
             "kl": self.config.alpha * self.config.temperature**2 * kl,
         }

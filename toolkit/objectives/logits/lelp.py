@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, kl_divergence
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, cross_entropy, kl_divergence
 
 
 class LELP(nn.Module):
@@ -44,10 +43,10 @@ class LELP(nn.Module):
         projections = torch.einsum("bd,csd->bcs", teacher.features, self.directions) - self.offsets
         shares = (teacher.logits / config.temperature).softmax(dim=1)
         targets = split_classes(shares, projections / config.subclass_temperature)
-        kl = kl_divergence(student.logits, teacher.logits, config.temperature)
+        kl = kl_divergence(student.logits, teacher.logits, config.temperature, teacher.weights)
         return {
             "kl": config.kl_weight * config.temperature**2 * kl,
-            "subclasses": config.subclass_weight * F.cross_entropy(self.head(student.features), targets),
+            "subclasses": config.subclass_weight * cross_entropy(self.head(student.features), targets, teacher.weights),
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, batch_mean
 
 
 class PLD(nn.Module):
@@ -26,4 +26,4 @@ class PLD(nn.Module):
         weights = (teacher.logits / self.config.temperature).softmax(dim=1).gather(1, ranking)  # q [B, C]
         ranked = student.logits.gather(1, ranking)  # [B, C]
         remaining = ranked.flip(1).logcumsumexp(dim=1).flip(1)  # [B, C]
-        return {"pld": (weights * (remaining - ranked)).sum(dim=1).mean()}
+        return {"pld": batch_mean((weights * (remaining - ranked)).sum(dim=1), teacher.weights)}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prgkit.config import objectives
-from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, several_processes
+from prgkit.outputs import LossContext, StudentOutput, TeacherOutput, cross_entropy, several_processes
 
 
 class TAID(nn.Module):
@@ -35,7 +34,7 @@ class TAID(nn.Module):
         """Return the loss term ``taid``, a scalar."""
         begin = student.logits.detach() if self.config.start == "student" else torch.zeros_like(teacher.logits)
         between = ((1 - self.t) * begin + self.t * teacher.logits).softmax(dim=1)  # p_t [B, C]
-        loss = F.cross_entropy(student.logits, between)
+        loss = cross_entropy(student.logits, between, teacher.weights)
         self.update(loss.detach().clone())
         return {"taid": loss}
 

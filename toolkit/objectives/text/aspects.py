@@ -39,6 +39,6 @@ class Aspects(nn.Module):
         shown = (teacher.features @ self.directions.T - self.offsets).sigmoid()  # a [B, Q]
         loss = F.binary_cross_entropy_with_logits(self.head(student.features), shown)
         return {
-            "kl": self.config.kl_weight * kl_divergence(student.logits, teacher.logits),
+            "kl": self.config.kl_weight * kl_divergence(student.logits, teacher.logits, weights=teacher.weights),
             "aspects": self.config.aspect_weight * loss,
         }

@@ -35,5 +35,5 @@ class CLIPKD(nn.Module):
             distances = distances * gap.detach().sigmoid()
         return {
             "features": self.config.feature_weight * distances.mean(),
-            "kl": self.config.kl_weight * kl_divergence(student.logits, teacher_logits),
+            "kl": self.config.kl_weight * kl_divergence(student.logits, teacher_logits, weights=teacher.weights),
         }

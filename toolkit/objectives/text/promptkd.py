@@ -26,5 +26,5 @@ class PromptKD(nn.Module):
         """Return the loss term ``kl``, a scalar."""
         teacher_logits = self.scale * teacher.features @ self.class_vectors.T  # s * I * V^T [B, C]
         config = self.config
-        kl = kl_divergence(student.logits, teacher_logits, config.temperature)
+        kl = kl_divergence(student.logits, teacher_logits, config.temperature, teacher.weights)
         return {"kl": config.kl_weight * config.temperature**2 * kl}

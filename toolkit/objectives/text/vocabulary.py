@@ -32,6 +32,6 @@ class Vocabulary(nn.Module):
         student_scores = F.normalize(student.features, dim=1) @ self.words.T  # [B, K]
         words = kl_divergence(student_scores, teacher.features @ self.words.T, config.temperature)
         return {
-            "kl": config.kl_weight * kl_divergence(student.logits, teacher.logits),
+            "kl": config.kl_weight * kl_divergence(student.logits, teacher.logits, weights=teacher.weights),
             "words": config.word_weight * config.temperature**2 * words,
         }
