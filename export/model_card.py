@@ -54,10 +54,12 @@ def published(manifest: Manifest, name: str, *, with_images: bool) -> Manifest:
         recipe["teacher"] = cleaned[0] if len(cleaned) == 1 else cleaned
     if "student" in recipe:
         recipe["student"] = without_paths(recipe["student"])
-    quality: dict[str, Any] | None = dict(manifest.run.quality) if manifest.run.quality else None
+    quality = manifest.run.quality
     if quality:  # its examples are names of images
-        quality["near_duplicates"] = {**quality["near_duplicates"], "pairs": []}
-        quality["outliers"] = {**quality["outliers"], "lowest": []}
+        near = quality.near_duplicates.model_copy(update={"pairs": []})
+        quality = quality.model_copy(
+            update={"near_duplicates": near, "outliers": quality.outliers.model_copy(update={"lowest": []})}
+        )
     return manifest.model_copy(
         update={
             "run": manifest.run.model_copy(update={"name": name, "quality": quality}),
