@@ -132,10 +132,12 @@ def test_a_run_with_uneven_classes_differs_resumes_and_says_what_it_did(photos: 
     assert weights_of(distill(balanced, tmp_path / "stopped", targets, quiet)) == weights_of(whole)
     quality = whole.quality()
     assert quality is not None
-    counted = quality["class_weights"]
+    counted = quality.class_weights
     assert list(counted) == list(CLASSES[:2])
     assert counted[CLASSES[1]] > 1 > counted[CLASSES[0]]
-    assert "class_weights" not in (plain.quality() or {})
+    unweighted = plain.quality()
+    assert unweighted is not None
+    assert unweighted.class_weights == {}
 
 
 @pytest.mark.parametrize(
