@@ -82,7 +82,8 @@ def read_figures(path: Path, word: str) -> dict[str, float]:
         if figure is None and number == 0 and len(cells) == 2 and not any(letter.isdigit() for letter in cells[1]):
             continue  # a header
         if figure is None:
-            raise RecipeError("this is no class with a figure from 0 on", where=f"{path}, line {line}", fix=fix)
+            what = f"{' '.join(cells)!r} is no class with a figure from 0 on"
+            raise RecipeError(what, where=f"{path}, line {line}", fix=fix)
         if cells[0] in figures:
             raise RecipeError(f"{cells[0]!r} stands twice", where=f"{path}, line {line}", fix="keep one of the two")
         figures[cells[0]] = figure

@@ -46,11 +46,11 @@ def test_even_and_none_need_no_names() -> None:
         ({"ripe tomato": 1.0, "leaf": 1.0, "soul": 1.0}, "no class is named 'soul'; did you mean 'soil'?"),
         ({"ripe tomato": 1.0}, "there is no figure of leaf, soil"),
         ("evn", "the figures cannot be read: No such file"),
-        ("leaf,1\nsoil,-1\n", "this is no class with a figure from 0 on"),
+        ("leaf,1\nsoil,-1\n", "'soil -1' is no class with a figure from 0 on"),
         ("leaf,1\nsoil,10 %\n", "some figures are percentages and some are not"),
         ({"ripe tomato": 0.0, "leaf": 0.0, "soil": 0.0}, "the figure of every class is 0"),
         ("leaf,1\nleaf,2\n", "'leaf' stands twice"),
-        ("leaf,1\nsoil,nan\n", "this is no class with a figure from 0 on"),
+        ("leaf,1\nsoil,nan\n", "'soil nan' is no class with a figure from 0 on"),
     ],
 )
 def test_what_is_wrong_with_a_prior_is_said(tmp_path: Path, prior: dict[str, float] | str, said: str) -> None:
