@@ -76,8 +76,8 @@ def test_a_heat_map_stands_beside_its_picture() -> None:
     facts = {"title": "Right?", "about": "", "classes": CLASSES, "ticks_file": "t", "made_from": "0", "base": "1"}
     page = sheet(cards, **facts)
     assert Reader(page).tags.count("img") == 4
-    assert page.count('<div class="pair">') == 1
-    assert '<ol class="sheet pairs">' in page
+    assert page.count('<div class="beside">') == 1
+    assert '<ol class="sheet wide">' in page
     assert '<img alt="where the student finds -fox in picture 2" src="data:image/jpeg' in page
     assert '<ol class="sheet">' in made(ticks())
 
