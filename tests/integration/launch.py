@@ -2,7 +2,8 @@
 
 One line of JSON on stdin is one command: {"cwd", "line", "trap"}; one line on stdout is its process id. A trap names a
 function, which of its calls is meant, and what becomes of it: the process gets SIGKILL "before" it, "after" it, or
-"within" it, when half of what it writes is on the disk; or it is asked to "stop", by SIGTERM, and goes on. The package itself knows nothing of this.
+"within" it, when half of what it writes is on the disk, or once it and its child processes have computed for some
+seconds; or it is asked to "stop", by SIGTERM, and goes on. The package itself knows nothing of this.
 """
 
 import importlib
@@ -10,6 +11,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,25 @@ def tear_line(journal: Any, record: Any) -> None:
     die()
 
 
-def set_trap(place: str, call: int, when: str) -> None:
+def die_after(seconds: float) -> None:
+    """Die when this process and its children have computed for so long: on a busy machine later than by the clock."""
+    until = computed_s() + seconds
+    while computed_s() < until:
+        time.sleep(0.01)
+    die()
+
+
+def computed_s() -> float:
+    """Return the processor time of this process and of its children that live, with all of their threads."""
+    spent = time.process_time()
+    for children in Path("/proc/self/task").glob("*/children"):
+        for child in children.read_text().split():
+            user, system = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13]
+            spent += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return spent
+
+
+def set_trap(place: str, call: int, when: str | float) -> None:
     """Put the trap around ``module:name`` or ``module:Class.name``; of a class that a module imports, in it alone."""
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
@@ -62,6 +83,8 @@ def set_trap(place: str, call: int, when: str) -> None:
             return original(*arguments, **named)
         if when == "within" and name == "append":
             tear_line(*arguments)
+        if not isinstance(when, str):
+            threading.Thread(target=die_after, args=(when,), daemon=True).start()
         result = original(*arguments, **named)
         if when == "within":  # a function whose second argument is the file that it writes
             tear(Path(arguments[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -50,21 +51,26 @@ def make_one(export: StudentExport, precision: str) -> Artifact:
 
 
 def convert(torchscript: Path, folder: Path, size: tuple[int, int], half: bool) -> None:
-    """Write ncnn's two files into a new folder; pnnx, a program, leaves its own beside the TorchScript file.
+    """Write ncnn's two files into a new folder.
+
+    pnnx, a program, writes them beside the TorchScript file first: where this process is killed, pnnx goes on, and
+    would write where the next export does.
 
     Raises:
         ExportError: pnnx cannot convert the student.
     """
-    folder.mkdir()
-    files = [f"ncnnparam={folder.resolve() / PARAM}", f"ncnnbin={folder.resolve() / BIN}"]
+    files = [f"ncnnparam={PARAM}", f"ncnnbin={BIN}"]
     shape = f"inputshape=[1,3,{size[0]},{size[1]}]"
     command = [program(), torchscript.name, shape, f"fp16={int(half)}", *files]
     done = subprocess.run(command, cwd=torchscript.parent, capture_output=True, check=False)
-    if done.returncode or not (folder / BIN).exists():
+    if done.returncode or not torchscript.with_name(BIN).exists():
         said = done.stderr.decode(errors="replace").strip().splitlines() or [f"it ended with {done.returncode}"]
         raise ExportError(
             f"pnnx cannot convert this student: {said[-1]}", fix="export without --ncnn, or choose another student"
         )
+    folder.mkdir()
+    for file in (PARAM, BIN):
+        shutil.move(torchscript.with_name(file), folder / file)
 
 
 def program() -> str:

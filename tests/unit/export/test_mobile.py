@@ -28,8 +28,10 @@ from prgkit.export.formats.mobile import executorch, litert
 from prgkit.export.formats.mobile.apart import run_apart
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.int8 import files
+from prgkit.export.runtimes import executorch as executorch_runtime
 from prgkit.export.runtimes.executorch import ExecuTorchRunner
 from prgkit.export.runtimes.litert import LiteRtRunner
+from prgkit.export.runtimes.ncnn import NcnnRunner
 
 SMALL = Path(__file__).with_name("small.tflite")  # `network`, converted by litert-torch 0.10.0, pixels of 16 x 16
 SIDE = 16
@@ -245,6 +247,31 @@ def test_a_pte_of_another_version_is_named(exported: SimpleNamespace, tmp_path: 
         with pytest.raises(BackendError, match=message) as caught:
             ExecuTorchRunner(tmp_path / "bad.pte")
         assert caught.value.fix == "export it again: prgkit export"
+
+
+def test_a_ptes_version_is_named_without_executorch(tmp_path: Path) -> None:
+    (path := tmp_path / "model.pte").write_bytes(b"\x30\x00\x00\x00ET99" + bytes(32))
+    told = executorch_runtime.why_not_opened(path, RuntimeError("error: 0x23\nat program.cpp"))
+    assert told == "ExecuTorch cannot open model.pte, a program of format ET99: error: 0x23 at program.cpp"
+    path.write_bytes(b"")
+    assert executorch_runtime.why_not_opened(path, RuntimeError()).startswith("model.pte is no ExecuTorch program: ")
+
+
+@pytest.mark.parametrize(
+    ("runner", "module", "extra"),
+    [
+        (LiteRtRunner, "ai_edge_litert.interpreter", "litert"),
+        (ExecuTorchRunner, "executorch.runtime", "executorch"),
+        (NcnnRunner, "ncnn", "ncnn"),
+    ],
+)
+def test_a_missing_runtime_is_one_line_with_the_fix(
+    runner: Any, module: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BackendError, match=r"^(LiteRT|ExecuTorch|ncnn) is not installed") as caught:
+        runner(tmp_path / "model")
+    assert caught.value.fix == f"pip install 'prgkit[{extra}]'"
 
 
 @pytest.mark.parametrize(

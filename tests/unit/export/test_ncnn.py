@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from prgkit.export.bundle.bundle import verify_artifact
 from prgkit.export.bundle.manifest import Artifact
 from prgkit.export.formats.mobile.ncnn import NCNN_FORMAT
 from prgkit.export.formats.options import ExportOptions
+from prgkit.export.formats.snippets import render
 from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes.ncnn import BIN, NCNN_RUNTIME, PARAM, NcnnRunner
 from tests.conftest import SIZE, Exported, export_family
@@ -135,6 +139,24 @@ def test_a_damaged_folder_is_a_short_error(
     assert caught.value.what == what
     assert "prgkit export --ncnn" in str(caught.value.fix)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif("NCNN_ROOT" not in os.environ, reason="NCNN_ROOT: a folder with ncnn's include/ and lib/")
+def test_the_readmes_program_in_cpp_gives_the_runtimes_answers(converted: Converted, tmp_path: Path) -> None:
+    student = export_family("test_efficientnet", tmp_path)
+    folder, files = converted
+    program = render("ncnn.cpp", student.preprocessing, files=files)
+    (tmp_path / "name.cpp").write_text(program)
+    command = program.splitlines()[0].removeprefix("// ").replace("NCNN", os.environ["NCNN_ROOT"])
+    subprocess.run(shlex.split(command), cwd=tmp_path, check=True)
+    pixels = student.pixels[:12]
+    wanted = NcnnRunner(folder / "model.ncnn", threads=1).run(pixels).argmax(axis=1)
+    assert len(set(wanted)) > 1
+    for image, answer in zip(pixels, wanted, strict=True):
+        done = subprocess.run([tmp_path / "name"], input=image.tobytes(), cwd=folder, capture_output=True, check=True)
+        assert done.stdout.decode() == f"class {answer}, counted from 0\n"
+    short = subprocess.run([tmp_path / "name"], input=b"", cwd=folder, check=False)
+    assert short.returncode == 1
 
 
 def test_what_is_missing_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
