@@ -13,7 +13,10 @@ from markupsafe import Markup
 FONT = 13
 # Every plot is drawn this wide and scaled to its column, so its letters stay readable on a phone.
 WIDTH = 440
-COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#64748b")
+COLOURS = (  # as many as there are files in a bundle with every format
+    *("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2"),
+    *("#a16207", "#64748b", "#be185d", "#4d7c0f", "#7c2d12", "#1f2937"),
+)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ def convert(
     )
     model.user_defined_metadata.update(metadata)
     model.save(str(path))
+    program = path / "Data/com.apple.CoreML/model.mlmodel"
+    program.write_bytes(model.get_spec().SerializeToString(deterministic=True))  # the same bytes every time
 
 
 def image_of(preprocessing: Preprocessing) -> TensorSpec:
