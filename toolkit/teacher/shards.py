@@ -233,6 +233,9 @@ def examine(store: FeatureStore, total: int, views: int) -> ShardSet:
         except PrgkitError as error:
             problems.append(Problem(shard, f"is damaged: {error.what}", delete=True))
             continue
+        if (manifest.shard, manifest.shards) != shard:
+            problems.append(Problem(shard, f"holds shard {manifest.shard}/{manifest.shards}", delete=True))
+            continue
         manifests.append(manifest)
         if difference := difference_from_card(manifest, store):
             problems.append(Problem(shard, f"is {difference}", delete=True))
@@ -317,7 +320,11 @@ def refusal(store: FeatureStore, found: ShardSet) -> TargetsError:
 
 
 def join_set(store: FeatureStore, found: ShardSet, progress: Progress) -> JoinedShards:
-    """Take the records of checked shards into the store's index, whole or not at all."""
+    """Take the records of checked shards into the store's index, whole or not at all.
+
+    Raises:
+        TargetsError: a shard is no longer what it was when it was checked.
+    """
     path, distinct, entries = store.folder / INDEX, KeyTable(), 0
     with locked(store.folder, "target store", wait=progress.note):
         for leftover in store.folder.glob(f".{INDEX}.*.part"):  # of a join that was killed
@@ -327,7 +334,11 @@ def join_set(store: FeatureStore, found: ShardSet, progress: Progress) -> Joined
             if path.exists():
                 shutil.copyfile(path, temporary)
             with open(temporary, "ab") as file:
-                for shard in (Shard(number, found.total) for number in range(found.total)):
+                for manifest in found.manifests:
+                    shard = Shard(manifest.shard, found.total)
+                    if manifest.index_digest != index_digest(store.files(shard).folder):
+                        changed = Problem(shard, f"has changed since it was checked: {INDEX}")
+                        raise refusal(store, found._replace(problems=[changed]))
                     for block in BlockJournal(store.files(shard).folder / INDEX).new_blocks():
                         if (shard, block.row) in found.broken:
                             continue

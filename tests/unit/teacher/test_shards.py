@@ -148,6 +148,7 @@ def change(folder: Path, key: str, value: Any) -> None:
 
 PROBLEMS = {
     "missing": "1/3 is missing",
+    "a copy of another": "1/3 holds shard 2/3",
     "a feature": r"1/3 is damaged: view-001\.f16, rows 0 to ",
     "the index": r"1/3 is damaged: index\.bin is not what was written",
     "the manifest": r"1/3 is damaged: manifest\.json is damaged: ",
@@ -168,6 +169,9 @@ def test_what_cannot_be_joined_is_named_and_can_be_made_again(
     manifest = read_sealed(folder / "manifest.json")
     if problem == "missing":
         shutil.rmtree(folder)
+    elif problem == "a copy of another":
+        shutil.rmtree(folder)
+        shutil.copytree(part(recipe, tmp_path, 2), folder)
     elif problem == "a feature":
         flip(folder / "view-001.f16")
     elif problem == "the index":
