@@ -84,6 +84,7 @@ def set_trap(place: str, call: int, when: str) -> None:
 
 def main() -> None:
     import open_clip  # noqa: F401
+
     import prgkit.cli.main
     import prgkit.evaluate.bench.bench
     import prgkit.export.from_run

@@ -57,7 +57,7 @@ class ShardManifest(BaseModel, frozen=True):
     stored_views: int  # of an image that is not held out
     versions: dict[str, str]  # of what computed it
     source: str
-    listed: int  # images in the whole source
+    listed: int  # images in the whole source, or tars of them
     listing: str  # changes with the name of any of them
     finished: bool = False
     images: int = 0  # readable and distinct in this part
@@ -287,9 +287,8 @@ def strangers(manifests: list[ShardManifest]) -> list[Problem]:
         if difference := difference_between(one, usual):
             problems.append(Problem(shard, f"is {difference}", delete=True))
         elif (one.source, one.listed, one.listing) != (seen := listings[0][0]):
-            problems.append(
-                Problem(shard, f"saw other images than the others: {one.listed:,} in {one.source}, not {seen[1]:,}")
-            )
+            counts = f"{one.listed:,}, not {seen[1]:,}" if one.listed != seen[1] else "others by name or size"
+            problems.append(Problem(shard, f"saw other images than the others in {one.source}: {counts}"))
     return problems
 
 

@@ -155,7 +155,7 @@ PROBLEMS = {
     "teacher": "1/3 is from another teacher",
     "precision": "1/3 is from another precision: bf16, not fp32",
     "version": r"1/3 is from another version: torch 1\.0, not ",
-    "images": "1/3 saw other images than the others: 39 in .*, not 40",
+    "images": "1/3 saw other images than the others in .*: 39, not 40",
 }
 
 
