@@ -277,17 +277,20 @@ def difference_between(one: ShardManifest, expected: ShardManifest) -> str:
 
 
 def strangers(manifests: list[ShardManifest]) -> list[Problem]:
-    """Return the shards of another version, or that saw other images, than most."""
+    """Return the shards of another version, or that saw other images, than most; where none saw what most saw, all."""
     problems = []
     versions = Counter(tuple(sorted(one.versions.items())) for one in manifests).most_common(1)
-    listings = Counter((one.source, one.listed, one.listing) for one in manifests).most_common(1)
+    listings = Counter((one.source, one.listed, one.listing) for one in manifests).most_common(2)
+    most = 2 * listings[0][1] > len(manifests) if listings else True
     for one in manifests:
         shard = Shard(one.shard, one.shards)
         usual = one.model_copy(update={"versions": dict(versions[0][0])})
+        seen = (one.source, one.listed, one.listing)
         if difference := difference_between(one, usual):
             problems.append(Problem(shard, f"is {difference}", delete=True))
-        elif (one.source, one.listed, one.listing) != (seen := listings[0][0]):
-            counts = f"{one.listed:,}, not {seen[1]:,}" if one.listed != seen[1] else "others by name or size"
+        elif seen != listings[0][0] or not most:
+            _, listed, _ = listings[seen == listings[0][0]][0]
+            counts = f"{one.listed:,}, not {listed:,}" if one.listed != listed else "others by name or size"
             problems.append(Problem(shard, f"saw other images than the others in {one.source}: {counts}"))
     return problems
 

@@ -199,6 +199,21 @@ def test_what_cannot_be_joined_is_named_and_can_be_made_again(
     assert stored(recipe, tmp_path) == expected
 
 
+def test_of_two_shards_that_saw_different_images_both_are_named(photos: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(photos)
+    embed_all(recipe, tmp_path, 2)
+    store = existing_targets(recipe, tmp_path)
+    assert store is not None
+    change(store.stores[0].folder / "shards" / "00000-of-00002", "listing", "0" * 16)
+    with pytest.raises(
+        TargetsError, match="2 of 2 shards cannot be joined: 0/2 saw .*; 1/2 saw .*: others by name"
+    ) as caught:
+        join_shards(recipe, tmp_path, NullProgress())
+    assert str(caught.value.fix) == "embed them again with the same recipe, --shard 0/2, 1/2"
+    embed_all(recipe, tmp_path, 2)
+    assert join_shards(recipe, tmp_path, NullProgress())[0].images == IMAGES
+
+
 def test_shards_that_were_divided_otherwise_are_left_and_named(photos: Path, tmp_path: Path) -> None:
     recipe, said = recipe_for(photos), []
 
