@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed
@@ -97,7 +97,7 @@ def any_process(asks: bool, accelerator: Accelerator) -> bool:
 
 
 @lru_cache(1)
-def host_group(_world: object) -> torch.distributed.ProcessGroup:
+def host_group(_world: object) -> Any:
     """Return the processes of this training as they meet on the host."""
     return torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
