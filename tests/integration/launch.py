@@ -4,8 +4,12 @@ One line of JSON on stdin is one command: {"cwd", "line", "trap"}; one line on s
 function, which of its calls is meant, and what becomes of it: the process gets SIGKILL "before" it, "after" it, or
 "within" it, when half of what it writes is on the disk, or once it and its child processes have computed for some
 seconds; or it is asked to "stop", by SIGTERM, and goes on. The package itself knows nothing of this.
+"within" it, when half of what it writes is on the disk; or it is asked to "stop", by SIGTERM, and goes on. With "full"
+the call finds no space on the disk, with "skip" it does nothing, with "remove PATTERN" the files of that name are gone
+before it. The package itself knows nothing of this.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -81,6 +85,14 @@ def set_trap(place: str, call: int, when: str | float) -> None:
         if when == "stop":
             os.kill(os.getpid(), signal.SIGTERM)
             return original(*arguments, **named)
+        if when == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if when == "skip":
+            return None
+        if when.startswith("remove "):
+            for path in Path().glob(when.removeprefix("remove ")):
+                path.unlink()
+            return original(*arguments, **named)
         if when == "within" and name == "append":
             tear_line(*arguments)
         if not isinstance(when, str):
@@ -95,6 +107,8 @@ def set_trap(place: str, call: int, when: str | float) -> None:
 
 
 def main() -> None:
+    import open_clip  # noqa: F401
+
     import prgkit.cli.main
     import prgkit.evaluate.bench.bench
     import prgkit.export.from_run

@@ -28,6 +28,7 @@ class Shard(NamedTuple):
 
 
 WHOLE = Shard(0, 0)  # no part: what one process embeds alone
+NOTHING = Shard(-1, 1)  # none of the images, for whoever needs no more than their listing
 
 
 def parse_shard(text: str) -> Shard:

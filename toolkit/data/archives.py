@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from prgkit.config.shard import WHOLE, Shard
 from prgkit.data.decode import UnreadableImage, suffix_of
 from prgkit.data.files import (
     HEAD_BYTES,
@@ -53,10 +54,21 @@ def is_archive(path: Path) -> bool:
 
 
 class TarSource:
-    """The images in tar files, read at offsets found when they were opened; labels are WebDataset's .cls or .json."""
+    """The images in tar files, read at offsets found when they were opened; labels are WebDataset's .cls or .json.
 
-    def __init__(self, spec: str, shards: Sequence[Path | RemoteFile], note: Callable[[str], None] = silent) -> None:
-        self.remotes = tuple(shard if isinstance(shard, RemoteFile) else None for shard in shards)
+    Where there are at least as many tars as ``own.total``, those of other parts are neither fetched nor opened.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        shards: Sequence[Path | RemoteFile],
+        note: Callable[[str], None] = silent,
+        own: Shard = WHOLE,
+    ) -> None:
+        self.spec = spec
+        self.given = shards
+        self.is_part = 0 < own.total <= len(shards)
         self.titles = tuple(TAR.sub(".tar", shard.name) for shard in shards)
         self.shards: tuple[Path, ...] = ()
         self.names: list[str] = []
@@ -64,6 +76,9 @@ class TarSource:
         label_places: list[tuple[int, int]] = []
         self.left_out = LeftOut()
         for number, given in enumerate(shards):
+            if self.is_part and number % own.total != own.number:
+                self.shards += (Path(),)
+                continue
             place = fetch(given, note) if isinstance(given, RemoteFile) else given
             shard = plain_tar(place, note)
             self.shards += (shard,)
@@ -77,16 +92,30 @@ class TarSource:
                     places.append((number, offset, size))
                     label_places.append(next((spans[label] for label in label_members(name) if label in spans), (0, 0)))
             self.left_out = self.left_out.and_(left_out).and_(LeftOut(Counter({LINKS: links} if links else {})))
-        if not self.names:
+        if not self.names and not self.is_part:
             raise no_images(spec, self.shards[0].parent, self.left_out)
         # Arrays, not objects: ImageNet has 1.3 million members.
-        self.places: NDArray[np.int64] = np.array(places)  # [images, (shard, offset, size)]
-        self.label_places: NDArray[np.int64] = np.array(label_places)  # [images, (offset, size)], size 0: no label
+        self.places: NDArray[np.int64] = np.array(places, np.int64).reshape(-1, 3)  # [images, (shard, offset, size)]
+        # [images, (offset, size)], size 0: no label
+        self.label_places: NDArray[np.int64] = np.array(label_places, np.int64).reshape(-1, 2)
         # Of what is in them: so it is the same whether they lie here or elsewhere.
         self.bytes_of_tars = np.bincount(self.places[:, 0], self.places[:, 2], len(self.shards))
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def whole(self) -> TarSource:
+        """Return the images of all tars."""
+        return TarSource(self.spec, self.given) if self.is_part else self
+
+    def states(self) -> list[str]:
+        """Return what changes with each tar, opened or not: its name, its size and a server's word for its content."""
+        return [
+            f"{one.name} {one.size} {one.version}"
+            if isinstance(one, RemoteFile)
+            else f"{one.name} {one.stat().st_size}"
+            for one in self.given
+        ]
 
     def name(self, index: int) -> str:
         """Return ``shard.tar/member``."""
@@ -111,9 +140,9 @@ class TarSource:
     def _read(self, index: int, offset: int, size: int) -> bytes:
         """Read bytes of the tar that an image lies in; a remote one whose copy had to make room is fetched again."""
         number = int(self.places[index, 0])
-        shard, remote = self.shards[number], self.remotes[number]
-        if remote is not None and not shard.exists():
-            plain_tar(fetch(remote), silent)
+        shard, given = self.shards[number], self.given[number]
+        if isinstance(given, RemoteFile) and not shard.exists():
+            plain_tar(fetch(given), silent)
         return read_span(shard, self.name(index), offset=offset, size=size)
 
 

@@ -87,7 +87,7 @@ def read_image_index(
     An image that is ``known``, since the teacher has seen it, is not decoded; what is decoded goes into ``cache``.
     ``grey`` is the range of deep greys where other images have settled it. Of a ``shard`` there may be none.
     """
-    source = open_images(spec, note=progress.note).with_grey(grey)
+    source = open_images(spec, note=progress.note, shard=shard).with_grey(grey)
     chosen = source.share(shard)
     progress.start("images", len(chosen), "img")
     index = index_images(
@@ -117,7 +117,7 @@ def index_images(
         ImagesError: no image of the whole source can be read.
     """
     wanted_indices = range(len(source)) if chosen is None else chosen.tolist()
-    is_part = len(wanted_indices) < len(source)
+    is_part = len(wanted_indices) < len(source) or source.is_part
     known_formats()  # loads Pillow's plugins before threads would do it all at once
     outcomes, deep_greys = Outcomes(), None
     pool = ThreadPoolExecutor(max(1, workers))
@@ -136,8 +136,9 @@ def index_images(
             examine_all(source, wanted_indices)
             if outcomes.unmeasured:
                 waiting = [index for _, index in sorted(outcomes.unmeasured)]  # by content: what is measured first
-                measured = deep_greys_of(source, pool.map) if is_part else waiting  # every part finds the same range
-                deep_greys = measure_deep_greys(source, measured, pool.map)
+                whole = source.whole()
+                measured = deep_greys_of(whole, pool.map) if is_part else waiting  # every part finds the same range
+                deep_greys = measure_deep_greys(whole, measured, pool.map)
                 source = source.with_grey(deep_greys.grey if deep_greys else SIXTEEN_BITS)
                 examine_all(source, waiting)
         finally:

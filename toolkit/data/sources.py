@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.config.sections import ImageSpec
-from prgkit.config.shard import BLOCK_IMAGES, Shard
+from prgkit.config.shard import BLOCK_IMAGES, WHOLE, Shard
 from prgkit.data.archives import TAR, TarSource, ZipSource, expand_braces
 from prgkit.data.decode import (
     DEPTHS,
@@ -50,32 +50,34 @@ MOST_GREYS_MEASURED = 256  # of a source's deep greys, to find the range they ar
 LIBRARIES: dict[str, Callable[[str], Source]] = {"torchvision": open_torchvision, "hf": open_hub, "demo": open_demo}
 
 
-def open_images(images: str | ImageSpec, *, note: Callable[[str], None] = silent) -> ImageSource:
+def open_images(images: str | ImageSpec, *, note: Callable[[str], None] = silent, shard: Shard = WHOLE) -> ImageSource:
     """Open a folder, a .zip, tar shards, ``torchvision:NAME/split``, ``hf:owner/name/split`` or ``demo:digits/split``.
 
     Without a table of labels in an `ImageSpec`, labels are those the source itself carries. ``note`` is told of what
-    takes a while.
+    takes a while. Of tars, those that a ``shard`` does not need may be left unopened, and labels with them.
 
     Raises:
         ImagesError: there is nothing to open, or no image in it.
     """
     spec = ImageSpec(images) if isinstance(images, str) else images
     kind, _, rest = spec.source.partition(":")
-    source = LIBRARIES[kind](rest) if kind in LIBRARIES else open_path(spec.source, note)
+    source = LIBRARIES[kind](rest) if kind in LIBRARIES else open_path(spec.source, note, shard)
+    if isinstance(source, TarSource) and source.is_part:
+        return ImageSource(spec.source, source)
     if len(source) == 0:
         raise ImagesError(f"{spec.source} holds no images", fix="name another split or source")
     table = read_label_table(Path(os.path.expanduser(spec.labels)), spec, source) if spec.labels else None
     return ImageSource(spec.source, source, table, spec.label_format.first_number)
 
 
-def open_path(spec: str, note: Callable[[str], None] = silent) -> Source:
+def open_path(spec: str, note: Callable[[str], None], shard: Shard) -> Source:
     """Open a folder, a .zip, a .tar or several tars named with braces; ``~`` and ``$VARIABLES`` are expanded.
 
     Raises:
         ImagesError: there is nothing there, it is damaged, or it holds no images.
     """
     if is_url(spec):
-        return open_url(spec, note)
+        return open_url(spec, note, shard)
     path = Path(os.path.expandvars(os.path.expanduser(spec)))
     try:
         path = as_on_disk(path)
@@ -85,7 +87,7 @@ def open_path(spec: str, note: Callable[[str], None] = silent) -> Source:
         return FolderSource(spec, path)
     if TAR.search(path.name):
         shards = [str(path)] if path.exists() else expand_braces(str(path))  # ends at the first that is missing
-        return TarSource(spec, [require(Path(shard), spec) for shard in shards], note)
+        return TarSource(spec, [require(Path(one), spec) for one in shards], note, shard)
     require(path, spec)
     if path.suffix.lower() == ".zip":
         return ZipSource(spec, path)
@@ -95,14 +97,14 @@ def open_path(spec: str, note: Callable[[str], None] = silent) -> Source:
     raise ImagesError(f"{spec} is neither a folder nor an archive that can be read", where=path, fix=fix)
 
 
-def open_url(spec: str, note: Callable[[str], None]) -> TarSource:
+def open_url(spec: str, note: Callable[[str], None], shard: Shard) -> TarSource:
     """Open tar shards by their URL, such as ``s3://bucket/shards-{000000..000999}.tar``."""
     urls = list(islice(expand_braces(spec), MOST_TARS))
     if not all(TAR.search(re.split(r"[?#]", url)[0]) for url in urls):
         fix = "pack the pictures into tar files: https://host/shards-{000..004}.tar"
         raise ImagesError(f"{spec} is no tar file", fix=fix)
     with ThreadPoolExecutor(8) as pool:
-        return TarSource(spec, list(pool.map(look_up, urls)), note)
+        return TarSource(spec, list(pool.map(look_up, urls)), note, shard)
 
 
 def lies_in_files(spec: str) -> bool:
@@ -176,6 +178,18 @@ class ImageSource:
         states = (f"{size(i)} {date(i) if dated else ''} {self.name(i)}".encode() for i in range(len(self)))
         return [int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little") for state in states]
 
+    @property
+    def is_part(self) -> bool:
+        """Whether tars that another shard reads were not opened."""
+        return isinstance(self._source, TarSource) and self._source.is_part
+
+    def whole(self) -> ImageSource:
+        """Return the images of all shards."""
+        whole = copy(self)
+        if isinstance(self._source, TarSource):
+            whole._source = self._source.whole()
+        return whole
+
     def share(self, shard: Shard) -> NDArray[np.int64]:
         """Return the images of a shard."""
         return np.flatnonzero(self.shard_numbers(shard.total) == shard.number) if shard.total else np.arange(len(self))
@@ -205,12 +219,17 @@ class ImageSource:
         windows: NDArray[np.int64] = window[source.places[indices, 0]]
         return windows
 
+    @property
+    def tars(self) -> int:
+        """How many tars the images lie in; 0 where they lie in none."""
+        return len(self._source.given) if isinstance(self._source, TarSource) else 0
+
     def listing(self) -> tuple[int, str]:
-        """Return how many images there are, and 16 hex digits that change with the name of any."""
-        names = hashlib.blake2b(digest_size=8)
-        for index in range(len(self)):
-            names.update(self.name(index).encode() + b"\n")
-        return len(self), names.hexdigest()
+        """Return how many images there are, or tars of them, and 16 hex digits that change with the name of any."""
+        source, names = self._source, hashlib.blake2b(digest_size=8)
+        for name in source.states() if isinstance(source, TarSource) else map(self.name, range(len(self))):
+            names.update(name.encode() + b"\n")
+        return self.tars or len(self), names.hexdigest()
 
     def read(self, index: int, *, min_side: int | None = None) -> Image.Image:
         """Return the image as upright RGB, reduced towards ``min_side`` [pixels], or raise UnreadableImage."""

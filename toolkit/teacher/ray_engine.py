@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from prgkit.config.recipe import Recipe, validate
-from prgkit.config.shard import Shard
+from prgkit.config.shard import NOTHING, Shard
 from prgkit.data.sources import open_images
 from prgkit.errors import BackendError, PrgkitError, WorkerError, one_line
 from prgkit.progress import NullProgress, Progress
@@ -68,8 +68,12 @@ def shards_to_embed(recipe: Recipe, targets_root: Path, workers: WorkerCount, pr
     """Return the shards that are not finished, of the division that an earlier driver began or of a new one."""
     targets = open_targets(recipe, targets_root, teacher_loader(progress))  # before the workers would all create it
     begun = [total for total in shard_counts(targets.stores[0].folder) if total > 1]
-    images, listing = open_images(recipe.data.image_spec, note=progress.note).listing()
-    total = max(begun, default=max(-(-images // IMAGES_A_SHARD), min(images, 2 * workers.most)))
+    source = open_images(recipe.data.image_spec, note=progress.note, shard=NOTHING)
+    count, listing = source.listing()  # of tars or of images
+    even = (
+        max(count, 2 * workers.most) if source.tars else max(-(-count // IMAGES_A_SHARD), min(count, 2 * workers.most))
+    )
+    total = max(begun, default=even)
     shards = [Shard(number, total) for number in range(total)]
     return [shard for shard in shards if not all(is_finished(store, shard, listing) for store in targets.stores)]
 

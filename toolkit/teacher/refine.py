@@ -13,7 +13,6 @@ from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from prgkit.storage.tensors import load_tensors, save_tensors
@@ -200,6 +199,8 @@ def log_likelihood(features: Tensor, means: Tensor, variances: Tensor) -> Tensor
 
 def neighbour_affinity(features: Tensor) -> Tensor:
     """Return the cosines [N, N] of each image and its nearest ones, sparse and symmetrised: (A + A^T) / 2."""
+    from sklearn.neighbors import NearestNeighbors  # takes a second to import, for StatA alone
+
     count, points = min(NEIGHBOURS, len(features) - 1), features.cpu().numpy()
     distances, columns = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(points).kneighbors()
     rows = torch.arange(len(points)).repeat_interleave(count)

@@ -57,7 +57,7 @@ class ShardManifest(BaseModel, frozen=True):
     stored_views: int  # of an image that is not held out
     versions: dict[str, str]  # of what computed it
     source: str
-    listed: int  # images in the whole source
+    listed: int  # images in the whole source, or tars of them
     listing: str  # changes with the name of any of them
     finished: bool = False
     images: int = 0  # readable and distinct in this part
@@ -233,6 +233,9 @@ def examine(store: FeatureStore, total: int, views: int) -> ShardSet:
         except PrgkitError as error:
             problems.append(Problem(shard, f"is damaged: {error.what}", delete=True))
             continue
+        if (manifest.shard, manifest.shards) != shard:
+            problems.append(Problem(shard, f"holds shard {manifest.shard}/{manifest.shards}", delete=True))
+            continue
         manifests.append(manifest)
         if difference := difference_from_card(manifest, store):
             problems.append(Problem(shard, f"is {difference}", delete=True))
@@ -274,19 +277,21 @@ def difference_between(one: ShardManifest, expected: ShardManifest) -> str:
 
 
 def strangers(manifests: list[ShardManifest]) -> list[Problem]:
-    """Return the shards of another version, or that saw other images, than most."""
+    """Return the shards of another version, or that saw other images, than most; where none saw what most saw, all."""
     problems = []
     versions = Counter(tuple(sorted(one.versions.items())) for one in manifests).most_common(1)
-    listings = Counter((one.source, one.listed, one.listing) for one in manifests).most_common(1)
+    listings = Counter((one.source, one.listed, one.listing) for one in manifests).most_common(2)
+    most = 2 * listings[0][1] > len(manifests) if listings else True
     for one in manifests:
         shard = Shard(one.shard, one.shards)
         usual = one.model_copy(update={"versions": dict(versions[0][0])})
+        seen = (one.source, one.listed, one.listing)
         if difference := difference_between(one, usual):
             problems.append(Problem(shard, f"is {difference}", delete=True))
-        elif (one.source, one.listed, one.listing) != (seen := listings[0][0]):
-            problems.append(
-                Problem(shard, f"saw other images than the others: {one.listed:,} in {one.source}, not {seen[1]:,}")
-            )
+        elif seen != listings[0][0] or not most:
+            _, listed, _ = listings[seen == listings[0][0]][0]
+            counts = f"{one.listed:,}, not {listed:,}" if one.listed != listed else "others by name or size"
+            problems.append(Problem(shard, f"saw other images than the others in {one.source}: {counts}"))
     return problems
 
 
@@ -317,7 +322,11 @@ def refusal(store: FeatureStore, found: ShardSet) -> TargetsError:
 
 
 def join_set(store: FeatureStore, found: ShardSet, progress: Progress) -> JoinedShards:
-    """Take the records of checked shards into the store's index, whole or not at all."""
+    """Take the records of checked shards into the store's index, whole or not at all.
+
+    Raises:
+        TargetsError: a shard is no longer what it was when it was checked.
+    """
     path, distinct, entries = store.folder / INDEX, KeyTable(), 0
     with locked(store.folder, "target store", wait=progress.note):
         for leftover in store.folder.glob(f".{INDEX}.*.part"):  # of a join that was killed
@@ -327,7 +336,11 @@ def join_set(store: FeatureStore, found: ShardSet, progress: Progress) -> Joined
             if path.exists():
                 shutil.copyfile(path, temporary)
             with open(temporary, "ab") as file:
-                for shard in (Shard(number, found.total) for number in range(found.total)):
+                for manifest in found.manifests:
+                    shard = Shard(manifest.shard, found.total)
+                    if manifest.index_digest != index_digest(store.files(shard).folder):
+                        changed = Problem(shard, f"has changed since it was checked: {INDEX}")
+                        raise refusal(store, found._replace(problems=[changed]))
                     for block in BlockJournal(store.files(shard).folder / INDEX).new_blocks():
                         if (shard, block.row) in found.broken:
                             continue

@@ -131,7 +131,7 @@ def mixup(
     generator = np.random.default_rng((*seed, 2))
     share = float(generator.beta(strength, strength))
     share = max(share, 1 - share)  # an image stays the larger part of its mixture, whose number it keeps
-    other = torch.from_numpy(generator.permutation(len(pixels))).to(pixels.device)
+    other = torch.from_numpy(generator.permutation(len(pixels))).to(pixels.device, non_blocking=True)
     blended = share * pixels.float() + (1 - share) * pixels[other].float()
     probabilities = teacher.logits.softmax(dim=1)
     logits = (share * probabilities + (1 - share) * probabilities[other]).clamp(min=1e-12).log()

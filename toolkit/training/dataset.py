@@ -74,9 +74,9 @@ class DistillationDataset:
         self, positions: NDArray[np.int64], views: NDArray[np.int64], device: torch.device
     ) -> TeacherOutput:
         """Return the teacher's output (I, W, y) for these views [B] of the images at ``positions`` [B]."""
-        features = self.store.features(self.rows[positions], views).to(device)  # I [B, D]
+        features = self.store.features(self.rows[positions], views).to(device, non_blocking=True)  # I [B, D]
         logits = self.classifier.logits(features)  # W [B, C]
-        images = torch.from_numpy(self.image_of(positions)).to(device)
+        images = torch.from_numpy(self.image_of(positions)).to(device, non_blocking=True)
         return TeacherOutput(features, logits, logits.argmax(dim=1), images)
 
     def weighted(self, teacher: TeacherOutput) -> TeacherOutput:

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list, gather_object
 from torch import nn
@@ -27,6 +29,7 @@ from prgkit.student.model import Student
 from prgkit.teacher.shards import embed_shard, join_shards
 
 PROBE_STEPS = 3
+LONGEST_WAIT = timedelta(days=7)
 T = TypeVar("T")
 
 
@@ -37,7 +40,7 @@ def join_processes(trackers: Sequence[str], trackers_folder: Path) -> Accelerato
         log_with=list(trackers) or None,
         project_dir=str(trackers_folder),
         # The others wait while the first reads every image.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
 
 
@@ -85,12 +88,18 @@ def share_teacher_pass(recipe: Recipe, targets_root: Path, accelerator: Accelera
 
 
 def any_process(asks: bool, accelerator: Accelerator) -> bool:
-    """Return whether any process asks to stop."""
+    """Return whether any process asks to stop; they agree on it on the host, for which no GPU is waited for."""
     if accelerator.num_processes == 1:
         return asks
-    if asks:
-        accelerator.set_trigger()
-    return bool(accelerator.check_trigger())
+    asked = torch.tensor(int(asks))
+    torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=host_group(torch.distributed.group.WORLD))
+    return bool(asked)
+
+
+@lru_cache(1)
+def host_group(_world: object) -> Any:
+    """Return the processes of this training as they meet on the host."""
+    return torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
 
 def share_buffers(module: nn.Module, accelerator: Accelerator) -> None:

@@ -28,8 +28,12 @@ def append_labelled(
     """Return a batch with the labelled images after it; the true label of all others is -1, which is none."""
     unknown = torch.full_like(teacher.labels, -1)
     pairs = zip(teacher._replace(truth=unknown), labelled, strict=True)
-    joined = (torch.cat([one, other.to(one.device)]) for one, other in pairs if one is not None and other is not None)
-    return torch.cat([pixels, more.to(pixels.device)]), TeacherOutput(*joined)
+    joined = (
+        torch.cat([one, other.to(one.device, non_blocking=True)])
+        for one, other in pairs
+        if one is not None and other is not None
+    )
+    return torch.cat([pixels, more.to(pixels.device, non_blocking=True)]), TeacherOutput(*joined)
 
 
 @torch.inference_mode()

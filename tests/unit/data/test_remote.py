@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prgkit.config.shard import NOTHING, Shard
 from prgkit.data.index import index_images
 from prgkit.data.sources import open_images
 from prgkit.demo.digits import load_digits
@@ -147,6 +148,58 @@ def test_the_oldest_copies_make_room_and_come_back(server: str, shards: Path, mo
     monkeypatch.setattr(remote, "free_bytes", free)
     same(server + "/s-{0..2}.tar", shards)
     assert Handler.served.count("/s-0.tar") > 1
+
+
+def test_a_shard_fetches_the_tars_that_it_reads(
+    server: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prgkit.config.recipe import validate
+    from prgkit.progress import NullProgress
+    from prgkit.teacher.ensemble import existing_targets
+    from prgkit.teacher.shards import embed_shard, join_shards
+
+    serve(shards)
+    stores = []
+    for place in (server, str(shards)):
+        page = {
+            "data": {"images": f"{place}/s-{{0..2}}.tar", "classes": ["zero", "one"], "prompts": ["the digit {}"]},
+            "teacher": {"model": "demo:digits", "batch_size": 16},
+            "views": {"count": 1},
+            "student": {"model": "test_efficientnet", "image_size": 32},
+            "objective": {"name": "prg"},
+            "training": {"workers": 0},
+        }
+        recipe, root = validate(page, where="test").resolved(), tmp_path / f"targets-{len(stores)}"
+        for number in range(3):
+            Handler.served.clear()
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{number}"))  # another machine
+            embed_shard(recipe, root, Shard(number, 3), NullProgress())
+            assert set(Handler.served) == ({f"/s-{number}.tar"} if place == server else set())
+        (joined,) = join_shards(recipe, root, NullProgress())
+        assert joined.images == 30
+        targets = existing_targets(recipe, root)
+        assert targets is not None
+        stores.append(targets.stores[0])
+    keys = index_images(open_images(f"{shards}/s-{{0..2}}.tar"), workers=1).keys
+    there, here = (store.stored_features(store.rows(keys, views=1), 1).tobytes() for store in stores)
+    assert there == here
+
+
+def test_what_a_part_leaves_unopened_is_listed_all_the_same(server: str, shards: Path) -> None:
+    serve(shards)
+    spec = server + "/s-{0..2}.tar"
+    nothing = open_images(spec, shard=NOTHING)
+    assert (Handler.served, len(nothing), nothing.tars) == ([], 0, 3)
+    parts = [open_images(spec, shard=Shard(number, 2)) for number in range(2)]
+    assert [len(part) for part in parts] == [20, 10]
+    assert [part.share(Shard(number, 2)).tolist() for number, part in enumerate(parts)] == [[*range(20)], [*range(10)]]
+    assert parts[1].name(0) == "s-1.tar/10.png"
+    blocks = open_images(spec, shard=Shard(0, 4))  # more shards than tars: each needs all
+    assert (len(blocks), len(parts[1].whole())) == (30, 30)
+    assert nothing.listing() == parts[0].listing() == blocks.listing()
+    assert len(index_images(parts[0], workers=1)) == 20
+    Handler.files["/s-2.tar"] += bytes(1024)
+    assert open_images(spec, shard=NOTHING).listing() != nothing.listing()
 
 
 def test_tars_over_s3(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,13 +148,14 @@ def change(folder: Path, key: str, value: Any) -> None:
 
 PROBLEMS = {
     "missing": "1/3 is missing",
+    "a copy of another": "1/3 holds shard 2/3",
     "a feature": r"1/3 is damaged: view-001\.f16, rows 0 to ",
     "the index": r"1/3 is damaged: index\.bin is not what was written",
     "the manifest": r"1/3 is damaged: manifest\.json is damaged: ",
     "teacher": "1/3 is from another teacher",
     "precision": "1/3 is from another precision: bf16, not fp32",
     "version": r"1/3 is from another version: torch 1\.0, not ",
-    "images": "1/3 saw other images than the others: 39 in .*, not 40",
+    "images": "1/3 saw other images than the others in .*: 39, not 40",
 }
 
 
@@ -168,6 +169,9 @@ def test_what_cannot_be_joined_is_named_and_can_be_made_again(
     manifest = read_sealed(folder / "manifest.json")
     if problem == "missing":
         shutil.rmtree(folder)
+    elif problem == "a copy of another":
+        shutil.rmtree(folder)
+        shutil.copytree(part(recipe, tmp_path, 2), folder)
     elif problem == "a feature":
         flip(folder / "view-001.f16")
     elif problem == "the index":
@@ -193,6 +197,21 @@ def test_what_cannot_be_joined_is_named_and_can_be_made_again(
     embed_shard(recipe, tmp_path, Shard(1, 3), NullProgress())
     join_shards(recipe, tmp_path, NullProgress())
     assert stored(recipe, tmp_path) == expected
+
+
+def test_of_two_shards_that_saw_different_images_both_are_named(photos: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(photos)
+    embed_all(recipe, tmp_path, 2)
+    store = existing_targets(recipe, tmp_path)
+    assert store is not None
+    change(store.stores[0].folder / "shards" / "00000-of-00002", "listing", "0" * 16)
+    with pytest.raises(
+        TargetsError, match="2 of 2 shards cannot be joined: 0/2 saw .*; 1/2 saw .*: others by name"
+    ) as caught:
+        join_shards(recipe, tmp_path, NullProgress())
+    assert str(caught.value.fix) == "embed them again with the same recipe, --shard 0/2, 1/2"
+    embed_all(recipe, tmp_path, 2)
+    assert join_shards(recipe, tmp_path, NullProgress())[0].images == IMAGES
 
 
 def test_shards_that_were_divided_otherwise_are_left_and_named(photos: Path, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,13 +15,16 @@ from prgkit.config.objectives import OBJECTIVES
 from prgkit.errors import RunError
 from prgkit.objectives import build_loss
 from prgkit.outputs import LossContext, StudentOutput, TeacherOutput
+from prgkit.training.batches import mixup
 from prgkit.training.checkpoint import STEPS_UNREAD, TrainingCounters
+from prgkit.training.dataset import DistillationDataset
+from prgkit.training.few_shot import append_labelled
 
 BATCH, CLASSES, WIDTH = 8, 4, 6
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what makes the host wait: a number read, or a shape that depends on values."""
+    """Counts what makes the host wait: a number read, a shape that depends on values, or a copy that is waited for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,6 +33,8 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, _types: Any, arguments: Any = (), named: Any = None) -> Any:
         name = operation._schema.name
         self.count += name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select")
+        device = (named or {}).get("device") or torch.device("cpu")
+        self.count += name == "aten::_to_copy" and device.type != "cpu" and not named.get("non_blocking")
         return operation(*arguments, **(named or {}))
 
 
@@ -71,6 +78,28 @@ def test_a_loss_reads_nothing_back(name: str, monkeypatch: pytest.MonkeyPatch) -
     with HostReads() as reads:
         torch.stack(list(loss(student, teacher).values())).sum().backward()
     assert reads.count == 0
+
+
+def test_what_a_step_needs_is_sent_without_waiting() -> None:
+    there = torch.device("meta")
+    dataset = SimpleNamespace(
+        store=SimpleNamespace(features=lambda rows, _: torch.ones(len(rows), WIDTH)),
+        rows=np.arange(2 * BATCH),
+        classifier=SimpleNamespace(logits=lambda features: features @ torch.ones(WIDTH, CLASSES, device=there)),
+        image_of=lambda positions: positions,
+    )
+    labels = torch.zeros(2, dtype=torch.long)
+    labelled = TeacherOutput(torch.ones(2, WIDTH), torch.ones(2, CLASSES), labels, labels, labels)
+    with HostReads() as reads:
+        pixels = torch.zeros(BATCH, 4, 4, 3, device=there)
+        teacher = DistillationDataset.teacher_output(dataset, np.arange(BATCH), np.zeros(BATCH, int), there)  # type: ignore[arg-type]
+        pixels, teacher = mixup(pixels, teacher, 0.4, seed=(0, 1))
+        pixels, teacher = append_labelled(pixels, teacher, torch.zeros(2, 4, 4, 3), labelled)
+    assert reads.count == 0
+    assert {tensor.device for tensor in (pixels, *teacher)} == {there}
+    with HostReads() as reads:
+        torch.zeros(3).to(there)
+    assert reads.count == 1
 
 
 class Elsewhere(torch.Tensor):
