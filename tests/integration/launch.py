@@ -3,10 +3,9 @@
 One line of JSON on stdin is one command: {"cwd", "line", "trap"}; one line on stdout is its process id. A trap names a
 function, which of its calls is meant, and what becomes of it: the process gets SIGKILL "before" it, "after" it, or
 "within" it, when half of what it writes is on the disk, or once it and its child processes have computed for some
-seconds; or it is asked to "stop", by SIGTERM, and goes on. The package itself knows nothing of this.
-"within" it, when half of what it writes is on the disk; or it is asked to "stop", by SIGTERM, and goes on. With "full"
-the call finds no space on the disk, with "skip" it does nothing, with "remove PATTERN" the files of that name are gone
-before it. The package itself knows nothing of this.
+seconds; or it is asked to "stop", by SIGTERM, and goes on. With "full" the call finds no space on the disk, with "skip"
+it does nothing, with "remove PATTERN" the files of that name are gone before it. The package itself knows nothing of
+this.
 """
 
 import errno
@@ -89,7 +88,7 @@ def set_trap(place: str, call: int, when: str | float) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if when == "skip":
             return None
-        if when.startswith("remove "):
+        if isinstance(when, str) and when.startswith("remove "):
             for path in Path().glob(when.removeprefix("remove ")):
                 path.unlink()
             return original(*arguments, **named)
