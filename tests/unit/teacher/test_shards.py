@@ -206,7 +206,7 @@ def test_of_two_shards_that_saw_different_images_both_are_named(photos: Path, tm
     assert store is not None
     change(store.stores[0].folder / "shards" / "00000-of-00002", "listing", "0" * 16)
     with pytest.raises(
-        TargetsError, match="2 of 2 shards cannot be joined: 0/2 saw .*; 1/2 saw .*: others by name"
+        TargetsError, match=r"2 of 2 shards cannot be joined: 0/2 saw .*; 1/2 saw .*: others by name"
     ) as caught:
         join_shards(recipe, tmp_path, NullProgress())
     assert str(caught.value.fix) == "embed them again with the same recipe, --shard 0/2, 1/2"
