@@ -83,7 +83,8 @@ class DistillationDataset:
         """Return the teacher's output with what each image counts, by the pseudo-label that it has here."""
         if self.class_weights is None:
             return teacher
-        return teacher._replace(weights=torch.from_numpy(self.class_weights).to(teacher.labels.device)[teacher.labels])
+        weights = torch.from_numpy(self.class_weights).to(teacher.labels.device, non_blocking=True)
+        return teacher._replace(weights=weights[teacher.labels])
 
     def image_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the images [B] at ``positions`` [B], and for a mixture that which is the larger part of it."""

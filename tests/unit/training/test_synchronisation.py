@@ -87,6 +87,7 @@ def test_what_a_step_needs_is_sent_without_waiting() -> None:
         rows=np.arange(2 * BATCH),
         classifier=SimpleNamespace(logits=lambda features: features @ torch.ones(WIDTH, CLASSES, device=there)),
         image_of=lambda positions: positions,
+        class_weights=np.ones(CLASSES, dtype=np.float32),
     )
     labels = torch.zeros(2, dtype=torch.long)
     labelled = TeacherOutput(torch.ones(2, WIDTH), torch.ones(2, CLASSES), labels, labels, labels)
@@ -95,6 +96,7 @@ def test_what_a_step_needs_is_sent_without_waiting() -> None:
         teacher = DistillationDataset.teacher_output(dataset, np.arange(BATCH), np.zeros(BATCH, int), there)  # type: ignore[arg-type]
         pixels, teacher = mixup(pixels, teacher, 0.4, seed=(0, 1))
         pixels, teacher = append_labelled(pixels, teacher, torch.zeros(2, 4, 4, 3), labelled)
+        teacher = DistillationDataset.weighted(dataset, teacher)  # type: ignore[arg-type]
     assert reads.count == 0
     assert {tensor.device for tensor in (pixels, *teacher)} == {there}
     with HostReads() as reads:
