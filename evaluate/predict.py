@@ -87,7 +87,6 @@ class Model:
         self.bundle, self.note = open_bundle(folder, verify=()), note
         selected = selected_artifact(self.bundle, bench)
         setup = first_setup(folder, [selected, *self.bundle.artifacts] if runtime else [selected], runtime)
-        setup = replace(setup, spin=False)  # pictures are read in threads meanwhile
         self.artifact = setup.artifact
         verify_artifact(folder, self.artifact)
         self._runner = setup.open()

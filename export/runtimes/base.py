@@ -96,7 +96,6 @@ class Setup:
     artifact: Artifact
     folder: Path  # that the file lies in
     threads: int | None = None  # of one run on the CPU; None leaves the choice to the runtime
-    spin: bool = True  # let ONNX Runtime's threads wait busily inside a run: faster, unless other work needs the cores
     class_vectors: Path | None = None  # that take the place of a class head, where the file holds none
     logit_scale: float = 1.0  # of their scores
 

@@ -33,7 +33,7 @@ PROVIDERS = {variant.name: variant for variant in VARIANTS}
 def open_onnx(setup: Setup) -> OnnxRunner:
     """Open an ONNX file with an execution provider."""
     half, name = setup.artifact.precision == "fp16", setup.artifact.name
-    return OnnxRunner(setup.path, setup.variant.name, setup.threads, name=name, half=half, spin=setup.spin)
+    return OnnxRunner(setup.path, setup.variant.name, setup.threads, name=name, half=half)
 
 
 def provider_runs(variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -> bool:
