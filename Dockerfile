@@ -1,6 +1,6 @@
 # Training, with or without a GPU (--gpus all needs the NVIDIA container toolkit; CUDA itself comes with torch):
 #   docker build -t prgkit .
-#   docker run --rm --gpus all --user "$(id -u):$(id -g)" --shm-size 8g -v "$PWD:/work" prgkit distill demo export bench
+#   docker run --rm --gpus all --user "$(id -u):$(id -g)" --shm-size 8g -v "$PWD:/home/prgkit" prgkit distill demo export bench
 # Runs, targets and bundles are written into the folder that is mounted.
 FROM python:3.11-slim
 WORKDIR /src
@@ -11,7 +11,7 @@ COPY evaluate evaluate
 COPY recipes recipes
 RUN pip install --no-cache-dir '.[distill,rtx,hub,remote]'
 # What is downloaded, such as a teacher's weights, is kept beside the runs.
-ENV HOME=/tmp HF_HOME=/work/.cache/huggingface
-WORKDIR /work
+ENV HOME=/tmp HF_HOME=/home/prgkit/.cache/huggingface
+WORKDIR /home/prgkit
 ENTRYPOINT ["prgkit"]
 CMD ["--help"]
