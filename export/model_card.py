@@ -32,7 +32,7 @@ CLASSES_NAMED = 100
 class Figure(NamedTuple):
     """A share of the evaluation images in percent, with its 95 % interval."""
 
-    metric: str  # as a model index names it
+    metric: str | None  # as a model index names it; None: it is not of this model
     label: str
     value: float
     interval: tuple[float, float]
@@ -60,12 +60,13 @@ def published(manifest: Manifest, name: str, *, with_images: bool) -> Manifest:
         quality = quality.model_copy(
             update={"near_duplicates": near, "outliers": quality.outliers.model_copy(update={"lowest": []})}
         )
+    began = {key: value for key, value in manifest.student.to_json().items() if key in ("model", "initial")}
     return manifest.model_copy(
         update={
             "run": manifest.run.model_copy(update={"name": name, "quality": quality}),
             "recipe": recipe,
             "teacher": manifest.teacher.model_copy(update=without_paths(manifest.teacher.to_json())),
-            "student": manifest.student.model_copy(update=without_paths({"model": manifest.student.model})),
+            "student": manifest.student.model_copy(update=without_paths(began)),
             "artifacts": tuple(one for one in manifest.artifacts if one.format != ENGINE),
             "not_kept": tuple(one for one in manifest.not_kept if not isinstance(one, NotBuilt)),  # a builder's words
             "evaluation": manifest.evaluation.model_copy(
@@ -140,7 +141,7 @@ def front_matter(manifest: Manifest, name: str, license: str, figures: Sequence[
             metric_value=round(figure.value / 100, 4),
         )
         for figure in figures
-        if "teacher's own" not in figure.label
+        if figure.metric is not None
     ]
     data = ModelCardData(
         license=license,
@@ -161,7 +162,7 @@ def figures_of(evaluation: Evaluation) -> list[Figure]:
     teacher = metrics.scores(evaluation.teacher_logits, labels=evaluation.labels)
     known = [
         ("accuracy", "Accuracy (top-1)", scores.top1, scores.top1_interval),
-        ("accuracy", "The teacher's own accuracy", teacher.top1, teacher.top1_interval),
+        (None, "The teacher's own accuracy", teacher.top1, teacher.top1_interval),
         ("agreement", "Same answer as the teacher", scores.agreement_teacher, scores.agreement_teacher_interval),
     ]
     return [Figure(*one[:2], one[2], one[3]) for one in known if one[2] is not None and one[3] is not None]

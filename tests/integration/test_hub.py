@@ -136,7 +136,7 @@ def secretive() -> dict[str, Any]:
             "objective": {"name": "prg"},
         },
         "teacher": {"model": f"local-dir:{secret}/clip", "fingerprint": "1" * 16},
-        "student": {"model": "mean", "parameters": 60, "image_size": 32},
+        "student": {"model": "mean", "initial": f"{secret}/general", "parameters": 60, "image_size": 32},
         "classes": list(CLASSES),
         "input": {"name": "pixels", "dtype": "uint8", "layout": "NHWC", "shape": ["batch", 32, 32, 3]},
         "output": {"name": "logits", "dtype": "float32", "shape": ["batch", 20]},
