@@ -233,8 +233,15 @@ def test_sp_by_hand_and_blind_to_rotation() -> None:
 
 
 def test_prototypes_by_hand() -> None:
-    assert nt_xent(torch.eye(2), torch.eye(2), 0.5).item() == pytest.approx(0.239545, rel=1e-5)
-    assert nt_xent(torch.eye(1, 2), torch.eye(1, 2), 0.5).item() == 0
+    assert nt_xent(torch.eye(2), torch.eye(2), 0.5, torch.ones(2, dtype=torch.bool)).item() == pytest.approx(
+        0.239545, rel=1e-5
+    )
+    assert nt_xent(torch.eye(1, 2), torch.eye(1, 2), 0.5, torch.ones(1, dtype=torch.bool)).item() == 0
+    four = torch.cat([torch.eye(2), torch.zeros(2, 2)]).requires_grad_()  # two of four classes are in the batch
+    masked = nt_xent(four, four.detach(), 0.5, torch.tensor([True, True, False, False]))
+    assert masked.item() == pytest.approx(0.239545, rel=1e-5)
+    masked.backward()
+    assert torch.isfinite(four.grad).all()
     student, teacher = side([[2.0, 0.0], [0.0, 3.0], [5.0, 0.0]], [[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]])
     prototypes = build_loss(objectives.Prototypes(name="prototypes"), TWO._replace(classes=4))
     assert prototypes(student, teacher)["prototypes"].item() == pytest.approx(0.239545, rel=1e-5)

@@ -25,7 +25,6 @@ class CRD(nn.Module):
     student_bank: Tensor
     teacher_bank: Tensor
     labels: Tensor
-    step: Tensor
     partition: Tensor
 
     def __init__(self, config: objectives.CRD, context: LossContext) -> None:
@@ -37,15 +36,23 @@ class CRD(nn.Module):
         for side in ("student_bank", "teacher_bank"):
             self.register_buffer(side, torch.empty(context.images, config.width).uniform_(-bound, bound))
         self.register_buffer("labels", torch.full((context.images,), -1))  # y of each image when it was last seen
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("partition", torch.zeros(2))  # Z of both sides, kept from the first step
+        self.step = 0
+
+    def get_extra_state(self) -> Tensor:
+        """Return the step for a checkpoint; it is no buffer, since a GPU would be waited for where it is read."""
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on at a checkpoint's step."""
+        self.step = int(state)
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce`` and ``crd``, each a scalar."""
         student_embedding = F.normalize(self.student_head(student.features), dim=1)  # [B, width]
         teacher_embedding = F.normalize(self.teacher_head(teacher.features), dim=1)  # [B, width]
-        drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(int(self.step)))
-        drawn = drawn[: self.config.negatives].to(self.labels.device)  # [K]
+        drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(self.step))
+        drawn = drawn[: self.config.negatives].to(self.labels.device, non_blocking=True)  # [K]
         negative = (self.labels[drawn] != teacher.labels[:, None]) & (drawn != teacher.images[:, None])  # [B, K]
         if self.step >= self.steps_per_epoch:  # a row that no epoch has filled is an image that none will
             negative &= self.labels[drawn] >= 0
@@ -68,11 +75,12 @@ class CRD(nn.Module):
         """
         own = (anchor * bank[images]).sum(dim=1) / self.config.temperature  # [B]
         others = anchor @ bank[drawn].T / self.config.temperature  # [B, K]
-        if self.partition[side] == 0:
-            self.partition[side] = others.detach().logsumexp(dim=1).mean() + math.log(len(bank) / len(drawn))
+        if self.step == 0:
+            measured = others.detach().logsumexp(dim=1).mean() + math.log(len(bank) / len(drawn))
             if several_processes():
-                torch.distributed.all_reduce(self.partition[side])
-                self.partition[side] /= torch.distributed.get_world_size()
+                torch.distributed.all_reduce(measured)
+                measured /= torch.distributed.get_world_size()
+            self.partition[side] = torch.where(self.partition[side] == 0, measured, self.partition[side])
         noise = negative.sum(dim=1).clamp(min=1).log() - math.log(len(bank))  # log(K / N) [B]
         own_odds = own - self.partition[side] - noise  # log of h / (K / N)
         odds = others - self.partition[side] - noise[:, None]

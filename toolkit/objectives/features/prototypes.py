@@ -21,18 +21,23 @@ class Prototypes(nn.Module):
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Return the loss terms ``ce`` and ``prototypes``, each a scalar; the second is 0 of one class alone."""
-        of_class = F.one_hot(teacher.labels).to(teacher.features)  # [B, classes]
-        of_class = of_class[:, of_class.any(dim=0)].T  # [P, B] of the classes in the batch
+        of_class = F.one_hot(teacher.labels, teacher.logits.shape[1]).to(teacher.features).T  # [C, B]
         mine, theirs = (F.normalize(of_class @ F.normalize(one.features, dim=1), dim=1) for one in (student, teacher))
-        contrast = nt_xent(mine, theirs, self.config.temperature)
+        contrast = nt_xent(mine, theirs, self.config.temperature, of_class.any(dim=1))
         return {
             "ce": cross_entropy(student.logits, teacher.labels, teacher.weights),
             "prototypes": self.config.prototype_weight * contrast,
         }
 
 
-def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """Return the mean of -log of each row's share for its counterpart among all other rows: unit [P, D] twice."""
-    rows, count = torch.cat([first, second]), len(first)
-    scores = (rows @ rows.T / temperature).fill_diagonal_(-torch.inf)  # [2P, 2P]
-    return F.cross_entropy(scores, torch.arange(2 * count, device=rows.device).roll(count))
+def nt_xent(first: Tensor, second: Tensor, temperature: float, present: Tensor) -> Tensor:
+    """Return the mean of -log of each row's share for its counterpart among all other rows: unit [C, D] twice.
+
+    Only rows that are ``present`` [C] count; a mask, since to choose them a GPU would be waited for.
+    """
+    rows, there, count = torch.cat([first, second]), present.repeat(2), len(first)
+    left_out = ~there | torch.eye(2 * count, dtype=torch.bool, device=rows.device)  # [2C, 2C]
+    scores = (rows @ rows.T / temperature).masked_fill(left_out & there[:, None], -torch.inf)
+    counterparts = torch.arange(2 * count, device=rows.device).roll(count)
+    losses = F.cross_entropy(scores, counterparts, reduction="none")  # [2C]
+    return losses.masked_fill(~there, 0).sum() / there.sum()
