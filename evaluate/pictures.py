@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,14 @@ from prgkit.data.preprocessing import Preprocessing, load_image
 from prgkit.data.sources import open_images
 from prgkit.errors import ImagesError, PrgkitError
 from prgkit.evaluate.live import frames, is_live, is_video, paths_on_stdin
+from prgkit.evaluate.system import usable_cores
 from prgkit.progress import silent
 
-DECODERS = 4  # threads that read pictures ahead of the network
-READ_AHEAD = 8  # pictures, or twice a batch where that is more: while one is answered, the next is made ready
+DECODERS = 8  # threads that read pictures ahead of the network, at most
+READ_AHEAD = 8  # pictures, unless a network takes more at a time
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class NamedPicture(NamedTuple):
@@ -128,10 +132,9 @@ def refuse(error: PrgkitError) -> Image.Image:
 
 
 def prepared_ahead(
-    pictures: Iterable[NamedPicture], preprocessing: Preprocessing, *, batch_size: int = 1
+    pictures: Iterable[NamedPicture], preprocessing: Preprocessing, *, ahead: int = READ_AHEAD
 ) -> Iterator[PreparedPicture]:
-    """Yield each picture as the network takes it; the next ones are read meanwhile, in threads."""
-    ahead = max(READ_AHEAD, 2 * batch_size)
+    """Yield each picture as the network takes it; up to ``ahead`` further ones are read meanwhile, in threads."""
 
     def prepare(picture: NamedPicture) -> PreparedPicture:
         try:
@@ -139,11 +142,20 @@ def prepared_ahead(
         except PrgkitError as error:
             return PreparedPicture(picture, None, error)
 
-    waiting: deque[Future[PreparedPicture]] = deque()
-    with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
-        for picture in pictures:
-            waiting.append(pool.submit(prepare, picture))
-            while len(waiting) > (0 if picture.live else ahead):
+    yield from in_order(
+        prepare, pictures, threads=min(DECODERS, usable_cores()), ahead=lambda picture: 0 if picture.live else ahead
+    )
+
+
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: Callable[[Item], int]
+) -> Iterator[Result]:
+    """Yield the function of each item, in their order; that of up to ``ahead`` later ones is found meanwhile."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            while len(waiting) > ahead(item):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

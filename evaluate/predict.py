@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +16,29 @@ from typing_extensions import TypedDict, Unpack
 
 from prgkit.errors import ExportError, PrgkitError, nearest
 from prgkit.evaluate.heat_map import Explainer
-from prgkit.evaluate.pictures import Picture, Pictures, open_pictures, prepared_ahead
+from prgkit.evaluate.pictures import (
+    READ_AHEAD,
+    Picture,
+    Pictures,
+    PreparedPicture,
+    in_order,
+    open_pictures,
+    prepared_ahead,
+)
 from prgkit.evaluate.selection import selected_artifact
+from prgkit.evaluate.system import usable_cores
 from prgkit.export.bundle.bundle import open_bundle, verify_artifact
 from prgkit.export.bundle.confidence import energy, promise, uncalibrated
 from prgkit.export.bundle.manifest import Artifact, Manifest
 from prgkit.export.runtimes import first_setup
+from prgkit.export.runtimes.base import Runner
 from prgkit.metrics import log_softmax
 from prgkit.progress import silent
+
+TOGETHER = 32  # pictures that all cores answer together, before each opens the file for itself
+SIDE_BY_SIDE = 16  # files open for one core each, at most
+
+Batch: TypeAlias = list[PreparedPicture]
 
 
 @dataclass(frozen=True)
@@ -86,10 +103,12 @@ class Model:
     ) -> None:
         self.bundle, self.note = open_bundle(folder, verify=()), note
         selected = selected_artifact(self.bundle, bench)
-        setup = first_setup(folder, [selected, *self.bundle.artifacts] if runtime else [selected], runtime)
-        self.artifact = setup.artifact
+        self._setup = first_setup(folder, [selected, *self.bundle.artifacts] if runtime else [selected], runtime)
+        self.artifact = self._setup.artifact
         verify_artifact(folder, self.artifact)
-        self._runner = setup.open()
+        self._runner = self._setup.open()
+        self._idle: SimpleQueue[Runner] = SimpleQueue()  # the same file, opened for one core each
+        self._cores = min(usable_cores(), SIDE_BY_SIDE) if self._setup.variant.side_by_side else 1
         self._explainer: Explainer | None = None
 
     def __enter__(self) -> Model:
@@ -101,6 +120,8 @@ class Model:
     def close(self) -> None:
         """Release what the runtime holds."""
         self._runner.close()
+        while not self._idle.empty():
+            self._idle.get().close()
         if self._explainer is not None:
             self._explainer.close()
 
@@ -144,10 +165,9 @@ class Model:
         preprocessing = self.bundle.preprocessing
         size = min(batch_size, self._runner.max_batch or batch_size)
         pictures = open_pictures(images, preprocessing.grey_range, self.note)
-        ready = prepared_ahead(pictures, preprocessing, batch_size=size)
-        while batch := list(islice(ready, size)):
-            pixels = [one.pixels for one in batch if one.pixels is not None]
-            rows = iter(self.logits(np.stack(pixels)) if pixels else np.empty((0, 0), np.float32))
+        ready = prepared_ahead(pictures, preprocessing, ahead=max(READ_AHEAD, (self._cores + 1) * size))
+        for batch, logits in self._answered(iter(lambda: list(islice(ready, size)), [])):
+            rows = iter(logits)
             for one in batch:
                 if one.error is not None:
                     yield Prediction(one.picture.name, error=one.error)
@@ -156,6 +176,41 @@ class Model:
                 rejected = bool(reject_unknown and facts and energy(row[None])[0] < facts.reject_below)
                 answer = self.answer(row, top_k, min_confidence, rejected=rejected)
                 yield replace(answer, image=one.picture.name, read=one.picture.read)
+
+    def _answered(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, NDArray[np.float32]]]:
+        """Yield each batch with the logits [n, classes] of those that can be read.
+
+        All cores work on one batch at first, and on each of a camera. Of many pictures each core then takes its own: a
+        small network gains little from several cores, and pictures are decoded on the same ones.
+        """
+        together = 0
+        for batch in batches:
+            yield batch, self._logits(batch, self._runner)
+            together += len(batch)
+            if self._cores > 1 and together >= TOGETHER and not batch[-1].picture.live:
+                break
+        yield from in_order(self._by_one_core, batches, threads=self._cores, ahead=self._batches_ahead)
+
+    def _batches_ahead(self, batch: Batch) -> int:
+        return 0 if batch[-1].picture.live else self._cores
+
+    def _by_one_core(self, batch: Batch) -> tuple[Batch, NDArray[np.float32]]:
+        try:
+            runner = self._idle.get_nowait()
+        except Empty:
+            runner = replace(self._setup, threads=1).open()
+        try:
+            return batch, self._logits(batch, runner)
+        finally:
+            self._idle.put(runner)
+
+    def _logits(self, batch: Batch, runner: Runner) -> NDArray[np.float32]:
+        """Return logits [n, classes] of the pictures that can be read, divided by the bundle's temperature."""
+        pixels = [one.pixels for one in batch if one.pixels is not None]
+        if not pixels:
+            return np.empty((0, len(self.classes)), np.float32)
+        logits: NDArray[np.float32] = runner.run(np.stack(pixels)) / self.bundle.manifest.temperature
+        return logits
 
     def heat_map(self, picture: Picture, label: str) -> Image.Image:
         """Return a picture as the student sees it, with what spoke for a class drawn over it.
@@ -174,11 +229,6 @@ class Model:
         if self._explainer is None:
             self._explainer = Explainer(self.bundle)
         return self._explainer
-
-    def logits(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return logits [n, classes] of prepared pixels [n, S, S, 3], divided by the bundle's temperature."""
-        logits: NDArray[np.float32] = self._runner.run(pixels) / self.bundle.manifest.temperature
-        return logits
 
     def answer(self, logits: NDArray[np.float32], top_k: int, min_confidence: float, *, rejected: bool) -> Prediction:
         """Put the logits [classes] of a picture into an answer."""

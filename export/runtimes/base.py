@@ -48,6 +48,7 @@ class Variant(NamedTuple):
     suffix: str = ""  # of the artifact's name in a report
     always_listed: bool = False  # a report also says why it does not run here
     takes_threads: bool = True  # its number of threads can be swept
+    side_by_side: bool = False  # files opened with one thread each, in threads of one process, run at the same time
     least_seconds: float = 0.0  # a shorter bench leaves it out
 
 

@@ -37,7 +37,7 @@ def examine(versions: Versions) -> Sequence[tuple[str, str | None]]:
 LITERT_RUNTIME = Runtime(
     name="litert",
     formats=(LITERT,),
-    variants=(Variant("CPU", "litert", "cpu"),),
+    variants=(Variant("CPU", "litert", "cpu", side_by_side=True),),
     libraries=("ai_edge_litert.interpreter",),
     open=open_litert,
     examine=examine,

@@ -49,7 +49,7 @@ def examine(versions: Versions) -> Sequence[tuple[str, str | None]]:
 NCNN_RUNTIME = Runtime(
     name="ncnn",
     formats=(NCNN,),
-    variants=(Variant("CPU", "ncnn", "cpu"),),
+    variants=(Variant("CPU", "ncnn", "cpu", side_by_side=True),),
     libraries=("ncnn",),
     open=open_ncnn,
     examine=examine,

@@ -22,7 +22,7 @@ GPU_BUILD = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
 REINSTALL = "pip install --force-reinstall onnxruntime"
 OPENVINO_BUILD = "pip uninstall -y onnxruntime && pip install onnxruntime-openvino"
 VARIANTS = (
-    Variant("CPUExecutionProvider", "onnxruntime", "cpu", REINSTALL),
+    Variant("CPUExecutionProvider", "onnxruntime", "cpu", REINSTALL, side_by_side=True),
     Variant("CUDAExecutionProvider", "onnxruntime", "cuda", GPU_BUILD),
     Variant("TensorrtExecutionProvider", "onnxruntime-tensorrt", "cuda", f"{GPU_BUILD}, and TensorRT's libraries"),
     Variant("OpenVINOExecutionProvider", "onnxruntime-openvino", "cpu", OPENVINO_BUILD),

@@ -53,7 +53,7 @@ def examine(versions: Versions) -> Sequence[tuple[str, str | None]]:
 OPENVINO = Runtime(
     name="openvino",
     formats=(ONNX, OPENVINO_QDQ, QDQ),
-    variants=(Variant("CPU", "openvino", "cpu"),),
+    variants=(Variant("CPU", "openvino", "cpu", side_by_side=True),),
     libraries=("openvino",),
     open=open_onnx,
     examine=examine,
@@ -131,7 +131,9 @@ class OpenVinoRunner:
         if self._threads is None:
             return settings
         # By itself it takes one thread of a core, and so fewer than asked for.
-        return settings | {"INFERENCE_NUM_THREADS": self._threads, "ENABLE_HYPER_THREADING": True}
+        settings |= {"INFERENCE_NUM_THREADS": self._threads, "ENABLE_HYPER_THREADING": True}
+        # One thread is not tied to a core: a second file's would be tied to the same.
+        return settings | ({"ENABLE_CPU_PINNING": False} if self._threads == 1 else {})
 
     def _require_as_asked(self, network: Any) -> None:
         precision = network.get_property("INFERENCE_PRECISION_HINT").to_string()

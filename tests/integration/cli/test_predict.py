@@ -131,6 +131,38 @@ def test_predict_says_what_it_answers_as_it_goes(project_copy: Path) -> None:
         answers.close()
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_of_many_pictures_each_core_answers_its_own(
+    project_copy: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    from prgkit.evaluate import predict
+    from prgkit.export.runtimes.base import Setup
+
+    opened, together, open_file = [], [Path(f"photos/{number:02}.png") for number in range(4)], Setup.open
+    cut = Path("photos/cut.png")
+    cut.write_bytes(together[0].read_bytes()[:60])
+    many = [*(5 * together), cut, *(5 * together)]
+
+    def noted(setup: Setup) -> object:
+        opened.append(setup.threads)
+        return open_file(setup)
+
+    monkeypatch.setattr(Setup, "open", noted)
+    monkeypatch.setattr(predict, "usable_cores", lambda: 3)
+    with predict.Model(Path("runs/tiny/bundle")) as model:
+        alone = model.predict(together, batch_size=batch_size)
+        assert opened == [None]  # few: all cores work on each
+        for _ in range(2):
+            answers = model.predict(many, batch_size=batch_size)
+            assert answers[20].error is not None
+            assert [answer.image for answer in answers] == [str(path) for path in many]
+            for answer, expected in zip([*answers[:20], *answers[21:]], 10 * alone, strict=True):
+                assert answer.label == expected.label
+                assert answer.probability == pytest.approx(expected.probability, abs=1e-5)
+    assert 2 <= len(opened) <= 4
+    assert opened[1:] == [1] * (len(opened) - 1)
+
+
 def test_answers_are_kept_and_gone_on_with(prgkit: PrgkitCommand, project_copy: Path) -> None:
     printed = prgkit("predict photos --json").json["predict"]
     Path("photos/cut.png").write_bytes(Path("photos/01.png").read_bytes()[:60])

@@ -13,11 +13,8 @@ from prgkit.evaluate.pictures import NamedPicture, prepared_ahead
 PREPROCESSING = Preprocessing(8, 1.0, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "live", "ahead"),
-    [(1, False, 8), (16, False, 32), (16, True, 0)],  # while a batch runs, the next is made ready, and the one after it
-)
-def test_two_batches_are_read_ahead_but_a_camera_waits_for_none(batch_size: int, live: bool, ahead: int) -> None:
+@pytest.mark.parametrize(("live", "ahead"), [(False, 32), (True, 0)])
+def test_pictures_are_read_ahead_but_a_camera_waits_for_none(live: bool, ahead: int) -> None:
     taken = []
 
     def pictures() -> Iterator[NamedPicture]:
@@ -25,7 +22,7 @@ def test_two_batches_are_read_ahead_but_a_camera_waits_for_none(batch_size: int,
             taken.append(number)
             yield NamedPicture(str(number), lambda number=number: Image.new("RGB", (9, 9), (number, 0, 0)), live)
 
-    ready = prepared_ahead(pictures(), PREPROCESSING, batch_size=batch_size)
+    ready = prepared_ahead(pictures(), PREPROCESSING, ahead=32)
     first = next(ready)
     assert len(taken) == ahead + 1
     rest = list(ready)
