@@ -127,7 +127,7 @@ class OpenVinoRunner:
         return self._requests[batch]
 
     def _settings(self) -> dict[str, Any]:
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if self._threads is None:
             return settings
         # By itself it takes one thread of a core, and so fewer than asked for.
