@@ -308,7 +308,7 @@ class Prototypes(ObjectiveConfig):
 class PRG(ObjectiveConfig):
     """Proxy relational graph: nodes, class proxies and the edges between them (arXiv 2408.12248, reconstructed).
 
-    Use: To begin with: ahead with many classes and a student from scratch, and no more than 2.5 points behind elsewhere.
+    Use: To begin with: ahead with many classes and a student from scratch, at most 2.5 points behind elsewhere.
     """
 
     name: Literal["prg"]
