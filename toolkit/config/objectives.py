@@ -75,7 +75,7 @@ class CE(ObjectiveConfig):
 class KD(LogitsConfig):
     """Knowledge distillation: softened teacher probabilities beside the pseudo-labels (Hinton et al., 2015).
 
-    Use: As the yardstick that others are held against, and with two to ten classes, where none was ahead of it here.
+    Use: As the yardstick that others are held against, and with two to five classes, where none was ahead of it here.
     """
 
     name: Literal["kd"]
@@ -174,7 +174,7 @@ class PLD(ObjectiveConfig):
 class OFA(ObjectiveConfig):
     """One for all: the label's share enhanced, on the logits and on an exit after each stage (Hao et al., 2023).
 
-    Use: For a student with stages, a CNN, with a broad teacher: level with prg or ahead; a fifth slower.
+    Use: For a student with stages, a CNN, with a broad teacher: level with prg or ahead.
     """
 
     family = "features"

@@ -159,8 +159,13 @@ def test_of_many_pictures_each_core_answers_its_own(
             for answer, expected in zip([*answers[:20], *answers[21:]], 10 * alone, strict=True):
                 assert answer.label == expected.label
                 assert answer.probability == pytest.approx(expected.probability, abs=1e-5)
-    assert 2 <= len(opened) <= 4
-    assert opened[1:] == [1] * (len(opened) - 1)
+        assert 2 <= len(opened) <= 4
+        assert opened[1:] == [1] * (len(opened) - 1)
+        taken = []
+        going = model.stream((taken.append(path) or path for path in many), batch_size=batch_size)
+        next(going)
+        going.close()
+    assert len(taken) == batch_size + {1: 8, 3: 12}[batch_size]  # a batch for each core, and one beside them
 
 
 def test_answers_are_kept_and_gone_on_with(prgkit: PrgkitCommand, project_copy: Path) -> None:

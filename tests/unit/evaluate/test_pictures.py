@@ -13,8 +13,10 @@ from prgkit.evaluate.pictures import NamedPicture, prepared_ahead
 PREPROCESSING = Preprocessing(8, 1.0, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-@pytest.mark.parametrize(("live", "ahead"), [(False, 32), (True, 0)])
-def test_pictures_are_read_ahead_but_a_camera_waits_for_none(live: bool, ahead: int) -> None:
+@pytest.mark.parametrize(
+    ("given", "live", "ahead"), [({}, False, 8), ({"ahead": 32}, False, 32), ({"ahead": 32}, True, 0)]
+)
+def test_pictures_are_read_ahead_but_a_camera_waits_for_none(given: dict[str, int], live: bool, ahead: int) -> None:
     taken = []
 
     def pictures() -> Iterator[NamedPicture]:
@@ -22,7 +24,7 @@ def test_pictures_are_read_ahead_but_a_camera_waits_for_none(live: bool, ahead: 
             taken.append(number)
             yield NamedPicture(str(number), lambda number=number: Image.new("RGB", (9, 9), (number, 0, 0)), live)
 
-    ready = prepared_ahead(pictures(), PREPROCESSING, ahead=32)
+    ready = prepared_ahead(pictures(), PREPROCESSING, **given)
     first = next(ready)
     assert len(taken) == ahead + 1
     rest = list(ready)
