@@ -9,6 +9,7 @@ finished is not trained again, so the command resumes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def rank(student: Tensor, teacher: Tensor) -> Tensor:
 
 def variant(
     compare: Edges = squared, *, weight: float = 1.0, node: float = 3.0, batch: bool = False, text: bool = False,
-    warmup: float = 0.0, foreign: bool = False,
+    fixed: bool = False, warmup: float = 0.0, foreign: bool = False,
 ) -> type[PRG]:  # fmt: skip
     """Return PRG with another edge term: ``weight * compare(E^s, E^t)``.
 
@@ -65,6 +66,7 @@ def variant(
         weight: of the edge term, and ``node`` of the node term.
         batch: lets the gradient through the batch's own share of the student's proxies.
         text: starts both sides' proxies at the class vectors.
+        fixed: takes the student's edges to the teacher's proxies too, which do not move with the student.
         warmup: the share of the training over which the edge term grows to its weight.
         foreign: adds edges to class vectors of other names than the task's, on features alone.
     """
@@ -91,7 +93,7 @@ def variant(
             terms = super().forward(student, teacher)
             teacher_nodes = nodes(teacher.features, teacher.logits, self.config.block)
             student_nodes = nodes(student.features, student.logits, self.config.block)
-            proxies = self.student_proxies
+            proxies = self.teacher_proxies if fixed else self.student_proxies
             if batch:
                 proxies = self.with_gradient(before, known, student_nodes, teacher.labels)
             student_edges = correlate(student_nodes, proxies[self.seen])
@@ -118,17 +120,20 @@ FOREIGN = torch.empty(0, 1)  # class vectors of names that are not the task's [n
 VARIANTS: dict[str, Callable[[], type[PRG]]] = {
     "supervision alone": lambda: variant(weight=0.0, node=0.0),
     "nodes": lambda: variant(weight=0.0),
+    "nodes of weight 10": lambda: variant(weight=0.0, node=10.0),
     "edges": lambda: variant(node=0.0),
     "nodes and edges": lambda: variant(),
     "edges of weight 10": lambda: variant(weight=10.0),
     "gradient through the batch": lambda: variant(batch=True, weight=10.0),
     "started at the text": lambda: variant(text=True, weight=10.0),
+    "to the teacher's proxies": lambda: variant(fixed=True, weight=10.0),
     "softmax": lambda: variant(softmax),
     "rank": lambda: variant(rank),
     "warmed up": lambda: variant(weight=10.0, warmup=0.3),
-    "softmax, batch": lambda: variant(softmax, batch=True),
+    "softmax to the teacher's proxies": lambda: variant(softmax, fixed=True),
+    "softmax and gradient through the batch": lambda: variant(softmax, batch=True),
     "foreign classes": lambda: variant(weight=10.0, foreign=True),
-    "foreign classes, softmax": lambda: variant(softmax, foreign=True),
+    "softmax and foreign classes": lambda: variant(softmax, foreign=True),
 }
 
 
@@ -150,7 +155,7 @@ def main(
             embed_foreign(loaded, root, foreign)
         for name in variants.split(","):
             setattr(prg, "PRG", VARIANTS[name]())  # noqa: B010 - the loss is looked up by this name
-            folder = out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+            folder = out / f"{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
             click.echo(f"{folder}", err=True)
             run = distill(loaded, folder, root, NullProgress())
             assert run.card.best is not None
