@@ -55,9 +55,14 @@ def rank(student: Tensor, teacher: Tensor) -> Tensor:
     return (ahead * F.softplus(-lead)).sum() / ahead.sum().clamp(min=1)
 
 
+def by_row(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return one minus the Pearson correlation of an image's edges, in the mean."""
+    return (1 - prg.pearson(student, teacher)).mean()
+
+
 def variant(
     compare: Edges = squared, *, weight: float = 1.0, node: float = 3.0, batch: bool = False, text: bool = False,
-    fixed: bool = False, warmup: float = 0.0, foreign: bool = False,
+    distance: bool = False, fixed: bool = False, warmup: float = 0.0, foreign: bool = False,
 ) -> type[PRG]:  # fmt: skip
     """Return PRG with another edge term: ``weight * compare(E^s, E^t)``.
 
@@ -66,6 +71,7 @@ def variant(
         weight: of the edge term, and ``node`` of the node term.
         batch: lets the gradient through the batch's own share of the student's proxies.
         text: starts both sides' proxies at the class vectors.
+        distance: compares nodes by their squared distance in place of their correlation.
         fixed: takes the student's edges to the teacher's proxies too, which do not move with the student.
         warmup: the share of the training over which the edge term grows to its weight.
         foreign: adds edges to class vectors of other names than the task's, on features alone.
@@ -101,6 +107,8 @@ def variant(
             if foreign:
                 features = F.normalize(student.features, dim=1)
                 edge = edge + compare(correlate(features, self.foreign), correlate(teacher.features, self.foreign))
+            if distance:
+                terms["node"] = node * (student_nodes - teacher_nodes).square().sum(dim=1).mean()
             grown = min(1.0, float(self.steps) / self.total) if warmup else 1.0
             self.steps += 1
             return {**terms, "edge": weight * grown * edge}
@@ -128,6 +136,8 @@ VARIANTS: dict[str, Callable[[], type[PRG]]] = {
     "started at the text": lambda: variant(text=True, weight=10.0),
     "to the teacher's proxies": lambda: variant(fixed=True, weight=10.0),
     "softmax": lambda: variant(softmax),
+    "correlation of rows": lambda: variant(by_row),
+    "nodes by squared distance": lambda: variant(distance=True),
     "rank": lambda: variant(rank),
     "warmed up": lambda: variant(weight=10.0, warmup=0.3),
     "softmax to the teacher's proxies": lambda: variant(softmax, fixed=True),
