@@ -6,7 +6,6 @@ Names and defaults are the recipe's and the command line's. Notes that the comma
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from typing_extensions import TypedDict, Unpack
 
 from prgkit.config.recipe import Recipe, load_recipe
+from prgkit.config.yaml_io import yaml_text
 from prgkit.evaluate import system
 from prgkit.evaluate.predict import Model
 from prgkit.evaluate.report.schema import Report
@@ -243,7 +243,7 @@ def choose(
         given["data.images"] = images
     if classes is not None:
         given["data.classes"] = classes if isinstance(classes, str | os.PathLike) else list(classes)
-    overrides = [f"{key}={json.dumps(value, default=os.fspath)}" for key, value in given.items()]
+    overrides = [f"{key}={yaml_text(value)}" for key, value in given.items()]
     chosen = load_recipe(os.fspath(recipe or "custom"), overrides=overrides, note=logger.info)
     return chosen, RUNS / run_name(os.fspath(recipe or images or ""))
 

@@ -176,9 +176,12 @@ def pseudo_labels(report: Report) -> Section | None:
     if (statistics := report.pseudo_labels) is None:
         return None
     confidence, balance = statistics.confidence.histogram, statistics.balance
+    which = f"the {statistics.images:,} unlabelled images"
+    if statistics.sampled_from:
+        which = f"a sample of {statistics.images:,} of the {statistics.sampled_from:,} unlabelled images"
     return Section(
         "The teacher's answers",
-        f"Of the {statistics.images:,} unlabelled images, known before the first epoch. No label is involved.",
+        f"Of {which}, known before the first epoch. No label is involved.",
         plots=(
             charts.histogram(confidence, name="probability of the teacher's answer", title="Confidence"),
             charts.class_sizes(balance.counts, uniform=balance.uniform),
@@ -197,7 +200,7 @@ def corrections(report: Report) -> Section | None:
     return Section(
         "Corrections of its answers",
         f"Fitted to {rows[0].images:,} unlabelled images before the first epoch; targets in the recipe chooses one. "
-        "Changed: answers that become others. Two views: images whose whole picture and a crop get one answer.",
+        "Changed: answers that become others. Two views: images whose evaluation view and a crop get one answer.",
         (Column("Correction", short="", left=True), *(Column(name.capitalize(), short=name) for name in headings)),
         tuple(table_row(*line) for line in lines),
         page_only=True,

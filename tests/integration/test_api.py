@@ -42,11 +42,13 @@ def test_distill_means_the_command_lines_run(request: pytest.FixtureRequest, pro
     assert (run.folder, run.card.finished, updates) == (Path("runs/tiny"), True, [])
     settings = {"teacher": {"model": "demo:digits", "batch_size": 8}, "data.prompts": ["a {}"], "data.held_out": 0.2}
     settings |= {"student.image_size": 32, "student.initial": "random", "training.batch_size": 8, "views.count": 1}
+    settings["training.learning_rate"] = 5e-5  # which YAML would read as text
     run = prgkit.distill(
         images="photos", classes=("one", "two", "three"), student="test_efficientnet", epochs=1, settings=settings,
         run="runs/mine", progress=updates.append,
     )  # fmt: skip
     assert run.recipe.data.classes == ("one", "two", "three")
+    assert run.recipe.training.learning_rate == 5e-5
     assert (updates[-1].stage, updates[-1].done, updates[-1].unit) == ("student", updates[-1].total, "img")
     assert updates[-1].facts.startswith("epoch 1/1  loss ")
     assert command("distill runs/mine/recipe.yaml --run runs/mine").err == "runs/mine is finished already\n"

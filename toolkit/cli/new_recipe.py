@@ -98,10 +98,10 @@ def page(images: str, classes: str, seen: Images, class_count: int) -> str:
     """Return the recipe: YAML with a comment on each choice."""
     size = max((side for side in SIDES if side <= seen.short[1]), default=SIDES[0])
     epochs = int(np.clip(SEEN // seen.images, 20, 200))
-    learned = 0.95 * seen.images
+    held_out = round(float(np.clip(200 / seen.images, 0.05, 0.2)), 2)
+    learned = (1 - held_out) * seen.images
     batch = 2 ** int(np.clip(np.log2(learned / 16), 3, 8))  # 16 steps an epoch or more, where that leaves 8 images
     views = 16 if seen.images < FEW else 8 if seen.images < MANY else 4
-    held_out = round(float(np.clip(200 / seen.images, 0.05, 0.2)), 2)
     if seen.short[1] < SIDES[0]:
         why = f"half of the images are smaller than {size} px, the least that is sensible: they are enlarged"
     else:

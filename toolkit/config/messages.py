@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from prgkit.config.yaml_io import yaml_text
 from prgkit.errors import nearest
 
 Location = Sequence[int | str]
@@ -85,7 +86,7 @@ def misread(kind: str, value: object) -> str | None:
         return None
     if kind == "int_type" and number.is_integer():
         return f"YAML reads {value} as text; write {int(number)}, without quotes"
-    return f"YAML reads {value} as text; write {number!r}, with a dot and no quotes"
+    return f"YAML reads {value} as text; write {yaml_text(number)}, with a dot and no quotes"
 
 
 def to_number(value: object) -> float | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from prgkit.config.delimited import LARGEST_TABLE_BYTES, ways
+from prgkit.config.prompts import canonical
 from prgkit.errors import RecipeError, nearest, some
 from prgkit.storage.atomic import read_text
 
@@ -31,6 +32,11 @@ def load_by_class(
     if isinstance(given, str):
         where = f"{key}: {given}"
         given = read_figures(Path(os.path.expanduser(given)), word)
+    spelled = {canonical(name): name for name in classes}
+    names = [spelled.get(canonical(name), name) for name in given]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise RecipeError(f"{twice[0]!r} stands twice", where=where, fix="keep one of the two")
+    given = dict(zip(names, given.values(), strict=True))
     if unknown := [name for name in given if name not in classes]:
         hint = nearest(unknown[0], classes)
         raise RecipeError(

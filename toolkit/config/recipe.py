@@ -93,6 +93,16 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _keys_that_are_read(self) -> Recipe:
+        data = self.data
+        for images, labels in (("evaluation", data.evaluation_labels), ("labelled", data.labelled_labels)):
+            if labels is not None and getattr(data, images) is None:
+                raise ValueError(f"data.{images}_labels: name the images too that it labels, as data.{images}")
+        if data.keep.by_class and not data.keep.asks:
+            raise ValueError("data.keep.by_class: only min_confidence and weighted read it, and neither is asked for")
+        return self
+
+    @model_validator(mode="after")
     def _words_to_ask_about(self) -> Recipe:
         if self.reads_words and self.data.words is None:
             raise ValueError("data.words: give phrases that are no classes, since an objective asks about them")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,13 @@ def plain_yaml(text: str) -> Any:
         return yaml.load(text, _Plain)
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
+
+
+def yaml_text(value: object) -> str:
+    """Return a value as one line of YAML, from which `parse_yaml` reads it back; paths become text."""
+    plain = json.loads(json.dumps(value, default=os.fspath))
+    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return text.removesuffix("...\n").strip()
 
 
 def write_yaml(values: YamlMapping, path: Path) -> None:

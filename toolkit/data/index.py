@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from prgkit.progress import Progress, silent
 from prgkit.storage.run_card import SkippedFile
 from prgkit.workers import default_workers
 
+Measured = Literal["measured"]  # of the deep greys among the images themselves
 IMAGES_PER_TASK = 32  # small pictures decode faster than a task is handed over
 IMAGES_LOOKED_AT = 32  # to say before training what is wrong with most
 NEARLY_BLACK = 15  # of 255: what is left of 12 bits where a format of 16 keeps its upper byte
@@ -79,15 +81,18 @@ def read_image_index(
     *,
     known: Container[str] = (),
     cache: DecodedImageCache | None = None,
-    grey: GreyRange | None = None,
+    grey: GreyRange | Measured | None = "measured",
     shard: Shard = WHOLE,
 ) -> ImageIndex:
     """Open a source and read every image once: which are readable, which are the same, and the key of each.
 
     An image that is ``known``, since the teacher has seen it, is not decoded; what is decoded goes into ``cache``.
-    ``grey`` is the range of deep greys where other images have settled it. Of a ``shard`` there may be none.
+    ``grey`` is the range of deep greys where other images have settled it, and None where those have no deep grey, so
+    that each goes by its own values. Of a ``shard`` there may be none.
     """
-    source = open_images(spec, note=progress.note, shard=shard).with_grey(grey)
+    source = open_images(spec, note=progress.note, shard=shard)
+    if grey != "measured":
+        source = source.with_grey(grey)
     chosen = source.share(shard)
     progress.start("images", len(chosen), "img")
     index = index_images(

@@ -17,6 +17,7 @@ from prgkit.config.image_size import Size, sides, size_of
 from prgkit.data.decode import GreyRange, decode, to_rgb
 from prgkit.data.files import read_span, require
 from prgkit.errors import ImagesError
+from prgkit.storage.atomic import as_on_disk
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -34,7 +35,7 @@ def load_image(image: str | os.PathLike[str] | bytes, *, grey: GreyRange | None 
     """
     if isinstance(image, bytes):
         return decode(image, "the image", grey=grey)
-    path = Path(os.path.expanduser(image))
+    path = as_on_disk(Path(os.path.expanduser(image)))
     data = read_span(require(path, str(image), fix="give the path of an image file"), str(image))
     return decode(data, str(image), grey=grey)
 

@@ -40,7 +40,7 @@ from prgkit.data.label_table import read_label_table
 from prgkit.data.labels import Label, LabelTable
 from prgkit.errors import ImagesError
 from prgkit.progress import silent
-from prgkit.storage.atomic import as_on_disk
+from prgkit.storage.atomic import as_on_disk, composed
 from prgkit.storage.remote import is_url, look_up
 
 MOST_BYTES_AT_HAND = 64 << 30  # of tars that are read in any order; more are read one after the other
@@ -120,6 +120,7 @@ class ImageSource:
     ) -> None:
         self.spec = spec
         self.grey: GreyRange | None = None  # of its deep greys, black and white; None: each by its own values
+        self.grey_is_settled = False
         self.first_number = first_number  # of labels that are numbers; None: found from them
         self._source = source
         self._table = table
@@ -135,7 +136,7 @@ class ImageSource:
     def with_grey(self, grey: GreyRange | None) -> ImageSource:
         """Return the same images with the values of a deep grey that are black and white in all of them."""
         ranged = copy(self)
-        ranged.grey = grey
+        ranged.grey, ranged.grey_is_settled = grey, True
         return ranged
 
     def name(self, index: int) -> str:
@@ -143,12 +144,18 @@ class ImageSource:
         return self._source.name(index)
 
     def path(self, index: int) -> str:
-        """Return the image's name with the path of the source before it, as it can be opened from here."""
+        """Return the image's name with the path of the source before it, as it can be opened from here.
+
+        In a folder it is the file's own name, whatever its accents are made of, unless that cannot be shown.
+        """
+        name = self.name(index)
         if not lies_in_files(self.spec):
-            return self.name(index)
+            return name
+        if isinstance(self._source, FolderSource) and composed(self._source.paths[index]) == name:
+            name = self._source.paths[index]
         place = Path(os.path.expandvars(os.path.expanduser(self.spec)))
         # A shard's name is part of its images' names.
-        return str((place.parent if TAR.search(place.name) else place) / self.name(index))
+        return str((place.parent if TAR.search(place.name) else place) / name)
 
     def label(self, index: int) -> str | int | None:
         """Return the image's class name or number as it is written, or None; only evaluation asks."""
@@ -249,7 +256,7 @@ class ImageSource:
         """
         fetched, name = self._source.fetch(index), self.name(index)
         deep = is_deep_grey(fetched, name)
-        if deep and self.grey is None:
+        if deep and not self.grey_is_settled:
             return UnmeasuredGrey(content_key(fetched))
         key = content_key(fetched, self.grey if deep else None)
         return key, decoded(fetched, name, REDUCED_SIDE, self.grey) if wanted(key) else None

@@ -127,6 +127,7 @@ class Statistics(Statistic):
     """What is known of the pseudo-labels before training: a run's quality.json."""
 
     images: int
+    sampled_from: int | None = None  # so many, where not all were looked at: every count is of the sample
     confidence: Distribution
     margin: Distribution  # between the two likeliest classes
     close_calls: int

@@ -133,7 +133,7 @@ class TrainingState:
                     slot[name] = torch.empty_like(parameter).copy_(tensor)
         if counters.made_from != self.counters.made_from:
             raise RunError(
-                "the images, or the teacher, have changed since this run was started",
+                "the images, the labels that are learned from, or the teacher have changed since this run was started",
                 where=run.folder,
                 fix=f"start a new run with --run {run.folder}-2; what the teacher has seen is not lost",
             )

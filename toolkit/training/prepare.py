@@ -21,6 +21,7 @@ from prgkit.data.decode import GreyRange
 from prgkit.data.index import (
     NEARLY_BLACK,
     ImageIndex,
+    Measured,
     held_out_places,
     nearly_black,
     of_one_colour,
@@ -86,9 +87,10 @@ def prepare(
         dataset = replace(dataset, class_weights=weights)
     if run is None or not run.quality_file.exists():
         report_statistics(dataset, recipe, progress, run, like=like)
-    report_selection(dataset, recipe.data.keep, progress, run)
+    unsure = len(images) - len(held_out) - len(dataset.train_indices)
     if few is not None:
         dataset = with_labelled(dataset, few, recipe, load, progress)
+    report_selection(dataset, recipe.data.keep, unsure, progress, run)
     return dataset if recipe.views.mixed is None else with_mixtures(dataset, recipe, load, progress)
 
 
@@ -123,7 +125,7 @@ def read_images(
         check_teacher(config, note=progress.note)
         load_context(config)
     stored, cache = existing_targets(recipe, targets_root), DecodedImageCache(targets_root / PICTURES)
-    grey = grey_of(begun) if begun is not None else None
+    grey: GreyRange | Measured | None = grey_of(begun) if begun is not None else "measured"
     images = read_image_index(recipe.data.image_spec, progress, known=stored or (), cache=cache, grey=grey)
     report_reading(images, progress)
     if begun is not None:
@@ -223,6 +225,12 @@ def read_few_labelled(
     read = read_image_index(recipe.data.labelled_spec, progress, known=store, grey=learned.source.grey)
     report_reading(read, progress)
     images, labels = select_labelled(read, recipe.classes, note=progress.note)
+    if len(images) < FEWEST_IMAGES:
+        raise ImagesError(
+            f"{len(images)} labelled images are too few to learn from",
+            where=images.source.spec,
+            fix="label at least four, better some of each class, or drop data.labelled",
+        )
     if evaluation is not None and (shared := len(set(evaluation.keys) & set(images.keys))):
         progress.note(f"{shared} evaluation images are also among the labelled ones: accuracy on them flatters")
     return FewLabelled(images, labels)

@@ -182,10 +182,14 @@ def class_weights(
     return weights.astype(np.float32)
 
 
-def report_selection(dataset: DistillationDataset, keep: Keep, progress: Progress, run: Run | None) -> None:
-    """Say how many images are learned from, and write it into the run's card."""
-    dropped = len(dataset.image_index) - len(dataset.val_indices) - len(dataset.train_indices)
-    below = f"{dropped:,} below a confidence of {keep.min_confidence}" if keep.min_confidence else "none dropped"
+def report_selection(
+    dataset: DistillationDataset, keep: Keep, unsure: int, progress: Progress, run: Run | None
+) -> None:
+    """Say how many images are learned from, and write it into the run's card; ``unsure`` ones were dropped."""
+    labelled = len(dataset.image_index) - len(dataset.val_indices) - len(dataset.train_indices) - unsure
+    below = f"{unsure:,} below a confidence of {keep.min_confidence}" if keep.min_confidence else "none dropped"
+    if labelled:
+        below += f", {labelled:,} left to the labelled ones"
     weighted = f"; weighted by confidence, {dataset.images_an_epoch:,} an epoch" if keep.weighted else ""
     progress.note(
         f"learning from {len(dataset.train_indices):,} of {len(dataset.image_index):,} images: "
@@ -196,7 +200,7 @@ def report_selection(dataset: DistillationDataset, keep: Keep, progress: Progres
             learned=LearnedFacts(
                 images=len(dataset.train_indices),
                 held_out=len(dataset.val_indices),
-                dropped=dropped,
+                dropped=unsure,
                 an_epoch=dataset.images_an_epoch,
             )
         )
@@ -257,7 +261,8 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
         ),
         names=[dataset.image_index.source.name(int(index)) for index in dataset.image_index.indices[positions]],
     )
-    update: dict[str, object] = {
+    update: dict[str, object] = {"sampled_from": len(dataset.image_index)} if len(positions) < len(dataset.rows) else {}
+    update |= {
         "doubts": statistics.find_doubts(features, raw_logits.numpy(), vectors, two_views(dataset)),
         "read_as_one": statistics.find_read_as_one(vectors, recipe.classes),
     }

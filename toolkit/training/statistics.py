@@ -150,6 +150,8 @@ def summarise(statistics: Statistics) -> list[tuple[str, str]]:
     spread, alike, far = statistics.balance, statistics.near_duplicates, statistics.outliers
     close = 100 * statistics.close_calls / statistics.images
     lines = [("doubtful", f"looks like chance: {doubt}") for doubt in statistics.doubts]
+    if whole := statistics.sampled_from:
+        lines.append(("a sample", f"{statistics.images:,} of {whole:,} images: all counts are of these"))
     if statistics.read_as_one:
         lines.append(("one vector", ", ".join(f"{a} / {b}" for a, b in statistics.read_as_one[:3])))
     if statistics.correction:
@@ -225,8 +227,7 @@ def summarise_shares(shares: Mapping[str, float]) -> str:
 def summarise_adjustment(effect: AdjustmentEffect) -> str:
     """Say what was done to the teacher's logits."""
     parts, varied = [], effect.effective_classes
-    names = [effect.refine] if effect.refine else []
-    names += [f"debias {effect.debias}"] if effect.debias else []
+    names = [name for name in (effect.refine, f"debias {effect.debias}" if effect.debias else None) if name]
     if names:
         parts.append(
             f"{' and '.join(names)} changed {effect.changed:,} of {effect.images:,} "
@@ -384,8 +385,7 @@ def outlier_floor(cosines: Floats) -> float:
 
 def distribution(values: Floats) -> Distribution:
     """Return the mean of values in [0, 1], and their counts in equal bins."""
-    counts: list[int] = np.histogram(values, bins=BINS, range=(0, 1))[0].tolist()
-    return Distribution(mean=round(float(values.mean()), 4), histogram=counts)
+    return Distribution(mean=round(float(values.mean()), 4), histogram=np.histogram(values, BINS, (0, 1))[0].tolist())
 
 
 def softmax(logits: Floats) -> Floats:

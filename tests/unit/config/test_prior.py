@@ -34,6 +34,14 @@ def test_a_class_that_never_comes_keeps_a_millionth() -> None:
     assert class_shares(prior, CLASSES) == pytest.approx([0.5, 1e-6, 0.5], rel=1e-5)
 
 
+def test_names_are_compared_as_labels_are() -> None:
+    classes = ("ripe tomato", "caf\u00e9")
+    prior = load_by_class({"Ripe_Tomato": 3.0, "cafe\u0301": 1.0}, classes, **PRIOR)
+    assert prior == {"ripe tomato": 3.0, "caf\u00e9": 1.0}
+    with pytest.raises(RecipeError, match="'ripe tomato' stands twice"):
+        load_by_class({"ripe_tomato": 3.0, "Ripe tomato": 1.0, "caf\u00e9": 1.0}, classes, **PRIOR)
+
+
 def test_even_and_none_need_no_names() -> None:
     assert load_by_class("even", CLASSES, **PRIOR) == "even"
     assert class_shares("even", ("a", "b")) == [0.5, 0.5]

@@ -194,6 +194,18 @@ epochs: 100
             "views.crop_scale: must be [low, high] with 0 < low <= high <= 1, not [1, 0.5]",
         ),
         ("targets: {debias: 1.5}", "targets.debias: must be less than or equal to 1, not 1.5"),
+        (
+            "data: {images: photos, classes: [a, b], prompts: photo, evaluation_labels: truth.csv}",
+            "data.evaluation_labels: name the images too that it labels, as data.evaluation",
+        ),
+        (
+            "data: {images: photos, classes: [a, b], prompts: photo, labelled_labels: truth.csv}",
+            "data.labelled_labels: name the images too that it labels, as data.labelled",
+        ),
+        (
+            "data: {images: photos, classes: [a, b], prompts: photo, keep: {by_class: true}}",
+            "data.keep.by_class: only min_confidence and weighted read it, and neither is asked for",
+        ),
         ("targets: {refine: transclip}", "targets.refine: 'transclip' is none of inmap, stata"),
         ("targets: {prior: even}", "targets.prior: only refine: inmap and debias read it, and neither is asked for"),
         (
@@ -350,8 +362,8 @@ def test_another_objective_drops_the_parameters_of_the_first(mine: str) -> None:
             "  where: {mine}, with training.epoch=5",
         ),
         (
-            "training.learning_rate=1e-3",
-            "the recipe has a mistake:\n    training.learning_rate: YAML reads 1e-3 as text",
+            "training.learning_rate=1e-05",
+            "the recipe has a mistake:\n    training.learning_rate: YAML reads 1e-05 as text; write 1.0e-05, with a dot",
         ),
     ],
 )
@@ -396,9 +408,8 @@ def test_the_fingerprint_is_of_what_is_learned_from(mine: str) -> None:
         "data.evaluation=labelled/",
         "data.evaluation_labels=labels.csv",
     ]
-    for override in same:
-        assert load_recipe(mine, overrides=[override]).fingerprint() == recipe.fingerprint(), override
-    assert load_recipe(mine, overrides=same).fingerprint() == recipe.fingerprint()
+    for count in range(1, len(same) + 1):
+        assert load_recipe(mine, overrides=same[:count]).fingerprint() == recipe.fingerprint(), same[count - 1]
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -445,9 +456,14 @@ def test_everything_else_changes_it(mine: str) -> None:
         "training.mixup": 0.2,
         "training.class_weights": "balanced",
     }
-    # A prior that nothing reads is refused, and so is an average of one teacher.
+    # What nothing reads is refused, and so is an average of one teacher.
     two = "teacher=[{model: a, weights: b}, {model: c, weights: d}]"
-    readers = {"targets.prior": ["targets.debias=1"], "targets.average": [two]}
+    readers = {
+        "data.labelled_labels": ["data.labelled=shots/"],
+        "data.keep.by_class": ["data.keep.weighted=true"],
+        "targets.prior": ["targets.debias=1"],
+        "targets.average": [two],
+    }
     seen.add(load_recipe(mine, overrides=[two]).fingerprint())
     for key, value in leaves(recipe.model_dump(mode="json", exclude=NOT_LEARNED_FROM)).items():
         if key not in other:

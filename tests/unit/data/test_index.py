@@ -28,10 +28,11 @@ from prgkit.config.sections import ImageSpec
 from prgkit.data import index as image_module
 from prgkit.data.archives import expand_braces
 from prgkit.data.decode import UnreadableImage, content_key, decode, extremes, grey_range, image_suffixes
-from prgkit.data.index import ImageIndex, index_images, nearly_black, of_one_colour, select_labelled
+from prgkit.data.index import ImageIndex, index_images, nearly_black, of_one_colour, read_image_index, select_labelled
 from prgkit.data.preprocessing import Preprocessing, load_image
 from prgkit.data.sources import ImageSource, open_images
 from prgkit.errors import ImagesError
+from prgkit.progress import NullProgress
 
 PREPROCESSING = TypeAdapter(Preprocessing)
 REAL = Path(os.environ.get("PRGKIT_DATA", "not given")) / "cifar100"
@@ -349,6 +350,16 @@ def test_folder(tmp_path: Path) -> None:
     assert (pixels(images.read(0)) == pixels(noise(2))).all()
     assert len(images.key(0)) == 32
     assert images.spec == str(tmp_path)
+
+
+def test_a_path_can_be_opened_whatever_its_accents_are_made_of(tmp_path: Path) -> None:
+    decomposed = "cafe\u0301.png"  # as a Mac writes it
+    images = open_images(str(write_folder(tmp_path, {decomposed: MEMBERS["cat/a.png"], "odd\x1b.png": b"x"})))
+    assert [images.name(index) for index in range(2)] == ["caf\u00e9.png", "odd\\x1b.png"]
+    assert images.path(0) == str(tmp_path / decomposed)
+    assert Path(images.path(0)).exists()
+    assert images.path(1) == str(tmp_path / "odd\\x1b.png")  # nor does what is printed command a terminal
+    assert (pixels(load_image(tmp_path / "caf\u00e9.png")) == pixels(images.read(0))).all()
 
 
 def test_links_in_a_folder(tmp_path: Path) -> None:
@@ -729,6 +740,22 @@ def test_deep_greys_of_a_set_have_one_range(tmp_path: Path) -> None:
     assert again.keys == found.keys
     assert [found.source.key(int(index)) for index in found.indices] == list(found.keys)
     assert index_images(open_images(str(tmp_path)).with_grey((0, 8000)), workers=1).keys != found.keys
+
+
+def test_deep_greys_of_other_images_go_by_the_range_that_was_settled_and_by_their_own_values_where_none_was(
+    tmp_path: Path,
+) -> None:
+    spec = ImageSpec(str(write_folder(tmp_path, {"a.png": deep(0, 250), "b.png": deep(0, 4000)})))
+    quiet = NullProgress()
+    assert read_image_index(spec, quiet).source.grey == (0, 4095)
+    settled = read_image_index(spec, quiet, grey=(0, 4095))
+    own = read_image_index(spec, quiet, grey=None)
+    assert (settled.source.grey, own.source.grey) == ((0, 4095), None)
+    for place in range(2):  # as a device reads them whose manifest has no range
+        path = tmp_path / own.source.name(int(own.indices[place]))
+        assert (pixels(own.read(place)) == pixels(load_image(path))).all()
+        assert pixels(own.read(place)).max() > 240
+    assert min(pixels(settled.read(place)).max() for place in range(2)) == 16  # 250 * 255 / 4095
 
 
 def test_true_16_bits_stay_what_they_were(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from prgkit.config.recipe import Recipe, validate
 from prgkit.config.sections import StudentConfig
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.errors import RecipeError
+from prgkit.errors import ImagesError, RecipeError
 from prgkit.outputs import TeacherOutput
 from prgkit.progress import NullProgress
 from prgkit.storage.atomic import read_sealed
@@ -40,6 +40,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / name / CLASSES[label]).mkdir(parents=True, exist_ok=True)
             pictures[number].save(folder / name / CLASSES[label] / f"{number}.png")
     return folder
+
+
+class Told(NullProgress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def recipe_for(folder: Path, objective: Any, labelled: str | None = None, **training: Any) -> Recipe:
@@ -180,7 +188,14 @@ def test_what_cannot_stand_together_is_said_at_once(folder: Path, objective: Any
 def test_images_that_choose_the_vote_teach_no_one_and_those_that_teach_choose_nothing(folder: Path) -> None:
     recipe = recipe_for(folder, {"name": "dho"}, "few")
     everything = recipe.data.model_copy(update={"images": str(folder)})  # the labelled ones are among them, too
-    dataset = prepare(recipe.model_copy(update={"data": everything}), folder / "targets", NullProgress())
+    told = Told()
+    dataset = prepare(recipe.model_copy(update={"data": everything}), folder / "targets", told)
+    learned, held_out, images = len(dataset.train_indices), len(dataset.val_indices), len(dataset.image_index)
+    assert images - learned - held_out > 0
+    assert told.notes[-1] == (
+        f"learning from {learned} of {images} images: {held_out} held out, none dropped, "
+        f"{images - learned - held_out} left to the labelled ones"
+    )
     assert dataset.labelled is not None
     own = dataset.labelled.dataset
     names = [
@@ -195,6 +210,21 @@ def test_images_that_choose_the_vote_teach_no_one_and_those_that_teach_choose_no
     assert names[1]
     assert not names[0] & names[2]
     assert not names[1] & set(own.image_index.keys)
+
+
+def test_too_few_labels_are_refused_before_the_teacher_is_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "three").mkdir()
+    for path in sorted((folder / "few").rglob("*.png"))[:3]:
+        target = folder / "three" / path.relative_to(folder / "few")
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    monkeypatch.setattr("prgkit.training.prepare.embed_images", lambda *_: pytest.fail("the teacher is asked"))
+    with pytest.raises(ImagesError) as caught:
+        prepare(recipe_for(folder, {"name": "dho"}, "three"), folder / "targets", NullProgress())
+    assert str(caught.value) == (
+        f"3 labelled images are too few to learn from\n  where: {folder / 'three'}\n"
+        "  fix: label at least four, better some of each class, or drop data.labelled"
+    )
 
 
 def test_an_objective_begins_alike_whatever_was_probed_before(folder: Path) -> None:

@@ -57,6 +57,12 @@ def test_balance_is_told_against_an_even_share(found: Statistics) -> None:
     assert found.balance.effective_classes < 2.01
 
 
+def test_a_sample_is_said_to_be_one(found: Statistics) -> None:
+    assert "a sample" not in dict(summarise(found))
+    sampled = found.model_copy(update={"sampled_from": 50_000})
+    assert summarise(sampled)[0] == ("a sample", "100 of 50,000 images: all counts are of these")
+
+
 def test_histograms_count_every_image(found: Statistics) -> None:
     for name in ("confidence", "margin"):
         assert sum(getattr(found, name).histogram) == 100
