@@ -1,4 +1,4 @@
-"""The site that `make docs` builds: Markdown pages, and a reference that is made from the code at each build."""
+"""The site that `make docs` builds: Markdown pages, and the JSON schemas that are made from the code at each build."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,6 @@ def setup(app: Sphinx) -> None:
 
 
 def fill(app: Sphinx, page: str, source: list[str]) -> None:
-    """Put what is generated in the place of its mark, such as ``@recipe_keys@``."""
-    for mark, make in generate.MARKS.items():
-        if mark in source[0]:
-            source[0] = source[0].replace(mark, make())
+    """Put the JSON schemas, which are long, in the place of their mark."""
+    if "@file_schemas@" in source[0]:
+        source[0] = source[0].replace("@file_schemas@", generate.file_schemas())

@@ -1,9 +1,15 @@
-"""The reference, made from the code: recipe keys, objectives, commands and JSON schemas as Markdown. Needs no torch."""
+"""The reference, made from the code: recipe keys, objectives, commands and JSON schemas as Markdown. Needs no torch.
+
+    python docs/generate.py
+
+writes it into the pages between its marks, but for the schemas, which are on the site alone.
+"""
 
 import ast
 import inspect
 import io
 import json
+import re
 import tokenize
 import types
 from collections.abc import Callable, Iterator
@@ -211,12 +217,21 @@ def first_line(model: type[BaseModel]) -> str:
     return (model.__doc__ or "").splitlines()[0].replace("``", "`")
 
 
-MARKS: dict[str, Callable[[], str]] = {
-    "@recipe_keys@": recipe_keys,
-    "@objective_keys@": objective_keys,
-    "@objective_uses@": objective_uses,
-    "@commands@": commands,
-    "@file_schemas@": file_schemas,
-    "@layers@": layers,
-    "@dependency_owners@": dependency_owners,
+def written(page: str) -> str:
+    """Return a page's text with what is generated for each of its marks between them, as of now."""
+    return MARK.sub(lambda mark: f"{mark[1]}\n\n{PARTS[mark[2]]()}\n\n{mark[3]}", page)
+
+
+MARK = re.compile(r"(<!-- (\w+), written by docs/generate.py -->).*?(<!-- end -->)", re.DOTALL)
+PARTS: dict[str, Callable[[], str]] = {
+    "recipe_keys": recipe_keys,
+    "objective_keys": objective_keys,
+    "objective_uses": objective_uses,
+    "commands": commands,
+    "layers": layers,
+    "dependency_owners": dependency_owners,
 }
+
+if __name__ == "__main__":
+    for file in Path(__file__).parent.rglob("*.md"):
+        file.write_text(written(file.read_text(encoding="utf-8")), encoding="utf-8")

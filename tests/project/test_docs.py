@@ -57,6 +57,13 @@ def test_a_file_has_the_schema_of_the_model_that_writes_it(generate: ModuleType)
     assert [line for line in page.splitlines() if line.startswith("## ")] == [f"## `{name}`" for name in generate.FILES]
 
 
+def test_what_is_generated_is_of_this_code(generate: ModuleType) -> None:
+    pages = {path: path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md")}
+    assert sum(len(generate.MARK.findall(text)) for text in pages.values()) == len(generate.PARTS)
+    stale = [path.name for path, text in pages.items() if generate.written(text) != text]
+    assert stale == [], "python docs/generate.py writes them"
+
+
 def test_what_the_architecture_names_is_there() -> None:
     """Paths of files and folders, as `toolkit/training/distill.py`; what a reader looks for must be where it says."""
     page = (DOCS / "architecture.md").read_text()
