@@ -33,7 +33,6 @@ from prgkit.training.dataset import DistillationDataset
 from prgkit.training.prepare import prepare
 
 IMAGES = 100
-BATCH = 1024
 NEXT_ANSWERS = 2
 
 
@@ -132,16 +131,15 @@ def draw_audit(run: Run, recipe: Recipe, targets_root: Path, *, count: int | Non
 
 def predict(dataset: DistillationDataset, progress: Progress) -> TeacherPredictions:
     """Return the teacher's first answers to every image's evaluation view."""
-    device, count = best_device(), len(dataset.image_index)
-    dataset = replace(dataset, classifier=dataset.classifier.to(device))
+    count = len(dataset.image_index)
+    dataset = replace(dataset, classifier=dataset.classifier.to(best_device()))
     classes, confidence = [], []
     progress.start("answers", count, "img")
-    for part in np.array_split(np.arange(count), -(-count // BATCH)):
-        logits = dataset.teacher_output(part, np.zeros(len(part), dtype=int), device).logits
-        best = torch.topk(logits.double().softmax(dim=1), min(1 + NEXT_ANSWERS, logits.shape[1]))
+    for output in dataset.evaluation_outputs(np.arange(count)):
+        best = torch.topk(output.logits.double().softmax(dim=1), min(1 + NEXT_ANSWERS, output.logits.shape[1]))
         classes.append(best.indices.cpu().numpy())
         confidence.append(best.values.cpu().numpy())
-        progress.advance(len(part))
+        progress.advance(len(output.labels))
     return TeacherPredictions(np.concatenate(classes), np.concatenate(confidence))
 
 

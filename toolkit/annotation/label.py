@@ -20,7 +20,7 @@ from prgkit.training.dataset import DistillationDataset
 from prgkit.training.prepare import prepare_answers
 from prgkit.training.statistics import nearest_copies, outlier_floor
 
-BATCH = 1024
+BATCH = 256  # images whose answers are computed at once
 EXACT_COPY = "exact copy"
 
 

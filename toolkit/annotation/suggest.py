@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from prgkit.annotation.audit import BATCH, NEXT_ANSWERS, in_percent
+from prgkit.annotation.audit import NEXT_ANSWERS, in_percent
 from prgkit.annotation.sheet import Card, sheet
 from prgkit.config.recipe import Recipe
 from prgkit.data.augment import evaluation_views
@@ -108,10 +108,9 @@ def probabilities(dataset: DistillationDataset, student: Run | None, recipe: Rec
     dataset = replace(dataset, classifier=dataset.classifier.to(device))
     progress.start("answers", len(positions), "img")
     parts = []
-    for part in np.array_split(positions, -(-len(positions) // BATCH)):
-        logits = dataset.teacher_output(part, np.zeros(len(part), dtype=int), device).logits
-        parts.append(logits.softmax(dim=1).cpu().numpy())
-        progress.advance(len(part))
+    for output in dataset.evaluation_outputs(positions):
+        parts.append(output.logits.softmax(dim=1).cpu().numpy())
+        progress.advance(len(output.labels))
     return np.concatenate(parts)
 
 

@@ -22,6 +22,7 @@ from prgkit.teacher.ensemble import TeacherFeatures
 from prgkit.teacher.zero_shot import ZeroShotClassifier
 
 MOST_OF_A_CLASS = 5000  # images whose features are held in memory at once
+PART = 256  # images whose answers are computed at once
 
 
 class Process(NamedTuple):
@@ -118,10 +119,13 @@ class DistillationDataset:
         labels: NDArray[np.int64] = torch.cat([output.labels.cpu() for output in self.evaluation_outputs()]).numpy()
         return labels
 
-    def evaluation_outputs(self) -> Iterator[TeacherOutput]:
-        """Yield the teacher's output for the evaluation views of all images that are learned from, in their order."""
-        for start in range(0, len(self.train_indices), 4096):
-            part = self.train_indices[start : start + 4096]
+    def evaluation_outputs(self, positions: NDArray[np.int64] | None = None) -> Iterator[TeacherOutput]:
+        """Yield the teacher's output for some images' evaluation views, in parts; None: all that are learned from.
+
+        Parts are small, since every template has its own logits on the way.
+        """
+        positions = self.train_indices if positions is None else positions
+        for part in np.array_split(positions, max(1, -(-len(positions) // PART))):
             yield self.teacher_output(part, np.zeros(len(part), dtype=np.int64), self.classifier.prompts.device)
 
 
