@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,7 @@ from prgkit.export.bundle.archive import pack  # noqa: E402
 from prgkit.export.bundle.bundle import open_bundle, read_evaluation  # noqa: E402
 from prgkit.export.bundle.manifest import Manifest  # noqa: E402
 from prgkit.export.formats.onnx_export import export_onnx, onnx_export_module, write_fp16  # noqa: E402
+from prgkit.export.formats.onnx_graph import rename  # noqa: E402
 from prgkit.export.formats.open_vocabulary import make_input, scored, write_classes  # noqa: E402
 from prgkit.export.formats.options import ExportOptions  # noqa: E402
 from prgkit.export.formats.tensorrt_build import build_engine  # noqa: E402
@@ -47,6 +49,7 @@ from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of  #
 from prgkit.export.relabel import relabel, settled_bundle  # noqa: E402
 from prgkit.export.runtimes.gpu import available_backends  # noqa: E402
 from prgkit.export.runtimes.onnxruntime import OnnxRunner  # noqa: E402
+from prgkit.export.runtimes.openvino import OpenVinoRunner  # noqa: E402
 from prgkit.export.runtimes.parity import run_batches  # noqa: E402
 from prgkit.export.runtimes.pytorch import TorchRunner  # noqa: E402
 from prgkit.progress import NullProgress  # noqa: E402
@@ -384,6 +387,46 @@ def test_features_that_are_not_the_teachers_are_not_scored(objective: Any, told:
 def test_engines_do_not_take_class_vectors_as_an_input() -> None:
     with pytest.raises(ExportError, match="engines hold their class vectors"):
         check_vocabulary(validate(page(), where="here"), ExportOptions(class_vectors="input", trt=True))
+
+
+def test_openvinos_int8_is_given_other_classes_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nncf")
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("prgkit.export.int8.files.too_few", lambda *_: None)
+    monkeypatch.setattr("prgkit.export.bundle.manifest.NonInferiority.holds", lambda *_: True)
+    options = ExportOptions(int8=True, class_vectors="initializer")
+    export_run(run, options, progress=NullProgress())
+
+    def answers() -> Any:
+        file = run.bundle / "model.int8.openvino.onnx"
+        return run_batches(OpenVinoRunner(file, 1), read_evaluation(run.bundle).pixels)
+
+    before = answers()
+    assert before.std() > 0.1
+    names = CLASSES[::-1]
+    assert names[-4:] == LEARNED[::-1]
+    relabel(run.bundle, names, run=run, progress=NullProgress())
+    np.testing.assert_allclose(answers()[:, :-5:-1], before, atol=1e-4)
+    assert (answers().argmax(axis=1) == logits_of(run.bundle).argmax(axis=1)).mean() > 0.7
+    relabel(run.bundle, LEARNED[::-1], run=run, progress=NullProgress())
+    np.testing.assert_allclose(answers()[:, ::-1], before, atol=1e-4)
+
+    export_run(run, replace(options, class_vectors="input"), progress=NullProgress())
+    np.testing.assert_allclose(answers(), before, atol=1e-4)
+    relabel(run.bundle, LEARNED[::-1], run=run, progress=NullProgress())
+    np.testing.assert_allclose(answers()[:, ::-1], before, atol=1e-4)
+
+
+def test_a_file_without_class_vectors_that_can_be_changed_is_refused(run: Run) -> None:
+    path = run.bundle / "model.onnx"
+    model = onnx.load(str(path))
+    for node in model.graph.node:
+        rename(node.input, "class_vectors", "quantised")
+    next(one for one in model.graph.initializer if one.name == "class_vectors").name = "quantised"
+    onnx.save(model, str(path))
+    for change in (lambda: make_input(path), lambda: write_classes(path, path, np.eye(4, 16), list("abcd"))):
+        with pytest.raises(ExportError, match=r"model\.onnx holds no class vectors that can be changed"):
+            change()
 
 
 def test_class_vectors_as_an_input_give_the_same_answers(run: Run) -> None:
