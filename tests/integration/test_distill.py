@@ -164,6 +164,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_what_a_student_drops_at_random_is_the_same_after_a_stop(photos: Path, tmp_path: Path) -> None:
+    raw = raw_recipe(photos, epochs=1)
+    recipe = validate({**raw, "student": {"model": "ghostnet_050", "image_size": 32}}, where="test").resolved()
+    whole = distill(recipe, tmp_path / "whole", tmp_path / "targets", NullProgress())
+    assert load_student(whole).model.drop_rate == 0.2
+    with pytest.raises(Interrupted):
+        distill(recipe, tmp_path / "run", tmp_path / "targets", StopAt(16, signal.SIGTERM))
+    assert_same(distill(recipe, tmp_path / "run", tmp_path / "targets", NullProgress()), whole)
+
+
 class KillWorkers(StopAt):
     """Kills the workers after some images of a stage, as the system does when memory runs out."""
 

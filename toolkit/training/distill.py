@@ -21,7 +21,7 @@ from prgkit.config.recipe import Recipe
 from prgkit.config.sections import Training
 from prgkit.data.augment import evaluation_views
 from prgkit.data.snapshot import report_changes, restart_command
-from prgkit.device import seed_everything
+from prgkit.device import seed_everything, seed_step
 from prgkit.errors import BackendError, TeacherError
 from prgkit.interrupt import Interrupted, stopping
 from prgkit.objectives import Objectives
@@ -39,10 +39,10 @@ from prgkit.training.checkpoint import Clock, HeldOutScores, TrainingCounters, T
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.distributed import (
     any_process,
+    decide_precision,
     first_goes_on,
     from_first,
     join_processes,
-    probe_precision,
     share_buffers,
     share_teacher_pass,
 )
@@ -230,6 +230,7 @@ def train_step(trainer: Trainer, batch: StepBatch, step: int) -> dict[str, Tenso
     config, state, accelerator = trainer.config, trainer.state, trainer.accelerator
     pixels, teacher = inputs_of(trainer, batch, step)
     trainer.wrapped_student.train()
+    seed_step(accelerator.device, config.seed, step, accelerator.process_index)
     with trainer.autocast():
         output = trainer.wrapped_student(pixels)
     terms = state.objective(output, teacher)
@@ -355,17 +356,6 @@ def loss_context(recipe: Recipe, dataset: DistillationDataset, student: Student,
         class_features=dataset.class_features,
         words=dataset.words,
     )
-
-
-def decide_precision(run: Run, student: Student, config: Training, accelerator: Accelerator) -> bool:
-    """Return whether to train in bfloat16; what a probe decides is written down first, and read again on resume."""
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    with accelerator.main_process_first():
-        if run.card.precision is None:
-            run.update_card(precision=probe_precision(student, accelerator.device, config.batch_size))
-    probe = run.card.precision
-    return probe is not None and probe.chosen == "bf16"
 
 
 def fetch(batches: Iterator[StepBatch]) -> tuple[StepBatch | None, Exception | None]:

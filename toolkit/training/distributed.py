@@ -20,10 +20,12 @@ from torch import nn
 
 from prgkit.config.image_size import sides
 from prgkit.config.recipe import Recipe
+from prgkit.config.sections import Training
 from prgkit.config.shard import Shard
 from prgkit.errors import PrgkitError
 from prgkit.interrupt import Interrupted
 from prgkit.progress import NullProgress, Progress
+from prgkit.storage.run import Run
 from prgkit.storage.run_card import PrecisionProbe
 from prgkit.student.model import Student
 from prgkit.teacher.shards import embed_shard, join_shards
@@ -107,6 +109,17 @@ def share_buffers(module: nn.Module, accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         for buffer in module.buffers():
             broadcast(buffer)
+
+
+def decide_precision(run: Run, student: Student, config: Training, accelerator: Accelerator) -> bool:
+    """Return whether to train in bfloat16; what a probe decides is written down first, and read again on resume."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    with accelerator.main_process_first():
+        if run.card.precision is None:
+            run.update_card(precision=probe_precision(student, accelerator.device, config.batch_size))
+    probe = run.card.precision
+    return probe is not None and probe.chosen == "bf16"
 
 
 def probe_precision(student: Student, device: torch.device, batch_size: int) -> PrecisionProbe:

@@ -70,21 +70,21 @@ def test_a_probe_is_written_down_and_read_again(student: Student, run: Run, monk
         asked.append((device, batch_size))
         return PrecisionProbe(chosen="bf16", step_ms={"fp32": 2.0, "bf16": 1.0}, batch_size=32)
 
-    monkeypatch.setattr(distill, "probe_precision", probe)
+    monkeypatch.setattr(distributed, "probe_precision", probe)
     accelerator = Accelerator(cpu=True)
     page = Training(batch_size=48)
-    assert distill.decide_precision(run, student, page, accelerator)
-    assert distill.decide_precision(Run(run.folder), student, page, accelerator)
+    assert distributed.decide_precision(run, student, page, accelerator)
+    assert distributed.decide_precision(Run(run.folder), student, page, accelerator)
     assert asked == [(CPU, 48)]
     assert getattr(run.card.precision, "chosen", None) == "bf16"
     run.update_card(precision={"chosen": "fp32", "step_ms": {"fp32": 1.0, "bf16": 2.0}, "batch_size": 32})
-    assert not distill.decide_precision(run, student, page, accelerator)
+    assert not distributed.decide_precision(run, student, page, accelerator)
 
 
 def test_what_was_asked_for_is_not_probed(student: Student, run: Run) -> None:
     accelerator = Accelerator(cpu=True)
-    assert distill.decide_precision(run, student, Training(precision="bf16"), accelerator)
-    assert not distill.decide_precision(run, student, Training(precision="fp32"), accelerator)
+    assert distributed.decide_precision(run, student, Training(precision="bf16"), accelerator)
+    assert not distributed.decide_precision(run, student, Training(precision="fp32"), accelerator)
     assert run.card.precision is None
 
 
