@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ from prgkit.evaluate.bench.worker import opener  # noqa: E402
 from prgkit.evaluate.predict import Model  # noqa: E402
 from prgkit.evaluate.search import Gallery, save_gallery, search  # noqa: E402
 from prgkit.export import relabel as relabelling  # noqa: E402
-from prgkit.export.bundle.archive import pack  # noqa: E402
+from prgkit.export.bundle.archive import bundle_files, pack  # noqa: E402
 from prgkit.export.bundle.bundle import open_bundle, read_evaluation  # noqa: E402
 from prgkit.export.bundle.manifest import Manifest  # noqa: E402
 from prgkit.export.formats.onnx_export import export_onnx, onnx_export_module, write_fp16  # noqa: E402
@@ -46,6 +47,8 @@ from prgkit.export.formats.tensorrt_build import build_engine  # noqa: E402
 from prgkit.export.from_run import check_vocabulary, export_run  # noqa: E402
 from prgkit.export.int8.calibration import measure_spreads  # noqa: E402
 from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of  # noqa: E402
+from prgkit.export.model_card import published  # noqa: E402
+from prgkit.export.readme import write_manifest  # noqa: E402
 from prgkit.export.relabel import relabel, settled_bundle  # noqa: E402
 from prgkit.export.runtimes.gpu import available_backends  # noqa: E402
 from prgkit.export.runtimes.onnxruntime import OnnxRunner  # noqa: E402
@@ -343,6 +346,25 @@ def test_a_bundle_far_from_its_run_is_relabelled_where_its_teacher_is(run: Run, 
         ExportError, match="the teacher here is not the one that this student learned from: demo:digits"
     ):
         relabel(here, ["one", "two"], run=None, progress=NullProgress())
+
+
+def test_a_bundle_published_without_images_is_packed_and_relabelled(run: Run, tmp_path: Path) -> None:
+    pulled = tmp_path / "pulled"
+    pulled.mkdir()
+    manifest = published(open_bundle(run.bundle).manifest, "pulled", with_images=False)
+    for path in bundle_files(run.bundle, manifest):
+        shutil.copy(path, pulled)
+    write_manifest(pulled, manifest)
+    files = {"README.md", "class_vectors.npy", "manifest.json", "model.fp16.onnx", "model.nchw.onnx", "model.onnx"}
+    with zipfile.ZipFile(pack(pulled)) as archive:
+        assert set(archive.namelist()) == {f"pulled/{name}" for name in files}
+    told = relabel(pulled, LEARNED[:2], run=None, progress=NullProgress())
+    pixels = read_evaluation(run.bundle).pixels
+    found = run_batches(OnnxRunner(pulled / "model.onnx", threads=1), pixels)
+    np.testing.assert_allclose(found, logits_of(run.bundle)[:, :2], atol=1e-4)
+    assert [one.executed for one in told.artifacts] == [False] * 3, "there are no golden images to run"
+    assert open_bundle(pulled).manifest == told
+    pack(pulled)
 
 
 def test_the_folder_that_one_stands_in_is_not_taken_away(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
