@@ -79,19 +79,21 @@ def distill_one_rank(
     if from_first(accelerator, lambda: already_finished(run, recipe, targets_root, progress)):
         return
     with locked_run(run, recipe) if accelerator.is_main_process else nullcontext():
-        unused_student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)
+        trained = run if run.state.exists() and run.card.student is not None else None
+        unused_student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=1, trained=trained)
         if recipe.reads_stages:  # what is wrong with the student is said before the teacher sees an image
             unused_student.stage_widths()
         if not run.begun:
             share_teacher_pass(recipe, targets_root, accelerator, progress)
         dataset = from_first(accelerator, lambda: prepare(recipe, targets_root, progress, run))
         seed_everything(recipe.training.seed)
-        student = start_student(recipe, dataset.store.facts(), dataset.classifier.scoring())
+        student = start_student(recipe, dataset.store.facts(), dataset.classifier.scoring(), trained=trained)
         if accelerator.is_main_process:
             require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(dataset.image_index)), "the run")
-            run.update_card(student=(facts := student.facts(recipe.student)))
-            if facts.origin:
-                progress.note(f"the student begins with {facts.origin}")
+            if trained is None:
+                run.update_card(student=student.facts(recipe.student))
+            if run.student_facts.origin:
+                progress.note(f"the student begins with {run.student_facts.origin}")
         train(recipe, run, dataset, student, accelerator, progress)
 
 
