@@ -15,7 +15,13 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list, gather_object
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import nn
 
 from prgkit.config.image_size import sides
@@ -36,9 +42,15 @@ T = TypeVar("T")
 
 
 def join_processes(trackers: Sequence[str], trackers_folder: Path) -> Accelerator:
-    """Join the processes of this training: this one, or all that torchrun or ``accelerate launch`` started."""
+    """Join the processes of this training: this one, or all that torchrun or ``accelerate launch`` started.
+
+    The recipe says how is trained: what else the launcher sets in the environment has no say in it.
+    """
     return Accelerator(
         cpu=not torch.cuda.is_available(),  # unasked, accelerate lets the processes of a CPU work each for itself
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # a bare number yields to the environment
+        dynamo_backend="no",
         log_with=list(trackers) or None,
         project_dir=str(trackers_folder),
         # The others wait while the first reads every image.
