@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -130,11 +131,11 @@ class Student(Normalised):
         )
 
     def deployed_parameters(self) -> int:
-        """Return how many parameters it has on a device."""
+        """Return how many parameters it has on a device, where branches and batch norms are fused."""
         network = self.inference_model().model
         if isinstance(network, OpenVocabulary):
             network.model.reset_classifier(0)  # type: ignore[operator]
-        return sum(parameter.numel() for parameter in network.parameters())
+        return sum(parameter.numel() for parameter in reparameterised(network).parameters())
 
     def inference_model(self) -> InferenceModel:
         """Return a copy for deployment: the same weights, without the projector unless class vectors need it."""
@@ -259,15 +260,15 @@ def describe_run(origin: Run) -> InitialRun:
 def student_preprocessing(config: StudentConfig) -> Preprocessing:
     """Return how images reach the student: timm's mean, std and interpolation; its crop where it was pretrained.
 
-    One that starts from a run goes on with the crop of that.
+    One that starts from a run goes on with all of that as the run has it: its weights may have another tag's.
     """
     pretrained_cfg, origin = timm_config(config.model), initial_run(config)
-    crop = config.crop or (1.0 if config.initial == "random" else pretrained_cfg.crop_pct)
-    if config.crop is None and origin is not None and origin.card.student is not None:
-        crop = origin.card.student.preprocessing["crop"]
+    if origin is not None and origin.card.student is not None:
+        known = card_preprocessing(origin)
+        return replace(known, image_size=config.image_size, crop=config.crop or known.crop)
     return Preprocessing(
         image_size=config.image_size,
-        crop=crop,
+        crop=config.crop or (1.0 if config.initial == "random" else pretrained_cfg.crop_pct),
         interpolation=pretrained_cfg.interpolation,
         mean=tuple(pretrained_cfg.mean),
         std=tuple(pretrained_cfg.std),
