@@ -355,7 +355,7 @@ def test_a_run_whose_answers_changed_under_it_is_refused(
     else:
         known["log_prior"]["zero"] += 0.5
     write_sealed(answers, known)
-    with pytest.raises(RunError, match="the images, or the teacher, have changed since this run was started"):
+    with pytest.raises(RunError, match="the images, the labels that are learned from, or the teacher have changed"):
         distill(*arguments, NullProgress())
 
 
