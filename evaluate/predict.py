@@ -28,7 +28,7 @@ from prgkit.evaluate.pictures import (
 from prgkit.evaluate.selection import selected_artifact
 from prgkit.evaluate.system import usable_cores
 from prgkit.export.bundle.bundle import open_bundle, verify_artifact
-from prgkit.export.bundle.confidence import energy, promise, uncalibrated
+from prgkit.export.bundle.confidence import promise, rejection_score, uncalibrated
 from prgkit.export.bundle.manifest import Artifact, Manifest
 from prgkit.export.runtimes import first_setup
 from prgkit.export.runtimes.base import Runner
@@ -173,7 +173,9 @@ class Model:
                     yield Prediction(one.picture.name, error=one.error)
                     continue
                 row = next(rows)  # [classes]
-                rejected = bool(reject_unknown and facts and energy(row[None])[0] < facts.reject_below)
+                rejected = bool(
+                    reject_unknown and facts and rejection_score(row[None], facts.reject_by)[0] < facts.reject_below
+                )
                 answer = self.answer(row, top_k, min_confidence, rejected=rejected)
                 yield replace(answer, image=one.picture.name, read=one.picture.read)
 

@@ -22,10 +22,11 @@ from huggingface_hub.errors import (
 )
 
 from prgkit.errors import HubError, PrgkitError, one_line, some
-from prgkit.export.bundle.artifact_cache import alone_in, building, files_of
-from prgkit.export.bundle.bundle import files_in, open_bundle, read_evaluation
+from prgkit.export.bundle.archive import bundle_files
+from prgkit.export.bundle.artifact_cache import alone_in, building
+from prgkit.export.bundle.bundle import open_bundle, read_evaluation
 from prgkit.export.bundle.checksums import PARTS, require_unchanged
-from prgkit.export.bundle.manifest import ENGINE, FILE, SCHEMA, Manifest, read_manifest
+from prgkit.export.bundle.manifest import ENGINE, FILE, SCHEMA, read_manifest
 from prgkit.export.model_card import model_card, published
 from prgkit.storage.atomic import fingerprint
 
@@ -62,7 +63,7 @@ def push(folder: Path, repo: str, options: PushOptions) -> str:
     sealed = json.dumps({**content, "digest": fingerprint(content)}, indent=2, ensure_ascii=False) + "\n"
     card = model_card(manifest, repo, options.license, evaluation)
     files: dict[str, Path | bytes] = {FILE: sealed.encode(), CARD: card.encode()}
-    files |= {path.relative_to(folder).as_posix(): path for path in travelling(folder, manifest)}
+    files |= {path.relative_to(folder).as_posix(): path for path in bundle_files(folder, manifest)}
     with talking_to_the_hub(repo):
         if huggingface_hub.get_token() is None:
             raise HubError("there is no token to write to the Hub with", fix=NO_TOKEN)
@@ -82,12 +83,6 @@ def push(folder: Path, repo: str, options: PushOptions) -> str:
             revision=options.revision,
         )
     return str(url)
-
-
-def travelling(folder: Path, manifest: Manifest) -> list[Path]:
-    """Return the files of a bundle that a published manifest describes."""
-    parts = (part for artifact in manifest.artifacts for part in files_of(folder, artifact))
-    return [*(path for part in parts for path in files_in(part)), *(folder / name for name in manifest.checksums)]
 
 
 def require_place(api: HfApi, repo: str, *, private: bool) -> None:

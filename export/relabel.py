@@ -170,23 +170,15 @@ def write_relabelled(
     """Change everything in ``new``, a copy of the bundle, that says something of its classes; return the manifest."""
     vectors: Matrix = answers.class_vectors().numpy()  # [C, D]
     write_array(new / VECTORS, vectors)
-    artifacts = [
-        one if one.format == EMBEDDING else relabelled(new, one, vectors, classes)  # an embedding knows no classes
+    with_images = bundle.manifest.evaluation.images > 0  # it may have been published without
+    artifacts = [  # an embedding knows no classes
+        one if one.format == EMBEDDING else relabelled(new, one, vectors, classes, checked=with_images)
         for one in bundle.artifacts
         if one.format in (*REWRITTEN, EMBEDDING)
     ]
     leave_engines(bundle, new, progress)
     leave_converted(bundle, new, progress)
-    for part in PARTS:
-        features = read_array(new / part / "features.npy")
-        write_array(new / part / "logits.npy", scored(features, vectors, answers.logit_scale))
-    evaluation = new / "evaluation"
-    weighted, uniform = both_logits(answers, torch.from_numpy(read_array(evaluation / "teacher_features.npy")))
-    write_array(evaluation / "teacher_logits.npy", weighted)
-    write_array(evaluation / "teacher_uniform_logits.npy", uniform)
-    labelled = move_labels(evaluation / "labels.npy", bundle.classes, classes, progress)
-    require_same(new, fp32_onnx(bundle))
-    progress.note(agreement_sentence(read_array(evaluation / "logits.npy"), weighted))
+    labelled = with_images and relabel_images(bundle, new, answers, classes, progress)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     manifest = bundle.manifest.model_copy(
         update={
@@ -204,8 +196,11 @@ def write_relabelled(
     return manifest
 
 
-def relabelled(new: Path, artifact: Artifact, vectors: Matrix, classes: Sequence[str]) -> Artifact:
-    """Write the new classes into an ONNX file and return what is known of it; an export takes nothing of it over."""
+def relabelled(new: Path, artifact: Artifact, vectors: Matrix, classes: Sequence[str], *, checked: bool) -> Artifact:
+    """Write the new classes into an ONNX file and return what is known of it; an export takes nothing of it over.
+
+    Whether the FP32 file is ``checked`` afterwards is said of it.
+    """
     write_classes(new / artifact.file, new / artifact.file, vectors, classes)
     notes = [part for part in (artifact.note or "").split("; ") if part not in ("", UNCOMPARED)]
     quantization = artifact.quantization
@@ -216,7 +211,7 @@ def relabelled(new: Path, artifact: Artifact, vectors: Matrix, classes: Sequence
         update={
             "bytes": path.stat().st_size,
             "sha256": sha256(path),
-            "executed": (artifact.format, artifact.precision) == ("onnx", "fp32"),  # by `require_same`
+            "executed": (artifact.format, artifact.precision) == ("onnx", "fp32") and checked,
             "note": "; ".join([*notes, UNCOMPARED]),
             "parity": None,
             "quantization": quantization,
@@ -251,6 +246,22 @@ def leave_converted(bundle: Bundle, new: Path, progress: Progress) -> None:
         names = ", ".join(artifact.file for artifact in converted)
         options = " ".join(dict.fromkeys(option for artifact in converted for option in artifact.export_options))
         progress.note(f"{names}: of the old classes, and removed; {OPEN} {options} makes them, with the run's classes")
+
+
+def relabel_images(
+    bundle: Bundle, new: Path, answers: ZeroShotClassifier, classes: Sequence[str], progress: Progress
+) -> bool:
+    """Answer the bundle's images anew, and check the FP32 file by them; return whether they have labels."""
+    for part in PARTS:
+        features = read_array(new / part / "features.npy")
+        write_array(new / part / "logits.npy", scored(features, answers.class_vectors().numpy(), answers.logit_scale))
+    evaluation = new / "evaluation"
+    weighted, uniform = both_logits(answers, torch.from_numpy(read_array(evaluation / "teacher_features.npy")))
+    write_array(evaluation / "teacher_logits.npy", weighted)
+    write_array(evaluation / "teacher_uniform_logits.npy", uniform)
+    require_same(new, fp32_onnx(bundle))
+    progress.note(agreement_sentence(read_array(evaluation / "logits.npy"), weighted))
+    return move_labels(evaluation / "labels.npy", bundle.classes, classes, progress)
 
 
 def move_labels(path: Path, before: Sequence[str], classes: Sequence[str], progress: Progress) -> bool:

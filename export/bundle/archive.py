@@ -8,9 +8,9 @@ from pathlib import Path
 
 from prgkit.errors import ExportError
 from prgkit.export.bundle.artifact_cache import files_of
-from prgkit.export.bundle.bundle import Bundle, files_in, open_bundle
+from prgkit.export.bundle.bundle import files_in, open_bundle
 from prgkit.export.bundle.checksums import PARTS, require_unchanged
-from prgkit.export.bundle.manifest import VECTORS, Manifest
+from prgkit.export.bundle.manifest import FILE, Manifest
 from prgkit.storage.atomic import require_space, writing
 from prgkit.storage.find import run_name
 from prgkit.storage.reproducible import member
@@ -36,7 +36,7 @@ def pack(folder: Path) -> Path:
             where=archive,
             fix="move it away, or rename it",
         )
-    paths = sorted(packed_files(bundle), key=lambda path: path.relative_to(folder).as_posix())
+    paths = sorted(packed_files(folder, bundle.manifest), key=lambda path: path.relative_to(folder).as_posix())
     require_space(archive.parent, sum(path.stat().st_size for path in paths), "the archive", fix="free some space")
     for leftover in archive.parent.glob(f".{archive.name}.*.part"):  # of one that was killed while it packed
         leftover.unlink(missing_ok=True)
@@ -57,19 +57,21 @@ def archive_of(folder: Path, manifest: Manifest) -> Path:
 
 def left_out(folder: Path) -> list[str]:
     """Return the names of what lies in a bundle's folder and is not packed: reports, ticks, whatever was put there."""
-    packed = {path.relative_to(folder).parts[0] for path in packed_files(open_bundle(folder, verify=()))}
+    manifest = open_bundle(folder, verify=()).manifest
+    packed = {path.relative_to(folder).parts[0] for path in packed_files(folder, manifest)}
     names = {path.name for path in folder.iterdir()} - packed
     return sorted(name for name in names if not name.startswith(".lock"))
 
 
-def packed_files(bundle: Bundle) -> list[Path]:
+def packed_files(folder: Path, manifest: Manifest) -> list[Path]:
     """Return the files that the manifest describes, and the manifest and README themselves."""
-    folder, stated = bundle.folder, bundle.manifest.checksums
-    models = [path for artifact in bundle.artifacts for part in files_of(folder, artifact) for path in files_in(part)]
-    images = [path for part in PARTS for path in (folder / part).iterdir()]
-    images += [folder / VECTORS] if (folder / VECTORS).exists() else []
-    known = [path for path in images if not stated or path.relative_to(folder).as_posix() in stated]
-    return [folder / "manifest.json", folder / "README.md", *models, *known]
+    return [folder / FILE, folder / "README.md", *bundle_files(folder, manifest)]
+
+
+def bundle_files(folder: Path, manifest: Manifest) -> list[Path]:
+    """Return the files that a manifest describes: models, images and what is known of these; nobody else's."""
+    models = [path for artifact in manifest.artifacts for part in files_of(folder, artifact) for path in files_in(part)]
+    return [*models, *(folder / name for name in manifest.checksums)]
 
 
 def is_packed_bundle(path: Path) -> bool:

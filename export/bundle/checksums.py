@@ -12,8 +12,11 @@ PARTS = ("evaluation", "golden")
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file in the bundle's `PARTS`, and of its class vectors, by its path in the bundle."""
-    paths = sorted(path for part in PARTS for path in (folder / part).iterdir())
+    """Return the SHA-256 of every file in the bundle's `PARTS`, and of its class vectors, by its path in the bundle.
+
+    One that was published without images has none of the parts.
+    """
+    paths = sorted(path for part in PARTS for path in (folder / part).glob("*"))
     paths += [folder / VECTORS] if (folder / VECTORS).exists() else []
     return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
 

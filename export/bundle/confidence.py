@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.data.ticks import Tick, ticked
-from prgkit.export.bundle.manifest import Confidence, Manifest
+from prgkit.export.bundle.manifest import Confidence, Manifest, RejectionScore
 from prgkit.metrics import Logits, calibration_error, log_softmax, wilson
 
 LEAST_IMAGES = 20  # with fewer, neither a temperature nor a share of right answers says anything
@@ -16,6 +16,7 @@ LEAST_TICKS = 50  # of held-out images; with fewer, the teacher's answers to all
 IMAGES_A_BIN = 50  # of the calibration error: of fewer, the share of right answers differs by chance alone
 TEMPERATURES = (0.05, 20.0)  # the least and the largest
 PASSING = 0.95  # of the held-out images
+NORMALISED = 1e-3  # the largest energy of logits that are logarithms of probabilities, as dho's are: rounding
 
 Right = NDArray[np.bool_]  # [images]
 
@@ -48,6 +49,7 @@ def measure_confidence(
     confidence = np.floor(1e4 * confidences(judged / temperature)) / 1e4
     labels = np.where(right, judged.argmax(axis=1), -1)
     bins = max(1, min(15, len(judged) // IMAGES_A_BIN))
+    by: RejectionScore = "probability" if np.abs(energy(logits)).max() < NORMALISED else "energy"
     return Confidence(
         temperature=temperature,
         fitted_to="ticks" if by_ticks else "teacher",
@@ -57,7 +59,8 @@ def measure_confidence(
         right=tuple(np.sort(confidence[right]).tolist()),
         wrong=tuple(np.sort(confidence[~right]).tolist()),
         held_out=len(logits),
-        reject_below=float(np.quantile(energy(logits / temperature), 1 - PASSING, method="lower")),
+        reject_below=float(np.quantile(rejection_score(logits / temperature, by), 1 - PASSING, method="lower")),
+        reject_by=by,
     )
 
 
@@ -88,6 +91,14 @@ def confidences(logits: Logits) -> NDArray[np.float64]:
     """Return the largest probability of each image [n]."""
     largest: NDArray[np.float64] = np.exp(log_softmax(logits).max(axis=1))
     return largest
+
+
+def rejection_score(logits: Logits, by: RejectionScore) -> NDArray[np.float64]:
+    """Return a score of each image [n], by its logits over the temperature: low where it shows none of the classes.
+
+    Logarithms of probabilities have no energy but what the temperature gives them, which is largest for flat answers.
+    """
+    return energy(logits) if by == "energy" else confidences(logits)
 
 
 def energy(logits: Logits) -> NDArray[np.float64]:

@@ -225,6 +225,9 @@ class EvaluationFacts(Facts):
     source: str
 
 
+RejectionScore = Literal["energy", "probability"]  # of an image: low where it shows none of the classes
+
+
 class Confidence(Facts):
     """What the confidences of the FP32 student are worth, on images that it did not learn from."""
 
@@ -236,7 +239,8 @@ class Confidence(Facts):
     right: tuple[float, ...]  # the confidence of every right answer, in ascending order
     wrong: tuple[float, ...]
     held_out: int  # images, ticked or not
-    reject_below: float  # the energy of logits / temperature that 95 % of those reach
+    reject_below: float  # what 95 % of those reach, of logits / temperature
+    reject_by: RejectionScore = "energy"
 
 
 class Manifest(Facts):

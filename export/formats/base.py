@@ -34,4 +34,6 @@ class Format:
     require: Callable[[ExportOptions], None] = lambda options: None
     # The bundle's README on how its files are run without prgkit; nothing where it is as with the FP32 ONNX file.
     how_to_run: Callable[[Manifest], str] = lambda manifest: ""
+    # The options that ask for it, as the command line has them, where its name in ``formats`` does not.
+    asked_by: str | None = None
     preprocessing_inside: bool = True  # else its files take what the manifest says of their input

@@ -149,7 +149,7 @@ ONNX_FP32 = Format(
     make=make_fp32,
     how_to_run=partial(section, "onnxruntime.md"),
 )
-ONNX_FP16 = Format("onnx-fp16", "distill", wanted=lambda options: options.fp16, make=make_fp16)
+ONNX_FP16 = Format("onnx-fp16", "distill", wanted=lambda options: options.fp16, make=make_fp16, asked_by="--fp16")
 ONNX_EXPLAIN = Format(
     "onnx-explain",
     "distill",
@@ -157,6 +157,7 @@ ONNX_EXPLAIN = Format(
     make=make_explain,
     require=require_own_head,
     how_to_run=partial(section, "explain.md"),
+    asked_by="--explain",
 )
 ONNX_EMBEDDING = Format(
     EMBEDDING,
@@ -164,4 +165,5 @@ ONNX_EMBEDDING = Format(
     wanted=lambda options: options.embedding,
     make=make_embedding,
     how_to_run=partial(section, "embedding.md"),
+    asked_by="--embedding",
 )

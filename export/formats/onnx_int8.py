@@ -33,4 +33,11 @@ def make_int8(export: StudentExport) -> Made:
     return Made() if judge is None else quantise(export, judge)
 
 
-ONNX_INT8 = Format("onnx-int8", "distill", wanted=lambda options: options.int8, make=make_int8, require=require_scales)
+ONNX_INT8 = Format(
+    "onnx-int8",
+    "distill",
+    wanted=lambda options: options.int8,
+    make=make_int8,
+    require=require_scales,
+    asked_by="--int8",
+)

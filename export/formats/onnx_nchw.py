@@ -57,5 +57,6 @@ ONNX_NCHW = Format(
     wanted=lambda options: options.float_input,
     make=make_nchw,
     how_to_run=partial(section, "float_input.md"),
+    asked_by="--float-input",
     preprocessing_inside=False,
 )

@@ -12,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from prgkit.errors import ExportError
 from prgkit.export.bundle.manifest import MATRIX
 from prgkit.export.formats.onnx_graph import rename, save, set_nodes
 from prgkit.export.runtimes.onnxruntime import OnnxRunner
@@ -92,12 +93,16 @@ def half_scoring(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
 
 
 def make_input(path: Path) -> None:
-    """Turn the class vectors of a file into a second input [classes, D] float32, of as many classes as it is given."""
+    """Turn the class vectors of a file into a second input [classes, D] float32, of as many classes as it is given.
+
+    Raises:
+        ExportError: it holds none that can be changed.
+    """
     model = onnx.load(str(path))
     graph = model.graph
-    place, matrix = next((place, one) for place, one in enumerate(graph.initializer) if one.name == MATRIX)
+    matrix = class_vectors_in(graph, path)
     kind, width = matrix.data_type, matrix.dims[1]
-    del graph.initializer[place]
+    graph.initializer.remove(matrix)
     graph.input.append(helper.make_tensor_value_info(MATRIX, TensorProto.FLOAT, ["classes", width]))
     graph.output[0].type.tensor_type.shape.dim[1].dim_param = "classes"  # in the place of their number
     if kind == TensorProto.FLOAT16:
@@ -111,17 +116,32 @@ def write_classes(source: Path, path: Path, vectors: Matrix, classes: Sequence[s
     """Write a file with other class vectors [C, D], in the type that they have in it, and other names in its metadata.
 
     Where the vectors are an input, the names alone are other ones.
+
+    Raises:
+        ExportError: the file has them in no form that can be changed.
     """
     model = onnx.load(str(source))
-    for initializer in model.graph.initializer:
-        if initializer.name == MATRIX:
-            kind = helper.tensor_dtype_to_np_dtype(initializer.data_type)
-            initializer.CopyFrom(numpy_helper.from_array(vectors.astype(kind), MATRIX))
-            model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = len(classes)
+    if MATRIX not in [one.name for one in model.graph.input]:
+        matrix = class_vectors_in(model.graph, source)
+        kind = helper.tensor_dtype_to_np_dtype(matrix.data_type)
+        matrix.CopyFrom(numpy_helper.from_array(vectors.astype(kind), MATRIX))
+        model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = len(classes)
     for entry in model.metadata_props:
         if entry.key == "classes":
             entry.value = json.dumps(list(classes), ensure_ascii=False)
     save(model, path)
+
+
+def class_vectors_in(graph: onnx.GraphProto, path: Path) -> onnx.TensorProto:
+    """Return the class vectors that the file at ``path`` holds; one that holds none is refused."""
+    for initializer in graph.initializer:
+        if initializer.name == MATRIX:
+            return initializer
+    raise ExportError(
+        f"{path.name} holds no class vectors that can be changed",
+        where=path,
+        fix="remove the file, and export again where the student was trained: prgkit export --open-vocabulary",
+    )
 
 
 class FeatureRunner:
@@ -157,7 +177,7 @@ def write_embedding(source: Path, path: Path) -> None:
     """Write an FP32 file without its product with the class vectors: it gives unit features [batch, D]."""
     model = onnx.load(str(source))
     graph = model.graph
-    width = next(one.dims[1] for one in graph.initializer if one.name == MATRIX)
+    width = class_vectors_in(graph, source).dims[1]
     batch = graph.output[0].type.tensor_type.shape.dim[0].dim_param
     set_nodes(graph, [node for node in graph.node if node.name not in ("similarities", "logits")])
     del graph.output[:]

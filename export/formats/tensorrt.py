@@ -58,6 +58,7 @@ FLOAT_ENGINES = Format(
     make=partial(make_engines, ("fp32", "fp16")),
     require=require_tensorrt,
     how_to_run=partial(section, "tensorrt.md"),
+    asked_by="--trt",
 )
 INT8_ENGINES = Format(
     "tensorrt-int8",
@@ -65,6 +66,7 @@ INT8_ENGINES = Format(
     wanted=lambda options: options.trt and options.int8,
     make=partial(make_engines, ("int8",)),
     require=require_tensorrt,
+    asked_by="--trt --int8",
 )
 
 

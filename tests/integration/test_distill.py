@@ -164,6 +164,32 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_what_a_student_drops_at_random_is_the_same_after_a_stop(photos: Path, tmp_path: Path) -> None:
+    raw = raw_recipe(photos, epochs=1)
+    recipe = validate({**raw, "student": {"model": "ghostnet_050", "image_size": 32}}, where="test").resolved()
+    whole = distill(recipe, tmp_path / "whole", tmp_path / "targets", NullProgress())
+    assert load_student(whole).model.drop_rate == 0.2
+    with pytest.raises(Interrupted):
+        distill(recipe, tmp_path / "run", tmp_path / "targets", StopAt(16, signal.SIGTERM))
+    assert_same(distill(recipe, tmp_path / "run", tmp_path / "targets", NullProgress()), whole)
+
+
+def test_what_a_student_began_with_is_not_needed_to_go_on(photos: Path, tmp_path: Path, finished: Run) -> None:
+    shutil.copytree(finished.folder, tmp_path / "general")
+    raw = raw_recipe(photos, epochs=1)
+    student = {**raw["student"], "initial": str(tmp_path / "general")}
+    recipe = validate({**raw, "student": student}, where="test").resolved()
+    whole = distill(recipe, tmp_path / "whole", tmp_path / "targets", NullProgress())
+    with pytest.raises(Interrupted):
+        distill(recipe, tmp_path / "run", tmp_path / "targets", StopAt(16, signal.SIGTERM))
+    began = Run(tmp_path / "run").student_facts
+    assert began.initial_run is not None
+    shutil.rmtree(tmp_path / "general")
+    gone_on = distill(recipe, tmp_path / "run", tmp_path / "targets", NullProgress())
+    assert_same(gone_on, whole)
+    assert gone_on.student_facts == began
+
+
 class KillWorkers(StopAt):
     """Kills the workers after some images of a stage, as the system does when memory runs out."""
 
@@ -329,7 +355,7 @@ def test_a_run_whose_answers_changed_under_it_is_refused(
     else:
         known["log_prior"]["zero"] += 0.5
     write_sealed(answers, known)
-    with pytest.raises(RunError, match="the images, or the teacher, have changed since this run was started"):
+    with pytest.raises(RunError, match="the images, the labels that are learned from, or the teacher have changed"):
         distill(*arguments, NullProgress())
 
 

@@ -223,4 +223,16 @@ def test_a_damaged_file_of_it_is_named(tmp_path: Path) -> None:
 def test_a_format_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="there is no format 'tflite'") as caught:
         export(tmp_path / "bundle", formats=("tflite",))
-    assert str(caught.value.fix).startswith("one of: onnx-fp32, onnx-fp16, tensorrt, ")
+    assert caught.value.fix == "one of: onnx-fp32, litert, executorch, ncnn, coreml"
+
+
+def test_a_format_that_another_option_asks_for_is_not_left_out_without_a_word() -> None:
+    from prgkit.export.pipeline import wanted_formats
+
+    by_name = [one.name for one in FORMATS if one.asked_by is None]
+    assert [one.name for one in FORMATS if one.wanted(ExportOptions(formats=(one.name,)))] == by_name
+    with pytest.raises(ExportError, match="the format 'tensorrt-int8' is not asked for by its name") as caught:
+        wanted_formats(ExportOptions(formats=("litert", "tensorrt-int8"), trt=True))
+    assert caught.value.fix == "--trt --int8 asks for it; in Python, arguments of these names"
+    asked = wanted_formats(ExportOptions(formats=("onnx-fp32", "onnx-fp16"), fp16=True))
+    assert [one.name for one in asked] == ["onnx-fp32", "onnx-fp16"]

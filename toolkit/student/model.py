@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -130,11 +131,11 @@ class Student(Normalised):
         )
 
     def deployed_parameters(self) -> int:
-        """Return how many parameters it has on a device."""
+        """Return how many parameters it has on a device, where branches and batch norms are fused."""
         network = self.inference_model().model
         if isinstance(network, OpenVocabulary):
             network.model.reset_classifier(0)  # type: ignore[operator]
-        return sum(parameter.numel() for parameter in network.parameters())
+        return sum(parameter.numel() for parameter in reparameterised(network).parameters())
 
     def inference_model(self) -> InferenceModel:
         """Return a copy for deployment: the same weights, without the projector unless class vectors need it."""
@@ -159,14 +160,19 @@ class InferenceModel(Normalised):
         return logits
 
 
-def build_student(config: StudentConfig, *, classes: int, teacher_width: int) -> Student:
+def build_student(config: StudentConfig, *, classes: int, teacher_width: int, trained: Run | None = None) -> Student:
     """Build the timm model with a fresh head for ``classes``, and the projector to ``teacher_width``.
+
+    One that a run has ``trained`` is built without weights, since they come from the run's files: what it began with is
+    not read again. Its preprocessing is what the run's card says.
 
     Raises:
         StudentError: timm has no such model, its weights cannot be had, or it does not give pooled features.
     """
-    preprocessing, origin = student_preprocessing(config), initial_run(config)
-    model = create_timm_model(config if origin is None else config.model_copy(update={"initial": "random"}), classes)
+    origin = None if trained else initial_run(config)
+    preprocessing = card_preprocessing(trained) if trained else student_preprocessing(config)
+    without_weights = trained is not None or origin is not None
+    model = create_timm_model(config.model_copy(update={"initial": "random"}) if without_weights else config, classes)
     try:
         student = Student(model, preprocessing, teacher_width)
     except (AttributeError, RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -180,16 +186,19 @@ def build_student(config: StudentConfig, *, classes: int, teacher_width: int) ->
     return student.to(memory_format=torch.channels_last)
 
 
-def start_student(recipe: Recipe, teacher: TeacherFacts, scoring: tuple[Tensor, float]) -> Student:
+def start_student(
+    recipe: Recipe, teacher: TeacherFacts, scoring: tuple[Tensor, float], *, trained: Run | None = None
+) -> Student:
     """Build a recipe's student with its heads, and take over what fits of the run that it starts from.
 
-    ``scoring``, class vectors [C, D] and their scale, is its head where it is scored by text.
+    ``scoring``, class vectors [C, D] and their scale, is its head where it is scored by text; of one that a run has
+    ``trained``, `build_student` says more.
 
     Raises:
         StudentError: as `build_student` does.
     """
-    student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=teacher.width)
-    if (origin := initial_run(recipe.student)) is not None:
+    student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=teacher.width, trained=trained)
+    if trained is None and (origin := initial_run(recipe.student)) is not None:
         take_heads(student, origin, recipe, teacher)
     if recipe.scores_by_text:
         student.use_class_vectors(*scoring)
@@ -251,19 +260,24 @@ def describe_run(origin: Run) -> InitialRun:
 def student_preprocessing(config: StudentConfig) -> Preprocessing:
     """Return how images reach the student: timm's mean, std and interpolation; its crop where it was pretrained.
 
-    One that starts from a run goes on with the crop of that.
+    One that starts from a run goes on with all of that as the run has it: its weights may have another tag's.
     """
     pretrained_cfg, origin = timm_config(config.model), initial_run(config)
-    crop = config.crop or (1.0 if config.initial == "random" else pretrained_cfg.crop_pct)
-    if config.crop is None and origin is not None and origin.card.student is not None:
-        crop = origin.card.student.preprocessing["crop"]
+    if origin is not None and origin.card.student is not None:
+        known = card_preprocessing(origin)
+        return replace(known, image_size=config.image_size, crop=config.crop or known.crop)
     return Preprocessing(
         image_size=config.image_size,
-        crop=crop,
+        crop=config.crop or (1.0 if config.initial == "random" else pretrained_cfg.crop_pct),
         interpolation=pretrained_cfg.interpolation,
         mean=tuple(pretrained_cfg.mean),
         std=tuple(pretrained_cfg.std),
     )
+
+
+def card_preprocessing(run: Run) -> Preprocessing:
+    """Return how images reach a run's student, as its card says it."""
+    return TypeAdapter(Preprocessing).validate_python(run.student_facts.preprocessing)
 
 
 def load_student(run: Run) -> Student:
@@ -278,11 +292,8 @@ def load_student(run: Run) -> Student:
     recipe = run.recipe
     try:
         weights, _ = load_tensors(run.weights)
-        # The weights come from the file, so a pretrained start is not fetched again.
-        crop = run.student_facts.preprocessing["crop"]
-        config = recipe.student.model_copy(update={"initial": "random", "crop": crop})
         blank = torch.zeros(len(recipe.classes), run.teacher_facts.width)
-        student = start_student(recipe.model_copy(update={"student": config}), run.teacher_facts, (blank, 0.0))
+        student = start_student(recipe, run.teacher_facts, (blank, 0.0), trained=run)
         student.load_state_dict(weights)
     except (SafetensorError, RuntimeError, ValueError) as error:
         again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"

@@ -21,7 +21,7 @@ from prgkit.config.recipe import Recipe
 from prgkit.config.sections import Training
 from prgkit.data.augment import evaluation_views
 from prgkit.data.snapshot import report_changes, restart_command
-from prgkit.device import seed_everything
+from prgkit.device import seed_everything, seed_step
 from prgkit.errors import BackendError, TeacherError
 from prgkit.interrupt import Interrupted, stopping
 from prgkit.objectives import Objectives
@@ -39,10 +39,10 @@ from prgkit.training.checkpoint import Clock, HeldOutScores, TrainingCounters, T
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.distributed import (
     any_process,
+    decide_precision,
     first_goes_on,
     from_first,
     join_processes,
-    probe_precision,
     share_buffers,
     share_teacher_pass,
 )
@@ -79,19 +79,21 @@ def distill_one_rank(
     if from_first(accelerator, lambda: already_finished(run, recipe, targets_root, progress)):
         return
     with locked_run(run, recipe) if accelerator.is_main_process else nullcontext():
-        unused_student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=1)
+        trained = run if run.state.exists() and run.card.student is not None else None
+        unused_student = build_student(recipe.student, classes=len(recipe.classes), teacher_width=1, trained=trained)
         if recipe.reads_stages:  # what is wrong with the student is said before the teacher sees an image
             unused_student.stage_widths()
         if not run.begun:
             share_teacher_pass(recipe, targets_root, accelerator, progress)
         dataset = from_first(accelerator, lambda: prepare(recipe, targets_root, progress, run))
         seed_everything(recipe.training.seed)
-        student = start_student(recipe, dataset.store.facts(), dataset.classifier.scoring())
+        student = start_student(recipe, dataset.store.facts(), dataset.classifier.scoring(), trained=trained)
         if accelerator.is_main_process:
             require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(dataset.image_index)), "the run")
-            run.update_card(student=(facts := student.facts(recipe.student)))
-            if facts.origin:
-                progress.note(f"the student begins with {facts.origin}")
+            if trained is None:
+                run.update_card(student=student.facts(recipe.student))
+            if run.student_facts.origin:
+                progress.note(f"the student begins with {run.student_facts.origin}")
         train(recipe, run, dataset, student, accelerator, progress)
 
 
@@ -230,6 +232,7 @@ def train_step(trainer: Trainer, batch: StepBatch, step: int) -> dict[str, Tenso
     config, state, accelerator = trainer.config, trainer.state, trainer.accelerator
     pixels, teacher = inputs_of(trainer, batch, step)
     trainer.wrapped_student.train()
+    seed_step(accelerator.device, config.seed, step, accelerator.process_index)
     with trainer.autocast():
         output = trainer.wrapped_student(pixels)
     terms = state.objective(output, teacher)
@@ -355,17 +358,6 @@ def loss_context(recipe: Recipe, dataset: DistillationDataset, student: Student,
         class_features=dataset.class_features,
         words=dataset.words,
     )
-
-
-def decide_precision(run: Run, student: Student, config: Training, accelerator: Accelerator) -> bool:
-    """Return whether to train in bfloat16; what a probe decides is written down first, and read again on resume."""
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    with accelerator.main_process_first():
-        if run.card.precision is None:
-            run.update_card(precision=probe_precision(student, accelerator.device, config.batch_size))
-    probe = run.card.precision
-    return probe is not None and probe.chosen == "bf16"
 
 
 def fetch(batches: Iterator[StepBatch]) -> tuple[StepBatch | None, Exception | None]:

@@ -15,15 +15,23 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list, gather_object
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import nn
 
 from prgkit.config.image_size import sides
 from prgkit.config.recipe import Recipe
+from prgkit.config.sections import Training
 from prgkit.config.shard import Shard
 from prgkit.errors import PrgkitError
 from prgkit.interrupt import Interrupted
 from prgkit.progress import NullProgress, Progress
+from prgkit.storage.run import Run
 from prgkit.storage.run_card import PrecisionProbe
 from prgkit.student.model import Student
 from prgkit.teacher.shards import embed_shard, join_shards
@@ -34,9 +42,15 @@ T = TypeVar("T")
 
 
 def join_processes(trackers: Sequence[str], trackers_folder: Path) -> Accelerator:
-    """Join the processes of this training: this one, or all that torchrun or ``accelerate launch`` started."""
+    """Join the processes of this training: this one, or all that torchrun or ``accelerate launch`` started.
+
+    The recipe says how is trained: what else the launcher sets in the environment has no say in it.
+    """
     return Accelerator(
         cpu=not torch.cuda.is_available(),  # unasked, accelerate lets the processes of a CPU work each for itself
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # a bare number yields to the environment
+        dynamo_backend="no",
         log_with=list(trackers) or None,
         project_dir=str(trackers_folder),
         # The others wait while the first reads every image.
@@ -107,6 +121,17 @@ def share_buffers(module: nn.Module, accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         for buffer in module.buffers():
             broadcast(buffer)
+
+
+def decide_precision(run: Run, student: Student, config: Training, accelerator: Accelerator) -> bool:
+    """Return whether to train in bfloat16; what a probe decides is written down first, and read again on resume."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    with accelerator.main_process_first():
+        if run.card.precision is None:
+            run.update_card(precision=probe_precision(student, accelerator.device, config.batch_size))
+    probe = run.card.precision
+    return probe is not None and probe.chosen == "bf16"
 
 
 def probe_precision(student: Student, device: torch.device, batch_size: int) -> PrecisionProbe:

@@ -107,4 +107,5 @@ QNN_FORMAT = Format(
     make=make_qnn,
     require=require_qnn,
     how_to_run=how_to_run,
+    asked_by="--qnn CHIP",
 )

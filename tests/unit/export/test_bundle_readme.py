@@ -89,6 +89,13 @@ def test_tensorrts_int8_is_not_said_to_have_run_in_tensorrt() -> None:
     assert "| model.int8.tensorrt.onnx | int8 | tensorrt | in ONNX Runtime alone: its layout |" in text
 
 
+def test_it_says_by_what_a_picture_of_no_class_is_known() -> None:
+    known = {"temperature": 2.5, "fitted_to": "teacher", "images": 30, "calibration_error": 1, "uncalibrated_error": 2,
+             "right": [0.5] * 30, "wrong": [], "held_out": 30, "reject_below": 0.375}  # fmt: skip
+    for by, said in (({}, "`energy`"), ({"reject_by": "probability"}, "the largest of them")):
+        assert f"Where\n{said} is below 0.375, as for one in twenty" in readme(manifest(confidence={**known, **by}))
+
+
 def python_of(text: str) -> str:
     return text.split("```python\n")[1].split("```")[0]
 

@@ -11,11 +11,13 @@ import pytest
 from prgkit.data.ticks import Tick
 from prgkit.export.bundle.confidence import (
     TEMPERATURES,
+    confidences,
     describe_confidence,
     energy,
     fit_temperature,
     measure_confidence,
     promise,
+    rejection_score,
 )
 from prgkit.export.bundle.manifest import Confidence
 
@@ -99,6 +101,26 @@ def test_the_teacher_decides_where_few_are_ticked_and_ticks_where_many_are() -> 
     assert found.right == tuple(sorted(found.right))
     assert found.reject_below == pytest.approx(np.sort(energy(logits / found.temperature))[2])  # of 60, 5 % are 3
     assert measure_confidence(logits[:19], teacher[:19], classes=CLASSES) is None
+
+
+def test_students_of_two_heads_reject_what_is_flat_and_not_what_is_sure() -> None:
+    """Their logits are logarithms of probabilities: with T > 1 the energy is largest where all classes are alike."""
+    torch = pytest.importorskip("torch")
+    heads = pytest.importorskip("prgkit.student.heads")
+    first = 9 * torch.eye(3)[torch.arange(60) % 3] * torch.linspace(1, 3, 60)[:, None]  # every answer is sure
+    head = heads.DualHead(4, 3)
+    logits = head.mix(first, first).numpy()
+    teacher = np.eye(3, dtype=np.float32)[np.where(np.arange(60) < 45, np.arange(60), np.arange(60) + 1) % 3]
+    found = measure_confidence(logits, teacher, classes=CLASSES)
+    assert found is not None
+    assert found.temperature > 2, "a quarter of what is so sure is wrong"
+    assert found.reject_by == "probability"
+    assert found.reject_below == pytest.approx(confidences(logits / found.temperature)[2], rel=1e-6)  # 9.0 to 9.6 rise
+    flat, sure = (head.mix(given, given).numpy() for given in (torch.zeros(1, 3), 30 * torch.eye(3)[:1]))
+    scores = [rejection_score(given / found.temperature, found.reject_by)[0] for given in (flat, sure)]
+    assert scores[0] == pytest.approx(1 / 3)
+    assert scores[0] < found.reject_below < scores[1]
+    assert measure_confidence(3 * logits + 1, teacher, classes=CLASSES).reject_by == "energy"  # type: ignore[union-attr]
 
 
 def test_energy_is_what_all_classes_together_say() -> None:

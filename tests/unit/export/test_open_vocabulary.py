@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,19 +36,23 @@ from prgkit.evaluate.bench.worker import opener  # noqa: E402
 from prgkit.evaluate.predict import Model  # noqa: E402
 from prgkit.evaluate.search import Gallery, save_gallery, search  # noqa: E402
 from prgkit.export import relabel as relabelling  # noqa: E402
-from prgkit.export.bundle.archive import pack  # noqa: E402
+from prgkit.export.bundle.archive import bundle_files, pack  # noqa: E402
 from prgkit.export.bundle.bundle import open_bundle, read_evaluation  # noqa: E402
 from prgkit.export.bundle.manifest import Manifest  # noqa: E402
 from prgkit.export.formats.onnx_export import export_onnx, onnx_export_module, write_fp16  # noqa: E402
+from prgkit.export.formats.onnx_graph import rename  # noqa: E402
 from prgkit.export.formats.open_vocabulary import make_input, scored, write_classes  # noqa: E402
 from prgkit.export.formats.options import ExportOptions  # noqa: E402
 from prgkit.export.formats.tensorrt_build import build_engine  # noqa: E402
 from prgkit.export.from_run import check_vocabulary, export_run  # noqa: E402
 from prgkit.export.int8.calibration import measure_spreads  # noqa: E402
 from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of  # noqa: E402
+from prgkit.export.model_card import published  # noqa: E402
+from prgkit.export.readme import write_manifest  # noqa: E402
 from prgkit.export.relabel import relabel, settled_bundle  # noqa: E402
 from prgkit.export.runtimes.gpu import available_backends  # noqa: E402
 from prgkit.export.runtimes.onnxruntime import OnnxRunner  # noqa: E402
+from prgkit.export.runtimes.openvino import OpenVinoRunner  # noqa: E402
 from prgkit.export.runtimes.parity import run_batches  # noqa: E402
 from prgkit.export.runtimes.pytorch import TorchRunner  # noqa: E402
 from prgkit.progress import NullProgress  # noqa: E402
@@ -342,6 +348,25 @@ def test_a_bundle_far_from_its_run_is_relabelled_where_its_teacher_is(run: Run, 
         relabel(here, ["one", "two"], run=None, progress=NullProgress())
 
 
+def test_a_bundle_published_without_images_is_packed_and_relabelled(run: Run, tmp_path: Path) -> None:
+    pulled = tmp_path / "pulled"
+    pulled.mkdir()
+    manifest = published(open_bundle(run.bundle).manifest, "pulled", with_images=False)
+    for path in bundle_files(run.bundle, manifest):
+        shutil.copy(path, pulled)
+    write_manifest(pulled, manifest)
+    files = {"README.md", "class_vectors.npy", "manifest.json", "model.fp16.onnx", "model.nchw.onnx", "model.onnx"}
+    with zipfile.ZipFile(pack(pulled)) as archive:
+        assert set(archive.namelist()) == {f"pulled/{name}" for name in files}
+    told = relabel(pulled, LEARNED[:2], run=None, progress=NullProgress())
+    pixels = read_evaluation(run.bundle).pixels
+    found = run_batches(OnnxRunner(pulled / "model.onnx", threads=1), pixels)
+    np.testing.assert_allclose(found, logits_of(run.bundle)[:, :2], atol=1e-4)
+    assert [one.executed for one in told.artifacts] == [False] * 3, "there are no golden images to run"
+    assert open_bundle(pulled).manifest == told
+    pack(pulled)
+
+
 def test_the_folder_that_one_stands_in_is_not_taken_away(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run.bundle.resolve()
     monkeypatch.chdir(folder)
@@ -384,6 +409,46 @@ def test_features_that_are_not_the_teachers_are_not_scored(objective: Any, told:
 def test_engines_do_not_take_class_vectors_as_an_input() -> None:
     with pytest.raises(ExportError, match="engines hold their class vectors"):
         check_vocabulary(validate(page(), where="here"), ExportOptions(class_vectors="input", trt=True))
+
+
+def test_openvinos_int8_is_given_other_classes_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nncf")
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("prgkit.export.int8.files.too_few", lambda *_: None)
+    monkeypatch.setattr("prgkit.export.bundle.manifest.NonInferiority.holds", lambda *_: True)
+    export_run(run, options := ExportOptions(int8=True, class_vectors="initializer"), progress=NullProgress())
+
+    def answers(bundle: Path) -> Any:
+        file = bundle / "model.int8.openvino.onnx"
+        return run_batches(OpenVinoRunner(file, 1), read_evaluation(bundle).pixels)
+
+    before = answers(run.bundle)
+    assert before.std() > 0.1
+    held = Path("held")
+    shutil.copytree(run.bundle, held)
+    names = CLASSES[::-1]
+    assert names[-4:] == LEARNED[::-1]
+    relabel(held, names, run=None, progress=NullProgress())
+    np.testing.assert_allclose(answers(held)[:, :-5:-1], before, atol=1e-4)
+    assert (answers(held).argmax(axis=1) == logits_of(held).argmax(axis=1)).mean() > 0.7
+
+    export_run(run, replace(options, class_vectors="input"), progress=NullProgress())
+    np.testing.assert_allclose(answers(run.bundle), before, atol=1e-4)
+    for bundle in (held, run.bundle):
+        relabel(bundle, LEARNED[::-1], run=None, progress=NullProgress())
+        np.testing.assert_allclose(answers(bundle)[:, ::-1], before, atol=1e-4)
+
+
+def test_a_file_without_class_vectors_that_can_be_changed_is_refused(run: Run) -> None:
+    path = run.bundle / "model.onnx"
+    model = onnx.load(str(path))
+    for node in model.graph.node:
+        rename(node.input, "class_vectors", "quantised")
+    next(one for one in model.graph.initializer if one.name == "class_vectors").name = "quantised"
+    onnx.save(model, str(path))
+    for change in (lambda: make_input(path), lambda: write_classes(path, path, np.eye(4, 16), list("abcd"))):
+        with pytest.raises(ExportError, match=r"model\.onnx holds no class vectors that can be changed"):
+            change()
 
 
 def test_class_vectors_as_an_input_give_the_same_answers(run: Run) -> None:

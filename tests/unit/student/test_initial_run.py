@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from prgkit.config.recipe import Recipe, validate
 from prgkit.errors import PrgkitError, RunError, StudentError
 from prgkit.storage.run import Run, require_own_folder, start_run
-from prgkit.student.model import Student, build_student, start_student, student_preprocessing
+from prgkit.student.model import Student, build_student, load_student, start_student, student_preprocessing
 from prgkit.training.checkpoint import save_tensors
 
 WIDTH = 12
@@ -64,6 +65,16 @@ def test_the_backbone_is_the_run_s_and_the_rest_is_new(general: tuple[Run, Stude
     assert student.training
     assert student_preprocessing(recipe.student).crop == 0.9  # as it was trained; timm's own is 0.95
     assert student_preprocessing(recipe_for(initial=str(run.folder), crop=0.8).student).crop == 0.8
+
+
+def test_pictures_reach_it_as_they_reached_the_run_s_student(tmp_path: Path) -> None:
+    """timm's resnet18.tv_in1k is of ImageNet's mean and bilinear; resnet18 alone is resnet18.a1_in1k, and bicubic."""
+    run, earlier = general_run(tmp_path / "general", recipe_for(model="resnet18.tv_in1k"))
+    student = built(recipe_for(model="resnet18", initial=str(run.folder), image_size=64))
+    assert (earlier.preprocessing.interpolation, earlier.preprocessing.image_size) == ("bilinear", 48)
+    assert student.preprocessing == replace(earlier.preprocessing, image_size=64)
+    started, _ = general_run(tmp_path / "started", recipe_for(model="resnet18", initial=str(run.folder)))
+    assert load_student(started).preprocessing == earlier.preprocessing
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
 from prgkit.config.sections import StudentConfig, Training
 from prgkit.device import best_device, seed_everything
@@ -18,7 +19,7 @@ from prgkit.storage.run import Run
 from prgkit.storage.run_card import SCHEMA, PrecisionProbe
 from prgkit.student.model import Student, build_student
 from prgkit.training import distill, distributed
-from prgkit.training.distributed import from_first, probe_precision
+from prgkit.training.distributed import from_first, join_processes, probe_precision
 
 CPU = torch.device("cpu")
 
@@ -70,21 +71,21 @@ def test_a_probe_is_written_down_and_read_again(student: Student, run: Run, monk
         asked.append((device, batch_size))
         return PrecisionProbe(chosen="bf16", step_ms={"fp32": 2.0, "bf16": 1.0}, batch_size=32)
 
-    monkeypatch.setattr(distill, "probe_precision", probe)
+    monkeypatch.setattr(distributed, "probe_precision", probe)
     accelerator = Accelerator(cpu=True)
     page = Training(batch_size=48)
-    assert distill.decide_precision(run, student, page, accelerator)
-    assert distill.decide_precision(Run(run.folder), student, page, accelerator)
+    assert distributed.decide_precision(run, student, page, accelerator)
+    assert distributed.decide_precision(Run(run.folder), student, page, accelerator)
     assert asked == [(CPU, 48)]
     assert getattr(run.card.precision, "chosen", None) == "bf16"
     run.update_card(precision={"chosen": "fp32", "step_ms": {"fp32": 1.0, "bf16": 2.0}, "batch_size": 32})
-    assert not distill.decide_precision(run, student, page, accelerator)
+    assert not distributed.decide_precision(run, student, page, accelerator)
 
 
 def test_what_was_asked_for_is_not_probed(student: Student, run: Run) -> None:
     accelerator = Accelerator(cpu=True)
-    assert distill.decide_precision(run, student, Training(precision="bf16"), accelerator)
-    assert not distill.decide_precision(run, student, Training(precision="fp32"), accelerator)
+    assert distributed.decide_precision(run, student, Training(precision="bf16"), accelerator)
+    assert not distributed.decide_precision(run, student, Training(precision="fp32"), accelerator)
     assert run.card.precision is None
 
 
@@ -103,6 +104,26 @@ def test_the_device_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert best_device() == torch.device("cuda", 1)
+
+
+def test_a_launchers_settings_do_not_overrule_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "4", "DYNAMO_BACKEND": "EAGER"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    AcceleratorState._reset_state(reset_partial_state=True)  # as a new process has none
+    GradientState._reset_state()
+    try:
+        accelerator = join_processes([], tmp_path)
+        wrapped = accelerator.prepare(model := torch.nn.Sequential(torch.nn.Linear(4, 4)))
+        seen: list[torch.dtype] = []
+        model[0].register_forward_hook(lambda _layer, _inputs, output: seen.append(output.dtype))
+        accelerator.backward(wrapped(torch.ones(2, 4, device=accelerator.device)).sum())
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    assert seen == [torch.float32]
+    assert (model[0].weight.grad == 2).all(), "one for each image, and not a fourth of it"
+    assert type(wrapped) is torch.nn.Sequential, "training.compile alone compiles"
 
 
 def test_one_process_makes_what_all_get() -> None:
