@@ -12,7 +12,7 @@ from pydantic import Field
 from prgkit.evaluate.report.schema import Int8Verdict, Interval, Model, Row, measured_latency
 from prgkit.export.bundle.bundle import Bundle, fp32_onnx
 from prgkit.export.bundle.fidelity import comparison_sentence, int8_sentence
-from prgkit.export.bundle.manifest import Artifact
+from prgkit.export.bundle.manifest import Artifact, NonInferiority
 from prgkit.storage.atomic import write_sealed
 from prgkit.storage.documents import read_document
 
@@ -30,7 +30,10 @@ class Selection(Model):
 
 
 def judge_int8(bundle: Bundle, rows: Sequence[Row]) -> list[Int8Verdict]:
-    """Judge every INT8 file that ONNX Runtime ran on this machine's CPU, by the report's ``rows``."""
+    """Judge every INT8 file that ONNX Runtime ran on this machine's CPU, by the report's ``rows``.
+
+    Without evaluation images no row has been compared with FP32, and none is judged: `predict` keeps to FP32.
+    """
     on_cpu = [row for row in rows if row.backend == "onnxruntime" and row.device == "cpu"]
     ran = {row.artifact: row for row in on_cpu if row.status == "measured"}
     floats = [row for row in ran.values() if row.precision in ("fp32", "fp16")]
@@ -38,18 +41,21 @@ def judge_int8(bundle: Bundle, rows: Sequence[Row]) -> list[Int8Verdict]:
         return []
     against = min(floats, key=lambda row: measured_latency(row).p50_ms)
     files = [one for one in bundle.artifacts if (one.format, one.precision) == ("onnx", "int8")]
-    return [judge(ran[one.name], against, margin=bundle.manifest.margin(one)) for one in files if one.name in ran]
+    return [
+        judge(row, row.comparison, against, margin=bundle.manifest.margin(one))
+        for one in files
+        if (row := ran.get(one.name)) is not None and row.comparison is not None
+    ]
 
 
-def judge(row: Row, against: Row, *, margin: float) -> Int8Verdict:
+def judge(row: Row, comparison: NonInferiority, against: Row, *, margin: float) -> Int8Verdict:
     """Return whether one INT8 file is kept, and why.
 
     It must be as good as FP32 (`NonInferiority.holds`). The latency counts by the ratio to that of ``against``, the
     faster of FP32 and FP16: its whole 95 % interval must lie below 1.
     """
-    assert row.comparison is not None
     ratio, interval = round_ratio(measured_latency(row).round_p50_ms, measured_latency(against).round_p50_ms)
-    faithful, faster = row.comparison.holds(margin), interval[1] < 1
+    faithful, faster = comparison.holds(margin), interval[1] < 1
     return Int8Verdict(
         artifact=row.artifact,
         backend=row.backend,
@@ -57,7 +63,7 @@ def judge(row: Row, against: Row, *, margin: float) -> Int8Verdict:
         kept=faithful and faster,
         faithful=faithful,
         faster=faster,
-        comparison=row.comparison,
+        comparison=comparison,
         margin=margin,
         against=against.artifact,
         ratio=ratio,
