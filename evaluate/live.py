@@ -35,6 +35,11 @@ def is_live(given: str) -> bool:
     return bool(ADDRESS.match(given)) or (given.isdecimal() and not os.path.lexists(given))
 
 
+def comes_over_time(given: str) -> bool:
+    """Tell whether this stands for pictures that come one after the other, of which none may wait for the next."""
+    return given == "-" or is_live(given)
+
+
 def frames(source: str, fps: float | None, note: Callable[[str], None]) -> Iterator[tuple[str, Reader]]:
     """Yield the frames of a video, at most ``fps`` a second, each with its time as ``source/0012.345s``.
 

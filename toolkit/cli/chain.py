@@ -174,7 +174,7 @@ def run_chain(steps: Sequence[click.Context]) -> None:
     is_main_process = int(os.environ.get("RANK", "0")) == 0  # the others of torchrun's processes train, and no more
     results: dict[str, Document] = {}
     with Terminal(says_results=is_main_process and not as_json, shows_progress=is_main_process) as terminal:
-        session = Session(terminal, is_main_process, int(os.environ.get("WORLD_SIZE", "1")))
+        session = Session(terminal, is_main_process, int(os.environ.get("WORLD_SIZE", "1")), as_json=as_json)
         # A library that prints must not get into the document.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             for step in steps:

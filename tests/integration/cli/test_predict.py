@@ -289,6 +289,43 @@ def test_the_frames_of_a_video(prgkit: PrgkitCommand, project_copy: Path) -> Non
     assert "Error: video not.mp4 cannot be opened\n  fix: " in prgkit("predict not.mp4").err
 
 
+def test_a_long_video_is_answered_as_it_is_read(
+    prgkit: PrgkitCommand, project_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a video of 60 frames that sees at its last one how many answers are in the file."""
+    written = []
+
+    def frames(*_: Any) -> Any:
+        for place in range(60):
+            yield f"long.mp4/{place}", lambda: Image.new("RGB", (8, 8))
+        written.append(len(Path("a.jsonl").read_text().splitlines()))
+
+    monkeypatch.setattr("prgkit.evaluate.pictures.frames", frames)
+    result = prgkit("predict long.mp4 --out a.jsonl")
+    assert result.out == "a.jsonl: 60 pictures answered, 0 of them unreadable\n"
+    assert 60 > written[0] >= 10
+    assert len(prgkit("predict long.mp4 --json").json["predict"]) == 60
+
+
+def test_answers_that_nobody_asked_for_as_json_are_not_held() -> None:
+    from prgkit.cli.naming import AskedPictures, tell_each
+    from prgkit.cli.state import Session
+    from prgkit.errors import ImagesError
+    from prgkit.evaluate.predict import Prediction
+
+    told: list[str] = []
+    bad = ImagesError("cut.png cannot be read")
+    answers = [Prediction("a.png", "one"), Prediction("cut.png", error=bad)]
+    terminal: Any = SimpleNamespace(note=told.append)
+    for as_json, held in ((False, []), (True, [answer.to_json() for answer in answers])):
+        session = Session(terminal, as_json=as_json)
+        asked = AskedPictures(("0",), None, None)
+        found = tell_each(session, asked, iter(answers), lambda answer: told.append(answer.image))
+        assert (found.count, found.failed, found.answers) == (2, 1, held)
+        assert "1 of 2 pictures cannot be read" in str(session.failure)
+    assert told == 2 * ["a.png", "cut.png", "cut.png cannot be read"]
+
+
 def test_a_camera_gives_its_newest_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for a camera that gives a frame every 5 ms, to one who takes 50 ms for each."""
     from prgkit.evaluate import live
