@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -330,6 +331,41 @@ def test_a_camera_gives_its_newest_frame(monkeypatch: pytest.MonkeyPatch) -> Non
     """A stand-in for a camera that gives a frame every 5 ms, to one who takes 50 ms for each."""
     from prgkit.evaluate import live
 
+    camera = plug_in_a_camera(monkeypatch)
+    notes: list[str] = []
+    seen, late = [], []
+    for _, read in live.frames("0", None, notes.append):
+        seen.append(int(np.asarray(read())[0, 0, 0]))
+        late.append(camera.count - seen[-1])
+        time.sleep(0.05)
+    assert seen == sorted(set(seen))
+    assert len(seen) < 30
+    assert late[0] <= late[-1] + 5  # it does not fall behind
+    assert notes == [f"0: {len(seen)} of 60 frames answered, the others skipped so that no answer is late"]
+
+
+def test_frames_of_two_sessions_have_two_names_and_none_is_skipped(
+    prgkit: PrgkitCommand, project_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+    for _ in range(2):
+        camera = plug_in_a_camera(monkeypatch)
+        monkeypatch.setattr("prgkit.evaluate.answers.AnswerLines.__contains__", lambda *_: True)
+        before = datetime.now(timezone.utc).replace(microsecond=0)
+        assert " pictures answered, 0 of them unreadable\n" in prgkit("predict 0 --fps 10 --out seen.jsonl").out
+        assert camera.count == 61
+        lines = [json.loads(line)["image"] for line in Path("seen.jsonl").read_text().splitlines()]
+        assert len(lines) > len(names)
+        for name in lines[len(names) :]:
+            came = datetime.strptime(name, "0/%Y%m%dT%H%M%S.%fZ").replace(tzinfo=timezone.utc)
+            assert before <= came <= datetime.now(timezone.utc)
+        names = lines
+    assert len(set(names)) == len(names)
+
+
+def plug_in_a_camera(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a stand-in for a camera that gives 60 frames, one every 5 ms, and counts how many it was asked for."""
+
     class Camera:
         count = 0
 
@@ -348,16 +384,7 @@ def test_a_camera_gives_its_newest_frame(monkeypatch: pytest.MonkeyPatch) -> Non
             pass
 
     monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=Camera))
-    notes: list[str] = []
-    seen, late = [], []
-    for _, read in live.frames("0", None, notes.append):
-        seen.append(int(np.asarray(read())[0, 0, 0]))
-        late.append(Camera.count - seen[-1])
-        time.sleep(0.05)
-    assert seen == sorted(set(seen))
-    assert len(seen) < 30
-    assert late[0] <= late[-1] + 5  # it does not fall behind
-    assert notes == [f"0: {len(seen)} of 60 frames answered, the others skipped so that no answer is late"]
+    return Camera
 
 
 def test_the_range_of_deep_greys_travels(prgkit: PrgkitCommand, project_copy: Path) -> None:
