@@ -36,12 +36,13 @@ Value = TypeVar("Value")
 def aggregate(trials: Sequence[TrialResult]) -> ObjectiveComparison:
     """Return the comparison of finished trials: a row for each student and objective, seeds together.
 
-    The reference of the differences is PRG where it is among the rows, else the last row; of each student its own.
+    The reference of the differences is PRG where it is among the rows, else the last row that is no control; of each
+    student its own.
     """
     groups: dict[tuple[str, str], list[TrialResult]] = {}
     for trial in trials:
         groups.setdefault((trial.student, trial.label), []).append(trial)
-    labels = list(dict.fromkeys(label for _, label in groups))
+    labels = [trial.label for trial in trials if not trial.control] or [trial.label for trial in trials]
     reference = "prg" if "prg" in labels else labels[-1]
     return ObjectiveComparison(
         reference=reference,
@@ -71,6 +72,7 @@ def compared_objective(trials: Sequence[TrialResult], reference: Sequence[TrialR
     return ComparedObjective(
         student=first.student,
         label=first.label,
+        control=first.control,
         objective=first.objective,
         seeds=[trial.seed for trial in trials],
         top1=spread([trial.top1 for trial in trials]),
@@ -240,7 +242,8 @@ def objectives_about(comparison: ObjectiveComparison) -> str:
 
 def heat_map_of(comparison: ObjectiveComparison, student: str) -> Section | None:
     """Return a student's heat map over the two numbers that a sweep of PRG has changed; None without such a sweep."""
-    rows = [row for row in comparison.rows if row.student == student and row.objective[0]["name"] == "prg"]
+    own = [row for row in comparison.rows if row.student == student and not row.control]
+    rows = [row for row in own if row.objective[0]["name"] == "prg"]
     configs = [row.objective[0] for row in rows]
     swept = [key for key in (configs[0] if configs else {}) if len({str(config[key]) for config in configs}) > 1]
     if len(swept) != 2:

@@ -61,6 +61,7 @@ class Trial:
 
     label: str  # the objective as the comparison names it
     recipe: Recipe
+    control: bool = False  # its teacher has random weights, beside that of the others
 
     @property
     def name(self) -> str:
@@ -132,7 +133,7 @@ def trials_of(recipe: Recipe, plan: Plan) -> list[Trial]:
 def untaught(trial: Trial) -> Trial:
     """Return a trial whose teacher has random weights: what a student learns without anyone's knowledge."""
     teachers = tuple(teacher.model_copy(update={"weights": RANDOM}) for teacher in trial.recipe.teacher)
-    return Trial(f"{trial.label}, random teacher", trial.recipe.model_copy(update={"teacher": teachers}))
+    return Trial(f"{trial.label}, random teacher", trial.recipe.model_copy(update={"teacher": teachers}), control=True)
 
 
 def objective_configs(recipe: Recipe, plan: Plan) -> dict[str, Config]:
@@ -241,8 +242,10 @@ def finished(path: Path, trial: Trial, split: EvalSplit) -> TrialResult | None:
         return None
     if result.training_images != split.training_images:
         raise changed(path.parent)
+    if result.evaluation.digest != split.digest:
+        return None
     # The same recipe may have another label in another comparison.
-    return result.model_copy(update={"label": trial.label}) if result.evaluation.digest == split.digest else None
+    return result.model_copy(update={"label": trial.label, "control": trial.control})
 
 
 def changed(folder: Path) -> RunError:
@@ -330,6 +333,7 @@ def judge(run: Run, trial: Trial, split: EvalSplit, progress: Progress) -> Trial
     del figures["agreement_fp32"]
     return TrialResult(
         label=trial.label,
+        control=trial.control,
         fingerprint=recipe.fingerprint(),
         training_images=split.training_images,
         student=recipe.student.model,

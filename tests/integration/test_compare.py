@@ -129,6 +129,16 @@ def test_a_sweep_is_every_combination_and_leaves_others_as_they_are(pictures: Pa
     ]
 
 
+def test_the_control_is_marked(pictures: Path) -> None:
+    trials = planned(recipe_for(pictures), objectives=["kd", "prg"], random_teacher=True)
+    assert [(trial.label, trial.control) for trial in trials] == [
+        ("kd", False),
+        ("prg", False),
+        ("prg, random teacher", True),
+    ]
+    assert [teacher.weights for trial in trials for teacher in trial.recipe.teacher] == [None, None, "random"]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -326,3 +336,10 @@ def test_two_sweeps_are_drawn_as_a_heat_map() -> None:
     html = html_of(aggregate(trials))
     assert "small: node_weight × edge_weight" in html
     assert "edge_weight 1, node_weight 3: 75.0" in html
+
+    wrong = [False] * 4  # what a student of a random teacher says
+    control = result(f"{trials[-1].label}, random teacher", 0, wrong, objective=[configs[-1]], control=True)
+    found = aggregate([*trials, control])
+    assert "edge_weight 1, node_weight 3: 75.0" in html_of(found)
+    assert found.reference == trials[-1].label
+    assert [row.difference and row.difference.mean for row in found.rows] == [-75.0, -50.0, -25.0, None, -75.0]
