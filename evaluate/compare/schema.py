@@ -56,6 +56,8 @@ class TrialResult(Model):
     control: bool = Field(False, description="Whether its teacher is the random one of --random-teacher.")
     fingerprint: str = Field(description="That of the recipe.")
     training_images: str = Field(description="The fingerprint of the images that it learned from.")
+    teacher_files: str | None = Field(None, description="The fingerprint of its teacher's names and files.")
+    initial_sha256: str | None = Field(None, description="Of the weights that it began with, where these were a file.")
     student: str
     image_size: Size
     objective: list[Config]
