@@ -191,16 +191,15 @@ def tell_each(
 
 def search_gallery(session: Session, asked: AskedPictures, place: Path | None, gallery: Path, top_k: int) -> Document:
     """Say which images of a gallery each picture is most like."""
-    from prgkit.evaluate.search import search
+    from prgkit.evaluate.search import Neighbours, search
     from prgkit.storage.find import find_bundle
 
+    def tell(answer: Neighbours) -> None:
+        if answer.error is None:
+            near = ", ".join(f"{name} {cosine:.3f}" for name, cosine in answer.nearest)
+            session.terminal.say((answer.image, "bold"), f": {near}")
+
     bundle, _ = find_bundle(session.folder or place)
-    answers = list(search(bundle, asked.paths(), gallery, top_k=top_k, note=session.terminal.note))
-    for answer in answers:
-        if "error" in answer:
-            session.failure = ImagesError(**answer["error"])
-            session.terminal.note(str(session.failure))
-            continue
-        near = ", ".join(f"{name} {cosine:.3f}" for name, cosine in answer["nearest"])
-        session.terminal.say((answer["image"], "bold"), f": {near}")
-    return answers
+    note, live = session.terminal.note, asked.endless
+    found = search(bundle, asked.paths(), gallery, top_k=top_k, note=note, fps=asked.fps, live=live)
+    return tell_each(session, asked, found, tell).answers

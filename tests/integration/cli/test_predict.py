@@ -327,6 +327,30 @@ def test_answers_that_nobody_asked_for_as_json_are_not_held() -> None:
     assert told == 2 * ["a.png", "cut.png", "cut.png cannot be read"]
 
 
+def test_a_gallery_is_searched_picture_by_picture_until_ctrl_c(
+    prgkit: PrgkitCommand, project_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prgkit.errors import ImagesError
+    from prgkit.evaluate.search import Neighbours
+
+    asked: list[Any] = []
+
+    def search(*_: Any, **how: Any) -> Any:
+        asked.append((how["top_k"], how["fps"], how["live"]))
+        yield Neighbours("a.png", "onnx-embedding-fp32", (("b.png", 0.5), ("c.png", 0.25)))
+        yield Neighbours("cut.png", "onnx-embedding-fp32", error=ImagesError("cut.png cannot be read"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prgkit.evaluate.search.search", search)
+    result = prgkit("predict --watch photos --gallery g.npz --top-k 2 --fps 3")
+    assert (result.code, result.out) == (1, "a.png: b.png 0.500, c.png 0.250\n")
+    assert result.err.endswith("Error: 1 of 2 pictures cannot be read; the others are answered\n")
+    found = prgkit("predict 0 --gallery g.npz --json").json["predict"]
+    assert [answer.get("nearest") for answer in found] == [[["b.png", 0.5], ["c.png", 0.25]], None]
+    assert found[1]["error"]["what"] == "cut.png cannot be read"
+    assert asked == [(2, 3.0, True), (3, None, True)]
+
+
 def test_a_camera_gives_its_newest_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for a camera that gives a frame every 5 ms, to one who takes 50 ms for each."""
     from prgkit.evaluate import live
