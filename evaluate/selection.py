@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from prgkit.evaluate.report.schema import Int8Verdict, Interval, Model, Row, mea
 from prgkit.export.bundle.bundle import Bundle, fp32_onnx
 from prgkit.export.bundle.fidelity import comparison_sentence, int8_sentence
 from prgkit.export.bundle.manifest import Artifact, NonInferiority
+from prgkit.metrics import mean_interval
 from prgkit.storage.atomic import write_sealed
 from prgkit.storage.documents import read_document
 
@@ -71,19 +73,16 @@ def judge(row: Row, comparison: NonInferiority, against: Row, *, margin: float) 
     )
 
 
-def round_ratio(
-    ours: Sequence[float], theirs: Sequence[float], *, resamples: int = 1000, seed: int = 0
-) -> tuple[float, Interval]:
-    """Return the ratio of two latencies by their rounds' medians, with its 95 % bootstrap interval over rounds.
+def round_ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, Interval]:
+    """Return the ratio of two latencies by their rounds' medians, with its 95 % interval over rounds.
 
-    The artifacts took turns within each round, so the ratio is taken there, where drift has hit both alike, and its
-    geometric mean over the rounds is resampled.
+    The artifacts took turns within each round, so the ratio is taken there, where drift has hit both alike; it is the
+    geometric mean over the rounds, with the interval of the logarithms' mean by Student's t.
     """
     rounds = min(len(ours), len(theirs))
     logs = np.log(np.asarray(ours[:rounds]) / np.asarray(theirs[:rounds]))  # [rounds]
-    drawn = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
-    low, high = np.exp(np.percentile(logs[drawn].mean(axis=1), [2.5, 97.5]))
-    return float(np.exp(logs.mean())), (float(low), float(high))
+    low, high = mean_interval(logs.tolist())
+    return float(np.exp(logs.mean())), (math.exp(low), math.exp(high))
 
 
 def int8_notes(bundle: Bundle, verdicts: Sequence[Int8Verdict]) -> list[str]:

@@ -2,7 +2,7 @@
 
 A board without a fan is fast until it is warm. A soak runs in windows; each keeps its median, its tail and what the
 device shows of its clock, temperature and power. The ratio of the last minute to the first is that of their windows'
-median latencies, with a 95 % bootstrap interval over windows, and becomes a word:
+median latencies, with a 95 % interval over windows (Welch's t of the logarithms), and becomes a word:
 
     throttled   slower: the whole interval lies above `SLOWER`; and the device said that it held itself back, or its
                 clock fell by more than a twentieth
@@ -13,6 +13,7 @@ median latencies, with a 95 % bootstrap interval over windows, and becomes a wor
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from prgkit.evaluate.report.samples import SoakSamples, SoakWindow
 from prgkit.evaluate.report.schema import Int8Verdict, Interval, Row, Soak, SoakResult, SoakSpan
 from prgkit.evaluate.sensors import Meter, midway, power_source
 from prgkit.evaluate.system import DeviceState, device_state
+from prgkit.metrics import mean_interval
 from prgkit.progress import duration
 
 WINDOW_S = 5.0
@@ -256,15 +258,11 @@ def mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def ratio_of(
-    last: Sequence[SoakWindow], first: Sequence[SoakWindow], *, resamples: int = 1000, seed: int = 0
-) -> tuple[float, Interval]:
-    """Return the ratio of the windows' median latencies (their geometric means), with its 95 % bootstrap interval."""
-    generator = np.random.default_rng(seed)
-    logs = [np.log([window.p50_ms for window in windows]) for windows in (last, first)]
-    drawn = [log[generator.integers(len(log), size=(resamples, len(log)))].mean(axis=1) for log in logs]
-    low, high = np.exp(np.percentile(drawn[0] - drawn[1], [2.5, 97.5]))
-    return float(np.exp(logs[0].mean() - logs[1].mean())), (float(low), float(high))
+def ratio_of(last: Sequence[SoakWindow], first: Sequence[SoakWindow]) -> tuple[float, Interval]:
+    """Return the ratio of the windows' median latencies (their geometric means), with its 95 % interval."""
+    after, before = (np.log([window.p50_ms for window in windows]) for windows in (last, first))
+    low, high = mean_interval(after.tolist(), minus=before.tolist())
+    return float(np.exp(after.mean() - before.mean())), (math.exp(low), math.exp(high))
 
 
 def verdict(

@@ -23,9 +23,9 @@ from prgkit.storage.atomic import write_json, write_text
 ABOUT = (
     "Latency is the wall-clock time of one call at batch 1, from pixels to logits in host memory (stage: io), timed in "
     "a process of its own after warming up. Artifacts take turns over several rounds; every run counts, none is "
-    "trimmed. The interval of the median is a 95 % bootstrap over rounds; p99 needs 1,000 runs. Intervals of shares "
-    "are Wilson's, 95 %. Load time excludes the import of the runtime; peak memory is how far a process grows from "
-    "before that import to the end of its first batch-1 runs. All samples are in samples.json."
+    "trimmed. The interval of the median is a 95 % one over rounds, by Student's t; p99 needs 1,000 runs. Intervals of "
+    "shares are Wilson's, 95 %. Load time excludes the import of the runtime; peak memory is how far a process grows "
+    "from before that import to the end of its first batch-1 runs. All samples are in samples.json."
 )
 
 

@@ -56,7 +56,7 @@ class Latency(Model):
     p95_ms: float
     p99_ms: float | None = Field(description="None of fewer than 1,000 runs.")
     max_ms: float
-    p50_interval_ms: Interval = Field(description="95 % interval of the median, by a bootstrap over rounds.")
+    p50_interval_ms: Interval = Field(description="95 % interval of the median, by Student's t over rounds.")
     round_p50_ms: list[float] = Field(description="The median of each round.")
     steady: bool = Field(description="Whether warming up ended with two windows whose medians are within 2 %.")
     rounds: int = Field(description="How many turns it took.")
