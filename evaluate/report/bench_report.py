@@ -119,8 +119,7 @@ def quality_kept(report: Report, row: Row) -> str:
     if teacher and top1 is not None:
         ratio = 100 * top1 / teacher
         if ratio > 100:
-            within_chance = row.top1_interval is not None and row.top1_interval[0] <= teacher
-            verb = "matches" if within_chance else "beats"
+            verb = "beats" if row.lead_bound is not None and row.lead_bound > 0 else "matches"
             figures = f"{percent(top1)} against its teacher's {percent(teacher)}"
             figures += f", {percent(report.teacher.top1)} corrected" if corrected else ""
             return f"{verb} its teacher ({figures}{'' if report.run.uses_labels else ', without a label'})"

@@ -95,6 +95,9 @@ class Row(ArtifactKey):
     latency_stages: dict[Stage, Latency] = Field({}, description="At batch 1, by where the time is counted from.")
     top1: float | None = Field(None, description="Percent of the labelled images.")
     top1_interval: Interval | None = None
+    lead_bound: float | None = Field(
+        None, description="Points by which top-1 is at least above the teacher's own: a one-sided 95 % bound, by image."
+    )
     top5: float | None = Field(None, description="Percent; None with five classes or fewer.")
     calibration_error: float | None = Field(None, description="Expected, in percent points, as predict answers.")
     agreement_teacher: float | None = Field(None, description="Percent of images with the teacher's answer.")
