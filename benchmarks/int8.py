@@ -4,7 +4,7 @@
 
 ``runs`` holds finished runs with a bundle. Fidelity is measured at the student's own size on its evaluation images,
 latency with the same weights at ``--size``, where all files take turns in one process. A ratio is FP32's latency
-divided by the file's, above 1 where INT8 is faster, with its 95 % bootstrap interval over rounds. Two of the files are
+divided by the file's, above 1 where INT8 is faster, with its 95 % interval over rounds. Two of the files are
 made to fail: one with the scale of a layer doubled, one of ONNX Runtime's quantiser by minima and maxima of tensors.
 """
 

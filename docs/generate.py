@@ -44,7 +44,7 @@ FILES: dict[str, type[BaseModel]] = {
     "comparison/comparison.json": DeviceComparison,
     "runs/NAME-compared/compare.json": ObjectiveComparison,
     "runs/NAME-compared/rank.json": Ranking,
-    "runs/NAME-compared/TRIAL/trial.json": TrialResult,
+    "runs/NAME-compared/trials/TRIAL/trial.json": TrialResult,
 }
 LAYERS = Path(__file__).parents[1] / "tests" / "project" / "test_layers.py"
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}

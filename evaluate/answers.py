@@ -33,9 +33,11 @@ def open_answers(out: Path) -> Answers:
     """Open a .csv or .jsonl file, or a folder for pictures, new or with answers in it to go on with.
 
     Raises:
-        ImagesError: it is a file of another kind, or a table with other columns.
+        ImagesError: it is a file of another kind, a table with other columns, or a folder that is called like a file.
     """
     if out.suffix.lower() in (".csv", ".jsonl"):
+        if out.is_dir():
+            raise ImagesError(f"answers go to a {out.suffix} file, and this is a folder", where=out, fix="name another")
         return AnswerLines(out)
     if out.exists() and not out.is_dir():
         raise ImagesError("answers go to a .csv, a .jsonl, or a folder of pictures", where=out, fix="name one of these")
@@ -47,15 +49,18 @@ class AnswerLines:
 
     def __init__(self, path: Path) -> None:
         self.path, self.as_table = path, path.suffix.lower() == ".csv"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a kill can leave half a line
-        if whole != text:
-            write_bytes(path, whole.encode())
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]  # a kill can leave half a line
+        begins = as_row(COLUMNS) if self.as_table else '{"image": '
         try:
-            self.known = set(names_in(whole, as_table=self.as_table))
-        except (ValueError, KeyError, TypeError) as error:
+            if not whole and not begins.startswith(data[: len(begins)].decode()):
+                raise ValueError("it is no first line that was cut short")
+            self.known = set(names_in(whole.decode(), as_table=self.as_table))
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
             fix = "name another file, or delete this one"
             raise ImagesError("the file holds something else than answers", where=path, fix=fix) from error
+        if whole != data:
+            write_bytes(path, whole)
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.as_table and not whole:
             self.write(as_row(COLUMNS))

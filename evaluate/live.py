@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,10 +36,16 @@ def is_live(given: str) -> bool:
     return bool(ADDRESS.match(given)) or (given.isdecimal() and not os.path.lexists(given))
 
 
-def frames(source: str, fps: float | None, note: Callable[[str], None]) -> Iterator[tuple[str, Reader]]:
-    """Yield the frames of a video, at most ``fps`` a second, each with its time as ``source/0012.345s``.
+def comes_over_time(given: str) -> bool:
+    """Tell whether this stands for pictures that come one after the other, of which none may wait for the next."""
+    return given == "-" or is_live(given)
 
-    Of a camera or a stream always the newest is yielded: what comes while one is looked at is skipped, and counted.
+
+def frames(source: str, fps: float | None, note: Callable[[str], None]) -> Iterator[tuple[str, Reader]]:
+    """Yield the frames of a video, at most ``fps`` a second, each with its time in it as ``source/0012.345s``.
+
+    Of a camera or a stream always the newest is yielded, with the time of day (UTC) at which it came, as
+    ``source/20261130T081500.123Z``: what comes while one is looked at is skipped, and counted.
 
     Raises:
         BackendError: OpenCV is not installed.
@@ -75,7 +82,7 @@ def recorded_frames(
         due += step
         readable, frame = capture.retrieve()
         if readable:
-            yield frame_name(source, place / rate), reader_of(frame)
+            yield f"{source}/{place / rate:08.3f}s", reader_of(frame)
     if place < 0:
         raise ImagesError(
             f"{source} has no frame that can be read", fix="convert it: ffmpeg -i IN -c:v libx264 OUT.mp4"
@@ -86,7 +93,7 @@ def newest_frames(
     cv2: Any, capture: Any, source: str, fps: float | None, note: Callable[[str], None]
 ) -> Iterator[tuple[str, Reader]]:
     """Yield the newest frame of a camera or a stream, until it ends; a thread takes them all, so that none is old."""
-    start, taken, yielded = time.monotonic(), 0, 0
+    start, started, taken, yielded = time.monotonic(), datetime.now(timezone.utc), 0, 0
     newest: list[tuple[float, Any]] = []
     arrived, ended = threading.Condition(), threading.Event()
 
@@ -115,16 +122,12 @@ def newest_frames(
             if seconds >= due:
                 due = max(due + 1 / fps, seconds) if fps else 0.0
                 yielded += 1
-                yield frame_name(source, seconds), reader_of(frame)
+                came = started + timedelta(seconds=seconds)
+                yield f"{source}/{came:%Y%m%dT%H%M%S}.{came.microsecond // 1000:03}Z", reader_of(frame)
     finally:
         ended.set()
         thread.join(5)
         note(f"{source}: {yielded} of {taken} frames answered, the others skipped so that no answer is late")
-
-
-def frame_name(source: str, seconds: float) -> str:
-    """Return what a frame is called: by its video, and its time in it."""
-    return f"{source}/{seconds:08.3f}s"
 
 
 def reader_of(frame: Any) -> Reader:

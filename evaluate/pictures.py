@@ -21,7 +21,7 @@ from prgkit.data.files import printable
 from prgkit.data.preprocessing import Preprocessing, load_image
 from prgkit.data.sources import open_images
 from prgkit.errors import ImagesError, PrgkitError
-from prgkit.evaluate.live import frames, is_live, is_video, paths_on_stdin
+from prgkit.evaluate.live import comes_over_time, frames, is_live, is_video, paths_on_stdin
 from prgkit.evaluate.system import usable_cores
 from prgkit.progress import silent
 
@@ -60,6 +60,7 @@ def open_pictures(
     *,
     fps: float | None = None,
     skip: Container[str] = (),
+    live: bool = False,
 ) -> Iterator[NamedPicture]:
     """Yield each picture that ``images`` stands for.
 
@@ -68,7 +69,8 @@ def open_pictures(
         grey: the values of a deep grey that are black and white.
         note: told which files of a folder are no pictures, and how many frames were skipped.
         fps: the most frames a second that are taken of a video; None for all of a file, the newest of a camera.
-        skip: the names of pictures that are left out.
+        skip: the names of pictures that are left out; a camera's frames never are.
+        live: whether what comes later must not keep any waiting, as of a camera and of stdin anyway.
 
     Raises:
         PrgkitError: a video cannot be opened.
@@ -76,17 +78,21 @@ def open_pictures(
     if isinstance(images, str | os.PathLike | Image.Image | NamedPicture) or getattr(images, "ndim", 4) < 4:
         images = [images]  # type: ignore[list-item]
     for place, given in enumerate(images):
+        comes, again = live, skip
         if isinstance(given, NamedPicture):
             found: Iterator[NamedPicture] = iter([given])
         elif isinstance(given, str | os.PathLike):
-            found = pictures_at(os.fspath(given), grey, note, fps)
+            text = os.fspath(given)
+            found, comes = pictures_at(text, grey, note, fps), live or comes_over_time(text)
+            again = () if is_live(text) else skip
         elif isinstance(given, Image.Image):
             name = str(getattr(given, "filename", "") or place)
             found = iter([NamedPicture(name, partial(upright_rgb, given, grey))])
         else:
             found = iter([NamedPicture(str(place), partial(from_array, given, place))])
-        named = (picture._replace(name=printable(picture.name)) for picture in found)
-        yield from (picture for picture in named if picture.name not in skip)
+        for picture in found:
+            if (name := printable(picture.name)) not in again:
+                yield picture._replace(name=name, live=picture.live or comes)
 
 
 def pictures_at(
@@ -98,7 +104,7 @@ def pictures_at(
             yield from pictures_at(line, grey, note, fps)
     elif is_video(given):
         for name, read in frames(given, fps, note):
-            yield NamedPicture(name, read, is_live(given))
+            yield NamedPicture(name, read)
     elif os.path.isdir(given) or is_archive(Path(given)):
         try:
             images = open_images(given, note=note).with_grey(grey)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prgkit.errors import ExportError, ImagesError
+from prgkit.errors import ExportError, ImagesError, PrgkitError
 from prgkit.evaluate.pictures import Pictures, open_pictures, prepared_ahead
 from prgkit.evaluate.predict import Prediction
 from prgkit.export.bundle.bundle import open_bundle, verify_artifact
@@ -20,10 +21,33 @@ from prgkit.export.runtimes.onnxruntime import OnnxRunner
 from prgkit.storage.atomic import write_bytes
 
 
+@dataclass(frozen=True)
+class Neighbours:
+    """The images of a gallery that a picture is like; of one that cannot be read only why."""
+
+    image: str
+    artifact: str  # the file of the bundle that answered
+    nearest: tuple[tuple[str, float], ...] = ()  # names and cosines, the most alike first
+    error: PrgkitError | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Return it as ``prgkit predict --gallery --json`` prints it."""
+        if self.error is not None:
+            return Prediction(self.image, error=self.error).to_json()
+        return {"image": self.image, "artifact": self.artifact, "nearest": self.nearest}
+
+
 def search(
-    folder: Path, images: Pictures, gallery: Path, *, top_k: int, note: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
-    """Yield for each picture the ``top_k`` nearest images of a gallery, each with its cosine.
+    folder: Path,
+    images: Pictures,
+    gallery: Path,
+    *,
+    top_k: int,
+    note: Callable[[str], None],
+    fps: float | None = None,
+    live: bool = False,
+) -> Iterator[Neighbours]:
+    """Yield for each picture the ``top_k`` nearest images of a gallery; ``fps`` and ``live`` are `open_pictures`'.
 
     Raises:
         PrgkitError: the bundle has no embedding, or the gallery is not of its teacher.
@@ -39,13 +63,13 @@ def search(
     verify_artifact(folder, artifact)
     runner = OnnxRunner(folder / artifact.file, name=artifact.name)
     try:
-        pictures = open_pictures(images, bundle.preprocessing.grey_range, note)
+        pictures = open_pictures(images, bundle.preprocessing.grey_range, note, fps=fps, live=live)
         for picture, pixels, error in prepared_ahead(pictures, bundle.preprocessing):
             if pixels is None:
-                yield Prediction(picture.name, error=error).to_json()
+                yield Neighbours(picture.name, artifact.name, error=error)
                 continue
             nearest = known.nearest(runner.run(pixels[None])[0], top_k)
-            yield {"image": picture.name, "artifact": artifact.name, "nearest": nearest}
+            yield Neighbours(picture.name, artifact.name, tuple(nearest))
     finally:
         runner.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,8 @@ from pydantic import Field
 from prgkit.evaluate.report.schema import Int8Verdict, Interval, Model, Row, measured_latency
 from prgkit.export.bundle.bundle import Bundle, fp32_onnx
 from prgkit.export.bundle.fidelity import comparison_sentence, int8_sentence
-from prgkit.export.bundle.manifest import Artifact
+from prgkit.export.bundle.manifest import Artifact, NonInferiority
+from prgkit.metrics import mean_interval
 from prgkit.storage.atomic import write_sealed
 from prgkit.storage.documents import read_document
 
@@ -30,7 +32,10 @@ class Selection(Model):
 
 
 def judge_int8(bundle: Bundle, rows: Sequence[Row]) -> list[Int8Verdict]:
-    """Judge every INT8 file that ONNX Runtime ran on this machine's CPU, by the report's ``rows``."""
+    """Judge every INT8 file that ONNX Runtime ran on this machine's CPU, by the report's ``rows``.
+
+    Without evaluation images no row has been compared with FP32, and none is judged: `predict` keeps to FP32.
+    """
     on_cpu = [row for row in rows if row.backend == "onnxruntime" and row.device == "cpu"]
     ran = {row.artifact: row for row in on_cpu if row.status == "measured"}
     floats = [row for row in ran.values() if row.precision in ("fp32", "fp16")]
@@ -38,18 +43,21 @@ def judge_int8(bundle: Bundle, rows: Sequence[Row]) -> list[Int8Verdict]:
         return []
     against = min(floats, key=lambda row: measured_latency(row).p50_ms)
     files = [one for one in bundle.artifacts if (one.format, one.precision) == ("onnx", "int8")]
-    return [judge(ran[one.name], against, margin=bundle.manifest.margin(one)) for one in files if one.name in ran]
+    return [
+        judge(row, row.comparison, against, margin=bundle.manifest.margin(one))
+        for one in files
+        if (row := ran.get(one.name)) is not None and row.comparison is not None
+    ]
 
 
-def judge(row: Row, against: Row, *, margin: float) -> Int8Verdict:
+def judge(row: Row, comparison: NonInferiority, against: Row, *, margin: float) -> Int8Verdict:
     """Return whether one INT8 file is kept, and why.
 
     It must be as good as FP32 (`NonInferiority.holds`). The latency counts by the ratio to that of ``against``, the
     faster of FP32 and FP16: its whole 95 % interval must lie below 1.
     """
-    assert row.comparison is not None
     ratio, interval = round_ratio(measured_latency(row).round_p50_ms, measured_latency(against).round_p50_ms)
-    faithful, faster = row.comparison.holds(margin), interval[1] < 1
+    faithful, faster = comparison.holds(margin), interval[1] < 1
     return Int8Verdict(
         artifact=row.artifact,
         backend=row.backend,
@@ -57,7 +65,7 @@ def judge(row: Row, against: Row, *, margin: float) -> Int8Verdict:
         kept=faithful and faster,
         faithful=faithful,
         faster=faster,
-        comparison=row.comparison,
+        comparison=comparison,
         margin=margin,
         against=against.artifact,
         ratio=ratio,
@@ -65,19 +73,16 @@ def judge(row: Row, against: Row, *, margin: float) -> Int8Verdict:
     )
 
 
-def round_ratio(
-    ours: Sequence[float], theirs: Sequence[float], *, resamples: int = 1000, seed: int = 0
-) -> tuple[float, Interval]:
-    """Return the ratio of two latencies by their rounds' medians, with its 95 % bootstrap interval over rounds.
+def round_ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, Interval]:
+    """Return the ratio of two latencies by their rounds' medians, with its 95 % interval over rounds.
 
-    The artifacts took turns within each round, so the ratio is taken there, where drift has hit both alike, and its
-    geometric mean over the rounds is resampled.
+    The artifacts took turns within each round, so the ratio is taken there, where drift has hit both alike; it is the
+    geometric mean over the rounds, with the interval of the logarithms' mean by Student's t.
     """
     rounds = min(len(ours), len(theirs))
     logs = np.log(np.asarray(ours[:rounds]) / np.asarray(theirs[:rounds]))  # [rounds]
-    drawn = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
-    low, high = np.exp(np.percentile(logs[drawn].mean(axis=1), [2.5, 97.5]))
-    return float(np.exp(logs.mean())), (float(low), float(high))
+    low, high = mean_interval(logs.tolist())
+    return float(np.exp(logs.mean())), (math.exp(low), math.exp(high))
 
 
 def int8_notes(bundle: Bundle, verdicts: Sequence[Int8Verdict]) -> list[str]:

@@ -5,6 +5,7 @@ from prgkit.api import compare as compare
 from prgkit.api import distill as distill
 from prgkit.api import label as label
 from prgkit.api import load as load
+from prgkit.api import pull as pull
 from prgkit.errors import PrgkitError as PrgkitError
 from prgkit.evaluate.predict import Model as Model
 from prgkit.evaluate.predict import Prediction as Prediction

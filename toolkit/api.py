@@ -6,6 +6,7 @@ Names and defaults are the recipe's and the command line's. Notes that the comma
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing_extensions import TypedDict, Unpack
 
 from prgkit.config.recipe import Recipe, load_recipe
 from prgkit.config.yaml_io import yaml_text
+from prgkit.errors import nearest
 from prgkit.evaluate import system
 from prgkit.evaluate.predict import Model
 from prgkit.evaluate.report.schema import Report
@@ -181,7 +183,8 @@ def distill(
     from prgkit.training.distill import distill as train
 
     more = {"student.model": student, "training.epochs": epochs}
-    chosen, folder = choose(recipe, which, {key: value for key, value in more.items() if value is not None})
+    given = {key: value for key, value in more.items() if value is not None}
+    chosen, folder = choose(distill, recipe, which, given)
     return Run(train(chosen, Path(run) if run else folder, targets_of(which), Reporter(which.get("progress"))).folder)
 
 
@@ -189,7 +192,7 @@ def label(recipe: AnyPath | None = None, **which: Unpack[RecipeArguments]) -> li
     """Return what the teacher says of every image, as ``prgkit label`` does; nothing is trained."""
     from prgkit.annotation.label import label_images
 
-    chosen, _ = choose(recipe, which)
+    chosen, _ = choose(label, recipe, which)
     return label_images(chosen, targets_of(which), Reporter(which.get("progress")))
 
 
@@ -206,7 +209,7 @@ def compare(
     from prgkit.evaluate.compare.trials import Plan, trials_of
     from prgkit.evaluate.compare.trials import compare as train
 
-    chosen, folder = choose(recipe, which)
+    chosen, folder = choose(compare, recipe, which)
     trials, place = trials_of(chosen, Plan(objectives, students, seeds)), folder.with_name(f"{folder.name}-compared")
     progress = Reporter(which.get("progress"))
     return train(trials, Path(out or place), targets_of(which), progress, command="prgkit.compare(...)", whole=None)
@@ -232,9 +235,13 @@ def pull(repo: str, folder: AnyPath | None = None, *, revision: str | None = Non
 
 
 def choose(
-    recipe: AnyPath | None, which: RecipeArguments, more: Mapping[str, object] | None = None
+    function: Callable[..., object],
+    recipe: AnyPath | None,
+    which: RecipeArguments,
+    more: Mapping[str, object] | None = None,
 ) -> tuple[Recipe, Path]:
-    """Return the recipe that is meant, with ``more`` of its keys, and the folder of its run."""
+    """Return the recipe that a function was given, with ``more`` of its keys, and the folder of its run."""
+    require_known(function, which)
     images, classes = which.get("images"), which.get("classes")
     if recipe is None and (images is None or classes is None):
         raise TypeError("give a recipe, or both images and classes")
@@ -246,6 +253,21 @@ def choose(
     overrides = [f"{key}={yaml_text(value)}" for key, value in given.items()]
     chosen = load_recipe(os.fspath(recipe or "custom"), overrides=overrides, note=logger.info)
     return chosen, RUNS / run_name(os.fspath(recipe or images or ""))
+
+
+def require_known(function: Callable[..., object], which: RecipeArguments) -> None:
+    """Raise a TypeError of keywords that the function does not have: they would be passed over in silence."""
+    unknown = [name for name in which if name not in RecipeArguments.__annotations__]
+    if not unknown:
+        return
+    known = [*list(inspect.signature(function).parameters)[:-1], *RecipeArguments.__annotations__]
+    sections = {section: getattr(one.annotation, "model_fields", {}) for section, one in Recipe.model_fields.items()}
+    keys = [f"{section}.{name}" for name in unknown for section, fields in sections.items() if name in fields]
+    raise TypeError(
+        f"{function.__name__}() has no argument {', '.join(map(repr, unknown))}; keys of the recipe go into "
+        f"settings={{{(keys or ['training.batch_size'])[0]!r}: ...}}"
+        + "".join(nearest(name, known) for name in unknown)
+    )
 
 
 def targets_of(which: RecipeArguments) -> Path:

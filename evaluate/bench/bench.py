@@ -37,7 +37,7 @@ from prgkit.evaluate.report.samples import RowSamples, Samples, ThroughputSample
 from prgkit.evaluate.report.schema import FixedRate, Int8Verdict, Machine, Report, Row, Soak, ThreadSweep, Throughput
 from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection
 from prgkit.export.bundle.bundle import Bundle, Evaluation, noise, open_bundle, read_evaluation
-from prgkit.export.bundle.fidelity import compare_with_fp32, known_classes
+from prgkit.export.bundle.fidelity import compare_with_fp32, known_classes, paired_shares
 from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes.parity import check_golden
 from prgkit.storage.atomic import sha256
@@ -240,7 +240,7 @@ def with_results(row: Row, one: Measured, subject: Subject) -> Row:
                 f"its logits are not finite on {len(broken)} of {len(one.logits)} images, first on image {broken[0]}"
             )
         else:
-            figures |= accuracy(row, one.logits, subject)
+            figures |= {**accuracy(row, one.logits, subject), "lead_bound": lead_bound(one.logits, subject)}
     return Row.model_validate({**dict(row), **figures, "status": "failed" if failed else "measured", "reason": failed})
 
 
@@ -258,6 +258,19 @@ def accuracy(row: Row, logits: NDArray[np.float32], subject: Subject) -> dict[st
         found = compare_with_fp32(evaluation.logits, logits, evaluation.teacher_logits, known)
         figures |= {"comparison": found, "faithful": found.holds(subject.bundle.manifest.margin())}
     return figures
+
+
+def lead_bound(logits: NDArray[np.float32], subject: Subject) -> float | None:
+    """Return by how many points logits [images, classes] are at least more often right than the teacher's own answers.
+
+    The teacher's own are those before any correction. The bound is `metrics.paired_bound`; None without labels.
+    """
+    evaluation, statistics = subject.evaluation, metadata.pseudo_labels(subject.bundle, subject.run_folder)
+    if evaluation.labels is None:
+        return None
+    corrected = statistics is not None and statistics.correction is not None
+    teacher = evaluation.teacher_uniform_logits if corrected else evaluation.teacher_logits
+    return paired_shares(teacher, logits, evaluation.labels).bounds[0]
 
 
 def row_samples(one: Measured) -> RowSamples:

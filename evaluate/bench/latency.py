@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,8 +17,9 @@ from prgkit.evaluate.bench.worker import Pixels, Spec, Worker, WorkerFailedError
 from prgkit.evaluate.bench.workers import BenchContext, WorkerGroup, artifact_name, open_workers, rotate
 from prgkit.evaluate.report.formatting import P99_SAMPLES
 from prgkit.evaluate.report.samples import ThreadSweepSamples, WarmUp
-from prgkit.evaluate.report.schema import STAGES, Energy, Latency, Stage, ThreadSweep, ThreadSweepRow
+from prgkit.evaluate.report.schema import STAGES, Energy, Interval, Latency, Stage, ThreadSweep, ThreadSweepRow
 from prgkit.evaluate.sensors import Meter, midway, power_source
+from prgkit.metrics import mean_interval
 
 ROUNDS = 10
 # A runtime's threads spin for a moment after their last run; these untimed runs outlast the previous artifact's.
@@ -283,7 +285,7 @@ def summarize(rounds_ns: Sequence[Sequence[int]], *, steady: bool, batch: int = 
     """Return percentiles over all runs, and the interval of their median over rounds."""
     samples_ms = np.concatenate([np.asarray(samples, dtype=np.float64) for samples in rounds_ns]) / 1e6
     p50, p90, p95, p99 = (float(value) for value in np.percentile(samples_ms, [50, 90, 95, 99]))
-    low_ns, high_ns = median_interval(rounds_ns)
+    medians_ms = [float(np.median(samples)) / 1e6 for samples in rounds_ns]
     return Latency(
         batch=batch,
         stage=stage,
@@ -293,21 +295,21 @@ def summarize(rounds_ns: Sequence[Sequence[int]], *, steady: bool, batch: int = 
         p95_ms=p95,
         p99_ms=p99 if len(samples_ms) >= P99_SAMPLES else None,
         max_ms=float(samples_ms.max()),
-        p50_interval_ms=(low_ns / 1e6, high_ns / 1e6),
-        round_p50_ms=[float(np.median(samples)) / 1e6 for samples in rounds_ns],
+        p50_interval_ms=median_interval(p50, medians_ms),
+        round_p50_ms=medians_ms,
         steady=steady,
         rounds=len(rounds_ns),
     )
 
 
-def median_interval(rounds: Sequence[Sequence[int]], *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the median, drawing whole rounds: successive samples correlate."""
-    generator = np.random.default_rng(seed)
-    arrays = [np.asarray(samples, dtype=np.float64) for samples in rounds]
-    drawn = generator.integers(len(arrays), size=(resamples, len(arrays)))  # [resamples, rounds]
-    medians = [float(np.median(np.concatenate([arrays[index] for index in row]))) for row in drawn]
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return float(low), float(high)
+def median_interval(median: float, rounds: Sequence[float]) -> Interval:
+    """Return the 95 % interval of a median by Student's t over the logarithms of its rounds' medians.
+
+    Rounds count, and not runs, since successive runs correlate. Where rounds fall into two kinds the median of all runs
+    can lie outside; then the interval is widened to hold it.
+    """
+    low, high = map(math.exp, mean_interval(np.log(rounds).tolist()))
+    return min(low, median), max(high, median)
 
 
 def energy(one: Measured) -> Energy | None:

@@ -2,7 +2,7 @@
 
 A board without a fan is fast until it is warm. A soak runs in windows; each keeps its median, its tail and what the
 device shows of its clock, temperature and power. The ratio of the last minute to the first is that of their windows'
-median latencies, with a 95 % bootstrap interval over windows, and becomes a word:
+median latencies, with a 95 % interval over windows (Welch's t of the logarithms), and becomes a word:
 
     throttled   slower: the whole interval lies above `SLOWER`; and the device said that it held itself back, or its
                 clock fell by more than a twentieth
@@ -13,6 +13,7 @@ median latencies, with a 95 % bootstrap interval over windows, and becomes a wor
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from prgkit.evaluate.report.samples import SoakSamples, SoakWindow
 from prgkit.evaluate.report.schema import Int8Verdict, Interval, Row, Soak, SoakResult, SoakSpan
 from prgkit.evaluate.sensors import Meter, midway, power_source
 from prgkit.evaluate.system import DeviceState, device_state
+from prgkit.metrics import mean_interval
 from prgkit.progress import duration
 
 WINDOW_S = 5.0
@@ -77,23 +79,20 @@ class SoakProgress:
 def soak(spec: Spec, options: BenchOptions, context: BenchContext) -> tuple[Soak | None, SoakSamples]:
     """Run one artifact for the options' minutes without a rest; return the report's section, and all windows.
 
-    A soak that was stopped begins anew, since a rest cools; the windows of the stopped one are returned beside the
-    others. One that came to its end is not run again. Without minutes nothing is measured.
+    A soak that was stopped begins anew, since a rest cools. One that came to its end is not run again. Without minutes
+    nothing is measured.
     """
     if options.soak_minutes is None:
         return None, SoakSamples()
     journal, fps = context.journal.part("soak"), options.fps
     start = SoakStart(artifact=artifact_name(spec), minutes=options.soak_minutes, fps=fps)
-    stopped = windows_before(journal)
+    before = windows_before(journal)
     last = journal.of(SoakStart, SoakWindow, SoakEnd)[-1:]
     if last and isinstance(last[0], SoakEnd) and last[0].start == start:
-        return last[0].soak, SoakSamples(windows=stopped[-1], stopped=stopped[:-1])
-    if stopped:
-        lasted_s = sum(window.seconds for window in stopped[-1])
-        journal.notes.append(
-            f"A soak was stopped after {duration(lasted_s)}, and began anew, since a rest cools the device; the "
-            "windows of the stopped one are in samples.json."
-        )
+        return last[0].soak, SoakSamples(windows=before)
+    if before:
+        lasted = duration(sum(window.seconds for window in before))
+        journal.notes.append(f"A soak was stopped after {lasted}, and began anew, since a rest cools the device.")
         context.note(journal.notes[-1])
     context.note(
         f"soak: {start.artifact} for {start.minutes:g} min, "
@@ -118,7 +117,7 @@ def soak(spec: Spec, options: BenchOptions, context: BenchContext) -> tuple[Soak
     )
     if failed is None:
         journal.add(SoakEnd(start=start, soak=section))
-    return section, SoakSamples(windows=progress.windows, stopped=stopped)
+    return section, SoakSamples(windows=progress.windows)
 
 
 def soak_lead(
@@ -134,15 +133,15 @@ def soak_lead(
     return (None, SoakSamples()) if spec is None else soak(spec, options, context)
 
 
-def windows_before(journal: BenchJournal) -> list[list[SoakWindow]]:
-    """Return the windows of each soak that began before the bench was stopped."""
-    soaks: list[list[SoakWindow]] = []
+def windows_before(journal: BenchJournal) -> list[SoakWindow]:
+    """Return the windows of the soak that began last before the bench was stopped."""
+    windows: list[SoakWindow] = []
     for record in journal.of(SoakStart, SoakWindow):
-        if isinstance(record, SoakStart):
-            soaks.append([])
-        elif soaks and isinstance(record, SoakWindow):
-            soaks[-1].append(record)
-    return [windows for windows in soaks if windows]
+        if isinstance(record, SoakWindow):
+            windows.append(record)
+        else:
+            windows = []
+    return windows
 
 
 def run_windows(progress: SoakProgress, worker: Worker, *, journal: BenchJournal, note: Callable[[str], None]) -> None:
@@ -256,15 +255,11 @@ def mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def ratio_of(
-    last: Sequence[SoakWindow], first: Sequence[SoakWindow], *, resamples: int = 1000, seed: int = 0
-) -> tuple[float, Interval]:
-    """Return the ratio of the windows' median latencies (their geometric means), with its 95 % bootstrap interval."""
-    generator = np.random.default_rng(seed)
-    logs = [np.log([window.p50_ms for window in windows]) for windows in (last, first)]
-    drawn = [log[generator.integers(len(log), size=(resamples, len(log)))].mean(axis=1) for log in logs]
-    low, high = np.exp(np.percentile(drawn[0] - drawn[1], [2.5, 97.5]))
-    return float(np.exp(logs[0].mean() - logs[1].mean())), (float(low), float(high))
+def ratio_of(last: Sequence[SoakWindow], first: Sequence[SoakWindow]) -> tuple[float, Interval]:
+    """Return the ratio of the windows' median latencies (their geometric means), with its 95 % interval."""
+    after, before = (np.log([window.p50_ms for window in windows]) for windows in (last, first))
+    low, high = mean_interval(after.tolist(), minus=before.tolist())
+    return float(np.exp(after.mean() - before.mean())), (math.exp(low), math.exp(high))
 
 
 def verdict(

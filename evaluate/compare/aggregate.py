@@ -22,26 +22,22 @@ from prgkit.evaluate.report.html import page
 from prgkit.evaluate.report.markdown import markdown
 from prgkit.evaluate.report.plots.charts import heat_map
 from prgkit.evaluate.report.sections import Column, Document, Section, lines, table_row
+from prgkit.metrics import mean_interval
 from prgkit.storage.atomic import write_json, write_text
 
-# Student's t at 97.5 % for 1 to 30 degrees of freedom; beyond, 2.042 is on the safe side.
-T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 Value = TypeVar("Value")
 
 
 def aggregate(trials: Sequence[TrialResult]) -> ObjectiveComparison:
     """Return the comparison of finished trials: a row for each student and objective, seeds together.
 
-    The reference of the differences is PRG where it is among the rows, else the last row; of each student its own.
+    The reference of the differences is PRG where it is among the rows, else the last row that is no control; of each
+    student its own.
     """
     groups: dict[tuple[str, str], list[TrialResult]] = {}
     for trial in trials:
         groups.setdefault((trial.student, trial.label), []).append(trial)
-    labels = list(dict.fromkeys(label for _, label in groups))
+    labels = [trial.label for trial in trials if not trial.control] or [trial.label for trial in trials]
     reference = "prg" if "prg" in labels else labels[-1]
     return ObjectiveComparison(
         reference=reference,
@@ -71,6 +67,7 @@ def compared_objective(trials: Sequence[TrialResult], reference: Sequence[TrialR
     return ComparedObjective(
         student=first.student,
         label=first.label,
+        control=first.control,
         objective=first.objective,
         seeds=[trial.seed for trial in trials],
         top1=spread([trial.top1 for trial in trials]),
@@ -103,10 +100,9 @@ def difference(trials: Sequence[TrialResult], reference: Sequence[TrialResult]) 
         return None
     of: Of = "agreement_teacher" if pairs[0][0].labels is None else "top1"
     by_seed = [getattr(trial, of) - getattr(other, of) for trial, other in pairs]
-    mean, count = float(np.mean(by_seed)), len(by_seed)
-    if count > 1:
-        half = T[min(count, len(T) + 1) - 2] * float(np.std(by_seed, ddof=1)) / math.sqrt(count)
-        return Difference(of=of, mean=mean, interval=(mean - half, mean + half), over="seeds")
+    mean = float(np.mean(by_seed))
+    if len(by_seed) > 1:
+        return Difference(of=of, mean=mean, interval=mean_interval(by_seed), over="seeds")
     if of == "agreement_teacher":
         return Difference(of=of, mean=mean, interval=None, over=None)
     trial, other = pairs[0]
@@ -240,7 +236,8 @@ def objectives_about(comparison: ObjectiveComparison) -> str:
 
 def heat_map_of(comparison: ObjectiveComparison, student: str) -> Section | None:
     """Return a student's heat map over the two numbers that a sweep of PRG has changed; None without such a sweep."""
-    rows = [row for row in comparison.rows if row.student == student and row.objective[0]["name"] == "prg"]
+    own = [row for row in comparison.rows if row.student == student and not row.control]
+    rows = [row for row in own if row.objective[0]["name"] == "prg"]
     configs = [row.objective[0] for row in rows]
     swept = [key for key in (configs[0] if configs else {}) if len({str(config[key]) for config in configs}) > 1]
     if len(swept) != 2:

@@ -53,8 +53,11 @@ class TrialResult(Model):
 
     schema_version: Literal["prgkit.trial/2"] = Field(TRIAL_SCHEMA, alias="schema")
     label: str = Field(description="The objective as the comparison's table names it.")
+    control: bool = Field(False, description="Whether its teacher is the random one of --random-teacher.")
     fingerprint: str = Field(description="That of the recipe.")
     training_images: str = Field(description="The fingerprint of the images that it learned from.")
+    teacher_files: str | None = Field(None, description="The fingerprint of its teacher's names and files.")
+    initial_sha256: str | None = Field(None, description="Of the weights that it began with, where these were a file.")
     student: str
     image_size: Size
     objective: list[Config]
@@ -110,6 +113,7 @@ class ComparedObjective(Model):
 
     student: str
     label: str
+    control: bool = Field(False, description="Whether its teacher is the random one of --random-teacher.")
     objective: list[Config]
     seeds: list[int]
     top1: Spread | None

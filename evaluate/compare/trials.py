@@ -36,12 +36,13 @@ from prgkit.evaluate.compare.schema import (
 )
 from prgkit.metrics import scores, top1
 from prgkit.progress import Progress
-from prgkit.storage.atomic import fingerprint, write_json
+from prgkit.storage.atomic import fingerprint, sha256, write_json
 from prgkit.storage.documents import read_document
-from prgkit.storage.run import Run
+from prgkit.storage.run import Run, initial_weights
 from prgkit.student.model import load_student, student_logits
 from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.ensemble import existing_targets
+from prgkit.teacher.weights import teacher_identity, weights_identity
 from prgkit.training.distill import distill
 from prgkit.training.prepare import hold_out
 
@@ -61,6 +62,7 @@ class Trial:
 
     label: str  # the objective as the comparison names it
     recipe: Recipe
+    control: bool = False  # its teacher has random weights, beside that of the others
 
     @property
     def name(self) -> str:
@@ -132,7 +134,7 @@ def trials_of(recipe: Recipe, plan: Plan) -> list[Trial]:
 def untaught(trial: Trial) -> Trial:
     """Return a trial whose teacher has random weights: what a student learns without anyone's knowledge."""
     teachers = tuple(teacher.model_copy(update={"weights": RANDOM}) for teacher in trial.recipe.teacher)
-    return Trial(f"{trial.label}, random teacher", trial.recipe.model_copy(update={"teacher": teachers}))
+    return Trial(f"{trial.label}, random teacher", trial.recipe.model_copy(update={"teacher": teachers}), control=True)
 
 
 def objective_configs(recipe: Recipe, plan: Plan) -> dict[str, Config]:
@@ -214,7 +216,7 @@ def compare(
                 continue
             watching = ProgressOnly(progress)
             if (snapshot := load_snapshot(run)) is not None and snapshot.keys != split.training_keys:
-                raise changed(folder)
+                raise changed("the images have", folder)
             result = judge(run, trial, split, progress)
             write_json(trial.file(out), result.model_dump(mode="json"))
         results.append(result)
@@ -229,7 +231,8 @@ def finished(path: Path, trial: Trial, split: EvalSplit) -> TrialResult | None:
     """Return what a trial came to, or None where it is not finished, or was judged on other images or labels.
 
     Raises:
-        RunError: it learned from other images than there are now, so that it cannot stand beside new trials.
+        RunError: it learned from other images or another teacher than there are now, or began with other weights, so
+            that it cannot stand beside new trials.
     """
     if not path.exists():
         return None
@@ -240,15 +243,26 @@ def finished(path: Path, trial: Trial, split: EvalSplit) -> TrialResult | None:
     if result.fingerprint != trial.recipe.fingerprint():
         return None
     if result.training_images != split.training_images:
-        raise changed(path.parent)
+        raise changed("the images have", path.parent)
+    if result.teacher_files not in (None, files_of(trial.recipe)):
+        raise changed("the teacher has", path.parent)
+    initial = initial_weights(trial.recipe.student)
+    if result.initial_sha256 and initial is not None and initial.is_file() and sha256(initial) != result.initial_sha256:
+        raise changed("what student.initial holds has", path.parent)
+    if result.evaluation.digest != split.digest:
+        return None
     # The same recipe may have another label in another comparison.
-    return result.model_copy(update={"label": trial.label}) if result.evaluation.digest == split.digest else None
+    return result.model_copy(update={"label": trial.label, "control": trial.control})
 
 
-def changed(folder: Path) -> RunError:
-    """Build the error for a trial that cannot stand beside others, as it learned from other images."""
-    what = "the images have changed since this trial was trained"
-    return RunError(what, where=folder, fix="compare in another --out")
+def files_of(recipe: Recipe) -> str:
+    """Return what changes when the files of the recipe's teachers do, whatever they compute with."""
+    return fingerprint([weights_identity(teacher_identity(config)) for config in recipe.teacher])
+
+
+def changed(what: str, folder: Path) -> RunError:
+    """Build the error for a trial that cannot stand beside others, as it learned from something else."""
+    return RunError(f"{what} changed since this trial was trained", where=folder, fix="compare in another --out")
 
 
 @dataclass(frozen=True)
@@ -330,8 +344,11 @@ def judge(run: Run, trial: Trial, split: EvalSplit, progress: Progress) -> Trial
     del figures["agreement_fp32"]
     return TrialResult(
         label=trial.label,
+        control=trial.control,
         fingerprint=recipe.fingerprint(),
         training_images=split.training_images,
+        teacher_files=files_of(recipe),
+        initial_sha256=run.student_facts.initial_sha256,
         student=recipe.student.model,
         image_size=recipe.student.image_size,
         objective=[objective.model_dump(mode="json") for objective in recipe.objective],

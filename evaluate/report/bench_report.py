@@ -23,9 +23,9 @@ from prgkit.storage.atomic import write_json, write_text
 ABOUT = (
     "Latency is the wall-clock time of one call at batch 1, from pixels to logits in host memory (stage: io), timed in "
     "a process of its own after warming up. Artifacts take turns over several rounds; every run counts, none is "
-    "trimmed. The interval of the median is a 95 % bootstrap over rounds; p99 needs 1,000 runs. Intervals of shares "
-    "are Wilson's, 95 %. Load time excludes the import of the runtime; peak memory is how far a process grows from "
-    "before that import to the end of its first batch-1 runs. All samples are in samples.json."
+    "trimmed. The interval of the median is a 95 % one over rounds, by Student's t; p99 needs 1,000 runs. Intervals of "
+    "shares are Wilson's, 95 %. Load time excludes the import of the runtime; peak memory is how far a process grows "
+    "from before that import to the end of its first batch-1 runs. All samples are in samples.json."
 )
 
 
@@ -119,8 +119,7 @@ def quality_kept(report: Report, row: Row) -> str:
     if teacher and top1 is not None:
         ratio = 100 * top1 / teacher
         if ratio > 100:
-            within_chance = row.top1_interval is not None and row.top1_interval[0] <= teacher
-            verb = "matches" if within_chance else "beats"
+            verb = "beats" if row.lead_bound is not None and row.lead_bound > 0 else "matches"
             figures = f"{percent(top1)} against its teacher's {percent(teacher)}"
             figures += f", {percent(report.teacher.top1)} corrected" if corrected else ""
             return f"{verb} its teacher ({figures}{'' if report.run.uses_labels else ', without a label'})"

@@ -190,7 +190,7 @@ def latency_line(before: Row, now: Row, tolerance: float) -> BaselineLine:
 def bounds_ms(latency: Latency) -> Interval:
     """Return the interval of a median, or the range of its rounds' medians where these moved apart.
 
-    A bootstrap over rounds says how sure a median is under the load of its bench; where the load changed within it, it
+    An interval over rounds says how sure a median is under the load of its bench; where the load changed within it, it
     may have changed between two benches as well. The 10th and the 90th percentile are the range's ends: a device that
     throttles after its first round is slower, whatever that round was.
     """

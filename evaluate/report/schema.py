@@ -56,7 +56,7 @@ class Latency(Model):
     p95_ms: float
     p99_ms: float | None = Field(description="None of fewer than 1,000 runs.")
     max_ms: float
-    p50_interval_ms: Interval = Field(description="95 % interval of the median, by a bootstrap over rounds.")
+    p50_interval_ms: Interval = Field(description="95 % interval of the median, by Student's t over rounds.")
     round_p50_ms: list[float] = Field(description="The median of each round.")
     steady: bool = Field(description="Whether warming up ended with two windows whose medians are within 2 %.")
     rounds: int = Field(description="How many turns it took.")
@@ -95,6 +95,9 @@ class Row(ArtifactKey):
     latency_stages: dict[Stage, Latency] = Field({}, description="At batch 1, by where the time is counted from.")
     top1: float | None = Field(None, description="Percent of the labelled images.")
     top1_interval: Interval | None = None
+    lead_bound: float | None = Field(
+        None, description="Points by which top-1 is at least above the teacher's own: a one-sided 95 % bound, by image."
+    )
     top5: float | None = Field(None, description="Percent; None with five classes or fewer.")
     calibration_error: float | None = Field(None, description="Expected, in percent points, as predict answers.")
     agreement_teacher: float | None = Field(None, description="Percent of images with the teacher's answer.")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,6 +60,20 @@ def test_distill_means_the_command_lines_run(request: pytest.FixtureRequest, pro
 def test_what_cannot_be_is_refused_in_words(project_copy: Path) -> None:
     with pytest.raises(TypeError, match="give a recipe, or both images and classes"):
         prgkit.distill(images="photos")
+    unknown: dict[str, Any] = {"learning_rate": 0.5, "epoch": 3}  # neither may be passed over
+    with pytest.raises(TypeError) as caught:
+        prgkit.distill("tiny.yaml", run="runs/other", **unknown)
+    assert str(caught.value) == (
+        "distill() has no argument 'learning_rate', 'epoch'; keys of the recipe go into "
+        "settings={'training.learning_rate': ...}; did you mean 'epochs'?"
+    )
+    unknown = {"objective": ["kd"]}
+    with pytest.raises(TypeError, match=r"batch_size': \.\.\.\}; did you mean 'objectives'\?$"):
+        prgkit.compare("tiny.yaml", **unknown)
+    unknown = {"zzz": 1}
+    with pytest.raises(TypeError, match=r"^label\(\) has no argument 'zzz'; keys .*: \.\.\.\}$"):
+        prgkit.label("tiny.yaml", **unknown)
+    assert not Path("runs/other").exists()
     with pytest.raises(StudentError, match="timm has no model 'repvit_m0_99'"):
         prgkit.distill("tiny.yaml", student="repvit_m0_99", run="runs/other")
     with pytest.raises(prgkit.PrgkitError, match="there is no such run folder"):

@@ -35,6 +35,7 @@ from prgkit.export.bundle.manifest import EvaluationFacts, Manifest, RunFacts
 from prgkit.export.readme import write_manifest
 from prgkit.export.runtimes.onnxruntime import ONNXRUNTIME
 from prgkit.export.runtimes.tensorrt import TENSORRT, TENSORRT_RTX
+from prgkit.metrics import paired_bound
 from prgkit.storage.atomic import sha256, write_sealed
 from prgkit.storage.quality import Statistics
 
@@ -201,6 +202,7 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
     ]
     onnx_row, engine_row = report["rows"]
     assert (onnx_row["status"], onnx_row["top1"], onnx_row["agreement_fp32"]) == ("measured", 75.0, 100.0)
+    assert onnx_row["lead_bound"] == pytest.approx(paired_bound(0, 10, 40))  # the teacher alone is right on ten
     assert (onnx_row["threads"], onnx_row["backend"], onnx_row["device"]) == (1, "onnxruntime", "cpu")
     assert [entry["batch"] for entry in onnx_row["throughput"]] == [1, 4]
     assert (

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_model
+from timm import create_model
 
+from prgkit import demo
 from prgkit.config.recipe import Recipe, validate
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import ImagesError, RecipeError, RunError
@@ -127,6 +131,16 @@ def test_a_sweep_is_every_combination_and_leaves_others_as_they_are(pictures: Pa
         "prg, node_weight 3, block raw",
         "prg, node_weight 3, block l2",
     ]
+
+
+def test_the_control_is_marked(pictures: Path) -> None:
+    trials = planned(recipe_for(pictures), objectives=["kd", "prg"], random_teacher=True)
+    assert [(trial.label, trial.control) for trial in trials] == [
+        ("kd", False),
+        ("prg", False),
+        ("prg, random teacher", True),
+    ]
+    assert [teacher.weights for trial in trials for teacher in trial.recipe.teacher] == [None, None, "random"]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +265,36 @@ def test_a_trial_that_comes_apart_is_left_out_and_one_of_other_images_is_refused
     extra.unlink()
 
 
+def test_a_trial_of_another_teacher_or_of_other_first_weights_is_refused(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = Path(shutil.copytree(Path(demo.__file__).with_name("teacher"), tmp_path / "teacher"))
+    first = tmp_path / "first.safetensors"
+    save_model(create_model("test_efficientnet"), str(first))
+    raw = recipe_for(pictures).model_dump(mode="json")
+    raw["teacher"]["model"], raw["student"]["initial"] = f"local-dir:{teacher}", str(first)
+    trials = planned(validate(raw, where="test").resolved(), objectives=["ce"])
+    arguments = (trials, tmp_path / "out", tmp_path / "targets", NullProgress())
+    before = compare(*arguments, command="prgkit")
+    monkeypatch.setattr(comparing, "distill", None)  # from here on nothing is trained
+    for path, said in (
+        (teacher / "open_clip_model.safetensors", "the teacher has changed since this trial was trained"),
+        (first, "what student.initial holds has changed since this trial was trained"),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(whole + b" ")
+        with pytest.raises(RunError, match=said) as caught:
+            compare(*arguments, command="prgkit")
+        assert caught.value.where == trials[0].folder(tmp_path / "out")
+        path.write_bytes(whole)
+        assert compare(*arguments, command="prgkit") == before
+    written = json.loads(trials[0].file(tmp_path / "out").read_text())
+    older = {key: value for key, value in written.items() if key not in ("teacher_files", "initial_sha256", "control")}
+    trials[0].file(tmp_path / "out").write_text(json.dumps(older))
+    first.write_bytes(b"")
+    assert compare(*arguments, command="prgkit") == before  # one of before knows neither, and stays
+
+
 def test_novel_classes_are_asked_for_by_name_and_taught_to_no_one(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,3 +370,10 @@ def test_two_sweeps_are_drawn_as_a_heat_map() -> None:
     html = html_of(aggregate(trials))
     assert "small: node_weight × edge_weight" in html
     assert "edge_weight 1, node_weight 3: 75.0" in html
+
+    wrong = [False] * 4  # what a student of a random teacher says
+    control = result(f"{trials[-1].label}, random teacher", 0, wrong, objective=[configs[-1]], control=True)
+    found = aggregate([*trials, control])
+    assert "edge_weight 1, node_weight 3: 75.0" in html_of(found)
+    assert found.reference == trials[-1].label
+    assert [row.difference and row.difference.mean for row in found.rows] == [-75.0, -50.0, -25.0, None, -75.0]

@@ -65,10 +65,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         keys=[f"{number:032x}" for number in range(16)],
         student=student,
     )
-    save_onnx(weights, folder / "model.onnx")
-    facts = {"name": "onnx-fp32", "format": "onnx", "precision": "fp32", "backend": "onnxruntime", "executed": True,
-             "note": None, "parity": None}  # fmt: skip
-    manifest = {**secretive(), "artifacts": [describe_artifact(folder, "model.onnx", **facts).to_json()],
+    files = {"fp32": "model.onnx", "int8": "model.int8.onnx"}  # the one called INT8 is the same student
+    for name in files.values():
+        save_onnx(weights, folder / name)
+    facts = {"format": "onnx", "backend": "onnxruntime", "executed": True, "note": None, "parity": None}
+    artifacts = [describe_artifact(folder, file, name=f"onnx-{precision}", precision=precision, **facts).to_json()
+                 for precision, file in files.items()]  # fmt: skip
+    manifest = {**secretive(), "artifacts": artifacts,
                 "preprocessing": Preprocessing(32, 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3).to_dict(),
                 "checksums": checksums(folder)}  # fmt: skip
     write_manifest(folder, Manifest.model_validate(manifest))
@@ -151,7 +154,7 @@ def test_a_bundle_travels_without_what_is_private_and_runs_where_it_comes_to(
     assert pushed.code == 0, pushed.err
     assert pushed.out == f"{hub.address}/me/things is published\n"
     files = hub.branches["me/things", "main"]
-    assert sorted(files) == [".gitattributes", "README.md", "manifest.json", "model.onnx"]
+    assert sorted(files) == [".gitattributes", "README.md", "manifest.json", "model.int8.onnx", "model.onnx"]
     assert hub.private["me/things"]
     told = files["README.md"].decode() + files["manifest.json"].decode()
     assert [secret for secret in SECRETS if secret in told] == []
@@ -163,7 +166,8 @@ def test_a_bundle_travels_without_what_is_private_and_runs_where_it_comes_to(
     assert pulled.code == 0, pulled.err
     bench = pulled.json["bench"]
     assert bench["rows"][0]["latency"]["p50_ms"] > 0
-    assert bench["rows"][0]["top1"] is None
+    assert {(row["artifact"], row["top1"]) for row in bench["rows"]} == {("onnx-fp32", None), ("onnx-int8", None)}
+    assert bench["int8"] == []  # it cannot be judged
     assert "published without its images" in bench["notes"][0]
     html = next((tmp_path / "things").rglob("report.html")).read_text()
     assert "measured on no images, since none came with the bundle" in html

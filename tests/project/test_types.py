@@ -1,14 +1,27 @@
 """mypy --strict over the package under its import names, which an editable install hides from mypy."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import prgkit
 from tests.conftest import pyproject
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_the_stub_of_the_package_names_what_it_exports() -> None:
+    stub = ast.parse((ROOT / "toolkit" / "__init__.pyi").read_text())
+    named = {
+        name.asname: (statement.module, name.name)
+        for statement in stub.body
+        if isinstance(statement, ast.ImportFrom)
+        for name in statement.names
+    }
+    assert named == {name: (home, name) for name, home in prgkit._HOMES.items()}
 
 
 def test_strict_types(tmp_path: Path) -> None:

@@ -45,6 +45,30 @@ def test_wilson_interval() -> None:
     assert set(ends) == {(0.0, 100.0)}, "or the same share again were a better or a worse one"
 
 
+def test_the_interval_of_a_mean_is_students_and_of_a_difference_welchs() -> None:
+    half = 4.303 / math.sqrt(3)  # two degrees of freedom, a deviation of 1
+    assert metrics.mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - half, 2 + half))
+    # Variances of 2 / 2 each, of one degree of freedom: 2^2 / (1 + 1) = 2 of them together.
+    half = 4.303 * math.sqrt(2)
+    assert metrics.mean_interval([4.0, 6.0], minus=[1.0, 3.0]) == pytest.approx((3 - half, 3 + half))
+    # All of the variance is that of two values: one degree of freedom is left.
+    assert metrics.mean_interval([1.0, 3.0], minus=[5.0] * 9) == pytest.approx((-3 - 12.706, -3 + 12.706))
+    assert metrics.mean_interval([7.0]) == (7.0, 7.0)
+    half = 2.042 * math.sqrt(40 / 39) / math.sqrt(40)  # beyond 30 degrees of freedom
+    assert metrics.mean_interval([0.0, 2.0] * 20) == pytest.approx((1 - half, 1 + half))
+
+
+@pytest.mark.parametrize("counts", [(4, 4), (12, 12), (11, 12)])
+def test_the_interval_of_a_difference_holds_it_nineteen_times_in_twenty(counts: tuple[int, int]) -> None:
+    generator = np.random.default_rng(1)
+    held = 0
+    for _ in range(1500):
+        after, before = generator.normal(5.0, 1.0, counts[0]), generator.normal(3.0, 1.0, counts[1])
+        low, high = metrics.mean_interval(after.tolist(), minus=before.tolist())
+        held += low <= 2.0 <= high
+    assert 0.935 < held / 1500 < 0.975  # rounding its degrees of freedom down is on the safe side
+
+
 def test_kl_of_two_coins() -> None:
     teacher = np.log(np.array([[0.5, 0.5], [0.9, 0.1]]))
     student = np.log(np.array([[0.9, 0.1], [0.9, 0.1]]))

@@ -11,12 +11,13 @@ from itertools import pairwise
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from prgkit.cli.state import Document, Session
 from prgkit.cli.values import refuse_twice
 
-ON_A_RUN = ("audit", "distill", "export", "relabel", "bench", "predict", "push")
+ON_A_RUN = ("audit", "distill", "export", "relabel", "bench", "predict", "push", "pull")
 OF_ALL_PROCESSES = (
     "adapt-teacher",
     "audit",
@@ -25,6 +26,28 @@ OF_ALL_PROCESSES = (
     "suggest-labels",
     "targets",
 )  # each says what all but the first have to do in it
+# A command, an option of it, and those that it leaves without a part.
+RECIPE = ("recipe", "images", "classes", "overrides", "folder")
+LEFT_OUT = (
+    ("predict", "gallery", ("min_confidence", "reject_unknown", "runtime", "batch_size", "out", "explain")),
+    ("targets", "listed", (*RECIPE, "prune", "shard", "joins", "engine", "gallery", "dry_run")),
+    ("targets", "prune", (*RECIPE, "shard", "joins", "engine", "gallery")),
+    ("targets", "shard", ("joins", "engine", "gallery")),
+    ("targets", "engine", ("gallery",)),
+    ("targets", "joins", ("gallery",)),
+    ("compare", "ladder", ("objectives",)),
+    ("compare", "rank_students", ("random_teacher",)),
+    ("recipes", "new", ("show", "objectives")),
+    ("recipes", "show", ("objectives",)),
+    ("bench", "merge", ("seconds", "threads", "sweep_threads", "batches", "fps", "soak_minutes", "folder")),
+)
+# A command, an option of it, and the one without which it says nothing.
+NEEDS = (
+    ("targets", "workers", "engine"),
+    ("recipes", "images", "new"),
+    ("recipes", "classes", "new"),
+    ("bench", "tolerance", "baseline"),
+)
 
 
 class Command(click.Command):
@@ -117,10 +140,13 @@ def check_chain(steps: Sequence[click.Context]) -> None:
         if names.count(name) > 1:
             hint = f"a file that is named like a command is written ./{name}"
             raise click.UsageError(f"'{name}' stands twice; {hint}.", whole)
-    folders = [step.params["folder"] for step in steps if step.info_name in ON_A_RUN]
+    folders = [step.params.get("folder") for step in steps if step.info_name in ON_A_RUN]
     if any(folder not in (None, folders[0]) for folder in folders):
-        raise click.UsageError("A chain works on one run: give --run to its first command.", whole)
+        first = next(name for name in names if name in ON_A_RUN)
+        fix = "leave --run out behind pull" if first == "pull" else "give --run to its first command"
+        raise click.UsageError(f"A chain works on one run: {fix}.", whole)
     for step in steps:
+        check_options(step)
         if step.info_name == "export" and builds_engines(step.params):
             from prgkit.export.runtimes.gpu import choose_backend, choose_targets
 
@@ -131,6 +157,23 @@ def check_chain(steps: Sequence[click.Context]) -> None:
             check_bench(step)
         if step.info_name == "predict" and not (step.params["images"] or step.params["watch"]):
             raise click.UsageError("Missing argument 'IMAGE...'.", step)
+
+
+def check_options(step: click.Context) -> None:
+    """Refuse options that would be passed over in silence, beside another one or without it."""
+    parameters = {str(parameter.name): parameter for parameter in step.command.params}
+    given = {name for name in parameters if step.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+
+    def told(name: str) -> str:
+        parameter = parameters[name]
+        return parameter.opts[-1] if isinstance(parameter, click.Option) else parameter.human_readable_name
+
+    for command, leading, idle in LEFT_OUT:
+        if command == step.info_name and leading in given and (both := [name for name in idle if name in given]):
+            raise click.UsageError(f"{told(both[0])} means nothing with {told(leading)}.", step)
+    for command, name, needed in NEEDS:
+        if command == step.info_name and name in given and needed not in given:
+            raise click.UsageError(f"{told(name)} is for {told(needed)}, and there is none.", step)
 
 
 def check_formats(given: Mapping[str, Any]) -> None:
@@ -146,10 +189,8 @@ def check_formats(given: Mapping[str, Any]) -> None:
 
 
 def check_bench(step: click.Context) -> None:
-    """Refuse options of `bench` that mean nothing without another one."""
+    """Refuse reports that nothing compares, and a comparison of one, or with a baseline."""
     given = step.params
-    if given["tolerance"] is not None and given["baseline"] is None:
-        raise click.UsageError("--tolerance is for --baseline, and there is none.", step)
     if given["merge"] and len(given["reports"]) < 2:
         raise click.UsageError("--merge compares two reports or more: bench --merge a.json b.json.", step)
     if given["merge"] and given["baseline"]:
@@ -174,7 +215,7 @@ def run_chain(steps: Sequence[click.Context]) -> None:
     is_main_process = int(os.environ.get("RANK", "0")) == 0  # the others of torchrun's processes train, and no more
     results: dict[str, Document] = {}
     with Terminal(says_results=is_main_process and not as_json, shows_progress=is_main_process) as terminal:
-        session = Session(terminal, is_main_process, int(os.environ.get("WORLD_SIZE", "1")))
+        session = Session(terminal, is_main_process, int(os.environ.get("WORLD_SIZE", "1")), as_json=as_json)
         # A library that prints must not get into the document.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             for step in steps:

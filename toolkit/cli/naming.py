@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import click
 
 from prgkit.cli.options import FOLDER, PLACE, json_option, run_option, with_options
 from prgkit.cli.state import Document, Session
-from prgkit.errors import ImagesError
+from prgkit.errors import ImagesError, PrgkitError
 
 
 def predict_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,9 +77,16 @@ class AskedPictures:
     @property
     def endless(self) -> bool:
         """Whether they come over time, so that each is answered at once, and Ctrl-C is how they end."""
-        from prgkit.evaluate.live import is_live
+        from prgkit.evaluate.live import comes_over_time
 
-        return self.watch is not None or "-" in self.images or any(map(is_live, self.images))
+        return self.watch is not None or any(map(comes_over_time, self.images))
+
+    @property
+    def countable(self) -> bool:
+        """Whether all can be listed first: a list of frames would hold a whole video."""
+        from prgkit.evaluate.live import is_video
+
+        return not self.endless and not any(map(is_video, self.images))
 
     def paths(self) -> Iterator[str]:
         """Yield what was named, and then what comes."""
@@ -97,60 +104,102 @@ def name_pictures(
     from prgkit.evaluate import system
     from prgkit.evaluate.answers import in_words, open_answers, place_below, save_picture
     from prgkit.evaluate.pictures import open_pictures
-    from prgkit.evaluate.predict import Model
+    from prgkit.evaluate.predict import Model, Prediction
     from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or place)
-    terminal, told, failed = session.terminal, [], []
+    terminal = session.terminal
     kept = None if out is None else open_answers(out)
     measured = system.bench_folder(bundle, run)
     with Model(bundle, bench=measured, runtime=how.pop("runtime"), note=terminal.note) as model:
         if explain is not None:
             model.require_heat_maps()
-        grey = model.bundle.preprocessing.grey_range
-        pictures = open_pictures(asked.paths(), grey, terminal.note, fps=asked.fps, skip=kept or ())
-        if asked.endless:  # none waits for the next ones
-            pictures = (picture._replace(live=True) for picture in pictures)
-        elif kept is not None:
+        grey, live = model.bundle.preprocessing.grey_range, asked.endless
+        pictures = open_pictures(asked.paths(), grey, terminal.note, fps=asked.fps, skip=kept or (), live=live)
+        if kept is not None and asked.countable:
             listed = list(pictures)
             terminal.start("pictures", len(listed), "img")
             pictures = iter(listed)
-        with suppress(KeyboardInterrupt) if asked.endless else nullcontext():
-            for answer in model.stream(pictures, **how):
-                told.append(answer.to_json())
-                if kept is not None:
-                    kept.add(answer)
-                    terminal.advance(1)
-                if answer.error is not None:
-                    failed.append(answer.error)
-                    if asked.images != (answer.image,):  # else it is the line's own failure
-                        terminal.note(str(answer.error))
-                elif kept is None:
-                    scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in answer.top)
-                    terminal.say(f"{answer.image}: ", (in_words(answer), "bold"), f"  ({scores})")
-                if explain is not None and answer.read is not None:
-                    page = model.heat_map(answer.read(), answer.top[0][0])
-                    save_picture(page, place_below(explain, answer.image))
+
+        def tell(answer: Prediction) -> None:
+            if kept is not None:
+                kept.add(answer)
+                terminal.advance(1)
+            elif answer.error is None:
+                scores = ", ".join(f"{name} {100 * score:.1f} %" for name, score in answer.top)
+                terminal.say(f"{answer.image}: ", (in_words(answer), "bold"), f"  ({scores})")
+            if explain is not None and answer.read is not None:
+                page = model.heat_map(answer.read(), answer.top[0][0])
+                save_picture(page, place_below(explain, answer.image))
+
+        told = tell_each(session, asked, model.stream(pictures, **how), tell)
     if out is not None:
-        terminal.say((str(out), "bold"), f": {len(told):,} pictures answered, {len(failed):,} of them unreadable")
-    if failed:
-        what = f"{len(failed)} of {len(told)} pictures cannot be read; the others are answered"
-        session.failure = failed[0] if len(told) == 1 else ImagesError(what)
+        terminal.say((str(out), "bold"), f": {told.count:,} pictures answered, {told.failed:,} of them unreadable")
+    return told.answers
+
+
+class Answer(Protocol):
+    """The answer to one picture, or why there is none."""
+
+    @property
+    def image(self) -> str:
+        """The picture's name."""
+        ...
+
+    @property
+    def error(self) -> PrgkitError | None:
+        """Why it cannot be read."""
+        ...
+
+    def to_json(self) -> object:
+        """Return it as --json prints it."""
+        ...
+
+
+AnswerType = TypeVar("AnswerType", bound=Answer)
+
+
+@dataclass
+class Told:
+    """What has been told of pictures so far."""
+
+    count: int = 0
+    failed: int = 0
+    answers: list[object] = field(default_factory=list)  # of --json alone: a camera's have no end
+
+
+def tell_each(
+    session: Session, asked: AskedPictures, answers: Iterable[AnswerType], tell: Callable[[AnswerType], None]
+) -> Told:
+    """Have each answer told as it comes, and note which pictures cannot be read."""
+    told, first = Told(), None
+    with suppress(KeyboardInterrupt) if asked.endless else nullcontext():
+        for answer in answers:
+            told.count += 1
+            if session.as_json:
+                told.answers.append(answer.to_json())
+            tell(answer)
+            if answer.error is not None:
+                told.failed, first = told.failed + 1, first or answer.error
+                if asked.images != (answer.image,):  # else it is the line's own failure
+                    session.terminal.note(str(answer.error))
+    if told.failed:
+        what = f"{told.failed} of {told.count} pictures cannot be read; the others are answered"
+        session.failure = first if told.count == 1 else ImagesError(what)
     return told
 
 
 def search_gallery(session: Session, asked: AskedPictures, place: Path | None, gallery: Path, top_k: int) -> Document:
     """Say which images of a gallery each picture is most like."""
-    from prgkit.evaluate.search import search
+    from prgkit.evaluate.search import Neighbours, search
     from prgkit.storage.find import find_bundle
 
+    def tell(answer: Neighbours) -> None:
+        if answer.error is None:
+            near = ", ".join(f"{name} {cosine:.3f}" for name, cosine in answer.nearest)
+            session.terminal.say((answer.image, "bold"), f": {near}")
+
     bundle, _ = find_bundle(session.folder or place)
-    answers = list(search(bundle, asked.paths(), gallery, top_k=top_k, note=session.terminal.note))
-    for answer in answers:
-        if "error" in answer:
-            session.failure = ImagesError(**answer["error"])
-            session.terminal.note(str(session.failure))
-            continue
-        near = ", ".join(f"{name} {cosine:.3f}" for name, cosine in answer["nearest"])
-        session.terminal.say((answer["image"], "bold"), f": {near}")
-    return answers
+    note, live = session.terminal.note, asked.endless
+    found = search(bundle, asked.paths(), gallery, top_k=top_k, note=note, fps=asked.fps, live=live)
+    return tell_each(session, asked, found, tell).answers

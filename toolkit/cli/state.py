@@ -42,4 +42,5 @@ class Session:
     folder: Path | None = None  # the run, or the bundle, that the chain is about
     recipe_options: RecipeOptions | None = None  # those so far: a command that names no recipe means the one before
     failure: PrgkitError | None = None  # raised at the end, after the results are printed
+    as_json: bool = False  # what the commands return is printed, at the end
     dry_run: bool = False  # --dry-run was given: what follows would have nothing to work on

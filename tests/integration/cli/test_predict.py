@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -289,9 +290,105 @@ def test_the_frames_of_a_video(prgkit: PrgkitCommand, project_copy: Path) -> Non
     assert "Error: video not.mp4 cannot be opened\n  fix: " in prgkit("predict not.mp4").err
 
 
+def test_a_long_video_is_answered_as_it_is_read(
+    prgkit: PrgkitCommand, project_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a video of 60 frames that sees at its last one how many answers are in the file."""
+    written = []
+
+    def frames(*_: Any) -> Any:
+        for place in range(60):
+            yield f"long.mp4/{place}", lambda: Image.new("RGB", (8, 8))
+        written.append(len(Path("a.jsonl").read_text().splitlines()))
+
+    monkeypatch.setattr("prgkit.evaluate.pictures.frames", frames)
+    result = prgkit("predict long.mp4 --out a.jsonl")
+    assert result.out == "a.jsonl: 60 pictures answered, 0 of them unreadable\n"
+    assert 60 > written[0] >= 10
+    assert len(prgkit("predict long.mp4 --json").json["predict"]) == 60
+
+
+def test_answers_that_nobody_asked_for_as_json_are_not_held() -> None:
+    from prgkit.cli.naming import AskedPictures, tell_each
+    from prgkit.cli.state import Session
+    from prgkit.errors import ImagesError
+    from prgkit.evaluate.predict import Prediction
+
+    told: list[str] = []
+    bad = ImagesError("cut.png cannot be read")
+    answers = [Prediction("a.png", "one"), Prediction("cut.png", error=bad)]
+    terminal: Any = SimpleNamespace(note=told.append)
+    for as_json, held in ((False, []), (True, [answer.to_json() for answer in answers])):
+        session = Session(terminal, as_json=as_json)
+        asked = AskedPictures(("0",), None, None)
+        found = tell_each(session, asked, iter(answers), lambda answer: told.append(answer.image))
+        assert (found.count, found.failed, found.answers) == (2, 1, held)
+        assert "1 of 2 pictures cannot be read" in str(session.failure)
+    assert told == 2 * ["a.png", "cut.png", "cut.png cannot be read"]
+
+
+def test_a_gallery_is_searched_picture_by_picture_until_ctrl_c(
+    prgkit: PrgkitCommand, project_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prgkit.errors import ImagesError
+    from prgkit.evaluate.search import Neighbours
+
+    asked: list[Any] = []
+
+    def search(*_: Any, **how: Any) -> Any:
+        asked.append((how["top_k"], how["fps"], how["live"]))
+        yield Neighbours("a.png", "onnx-embedding-fp32", (("b.png", 0.5), ("c.png", 0.25)))
+        yield Neighbours("cut.png", "onnx-embedding-fp32", error=ImagesError("cut.png cannot be read"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prgkit.evaluate.search.search", search)
+    result = prgkit("predict --watch photos --gallery g.npz --top-k 2 --fps 3")
+    assert (result.code, result.out) == (1, "a.png: b.png 0.500, c.png 0.250\n")
+    assert result.err.endswith("Error: 1 of 2 pictures cannot be read; the others are answered\n")
+    found = prgkit("predict 0 --gallery g.npz --json").json["predict"]
+    assert [answer.get("nearest") for answer in found] == [[["b.png", 0.5], ["c.png", 0.25]], None]
+    assert found[1]["error"]["what"] == "cut.png cannot be read"
+    assert asked == [(2, 3.0, True), (3, None, True)]
+
+
 def test_a_camera_gives_its_newest_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for a camera that gives a frame every 5 ms, to one who takes 50 ms for each."""
     from prgkit.evaluate import live
+
+    camera = plug_in_a_camera(monkeypatch)
+    notes: list[str] = []
+    seen, late = [], []
+    for _, read in live.frames("0", None, notes.append):
+        seen.append(int(np.asarray(read())[0, 0, 0]))
+        late.append(camera.count - seen[-1])
+        time.sleep(0.05)
+    assert seen == sorted(set(seen))
+    assert len(seen) < 30
+    assert late[0] <= late[-1] + 5  # it does not fall behind
+    assert notes == [f"0: {len(seen)} of 60 frames answered, the others skipped so that no answer is late"]
+
+
+def test_frames_of_two_sessions_have_two_names_and_none_is_skipped(
+    prgkit: PrgkitCommand, project_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+    for _ in range(2):
+        camera = plug_in_a_camera(monkeypatch)
+        monkeypatch.setattr("prgkit.evaluate.answers.AnswerLines.__contains__", lambda *_: True)
+        before = datetime.now(timezone.utc).replace(microsecond=0)
+        assert " pictures answered, 0 of them unreadable\n" in prgkit("predict 0 --fps 10 --out seen.jsonl").out
+        assert camera.count == 61
+        lines = [json.loads(line)["image"] for line in Path("seen.jsonl").read_text().splitlines()]
+        assert len(lines) > len(names)
+        for name in lines[len(names) :]:
+            came = datetime.strptime(name, "0/%Y%m%dT%H%M%S.%fZ").replace(tzinfo=timezone.utc)
+            assert before <= came <= datetime.now(timezone.utc)
+        names = lines
+    assert len(set(names)) == len(names)
+
+
+def plug_in_a_camera(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a stand-in for a camera that gives 60 frames, one every 5 ms, and counts how many it was asked for."""
 
     class Camera:
         count = 0
@@ -311,16 +408,7 @@ def test_a_camera_gives_its_newest_frame(monkeypatch: pytest.MonkeyPatch) -> Non
             pass
 
     monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=Camera))
-    notes: list[str] = []
-    seen, late = [], []
-    for _, read in live.frames("0", None, notes.append):
-        seen.append(int(np.asarray(read())[0, 0, 0]))
-        late.append(Camera.count - seen[-1])
-        time.sleep(0.05)
-    assert seen == sorted(set(seen))
-    assert len(seen) < 30
-    assert late[0] <= late[-1] + 5  # it does not fall behind
-    assert notes == [f"0: {len(seen)} of 60 frames answered, the others skipped so that no answer is late"]
+    return Camera
 
 
 def test_the_range_of_deep_greys_travels(prgkit: PrgkitCommand, project_copy: Path) -> None:

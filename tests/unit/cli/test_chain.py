@@ -91,6 +91,29 @@ def test_a_chain_runs_in_order_with_options_in_any_order(prgkit: PrgkitCommand, 
         ("predict a bench predict b", "'predict' stands twice; a file that is named like a command is written ./predict."),
         ("distill demo export --run x", "A chain works on one run: give --run to its first command."),
         ("distill demo --run x export --run y", "A chain works on one run: give --run to its first command."),
+        ("pull o/n bench --run x", "A chain works on one run: leave --run out behind pull."),
+        ("predict a.jpg --gallery g.npz --out a.csv", "--out means nothing with --gallery."),
+        ("predict a.jpg --gallery g.npz --explain maps", "--explain means nothing with --gallery."),
+        ("predict a.jpg --gallery g.npz --runtime ncnn", "--runtime means nothing with --gallery."),
+        ("predict a.jpg --gallery g.npz --min-confidence 0", "--min-confidence means nothing with --gallery."),
+        ("predict a.jpg --gallery g.npz --reject-unknown", "--reject-unknown means nothing with --gallery."),
+        ("predict a.jpg --gallery g.npz --batch 1", "--batch means nothing with --gallery."),
+        ("targets demo --join --gallery g.npz", "--gallery means nothing with --join."),
+        ("targets demo --shard 0/2 --join", "--join means nothing with --shard."),
+        ("targets demo --shard 0/2 --engine ray", "--engine means nothing with --shard."),
+        ("targets demo --engine ray --gallery g.npz", "--gallery means nothing with --engine."),
+        ("targets demo --workers 2:2", "--workers is for --engine, and there is none."),
+        ("targets demo --list", "RECIPE means nothing with --list."),
+        ("targets --list --prune", "--prune means nothing with --list."),
+        ("targets --prune --shard 0/2", "--shard means nothing with --prune."),
+        ("compare demo --ladder --objectives kd", "--objectives means nothing with --ladder."),
+        ("compare demo --rank-students --random-teacher", "--random-teacher means nothing with --rank-students."),
+        ("recipes --images x --classes y", "--images is for --new, and there is none."),
+        ("recipes --classes y", "--classes is for --new, and there is none."),
+        ("recipes --new a --images x --classes y --show demo", "--show means nothing with --new."),
+        ("recipes --show demo --objectives", "--objectives means nothing with --show."),
+        ("bench --merge a b --fps 30", "--fps means nothing with --merge."),
+        ("bench --merge a b --run x", "--run means nothing with --merge."),
     ],
 )  # fmt: skip
 def test_a_wrong_line_is_told_before_anything_runs(
@@ -102,6 +125,16 @@ def test_a_wrong_line_is_told_before_anything_runs(
     assert result.err.startswith("Usage: prgkit ")
     assert result.err.rstrip().endswith(f"Error: {message}") or result.err.rstrip().endswith(message)
     assert calls == []
+
+
+def test_what_plays_a_part_together_is_taken(prgkit: PrgkitCommand, calls: list[Any]) -> None:
+    for line in (
+        "predict cam.mp4 --gallery g.npz --fps 2 --top-k 1 --watch drop --run x --json",
+        "targets demo --engine ray --workers 2:2",
+        "targets --prune --dry-run --targets t",
+        "pull o/n --out x bench",
+    ):
+        assert prgkit(line).code == 0
 
 
 def test_the_same_run_may_be_named_again(prgkit: PrgkitCommand, calls: list[Any]) -> None:

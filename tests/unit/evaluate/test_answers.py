@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from prgkit.errors import ImagesError
 from prgkit.evaluate.answers import open_answers
 from prgkit.evaluate.pictures import open_pictures
 from prgkit.evaluate.predict import Prediction
@@ -25,3 +26,42 @@ def test_a_file_of_any_name_is_answered_once(tmp_path: Path, suffix: str) -> Non
         open_answers(tmp_path / f"answers.{suffix}").add(Prediction(picture.name, label="one", probability=0.5))
     known = open_answers(tmp_path / f"answers.{suffix}")
     assert list(open_pictures(given, skip=known)) == []
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_line_that_a_kill_cut_short_is_written_anew(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"answers.{suffix}"
+    open_answers(path).add(Prediction("a.png", label="one", probability=0.5))
+    whole = path.read_bytes()
+    open_answers(path).add(Prediction("ü.png", label="one", probability=0.5))
+    cut = path.read_bytes().find("ü".encode()) + 1  # within a letter
+    path.write_bytes(path.read_bytes()[:cut])
+    known = open_answers(path)
+    assert ("a.png" in known, "ü.png" in known, path.read_bytes()) == (True, False, whole)
+    path.write_bytes(whole[:5])  # of the first line
+    assert "a.png" not in open_answers(path)
+    assert not path.read_bytes().startswith(b'{"ima')
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("latin.csv", "image,class\nübung.png,Tür\n".encode("latin-1")),
+        ("notes.jsonl", b"my notes"),  # no line of it is whole
+        ("notes.csv", b"\xff"),
+        ("zero.csv", b"image\0\n"),
+        ("list.jsonl", b"[1]\n"),
+    ],
+)
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path, name: str, held: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(held)
+    with pytest.raises(ImagesError, match="the file holds something else than answers"):
+        open_answers(path)
+    assert path.read_bytes() == held
+
+
+def test_a_folder_that_is_called_like_a_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "answers.csv").mkdir()
+    with pytest.raises(ImagesError, match=r"answers go to a \.csv file, and this is a folder"):
+        open_answers(tmp_path / "answers.csv")

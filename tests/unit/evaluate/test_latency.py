@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import time
@@ -85,14 +86,24 @@ def test_no_sample_is_trimmed() -> None:
     assert found.samples == 100
 
 
-def test_the_interval_resamples_rounds_not_samples() -> None:
-    # Two rounds that differ: a draw is (a, a), (a, b), (b, a) or (b, b), so the pooled median is 10, 15 or 20.
-    assert latency.median_interval([[10] * 100, [20] * 100]) == (10.0, 20.0)
+def test_the_interval_is_over_rounds_not_samples() -> None:
+    # The logarithms of 1, e and e^2 are 0, 1 and 2: 1 ± 4.303 / sqrt(3).
+    low, high = latency.median_interval(math.e, [1.0, math.e, math.e**2])
+    assert (math.log(low), math.log(high)) == (pytest.approx(1 - 2.4843, abs=1e-4), pytest.approx(1 + 2.4843, abs=1e-4))
     # Samples within a round vary, the rounds are alike: nothing to doubt.
-    assert latency.median_interval([[1, 2, 3]] * 10) == (2.0, 2.0)
-    assert latency.median_interval([[7, 8, 9]]) == (8.0, 8.0)
-    noisy = np.random.default_rng(1).normal(100, 5, (10, 20)).tolist()
-    assert latency.median_interval(noisy, seed=3) == latency.median_interval(noisy, seed=3)
+    same = latency.summarize([[1_000_000, 2_000_000, 3_000_000]] * 10, steady=True)
+    assert same.p50_interval_ms == pytest.approx((2.0, 2.0))
+    # Six rounds of ten are fast: the mean of the logarithms lies above the median of all runs.
+    found = latency.summarize([[10_000_000] * 9] * 6 + [[20_000_000] * 9] * 4, steady=True)
+    assert (found.p50_ms, found.p50_interval_ms[0]) == (10.0, 10.0)
+    assert found.p50_interval_ms[1] == pytest.approx(17.0, abs=0.1)  # ln 10 + 0.2773 + 2.262 * 0.3579 / sqrt(10)
+
+
+@pytest.mark.parametrize("rounds", [3, 5, 10])
+def test_the_interval_holds_the_median_in_nineteen_benches_of_twenty(rounds: int) -> None:
+    draws = np.random.default_rng(rounds).lognormal(math.log(8.0), 0.1, (2000, rounds))  # each round has its own median
+    bounds = [latency.median_interval(float(np.median(medians)), medians.tolist()) for medians in draws]
+    assert np.mean([low <= 8.0 <= high for low, high in bounds]) == pytest.approx(0.95, abs=0.015)
 
 
 def test_throughput_counts_slow_runs() -> None:

@@ -165,8 +165,8 @@ def test_the_embedding_is_a_file_of_its_own_that_searches_what_the_teacher_saw(r
     (answer,) = search(run.bundle, [picture], Path("gallery.npz"), top_k=3, note=print)
     embedding = np.load(run.bundle / "golden" / "features.npy")[0]
     best = np.argsort(-(stored @ embedding), kind="stable")[:3]
-    assert [name for name, _ in answer["nearest"]] == [names[place] for place in best]
-    assert answer["nearest"][0][1] == pytest.approx(float(stored[best[0]] @ embedding), abs=2e-3)
+    assert [name for name, _ in answer.nearest] == [names[place] for place in best]
+    assert answer.nearest[0][1] == pytest.approx(float(stored[best[0]] @ embedding), abs=2e-3)
 
     relabel(run.bundle, ["cat", "dog"], run=run, progress=NullProgress())
     np.testing.assert_array_equal(logits_of(run.bundle, artifact.file), vectors)
