@@ -2,7 +2,8 @@
 
     python docs/generate.py
 
-writes it into the pages between its marks, but for the schemas, which are on the site alone.
+writes it into the pages between its marks, but for the schemas, which are on the site alone, and prints which pages
+that changed; with --check it prints them alone.
 """
 
 import ast
@@ -10,6 +11,7 @@ import inspect
 import io
 import json
 import re
+import sys
 import tokenize
 import types
 from collections.abc import Callable, Iterator
@@ -233,5 +235,12 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 
 if __name__ == "__main__":
-    for file in Path(__file__).parent.rglob("*.md"):
-        file.write_text(written(file.read_text(encoding="utf-8")), encoding="utf-8")
+    stale = [
+        page
+        for page in Path(__file__).parent.rglob("*.md")
+        if written(page.read_text("utf-8")) != page.read_text("utf-8")
+    ]
+    for page in stale:
+        print(page.name)
+        if "--check" not in sys.argv:
+            page.write_text(written(page.read_text("utf-8")), "utf-8")
