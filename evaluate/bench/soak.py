@@ -79,20 +79,23 @@ class SoakProgress:
 def soak(spec: Spec, options: BenchOptions, context: BenchContext) -> tuple[Soak | None, SoakSamples]:
     """Run one artifact for the options' minutes without a rest; return the report's section, and all windows.
 
-    A soak that was stopped begins anew, since a rest cools. One that came to its end is not run again. Without minutes
-    nothing is measured.
+    A soak that was stopped begins anew, since a rest cools; the windows of the stopped one are returned beside the
+    others. One that came to its end is not run again. Without minutes nothing is measured.
     """
     if options.soak_minutes is None:
         return None, SoakSamples()
     journal, fps = context.journal.part("soak"), options.fps
     start = SoakStart(artifact=artifact_name(spec), minutes=options.soak_minutes, fps=fps)
-    before = windows_before(journal)
+    stopped = windows_before(journal)
     last = journal.of(SoakStart, SoakWindow, SoakEnd)[-1:]
     if last and isinstance(last[0], SoakEnd) and last[0].start == start:
-        return last[0].soak, SoakSamples(windows=before)
-    if before:
-        lasted = duration(sum(window.seconds for window in before))
-        journal.notes.append(f"A soak was stopped after {lasted}, and began anew, since a rest cools the device.")
+        return last[0].soak, SoakSamples(windows=stopped[-1], stopped=stopped[:-1])
+    if stopped:
+        lasted_s = sum(window.seconds for window in stopped[-1])
+        journal.notes.append(
+            f"A soak was stopped after {duration(lasted_s)}, and began anew, since a rest cools the device; the "
+            "windows of the stopped one are in samples.json."
+        )
         context.note(journal.notes[-1])
     context.note(
         f"soak: {start.artifact} for {start.minutes:g} min, "
@@ -117,7 +120,7 @@ def soak(spec: Spec, options: BenchOptions, context: BenchContext) -> tuple[Soak
     )
     if failed is None:
         journal.add(SoakEnd(start=start, soak=section))
-    return section, SoakSamples(windows=progress.windows)
+    return section, SoakSamples(windows=progress.windows, stopped=stopped)
 
 
 def soak_lead(
@@ -133,15 +136,15 @@ def soak_lead(
     return (None, SoakSamples()) if spec is None else soak(spec, options, context)
 
 
-def windows_before(journal: BenchJournal) -> list[SoakWindow]:
-    """Return the windows of the soak that began last before the bench was stopped."""
-    windows: list[SoakWindow] = []
+def windows_before(journal: BenchJournal) -> list[list[SoakWindow]]:
+    """Return the windows of each soak that began before the bench was stopped."""
+    soaks: list[list[SoakWindow]] = []
     for record in journal.of(SoakStart, SoakWindow):
-        if isinstance(record, SoakWindow):
-            windows.append(record)
-        else:
-            windows = []
-    return windows
+        if isinstance(record, SoakStart):
+            soaks.append([])
+        elif soaks and isinstance(record, SoakWindow):
+            soaks[-1].append(record)
+    return [windows for windows in soaks if windows]
 
 
 def run_windows(progress: SoakProgress, worker: Worker, *, journal: BenchJournal, note: Callable[[str], None]) -> None:

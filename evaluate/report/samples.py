@@ -70,6 +70,7 @@ class SoakSamples(Model):
     """The windows of a soak; single runs are not kept, since a day of them would fill a board's memory."""
 
     windows: list[SoakWindow] = Field([])
+    stopped: list[list[SoakWindow]] = Field([], description="The windows of soaks that were stopped and began anew.")
 
 
 class Samples(Model):

@@ -261,7 +261,8 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
         ),
         names=[dataset.image_index.source.name(int(index)) for index in dataset.image_index.indices[positions]],
     )
-    update: dict[str, object] = {"sampled_from": len(dataset.image_index)} if len(positions) < len(dataset.rows) else {}
+    images = len(dataset.image_index)
+    update: dict[str, object] = {"sampled_from": images} if len(positions) < images else {}
     update |= {
         "doubts": statistics.find_doubts(features, raw_logits.numpy(), vectors, two_views(dataset)),
         "read_as_one": statistics.find_read_as_one(vectors, recipe.classes),

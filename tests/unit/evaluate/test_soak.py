@@ -191,7 +191,9 @@ def test_a_soak_runs_for_its_time_in_windows(monkeypatch: pytest.MonkeyPatch) ->
     assert soak_section(report_of(None)) is None
 
 
-def test_a_soak_that_was_killed_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_soak_that_was_killed_begins_anew_and_its_windows_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Told(monkeypatch, killed_at=7)
     with pytest.raises(KeyboardInterrupt):
         run(1, kept=BenchJournal(tmp_path / "unfinished"))
@@ -201,9 +203,15 @@ def test_a_soak_that_was_killed_begins_anew(tmp_path: Path, monkeypatch: pytest.
     found, raw = run(1, note=said.append, kept=again)
     assert found is not None
     assert found.windows == 12
-    assert [window.p50_ms for window in raw.windows] == list(range(1, 13))
-    assert said[0] == "A soak was stopped after 35 s, and began anew, since a rest cools the device."
-    assert again.notes[-1] == said[0]
+    assert [[window.p50_ms for window in windows] for windows in raw.stopped] == [[1, 2, 3, 4, 5, 6, 7]]
+    assert (
+        again.notes[-1]
+        == said[0]
+        == (
+            "A soak was stopped after 35 s, and began anew, since a rest cools the device; the windows of the stopped one "
+            "are in samples.json."
+        )
+    )
     json.dumps(raw.model_dump(mode="json"), allow_nan=False)
     Told(monkeypatch, killed_at=0)  # killed after it, while the report was written: it is not run a third time
     third = BenchJournal(tmp_path / "unfinished")
