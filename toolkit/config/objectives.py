@@ -316,8 +316,6 @@ class PRG(ObjectiveConfig):
     node_weight: float = Field(3.0, ge=0)
     edge_weight: float = Field(1.0, ge=0)
     block: Literal["softmax", "zscore", "l2", "raw"] = "softmax"
-    node_loss: Literal["pearson", "mse"] = "pearson"
-    edge_loss: Literal["mse", "pearson"] = "mse"
     proxy_momentum: float = Field(0.9, ge=0, lt=1)
 
     @property

@@ -47,14 +47,8 @@ class PRG(nn.Module):
             supervision = kl_divergence(student.logits, teacher.logits, weights=teacher.weights)
         else:
             supervision = cross_entropy(student.logits, teacher.labels, teacher.weights)
-        if self.config.node_loss == "pearson":
-            node = (1 - pearson(student_nodes, teacher_nodes)).mean()
-        else:
-            node = F.mse_loss(student_nodes, teacher_nodes)
-        if self.config.edge_loss == "mse":
-            edge = F.mse_loss(student_edges, teacher_edges)
-        else:
-            edge = (1 - pearson(student_edges, teacher_edges)).mean()
+        node = (1 - pearson(student_nodes, teacher_nodes)).mean()
+        edge = F.mse_loss(student_edges, teacher_edges)
         return {
             "supervision": supervision,
             "node": self.config.node_weight * node,

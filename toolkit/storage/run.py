@@ -63,8 +63,7 @@ class Run:
     def recipe(self) -> Recipe:
         """The resolved recipe the run was started with."""
         raw = read_yaml(self.recipe_file)
-        if isinstance(export := raw.get("export"), dict):
-            export.pop("fidelity", None)  # of a run that began when INT8 was judged by its agreement with FP32
+        drop_retired_keys(raw)
         return validate(raw, where=self.recipe_file)
 
     @property
@@ -255,6 +254,17 @@ def differences(run: Run, recipe: Recipe) -> list[str]:
     if began and weights is not None and weights.is_file() and sha256(weights) != began:
         changed.append("what student.initial holds")
     return changed
+
+
+def drop_retired_keys(raw: dict[str, Any]) -> None:
+    """Take out of a run's recipe what it says in keys of before, where nothing else can be meant now."""
+    if isinstance(export := raw.get("export"), dict):
+        export.pop("fidelity", None)  # INT8 was judged by its agreement with FP32
+    objective = raw.get("objective")
+    for member in objective if isinstance(objective, list) else [objective]:
+        for key, value in (("node_loss", "pearson"), ("edge_loss", "mse")):  # PRG's only form
+            if isinstance(member, dict) and member.get(key) == value:
+                del member[key]
 
 
 def initial_run(config: StudentConfig) -> Run | None:

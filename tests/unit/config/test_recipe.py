@@ -448,8 +448,6 @@ def test_everything_else_changes_it(mine: str) -> None:
         "objective.prompt_weighting": "mean",
         "objective.supervision": "hard",
         "objective.block": "l2",
-        "objective.node_loss": "mse",
-        "objective.edge_loss": "pearson",
         "training.optimizer": "sgd",
         "training.precision": "bf16",
         "training.gradient_clip": None,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prgkit.errors import RunError
+from prgkit.errors import RecipeError, RunError
 from prgkit.storage.atomic import read_sealed, write_sealed
 from prgkit.storage.run import Run
 from prgkit.storage.run_card import SCHEMA
@@ -54,3 +54,15 @@ def test_a_card_of_another_form_is_damaged(run: Run) -> None:
     write_sealed(run.card_file, {**BEGUN, "finished": "perhaps"})
     with pytest.raises(RunError, match=r"card\.json is damaged: finished: Input should be a valid boolean"):
         _ = run.card
+
+
+def test_a_recipe_with_keys_of_before_is_read_where_they_can_be_left_out(run: Run) -> None:
+    recipe = (
+        "data: {images: a, classes: [b, c]}\nteacher: {model: d}\nstudent: {model: e}\nexport: {fidelity: 99}\n"
+        "objective: [{name: prg, node_loss: pearson, edge_loss: mse}, {name: kd}]\n"
+    )
+    run.recipe_file.write_text(recipe)
+    assert [objective.name for objective in run.recipe.objective] == ["prg", "kd"]
+    run.recipe_file.write_text(recipe.replace("mse", "pearson"))
+    with pytest.raises(RecipeError, match="edge_loss"):
+        _ = run.recipe
