@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from prgkit.config.prompts import canonical
-from prgkit.config.recipe import Recipe, validate
+from prgkit.config.recipe import Recipe, drop_retired_keys, validate
 from prgkit.config.sections import TeacherConfig
 from prgkit.device import best_device
 from prgkit.errors import ExportError, ParityError, RunError
@@ -81,6 +81,7 @@ def relabel(folder: Path, classes: Sequence[str], *, run: Run | None, progress: 
         scoring = require_open(bundle)
         for part in PARTS:
             require_unchanged(folder, part)
+        drop_retired_keys(bundle.manifest.recipe)
         recipe = validate(bundle.manifest.recipe, where=folder)
         answers = read_names(bundle, recipe, classes, run, progress)
         with building(folder, RELABELLED) as new:

@@ -255,6 +255,7 @@ def load_recipe(
     """
     path = find_recipe(name)
     raw = read_yaml(path)
+    drop_retired_keys(raw)
     given = {f"data.{key}": value for key, value in (("images", images), ("classes", classes)) if value}
     for key, value in given.items():
         section_of(raw, key)[key.removeprefix("data.")] = value
@@ -299,6 +300,17 @@ def summary_line(path: Path) -> str:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as YAML that `load_recipe` reads back as the same recipe."""
     write_yaml(recipe.model_dump(mode="json"), path)
+
+
+def drop_retired_keys(raw: YamlMapping) -> None:
+    """Take out of a recipe what it says in keys of before, where nothing else can be meant now."""
+    if isinstance(export := raw.get("export"), dict):
+        export.pop("fidelity", None)  # INT8 was judged by its agreement with FP32
+    objective = raw.get("objective")
+    for member in objective if isinstance(objective, list) else [objective]:
+        for key, value in (("node_loss", "pearson"), ("edge_loss", "mse")):  # PRG's only form
+            if isinstance(member, dict) and member.get(key) == value:
+                del member[key]
 
 
 def apply_override(raw: YamlMapping, override: str) -> None:

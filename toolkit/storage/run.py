@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from prgkit import __version__
 from prgkit.config.messages import first_mistake
-from prgkit.config.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
+from prgkit.config.recipe import NOT_LEARNED_FROM, Recipe, drop_retired_keys, save_recipe, validate
 from prgkit.config.sections import StudentConfig
 from prgkit.config.yaml_io import YamlMapping, read_yaml
 from prgkit.errors import RunError
@@ -254,17 +254,6 @@ def differences(run: Run, recipe: Recipe) -> list[str]:
     if began and weights is not None and weights.is_file() and sha256(weights) != began:
         changed.append("what student.initial holds")
     return changed
-
-
-def drop_retired_keys(raw: dict[str, Any]) -> None:
-    """Take out of a run's recipe what it says in keys of before, where nothing else can be meant now."""
-    if isinstance(export := raw.get("export"), dict):
-        export.pop("fidelity", None)  # INT8 was judged by its agreement with FP32
-    objective = raw.get("objective")
-    for member in objective if isinstance(objective, list) else [objective]:
-        for key, value in (("node_loss", "pearson"), ("edge_loss", "mse")):  # PRG's only form
-            if isinstance(member, dict) and member.get(key) == value:
-                del member[key]
 
 
 def initial_run(config: StudentConfig) -> Run | None:
