@@ -16,7 +16,7 @@ from prgkit.annotation.sheet import Card, sheet
 from prgkit.config.recipe import Recipe
 from prgkit.data.augment import evaluation_views
 from prgkit.data.index import read_image_index, select_labelled
-from prgkit.data.ticks import Tick, read_ticks, ticked, write_ticks
+from prgkit.data.ticks import Tick, read_ticks, set_aside, ticked, write_ticks
 from prgkit.device import best_device
 from prgkit.progress import Progress
 from prgkit.storage.atomic import fingerprint, write_text
@@ -45,8 +45,8 @@ def suggest_labels(
 ) -> Suggestions:
     """Write ``count`` images to label into a CSV and an HTML sheet beside it, and return how many there are.
 
-    What is ticked in the CSV already stays in it and counts as labelled, as data.labelled does. The answers are the
-    teacher's, or those of a run's student.
+    What is ticked in the CSV already stays in it and counts as labelled, as data.labelled does; ticks of images that
+    are not here are kept beside it. The answers are the teacher's, or those of a run's student.
 
     Raises:
         PrgkitError: for anything the user can mend.
@@ -55,7 +55,9 @@ def suggest_labels(
     images = dataset.image_index
     earlier = ticked(read_ticks(table, recipe.classes)) if table.exists() else []
     pool = probabilities(dataset, student, recipe, progress)
-    known = {tick.key for tick in earlier}
+    numbers = {key: position for position, key in enumerate(images.keys)}
+    kept = [tick for tick in earlier if tick.key in numbers]
+    known = {tick.key for tick in kept}
     others = few_labelled(dataset, recipe, progress)
     labelled = np.empty((0, pool.shape[1]), np.float32)
     if others is not None:
@@ -63,10 +65,11 @@ def suggest_labels(
         labelled = probabilities(others, student, recipe, progress)
     done = np.array([key in known for key in images.keys], dtype=bool)
     chosen = farthest_first(pool, np.concatenate([pool[done], labelled]), count, barred=done)
-    numbers = {key: position for position, key in enumerate(images.keys)}
-    kept = [tick for tick in earlier if tick.key in numbers]
     fresh = [new_tick(dataset, position, pool[position], recipe.classes) for position in chosen]
     rows = [replace(tick, number=number) for number, tick in enumerate([*kept, *fresh], 1)]
+    if lost := len(earlier) - len(kept):
+        aside = set_aside(table)
+        progress.note(f"{lost} of the {len(earlier)} ticks so far are of images that are not here: kept in {aside}")
     write_ticks(table, rows)
     page = table.with_suffix(".html")
     write_text(page, draw_sheet(rows, [numbers[row.key] for row in rows], dataset, pool, recipe, table))

@@ -24,6 +24,16 @@ POOL = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.9, 0.1, 0]], dtype=np.float
 IMAGES = 30
 
 
+class Told(NullProgress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 def test_farthest_first_by_hand() -> None:
     first = np.array([True, False, False, False])
     assert farthest_first(POOL, POOL[:1], 3, barred=first) == [1, 2, 3]  # sqrt(2), sqrt(2), 0.1414
@@ -74,6 +84,25 @@ def test_what_is_ticked_is_kept_learned_from_and_suggested_no_more(recipe: Recip
     after = read_ticks(table, CLASSES)
     assert [(tick.key, tick.right, tick.named) for tick in after[:3]] == [(t.key, t.right, t.named) for t in ticks]
     assert len({tick.key for tick in after}) == 7
+
+
+def test_ticks_of_images_that_are_not_here_are_kept_beside_the_table(recipe: Recipe) -> None:
+    table, told = Path("mine.csv"), Told()
+    suggest_labels(recipe, table, Path("targets"), count=8, student=None, progress=told)
+    ticks = [replace(tick, right=True) for tick in read_ticks(table, CLASSES)]
+    write_ticks(table, ticks)
+    for number in range(0, IMAGES, 2):  # half of a mount is missing
+        Path(f"photos/{number:03}.png").unlink()
+    there = [tick for tick in ticks if Path("photos", tick.file).exists()]
+    assert 0 < len(there) < 8
+    again = suggest_labels(recipe, table, Path("targets"), count=2, student=None, progress=told)
+    assert (again.suggested, again.labelled) == (2, len(there))
+    assert read_ticks(Path("mine-1.csv"), CLASSES) == ticks
+    assert [tick.key for tick in read_ticks(table, CLASSES)[: len(there)]] == [tick.key for tick in there]
+    lost = f"{8 - len(there)} of the 8 ticks so far are of images that are not here: kept in mine-1.csv"
+    assert lost in told.notes
+    suggest_labels(recipe, table, Path("targets"), count=2, student=None, progress=told)
+    assert not Path("mine-2.csv").exists()  # nothing was lost
 
 
 def test_dho_learns_from_the_sheet(recipe: Recipe) -> None:
