@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from prgkit.data.augment import evaluation_views
 from prgkit.data.index import read_image_index, select_labelled
 from prgkit.data.ticks import Tick, read_ticks, set_aside, ticked, write_ticks
 from prgkit.device import best_device
+from prgkit.errors import RunError
 from prgkit.progress import Progress
 from prgkit.storage.atomic import fingerprint, write_text
 from prgkit.storage.run import Run
@@ -49,8 +51,13 @@ def suggest_labels(
     are not here are kept beside it. The answers are the teacher's, or those of a run's student.
 
     Raises:
-        PrgkitError: for anything the user can mend.
+        RunError: the student knows other classes than the recipe.
+        PrgkitError: for anything else the user can mend.
     """
+    if student is not None and student.recipe_file.exists() and student.recipe.classes != recipe.classes:
+        fix = f"leave --by student out, or: prgkit suggest-labels {shlex.quote(str(student.recipe_file))} --by student"
+        what = "the student knows other classes than the recipe, or the same in another order"
+        raise RunError(what, where=student.folder, fix=f"{fix} --run {shlex.quote(str(student.folder))}")
     dataset = prepare_answers(recipe, targets_root, progress)
     images = dataset.image_index
     earlier = ticked(read_ticks(table, recipe.classes)) if table.exists() else []

@@ -11,12 +11,13 @@ import pytest
 pytest.importorskip("torch")
 
 from prgkit.annotation.suggest import farthest_first, suggest_labels
-from prgkit.config.recipe import Recipe, validate
+from prgkit.config.recipe import Recipe, save_recipe, validate
 from prgkit.data.index import read_image_index, select_labelled
 from prgkit.data.ticks import read_ticks, write_ticks
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.errors import ImagesError
+from prgkit.errors import ImagesError, RunError
 from prgkit.progress import NullProgress
+from prgkit.storage.run import Run
 from prgkit.training.prepare import prepare
 from tests.conftest import PrgkitCommand
 
@@ -105,6 +106,14 @@ def test_ticks_of_images_that_are_not_here_are_kept_beside_the_table(recipe: Rec
     assert not Path("mine-2.csv").exists()  # nothing was lost
 
 
+def test_a_student_of_other_classes_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    swapped = {"classes": (CLASSES[1], CLASSES[0], *CLASSES[2:])}
+    save_recipe(recipe.model_copy(update={"data": recipe.data.model_copy(update=swapped)}), run.recipe_file)
+    with pytest.raises(RunError, match="the student knows other classes"):
+        suggest_labels(recipe, Path("mine.csv"), Path("targets"), count=2, student=run, progress=NullProgress())
+
+
 def test_dho_learns_from_the_sheet(recipe: Recipe) -> None:
     table, quiet = Path("mine.csv"), NullProgress()
     suggest_labels(recipe, table, Path("targets"), count=8, student=None, progress=quiet)
@@ -118,8 +127,6 @@ def test_dho_learns_from_the_sheet(recipe: Recipe) -> None:
 
 
 def test_the_command_writes_both_files(recipe: Recipe, prgkit: PrgkitCommand) -> None:
-    from prgkit.config.recipe import save_recipe
-
     save_recipe(recipe, Path("mine.yaml"))
     told = prgkit("suggest-labels mine.yaml -n 5 --json").json["suggest-labels"]
     assert (told["suggested"], told["table"]) == (5, "suggested/mine.csv")
