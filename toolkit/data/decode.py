@@ -286,13 +286,14 @@ def opened(fetched: bytes | Image.Image, name: str) -> AbstractContextManager[Im
     )
 
 
-def content_key(fetched: bytes | Image.Image, grey: GreyRange | None = None) -> str:
+def content_key(fetched: bytes | Image.Image, grey: GreyRange | None = None, *, deep: bool = False) -> str:
     """Hash the encoded bytes of a file, or the size and pixels of a picture that never had any.
 
-    A deep grey is another picture where other values are black and white.
+    A ``deep`` grey is another picture where other values are black and white, or, as None says, its own; 16 bits leave
+    no trace.
     """
     if isinstance(fetched, bytes):
-        read_as = b"" if grey in (None, SIXTEEN_BITS) else repr(grey).encode()
+        read_as = repr(grey).encode() if deep and grey != SIXTEEN_BITS else b""
         return hashlib.blake2b(fetched + read_as, digest_size=16).hexdigest()
     rgb = upright_rgb(fetched, grey)
     return hashlib.blake2b(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes(), digest_size=16).hexdigest()

@@ -245,7 +245,7 @@ class ImageSource:
     def key(self, index: int) -> str:
         """Return 32 hex digits that depend on the image's content alone, and for a deep grey on how it is read."""
         fetched = self._source.fetch(index)
-        return content_key(fetched, self.grey if is_deep_grey(fetched, self.name(index)) else None)
+        return content_key(fetched, self.grey, deep=is_deep_grey(fetched, self.name(index)))
 
     def read_with_key(
         self, index: int, wanted: Callable[[str], bool]
@@ -258,7 +258,7 @@ class ImageSource:
         deep = is_deep_grey(fetched, name)
         if deep and not self.grey_is_settled:
             return UnmeasuredGrey(content_key(fetched))
-        key = content_key(fetched, self.grey if deep else None)
+        key = content_key(fetched, self.grey, deep=deep)
         return key, decoded(fetched, name, REDUCED_SIDE, self.grey) if wanted(key) else None
 
     def measure(self, index: int) -> GreyValues | None:

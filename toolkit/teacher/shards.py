@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +25,10 @@ from pydantic import BaseModel, Field, JsonValue
 
 from prgkit import __version__
 from prgkit.config.recipe import Recipe
+from prgkit.config.sections import ImageSpec
 from prgkit.config.shard import Shard
-from prgkit.data.index import ImageIndex, held_out_places, read_image_index
+from prgkit.data.index import ImageIndex, grey_of_whole, held_out_places, read_image_index
+from prgkit.data.sources import ImageSource
 from prgkit.errors import PrgkitError, TargetsError, some
 from prgkit.progress import Progress
 from prgkit.storage.atomic import write_sealed, writing
@@ -100,8 +102,7 @@ def embed_shard(
     views = np.where(held_out, 1, 1 + recipe.views.count)
     embed_part(targets.stores, images, views, recipe, load, progress)
     if recipe.data.evaluation_spec is not None:
-        grey = images.source.grey
-        judged = read_image_index(recipe.data.evaluation_spec, progress, known=targets, grey=grey, shard=shard)
+        judged = read_judged(images.source, recipe.data.evaluation_spec, shard, targets, progress)
         embed_part(targets.stores, judged, np.ones(len(judged), int), recipe, load, progress)
     seconds = round(time.monotonic() - started, 1)
     return [finish(store, manifest, images, seconds) for store, manifest in zip(targets.stores, begun, strict=True)]
@@ -131,6 +132,17 @@ def join_shards(recipe: Recipe, targets_root: Path, progress: Progress) -> list[
             progress.note(f"not joined: {left.total} other shards in {store.folder / SHARDS}: {left.problems[0].what}")
         joined += [join_set(store, one, progress) for one in whole]
     return joined
+
+
+def read_judged(
+    learned: ImageSource, spec: ImageSpec, shard: Shard, known: Container[str], progress: Progress
+) -> ImageIndex:
+    """Read a part of the evaluation images, deep greys in the range of all images that are learned from."""
+    judged = read_image_index(spec, progress, known=known, grey=learned.grey or "measured", shard=shard)
+    if learned.grey is not None or judged.source.grey is None:
+        return judged
+    # Other parts may hold the deep greys to go by.
+    return read_image_index(spec, progress, known=known, grey=grey_of_whole(learned), shard=shard)
 
 
 def embed_part(

@@ -751,6 +751,9 @@ def test_deep_greys_of_other_images_go_by_the_range_that_was_settled_and_by_thei
     settled = read_image_index(spec, quiet, grey=(0, 4095))
     own = read_image_index(spec, quiet, grey=None)
     assert (settled.source.grey, own.source.grey) == ((0, 4095), None)
+    true_16_bits = read_image_index(spec, quiet, grey=(0, 65535))
+    assert set(own.keys).isdisjoint({*settled.keys, *true_16_bits.keys})  # a teacher saw other pictures
+    assert set(own.keys) == {own.source.key(place) for place in range(2)}
     for place in range(2):  # as a device reads them whose manifest has no range
         path = tmp_path / own.source.name(int(own.indices[place]))
         assert (pixels(own.read(place)) == pixels(load_image(path))).all()

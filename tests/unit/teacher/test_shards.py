@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from prgkit.config.recipe import Recipe, validate
 from prgkit.config.shard import Shard, parse_shard, shard_of_process
@@ -104,6 +105,26 @@ def test_copies_in_several_shards_are_found_at_the_join_and_the_unreadable_are_t
     (joined,) = join_shards(recipe, tmp_path, NullProgress())
     assert (joined.images, joined.duplicates, joined.unreadable) == (IMAGES, 3, 1)
     assert stored(recipe, tmp_path) == expected
+
+
+@pytest.mark.parametrize("learned_greys", [0, 1])  # of one shard of three, or of none
+def test_evaluation_is_read_in_the_range_of_all_that_is_learned_from(
+    photos: Path, tmp_path: Path, learned_greys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = shutil.copytree(photos, tmp_path / "photos")
+    for place in [more / "deep.png"][:learned_greys]:
+        Image.fromarray(np.array([[0, 4000]], dtype=np.uint16)).save(place)
+    for number in range(6):
+        (tmp_path / "judged" / "zero").mkdir(parents=True, exist_ok=True)
+        deep = np.array([[0, 200 + number]], dtype=np.uint16)
+        Image.fromarray(deep).save(tmp_path / "judged" / "zero" / f"{number}.png")
+    page = recipe_for(more).model_dump(mode="json")
+    page["data"]["evaluation"] = str(tmp_path / "judged")
+    recipe = validate(page, where="test")
+    embed_all(recipe, tmp_path, 3)
+    join_shards(recipe, tmp_path, NullProgress())
+    monkeypatch.setattr(Teacher, "embed_images", lambda *_: pytest.fail("asked again"))
+    prepare(recipe, tmp_path, NullProgress())
 
 
 def test_a_shard_that_was_stopped_goes_on(
