@@ -70,13 +70,14 @@ def class_indices(
         ends = f"{min(map(str, examples))} is {class_names[0]}, {max(map(str, examples))} is {class_names[-1]}"
         note(f"labels are WordNet ids, read in their order: {ends}")
     if not indices and (numbers := as_numbers(examples)) is not None:
-        written = any(isinstance(label, str) for label in examples)
-        first = counted_from(numbers, examples, class_names, first_number, where=where) if written else 0
+        open_to_doubt = first_number is not None or any(isinstance(label, str) for label in examples)
+        first = counted_from(numbers, examples, class_names, first_number, where=where) if open_to_doubt else 0
         indices = {label: number - first for label, number in numbers.items() if 0 <= number - first < len(class_names)}
         if len(indices) == len(examples):
             note(numbering_note({numbers[label] for label in indices}, first, class_names))
     else:
-        indices |= {label: label for label in examples if isinstance(label, int) and 0 <= label < len(class_names)}
+        handed_out = {label: label - (first_number or 0) for label in examples if isinstance(label, int)}
+        indices |= {label: index for label, index in handed_out.items() if 0 <= index < len(class_names)}
     if unknown := sorted((label for label in examples if label not in indices), key=str):
         raise unknown_labels(unknown, len(examples), class_names, first_number or 0, where=where)
     return np.array([indices[label] for label in labels if label is not None], dtype=np.int64)
