@@ -220,6 +220,34 @@ def test_what_cannot_be_joined_is_named_and_can_be_made_again(
     assert stored(recipe, tmp_path) == expected
 
 
+def test_what_is_joined_is_the_stores_whatever_version_embedded_it(
+    photos: Path, tmp_path: Path, expected: dict[Any, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = shutil.copytree(photos, tmp_path / "photos")
+    recipe = recipe_for(more)
+    embed_all(recipe, tmp_path, 3)
+    join_shards(recipe, tmp_path, NullProgress())
+    old = {"prgkit": "0", "torch": "1.0", "open_clip_torch": "2.0"}
+    for number in range(3):
+        change(part(recipe, tmp_path, number), "versions", old)
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "embed_images", lambda *_: pytest.fail("asked again"))
+        embed_all(recipe, tmp_path, 3)
+    assert join_shards(recipe, tmp_path, NullProgress())[0].images == IMAGES
+    assert read_sealed(part(recipe, tmp_path, 1) / "manifest.json")["versions"] == old
+
+    shutil.rmtree(part(recipe, tmp_path, 1))  # a new version may embed what is lost
+    embed_all(recipe, tmp_path, 3)
+    assert join_shards(recipe, tmp_path, NullProgress())[0].images == IMAGES
+    assert stored(recipe, tmp_path) == expected
+
+    for number, image in enumerate(load_digits("test")[0][:9]):  # and what is new
+        image.save(more / f"new-{number}.png")
+    embed_all(recipe, tmp_path, 3)
+    assert join_shards(recipe, tmp_path, NullProgress())[0].images == IMAGES + 9
+    assert expected.items() <= stored(recipe, tmp_path).items()
+
+
 def test_of_two_shards_that_saw_different_images_both_are_named(photos: Path, tmp_path: Path) -> None:
     recipe = recipe_for(photos)
     embed_all(recipe, tmp_path, 2)
