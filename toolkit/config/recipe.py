@@ -256,7 +256,7 @@ def load_recipe(
     path = find_recipe(name)
     raw = read_yaml(path)
     drop_retired_keys(raw)
-    given = {f"data.{key}": value for key, value in (("images", images), ("classes", classes)) if value}
+    given = {f"data.{key}": value for key, value in (("images", images), ("classes", classes)) if value is not None}
     for key, value in given.items():
         section_of(raw, key)[key.removeprefix("data.")] = value
     for override in overrides:

@@ -78,7 +78,10 @@ def open_path(spec: str, note: Callable[[str], None], shard: Shard) -> Source:
     """
     if is_url(spec):
         return open_url(spec, note, shard)
-    path = Path(os.path.expandvars(os.path.expanduser(spec)))
+    expanded = os.path.expandvars(os.path.expanduser(spec))
+    if not expanded:  # as a path it would be the current folder
+        raise ImagesError(f"the images have no name: {spec!r}", fix=f"give {KINDS}; is a variable not set?")
+    path = Path(expanded)
     try:
         path = as_on_disk(path)
     except OSError as error:  # a name that is too long, a folder that may not be looked into

@@ -478,6 +478,9 @@ def test_images_and_classes_that_are_named_apart_are_taken_letter_for_letter() -
     recipe = load_recipe("custom", images="a: b #c, 'd'", classes="cifar10", overrides=["training.epochs=5"])
     assert (recipe.data.images, len(recipe.classes), recipe.training.epochs) == ("a: b #c, 'd'", 10, 5)
     assert load_recipe("custom", images="a", classes="cifar10", overrides=["data.images=b"]).data.images == "b"
+    assert load_recipe("demo", images="").data.images == ""  # a variable that is not set: not the recipe's own
+    with pytest.raises(RecipeError, match="there is no class list ''"):
+        load_recipe("demo", classes="")
     with pytest.raises(RecipeError) as caught:
         load_recipe("custom", images="a", overrides=["training.epochs=0"])
     assert str(caught.value.where).endswith("custom.yaml, with data.images=a, training.epochs=0")

@@ -1000,6 +1000,13 @@ def test_missing_paths(tmp_path: Path) -> None:
     )
 
 
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_folder(tmp_path, MEMBERS))
+    monkeypatch.setenv("PRGKIT_EMPTY", "")
+    for empty in ("", "$PRGKIT_EMPTY"):
+        assert error_text(empty).startswith(f"the images have no name: {empty!r}\n")
+
+
 def test_what_is_no_source(tmp_path: Path) -> None:
     write_folder(tmp_path, MEMBERS | {"a.txt": b"", "a.zip": b"no zip", "a.tar": b"no tar" * 200, "a.tar.zst": b""})
     assert error_text(tmp_path / "d.bmp").startswith(f"{tmp_path}/d.bmp is a single image")
