@@ -28,6 +28,7 @@ from prgkit.config.sections import ImageSpec
 from prgkit.data import index as image_module
 from prgkit.data.archives import expand_braces
 from prgkit.data.decode import UnreadableImage, content_key, decode, extremes, grey_range, image_suffixes
+from prgkit.data.hub import DatasetSource
 from prgkit.data.index import ImageIndex, index_images, nearly_black, of_one_colour, read_image_index, select_labelled
 from prgkit.data.preprocessing import Preprocessing, load_image
 from prgkit.data.sources import ImageSource, open_images
@@ -501,6 +502,22 @@ def test_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("CIFAR10/train[1]", "cat"),
     ]
     assert both.key(2) == images.key(1)
+
+
+def test_a_damaged_file_of_a_dataset_that_opens_without_reading_is_unreadable(tmp_path: Path) -> None:
+    class Lazy:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return Image.open(tmp_path / f"{index}.png"), 0
+
+    whole = [encode(noise(seed, (64, 64))) for seed in range(3)]
+    write_folder(tmp_path, {"0.png": whole[0], "1.png": whole[1][: len(whole[1]) // 2], "2.png": whole[2]})
+    found = index_images(ImageSource("lazy", DatasetSource("Lazy/train", Lazy(), None), None), workers=1)
+    assert len(found) == 2
+    (cut,) = found.unreadable
+    assert (cut.name, "truncated" in cut.reason) == ("Lazy/train[1]", True)
 
 
 def test_torchvision_mistakes(
