@@ -173,6 +173,13 @@ class Recipe(Config):
         return self.learns_labels or any(teacher.context for teacher in self.teacher)
 
     @property
+    def not_learned_from(self) -> YamlMapping:
+        """NOT_LEARNED_FROM without how labels are to be read, where that is said and labels are learned from."""
+        if not self.learns_labels or self.data.label_format == LabelFormat():
+            return NOT_LEARNED_FROM
+        return {**NOT_LEARNED_FROM, "data": NOT_LEARNED_FROM["data"] - {"label_format"}}
+
+    @property
     def reads_stages(self) -> bool:
         """Whether an objective looks at the maps that leave the student's stages."""
         return any(objective.reads_stages for objective in self.objective)
@@ -218,11 +225,11 @@ class Recipe(Config):
         return self.model_copy(update=sections)
 
     def fingerprint(self) -> str:
-        """Return what decides the trained weights: everything but NOT_LEARNED_FROM, and what learned contexts hold.
+        """Return what decides the trained weights: everything but `not_learned_from`, and what contexts hold.
 
         What is not set leaves no trace, so that a run outlives new keys.
         """
-        config = self.model_dump(mode="json", exclude=NOT_LEARNED_FROM, exclude_none=True)
+        config = self.model_dump(mode="json", exclude=self.not_learned_from, exclude_none=True)
         contexts = [Path(os.path.expanduser(teacher.context)) for teacher in self.teacher if teacher.context]
         return fingerprint([config, *(sha256(path) for path in contexts if path.is_file())] if contexts else config)
 

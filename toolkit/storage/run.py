@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from prgkit import __version__
 from prgkit.config.messages import first_mistake
-from prgkit.config.recipe import NOT_LEARNED_FROM, Recipe, drop_retired_keys, save_recipe, validate
+from prgkit.config.recipe import Recipe, drop_retired_keys, save_recipe, validate
 from prgkit.config.sections import StudentConfig
 from prgkit.config.yaml_io import YamlMapping, read_yaml
 from prgkit.errors import RunError
@@ -272,7 +272,7 @@ def initial_weights(config: StudentConfig) -> Path | None:
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """Return the dotted keys that make two recipes different runs."""
-    before, after = (_flat(recipe.model_dump(mode="json", exclude=NOT_LEARNED_FROM)) for recipe in (old, new))
+    before, after = (_flat(recipe.model_dump(mode="json", exclude=recipe.not_learned_from)) for recipe in (old, new))
     return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 
 

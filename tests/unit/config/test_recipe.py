@@ -23,6 +23,7 @@ from prgkit.config.sections import Data, ImageSpec, LabelFormat
 from prgkit.config.yaml_io import parse_yaml
 from prgkit.data.sources import open_images
 from prgkit.errors import ImagesError, RecipeError
+from prgkit.storage.run import changed_keys
 
 PAGE = """
 data: {images: photos/, classes: [cat, dog]}
@@ -410,6 +411,17 @@ def test_the_fingerprint_is_of_what_is_learned_from(mine: str) -> None:
     ]
     for count in range(1, len(same) + 1):
         assert load_recipe(mine, overrides=same[:count]).fingerprint() == recipe.fingerprint(), same[count - 1]
+
+
+def test_how_labels_are_read_is_learned_from_where_labels_are(mine: str) -> None:
+    from_1, dho = "data.label_format.first_number=1", ["data.labelled=shots/", "objective={name: dho}"]
+    plain, learner = load_recipe(mine), load_recipe(mine, overrides=dho)
+    assert changed_keys(plain, load_recipe(mine, overrides=[from_1])) == []
+    counted = load_recipe(mine, overrides=[*dho, from_1])
+    assert changed_keys(learner, counted) == changed_keys(counted, learner) == ["data.label_format.first_number"]
+    assert counted.fingerprint() != learner.fingerprint()
+    spelled = load_recipe(mine, overrides=[*dho, "data.label_format={}"])
+    assert spelled.fingerprint() == learner.fingerprint()  # so that a run outlives the key
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
