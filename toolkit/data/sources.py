@@ -60,8 +60,8 @@ def open_images(images: str | ImageSpec, *, note: Callable[[str], None] = silent
         ImagesError: there is nothing to open, or no image in it.
     """
     spec = ImageSpec(images) if isinstance(images, str) else images
-    kind, _, rest = spec.source.partition(":")
-    source = LIBRARIES[kind](rest) if kind in LIBRARIES else open_path(spec.source, note, shard)
+    kind, colon, rest = spec.source.partition(":")
+    source = LIBRARIES[kind](rest) if colon and kind in LIBRARIES else open_path(spec.source, note, shard)
     if isinstance(source, TarSource) and source.is_part:
         return ImageSource(spec.source, source)
     if len(source) == 0:
@@ -112,7 +112,8 @@ def open_url(spec: str, note: Callable[[str], None], shard: Shard) -> TarSource:
 
 def lies_in_files(spec: str) -> bool:
     """Tell whether images lie in files that people put there, and not in a library's dataset."""
-    return spec.partition(":")[0] not in LIBRARIES and not is_url(spec)
+    kind, colon, _ = spec.partition(":")
+    return not (colon and kind in LIBRARIES) and not is_url(spec)
 
 
 class ImageSource:

@@ -31,7 +31,7 @@ from prgkit.data.decode import UnreadableImage, content_key, decode, extremes, g
 from prgkit.data.hub import DatasetSource
 from prgkit.data.index import ImageIndex, index_images, nearly_black, of_one_colour, read_image_index, select_labelled
 from prgkit.data.preprocessing import Preprocessing, load_image
-from prgkit.data.sources import ImageSource, open_images
+from prgkit.data.sources import ImageSource, lies_in_files, open_images
 from prgkit.errors import ImagesError
 from prgkit.progress import NullProgress
 
@@ -438,6 +438,10 @@ def test_tar_shards_with_cls_labels(tmp_path: Path) -> None:
 def test_braces() -> None:
     assert list(expand_braces("a-{008..010}.tar")) == ["a-008.tar", "a-009.tar", "a-010.tar"]
     assert list(expand_braces("{a,b}-{0..1}.tar")) == ["a-0.tar", "a-1.tar", "b-0.tar", "b-1.tar"]
+    assert list(expand_braces("{002..000}")) == ["002", "001", "000"]  # as a shell counts, and pads
+    assert list(expand_braces("{10..8}")) == ["10", "9", "8"]
+    assert list(expand_braces("{9..010}")) == ["009", "010"]
+    assert list(expand_braces("{4..4}")) == ["4"]
     assert next(expand_braces("x-{0..99999999999}.tar")) == "x-0.tar"
 
 
@@ -1022,6 +1026,16 @@ def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PRGKIT_EMPTY", "")
     for empty in ("", "$PRGKIT_EMPTY"):
         assert error_text(empty).startswith(f"the images have no name: {empty!r}\n")
+
+
+@pytest.mark.parametrize("name", ["demo", "hf", "torchvision"])
+def test_a_folder_may_be_called_as_a_library_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / name, MEMBERS)
+    images = open_images(name)
+    assert (len(images), lies_in_files(name)) == (len(MEMBERS), True)
+    assert not lies_in_files(f"{name}:digits/train")
+    assert Path(images.path(0)).exists()
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:
