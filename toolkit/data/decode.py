@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from io import BytesIO
 from typing import Any
@@ -30,7 +29,6 @@ CAMERA_RAW = frozenset(
 )
 # What a file is taken for by its first bytes, whatever it is called: of these no text and no data file has them.
 SIGNED = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000", "AVIF", "PSD", "QOI")
-HEAD_BYTES = 32
 
 GreyRange = tuple[float, float]  # the values of a deep grey that are black and white
 SIXTEEN_BITS: GreyRange = (0.0, 65535.0)
@@ -221,7 +219,7 @@ def known_formats() -> tuple[tuple[str, ...], frozenset[str]]:
 
 
 def is_picture(head: bytes, name: str) -> bool:
-    """Tell by the first `HEAD_BYTES` of a file whether it is a picture, or a photograph that Pillow cannot read."""
+    """Tell by the first bytes of a file whether it is a picture, or a photograph that Pillow cannot read."""
     known_formats()  # loads Pillow's plugins
     if undecodable_kind(head):
         return True
@@ -277,13 +275,6 @@ def decoded(
     if isinstance(fetched, bytes):
         return decode(fetched, name, min_side=min_side, grey=grey)
     return reduced(upright_rgb(fetched, grey), min_side)
-
-
-def opened(fetched: bytes | Image.Image, name: str) -> AbstractContextManager[Image.Image]:
-    """Open what a source hands out, without decoding it yet."""
-    return (
-        Image.open(BytesIO(fetched), formats=formats_for(name)) if isinstance(fetched, bytes) else nullcontext(fetched)
-    )
 
 
 def content_key(fetched: bytes | Image.Image, grey: GreyRange | None = None, *, deep: bool = False) -> str:

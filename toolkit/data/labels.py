@@ -246,17 +246,15 @@ class LabelTable:
             note(f"{count} no image here, e.g. {cell_of(cells, self.file_column)!r} ({self.path.name}, line {line})")
         return labels
 
-    @cached_property
-    def plain_labels(self) -> dict[int, str]:
-        """The labels as far as they are known without the class names: of the only column, or of the one that says so.
+    def check(self) -> None:
+        """Refuse two labels of an image, as far as they are known without the class names.
 
-        Raises:
-            ImagesError: an image has two.
+        Those are the labels of the only column, or of the one that says so.
         """
         titled = [column for column in self.contents if self._is_titled(column)]
         only = [columns[0] for columns in (titled, list(self.contents)) if len(columns) == 1]
-        columns = only if self.label_column is None else [self.label_column]
-        return self._by_image(self._column(columns[0]).labels) if columns else {}
+        for column in only[:1] if self.label_column is None else [self.label_column]:
+            self._by_image(self._column(column).labels)
 
     @cached_property
     def contents(self) -> dict[int, frozenset[str]]:

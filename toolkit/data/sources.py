@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -27,11 +28,11 @@ from prgkit.data.decode import (
     content_key,
     decoded,
     extremes,
+    formats_for,
     grey_range,
     image_suffixes,
     is_deep_grey,
     is_picture,
-    opened,
     suffix_of,
 )
 from prgkit.data.files import KINDS, FolderSource, Source, read_head, require
@@ -161,10 +162,6 @@ class ImageSource:
         # A shard's name is part of its images' names.
         return str((place.parent if TAR.search(place.name) else place) / name)
 
-    def label(self, index: int) -> str | int | None:
-        """Return the image's class name or number as it is written, or None; only evaluation asks."""
-        return self._table.plain_labels.get(index) if self._table is not None else self._source.label(index)
-
     def labels(
         self, indices: Sequence[int], class_names: Sequence[str], *, note: Callable[[str], None] = silent
     ) -> list[Label | None]:
@@ -268,11 +265,11 @@ class ImageSource:
     def measure(self, index: int) -> GreyValues | None:
         """Return the extremes of a deep grey; None of any other image."""
         try:
-            fetched = self._source.fetch(index)
-            if not is_deep_grey(fetched, self.name(index)):
+            fetched, name = self._source.fetch(index), self.name(index)
+            if not is_deep_grey(fetched, name):
                 return None
-            with opened(fetched, self.name(index)) as image:
-                return GreyValues(*extremes(np.asarray(image).astype(np.float32)), whole=image.mode != "F")
+            image = Image.open(BytesIO(fetched), formats=formats_for(name)) if isinstance(fetched, bytes) else fetched
+            return GreyValues(*extremes(np.asarray(image).astype(np.float32)), whole=image.mode != "F")
         except Exception:  # an unreadable one is told of where it is read
             return None
 

@@ -83,9 +83,7 @@ def name_of(made_from: dict[str, JsonValue]) -> str:
     return fingerprint({**made_from, "schema": NAMED_BY})
 
 
-def as_stored(
-    config: TeacherConfig, views: Views, root: Path, stores: Iterable[str] = ("*",)
-) -> TeacherConfig | None:
+def as_stored(config: TeacherConfig, views: Views, root: Path, stores: Iterable[str] = ("*",)) -> TeacherConfig | None:
     """Return a configuration with the precision and batch size of a store that is there, where it leaves them open.
 
     Of several stores, all or those of these names, this device's precision goes before the other, and a larger batch

@@ -336,9 +336,7 @@ def test_missing_class_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "  fix: give a text file with one name a line, or one of caltech101, cifar10, cifar100, digits, dtd, eurosat, "
         "fgvcaircraft, flowers102, food101, imagenet1k, oxfordpets, stanfordcars, sun397, ucf101"
     )
-    assert classes_error("name.txt").startswith(
-        "there is no class list 'name.txt'; did you mean 'names.txt'?"
-    )
+    assert classes_error("name.txt").startswith("there is no class list 'name.txt'; did you mean 'names.txt'?")
 
 
 def test_class_file_that_is_no_text(tmp_path: Path) -> None:

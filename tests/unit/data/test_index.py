@@ -14,6 +14,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,14 @@ from prgkit.progress import NullProgress
 
 PREPROCESSING = TypeAdapter(Preprocessing)
 REAL = Path(os.environ.get("PRGKIT_DATA", "not given")) / "cifar100"
+
+
+def labels_of(images: ImageSource, classes: Sequence[str] = ()) -> list[str | int | None]:
+    return images.labels(range(len(images)), classes)
+
+
+def named_labels(images: ImageSource) -> list[tuple[str, str | int | None]]:
+    return [(images.name(i), label) for i, label in enumerate(labels_of(images))]
 
 
 def noise(seed: int, size: tuple[int, int] = (8, 6)) -> Image.Image:
@@ -347,7 +356,7 @@ def test_folder(tmp_path: Path) -> None:
     others = {".hidden.png": b"x", ".git/e.png": b"x", "notes.txt": b"x", "cat/labels.csv": b"x"}
     images = open_images(str(write_folder(tmp_path, MEMBERS | others)))
     assert [images.name(i) for i in range(len(images))] == ["cat/a.png", "cat/b.png", "d.bmp", "dog/c.JPG"]
-    assert [images.label(i) for i in range(len(images))] == ["cat", "cat", None, "dog"]
+    assert labels_of(images) == ["cat", "cat", None, "dog"]
     assert (pixels(images.read(0)) == pixels(noise(2))).all()
     assert len(images.key(0)) == 32
     assert images.spec == str(tmp_path)
@@ -388,7 +397,7 @@ def test_zip(tmp_path: Path, method: int) -> None:
     others = {"__MACOSX/cat/._a.png": b"x", "readme.txt": b"x"}
     images = open_images(str(write_zip(tmp_path / "a.zip", MEMBERS | others, method)))
     assert [images.name(i) for i in range(len(images))] == ["cat/a.png", "cat/b.png", "d.bmp", "dog/c.JPG"]
-    assert [images.label(i) for i in range(len(images))] == ["cat", "cat", None, "dog"]
+    assert labels_of(images) == ["cat", "cat", None, "dog"]
     assert (pixels(images.read(1)) == pixels(noise(1))).all()
 
 
@@ -424,7 +433,7 @@ def test_tar_shards_with_cls_labels(tmp_path: Path) -> None:
     write_tar(tmp_path / "s-09.tar", {"1.cls": b"9", "000.png": pictures[2], "000.cls": b"oak tree", "000.txt": b"no"})
     write_tar(tmp_path / "s-10.tar", {"dir/v2.x.png": pictures[3], "dir/v2.x.cls": b"5", "../up.png": pictures[3]})
     images = open_images(str(tmp_path / "s-{08..10}.tar"))
-    assert [(images.name(i), images.label(i)) for i in range(4)] == [
+    assert named_labels(images)[:4] == [
         ("s-08.tar/000.png", "3"),
         ("s-08.tar/1.seg.png", None),
         ("s-09.tar/000.png", "oak tree"),
@@ -491,7 +500,7 @@ def test_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "CIFAR10", Small)
     monkeypatch.setenv("PRGKIT_DATA_ROOT", str(tmp_path / "data"))
     images = open_images("torchvision:CIFAR10/train")
-    assert [(images.name(i), images.label(i)) for i in range(2)] == [
+    assert named_labels(images) == [
         ("CIFAR10/train[0]", "dog"),
         ("CIFAR10/train[1]", "cat"),
     ]
@@ -500,7 +509,7 @@ def test_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert images.key(0) != images.key(1)
     assert len(open_images("torchvision:CIFAR10/test")) == 1
     both = open_images("torchvision:CIFAR10/test+train")
-    assert [(both.name(i), both.label(i)) for i in range(3)] == [
+    assert named_labels(both) == [
         ("CIFAR10/test[0]", "dog"),
         ("CIFAR10/train[0]", "dog"),
         ("CIFAR10/train[1]", "cat"),
@@ -562,7 +571,7 @@ def test_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = datasets.Dataset.from_dict(table, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {"me/pets test": dataset}[f"{name} {split}"])
     images = open_images("hf:me/pets/test")
-    assert [(images.name(i), images.label(i)) for i in range(2)] == [
+    assert named_labels(images) == [
         ("me/pets/test[0]", "oak_tree"),
         ("me/pets/test[1]", "cat"),
     ]
@@ -577,7 +586,7 @@ def test_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_digits() -> None:
     pytest.importorskip("sklearn")
     images = open_images("demo:digits/test")
-    assert {images.label(i) for i in range(len(images))} == set(range(10))
+    assert set(labels_of(images)) == set(range(10))
     assert images.read(0).mode == "RGB"
     assert error_text("demo:digits/tset") == (
         "there is no demo:digits/tset; did you mean 'digits/test'?\n  fix: use demo:digits/train or demo:digits/test"
@@ -647,7 +656,7 @@ def test_links_in_a_tar(tmp_path: Path) -> None:
         for info in [*hard, *soft, lost]:
             tar.addfile(info)
     images = open_images(str(tmp_path / "in.tar"))
-    found = {images.name(i): (images.label(i), images.key(i)) for i in range(len(images))}
+    found = {name: (label, images.key(i)) for i, (name, label) in enumerate(named_labels(images))}
     assert len(found) == len(MEMBERS) + 2
     assert found["in.tar/bus/b.png"] == ("bus", found["in.tar/cat/a.png"][1])
     assert images.left_out == "passed over 3 files that are no pictures: 3 links (pack with tar -h)"
@@ -686,7 +695,7 @@ def test_compressed_shards_are_decompressed_once(tmp_path: Path, monkeypatch: py
         (tmp_path / f"s-{number}.{suffix}").write_bytes(pack(plain.read_bytes()))
     said: list[str] = []
     images = open_images(f"{tmp_path}/s-{{0..1}}.{suffix}", note=said.append)
-    assert [(images.name(i), images.label(i)) for i in range(2)] == [("s-0.tar/0.png", "4"), ("s-1.tar/0.png", "4")]
+    assert named_labels(images) == [("s-0.tar/0.png", "4"), ("s-1.tar/0.png", "4")]
     assert (pixels(images.read(1)) == pixels(noise(1))).all()
     cache = tmp_path / "cache" / "prgkit" / "shards"
     assert said == [f"decompressing s-{number}.{suffix} to {cache}, once" for number in range(2)]
@@ -716,7 +725,7 @@ def test_json_labels_of_a_webdataset(tmp_path: Path) -> None:
     members = {f"{number}.png": encode(noise(number)) for number in range(6)}
     members |= {f"{number}.json": text.encode() for number, text in enumerate(facts)}
     images = open_images(str(write_tar(tmp_path / "s.tar", members | {"0.x.json": b"{}", "5.cls": b"7"})))
-    assert [images.label(i) for i in range(6)] == ["3", "oak tree", None, None, None, "7"]
+    assert labels_of(images) == ["3", "oak tree", None, None, None, "7"]
     assert images.left_out == ""
 
 
@@ -876,7 +885,7 @@ def test_real_shards() -> None:
 def open_labelled(root: Path, rows: str) -> list[str | int | None]:
     (root.parent / "labels.csv").write_text(rows, encoding="utf-8-sig")
     images = open_images(ImageSpec(str(root), root.parent / "labels.csv"))
-    return [images.label(i) for i in range(len(images))]
+    return labels_of(images, ("x y", "x", "z"))
 
 
 def test_csv_labels(tmp_path: Path) -> None:
@@ -888,7 +897,7 @@ def test_csv_labels(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "s.tar", {"0.png": MEMBERS["cat/a.png"], "x/1.png": MEMBERS["cat/b.png"]})
     (tmp_path / "t.csv").write_text("s.tar/0.png,cat\nx/1.png,dog\n")
     images = open_images(ImageSpec(str(tar), tmp_path / "t.csv"))
-    assert [images.label(0), images.label(1)] == ["cat", "dog"]
+    assert labels_of(images, ("cat", "dog")) == ["cat", "dog"]
 
 
 def test_csv_mistakes(tmp_path: Path) -> None:
@@ -918,8 +927,10 @@ def labelled(tmp_path: Path, labels: list[str]) -> ImageIndex:
 def matched(tmp_path: Path, labels: list[str], classes: list[str]) -> dict[str, int]:
     found = labelled(tmp_path, labels)
     return {
-        str(found.source.label(int(i))): c
-        for i, c in zip(found.indices, select_labelled(found, classes)[1], strict=True)
+        str(label): index
+        for label, index in zip(
+            found.source.labels(found.indices.tolist(), classes), select_labelled(found, classes)[1], strict=True
+        )
     }
 
 
