@@ -38,6 +38,7 @@ NOT_LEARNED_FROM: YamlMapping = {
     "training": {"workers", "checkpoint_minutes", "trackers"},
     "export": True,
 }
+RETIRED_OF_PRG = {"node_loss": "pearson", "edge_loss": "mse"}  # keys of before: each has one value that is meant now
 
 
 class Recipe(Config):
@@ -227,9 +228,11 @@ class Recipe(Config):
     def fingerprint(self) -> str:
         """Return what decides the trained weights: everything but `not_learned_from`, and what contexts hold.
 
-        What is not set leaves no trace, so that a run outlives new keys.
+        What is not set leaves no trace, so that a run outlives new keys; keys of before leave theirs.
         """
         config = self.model_dump(mode="json", exclude=self.not_learned_from, exclude_none=True)
+        for member in members_of(config):
+            member |= RETIRED_OF_PRG if member["name"] == "prg" else {}
         contexts = [Path(os.path.expanduser(teacher.context)) for teacher in self.teacher if teacher.context]
         return fingerprint([config, *(sha256(path) for path in contexts if path.is_file())] if contexts else config)
 
@@ -313,11 +316,16 @@ def drop_retired_keys(raw: YamlMapping) -> None:
     """Take out of a recipe what it says in keys of before, where nothing else can be meant now."""
     if isinstance(export := raw.get("export"), dict):
         export.pop("fidelity", None)  # INT8 was judged by its agreement with FP32
-    objective = raw.get("objective")
-    for member in objective if isinstance(objective, list) else [objective]:
-        for key, value in (("node_loss", "pearson"), ("edge_loss", "mse")):  # PRG's only form
+    for member in members_of(raw):
+        for key, value in RETIRED_OF_PRG.items():
             if isinstance(member, dict) and member.get(key) == value:
                 del member[key]
+
+
+def members_of(raw: YamlMapping) -> list[Any]:
+    """Return a page's objective, or the members of a list of them."""
+    objective = raw.get("objective")
+    return objective if isinstance(objective, list) else [objective]
 
 
 def apply_override(raw: YamlMapping, override: str) -> None:
