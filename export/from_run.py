@@ -36,7 +36,7 @@ from prgkit.storage.locks import locked
 from prgkit.storage.run import TICKS, Run
 from prgkit.student.model import Student, load_student, student_facts
 from prgkit.teacher.answers import teacher_answers
-from prgkit.teacher.ensemble import existing_targets
+from prgkit.teacher.ensemble import as_learned, existing_targets
 from prgkit.training.prepare import grey_of, hold_out
 from prgkit.training.pseudo_labels import confidence_of, sure_enough
 
@@ -79,7 +79,8 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
         progress.note(
             f"the run is not finished: this is its best student so far, of epoch {student_facts(run.weights).epoch}"
         )
-    seen = existing_targets(recipe, run.target_stores[0].parent) or ()
+    root = run.target_stores[0].parent
+    seen = existing_targets(as_learned(recipe, run, root), root) or ()
     grey, classes = grey_of(run), None
     learned = cache(lambda: images_of(run, recipe, seen, progress))
     if spec := recipe.data.evaluation_spec:

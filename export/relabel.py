@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from prgkit.config.prompts import canonical
-from prgkit.config.recipe import Recipe, validate
+from prgkit.config.recipe import Recipe, drop_retired_keys, validate
 from prgkit.config.sections import TeacherConfig
 from prgkit.device import best_device
 from prgkit.errors import ExportError, ParityError, RunError
@@ -54,7 +54,7 @@ from prgkit.storage.reproducible import read_array, read_png, write_array
 from prgkit.storage.run import Run
 from prgkit.teacher.answers import both_logits
 from prgkit.teacher.clip import Teacher, load_teacher
-from prgkit.teacher.ensemble import open_targets
+from prgkit.teacher.ensemble import as_learned, open_targets
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 OPEN = "prgkit export --open-vocabulary"
@@ -81,6 +81,7 @@ def relabel(folder: Path, classes: Sequence[str], *, run: Run | None, progress: 
         scoring = require_open(bundle)
         for part in PARTS:
             require_unchanged(folder, part)
+        drop_retired_keys(bundle.manifest.recipe)
         recipe = validate(bundle.manifest.recipe, where=folder)
         answers = read_names(bundle, recipe, classes, run, progress)
         with building(folder, RELABELLED) as new:
@@ -138,7 +139,7 @@ def read_names(
         return load_teacher(config, best_device())
 
     with store_of(run) as root:
-        targets = open_targets(recipe, root, teacher)
+        targets = open_targets(as_learned(recipe, run, root) if run else recipe, root, teacher)
         if targets.facts().fingerprint != bundle.manifest.teacher.fingerprint:
             raise ExportError(
                 f"the teacher here is not the one that this student learned from: {recipe.teacher_name}",

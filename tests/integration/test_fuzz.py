@@ -305,7 +305,7 @@ def test_archives(tmp_path: Path, count: int, kind: str) -> None:
             images = open_images(str(archive))
             for index in range(len(images)):
                 str(images.name(index)).encode()
-                images.label(index)
+                images.labels([index], ())
             read = index_images(images, workers=1)
         except PrgkitError as error:
             told(error)

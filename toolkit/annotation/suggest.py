@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from prgkit.annotation.sheet import Card, sheet
 from prgkit.config.recipe import Recipe
 from prgkit.data.augment import evaluation_views
 from prgkit.data.index import read_image_index, select_labelled
-from prgkit.data.ticks import Tick, read_ticks, ticked, write_ticks
+from prgkit.data.ticks import Tick, read_ticks, set_aside, ticked, write_ticks
 from prgkit.device import best_device
+from prgkit.errors import RunError
 from prgkit.progress import Progress
 from prgkit.storage.atomic import fingerprint, write_text
 from prgkit.storage.run import Run
@@ -45,17 +47,24 @@ def suggest_labels(
 ) -> Suggestions:
     """Write ``count`` images to label into a CSV and an HTML sheet beside it, and return how many there are.
 
-    What is ticked in the CSV already stays in it and counts as labelled, as data.labelled does. The answers are the
-    teacher's, or those of a run's student.
+    What is ticked in the CSV already stays in it and counts as labelled, as data.labelled does; ticks of images that
+    are not here are kept beside it. The answers are the teacher's, or those of a run's student.
 
     Raises:
-        PrgkitError: for anything the user can mend.
+        RunError: the student knows other classes than the recipe.
+        PrgkitError: for anything else the user can mend.
     """
+    if student is not None and student.recipe_file.exists() and student.recipe.classes != recipe.classes:
+        fix = f"leave --by student out, or: prgkit suggest-labels {shlex.quote(str(student.recipe_file))} --by student"
+        what = "the student knows other classes than the recipe, or the same in another order"
+        raise RunError(what, where=student.folder, fix=f"{fix} --run {shlex.quote(str(student.folder))}")
     dataset = prepare_answers(recipe, targets_root, progress)
     images = dataset.image_index
     earlier = ticked(read_ticks(table, recipe.classes)) if table.exists() else []
     pool = probabilities(dataset, student, recipe, progress)
-    known = {tick.key for tick in earlier}
+    numbers = {key: position for position, key in enumerate(images.keys)}
+    kept = [tick for tick in earlier if tick.key in numbers]
+    known = {tick.key for tick in kept}
     others = few_labelled(dataset, recipe, progress)
     labelled = np.empty((0, pool.shape[1]), np.float32)
     if others is not None:
@@ -63,10 +72,11 @@ def suggest_labels(
         labelled = probabilities(others, student, recipe, progress)
     done = np.array([key in known for key in images.keys], dtype=bool)
     chosen = farthest_first(pool, np.concatenate([pool[done], labelled]), count, barred=done)
-    numbers = {key: position for position, key in enumerate(images.keys)}
-    kept = [tick for tick in earlier if tick.key in numbers]
     fresh = [new_tick(dataset, position, pool[position], recipe.classes) for position in chosen]
     rows = [replace(tick, number=number) for number, tick in enumerate([*kept, *fresh], 1)]
+    if lost := len(earlier) - len(kept):
+        aside = set_aside(table)
+        progress.note(f"{lost} of the {len(earlier)} ticks so far are of images that are not here: kept in {aside}")
     write_ticks(table, rows)
     page = table.with_suffix(".html")
     write_text(page, draw_sheet(rows, [numbers[row.key] for row in rows], dataset, pool, recipe, table))

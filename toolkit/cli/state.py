@@ -29,7 +29,7 @@ class RecipeOptions:
     @property
     def names_a_recipe(self) -> bool:
         """Whether these options say which recipe is meant, or leave it to the chain or the newest run."""
-        return bool(self.recipe or self.images or self.classes)
+        return (self.recipe, self.images, self.classes) != (None, None, None)  # an empty one is a mistake
 
 
 @dataclass

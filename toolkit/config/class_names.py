@@ -17,7 +17,6 @@ from prgkit.config.yaml_io import plain_yaml
 from prgkit.errors import RecipeError, some
 
 Entry = tuple[str, str]  # where a name stands, and the name
-Numbered = tuple[str, str]  # an id and a name
 
 # A number or WordNet id in front of a name, in brackets or after a word such as "class", and what parts the two.
 IN_FRONT = re.compile(
@@ -357,7 +356,7 @@ def in_order(entries: list[Entry], numbers: Sequence[str]) -> tuple[list[Entry],
     return [entries[place] for place in order], numbering_note(pairs, moved=order != list(range(len(entries))))
 
 
-def numbering_note(pairs: Sequence[Numbered], *, moved: bool) -> str:
+def numbering_note(pairs: Sequence[tuple[str, str]], *, moved: bool) -> str:
     """Say which number is which name."""
     lines = [f"{number} is {name}" for number, name in pairs]
     shown = lines if len(lines) <= 3 else [*lines[:2], "...", lines[-1]]

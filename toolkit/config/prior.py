@@ -61,7 +61,8 @@ def class_shares(prior: str | Mapping[str, float] | None, classes: Sequence[str]
     shares = [1.0] * len(classes) if isinstance(prior, str) else [prior[name] for name in classes]
     total = math.fsum(shares)
     shares = [max(share / total, LEAST_SHARE) for share in shares]
-    return [share / math.fsum(shares) for share in shares]
+    total = math.fsum(shares)
+    return [share / total for share in shares]
 
 
 def read_figures(path: Path, word: str) -> dict[str, float]:

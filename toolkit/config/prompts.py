@@ -28,11 +28,10 @@ NAMED_TEMPLATES = tuple(sorted((*(path.stem for path in TEMPLATES.glob("*.txt"))
 def load_classes(
     value: str | Sequence[str],
     *,
-    folder: Path | None = None,
     note: Callable[[str], None] = silent,
     where: str = "the class names",
 ) -> tuple[str, ...]:
-    """Return class names: a named list, a file of names (relative to ``folder``), or the names given.
+    """Return class names: a named list, a file of names, or the names given.
 
     ``note`` is told what a file has besides names, which is left out, and which names look like ids.
 
@@ -45,7 +44,7 @@ def load_classes(
     elif value in NAMED_CLASSES:
         return named_classes(value)
     else:
-        path = find_file(value, folder)
+        path = find_file(value)
         names = listed_classes(path, silent if path.parent == LISTS else note)
     if odd := like_ids(names):
         note(f"class names look like ids: {some(odd)}; the teacher reads them as words")
@@ -178,17 +177,17 @@ def checked_classes(names: Iterable[tuple[str, object]], *, where: object) -> tu
     return tuple(accepted)
 
 
-def find_file(value: str, folder: Path | None) -> Path:
-    """Return the class file: relative to ``folder`` first, then to where the command runs."""
-    given = Path(os.path.expandvars(os.path.expanduser(value)))
-    candidates = [folder / given, given] if folder else [given]
+def find_file(value: str) -> Path:
+    """Return the class file of that path."""
+    expanded = os.path.expandvars(os.path.expanduser(value))
+    given = Path(expanded)
     try:
-        file = next((path for path in map(as_on_disk, candidates) if path.exists()), None)
+        file = as_on_disk(given)
+        if expanded and file.exists():
+            return require_list(file)
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise RecipeError(f"there is no class list {value[:80]!r}: {error.strerror}", fix=NAMES_FIX) from error
-    if file is not None:
-        return require_list(file)
-    parent = candidates[0].parent
+    parent = given.parent
     siblings = [path.name for path in parent.iterdir() if path.is_file()] if parent.is_dir() else []
     raise RecipeError(
         f"there is no class list {value!r}{nearest(given.name, [*NAMED_CLASSES, *siblings])}",

@@ -307,12 +307,16 @@ def expand_braces(pattern: str) -> Iterator[str]:
         yield pattern
         return
     first, last, choices = braces.groups()
-    # Zero-padded to the width of the first bound, as in {008..012}.
-    options: Iterable[str] = (
-        choices.split(",") if choices else (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
-    )
+    options: Iterable[str] = choices.split(",") if choices else counted(first, last)
     for option in options:
         yield from expand_braces(pattern[: braces.start()] + option + pattern[braces.end() :])
+
+
+def counted(first: str, last: str) -> Iterator[str]:
+    """Count up or down from one bound to the other; where one begins with a zero, as in {008..012}, all are as wide."""
+    padded = any(len(bound) > 1 and bound.startswith("0") for bound in (first, last))
+    width, step = max(len(first), len(last)) if padded else 0, 1 if int(first) <= int(last) else -1
+    return (f"{number:0{width}d}" for number in range(int(first), int(last) + step, step))
 
 
 def refuse_climbing(member: str, name: str) -> None:

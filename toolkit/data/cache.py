@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from prgkit.data.files import STORE
 from prgkit.errors import DiskFullError, RunError
 from prgkit.storage.atomic import flush, free_bytes, is_disk_full, mapped
 from prgkit.storage.journal import Journal
@@ -29,7 +30,6 @@ from prgkit.storage.locks import locked
 Pixels = NDArray[np.uint8]  # [height, width, 3]
 
 PICTURES = "pictures"
-FILE = "pictures.u8"
 BLOCK_BYTES = 16 << 20  # what a kill can lose
 MOST_BYTES = 8 << 30  # no more than this in one store,
 SHARE_OF_DISK = 0.1  # and of what is free when it is opened
@@ -127,7 +127,7 @@ class DecodedImageCache:
 
     @property
     def _file(self) -> Path:
-        return self.folder / FILE
+        return self.folder / STORE
 
     def _note(self, block: Block) -> None:
         offset = block.offset
@@ -184,7 +184,7 @@ class CacheWriter:
 
 def room_bytes(folder: Path) -> int:
     """Return how many bytes may still be added to the store at ``folder``, which may not be there yet."""
-    used = (folder / FILE).stat().st_size if (folder / FILE).exists() else 0
+    used = (folder / STORE).stat().st_size if (folder / STORE).exists() else 0
     return min(MOST_BYTES - used, int(SHARE_OF_DISK * free_bytes(folder)))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from io import BytesIO
 from typing import Any
@@ -30,7 +29,6 @@ CAMERA_RAW = frozenset(
 )
 # What a file is taken for by its first bytes, whatever it is called: of these no text and no data file has them.
 SIGNED = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000", "AVIF", "PSD", "QOI")
-HEAD_BYTES = 32
 
 GreyRange = tuple[float, float]  # the values of a deep grey that are black and white
 SIXTEEN_BITS: GreyRange = (0.0, 65535.0)
@@ -221,7 +219,7 @@ def known_formats() -> tuple[tuple[str, ...], frozenset[str]]:
 
 
 def is_picture(head: bytes, name: str) -> bool:
-    """Tell by the first `HEAD_BYTES` of a file whether it is a picture, or a photograph that Pillow cannot read."""
+    """Tell by the first bytes of a file whether it is a picture, or a photograph that Pillow cannot read."""
     known_formats()  # loads Pillow's plugins
     if undecodable_kind(head):
         return True
@@ -279,20 +277,14 @@ def decoded(
     return reduced(upright_rgb(fetched, grey), min_side)
 
 
-def opened(fetched: bytes | Image.Image, name: str) -> AbstractContextManager[Image.Image]:
-    """Open what a source hands out, without decoding it yet."""
-    return (
-        Image.open(BytesIO(fetched), formats=formats_for(name)) if isinstance(fetched, bytes) else nullcontext(fetched)
-    )
-
-
-def content_key(fetched: bytes | Image.Image, grey: GreyRange | None = None) -> str:
+def content_key(fetched: bytes | Image.Image, grey: GreyRange | None = None, *, deep: bool = False) -> str:
     """Hash the encoded bytes of a file, or the size and pixels of a picture that never had any.
 
-    A deep grey is another picture where other values are black and white.
+    A ``deep`` grey is another picture where other values are black and white, or, as None says, its own; 16 bits leave
+    no trace.
     """
     if isinstance(fetched, bytes):
-        read_as = b"" if grey in (None, SIXTEEN_BITS) else repr(grey).encode()
+        read_as = repr(grey).encode() if deep and grey != SIXTEEN_BITS else b""
         return hashlib.blake2b(fetched + read_as, digest_size=16).hexdigest()
     rgb = upright_rgb(fetched, grey)
     return hashlib.blake2b(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes(), digest_size=16).hexdigest()

@@ -234,6 +234,8 @@ def picture_of(read: Any, name: str) -> Image.Image:
     """Call ``read`` and hold it to its promise of a picture."""
     try:
         picture = read()
+        if isinstance(picture, Image.Image):
+            picture.load()  # many datasets give a file that is opened and not read yet
     except ImportError as error:
         raise ImagesError(f"reading {name} needs {error.name}", fix=f"pip install {error.name}") from error
     except Exception as error:  # a dataset's reader may raise anything

@@ -203,6 +203,15 @@ def examine(
     return outcomes
 
 
+def grey_of_whole(source: ImageSource) -> GreyRange | None:
+    """Return the range of the deep greys of a whole source, of which this may be a part; None where it has none."""
+    whole = source.whole()
+    with ThreadPoolExecutor(default_workers()) as pool:
+        places = deep_greys_of(whole, pool.map)
+        found = measure_deep_greys(whole, places, pool.map)
+    return found.grey if found else SIXTEEN_BITS if places else None
+
+
 def deep_greys_of(source: ImageSource, mapper: Callable[..., Iterable[str]]) -> list[int]:
     """Return the deep greys of a whole source, in the order of their content."""
 

@@ -55,7 +55,7 @@ def read_label_table(path: Path, spec: ImageSpec, source: Source) -> LabelTable:
     if narrow is not None:
         what, fix = f"{path.name} has a row without a label column", "write two columns: file,label"
         raise ImagesError(what, where=f"{path}, line {narrow.line}", fix=fix)
-    _ = table.plain_labels  # says now what contradicts itself in any case
+    table.check()
     return table
 
 

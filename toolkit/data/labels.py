@@ -70,13 +70,14 @@ def class_indices(
         ends = f"{min(map(str, examples))} is {class_names[0]}, {max(map(str, examples))} is {class_names[-1]}"
         note(f"labels are WordNet ids, read in their order: {ends}")
     if not indices and (numbers := as_numbers(examples)) is not None:
-        written = any(isinstance(label, str) for label in examples)
-        first = counted_from(numbers, examples, class_names, first_number, where=where) if written else 0
+        open_to_doubt = first_number is not None or any(isinstance(label, str) for label in examples)
+        first = counted_from(numbers, examples, class_names, first_number, where=where) if open_to_doubt else 0
         indices = {label: number - first for label, number in numbers.items() if 0 <= number - first < len(class_names)}
         if len(indices) == len(examples):
             note(numbering_note({numbers[label] for label in indices}, first, class_names))
     else:
-        indices |= {label: label for label in examples if isinstance(label, int) and 0 <= label < len(class_names)}
+        handed_out = {label: label - (first_number or 0) for label in examples if isinstance(label, int)}
+        indices |= {label: index for label, index in handed_out.items() if 0 <= index < len(class_names)}
     if unknown := sorted((label for label in examples if label not in indices), key=str):
         raise unknown_labels(unknown, len(examples), class_names, first_number or 0, where=where)
     return np.array([indices[label] for label in labels if label is not None], dtype=np.int64)
@@ -245,17 +246,15 @@ class LabelTable:
             note(f"{count} no image here, e.g. {cell_of(cells, self.file_column)!r} ({self.path.name}, line {line})")
         return labels
 
-    @cached_property
-    def plain_labels(self) -> dict[int, str]:
-        """The labels as far as they are known without the class names: of the only column, or of the one that says so.
+    def check(self) -> None:
+        """Refuse two labels of an image, as far as they are known without the class names.
 
-        Raises:
-            ImagesError: an image has two.
+        Those are the labels of the only column, or of the one that says so.
         """
         titled = [column for column in self.contents if self._is_titled(column)]
         only = [columns[0] for columns in (titled, list(self.contents)) if len(columns) == 1]
-        columns = only if self.label_column is None else [self.label_column]
-        return self._by_image(self._column(columns[0]).labels) if columns else {}
+        for column in only[:1] if self.label_column is None else [self.label_column]:
+            self._by_image(self._column(column).labels)
 
     @cached_property
     def contents(self) -> dict[int, frozenset[str]]:

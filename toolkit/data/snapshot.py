@@ -131,7 +131,9 @@ def report_changes(run: Run, recipe: Recipe, progress: Progress) -> None:
     new = np.flatnonzero(~np.isin(files, snapshot.files))
     dates = source.file_digests(dated=True)
     touched = np.setdiff1d(np.flatnonzero(~np.isin(dates, snapshot.dated_files)), new)[:MOST_READ]
-    changed = [index for index in touched.tolist() if is_changed(source, index, snapshot)]
+    unread = {skipped.name for skipped in run.image_facts.unreadable}  # from the start: of no content that is known
+    known = [index for index in touched.tolist() if source.name(index) not in unread]
+    changed = [index for index in known if is_changed(source, index, snapshot)]
     new = np.union1d(new, changed).astype(np.int64)
     gone = len(np.setdiff1d(snapshot.files, files))
     changes = [f"{len(new):,} files are new or changed, e.g. {source.name(int(new[0]))}"] if len(new) else []

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -27,11 +28,11 @@ from prgkit.data.decode import (
     content_key,
     decoded,
     extremes,
+    formats_for,
     grey_range,
     image_suffixes,
     is_deep_grey,
     is_picture,
-    opened,
     suffix_of,
 )
 from prgkit.data.files import KINDS, FolderSource, Source, read_head, require
@@ -60,8 +61,8 @@ def open_images(images: str | ImageSpec, *, note: Callable[[str], None] = silent
         ImagesError: there is nothing to open, or no image in it.
     """
     spec = ImageSpec(images) if isinstance(images, str) else images
-    kind, _, rest = spec.source.partition(":")
-    source = LIBRARIES[kind](rest) if kind in LIBRARIES else open_path(spec.source, note, shard)
+    kind, colon, rest = spec.source.partition(":")
+    source = LIBRARIES[kind](rest) if colon and kind in LIBRARIES else open_path(spec.source, note, shard)
     if isinstance(source, TarSource) and source.is_part:
         return ImageSource(spec.source, source)
     if len(source) == 0:
@@ -78,7 +79,10 @@ def open_path(spec: str, note: Callable[[str], None], shard: Shard) -> Source:
     """
     if is_url(spec):
         return open_url(spec, note, shard)
-    path = Path(os.path.expandvars(os.path.expanduser(spec)))
+    expanded = os.path.expandvars(os.path.expanduser(spec))
+    if not expanded:  # as a path it would be the current folder
+        raise ImagesError(f"the images have no name: {spec!r}", fix=f"give {KINDS}; is a variable not set?")
+    path = Path(expanded)
     try:
         path = as_on_disk(path)
     except OSError as error:  # a name that is too long, a folder that may not be looked into
@@ -109,7 +113,8 @@ def open_url(spec: str, note: Callable[[str], None], shard: Shard) -> TarSource:
 
 def lies_in_files(spec: str) -> bool:
     """Tell whether images lie in files that people put there, and not in a library's dataset."""
-    return spec.partition(":")[0] not in LIBRARIES and not is_url(spec)
+    kind, colon, _ = spec.partition(":")
+    return not (colon and kind in LIBRARIES) and not is_url(spec)
 
 
 class ImageSource:
@@ -156,10 +161,6 @@ class ImageSource:
         place = Path(os.path.expandvars(os.path.expanduser(self.spec)))
         # A shard's name is part of its images' names.
         return str((place.parent if TAR.search(place.name) else place) / name)
-
-    def label(self, index: int) -> str | int | None:
-        """Return the image's class name or number as it is written, or None; only evaluation asks."""
-        return self._table.plain_labels.get(index) if self._table is not None else self._source.label(index)
 
     def labels(
         self, indices: Sequence[int], class_names: Sequence[str], *, note: Callable[[str], None] = silent
@@ -245,7 +246,7 @@ class ImageSource:
     def key(self, index: int) -> str:
         """Return 32 hex digits that depend on the image's content alone, and for a deep grey on how it is read."""
         fetched = self._source.fetch(index)
-        return content_key(fetched, self.grey if is_deep_grey(fetched, self.name(index)) else None)
+        return content_key(fetched, self.grey, deep=is_deep_grey(fetched, self.name(index)))
 
     def read_with_key(
         self, index: int, wanted: Callable[[str], bool]
@@ -258,17 +259,17 @@ class ImageSource:
         deep = is_deep_grey(fetched, name)
         if deep and not self.grey_is_settled:
             return UnmeasuredGrey(content_key(fetched))
-        key = content_key(fetched, self.grey if deep else None)
+        key = content_key(fetched, self.grey, deep=deep)
         return key, decoded(fetched, name, REDUCED_SIDE, self.grey) if wanted(key) else None
 
     def measure(self, index: int) -> GreyValues | None:
         """Return the extremes of a deep grey; None of any other image."""
         try:
-            fetched = self._source.fetch(index)
-            if not is_deep_grey(fetched, self.name(index)):
+            fetched, name = self._source.fetch(index), self.name(index)
+            if not is_deep_grey(fetched, name):
                 return None
-            with opened(fetched, self.name(index)) as image:
-                return GreyValues(*extremes(np.asarray(image).astype(np.float32)), whole=image.mode != "F")
+            image = Image.open(BytesIO(fetched), formats=formats_for(name)) if isinstance(fetched, bytes) else fetched
+            return GreyValues(*extremes(np.asarray(image).astype(np.float32)), whole=image.mode != "F")
         except Exception:  # an unreadable one is told of where it is read
             return None
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from prgkit import __version__
 from prgkit.config.messages import first_mistake
-from prgkit.config.recipe import NOT_LEARNED_FROM, Recipe, save_recipe, validate
+from prgkit.config.recipe import Recipe, drop_retired_keys, save_recipe, validate
 from prgkit.config.sections import StudentConfig
 from prgkit.config.yaml_io import YamlMapping, read_yaml
 from prgkit.errors import RunError
@@ -256,17 +256,6 @@ def differences(run: Run, recipe: Recipe) -> list[str]:
     return changed
 
 
-def drop_retired_keys(raw: dict[str, Any]) -> None:
-    """Take out of a run's recipe what it says in keys of before, where nothing else can be meant now."""
-    if isinstance(export := raw.get("export"), dict):
-        export.pop("fidelity", None)  # INT8 was judged by its agreement with FP32
-    objective = raw.get("objective")
-    for member in objective if isinstance(objective, list) else [objective]:
-        for key, value in (("node_loss", "pearson"), ("edge_loss", "mse")):  # PRG's only form
-            if isinstance(member, dict) and member.get(key) == value:
-                del member[key]
-
-
 def initial_run(config: StudentConfig) -> Run | None:
     """Return the run whose student another one starts from; None where it starts from something else."""
     run = Run(Path(os.path.expanduser(config.initial)))
@@ -283,7 +272,7 @@ def initial_weights(config: StudentConfig) -> Path | None:
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """Return the dotted keys that make two recipes different runs."""
-    before, after = (_flat(recipe.model_dump(mode="json", exclude=NOT_LEARNED_FROM)) for recipe in (old, new))
+    before, after = (_flat(recipe.model_dump(mode="json", exclude=recipe.not_learned_from)) for recipe in (old, new))
     return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 
 

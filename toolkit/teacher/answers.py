@@ -18,7 +18,7 @@ from prgkit.errors import ExportError
 from prgkit.progress import Progress
 from prgkit.storage.run import Run
 from prgkit.teacher.clip import Teacher, load_teacher
-from prgkit.teacher.ensemble import averaged, open_targets
+from prgkit.teacher.ensemble import as_learned, averaged, open_targets
 from prgkit.teacher.feature_store import embed
 from prgkit.teacher.zero_shot import ZeroShotClassifier, classifier_of
 
@@ -46,7 +46,8 @@ def teacher_answers(
         progress.note(f"loading the teacher {config.model}")
         return load_teacher(config, best_device())
 
-    targets = open_targets(recipe, run.target_stores[0].parent, teacher)
+    root = run.target_stores[0].parent
+    targets = open_targets(as_learned(recipe, run, root), root, teacher)
     if targets.facts().fingerprint != run.teacher_facts.fingerprint:
         raise ExportError(
             f"the teacher, or its learned context, is not the one that the student learned from: {recipe.teacher_name}",

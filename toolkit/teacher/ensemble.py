@@ -19,6 +19,7 @@ from prgkit.device import best_device, teacher_precision
 from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import fingerprint
+from prgkit.storage.run import Run
 from prgkit.storage.run_card import TeacherFacts
 from prgkit.teacher.clip import BATCH_SIZES
 from prgkit.teacher.feature_store import FeatureStore, Load, existing_store, open_store
@@ -104,6 +105,16 @@ def averaged(classifier: ZeroShotClassifier, targets: TeacherFeatures, recipe: R
     """Return the classifier with the average of several teachers that the recipe asks for."""
     widths = tuple(store.width for store in targets.stores)
     return replace(classifier, average=recipe.targets.average, widths=widths)
+
+
+def as_learned(recipe: Recipe, run: Run, root: Path) -> Recipe:
+    """Return a run's recipe with what its teachers leave open, precision and batch size, as in the run's own stores.
+
+    Another run may have made a store of the same teacher under ``root`` since. Where its own is gone it stays open.
+    """
+    stores = [store.name for store in run.target_stores]
+    teachers = tuple(as_stored(config, recipe.views, root, stores) or config for config in recipe.teacher)
+    return recipe.model_copy(update={"teacher": teachers})
 
 
 def teacher_fingerprint(recipe: Recipe, root: Path) -> str:

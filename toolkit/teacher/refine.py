@@ -201,6 +201,8 @@ def neighbour_affinity(features: Tensor) -> Tensor:
     """Return the cosines [N, N] of each image and its nearest ones, sparse and symmetrised: (A + A^T) / 2."""
     from sklearn.neighbors import NearestNeighbors  # takes a second to import, for StatA alone
 
+    if len(features) == 1:  # it has no neighbour
+        return torch.zeros(1, 1).to(features)
     count, points = min(NEIGHBOURS, len(features) - 1), features.cpu().numpy()
     distances, columns = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(points).kneighbors()
     rows = torch.arange(len(points)).repeat_interleave(count)

@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +25,10 @@ from pydantic import BaseModel, Field, JsonValue
 
 from prgkit import __version__
 from prgkit.config.recipe import Recipe
+from prgkit.config.sections import ImageSpec
 from prgkit.config.shard import Shard
-from prgkit.data.index import ImageIndex, held_out_places, read_image_index
+from prgkit.data.index import ImageIndex, grey_of_whole, held_out_places, read_image_index
+from prgkit.data.sources import ImageSource
 from prgkit.errors import PrgkitError, TargetsError, some
 from prgkit.progress import Progress
 from prgkit.storage.atomic import write_sealed, writing
@@ -100,8 +102,7 @@ def embed_shard(
     views = np.where(held_out, 1, 1 + recipe.views.count)
     embed_part(targets.stores, images, views, recipe, load, progress)
     if recipe.data.evaluation_spec is not None:
-        grey = images.source.grey
-        judged = read_image_index(recipe.data.evaluation_spec, progress, known=targets, grey=grey, shard=shard)
+        judged = read_judged(images.source, recipe.data.evaluation_spec, shard, targets, progress)
         embed_part(targets.stores, judged, np.ones(len(judged), int), recipe, load, progress)
     seconds = round(time.monotonic() - started, 1)
     return [finish(store, manifest, images, seconds) for store, manifest in zip(targets.stores, begun, strict=True)]
@@ -133,6 +134,16 @@ def join_shards(recipe: Recipe, targets_root: Path, progress: Progress) -> list[
     return joined
 
 
+def read_judged(
+    learned: ImageSource, spec: ImageSpec, shard: Shard, known: Container[str], progress: Progress
+) -> ImageIndex:
+    """Read a part of the evaluation images, deep greys in the range of all that is learned from, not of one part."""
+    judged = read_image_index(spec, progress, known=known, grey=learned.grey or "measured", shard=shard)
+    if learned.grey is not None or judged.source.grey is None:
+        return judged
+    return read_image_index(spec, progress, known=known, grey=grey_of_whole(learned), shard=shard)
+
+
 def embed_part(
     stores: Sequence[FeatureStore],
     images: ImageIndex,
@@ -152,7 +163,7 @@ def begin(store: FeatureStore, recipe: Recipe, images: ImageIndex) -> ShardManif
     """Write the manifest of a part that is not finished, or go on with one that was begun.
 
     Raises:
-        TargetsError: it was begun by another teacher or another version.
+        TargetsError: it was begun by another teacher, or by another version and is not joined.
     """
     listed, listing = images.source.listing()
     manifest = ShardManifest(
@@ -167,15 +178,17 @@ def begin(store: FeatureStore, recipe: Recipe, images: ImageIndex) -> ShardManif
         listing=listing,
     )
     if (store.own_folder / MANIFEST).exists():
-        earlier = read_manifest(store.own_folder)
-        if difference := difference_between(earlier, manifest):
+        earlier, expected = read_manifest(store.own_folder), manifest
+        if is_joined(FeatureStore(store.folder, store.config), store.shard):
+            expected = manifest.model_copy(update={"versions": earlier.versions})
+        if difference := difference_between(earlier, expected):
             raise TargetsError(
                 f"shard {store.shard} was begun {difference}",
                 where=store.own_folder,
                 fix="delete this folder, and the same command embeds it anew",
             )
         if earlier.finished and (earlier.listing, earlier.stored_views) == (listing, manifest.stored_views):
-            return manifest  # what is finished stays so for a join meanwhile
+            return expected  # what is finished stays so for a join meanwhile
     write_sealed(store.own_folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
     return manifest
 
@@ -237,7 +250,8 @@ def examine(store: FeatureStore, total: int, views: int) -> ShardSet:
             problems.append(Problem(shard, f"holds shard {manifest.shard}/{manifest.shards}", delete=True))
             continue
         manifests.append(manifest)
-        if difference := difference_from_card(manifest, store):
+        card = {"teacher": store.card.teacher, "views": store.card.views}
+        if difference := difference_between(manifest, manifest.model_copy(update=card)):
             problems.append(Problem(shard, f"is {difference}", delete=True))
         elif not manifest.finished:
             problems.append(Problem(shard, "is not finished"))
@@ -245,7 +259,7 @@ def examine(store: FeatureStore, total: int, views: int) -> ShardSet:
             problems.append(Problem(shard, f"has {manifest.stored_views} views of an image and not {views}"))
         elif manifest.index_digest != index_digest(folder):
             problems.append(Problem(shard, f"is damaged: {INDEX} is not what was written"))
-    problems += strangers(manifests)
+    problems += strangers(store, manifests)
     sound = [manifest for manifest in manifests if Shard(manifest.shard, total) not in {one.shard for one in problems}]
     broken: set[tuple[Shard, int]] = set()
     with ThreadPoolExecutor(available_cores()) as pool:
@@ -253,12 +267,6 @@ def examine(store: FeatureStore, total: int, views: int) -> ShardSet:
             broken |= blocks
             problems += lost
     return ShardSet(total, manifests, sorted(problems), broken)
-
-
-def difference_from_card(manifest: ShardManifest, store: FeatureStore) -> str:
-    """Say in which way a shard is not of a store's teacher and views; "" where it is."""
-    expected = ShardManifest.model_copy(manifest, update={"teacher": store.card.teacher, "views": store.card.views})
-    return difference_between(manifest, expected)
 
 
 def difference_between(one: ShardManifest, expected: ShardManifest) -> str:
@@ -276,15 +284,22 @@ def difference_between(one: ShardManifest, expected: ShardManifest) -> str:
     return ""
 
 
-def strangers(manifests: list[ShardManifest]) -> list[Problem]:
+def is_joined(store: FeatureStore, shard: Shard) -> bool:
+    """Tell whether the whole store has all that a shard holds, so that its version decides nothing any more."""
+    blocks = BlockJournal(store.files(shard).folder / INDEX).new_blocks()
+    return all((store.stored_views(block.hex_keys()) >= len(block.digests)).all() for block in blocks)
+
+
+def strangers(store: FeatureStore, manifests: list[ShardManifest]) -> list[Problem]:
     """Return the shards of another version, or that saw other images, than most; where none saw what most saw, all."""
     problems = []
-    versions = Counter(tuple(sorted(one.versions.items())) for one in manifests).most_common(1)
+    new = {one.shard for one in manifests if not is_joined(store, Shard(one.shard, one.shards))}
+    versions = Counter(tuple(sorted(one.versions.items())) for one in manifests if one.shard in new).most_common(1)
     listings = Counter((one.source, one.listed, one.listing) for one in manifests).most_common(2)
     most = 2 * listings[0][1] > len(manifests) if listings else True
     for one in manifests:
         shard = Shard(one.shard, one.shards)
-        usual = one.model_copy(update={"versions": dict(versions[0][0])})
+        usual = one.model_copy(update={"versions": dict(versions[0][0])}) if one.shard in new else one
         seen = (one.source, one.listed, one.listing)
         if difference := difference_between(one, usual):
             problems.append(Problem(shard, f"is {difference}", delete=True))

@@ -119,14 +119,17 @@ def age_of(folder: Path, *names: str) -> float:
 
 
 def used_by() -> dict[Path, list[str]]:
-    """Return the runs under runs/ that were made from each store, alone or with others.
+    """Return the runs anywhere under runs/ that were made from each store, alone or with others.
 
     Raises:
         PrgkitError: a run's card is damaged, so that there is no telling what it uses.
     """
     users: dict[Path, list[str]] = {}
-    for card in sorted(RUNS.glob("*/card.json")):
+    linked = RUNS.glob("*/card.json")  # rglob follows no link to a folder
+    for card in sorted({*linked, *RUNS.rglob("card.json")}):  # deeper lie trials: runs/NAME-compared/trials/X
         run = Run(card.parent)
+        if not run.recipe_file.exists():  # a card of something else
+            continue
         for store in run.target_stores:
             place = (card.parent / run.card.origin / store).resolve()
             users.setdefault(place, []).append(str(card.parent))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -83,15 +83,16 @@ def name_of(made_from: dict[str, JsonValue]) -> str:
     return fingerprint({**made_from, "schema": NAMED_BY})
 
 
-def as_stored(config: TeacherConfig, views: Views, root: Path) -> TeacherConfig | None:
+def as_stored(config: TeacherConfig, views: Views, root: Path, stores: Iterable[str] = ("*",)) -> TeacherConfig | None:
     """Return a configuration with the precision and batch size of a store that is there, where it leaves them open.
 
-    Of several stores this device's precision goes before the other, and a larger batch before a smaller one.
+    Of several stores, all or those of these names, this device's precision goes before the other, and a larger batch
+    before a smaller one.
     """
     if config.precision != "auto" and config.batch_size is not None:
         return config
     weights, found = weights_identity(teacher_identity(config)), []
-    for card in root.glob("*/card.json"):
+    for card in (card for name in stores for card in root.glob(f"{name}/card.json")):
         with suppress(PrgkitError):  # one that is damaged is named where it is opened
             made_from = read_sealed(card)
             teacher: Any = made_from.get("teacher", {})

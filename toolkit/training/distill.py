@@ -33,7 +33,7 @@ from prgkit.storage.run import Run, differences, require_own_folder, start_run, 
 from prgkit.storage.run_card import BestEpoch
 from prgkit.storage.tensors import save_tensors
 from prgkit.student.model import Student, build_student, start_student
-from prgkit.teacher.ensemble import teacher_fingerprint
+from prgkit.teacher.ensemble import as_learned, teacher_fingerprint
 from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
 from prgkit.training.checkpoint import Clock, HeldOutScores, TrainingCounters, TrainingState, expected_bytes, model_ema
 from prgkit.training.dataset import DistillationDataset
@@ -106,7 +106,8 @@ def already_finished(run: Run, recipe: Recipe, targets_root: Path, progress: Pro
     progress.note(f"{run.folder} is finished already")
     report_changes(run, recipe, progress)
     with suppress(TeacherError):  # it is gone, and needed no more
-        if teacher_fingerprint(recipe, targets_root) != run.teacher_facts.fingerprint:
+        learned = as_learned(recipe, run, targets_root)
+        if teacher_fingerprint(learned, targets_root) != run.teacher_facts.fingerprint:
             again = restart_command(run)
             progress.note(f"the teacher is not the one that it learned from any more; to learn from this one: {again}")
     return True

@@ -34,7 +34,7 @@ from prgkit.progress import Progress
 from prgkit.storage.run import Run
 from prgkit.storage.run_card import ImageFacts
 from prgkit.teacher.clip import teacher_loader
-from prgkit.teacher.ensemble import TeacherFeatures, averaged, existing_targets, open_targets
+from prgkit.teacher.ensemble import TeacherFeatures, as_learned, averaged, existing_targets, open_targets
 from prgkit.teacher.feature_store import Load, embed
 from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.weights import check_teacher
@@ -124,6 +124,8 @@ def read_images(
     for config in recipe.teacher:
         check_teacher(config, note=progress.note)
         load_context(config)
+    if begun is not None:
+        recipe = as_learned(recipe, begun, targets_root)
     stored, cache = existing_targets(recipe, targets_root), DecodedImageCache(targets_root / PICTURES)
     grey: GreyRange | Measured | None = grey_of(begun) if begun is not None else "measured"
     images = read_image_index(recipe.data.image_spec, progress, known=stored or (), cache=cache, grey=grey)

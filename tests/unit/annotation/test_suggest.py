@@ -11,17 +11,28 @@ import pytest
 pytest.importorskip("torch")
 
 from prgkit.annotation.suggest import farthest_first, suggest_labels
-from prgkit.config.recipe import Recipe, validate
+from prgkit.config.recipe import Recipe, save_recipe, validate
 from prgkit.data.index import read_image_index, select_labelled
 from prgkit.data.ticks import read_ticks, write_ticks
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.errors import ImagesError
+from prgkit.errors import ImagesError, RunError
 from prgkit.progress import NullProgress
+from prgkit.storage.run import Run
 from prgkit.training.prepare import prepare
 from tests.conftest import PrgkitCommand
 
 POOL = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.9, 0.1, 0]], dtype=np.float32)
 IMAGES = 30
+
+
+class Told(NullProgress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def test_farthest_first_by_hand() -> None:
@@ -76,6 +87,33 @@ def test_what_is_ticked_is_kept_learned_from_and_suggested_no_more(recipe: Recip
     assert len({tick.key for tick in after}) == 7
 
 
+def test_ticks_of_images_that_are_not_here_are_kept_beside_the_table(recipe: Recipe) -> None:
+    table, told = Path("mine.csv"), Told()
+    suggest_labels(recipe, table, Path("targets"), count=8, student=None, progress=told)
+    ticks = [replace(tick, right=True) for tick in read_ticks(table, CLASSES)]
+    write_ticks(table, ticks)
+    for number in range(0, IMAGES, 2):  # half of a mount is missing
+        Path(f"photos/{number:03}.png").unlink()
+    there = [tick for tick in ticks if Path("photos", tick.file).exists()]
+    assert 0 < len(there) < 8
+    again = suggest_labels(recipe, table, Path("targets"), count=2, student=None, progress=told)
+    assert (again.suggested, again.labelled) == (2, len(there))
+    assert read_ticks(Path("mine-1.csv"), CLASSES) == ticks
+    assert [tick.key for tick in read_ticks(table, CLASSES)[: len(there)]] == [tick.key for tick in there]
+    lost = f"{8 - len(there)} of the 8 ticks so far are of images that are not here: kept in mine-1.csv"
+    assert lost in told.notes
+    suggest_labels(recipe, table, Path("targets"), count=2, student=None, progress=told)
+    assert not Path("mine-2.csv").exists()  # nothing was lost
+
+
+def test_a_student_of_other_classes_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    swapped = {"classes": (CLASSES[1], CLASSES[0], *CLASSES[2:])}
+    save_recipe(recipe.model_copy(update={"data": recipe.data.model_copy(update=swapped)}), run.recipe_file)
+    with pytest.raises(RunError, match="the student knows other classes"):
+        suggest_labels(recipe, Path("mine.csv"), Path("targets"), count=2, student=run, progress=NullProgress())
+
+
 def test_dho_learns_from_the_sheet(recipe: Recipe) -> None:
     table, quiet = Path("mine.csv"), NullProgress()
     suggest_labels(recipe, table, Path("targets"), count=8, student=None, progress=quiet)
@@ -89,8 +127,6 @@ def test_dho_learns_from_the_sheet(recipe: Recipe) -> None:
 
 
 def test_the_command_writes_both_files(recipe: Recipe, prgkit: PrgkitCommand) -> None:
-    from prgkit.config.recipe import save_recipe
-
     save_recipe(recipe, Path("mine.yaml"))
     told = prgkit("suggest-labels mine.yaml -n 5 --json").json["suggest-labels"]
     assert (told["suggested"], told["table"]) == (5, "suggested/mine.csv")

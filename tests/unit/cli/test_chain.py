@@ -144,8 +144,11 @@ def test_the_same_run_may_be_named_again(prgkit: PrgkitCommand, calls: list[Any]
     assert len(calls) == 3
 
 
-def test_a_recipe_or_both_images_and_classes(prgkit: PrgkitCommand, empty_folder: Path) -> None:
-    result = prgkit("distill", "--images", "photos")
+@pytest.mark.parametrize("given", [("--images", "photos"), ("--images", ""), ("--classes", ""), ("",)])
+def test_a_recipe_or_both_images_and_classes(
+    prgkit: PrgkitCommand, empty_folder: Path, given: tuple[str, ...]
+) -> None:  # an empty one, of a variable that is not set, does not mean the newest run
+    result = prgkit("distill", *given)
     assert (result.code, result.out) == (2, "")
     assert result.err.endswith("Error: Name a RECIPE, or give both --images and --classes.\n")
 

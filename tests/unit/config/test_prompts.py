@@ -13,9 +13,9 @@ from prgkit.errors import RecipeError
 REAL = Path(os.environ.get("PRGKIT_DATA", "not given")) / "cifar100"
 
 
-def classes_error(value: str | list[object], folder: Path | None = None) -> str:
+def classes_error(value: str | list[object]) -> str:
     with pytest.raises(RecipeError) as raised:
-        load_classes(value, folder=folder)  # type: ignore[arg-type]
+        load_classes(value)  # type: ignore[arg-type]
     return str(raised.value)
 
 
@@ -74,7 +74,6 @@ def test_imagenet_names_are_open_clips_except_the_two_it_repeats() -> None:
 
 def test_class_file(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_bytes("\ufeff# pets\ncat\r\n\n  oak tree  \n# more\ndog\n".encode())
-    assert load_classes("names.txt", folder=tmp_path) == ("cat", "oak tree", "dog")
     assert load_classes(str(tmp_path / "names.txt")) == ("cat", "oak tree", "dog")
 
 
@@ -146,7 +145,7 @@ FORMS = {
 def test_class_files_of_other_tools(tmp_path: Path, text: str) -> None:
     (tmp_path / "names.txt").write_text(text)
     notes: list[str] = []
-    assert load_classes("names.txt", folder=tmp_path, note=notes.append) == ABC
+    assert load_classes(str(tmp_path / "names.txt"), note=notes.append) == ABC
     assert FORMS[text] in notes
 
 
@@ -166,9 +165,9 @@ def test_class_files_of_other_tools(tmp_path: Path, text: str) -> None:
 )
 def test_class_tables(tmp_path: Path, text: str) -> None:
     (tmp_path / "names.csv").write_text(text)
-    assert load_classes("names.csv", folder=tmp_path) == ABC
+    assert load_classes(str(tmp_path / "names.csv")) == ABC
     (tmp_path / "names.csv").write_text(text, encoding="utf-16")
-    assert load_classes("names.csv", folder=tmp_path) == ABC
+    assert load_classes(str(tmp_path / "names.csv")) == ABC
 
 
 @pytest.mark.parametrize(
@@ -193,7 +192,7 @@ def test_class_tables(tmp_path: Path, text: str) -> None:
 def test_names_that_have_numbers_and_marks_of_their_own_keep_them(tmp_path: Path, names: tuple[str, ...]) -> None:
     (tmp_path / "names.txt").write_text("\n".join(names))
     notes: list[str] = []
-    assert load_classes("names.txt", folder=tmp_path, note=notes.append) == names
+    assert load_classes(str(tmp_path / "names.txt"), note=notes.append) == names
     assert notes == []
 
 
@@ -216,7 +215,7 @@ def test_names_that_have_numbers_and_marks_of_their_own_keep_them(tmp_path: Path
 )  # fmt: skip
 def test_class_files_that_do_not_say_it_are_refused(tmp_path: Path, file: str, text: str, what: str) -> None:
     (tmp_path / file).write_text(text)
-    error = classes_error(file, tmp_path)
+    error = classes_error(str(tmp_path / file))
     assert error.splitlines()[0] == what
     assert "secret" not in error
     assert "fix: " in error
@@ -242,7 +241,7 @@ def test_class_files_that_do_not_say_it_are_refused(tmp_path: Path, file: str, t
 def test_names_that_are_kept_with_what_they_have_are_told(tmp_path: Path, lines: tuple[str, ...], told: str) -> None:
     (tmp_path / "names.txt").write_text("\n".join(lines))
     notes: list[str] = []
-    assert load_classes("names.txt", folder=tmp_path, note=notes.append) == tuple(" ".join(x.split()) for x in lines)
+    assert load_classes(str(tmp_path / "names.txt"), note=notes.append) == tuple(" ".join(x.split()) for x in lines)
     assert len(notes) == 1
     assert told in notes[0]
 
@@ -293,7 +292,7 @@ def test_names_are_composed_and_compared_without_marks() -> None:
 def test_class_file_relative_to_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     monkeypatch.chdir(tmp_path)
-    assert load_classes("names.txt", folder=tmp_path / "recipes") == ("cat", "dog")
+    assert load_classes("names.txt") == ("cat", "dog")
     monkeypatch.setenv("WHERE", str(tmp_path))
     assert load_classes("$WHERE/names.txt") == ("cat", "dog")
 
@@ -319,7 +318,7 @@ def test_too_few_names(tmp_path: Path) -> None:
         "  fix: give at least two, or there is nothing to tell apart"
     )
     (tmp_path / "names.txt").write_text("# nothing\n\n")
-    assert classes_error("names.txt", tmp_path).startswith("there are no class names\n")
+    assert classes_error(str(tmp_path / "names.txt")).startswith("there are no class names\n")
 
 
 def test_names_that_are_not_names() -> None:
@@ -328,22 +327,21 @@ def test_names_that_are_not_names() -> None:
     assert classes_error(["yes", False]).startswith("class name False is not text (entry 2)\n")
 
 
-def test_missing_class_list(tmp_path: Path) -> None:
+def test_missing_class_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "names.txt").write_text("cat\ndog\n")
-    assert classes_error("cifar-100", tmp_path) == (
+    assert classes_error("cifar-100") == (
         "there is no class list 'cifar-100'; did you mean 'cifar100'?\n"
         f"  where: {tmp_path}\n"
         "  fix: give a text file with one name a line, or one of caltech101, cifar10, cifar100, digits, dtd, eurosat, "
         "fgvcaircraft, flowers102, food101, imagenet1k, oxfordpets, stanfordcars, sun397, ucf101"
     )
-    assert classes_error("name.txt", tmp_path).startswith(
-        "there is no class list 'name.txt'; did you mean 'names.txt'?"
-    )
+    assert classes_error("name.txt").startswith("there is no class list 'name.txt'; did you mean 'names.txt'?")
 
 
 def test_class_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_bytes(b"\xfe\x00\x80")
-    assert classes_error("names.txt", tmp_path).startswith("names.txt cannot be read: it is not UTF-8 text\n")
+    assert classes_error(str(tmp_path / "names.txt")).startswith("names.txt cannot be read: it is not UTF-8 text\n")
 
 
 TEMPLATE_COUNTS = {

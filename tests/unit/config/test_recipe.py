@@ -23,6 +23,7 @@ from prgkit.config.sections import Data, ImageSpec, LabelFormat
 from prgkit.config.yaml_io import parse_yaml
 from prgkit.data.sources import open_images
 from prgkit.errors import ImagesError, RecipeError
+from prgkit.storage.run import changed_keys
 
 PAGE = """
 data: {images: photos/, classes: [cat, dog]}
@@ -412,6 +413,30 @@ def test_the_fingerprint_is_of_what_is_learned_from(mine: str) -> None:
         assert load_recipe(mine, overrides=same[:count]).fingerprint() == recipe.fingerprint(), same[count - 1]
 
 
+@pytest.mark.parametrize(
+    ("objective", "before"),  # as prgkit wrote it into cards when PRG had the keys node_loss and edge_loss
+    [
+        ("{name: prg}", "6f6e22e5966e28bc"),
+        ("[{name: kd}, {name: prg}]", "ee2213669137fb47"),
+        ("{name: kd}", "3618b45391339aab"),
+    ],
+)
+def test_a_fingerprint_outlives_the_keys_that_leave(objective: str, before: str) -> None:
+    text = f"data: {{images: a, classes: [b, c]}}\nteacher: {{model: d}}\nstudent: {{model: e}}\nobjective: {objective}"
+    assert validate(parse_yaml(text, where="test"), where="test").fingerprint() == before
+
+
+def test_how_labels_are_read_is_learned_from_where_labels_are(mine: str) -> None:
+    from_1, dho = "data.label_format.first_number=1", ["data.labelled=shots/", "objective={name: dho}"]
+    plain, learner = load_recipe(mine), load_recipe(mine, overrides=dho)
+    assert changed_keys(plain, load_recipe(mine, overrides=[from_1])) == []
+    counted = load_recipe(mine, overrides=[*dho, from_1])
+    assert changed_keys(learner, counted) == changed_keys(counted, learner) == ["data.label_format.first_number"]
+    assert counted.fingerprint() != learner.fingerprint()
+    spelled = load_recipe(mine, overrides=[*dho, "data.label_format={}"])
+    assert spelled.fingerprint() == learner.fingerprint()  # so that a run outlives the key
+
+
 def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -478,6 +503,9 @@ def test_images_and_classes_that_are_named_apart_are_taken_letter_for_letter() -
     recipe = load_recipe("custom", images="a: b #c, 'd'", classes="cifar10", overrides=["training.epochs=5"])
     assert (recipe.data.images, len(recipe.classes), recipe.training.epochs) == ("a: b #c, 'd'", 10, 5)
     assert load_recipe("custom", images="a", classes="cifar10", overrides=["data.images=b"]).data.images == "b"
+    assert load_recipe("demo", images="").data.images == ""  # a variable that is not set: not the recipe's own
+    with pytest.raises(RecipeError, match="there is no class list ''"):
+        load_recipe("demo", classes="")
     with pytest.raises(RecipeError) as caught:
         load_recipe("custom", images="a", overrides=["training.epochs=0"])
     assert str(caught.value.where).endswith("custom.yaml, with data.images=a, training.epochs=0")

@@ -207,7 +207,7 @@ def test_the_labels_in_a_datasets_own_files_are_the_recipes_classes(
     page = load_recipe(recipe)
     assert spec in page.data.images
     images = open_images(f"torchvision:{spec}")
-    labels = [images.label(index) for index in range(len(images))]
+    labels = images.labels(range(len(images)), page.classes)
     indices = class_indices(labels, page.classes, names=[images.name(i) for i in range(len(images))], where=spec)
     assert [page.classes[index] for index in indices] == expected
 

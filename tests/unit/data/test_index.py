@@ -14,6 +14,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +29,23 @@ from prgkit.config.sections import ImageSpec
 from prgkit.data import index as image_module
 from prgkit.data.archives import expand_braces
 from prgkit.data.decode import UnreadableImage, content_key, decode, extremes, grey_range, image_suffixes
+from prgkit.data.hub import DatasetSource
 from prgkit.data.index import ImageIndex, index_images, nearly_black, of_one_colour, read_image_index, select_labelled
 from prgkit.data.preprocessing import Preprocessing, load_image
-from prgkit.data.sources import ImageSource, open_images
+from prgkit.data.sources import ImageSource, lies_in_files, open_images
 from prgkit.errors import ImagesError
 from prgkit.progress import NullProgress
 
 PREPROCESSING = TypeAdapter(Preprocessing)
 REAL = Path(os.environ.get("PRGKIT_DATA", "not given")) / "cifar100"
+
+
+def labels_of(images: ImageSource, classes: Sequence[str] = ()) -> list[str | int | None]:
+    return images.labels(range(len(images)), classes)
+
+
+def named_labels(images: ImageSource) -> list[tuple[str, str | int | None]]:
+    return [(images.name(i), label) for i, label in enumerate(labels_of(images))]
 
 
 def noise(seed: int, size: tuple[int, int] = (8, 6)) -> Image.Image:
@@ -346,7 +356,7 @@ def test_folder(tmp_path: Path) -> None:
     others = {".hidden.png": b"x", ".git/e.png": b"x", "notes.txt": b"x", "cat/labels.csv": b"x"}
     images = open_images(str(write_folder(tmp_path, MEMBERS | others)))
     assert [images.name(i) for i in range(len(images))] == ["cat/a.png", "cat/b.png", "d.bmp", "dog/c.JPG"]
-    assert [images.label(i) for i in range(len(images))] == ["cat", "cat", None, "dog"]
+    assert labels_of(images) == ["cat", "cat", None, "dog"]
     assert (pixels(images.read(0)) == pixels(noise(2))).all()
     assert len(images.key(0)) == 32
     assert images.spec == str(tmp_path)
@@ -387,7 +397,7 @@ def test_zip(tmp_path: Path, method: int) -> None:
     others = {"__MACOSX/cat/._a.png": b"x", "readme.txt": b"x"}
     images = open_images(str(write_zip(tmp_path / "a.zip", MEMBERS | others, method)))
     assert [images.name(i) for i in range(len(images))] == ["cat/a.png", "cat/b.png", "d.bmp", "dog/c.JPG"]
-    assert [images.label(i) for i in range(len(images))] == ["cat", "cat", None, "dog"]
+    assert labels_of(images) == ["cat", "cat", None, "dog"]
     assert (pixels(images.read(1)) == pixels(noise(1))).all()
 
 
@@ -423,7 +433,7 @@ def test_tar_shards_with_cls_labels(tmp_path: Path) -> None:
     write_tar(tmp_path / "s-09.tar", {"1.cls": b"9", "000.png": pictures[2], "000.cls": b"oak tree", "000.txt": b"no"})
     write_tar(tmp_path / "s-10.tar", {"dir/v2.x.png": pictures[3], "dir/v2.x.cls": b"5", "../up.png": pictures[3]})
     images = open_images(str(tmp_path / "s-{08..10}.tar"))
-    assert [(images.name(i), images.label(i)) for i in range(4)] == [
+    assert named_labels(images)[:4] == [
         ("s-08.tar/000.png", "3"),
         ("s-08.tar/1.seg.png", None),
         ("s-09.tar/000.png", "oak tree"),
@@ -437,6 +447,10 @@ def test_tar_shards_with_cls_labels(tmp_path: Path) -> None:
 def test_braces() -> None:
     assert list(expand_braces("a-{008..010}.tar")) == ["a-008.tar", "a-009.tar", "a-010.tar"]
     assert list(expand_braces("{a,b}-{0..1}.tar")) == ["a-0.tar", "a-1.tar", "b-0.tar", "b-1.tar"]
+    assert list(expand_braces("{002..000}")) == ["002", "001", "000"]  # as a shell counts, and pads
+    assert list(expand_braces("{10..8}")) == ["10", "9", "8"]
+    assert list(expand_braces("{9..010}")) == ["009", "010"]
+    assert list(expand_braces("{4..4}")) == ["4"]
     assert next(expand_braces("x-{0..99999999999}.tar")) == "x-0.tar"
 
 
@@ -486,7 +500,7 @@ def test_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "CIFAR10", Small)
     monkeypatch.setenv("PRGKIT_DATA_ROOT", str(tmp_path / "data"))
     images = open_images("torchvision:CIFAR10/train")
-    assert [(images.name(i), images.label(i)) for i in range(2)] == [
+    assert named_labels(images) == [
         ("CIFAR10/train[0]", "dog"),
         ("CIFAR10/train[1]", "cat"),
     ]
@@ -495,12 +509,28 @@ def test_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert images.key(0) != images.key(1)
     assert len(open_images("torchvision:CIFAR10/test")) == 1
     both = open_images("torchvision:CIFAR10/test+train")
-    assert [(both.name(i), both.label(i)) for i in range(3)] == [
+    assert named_labels(both) == [
         ("CIFAR10/test[0]", "dog"),
         ("CIFAR10/train[0]", "dog"),
         ("CIFAR10/train[1]", "cat"),
     ]
     assert both.key(2) == images.key(1)
+
+
+def test_a_damaged_file_of_a_dataset_that_opens_without_reading_is_unreadable(tmp_path: Path) -> None:
+    class Lazy:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return Image.open(tmp_path / f"{index}.png"), 0
+
+    whole = [encode(noise(seed, (64, 64))) for seed in range(3)]
+    write_folder(tmp_path, {"0.png": whole[0], "1.png": whole[1][: len(whole[1]) // 2], "2.png": whole[2]})
+    found = index_images(ImageSource("lazy", DatasetSource("Lazy/train", Lazy(), None), None), workers=1)
+    assert len(found) == 2
+    (cut,) = found.unreadable
+    assert (cut.name, "truncated" in cut.reason) == ("Lazy/train[1]", True)
 
 
 def test_torchvision_mistakes(
@@ -541,7 +571,7 @@ def test_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = datasets.Dataset.from_dict(table, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {"me/pets test": dataset}[f"{name} {split}"])
     images = open_images("hf:me/pets/test")
-    assert [(images.name(i), images.label(i)) for i in range(2)] == [
+    assert named_labels(images) == [
         ("me/pets/test[0]", "oak_tree"),
         ("me/pets/test[1]", "cat"),
     ]
@@ -556,7 +586,7 @@ def test_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_digits() -> None:
     pytest.importorskip("sklearn")
     images = open_images("demo:digits/test")
-    assert {images.label(i) for i in range(len(images))} == set(range(10))
+    assert set(labels_of(images)) == set(range(10))
     assert images.read(0).mode == "RGB"
     assert error_text("demo:digits/tset") == (
         "there is no demo:digits/tset; did you mean 'digits/test'?\n  fix: use demo:digits/train or demo:digits/test"
@@ -626,7 +656,7 @@ def test_links_in_a_tar(tmp_path: Path) -> None:
         for info in [*hard, *soft, lost]:
             tar.addfile(info)
     images = open_images(str(tmp_path / "in.tar"))
-    found = {images.name(i): (images.label(i), images.key(i)) for i in range(len(images))}
+    found = {name: (label, images.key(i)) for i, (name, label) in enumerate(named_labels(images))}
     assert len(found) == len(MEMBERS) + 2
     assert found["in.tar/bus/b.png"] == ("bus", found["in.tar/cat/a.png"][1])
     assert images.left_out == "passed over 3 files that are no pictures: 3 links (pack with tar -h)"
@@ -665,7 +695,7 @@ def test_compressed_shards_are_decompressed_once(tmp_path: Path, monkeypatch: py
         (tmp_path / f"s-{number}.{suffix}").write_bytes(pack(plain.read_bytes()))
     said: list[str] = []
     images = open_images(f"{tmp_path}/s-{{0..1}}.{suffix}", note=said.append)
-    assert [(images.name(i), images.label(i)) for i in range(2)] == [("s-0.tar/0.png", "4"), ("s-1.tar/0.png", "4")]
+    assert named_labels(images) == [("s-0.tar/0.png", "4"), ("s-1.tar/0.png", "4")]
     assert (pixels(images.read(1)) == pixels(noise(1))).all()
     cache = tmp_path / "cache" / "prgkit" / "shards"
     assert said == [f"decompressing s-{number}.{suffix} to {cache}, once" for number in range(2)]
@@ -695,7 +725,7 @@ def test_json_labels_of_a_webdataset(tmp_path: Path) -> None:
     members = {f"{number}.png": encode(noise(number)) for number in range(6)}
     members |= {f"{number}.json": text.encode() for number, text in enumerate(facts)}
     images = open_images(str(write_tar(tmp_path / "s.tar", members | {"0.x.json": b"{}", "5.cls": b"7"})))
-    assert [images.label(i) for i in range(6)] == ["3", "oak tree", None, None, None, "7"]
+    assert labels_of(images) == ["3", "oak tree", None, None, None, "7"]
     assert images.left_out == ""
 
 
@@ -751,6 +781,9 @@ def test_deep_greys_of_other_images_go_by_the_range_that_was_settled_and_by_thei
     settled = read_image_index(spec, quiet, grey=(0, 4095))
     own = read_image_index(spec, quiet, grey=None)
     assert (settled.source.grey, own.source.grey) == ((0, 4095), None)
+    true_16_bits = read_image_index(spec, quiet, grey=(0, 65535))
+    assert set(own.keys).isdisjoint({*settled.keys, *true_16_bits.keys})  # a teacher saw other pictures
+    assert set(own.keys) == {own.source.key(place) for place in range(2)}
     for place in range(2):  # as a device reads them whose manifest has no range
         path = tmp_path / own.source.name(int(own.indices[place]))
         assert (pixels(own.read(place)) == pixels(load_image(path))).all()
@@ -852,7 +885,7 @@ def test_real_shards() -> None:
 def open_labelled(root: Path, rows: str) -> list[str | int | None]:
     (root.parent / "labels.csv").write_text(rows, encoding="utf-8-sig")
     images = open_images(ImageSpec(str(root), root.parent / "labels.csv"))
-    return [images.label(i) for i in range(len(images))]
+    return labels_of(images, ("x y", "x", "z"))
 
 
 def test_csv_labels(tmp_path: Path) -> None:
@@ -864,7 +897,7 @@ def test_csv_labels(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "s.tar", {"0.png": MEMBERS["cat/a.png"], "x/1.png": MEMBERS["cat/b.png"]})
     (tmp_path / "t.csv").write_text("s.tar/0.png,cat\nx/1.png,dog\n")
     images = open_images(ImageSpec(str(tar), tmp_path / "t.csv"))
-    assert [images.label(0), images.label(1)] == ["cat", "dog"]
+    assert labels_of(images, ("cat", "dog")) == ["cat", "dog"]
 
 
 def test_csv_mistakes(tmp_path: Path) -> None:
@@ -894,8 +927,10 @@ def labelled(tmp_path: Path, labels: list[str]) -> ImageIndex:
 def matched(tmp_path: Path, labels: list[str], classes: list[str]) -> dict[str, int]:
     found = labelled(tmp_path, labels)
     return {
-        str(found.source.label(int(i))): c
-        for i, c in zip(found.indices, select_labelled(found, classes)[1], strict=True)
+        str(label): index
+        for label, index in zip(
+            found.source.labels(found.indices.tolist(), classes), select_labelled(found, classes)[1], strict=True
+        )
     }
 
 
@@ -995,6 +1030,23 @@ def test_missing_paths(tmp_path: Path) -> None:
     assert error_text(tmp_path / "s-{0..2}.tar").startswith(
         f"s-1.tar of {tmp_path}/s-{{0..2}}.tar does not exist; did you mean 's-0.tar'?"
     )
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_folder(tmp_path, MEMBERS))
+    monkeypatch.setenv("PRGKIT_EMPTY", "")
+    for empty in ("", "$PRGKIT_EMPTY"):
+        assert error_text(empty).startswith(f"the images have no name: {empty!r}\n")
+
+
+@pytest.mark.parametrize("name", ["demo", "hf", "torchvision"])
+def test_a_folder_may_be_called_as_a_library_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / name, MEMBERS)
+    images = open_images(name)
+    assert (len(images), lies_in_files(name)) == (len(MEMBERS), True)
+    assert not lies_in_files(f"{name}:digits/train")
+    assert Path(images.path(0)).exists()
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:

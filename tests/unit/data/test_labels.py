@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ def test_numbers_that_could_count_from_0_or_1_are_refused(tmp_path: Path) -> Non
     assert refused(numbered(tmp_path / "c", [0, 1]), first_number=1).what == "1 of 2 labels match no class: '0'"
 
 
-def test_what_a_library_hands_out_counts_from_0() -> None:
+def test_what_a_library_hands_out_counts_from_0_unless_it_is_said() -> None:
     from prgkit.data.labels import class_indices
 
     notes: list[str] = []
@@ -244,6 +245,11 @@ def test_what_a_library_hands_out_counts_from_0() -> None:
     assert notes == [
         "labels are numbers, read from 0: 0 is apple, 1 is bus, 2 is fire engine, 3 is Löwe; no image has 0, 3"
     ]
+    from_1 = partial(class_indices, class_names=NAMES, where="here", first_number=1)
+    assert from_1([1, 4], names=["a", "b"]).tolist() == [0, 3]
+    assert from_1([1, "Löwe"], names=["a", "b"]).tolist() == [0, 3]
+    with pytest.raises(ImagesError, match="1 of 2 labels match no class: 0"):
+        from_1([0, 1], names=["a", "b"])
 
 
 def test_folders_with_numbers_in_front_of_names(tmp_path: Path) -> None:
@@ -319,7 +325,7 @@ def test_paths_that_are_typed_in_another_unicode_form_are_found(tmp_path: Path) 
     (folder / unicodedata.normalize("NFD", "ä.csv")).write_text("a.png,bus\n")
     typed = unicodedata.normalize("NFC", str(folder))
     images = open_images(ImageSpec(typed, Path(typed) / "ä.csv"))
-    assert (len(images), images.label(0)) == (1, "bus")
+    assert (len(images), images.labels([0], ["bus", "cat"])) == (1, ["bus"])
     (folder / unicodedata.normalize("NFD", "ö.txt")).write_text("cat\ndog\n")
     assert load_classes(f"{typed}/ö.txt") == ("cat", "dog")
 

@@ -110,7 +110,7 @@ def same(spec: str, folder: Path) -> None:
     assert np.array_equal(there.indices, here.indices)
     for position in range(len(here)):
         assert (np.asarray(there.read(position)) == np.asarray(here.read(position))).all()
-    assert [there.source.label(index) for index in range(30)] == [here.source.label(index) for index in range(30)]
+    assert there.source.labels(range(30), ()) == here.source.labels(range(30), ())
     assert [there.source.name(index) for index in range(30)] == [here.source.name(index) for index in range(30)]
 
 

@@ -119,6 +119,8 @@ def test_a_finished_run_says_that_its_teacher_is_another_now(photos: Path, tmp_p
 @pytest.mark.parametrize("name", ["pics", "pics.tar", "pics.zip"])
 def test_a_finished_run_says_what_is_new_and_is_judged_on_its_own(photos: Path, tmp_path: Path, name: str) -> None:
     source = put(photos, tmp_path / name, FEW)
+    if source.is_dir():
+        (source / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\nno")  # unreadable from the start
     arguments = (recipe_for(source), tmp_path / "run", tmp_path / "targets")
     run = distill(*arguments, NullProgress())
     same = Heard()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from prgkit.config.recipe import load_recipe
 from prgkit.errors import RecipeError, RunError
 from prgkit.storage.atomic import read_sealed, write_sealed
 from prgkit.storage.run import Run
@@ -62,7 +63,13 @@ def test_a_recipe_with_keys_of_before_is_read_where_they_can_be_left_out(run: Ru
         "objective: [{name: prg, node_loss: pearson, edge_loss: mse}, {name: kd}]\n"
     )
     run.recipe_file.write_text(recipe)
+    again = load_recipe(str(run.recipe_file))  # as `prgkit distill RUN/recipe.yaml --run RUN` reads it
     assert [objective.name for objective in run.recipe.objective] == ["prg", "kd"]
+    assert again.fingerprint() == run.recipe.resolved().fingerprint()
+    with pytest.raises(RecipeError, match="fidelity"):  # asked for now, it is a mistake
+        load_recipe(str(run.recipe_file), overrides=["export.fidelity=99"])
     run.recipe_file.write_text(recipe.replace("mse", "pearson"))
     with pytest.raises(RecipeError, match="edge_loss"):
         _ = run.recipe
+    with pytest.raises(RecipeError, match="edge_loss"):
+        load_recipe(str(run.recipe_file))

@@ -21,10 +21,10 @@ from prgkit.data.sources import open_images
 from prgkit.demo.digits import load_digits
 from prgkit.errors import PrgkitError, RecipeError
 from prgkit.progress import NullProgress
-from prgkit.storage.run import Run
+from prgkit.storage.run import Run, start_run
 from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.clip import Teacher
-from prgkit.teacher.ensemble import TeacherEnsemble
+from prgkit.teacher.ensemble import TeacherEnsemble, as_learned, teacher_fingerprint
 from prgkit.teacher.stores import list_stores
 from prgkit.teacher.weights import teacher_identity
 from prgkit.teacher.zero_shot import ZeroShotClassifier, log_shares, no_adjustment
@@ -288,6 +288,23 @@ def test_a_rehearsal_tells_what_each_teacher_takes(
     assert found.summary["images"].endswith(f"{IMAGES} new to a teacher")
     assert found.summary["teacher"].startswith("demo:digits + tiny, 2 views an image, about ")
     assert "tiny 0 s and 1.1 KiB)" in found.summary["teacher"]
+
+
+def test_a_run_keeps_to_the_store_that_it_learned_from(place: Path, tmp_path: Path) -> None:
+    recipe, run, root = recipe_for(place, {"model": "demo:digits"}), Run(tmp_path / "run"), tmp_path / "targets"
+    start_run(run.folder, recipe)
+    first = prepare(recipe, root, NullProgress(), run).store
+    run.metrics_file.touch()  # so it has begun
+    larger = recipe_for(place, {"model": "demo:digits", "batch_size": 128})
+    second = prepare(larger, root, NullProgress()).store
+    assert second.name != first.name
+    assert prepare(recipe, root, NullProgress()).store.name == second.name  # of two, a new run takes the larger batch
+
+    assert prepare(recipe, root, NullProgress(), run).store.name == first.name
+    images = index_images(open_images(recipe.data.images), workers=1)
+    assert len(teacher_answers(run, recipe, images, np.arange(2), NullProgress()).logits) == 2
+    assert teacher_fingerprint(as_learned(recipe, run, root), root) == run.teacher_facts.fingerprint
+    assert teacher_fingerprint(as_learned(larger, run, root), root) != run.teacher_facts.fingerprint  # as is asked
 
 
 # What a recipe may say.

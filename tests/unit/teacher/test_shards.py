@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from prgkit.config.recipe import Recipe, validate
 from prgkit.config.shard import Shard, parse_shard, shard_of_process
@@ -106,6 +107,26 @@ def test_copies_in_several_shards_are_found_at_the_join_and_the_unreadable_are_t
     assert stored(recipe, tmp_path) == expected
 
 
+@pytest.mark.parametrize("learned_greys", [0, 1])  # of one shard of three, or of none
+def test_evaluation_is_read_in_the_range_of_all_that_is_learned_from(
+    photos: Path, tmp_path: Path, learned_greys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = shutil.copytree(photos, tmp_path / "photos")
+    for place in [more / "deep.png"][:learned_greys]:
+        Image.fromarray(np.array([[0, 4000]], dtype=np.uint16)).save(place)
+    for number in range(6):
+        (tmp_path / "judged" / "zero").mkdir(parents=True, exist_ok=True)
+        deep = np.array([[0, 200 + number]], dtype=np.uint16)
+        Image.fromarray(deep).save(tmp_path / "judged" / "zero" / f"{number}.png")
+    page = recipe_for(more).model_dump(mode="json")
+    page["data"]["evaluation"] = str(tmp_path / "judged")
+    recipe = validate(page, where="test")
+    embed_all(recipe, tmp_path, 3)
+    join_shards(recipe, tmp_path, NullProgress())
+    monkeypatch.setattr(Teacher, "embed_images", lambda *_: pytest.fail("asked again"))
+    prepare(recipe, tmp_path, NullProgress())
+
+
 def test_a_shard_that_was_stopped_goes_on(
     photos: Path, tmp_path: Path, expected: dict[Any, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +218,34 @@ def test_what_cannot_be_joined_is_named_and_can_be_made_again(
     embed_shard(recipe, tmp_path, Shard(1, 3), NullProgress())
     join_shards(recipe, tmp_path, NullProgress())
     assert stored(recipe, tmp_path) == expected
+
+
+def test_what_is_joined_is_the_stores_whatever_version_embedded_it(
+    photos: Path, tmp_path: Path, expected: dict[Any, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = shutil.copytree(photos, tmp_path / "photos")
+    recipe = recipe_for(more)
+    embed_all(recipe, tmp_path, 3)
+    join_shards(recipe, tmp_path, NullProgress())
+    old = {"prgkit": "0", "torch": "1.0", "open_clip_torch": "2.0"}
+    for number in range(3):
+        change(part(recipe, tmp_path, number), "versions", old)
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "embed_images", lambda *_: pytest.fail("asked again"))
+        embed_all(recipe, tmp_path, 3)
+    assert join_shards(recipe, tmp_path, NullProgress())[0].images == IMAGES
+    assert read_sealed(part(recipe, tmp_path, 1) / "manifest.json")["versions"] == old
+
+    shutil.rmtree(part(recipe, tmp_path, 1))  # a new version may embed what is lost
+    embed_all(recipe, tmp_path, 3)
+    assert join_shards(recipe, tmp_path, NullProgress())[0].images == IMAGES
+    assert stored(recipe, tmp_path) == expected
+
+    for number, image in enumerate(load_digits("test")[0][:9]):  # and what is new
+        image.save(more / f"new-{number}.png")
+    embed_all(recipe, tmp_path, 3)
+    assert join_shards(recipe, tmp_path, NullProgress())[0].images == IMAGES + 9
+    assert expected.items() <= stored(recipe, tmp_path).items()
 
 
 def test_of_two_shards_that_saw_different_images_both_are_named(photos: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,11 @@ def make_store(folder: Path, images: int, *, views: int, teacher: str) -> None:
     (folder / "view-000.f16").write_bytes(bytes(1000 * images))
 
 
+def make_run(folder: Path, **facts: Any) -> None:
+    Run(folder).update_card(**facts)
+    Run(folder).recipe_file.touch()
+
+
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -37,8 +43,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     block = {"offset": 0, "keys": ["0" * 32], "heights": [2], "widths": [2], "digest": "0"}
     (tmp_path / "targets" / "pictures" / "journal.jsonl").write_text(json.dumps(block) + "\n")
     for name in ("first", "second"):
-        Run(Path("runs", name)).update_card(**CARD, teacher={**TEACHER, "targets": "targets/aaaa"})
-    Run(Path("runs/started")).update_card(**CARD)
+        make_run(Path("runs", name), **CARD, teacher={**TEACHER, "targets": "targets/aaaa"})
+    make_run(Path("runs/started"), **CARD)
     for path in (tmp_path / "targets" / "bbbb").iterdir():
         os.utime(path, (0, time.time() - 3 * 86_400))
     os.utime(tmp_path / "targets" / "bbbb", (0, time.time() - 3 * 86_400))
@@ -70,6 +76,19 @@ def test_what_no_run_uses_is_freed(root: Path) -> None:
     assert [Path(row.store).name for row in prune(root, rehearse=False)] == ["aaaa", "pictures"]
     assert list_stores(root) == []
     assert list(root.iterdir()) == []
+
+
+def test_a_comparisons_trial_and_a_linked_run_use_their_stores(root: Path) -> None:
+    trial, linked = Path("runs/first-compared/trials/kd"), Path("elsewhere/run")
+    make_run(trial, **{**CARD, "origin": "../../../.."}, teacher={**TEACHER, "targets": "targets/bbbb"})
+    make_store(Path("targets/cccc"), 2, views=2, teacher="RN101")
+    make_run(linked, **CARD, teacher={**TEACHER, "targets": "targets/cccc"})
+    Path("runs/linked").symlink_to(linked.resolve())
+    make_store(Path("runs/first/targets/dddd"), 2, views=2, teacher="RN50")  # a card, and no run
+    assert {Path(row.store).name: row.runs for row in list_stores(root) if row.teacher} == {
+        "aaaa": ["runs/first", "runs/second"], "bbbb": [str(trial)], "cccc": ["runs/linked"],
+    }  # fmt: skip
+    assert prune(root, rehearse=True) == []
 
 
 def test_a_damaged_run_keeps_what_it_may_be_using(root: Path) -> None:
