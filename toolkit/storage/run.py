@@ -199,7 +199,7 @@ def start_run(folder: Path, recipe: Recipe) -> Run:
             prgkit=__version__,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             fingerprint=recipe.fingerprint(),
-            origin=os.path.relpath(Path.cwd(), folder),
+            origin=os.path.relpath(Path.cwd(), folder.resolve()),  # a link on the way would lead ".." elsewhere
             finished=False,
         )
     return run
