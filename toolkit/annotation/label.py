@@ -96,11 +96,12 @@ def answers_of(dataset: DistillationDataset, progress: Progress) -> Answers:
     progress.start("answers", count, "img")
     for rows in np.array_split(dataset.rows, -(-count // BATCH)):
         features = dataset.store.features(rows, np.zeros(len(rows), dtype=int)).to(device)
-        raw = classifier.raw_logits(features)
+        combined = classifier.combine(classifier.per_prompt(features))
+        raw = combined if classifier.average is None else classifier.raw_logits(features)
         best = torch.topk(classifier.correct(features, raw).double().softmax(dim=1), 2)
-        largest = raw.amax(dim=1)
-        corrected = raw.gather(1, best.indices[:, :1])[:, 0] < largest
-        parts.append((best.indices, best.values, corrected, largest / dataset.store.logit_scale, features))
+        corrected = raw.gather(1, best.indices[:, :1])[:, 0] < raw.amax(dim=1)
+        cosines = combined.amax(dim=1) / classifier.logit_scale
+        parts.append((best.indices, best.values, corrected, cosines, features))
         progress.advance(len(rows))
     return Answers(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 

@@ -241,12 +241,13 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
     """Return what there is to know of the pseudo-labels, from a sample of at most MOST_IMAGES evaluation views."""
     positions = spread(len(dataset.image_index), statistics.MOST_IMAGES)
     classifier = dataset.classifier
-    feature_parts, logit_parts, template_labels = [], [], []
+    feature_parts, logit_parts, cosine_parts, template_labels = [], [], [], []
     for rows in np.array_split(dataset.rows[positions], max(1, len(positions) // PART)):
         feature_parts.append(dataset.store.features(rows, np.zeros(len(rows), dtype=int)))
         per_prompt = classifier.per_prompt(feature_parts[-1])  # [part, M, C]
-        averages = classifier.average is not None
-        logit_parts.append(classifier.raw_logits(feature_parts[-1]) if averages else classifier.combine(per_prompt))
+        combined, averages = classifier.combine(per_prompt), classifier.average is not None
+        logit_parts.append(classifier.raw_logits(feature_parts[-1]) if averages else combined)
+        cosine_parts.append(combined.amax(dim=1) / classifier.logit_scale)
         template_labels.append(per_prompt.argmax(dim=2).T)  # [M, part]
     joined, raw_logits = torch.cat(feature_parts), torch.cat(logit_parts)
     features, vectors = joined.numpy(), classifier.class_vectors().numpy()
@@ -254,7 +255,7 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
     result = statistics.compute_statistics(
         features,
         logits,
-        cosines=(raw_logits.amax(dim=1) / dataset.store.logit_scale).numpy(),
+        cosines=torch.cat(cosine_parts).numpy(),
         classes=recipe.classes,
         templates=statistics.template_agreement(
             torch.cat(template_labels, dim=1).numpy(), raw_logits.argmax(dim=1).numpy(), recipe.templates
