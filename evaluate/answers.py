@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +16,9 @@ from prgkit.evaluate.predict import Prediction
 from prgkit.storage.atomic import guarding_space, write_bytes
 
 COLUMNS = ("image", "class", "probability", "second_class", "second_probability", "abstained", "rejected", "error")
+
+
+LONGEST = 65_500  # pixels of a JPEG's side, as libjpeg has it
 
 
 class Answers(Protocol):
@@ -70,6 +72,7 @@ class AnswerLines:
 
     def add(self, answer: Prediction) -> None:
         """Append a line."""
+        self.known.add(answer.image)
         if not self.as_table:
             self.write(json.dumps(answer.to_json(), ensure_ascii=False) + "\n")
             return
@@ -120,12 +123,14 @@ class AnnotatedPictures:
 
 def place_below(folder: Path, name: str) -> Path:
     """Return where a copy of a picture lies: below the folder, whatever its name is."""
-    parts = [part for part in Path(name).parts if part not in (os.sep, "..")]
-    return folder.joinpath(*parts).with_name(f"{parts[-1]}.jpg")
+    path = Path(name)
+    parts = ["_" if part == ".." else part for part in path.parts if part != path.anchor] or ["picture"]
+    return folder.joinpath(*parts[:-1], f"{parts[-1]}.jpg")
 
 
 def save_picture(page: Image.Image, path: Path) -> None:
-    """Write a picture, whole or not at all."""
+    """Write a picture, whole or not at all; smaller where JPEG has no such size."""
+    page.thumbnail((LONGEST, LONGEST))
     data = io.BytesIO()
     page.save(data, "JPEG", quality=90)
     write_bytes(path, data.getvalue())

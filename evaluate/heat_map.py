@@ -37,16 +37,12 @@ class Explainer:
         verify_artifact(bundle.folder, artifact)
         self.bundle, self._runner = bundle, OnnxRunner(bundle.folder / artifact.file, spin=False)
 
-    def evidence(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return how much each place speaks for each class, [n, classes, h, w], for prepared pixels [n, S, S, 3]."""
-        return self._runner.outputs(pixels)[1]
-
     def over(self, pixels: NDArray[np.uint8], label: str) -> NDArray[np.uint8]:
         """Return prepared pixels [S, S, 3] with the evidence for a class over them, and larger where they are small.
 
         That is its evidence less the mean of all classes': a probability depends on differences alone.
         """
-        maps = self.evidence(pixels[None])[0]  # [classes, h, w]
+        maps = self._runner.outputs(pixels[None])[1][0]  # [classes, h, w]: how much each place speaks for each
         return overlay(pixels, maps[self.bundle.classes.index(label)] - maps.mean(axis=0))
 
     def of_picture(self, picture: Image.Image, label: str) -> NDArray[np.uint8]:

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prgkit.data.archives import is_archive
-from prgkit.data.decode import GreyRange, upright_rgb
+from prgkit.data.decode import GreyRange, UnreadableImage, upright_rgb
 from prgkit.data.files import printable
 from prgkit.data.preprocessing import Preprocessing, load_image
 from prgkit.data.sources import open_images
-from prgkit.errors import ImagesError, PrgkitError
+from prgkit.errors import ImagesError, PrgkitError, one_line
 from prgkit.evaluate.live import comes_over_time, frames, is_live, is_video, paths_on_stdin
-from prgkit.evaluate.system import usable_cores
 from prgkit.progress import silent
+from prgkit.workers import available_cores
 
 DECODERS = 8  # threads that read pictures ahead of the network, at most
 READ_AHEAD = 8  # pictures, unless a network takes more at a time
@@ -87,7 +87,7 @@ def open_pictures(
             again = () if is_live(text) else skip
         elif isinstance(given, Image.Image):
             name = str(getattr(given, "filename", "") or place)
-            found = iter([NamedPicture(name, partial(upright_rgb, given, grey))])
+            found = iter([NamedPicture(name, partial(from_pillow, given, name, grey))])
         else:
             found = iter([NamedPicture(str(place), partial(from_array, given, place))])
         for picture in found:
@@ -121,6 +121,14 @@ def pictures_at(
             yield NamedPicture(path, partial(load_image, path, grey=grey))
 
 
+def from_pillow(picture: Image.Image, name: str, grey: GreyRange | None) -> Image.Image:
+    """Return Pillow's image upright and in RGB; one of a file is decoded only now."""
+    try:
+        return upright_rgb(picture, grey)
+    except Exception as error:  # on damaged bytes Pillow's plugins raise nearly anything
+        raise UnreadableImage(name, one_line(error)) from error
+
+
 def from_array(values: NDArray[np.uint8], place: int) -> Image.Image:
     """Return an array uint8 [H, W, 3] in RGB order, or [H, W] in grey, as a picture."""
     values = np.asarray(values)
@@ -149,7 +157,7 @@ def prepared_ahead(
             return PreparedPicture(picture, None, error)
 
     yield from in_order(
-        prepare, pictures, threads=min(DECODERS, usable_cores()), ahead=lambda picture: 0 if picture.live else ahead
+        prepare, pictures, threads=min(DECODERS, available_cores()), ahead=lambda picture: 0 if picture.live else ahead
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeAlias
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from typing_extensions import TypedDict, Unpack
 
-from prgkit.errors import ExportError, PrgkitError, nearest
+from prgkit.errors import BackendError, ExportError, PrgkitError, nearest
 from prgkit.evaluate.heat_map import Explainer
 from prgkit.evaluate.pictures import (
     READ_AHEAD,
@@ -26,7 +25,6 @@ from prgkit.evaluate.pictures import (
     prepared_ahead,
 )
 from prgkit.evaluate.selection import selected_artifact
-from prgkit.evaluate.system import usable_cores
 from prgkit.export.bundle.bundle import open_bundle, verify_artifact
 from prgkit.export.bundle.confidence import promise, rejection_score, uncalibrated
 from prgkit.export.bundle.manifest import Artifact, Manifest
@@ -34,6 +32,7 @@ from prgkit.export.runtimes import first_setup
 from prgkit.export.runtimes.base import Runner
 from prgkit.metrics import log_softmax
 from prgkit.progress import silent
+from prgkit.workers import available_cores
 
 TOGETHER = 32  # pictures that all cores answer together, before each opens the file for itself
 SIDE_BY_SIDE = 16  # files open for one core each, at most
@@ -108,7 +107,7 @@ class Model:
         verify_artifact(folder, self.artifact)
         self._runner = self._setup.open()
         self._idle: SimpleQueue[Runner] = SimpleQueue()  # the same file, opened for one core each
-        self._cores = min(usable_cores(), SIDE_BY_SIDE) if self._setup.variant.side_by_side else 1
+        self._cores = min(available_cores(), SIDE_BY_SIDE) if self._setup.variant.side_by_side else 1
         self._explainer: Explainer | None = None
 
     def __enter__(self) -> Model:
@@ -166,13 +165,16 @@ class Model:
         size = min(batch_size, self._runner.max_batch or batch_size)
         pictures = open_pictures(images, preprocessing.grey_range, self.note)
         ready = prepared_ahead(pictures, preprocessing, ahead=max(READ_AHEAD, (self._cores + 1) * size))
-        for batch, logits in self._answered(iter(lambda: list(islice(ready, size)), [])):
+        for batch, logits in self._answered(in_batches(ready, size)):
             rows = iter(logits)
             for one in batch:
                 if one.error is not None:
                     yield Prediction(one.picture.name, error=one.error)
                     continue
                 row = next(rows)  # [classes]
+                if not np.isfinite(row).all():
+                    yield Prediction(one.picture.name, error=self._not_finite())
+                    continue
                 rejected = bool(
                     reject_unknown and facts and rejection_score(row[None], facts.reject_by)[0] < facts.reject_below
                 )
@@ -214,6 +216,10 @@ class Model:
         logits: NDArray[np.float32] = runner.run(np.stack(pixels)) / self.bundle.manifest.temperature
         return logits
 
+    def _not_finite(self) -> BackendError:
+        what = f"{self._runner.name} answers with what is no number"
+        return BackendError(what, where=self.bundle.folder, fix="let another file answer: --runtime NAME, or its FP32")
+
     def heat_map(self, picture: Picture, label: str) -> Image.Image:
         """Return a picture as the student sees it, with what spoke for a class drawn over it.
 
@@ -247,6 +253,18 @@ class Model:
             rejected=rejected,
             artifact=self._runner.name,
         )
+
+
+def in_batches(pictures: Iterator[PreparedPicture], size: int) -> Iterator[Batch]:
+    """Yield up to ``size`` pictures at a time; one after which others come later waits for none."""
+    batch: Batch = []
+    for one in pictures:
+        batch.append(one)
+        if len(batch) == size or one.picture.live:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def worth(manifest: Manifest, artifact: Artifact, min_confidence: float) -> str:

@@ -106,7 +106,8 @@ def load_gallery(path: Path) -> Gallery:
         with np.load(path, allow_pickle=False) as stored:
             vectors = stored["vectors"].astype(np.float32)
             names, teacher = [str(name) for name in stored["names"]], str(stored["teacher"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         fix = f"write one: prgkit targets RECIPE --gallery {path.name}"
         raise ImagesError(f"{path.name} is no gallery that can be read", where=path, fix=fix) from error
-    return Gallery(names, vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12), teacher)
+    return Gallery(names, vectors / lengths.clip(min=1e-12), teacher)

@@ -15,11 +15,14 @@ from prgkit.evaluate import sensors
 from prgkit.evaluate.report.schema import Gpu, Machine
 from prgkit.evaluate.sensors import read
 from prgkit.storage.run import Run
+from prgkit.workers import available_cores
 
+# What runs artifacts, and what bench works with besides.
 RUNTIMES = (
-    *("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino"),
-    *("torch", "tensorrt", "tensorrt_rtx", "numpy"),
+    *("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino", "tensorrt", "tensorrt_rtx"),
+    *("ai-edge-litert", "executorch", "ncnn"),
 )
+LIBRARIES = ("torch", "numpy")
 CPUFREQ = Path("/sys/devices/system/cpu/cpufreq")
 
 
@@ -28,7 +31,7 @@ def describe() -> Machine:
     return Machine(
         cpu=cpu_model(),
         cores=os.cpu_count(),
-        usable_cores=usable_cores(),
+        usable_cores=available_cores(),
         busy_cores=busy_cores(),
         load_average=[round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         governor=governor(),
@@ -146,7 +149,7 @@ def bench_folder(bundle: Path, run: Run | None) -> Path:
 
 def machine_folder() -> str:
     """Return the name of this machine's folder: ``amd-epyc-2-cores``, with the GPU where there is one."""
-    parts = [cpu_model(), f"{usable_cores()} cores", *(gpu.name for gpu in gpus()[:1])]
+    parts = [cpu_model(), f"{available_cores()} cores", *(gpu.name for gpu in gpus()[:1])]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
 
@@ -159,13 +162,6 @@ def cpu_model() -> str:
     name = match.group(1) if match else read("/proc/device-tree/model") or on_mac or platform.processor()
     name = re.sub(r"\((?:R|TM|r|tm)\)|\bCPU\b|\bProcessor\b|@.*$|\x00", "", name or platform.machine())
     return " ".join(name.split())
-
-
-def usable_cores() -> int:
-    """Return the cores that this process may use; a container or taskset can make them fewer than the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def busy_cores(window_s: float = 0.3) -> float | None:
@@ -249,9 +245,9 @@ def is_virtual() -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the installed runtimes, without importing any."""
+    """Return the versions of the installed runtimes and libraries, without importing any."""
     installed = {}
-    for name in RUNTIMES:
+    for name in (*RUNTIMES, *LIBRARIES):
         try:
             installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -47,6 +47,10 @@ class RunError(PrgkitError):
     """A run folder that is missing, unfinished or was made from something else."""
 
 
+class CameApartError(RunError):
+    """A training whose loss is no number any more."""
+
+
 class WorkerError(PrgkitError):
     """A process that worked ahead and is no more; what it worked for can go on with the same command."""
 

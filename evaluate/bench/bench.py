@@ -42,6 +42,7 @@ from prgkit.export.runtimes import open_runner
 from prgkit.export.runtimes.parity import check_golden
 from prgkit.storage.atomic import sha256
 from prgkit.storage.run import Run
+from prgkit.workers import available_cores
 
 TIMED_IMAGES = 128
 PREDICT_BATCH = 32
@@ -100,7 +101,7 @@ def bench(
     options.check()
     bundle = open_bundle(bundle_folder)  # what is wrong with it is told before anything is measured
     subject = Subject(bundle, read_evaluation(bundle_folder), find_ticks(bundle, run_folder), run_folder)
-    machine, threads = system.describe(), options.threads or system.usable_cores()
+    machine, threads = system.describe(), options.threads or available_cores()
     if gate is not None:  # refused before it is measured, not after
         images = metadata.evaluation_images(subject.evaluation, bundle)
         require_comparable(gate, machine, images, threads=threads)

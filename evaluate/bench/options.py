@@ -31,11 +31,12 @@ class BenchOptions(BaseModel):
         Raises:
             BenchError: an option makes no sense.
         """
-        if self.threads is not None and self.threads < 1:
-            raise BenchError(
-                f"{self.threads} threads cannot run anything",
-                fix="give --threads 1 or more, or leave it out for every core",
-            )
+        for threads in (self.threads, *self.sweep_threads):
+            if threads is not None and threads < 1:
+                raise BenchError(
+                    f"{threads} threads cannot run anything",
+                    fix="give --threads 1 or more, or leave it out for every core; --sweep-threads from 1, too",
+                )
         if not self.seconds > 0 or not math.isfinite(self.seconds):
             raise BenchError(
                 f"{self.seconds:g} s is no time to measure in", fix="give --seconds a number above 0, such as 10"

@@ -10,10 +10,7 @@ from prgkit.evaluate.bench.journal import BenchJournal, FailureRecord
 from prgkit.evaluate.bench.worker import Pixels, Spec, Worker, WorkerFailedError
 from prgkit.evaluate.report import formatting
 from prgkit.evaluate.report.schema import ArtifactKey
-
-
-def ignore(_: object) -> None:
-    """Do nothing with what is told."""
+from prgkit.progress import silent
 
 
 @dataclass(frozen=True)
@@ -23,12 +20,12 @@ class BenchContext:
     images: Pixels  # [images, height, width, 3], real ones that the timed runs take in turn
     seconds: float  # for warming up and measuring one artifact
     journal: BenchJournal = field(default_factory=BenchJournal)  # what was measured before, gone on with and added to
-    note: Callable[[str], None] = ignore  # told what is being done
-    before_round: Callable[[int], None] = ignore  # called before each round with its number
+    note: Callable[[str], None] = silent  # told what is being done
+    before_round: Callable[[int], None] = lambda _: None  # called before each round with its number
 
     def part(self, name: str) -> BenchContext:
         """Return the context of a part whose records are its own, and that says nothing."""
-        return replace(self, journal=self.journal.part(name), note=ignore)
+        return replace(self, journal=self.journal.part(name), note=silent)
 
 
 class WorkerGroup:

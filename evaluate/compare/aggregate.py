@@ -103,7 +103,7 @@ def difference(trials: Sequence[TrialResult], reference: Sequence[TrialResult]) 
     mean = float(np.mean(by_seed))
     if len(by_seed) > 1:
         return Difference(of=of, mean=mean, interval=mean_interval(by_seed), over="seeds")
-    if of == "agreement_teacher":
+    if of == "agreement_teacher" or len(pairs[0][0].answers) < 2:
         return Difference(of=of, mean=mean, interval=None, over=None)
     trial, other = pairs[0]
     labels = np.array(trial.labels)

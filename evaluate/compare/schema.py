@@ -88,7 +88,7 @@ class TrialResult(Model):
     def harmonic(self) -> float | None:
         """The harmonic mean of top-1 on base and novel classes, in percent; None where none were novel."""
         base, novel = self.top1, self.novel.top1 if self.novel else None
-        return 2 * base * novel / (base + novel) if base and novel else None
+        return None if base is None or novel is None else 2 * base * novel / max(base + novel, 1e-9)
 
 
 class Spread(Model):

@@ -22,7 +22,7 @@ from prgkit.data.augment import evaluation_views
 from prgkit.data.index import ImageIndex, read_image_index, select_labelled
 from prgkit.data.snapshot import load_snapshot
 from prgkit.device import best_device
-from prgkit.errors import ImagesError, PrgkitError, RecipeError, RunError, nearest
+from prgkit.errors import CameApartError, ImagesError, PrgkitError, RecipeError, RunError, nearest
 from prgkit.evaluate.compare.aggregate import aggregate, write_comparison
 from prgkit.evaluate.compare.base_to_novel import Novel, halves, judge_novel, require_two_halves
 from prgkit.evaluate.compare.schema import (
@@ -151,11 +151,9 @@ def objective_configs(recipe: Recipe, plan: Plan) -> dict[str, Config]:
 
 
 def require_sweeps(plan: Plan, configs: Mapping[str, Config]) -> None:
-    """Refuse a sweep of a parameter that no objective has, or that is given twice."""
+    """Refuse a sweep of a parameter that no objective has."""
     fields = {name for config in configs.values() for name in OBJECTIVES[str(config["name"])].model_fields} - {"name"}
-    for place, (key, _) in enumerate(plan.sweeps):
-        if key in (before for before, _ in plan.sweeps[:place]):
-            raise RecipeError(f"{key} is swept twice", fix=f"give all its values at once: --sweep {key}=0,1,3")
+    for key, _ in plan.sweeps:
         if plan.ladder and any(key in config for config in LADDER.values()):
             raise RecipeError(f"the ladder itself sets {key}", fix="sweep it with --objectives prg")
         if key not in fields:
@@ -210,7 +208,7 @@ def compare(
             folder = trial.folder(out)
             try:
                 run = distill(trial.recipe, folder, targets_root, watching)
-            except RunError as error:
+            except CameApartError as error:
                 progress.note(f"left out: {error}")
                 failed.append(FailedTrial(trial=trial.name, reason=str(error)))
                 continue

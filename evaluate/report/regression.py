@@ -35,11 +35,8 @@ from prgkit.evaluate.report.schema import (
 )
 from prgkit.evaluate.report.sections import Cell, Chip, Column, Section, table_row
 from prgkit.evaluate.report.terminal import Table, table
+from prgkit.evaluate.system import RUNTIMES
 from prgkit.metrics import wilson
-
-# Of what runs the artifacts.
-VERSIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino", "tensorrt", "tensorrt_rtx")
-
 
 Share = Literal["top1", "agreement_teacher", "agreement_fp32"]
 What = Share | Literal["latency", "size", "missing"]
@@ -53,10 +50,6 @@ class Gate:
     path: Path
     report: Report
     tolerance: float
-
-
-class RegressionError(BenchError):
-    """Something is worse than in the baseline; everything was measured and written all the same."""
 
 
 def open_gate(path: Path, tolerance: float, *, out: Path) -> Gate:
@@ -236,9 +229,9 @@ def share_line(name: Share, before: Row, now: Row, images: tuple[int, int]) -> B
 
 def differences(old: Report, new: Report) -> list[str]:
     """Return what else is not as it was, for whoever looks for the cause."""
-    installed = [[report.machine.versions.get(name) or "not installed" for report in (old, new)] for name in VERSIONS]
+    installed = [[report.machine.versions.get(name) or "not installed" for report in (old, new)] for name in RUNTIMES]
     facts: list[tuple[str, object, object]] = [
-        *((name, before, now) for name, (before, now) in zip(VERSIONS, installed, strict=True)),
+        *((name, before, now) for name, (before, now) in zip(RUNTIMES, installed, strict=True)),
         ("The governor", old.machine.governor, new.machine.governor),
         ("Whether the clocks are locked", old.machine.clocks_locked, new.machine.clocks_locked),
         ("The student", old.run.student, new.run.student),
@@ -250,14 +243,14 @@ def differences(old: Report, new: Report) -> list[str]:
     return notes
 
 
-def regressions(comparison: BaselineComparison, *, path: Path) -> RegressionError | None:
+def regressions(comparison: BaselineComparison, *, path: Path) -> BenchError | None:
     """Return the error that tells what became worse, or None where nothing did."""
     worse = [f"  {line_text(line)}" for line in comparison.lines if line.verdict == "worse"]
     if not worse:
         return None
     count = f"{formatting.counted(len(worse), 'regression')} against {comparison.file}:"
     fix = "make it good again, or accept it: this report.json is then the next baseline"
-    return RegressionError("\n".join([count, *worse]), where=path, fix=fix)
+    return BenchError("\n".join([count, *worse]), where=path, fix=fix)
 
 
 NAMES = {

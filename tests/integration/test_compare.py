@@ -17,7 +17,7 @@ from timm import create_model
 from prgkit import demo
 from prgkit.config.recipe import Recipe, validate
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.errors import ImagesError, RecipeError, RunError
+from prgkit.errors import CameApartError, ImagesError, RecipeError, RunError
 from prgkit.evaluate.compare import trials as comparing
 from prgkit.evaluate.compare.aggregate import aggregate, comparison_document, difference, spread
 from prgkit.evaluate.compare.schema import Difference, FailedTrial, ObjectiveComparison, Spread, TrialResult
@@ -26,6 +26,7 @@ from prgkit.evaluate.report.html import page
 from prgkit.evaluate.report.markdown import markdown
 from prgkit.progress import NullProgress
 from prgkit.storage.atomic import sha256
+from prgkit.storage.locks import locked
 from prgkit.storage.run import Run
 from prgkit.storage.tensors import save_tensors
 
@@ -150,7 +151,6 @@ def test_the_control_is_marked(pictures: Path) -> None:
         ({"sweeps": [("blok", ["raw"])]}, "has a parameter 'blok'; did you mean 'block'?"),
         ({"sweeps": [("block", ["rau"])]}, "objective.block"),
         ({"objectives": []}, "there is no objective to compare"),
-        ({"sweeps": [("block", ["raw"]), ("block", ["l2"])]}, "block is swept twice"),
         ({"ladder": True, "sweeps": [("node_weight", [1])]}, "the ladder itself sets node_weight"),
     ],
 )
@@ -189,6 +189,9 @@ def test_one_seed_is_paired_by_image() -> None:
     found = difference([mine], [other])
     assert found is not None
     assert (found.mean, found.over) == (-25.0, "images")
+    of_one = difference([result("kd", 0, [True])], [result("prg", 0, [False])])
+    assert of_one is not None
+    assert (of_one.mean, of_one.interval) == (100.0, None)
     half = 1.96 * 50 / math.sqrt(4)  # 0, -100, 0, 0: their standard deviation is 50
     assert found.interval == (pytest.approx(-25 - half), pytest.approx(-25 + half))
     assert difference([mine], [result("prg", 1, [True] * 4)]) is None  # no seed in common
@@ -249,7 +252,7 @@ def test_a_trial_that_comes_apart_is_left_out_and_one_of_other_images_is_refused
 
     def breaking(recipe: Recipe, *rest: Any) -> Run:
         if recipe.objective_name == "ce":
-            raise RunError("the loss is not finite")
+            raise CameApartError("the loss is not finite")
         return real(recipe, *rest)
 
     monkeypatch.setattr(comparing, "distill", breaking)
@@ -258,6 +261,12 @@ def test_a_trial_that_comes_apart_is_left_out_and_one_of_other_images_is_refused
     assert found.failed == [FailedTrial(trial="test_efficientnet, ce, seed 5", reason="the loss is not finite")]
     assert "Left out: test_efficientnet, ce, seed 5 (the loss is not finite)." in text_of(found)
     assert (found.labelled, found.rows[0].top1) == (False, None)
+    written = (tmp_path / "out" / "compare.json").read_bytes()
+    monkeypatch.setattr(comparing, "distill", real)
+    with locked(trials[0].folder(tmp_path / "out"), "run"), pytest.raises(RunError, match="another process"):
+        compare(trials, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit compare")
+    monkeypatch.setattr(comparing, "distill", breaking)
+    assert (tmp_path / "out" / "compare.json").read_bytes() == written
     extra = pictures / "unlabelled" / "more.png"
     load_digits("train")[0][99].save(extra)
     with pytest.raises(RunError, match="the images have changed since this trial was trained"):

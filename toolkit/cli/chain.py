@@ -222,6 +222,8 @@ def run_chain(steps: Sequence[click.Context]) -> None:
                 name = str(step.info_name)
                 if session.dry_run:
                     terminal.note(f"then {name}")
+                elif session.failure is not None:
+                    terminal.note(f"not done after that: {name}")
                 elif is_main_process or name in OF_ALL_PROCESSES:
                     step.obj = session
                     with step:

@@ -44,7 +44,7 @@ def examine() -> Diagnosis:
         "versions": versions,
         "machine": {
             "cpu": f"{machine.cpu}, {machine.usable_cores} cores",
-            "memory": f"{machine.memory_gib} GiB",
+            "memory": "unknown" if machine.memory_gib is None else f"{machine.memory_gib} GiB",
             "gpu": gpus,
             "system": f"{machine.os}, {machine.architecture}",
         },

@@ -250,7 +250,7 @@ def targets(session: Session, /, options: RecipeOptions, **given: Any) -> Docume
             return embed_with_ray(session, recipe, options.targets_root, given["workers"])
         if given["joins"]:
             return join_all_shards(session, recipe, options.targets_root)
-        return embed_all(session, recipe, folder, options.targets_root, gallery=given["gallery"])
+        return embed_all(session, recipe, folder, options.targets_root, gallery=session.place(given["gallery"]))
 
 
 @cli.command("adapt-teacher", short_help="Fit the teacher to your images by a few labels.")
@@ -263,7 +263,7 @@ def adapt(session: Session, options: RecipeOptions, *, shots: int, out: Path | N
     """
     with needs_extra("distill"):
         recipe, folder = choose_recipe(session, options)
-        path = out or Path("adapted") / f"{folder.name}.safetensors"
+        path = session.place(out) or Path("adapted") / f"{folder.name}.safetensors"
         return adapt_teacher(session, recipe, path, options, shots)
 
 
@@ -306,12 +306,9 @@ def label(session: Session, options: RecipeOptions, *, out: Path | None) -> Docu
     RECIPE is as for distill. Answers that its targets correct, near copies and images that fit no class are marked.
     Nothing is trained and no run is made; distill goes on with what the teacher saw.
     """
-    here = Path.cwd()
     with needs_extra("distill"):
-        recipe, _ = choose_recipe(session, options)  # that of a run is read where the run was started
-        if out is not None and here != Path.cwd():
-            out = here / out
-        return label_images(session, recipe, options.targets_root, out)
+        recipe, _ = choose_recipe(session, options)
+        return label_images(session, recipe, options.targets_root, session.place(out))
 
 
 @cli.command("suggest-labels", short_help="Say which images to label, if you label a few.")
@@ -325,7 +322,7 @@ def suggest(session: Session, options: RecipeOptions, *, out: Path | None, count
     """
     with needs_extra("distill"):
         recipe, folder = choose_recipe(session, options)
-        table = out or Path("suggested") / f"{folder.name}.csv"
+        table = session.place(out) or Path("suggested") / f"{folder.name}.csv"
         return suggest_images(session, recipe, options.targets_root, table, count, folder if by == "student" else None)
 
 
@@ -342,7 +339,7 @@ def compare(session: Session, /, options: RecipeOptions, *, out: Path | None, **
         raise click.UsageError("compare trains one run after another in one process; start it without torchrun.")
     with needs_extra("distill"):
         recipe, folder = choose_recipe(session, options)
-        out = out or folder.with_name(f"{folder.name}-compared")
+        out = session.place(out) or folder.with_name(f"{folder.name}-compared")
         return compare_trials(session, recipe, out, options.targets_root, given)
 
 

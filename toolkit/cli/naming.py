@@ -117,7 +117,7 @@ def name_pictures(
         grey, live = model.bundle.preprocessing.grey_range, asked.endless
         pictures = open_pictures(asked.paths(), grey, terminal.note, fps=asked.fps, skip=kept or (), live=live)
         if kept is not None and asked.countable:
-            listed = list(pictures)
+            listed = list({picture.name: picture for picture in pictures}.values())  # one row each
             terminal.start("pictures", len(listed), "img")
             pictures = iter(listed)
 
@@ -184,7 +184,7 @@ def tell_each(
                 if asked.images != (answer.image,):  # else it is the line's own failure
                     session.terminal.note(str(answer.error))
     if told.failed:
-        what = f"{told.failed} of {told.count} pictures cannot be read; the others are answered"
+        what = f"{told.failed} of {told.count} pictures have no answer; the others are answered"
         session.failure = first if told.count == 1 else ImagesError(what)
     return told
 

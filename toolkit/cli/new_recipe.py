@@ -108,8 +108,8 @@ def page(images: str, classes: str, seen: Images, class_count: int) -> str:
         why = f"half of the images have {seen.short[1]} px or more, and "
         why += "more than the teacher's 224 teaches nothing" if size == SIDES[-1] else "larger would only blur them"
     return PAGE.substitute(
-        images=json.dumps(images),
-        classes=json.dumps(classes),
+        images=json.dumps(images, ensure_ascii=False),
+        classes=json.dumps(classes, ensure_ascii=False),
         count=f"{seen.images:,}",
         class_count=class_count,
         short=f"{seen.short[0]} to {seen.short[2]} px (9 in 10 images; the middle one {seen.short[1]})",

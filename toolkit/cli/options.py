@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from prgkit.cli import values
@@ -105,8 +106,11 @@ def which_recipe(command: Callable[..., Any], *others: Callable[..., Any]) -> Ca
 
     @functools.wraps(command)
     def with_recipe(*arguments: Any, **options: Any) -> Any:
-        named = {key: options.pop(key) for key in RecipeOptions.__dataclass_fields__ if key in options}
-        return command(*arguments, RecipeOptions(**named), **options)
+        named = RecipeOptions(**{key: options.pop(key) for key in RecipeOptions.__dataclass_fields__ if key in options})
+        typed = click.get_current_context().get_parameter_source("targets_root") is ParameterSource.COMMANDLINE
+        if typed and not named.names_a_recipe:  # the default lies where the run was started
+            named = replace(named, targets_root=named.targets_root.absolute())
+        return command(*arguments, named, **options)
 
     options: list[Callable[..., Any]] = [
         click.argument("recipe", required=False, shell_complete=complete_recipe),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -44,3 +44,8 @@ class Session:
     failure: PrgkitError | None = None  # raised at the end, after the results are printed
     as_json: bool = False  # what the commands return is printed, at the end
     dry_run: bool = False  # --dry-run was given: what follows would have nothing to work on
+    typed_in: Path = field(default_factory=Path.cwd)
+
+    def place(self, given: Path | None) -> Path | None:
+        """Return a path as it was typed, or the whole of it where the command works in a run's own place by now."""
+        return given if given is None or Path.cwd() == self.typed_in else self.typed_in / given

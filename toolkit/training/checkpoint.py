@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from prgkit.errors import RunError
+from prgkit.errors import CameApartError, RunError
 from prgkit.storage.run import Run
 from prgkit.storage.tensors import load_tensors, save_tensors
 from prgkit.student.model import Student
@@ -52,7 +52,7 @@ class TrainingCounters:
         """Add up the loss terms that were not read yet.
 
         Raises:
-            RunError: one of them is no number.
+            CameApartError: one of them is no number.
         """
         unread, self._unread = self._unread, []
         if not unread:
@@ -61,7 +61,7 @@ class TrainingCounters:
         for (step, terms), row in zip(unread, rows, strict=True):
             for name, value in zip(terms, row, strict=True):
                 if not math.isfinite(value):
-                    raise RunError(
+                    raise CameApartError(
                         f"training came apart: {name} is {value} in step {step}, epoch {self.epoch + 1}",
                         fix="lower training.learning_rate, or objective.edge_weight, in a new run; "
                         "the targets are kept",

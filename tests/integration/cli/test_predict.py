@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ def test_predict_answers_every_picture_that_it_can_read(prgkit: PrgkitCommand, p
     assert result.code == 1
     assert [line.partition(":")[0] for line in result.out.splitlines()] == ["photos/00.png", "photos/01.png"]
     assert result.err.startswith("cut.png cannot be read: truncated\nnothing.jpg does not exist")
-    assert result.err.endswith("Error: 2 of 4 pictures cannot be read; the others are answered\n")
+    assert result.err.endswith("Error: 2 of 4 pictures have no answer; the others are answered\n")
     result = prgkit("predict cut.png photos/00.png --json")
     assert result.code == 1
     bad, good = result.json["predict"]
@@ -132,6 +133,46 @@ def test_predict_says_what_it_answers_as_it_goes(project_copy: Path) -> None:
         answers.close()
 
 
+def test_a_picture_that_comes_over_time_waits_for_no_batch(project_copy: Path) -> None:
+    from prgkit.evaluate.pictures import NamedPicture
+    from prgkit.evaluate.predict import Model
+
+    taken = []
+
+    def coming() -> Iterator[NamedPicture]:
+        for number in range(4):
+            taken.append(number)
+            yield NamedPicture(str(number), lambda: Image.open("photos/00.png").convert("RGB"), live=True)
+
+    with Model(Path("runs/tiny/bundle")) as model:
+        for number, answer in enumerate(model.stream(coming(), batch_size=3)):
+            assert (answer.image, taken) == (str(number), list(range(number + 1)))
+    assert len(taken) == 4
+
+
+def test_what_is_no_number_is_no_answer(project_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prgkit.evaluate.predict import Model
+
+    with Model(Path("runs/tiny/bundle")) as model:
+        run = model._runner.run
+        monkeypatch.setattr(model._runner, "run", lambda pixels: run(pixels) * np.array([1, 1, np.nan], np.float32))
+        (answer,) = model.predict("photos/00.png", min_confidence=0.5)
+    assert (answer.label, answer.abstained, str(answer.error).split("\n")[0]) == (
+        *(None, False, "onnx-fp32 answers with what is no number"),
+    )
+
+
+def test_an_opened_picture_that_is_cut_short_is_an_answer_of_its_own(project_copy: Path) -> None:
+    from prgkit.evaluate.predict import Model
+
+    Image.effect_noise((64, 64), 90).save("cut.png")
+    Path("cut.png").write_bytes(Path("cut.png").read_bytes()[:-900])
+    with Model(Path("runs/tiny/bundle")) as model:
+        cut, whole = model.predict([Image.open("cut.png"), "photos/00.png"])
+    assert str(cut.error).startswith("cut.png cannot be read: ")
+    assert whole.label is not None
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_of_many_pictures_each_core_answers_its_own(
     project_copy: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
@@ -149,7 +190,7 @@ def test_of_many_pictures_each_core_answers_its_own(
         return open_file(setup)
 
     monkeypatch.setattr(Setup, "open", noted)
-    monkeypatch.setattr(predict, "usable_cores", lambda: 3)
+    monkeypatch.setattr(predict, "available_cores", lambda: 3)
     with predict.Model(Path("runs/tiny/bundle")) as model:
         alone = model.predict(together, batch_size=batch_size)
         assert opened == [None]  # few: all cores work on each
@@ -344,7 +385,7 @@ def test_a_gallery_is_searched_picture_by_picture_until_ctrl_c(
     monkeypatch.setattr("prgkit.evaluate.search.search", search)
     result = prgkit("predict --watch photos --gallery g.npz --top-k 2 --fps 3")
     assert (result.code, result.out) == (1, "a.png: b.png 0.500, c.png 0.250\n")
-    assert result.err.endswith("Error: 1 of 2 pictures cannot be read; the others are answered\n")
+    assert result.err.endswith("Error: 1 of 2 pictures have no answer; the others are answered\n")
     found = prgkit("predict 0 --gallery g.npz --json").json["predict"]
     assert [answer.get("nearest") for answer in found] == [[["b.png", 0.5], ["c.png", 0.25]], None]
     assert found[1]["error"]["what"] == "cut.png cannot be read"

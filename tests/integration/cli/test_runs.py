@@ -94,6 +94,25 @@ def test_a_run_and_its_bundle_can_be_stood_in(
         )
 
 
+def test_what_is_written_lies_where_it_was_typed(
+    prgkit: PrgkitCommand, project_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = project_copy.parent / "other"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    run = str(project_copy / "runs/tiny")
+    assert prgkit("suggest-labels", "--run", run, "-n", "2", "--out", "mine.csv").code == 0
+    assert prgkit("targets", "--run", run, "--gallery", "mine.npz").code == 0
+    assert prgkit("targets", "--run", run, "--targets", "seen").code == 0
+    assert {path.name for path in other.iterdir()} >= {"mine.csv", "mine.npz", "seen"}
+    assert not {"mine.csv", "mine.npz", "seen"} & {path.name for path in project_copy.iterdir()}
+    asked = []
+    monkeypatch.setattr("prgkit.cli.main.compare_trials", lambda session, recipe, out, *_: asked.append(out) or {})
+    monkeypatch.chdir(run)
+    assert prgkit("compare", "--out", "mine").code == 0
+    assert asked == [project_copy / "runs/tiny/mine"]
+
+
 def test_a_project_can_be_moved(prgkit: PrgkitCommand, project_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project_copy.parent)
     project_copy.rename("moved")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from prgkit.cli.chain import split_at_commands
 from prgkit.cli.main import cli
+from prgkit.errors import BenchError
 from tests.conftest import PrgkitCommand
 
 
@@ -178,6 +180,20 @@ def test_json_is_one_document_keyed_by_command(prgkit: PrgkitCommand, calls: lis
     result = prgkit("distill demo export bench --json")
     assert result.json == {name: {"did": name} for name in ("distill", "export", "bench")}
     assert result.err.count("a library that prints") == 3
+
+
+def test_what_follows_a_failure_is_not_done(
+    prgkit: PrgkitCommand, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(**_: Any) -> dict[str, str]:
+        click.get_current_context().obj.failure = BenchError("1 regression")
+        return {"did": "bench"}
+
+    monkeypatch.setattr(cli.commands["bench"], "callback", failing)
+    result = prgkit("export bench push owner/name --json")
+    assert (result.code, list(result.json)) == (1, ["export", "bench"])
+    assert result.err.endswith("not done after that: push\nError: 1 regression\n")
+    assert [name for name, _ in calls] == ["export"]
 
 
 def test_only_the_first_of_several_processes_prints(

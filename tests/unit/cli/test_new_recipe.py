@@ -35,6 +35,8 @@ def test_the_choices_by_hand(count: int, short: int, chosen: dict[str, float], t
         "views": recipe.views.count,
         "held_out": recipe.data.held_out,
     }
+    (tmp_path / "page.yaml").write_text(page("photos/😀 é", str(tmp_path / "names.txt"), seen, 2), encoding="utf-8")
+    assert load_recipe(str(tmp_path / "page.yaml")).data.images == "photos/😀 é"
     text = (tmp_path / "page.yaml").read_text()
     assert f"{count:,} images" in text
     assert max(map(len, text.splitlines())) <= 120

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from prgkit.errors import ImagesError
-from prgkit.evaluate.answers import open_answers
+from prgkit.evaluate.answers import open_answers, place_below, save_picture
 from prgkit.evaluate.pictures import open_pictures
 from prgkit.evaluate.predict import Prediction
 
@@ -21,6 +21,9 @@ def test_a_file_of_any_name_is_answered_once(tmp_path: Path, suffix: str) -> Non
         with open(path, "wb") as file:
             Image.new("RGB", (4, 4)).save(file, "PNG")
     given = list(map(os.fsdecode, paths))
+    one = open_answers(tmp_path / f"one.{suffix}")
+    one.add(Prediction("a.png", label="one", probability=0.5))
+    assert ("a.png" in one, "b.png" in one) == (True, False)
     for picture in open_pictures(given):
         assert picture.read().size == (4, 4)
         open_answers(tmp_path / f"answers.{suffix}").add(Prediction(picture.name, label="one", probability=0.5))
@@ -65,3 +68,24 @@ def test_a_folder_that_is_called_like_a_table_is_refused(tmp_path: Path) -> None
     (tmp_path / "answers.csv").mkdir()
     with pytest.raises(ImagesError, match=r"answers go to a \.csv file, and this is a folder"):
         open_answers(tmp_path / "answers.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("a/1.jpg", "a/1.jpg.jpg"),
+        ("/a/1.jpg", "a/1.jpg.jpg"),
+        ("../a/1.jpg", "_/a/1.jpg.jpg"),
+        ("..", "_.jpg"),
+        (".", "picture.jpg"),
+        ("/", "picture.jpg"),
+    ],
+)
+def test_a_copy_lies_below_its_folder(name: str, place: str) -> None:
+    assert place_below(Path("out"), name) == Path("out") / place
+
+
+def test_a_picture_that_is_too_long_for_jpeg_is_made_smaller(tmp_path: Path) -> None:
+    save_picture(Image.new("RGB", (66_000, 40)), tmp_path / "long.jpg")
+    with Image.open(tmp_path / "long.jpg") as saved:
+        assert saved.size == (65_500, 40)

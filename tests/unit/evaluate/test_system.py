@@ -22,6 +22,7 @@ def test_describe_is_json_and_names_the_processor() -> None:
     assert machine.cores is not None
     assert 1 <= machine.usable_cores <= machine.cores
     assert "numpy" in machine.versions
+    assert {"ai-edge-litert", "executorch", "ncnn", "openvino", "tensorrt_rtx"} < set(system.RUNTIMES)
     assert machine.busy_cores is None or 0 <= machine.busy_cores <= machine.cores
     assert system.machine_folder().replace("-", "").isalnum()
 

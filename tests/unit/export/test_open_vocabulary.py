@@ -178,6 +178,11 @@ def test_a_gallery_of_another_teacher_and_a_bundle_without_embedding_are_refused
 
     with pytest.raises(ImagesError, match=r"mine\.npz is no gallery that can be read"):
         find()
+    for wrong in (np.ones(3), {"vectors": np.ones(3), "names": ["a"], "teacher": "b"}):
+        with open("mine.npz", "wb") as file:
+            np.savez(file, **wrong) if isinstance(wrong, dict) else np.save(file, wrong)
+        with pytest.raises(ImagesError, match=r"mine\.npz is no gallery that can be read"):
+            find()
     save_gallery(Path("mine.npz"), Gallery(["a"], np.ones((1, 4), np.float32), "another"))
     with pytest.raises(ExportError, match="no file that gives an embedding"):
         find()
