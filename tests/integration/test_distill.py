@@ -23,7 +23,7 @@ from prgkit.config.recipe import Recipe, validate
 from prgkit.data import cache
 from prgkit.data.augment import MultiViewDataset
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.errors import ImagesError, PrgkitError, RunError, StudentError, WorkerError
+from prgkit.errors import CameApartError, ImagesError, PrgkitError, RunError, StudentError, WorkerError
 from prgkit.interrupt import Interrupted
 from prgkit.progress import NullProgress
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed
@@ -31,6 +31,7 @@ from prgkit.storage.run import Run
 from prgkit.storage.tensors import load_tensors
 from prgkit.student.model import load_student
 from prgkit.teacher.feature_files import BlockJournal
+from prgkit.training.checkpoint import HeldOutScores
 from prgkit.training.distill import distill
 from prgkit.training.optimizer import schedule
 from prgkit.training.prepare import hold_out
@@ -386,6 +387,21 @@ def test_a_loss_that_is_no_number_stops_at_once(photos: Path, tmp_path: Path) ->
     with pytest.raises(RunError, match=r"training came apart: \w+ is (nan|inf) in step \d+, epoch 1"):
         distill(recipe, tmp_path / "run", tmp_path / "targets", NullProgress())
     assert Run(tmp_path / "run").metrics() == []
+
+
+def test_an_average_that_is_no_number_is_not_kept(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch norm in training keeps a loss finite whose average gives no numbers any more."""
+    scores = iter([HeldOutScores(50.0, 0.5), HeldOutScores(10.0, math.nan)])
+    monkeypatch.setattr("prgkit.training.distill.held_out_scores", lambda *_: next(scores))
+    run = Run(tmp_path / "run")
+    with pytest.raises(CameApartError) as caught:
+        distill(recipe_for(photos), run.folder, tmp_path / "targets", NullProgress())
+    assert caught.value.what == "training came apart: the divergence on held-out images is nan after epoch 2"
+    assert "edge_weight" not in str(caught.value.fix)  # another objective has none
+    assert [load_tensors(file)[1]["epoch"] for file in (run.weights, run.state)] == [1, 1]
+    assert [record["epoch"] for record in run.metrics()] == [1]
 
 
 class Vanish(NullProgress):

@@ -61,11 +61,7 @@ class TrainingCounters:
         for (step, terms), row in zip(unread, rows, strict=True):
             for name, value in zip(terms, row, strict=True):
                 if not math.isfinite(value):
-                    raise CameApartError(
-                        f"training came apart: {name} is {value} in step {step}, epoch {self.epoch + 1}",
-                        fix="lower training.learning_rate, or objective.edge_weight, in a new run; "
-                        "the targets are kept",
-                    )
+                    raise came_apart(f"{name} is {value} in step {step}, epoch {self.epoch + 1}")
                 self.sums[name] = self.sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
@@ -77,6 +73,12 @@ class TrainingCounters:
         self.epoch += 1
         self.steps_in_epoch = 0
         self.sums = {}
+
+
+def came_apart(what: str) -> CameApartError:
+    """Build the error for a training that no longer gives numbers."""
+    fix = "lower training.learning_rate, or the objective's weights, in a new run; the targets are kept"
+    return CameApartError(f"training came apart: {what}", fix=fix)
 
 
 def model_ema(student: Student) -> ModelEmaV3:

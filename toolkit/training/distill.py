@@ -6,6 +6,7 @@ the teacher's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available, is_wandb_available
 from torch import Tensor, nn
 
 from prgkit.config.recipe import Recipe
@@ -22,7 +22,7 @@ from prgkit.config.sections import Training
 from prgkit.data.augment import evaluation_views
 from prgkit.data.snapshot import report_changes, restart_command
 from prgkit.device import seed_everything, seed_step
-from prgkit.errors import BackendError, TeacherError
+from prgkit.errors import CameApartError, TeacherError
 from prgkit.interrupt import Interrupted, stopping
 from prgkit.objectives import Objectives
 from prgkit.outputs import LossContext, TeacherOutput, kl_divergence
@@ -35,10 +35,19 @@ from prgkit.storage.tensors import save_tensors
 from prgkit.student.model import Student, build_student, start_student
 from prgkit.teacher.ensemble import teacher_fingerprint
 from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
-from prgkit.training.checkpoint import Clock, HeldOutScores, TrainingCounters, TrainingState, expected_bytes, model_ema
+from prgkit.training.checkpoint import (
+    Clock,
+    HeldOutScores,
+    TrainingCounters,
+    TrainingState,
+    came_apart,
+    expected_bytes,
+    model_ema,
+)
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.distributed import (
     any_process,
+    check_trackers,
     decide_precision,
     first_goes_on,
     from_first,
@@ -124,16 +133,6 @@ def locked_run(run: Run, recipe: Recipe) -> Iterator[None]:
         except Exception:
             undo()
             raise
-
-
-def check_trackers(config: Training) -> None:
-    """Refuse a tracker that is not installed before any work is done."""
-    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-    for tracker in config.trackers:
-        if not available[tracker]():
-            raise BackendError(
-                f"training.trackers names {tracker}, which is not installed", fix=f"pip install {tracker}"
-            )
 
 
 def train(
@@ -277,6 +276,8 @@ def end_epoch(trainer: Trainer) -> None:
     epoch = counters.epoch + 1
     try:
         scores = evaluate(trainer, epoch)
+    except CameApartError:  # nothing goes on from there
+        raise
     except Exception:
         save_checkpoint(trainer)
         raise
@@ -292,12 +293,17 @@ def evaluate(trainer: Trainer, epoch: int) -> HeldOutScores:
 
     The divergence decides, as a moving average over epochs: of some tens of held-out images, one that changes sides
     moves the agreement by more than an epoch does (docs/results.md compares them).
+
+    Raises:
+        CameApartError: the averaged student's answers are no numbers; a batch norm's loss in training can be one still.
     """
     counters, average, dataset = trainer.state.counters, trainer.state.average.module, trainer.dataset
     if dataset.labelled is not None:
         tune_head_mixing(average, dataset.labelled, trainer.config)
     share_buffers(average, trainer.accelerator)  # or the processes would judge different students
     scores = held_out_scores(average, dataset, trainer.config, trainer.accelerator)
+    if not math.isfinite(scores.held_out_kl):
+        raise came_apart(f"the divergence on held-out images is {scores.held_out_kl} after epoch {epoch}")
     before, best = counters.kl_average, counters.best_kl_average
     average_kl = scores.held_out_kl if before is None else KL_DECAY * before + (1 - KL_DECAY) * scores.held_out_kl
     counters.kl_average = average_kl

@@ -27,8 +27,7 @@ from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.feature_store import FeatureStore, existing_store
 from prgkit.teacher.prompt_context import load_context
 from prgkit.training.checkpoint import expected_bytes
-from prgkit.training.distill import check_trackers
-from prgkit.training.distributed import probe_precision
+from prgkit.training.distributed import check_trackers, probe_precision
 from prgkit.training.few_shot import VALIDATION_SHARE
 from prgkit.training.prepare import hold_out
 
