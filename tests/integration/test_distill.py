@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from prgkit import workers
@@ -478,6 +479,23 @@ def test_a_flipped_byte_in_a_run_is_named_with_what_brings_it_back(photos: Path,
     with pytest.raises(RunError, match=r"line 1 of metrics\.jsonl is damaged") as caught:
         run.metrics()
     assert caught.value.fix == "delete that line: one epoch's figures are lost, and nothing else is"
+
+
+def test_a_run_of_deep_greys_goes_on_without_its_card(photos: Path, tmp_path: Path) -> None:
+    images = tmp_path / "deep"
+    images.mkdir()
+    for path in sorted(photos.iterdir())[:36]:
+        deep = np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 100
+        Image.fromarray(deep).save(images / path.name)
+    page, root = recipe_for(images, epochs=1), tmp_path / "targets"
+    whole = distill(page, tmp_path / "whole", root, NullProgress())
+    assert whole.image_facts.grey_range is not None
+    with pytest.raises(Interrupted):
+        distill(page, tmp_path / "run", root, StopAt(16, signal.SIGTERM))
+    Run(tmp_path / "run").card_file.unlink()
+    again = distill(page, tmp_path / "run", root, NullProgress())
+    assert again.image_facts == whole.image_facts
+    assert_same(again, whole)
 
 
 def test_a_run_of_another_recipe_is_refused(photos: Path, finished: Run, tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def read_images(
         check_teacher(config, note=progress.note)
         load_context(config)
     stored, cache = existing_targets(recipe, targets_root), DecodedImageCache(targets_root / PICTURES)
-    grey: GreyRange | Measured | None = grey_of(begun) if begun is not None else "measured"
+    known = begun is not None and begun.card.images is not None  # not where a damaged card was deleted
+    grey: GreyRange | Measured | None = grey_of(begun) if begun is not None and known else "measured"
     images = read_image_index(recipe.data.image_spec, progress, known=stored or (), cache=cache, grey=grey)
     report_reading(images, progress)
     if begun is not None:
