@@ -248,12 +248,33 @@ def differences(run: Run, recipe: Recipe) -> list[str]:
     changed = changed_keys(run.recipe, recipe)
     if changed or not run.card_file.exists():
         return changed
-    if any(teacher.context for teacher in recipe.teacher) and run.card.fingerprint != recipe.fingerprint():
+    if holds_another_context(run, recipe):
         changed.append("what teacher.context holds")
     began, weights = run.card.student and run.card.student.initial_sha256, initial_weights(recipe.student)
     if began and weights is not None and weights.is_file() and sha256(weights) != began:
         changed.append("what student.initial holds")
     return changed
+
+
+def holds_another_context(run: Run, recipe: Recipe) -> bool:
+    """Tell whether the file of ``teacher.context`` is another one than that which a run has read.
+
+    One that is missing or damaged is told where it is loaded. A run of several teachers, or of one whose card does not
+    say it yet, is known by the fingerprint of its recipe, which changes with retired keys too.
+    """
+    if not any(teacher.context for teacher in recipe.teacher):
+        return False
+    if run.card.teacher is None or run.card.teacher.context is None:
+        return run.card.fingerprint != recipe.fingerprint()
+    from safetensors import SafetensorError
+
+    from prgkit.storage.tensors import digest_of, load_tensors  # needs torch, which a device has not
+
+    try:
+        tensors, facts = load_tensors(Path(os.path.expanduser(str(recipe.teacher[0].context))))
+        return digest_of({"vectors": tensors["vectors"]}, {"words": facts["words"]}) != run.card.teacher.context
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return False
 
 
 def drop_retired_keys(raw: dict[str, Any]) -> None:
