@@ -24,7 +24,7 @@ from prgkit.config.recipe import Recipe, validate
 from prgkit.data import cache
 from prgkit.data.augment import MultiViewDataset
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.errors import CameApartError, ImagesError, PrgkitError, RunError, StudentError, WorkerError
+from prgkit.errors import CameApartError, DiskFullError, ImagesError, PrgkitError, RunError, StudentError, WorkerError
 from prgkit.interrupt import Interrupted
 from prgkit.progress import NullProgress
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed
@@ -496,6 +496,21 @@ def test_a_run_of_deep_greys_goes_on_without_its_card(photos: Path, tmp_path: Pa
     again = distill(page, tmp_path / "run", root, NullProgress())
     assert again.image_facts == whole.image_facts
     assert_same(again, whole)
+
+
+def test_a_run_goes_on_in_the_space_that_it_holds_already(
+    photos: Path, tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, root = recipe_for(photos), finished.folder.parent / "targets"
+    with pytest.raises(Interrupted):
+        distill(recipe, tmp_path / "run", root, StopAt(96, signal.SIGINT))
+    run = Run(tmp_path / "run")
+    held = run.state.stat().st_size + run.weights.stat().st_size
+    monkeypatch.setattr("prgkit.training.distill.expected_bytes", lambda *_: 10 * held)
+    monkeypatch.setattr("prgkit.storage.atomic.free_bytes", lambda _: 9 * held)
+    with pytest.raises(DiskFullError, match="the run needs"):
+        distill(recipe, tmp_path / "new", root, NullProgress())
+    assert_same(distill(recipe, run.folder, root, NullProgress()), finished)
 
 
 def test_a_run_of_another_recipe_is_refused(photos: Path, finished: Run, tmp_path: Path) -> None:

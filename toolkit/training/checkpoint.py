@@ -170,6 +170,11 @@ def expected_bytes(student: Student, kept_floats: int) -> int:
     return 4 * (weights + 2 * (4 * weights + kept_floats))
 
 
+def held_bytes(run: Run) -> int:
+    """Return what a run holds already of its `expected_bytes`."""
+    return sum(file.stat().st_size for file in (run.state, run.weights) if file.exists())
+
+
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 

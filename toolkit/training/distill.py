@@ -42,6 +42,7 @@ from prgkit.training.checkpoint import (
     TrainingState,
     came_apart,
     expected_bytes,
+    held_bytes,
     model_ema,
 )
 from prgkit.training.dataset import DistillationDataset
@@ -98,7 +99,8 @@ def distill_one_rank(
         seed_everything(recipe.training.seed)
         student = start_student(recipe, dataset.store.facts(), dataset.classifier.scoring(), trained=trained)
         if accelerator.is_main_process:
-            require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(dataset.image_index)), "the run")
+            whole = expected_bytes(student, recipe.kept_floats * len(dataset.image_index))
+            require_space(run.folder, whole - held_bytes(run), "the run")
             if trained is None:
                 run.update_card(student=student.facts(recipe.student))
             if run.student_facts.origin:

@@ -21,12 +21,12 @@ from prgkit.data.sources import ImageSource, measure_deep_greys, open_images
 from prgkit.device import best_device
 from prgkit.progress import Progress, duration
 from prgkit.storage.atomic import free_bytes, readable_bytes, require_space
-from prgkit.storage.run import require_own_folder
+from prgkit.storage.run import Run, require_own_folder
 from prgkit.student.model import Student, build_student
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.feature_store import FeatureStore, existing_store
 from prgkit.teacher.prompt_context import load_context
-from prgkit.training.checkpoint import expected_bytes
+from prgkit.training.checkpoint import expected_bytes, held_bytes
 from prgkit.training.distributed import check_trackers, probe_precision
 from prgkit.training.few_shot import VALIDATION_SHARE
 from prgkit.training.prepare import hold_out
@@ -115,7 +115,7 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
         student_s=round(recipe.training.epochs * len(images) / images_per_s, 1),
     )
     require_space(targets_root, result.targets_bytes, "the target store")
-    require_space(folder, result.run_bytes, "the run")
+    require_space(folder, result.run_bytes - held_bytes(Run(folder)), "the run")
     return result.model_copy(update={"summary": in_words(recipe, result, device, free_bytes(folder))})
 
 
