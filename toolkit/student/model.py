@@ -295,6 +295,8 @@ def load_student(run: Run) -> Student:
         blank = torch.zeros(len(recipe.classes), run.teacher_facts.width)
         student = start_student(recipe, run.teacher_facts, (blank, 0.0), trained=run)
         student.load_state_dict(weights)
+    except torch.OutOfMemoryError:  # a RuntimeError as well
+        raise
     except (SafetensorError, RuntimeError, ValueError) as error:
         again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"
         raise StudentError(

@@ -111,7 +111,8 @@ class TrainingState:
         """Go on from the run's checkpoint, if it has one.
 
         Raises:
-            RunError: the checkpoint is damaged.
+            RunError: the checkpoint is damaged, or of other images or another teacher.
+            OSError: it cannot be read.
         """
         if not run.state.exists():
             return
@@ -123,7 +124,9 @@ class TrainingState:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": _nested(_part("optimizer", tensors)), "param_groups": groups})
             counters = TypeAdapter(TrainingCounters).validate_python(facts)
-        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+        except torch.OutOfMemoryError:  # a RuntimeError as well
+            raise
+        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise RunError(
                 f"the checkpoint is damaged: {str(error).splitlines()[0]}",
                 where=run.state,
