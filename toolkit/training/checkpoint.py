@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -140,7 +141,7 @@ class TrainingState:
             raise RunError(
                 "the images, the labels that are learned from, or the teacher have changed since this run was started",
                 where=run.folder,
-                fix=f"start a new run with --run {run.folder}-2; what the teacher has seen is not lost",
+                fix=f"start a new run with --run {shlex.quote(f'{run.folder}-2')}; what the teacher has seen is not lost",
             )
         self.counters = counters
 

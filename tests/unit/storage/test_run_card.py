@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prgkit.config.recipe import Recipe, validate
+from prgkit.config.recipe import Recipe, save_recipe, validate
 from prgkit.errors import RecipeError, RunError
 from prgkit.storage.atomic import read_sealed, write_sealed
 from prgkit.storage.find import find_run, standing_where_it_started
@@ -97,3 +97,11 @@ def test_a_run_behind_a_link_knows_where_it_was_started(
             assert Path.cwd() == project
             assert there.recipe.data.images == "a"
         assert Path.cwd() == place
+
+
+def test_another_folder_is_named_as_a_shell_takes_it(run: Run) -> None:
+    save_recipe(recipe_of(), run.recipe_file)
+    run.weights.touch()
+    with pytest.raises(RunError) as caught:
+        start_run(run.folder, recipe_of(objective={"name": "kd"}))
+    assert caught.value.fix == f"start a new run with --run '{run.folder}-2', or delete {run.folder}"
