@@ -138,10 +138,11 @@ class TrainingState:
                 if tensor.shape == parameter.shape:  # back into the parameter's layout, channels-last or not
                     slot[name] = torch.empty_like(parameter).copy_(tensor)
         if counters.made_from != self.counters.made_from:
+            another = shlex.quote(f"{run.folder}-2")
             raise RunError(
                 "the images, the labels that are learned from, or the teacher have changed since this run was started",
                 where=run.folder,
-                fix=f"start a new run with --run {shlex.quote(f'{run.folder}-2')}; what the teacher has seen is not lost",
+                fix=f"start a new run with --run {another}; what the teacher has seen is not lost",
             )
         self.counters = counters
 

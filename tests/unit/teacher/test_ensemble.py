@@ -341,11 +341,6 @@ def test_disagreement_is_counted_by_hand() -> None:
     )
     assert found.model_dump(mode="json", by_alias=True) == {
         "differ": 60.0,
-        "pairs": [
-            {"teachers": ["a", "b"], "differ": 60.0},
-            {"teachers": ["a", "c"], "differ": 0.0},
-            {"teachers": ["b", "c"], "differ": 60.0},
-        ],
         "average": [
             {"teacher": "a", "agreement": 80.0},
             {"teacher": "b", "agreement": 60.0},
