@@ -16,11 +16,10 @@ from pydantic import BaseModel, Field
 from prgkit.config.recipe import Recipe
 from prgkit.device import best_device
 from prgkit.progress import Progress
-from prgkit.training.dataset import DistillationDataset
+from prgkit.training.dataset import DistillationDataset, in_parts
 from prgkit.training.prepare import prepare_answers
 from prgkit.training.statistics import nearest_copies, outlier_floor
 
-BATCH = 256  # images whose answers are computed at once
 EXACT_COPY = "exact copy"
 
 
@@ -91,10 +90,10 @@ def label_images(recipe: Recipe, targets_root: Path, progress: Progress) -> list
 
 def answers_of(dataset: DistillationDataset, progress: Progress) -> Answers:
     """Return what the teacher says of every image."""
-    device, count = best_device(), len(dataset.image_index)
+    device = best_device()
     classifier, parts = dataset.classifier.to(device), []
-    progress.start("answers", count, "img")
-    for rows in np.array_split(dataset.rows, -(-count // BATCH)):
+    progress.start("answers", len(dataset.rows), "img")
+    for rows in in_parts(dataset.rows):
         features = dataset.store.features(rows, np.zeros(len(rows), dtype=int)).to(device)
         combined = classifier.combine(classifier.per_prompt(features))
         raw = combined if classifier.average is None else classifier.raw_logits(features)
