@@ -32,7 +32,6 @@ class TrainingCounters:
     sums: dict[str, float] = field(default_factory=dict)
     best_epoch: int = 0
     best_agreement: float = -1.0
-    best_kl: float | None = None
     kl_average: float | None = None  # of the epochs' divergences, moving
     best_kl_average: float | None = None
     made_from: str = ""  # the images learned from and the targets, as a fingerprint

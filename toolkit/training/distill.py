@@ -32,7 +32,7 @@ from prgkit.storage.locks import locked
 from prgkit.storage.run import Run, differences, require_own_folder, start_run, undoing
 from prgkit.storage.run_card import BestEpoch
 from prgkit.storage.tensors import save_tensors
-from prgkit.student.model import Student, build_student, start_student
+from prgkit.student.model import Student, build_student, start_student, student_facts
 from prgkit.teacher.ensemble import teacher_fingerprint
 from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
 from prgkit.training.checkpoint import (
@@ -310,7 +310,7 @@ def evaluate(trainer: Trainer, epoch: int) -> HeldOutScores:
     average_kl = scores.held_out_kl if before is None else KL_DECAY * before + (1 - KL_DECAY) * scores.held_out_kl
     counters.kl_average = average_kl
     if trainer.accelerator.is_main_process and (best is None or average_kl <= best or not trainer.run.weights.exists()):
-        counters.best_epoch, counters.best_agreement, counters.best_kl = epoch, *scores
+        counters.best_epoch, counters.best_agreement = epoch, scores.agreement
         counters.best_kl_average = average_kl
         save_tensors(trainer.run.weights, average.state_dict(), {"epoch": epoch, **scores._asdict()})
     return scores
@@ -342,9 +342,7 @@ def finish(trainer: Trainer) -> None:
         evaluate(trainer, counters.epoch)
     if accelerator.is_main_process:
         rate = trainer.plan.steps * trainer.plan.batch_size / max(counters.seconds, 1e-9)
-        best = BestEpoch(
-            epoch=counters.best_epoch, agreement=counters.best_agreement, held_out_kl=counters.best_kl or 0.0
-        )
+        best = BestEpoch(**student_facts(run.weights)._asdict())
         run.update_card(best=best, images_per_s=round(rate, 1), seconds=round(counters.seconds, 1), finished=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
