@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import JsonValue
@@ -54,7 +55,7 @@ def load_facts(path: Path) -> dict[str, JsonValue]:
 
 
 @contextmanager
-def open_tensors(path: Path) -> Iterator[safe_open]:
+def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file; safetensors itself says of every file that it cannot read that it is not there."""
     with open(path, "rb"):
         pass
