@@ -12,17 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prgkit.evaluate import sensors
+from prgkit.evaluate.report.machine import RUNTIMES
 from prgkit.evaluate.report.schema import Gpu, Machine
 from prgkit.evaluate.sensors import read
 from prgkit.storage.run import Run
 from prgkit.workers import available_cores
 
-# What runs artifacts, and what bench works with besides.
-RUNTIMES = (
-    *("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino", "tensorrt", "tensorrt_rtx"),
-    *("ai-edge-litert", "executorch", "ncnn"),
-)
-LIBRARIES = ("torch", "numpy")
+LIBRARIES = ("torch", "numpy")  # what bench works with besides the runtimes
 CPUFREQ = Path("/sys/devices/system/cpu/cpufreq")
 
 

@@ -43,12 +43,12 @@ def scores(
     right = None if labels is None else int((logits.argmax(axis=1) == labels).sum())
     same = None if teacher is None else int((logits.argmax(axis=1) == teacher.argmax(axis=1)).sum())
     return Scores(
-        top1=None if labels is None else top1(logits, labels),
+        top1=None if right is None else 100 * right / len(logits),
         top1_interval=None if right is None else wilson(right, len(logits)),
         # With five classes or fewer, top-5 is 100 whatever the model does.
         top5=None if labels is None or classes <= 5 else top5(logits, labels),
         calibration_error=None if labels is None else calibration_error(logits, labels),
-        agreement_teacher=None if teacher is None else agreement(logits, teacher),
+        agreement_teacher=None if same is None else 100 * same / len(logits),
         agreement_teacher_interval=None if same is None else wilson(same, len(logits)),
         agreement_fp32=None if fp32 is None else agreement(logits, fp32),
         kl_teacher=None if teacher is None else kl(teacher, logits),

@@ -9,6 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 Interval = Annotated[tuple[float, float], Field(description="Lower and upper bound of a 95 % interval.")]
 
 
+# The packages that run artifacts.
+RUNTIMES = (
+    *("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino", "tensorrt", "tensorrt_rtx"),
+    *("ai-edge-litert", "executorch", "ncnn"),
+)
+
+
 class Model(BaseModel):
     """What all of these have in common: nothing changes after it was made, and no key is unknown."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from prgkit.evaluate.report.formatting import NONE, evaluated_on, interval, model_name, percent, row_name
@@ -230,6 +229,6 @@ def training(report: Report) -> Section | None:
 
 
 def curve(training: Sequence[Epoch], key: str) -> list[tuple[float, float]]:
-    """Return the (epoch, value) pairs of the records that have a finite value."""
+    """Return the (epoch, value) pairs of the records that have a value."""
     pairs = [(epoch["epoch"], epoch.get(key)) for epoch in training]
-    return [(float(epoch), float(value)) for epoch, value in pairs if value is not None and math.isfinite(value)]
+    return [(float(epoch), float(value)) for epoch, value in pairs if value is not None]

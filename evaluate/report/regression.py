@@ -20,6 +20,7 @@ import numpy as np
 
 from prgkit.errors import BenchError
 from prgkit.evaluate.report import formatting
+from prgkit.evaluate.report.machine import RUNTIMES
 from prgkit.evaluate.report.schema import (
     BaselineComparison,
     BaselineLine,
@@ -35,7 +36,6 @@ from prgkit.evaluate.report.schema import (
 )
 from prgkit.evaluate.report.sections import Cell, Chip, Column, Section, table_row
 from prgkit.evaluate.report.terminal import Table, table
-from prgkit.evaluate.system import RUNTIMES
 from prgkit.metrics import wilson
 
 Share = Literal["top1", "agreement_teacher", "agreement_fp32"]

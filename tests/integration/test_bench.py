@@ -298,7 +298,6 @@ def quality(*, images: int) -> Statistics:
     known: dict[str, Any] = {
         "images": images,
         "confidence": {"mean": 0.9, "histogram": [0] * 19 + [images]},
-        "margin": {"mean": 0.8, "histogram": [0] * 19 + [images]},
         "close_calls": 0,
         "balance": balance,
         "confused": [],

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from prgkit import workers
@@ -23,7 +24,7 @@ from prgkit.config.recipe import Recipe, validate
 from prgkit.data import cache
 from prgkit.data.augment import MultiViewDataset
 from prgkit.demo.digits import CLASSES, load_digits
-from prgkit.errors import ImagesError, PrgkitError, RunError, StudentError, WorkerError
+from prgkit.errors import CameApartError, DiskFullError, ImagesError, PrgkitError, RunError, StudentError, WorkerError
 from prgkit.interrupt import Interrupted
 from prgkit.progress import NullProgress
 from prgkit.storage.atomic import read_sealed, sha256, write_sealed
@@ -31,6 +32,7 @@ from prgkit.storage.run import Run
 from prgkit.storage.tensors import load_tensors
 from prgkit.student.model import load_student
 from prgkit.teacher.feature_files import BlockJournal
+from prgkit.training.checkpoint import HeldOutScores
 from prgkit.training.distill import distill
 from prgkit.training.optimizer import schedule
 from prgkit.training.prepare import hold_out
@@ -388,6 +390,21 @@ def test_a_loss_that_is_no_number_stops_at_once(photos: Path, tmp_path: Path) ->
     assert Run(tmp_path / "run").metrics() == []
 
 
+def test_an_average_that_is_no_number_is_not_kept(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch norm in training keeps a loss finite whose average gives no numbers any more."""
+    scores = iter([HeldOutScores(50.0, 0.5), HeldOutScores(10.0, math.nan)])
+    monkeypatch.setattr("prgkit.training.distill.held_out_scores", lambda *_: next(scores))
+    run = Run(tmp_path / "run")
+    with pytest.raises(CameApartError) as caught:
+        distill(recipe_for(photos), run.folder, tmp_path / "targets", NullProgress())
+    assert caught.value.what == "training came apart: the divergence on held-out images is nan after epoch 2"
+    assert "edge_weight" not in str(caught.value.fix)  # another objective has none
+    assert [load_tensors(file)[1]["epoch"] for file in (run.weights, run.state)] == [1, 1]
+    assert [record["epoch"] for record in run.metrics()] == [1]
+
+
 class Vanish(NullProgress):
     """Deletes the images when the student's training starts."""
 
@@ -462,6 +479,38 @@ def test_a_flipped_byte_in_a_run_is_named_with_what_brings_it_back(photos: Path,
     with pytest.raises(RunError, match=r"line 1 of metrics\.jsonl is damaged") as caught:
         run.metrics()
     assert caught.value.fix == "delete that line: one epoch's figures are lost, and nothing else is"
+
+
+def test_a_run_of_deep_greys_goes_on_without_its_card(photos: Path, tmp_path: Path) -> None:
+    images = tmp_path / "deep"
+    images.mkdir()
+    for path in sorted(photos.iterdir())[:36]:
+        deep = np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 100
+        Image.fromarray(deep).save(images / path.name)
+    page, root = recipe_for(images, epochs=1), tmp_path / "targets"
+    whole = distill(page, tmp_path / "whole", root, NullProgress())
+    assert whole.image_facts.grey_range is not None
+    with pytest.raises(Interrupted):
+        distill(page, tmp_path / "run", root, StopAt(16, signal.SIGTERM))
+    Run(tmp_path / "run").card_file.unlink()
+    again = distill(page, tmp_path / "run", root, NullProgress())
+    assert again.image_facts == whole.image_facts
+    assert_same(again, whole)
+
+
+def test_a_run_goes_on_in_the_space_that_it_holds_already(
+    photos: Path, tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, root = recipe_for(photos), finished.folder.parent / "targets"
+    with pytest.raises(Interrupted):
+        distill(recipe, tmp_path / "run", root, StopAt(96, signal.SIGINT))
+    run = Run(tmp_path / "run")
+    held = run.state.stat().st_size + run.weights.stat().st_size
+    monkeypatch.setattr("prgkit.training.distill.expected_bytes", lambda *_: 10 * held)
+    monkeypatch.setattr("prgkit.storage.atomic.free_bytes", lambda _: 9 * held)
+    with pytest.raises(DiskFullError, match="the run needs"):
+        distill(recipe, tmp_path / "new", root, NullProgress())
+    assert_same(distill(recipe, run.folder, root, NullProgress()), finished)
 
 
 def test_a_run_of_another_recipe_is_refused(photos: Path, finished: Run, tmp_path: Path) -> None:

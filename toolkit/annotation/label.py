@@ -16,11 +16,10 @@ from pydantic import BaseModel, Field
 from prgkit.config.recipe import Recipe
 from prgkit.device import best_device
 from prgkit.progress import Progress
-from prgkit.training.dataset import DistillationDataset
+from prgkit.training.dataset import DistillationDataset, in_parts
 from prgkit.training.prepare import prepare_answers
 from prgkit.training.statistics import nearest_copies, outlier_floor
 
-BATCH = 256  # images whose answers are computed at once
 EXACT_COPY = "exact copy"
 
 
@@ -91,16 +90,17 @@ def label_images(recipe: Recipe, targets_root: Path, progress: Progress) -> list
 
 def answers_of(dataset: DistillationDataset, progress: Progress) -> Answers:
     """Return what the teacher says of every image."""
-    device, count = best_device(), len(dataset.image_index)
+    device = best_device()
     classifier, parts = dataset.classifier.to(device), []
-    progress.start("answers", count, "img")
-    for rows in np.array_split(dataset.rows, -(-count // BATCH)):
+    progress.start("answers", len(dataset.rows), "img")
+    for rows in in_parts(dataset.rows):
         features = dataset.store.features(rows, np.zeros(len(rows), dtype=int)).to(device)
-        raw = classifier.raw_logits(features)
+        combined = classifier.combine(classifier.per_prompt(features))
+        raw = combined if classifier.average is None else classifier.raw_logits(features)
         best = torch.topk(classifier.correct(features, raw).double().softmax(dim=1), 2)
-        largest = raw.amax(dim=1)
-        corrected = raw.gather(1, best.indices[:, :1])[:, 0] < largest
-        parts.append((best.indices, best.values, corrected, largest / dataset.store.logit_scale, features))
+        corrected = raw.gather(1, best.indices[:, :1])[:, 0] < raw.amax(dim=1)
+        cosines = combined.amax(dim=1) / classifier.logit_scale
+        parts.append((best.indices, best.values, corrected, cosines, features))
         progress.advance(len(rows))
     return Answers(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 

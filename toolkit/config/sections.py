@@ -215,7 +215,7 @@ class Training(Config):
     ema: float = Field(0.9998, ge=0, lt=1)  # warms up: min(ema, (1 + t) / (10 + t))
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto times both for a few steps and writes down which won
     compile: bool = False  # with torch.compile
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     workers: int | None = Field(None, ge=0)  # processes that decode images; None: chosen from the CPU count
     checkpoint_minutes: float = Field(5.0, gt=0)  # between two checkpoints within an epoch; each epoch ends with one
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where the metrics go besides metrics.jsonl

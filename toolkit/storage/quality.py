@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 class Statistic(BaseModel):
     """A part of quality.json."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, serialize_by_alias=True)
+    # What is no longer told may stand in a file of before.
+    model_config = ConfigDict(frozen=True, extra="ignore", validate_by_name=True, serialize_by_alias=True)
 
 
 class Distribution(Statistic):
@@ -92,13 +93,6 @@ class AdjustmentEffect(Statistic):
     effective_classes: BeforeAfter
 
 
-class TeacherPair(Statistic):
-    """On how many images, in percent, two teachers name different classes."""
-
-    teachers: tuple[str, str]
-    differ: float
-
-
 class TeacherAgreement(Statistic):
     """On how many images, in percent, a teacher names the class that the average of all names."""
 
@@ -118,7 +112,6 @@ class Disagreement(Statistic):
     """How far several teachers differ."""
 
     differ: float  # percent of the images on which not all name one class
-    pairs: list[TeacherPair]
     average: list[TeacherAgreement]
     classes: list[ContestedClass]  # the most contested first
 
@@ -129,7 +122,6 @@ class Statistics(Statistic):
     images: int
     sampled_from: int | None = None  # so many, where not all were looked at: every count is of the sample
     confidence: Distribution
-    margin: Distribution  # between the two likeliest classes
     close_calls: int
     balance: Balance
     confused: list[tuple[str, str, int]]  # the pairs of classes between which the teacher hesitates on most images

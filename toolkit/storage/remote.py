@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -133,17 +134,37 @@ def persist(url: str, act: Callable[[], Result]) -> Result:
     for pause in (*PAUSES_SECONDS, None):
         try:
             return act()
-        except (FileNotFoundError, PermissionError, ImportError, ValueError, PrgkitError, MemoryError):
+        except (PermissionError, ImportError, ValueError, PrgkitError, MemoryError):
             raise
         except Exception as error:  # of a client of some kind of storage: each has its own
-            own = isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError)
-            if own:  # of this machine: a full disk, say
+            if is_absent(error) or is_of_this_machine(error):
                 raise
-            reason = one_line(error)[:200]
+            reason = one_line(error.__cause__ or error)[:200]
         if pause is not None:
             time.sleep(pause)
     fix = "check the network and the server; the same command goes on from what came so far"
     raise ImagesError(f"{url} could not be fetched in {1 + len(PAUSES_SECONDS)} attempts: {reason}", fix=fix)
+
+
+def is_absent(error: Exception) -> bool:
+    """Tell whether a server said that it has no such file: fsspec's HTTP client says so of any failure."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    if type(error.__cause__).__module__.startswith("aiohttp"):
+        status = getattr(error.__cause__, "status", 0)  # none of a connection that failed
+        return 400 <= status < 500 and status not in (408, 429)  # it timed out, or there were too many requests
+    return not is_broken_off(error.__cause__)
+
+
+def is_of_this_machine(error: Exception) -> bool:
+    """Tell whether an error is the system's, such as a full disk, and not a client's, which may name an errno too."""
+    own = type(error).__module__ == "builtins" and error.__cause__ is None
+    return own and isinstance(error, OSError) and error.errno is not None and not is_broken_off(error)
+
+
+def is_broken_off(error: BaseException | None) -> bool:
+    """Tell whether an error is of a connection."""
+    return isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError)  # two before Python 3.11
 
 
 @contextmanager

@@ -199,7 +199,7 @@ def start_run(folder: Path, recipe: Recipe) -> Run:
             prgkit=__version__,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             fingerprint=recipe.fingerprint(),
-            origin=os.path.relpath(Path.cwd(), folder),
+            origin=os.path.relpath(Path.cwd(), folder.resolve()),  # a link on the way would lead ".." elsewhere
             finished=False,
         )
     return run
@@ -217,7 +217,7 @@ def require_own_folder(folder: Path, recipe: Recipe) -> None:
             raise RunError(
                 f"this run was made from another recipe; it differs in {', '.join(changed)}",
                 where=folder,
-                fix=f"start a new run with --run {folder}-2, or delete {folder}",
+                fix=f"start a new run with --run {shlex.quote(f'{folder}-2')}, or delete {folder}",
             )
     elif initial_weights(recipe.student) in (folder, run.weights):
         what, fix = "student.initial names the run itself", "name another run, or give this one another folder: --run"

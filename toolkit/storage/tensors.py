@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import JsonValue
@@ -31,8 +34,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
     Raises:
         SafetensorError: the header is damaged, or the file ends too early.
         ValueError: something else in it is not what was written.
+        OSError: it cannot be read.
     """
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         header = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     facts = json.loads(header.get("facts", "null"))
@@ -45,9 +49,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
 
 def load_facts(path: Path) -> dict[str, JsonValue]:
     """Read the facts alone."""
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         facts: dict[str, JsonValue] = json.loads((file.metadata() or {}).get("facts", "{}"))
     return {name: value for name, value in facts.items() if name != "digest"}
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; safetensors itself says of every file that it cannot read that it is not there."""
+    with open(path, "rb"):
+        pass
+    with safe_open(path, framework="pt") as file:
+        yield file
 
 
 def digest_of(tensors: dict[str, Tensor], facts: dict[str, JsonValue]) -> str:

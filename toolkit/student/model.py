@@ -287,20 +287,20 @@ def load_student(run: Run) -> Student:
         StudentError: there are no weights yet, or they are damaged.
     """
     if not run.weights.exists():
-        again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"
-        raise StudentError("the run has no student yet", where=run.folder, fix=f"{again} goes on with it")
+        raise StudentError("the run has no student yet", where=run.folder, fix=f"{run.command} goes on with it")
     recipe = run.recipe
     try:
         weights, _ = load_tensors(run.weights)
         blank = torch.zeros(len(recipe.classes), run.teacher_facts.width)
         student = start_student(recipe, run.teacher_facts, (blank, 0.0), trained=run)
         student.load_state_dict(weights)
+    except torch.OutOfMemoryError:  # a RuntimeError as well
+        raise
     except (SafetensorError, RuntimeError, ValueError) as error:
-        again = f"prgkit distill {run.folder / 'recipe.yaml'} --run {run.folder}"
         raise StudentError(
             f"the student's weights are damaged: {str(error).splitlines()[0]}",
             where=run.weights,
-            fix=f"delete it, and {again} brings a student back from the run's checkpoint",
+            fix=f"delete it, and {run.command} brings a student back from the run's checkpoint",
         ) from error
     return student.eval()
 

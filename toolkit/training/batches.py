@@ -42,12 +42,14 @@ def plan_steps(dataset: DistillationDataset, config: Training, accelerator: Acce
     """Divide the images of an epoch into steps.
 
     Raises:
-        RunError: a batch has fewer images than there are processes.
+        RunError: a process would get a single image in a step.
     """
     batch_size = min(config.batch_size, dataset.images_an_epoch)
-    if batch_size < accelerator.num_processes:
+    fewest = 1 if dataset.labelled is not None else 2  # a batch norm needs two, and a labelled one comes beside them
+    if batch_size < fewest * accelerator.num_processes:
         raise RunError(
-            f"a batch of {batch_size} images cannot be shared by {accelerator.num_processes} processes",
+            f"a batch of {batch_size} images cannot be shared by {accelerator.num_processes} processes: "
+            f"each needs {fewest} or more",
             fix="give more images, raise training.batch_size, or start fewer processes",
         )
     steps_per_epoch = dataset.images_an_epoch // batch_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -31,7 +32,6 @@ class TrainingCounters:
     sums: dict[str, float] = field(default_factory=dict)
     best_epoch: int = 0
     best_agreement: float = -1.0
-    best_kl: float | None = None
     kl_average: float | None = None  # of the epochs' divergences, moving
     best_kl_average: float | None = None
     made_from: str = ""  # the images learned from and the targets, as a fingerprint
@@ -61,11 +61,7 @@ class TrainingCounters:
         for (step, terms), row in zip(unread, rows, strict=True):
             for name, value in zip(terms, row, strict=True):
                 if not math.isfinite(value):
-                    raise CameApartError(
-                        f"training came apart: {name} is {value} in step {step}, epoch {self.epoch + 1}",
-                        fix="lower training.learning_rate, or objective.edge_weight, in a new run; "
-                        "the targets are kept",
-                    )
+                    raise came_apart(f"{name} is {value} in step {step}, epoch {self.epoch + 1}")
                 self.sums[name] = self.sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
@@ -77,6 +73,12 @@ class TrainingCounters:
         self.epoch += 1
         self.steps_in_epoch = 0
         self.sums = {}
+
+
+def came_apart(what: str) -> CameApartError:
+    """Build the error for a training that no longer gives numbers."""
+    fix = "lower training.learning_rate, or the objective's weights, in a new run; the targets are kept"
+    return CameApartError(f"training came apart: {what}", fix=fix)
 
 
 def model_ema(student: Student) -> ModelEmaV3:
@@ -109,7 +111,8 @@ class TrainingState:
         """Go on from the run's checkpoint, if it has one.
 
         Raises:
-            RunError: the checkpoint is damaged.
+            RunError: the checkpoint is damaged, or of other images or another teacher.
+            OSError: it cannot be read.
         """
         if not run.state.exists():
             return
@@ -121,7 +124,9 @@ class TrainingState:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": _nested(_part("optimizer", tensors)), "param_groups": groups})
             counters = TypeAdapter(TrainingCounters).validate_python(facts)
-        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+        except torch.OutOfMemoryError:  # a RuntimeError as well
+            raise
+        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise RunError(
                 f"the checkpoint is damaged: {str(error).splitlines()[0]}",
                 where=run.state,
@@ -132,10 +137,11 @@ class TrainingState:
                 if tensor.shape == parameter.shape:  # back into the parameter's layout, channels-last or not
                     slot[name] = torch.empty_like(parameter).copy_(tensor)
         if counters.made_from != self.counters.made_from:
+            another = shlex.quote(f"{run.folder}-2")
             raise RunError(
                 "the images, the labels that are learned from, or the teacher have changed since this run was started",
                 where=run.folder,
-                fix=f"start a new run with --run {run.folder}-2; what the teacher has seen is not lost",
+                fix=f"start a new run with --run {another}; what the teacher has seen is not lost",
             )
         self.counters = counters
 
@@ -166,6 +172,11 @@ def expected_bytes(student: Student, kept_floats: int) -> int:
     """
     weights = sum(parameter.numel() for parameter in student.parameters())
     return 4 * (weights + 2 * (4 * weights + kept_floats))
+
+
+def held_bytes(run: Run) -> int:
+    """Return what a run holds already of its `expected_bytes`."""
+    return sum(file.stat().st_size for file in (run.state, run.weights) if file.exists())
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,10 +18,9 @@ from prgkit.errors import some
 from prgkit.progress import Progress
 from prgkit.storage.quality import CorrectionRow
 from prgkit.teacher.zero_shot import ZeroShotClassifier, fit_corrections
-from prgkit.training.dataset import DistillationDataset
+from prgkit.training.dataset import DistillationDataset, in_parts
 from prgkit.training.statistics import NONE, effective_classes, percent
 
-PART = 256  # images whose answers are computed at once
 MOST_FITTED = 50_000  # images: their features are held in memory
 MOST_COMPARED = 5_000  # images: every correction is fitted to them, before each training
 
@@ -149,8 +148,7 @@ def features_and_logits(
     """Return a view's features I [positions, D] and the teacher's own logits of them W [positions, C], on the CPU."""
     device = best_device()
     classifier = dataset.classifier.to(device)
-    parts = np.array_split(dataset.rows[positions], max(1, len(positions) // PART))
-    features = [dataset.store.features(part, np.full(len(part), view)) for part in parts]
+    features = [dataset.store.features(part, np.full(len(part), view)) for part in in_parts(dataset.rows[positions])]
     return torch.cat(features), torch.cat([classifier.raw_logits(part.to(device)).cpu() for part in features])
 
 

@@ -124,8 +124,7 @@ class DistillationDataset:
 
         Parts are small, since every template has its own logits on the way.
         """
-        positions = self.train_indices if positions is None else positions
-        for part in np.array_split(positions, max(1, -(-len(positions) // PART))):
+        for part in in_parts(self.train_indices if positions is None else positions):
             yield self.teacher_output(part, np.zeros(len(part), dtype=np.int64), self.classifier.prompts.device)
 
 
@@ -164,6 +163,11 @@ class LabelledDataset:
             teacher = self.dataset.teacher_output(positions, batch.views[:, 0].numpy(), torch.device("cpu"))
             truth = torch.from_numpy(self.labels[positions])
             yield batch.pixels[:, 0], teacher._replace(images=teacher.images + self.first, truth=truth)
+
+
+def in_parts(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Divide positions or rows [n, ...] into those whose answers are computed at once."""
+    return np.array_split(rows, max(1, -(-len(rows) // PART)))
 
 
 def images_an_epoch(shares: NDArray[np.float32]) -> int:

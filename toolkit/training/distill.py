@@ -6,6 +6,7 @@ the teacher's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available, is_wandb_available
 from torch import Tensor, nn
 
 from prgkit.config.recipe import Recipe
@@ -22,7 +22,7 @@ from prgkit.config.sections import Training
 from prgkit.data.augment import evaluation_views
 from prgkit.data.snapshot import report_changes, restart_command
 from prgkit.device import seed_everything, seed_step
-from prgkit.errors import BackendError, TeacherError
+from prgkit.errors import CameApartError, TeacherError
 from prgkit.interrupt import Interrupted, stopping
 from prgkit.objectives import Objectives
 from prgkit.outputs import LossContext, TeacherOutput, kl_divergence
@@ -32,13 +32,23 @@ from prgkit.storage.locks import locked
 from prgkit.storage.run import Run, differences, require_own_folder, start_run, undoing
 from prgkit.storage.run_card import BestEpoch
 from prgkit.storage.tensors import save_tensors
-from prgkit.student.model import Student, build_student, start_student
+from prgkit.student.model import Student, build_student, start_student, student_facts
 from prgkit.teacher.ensemble import as_learned, teacher_fingerprint
 from prgkit.training.batches import StepBatch, StepPlan, load_batches, mixup, plan_steps
-from prgkit.training.checkpoint import Clock, HeldOutScores, TrainingCounters, TrainingState, expected_bytes, model_ema
+from prgkit.training.checkpoint import (
+    Clock,
+    HeldOutScores,
+    TrainingCounters,
+    TrainingState,
+    came_apart,
+    expected_bytes,
+    held_bytes,
+    model_ema,
+)
 from prgkit.training.dataset import DistillationDataset
 from prgkit.training.distributed import (
     any_process,
+    check_trackers,
     decide_precision,
     first_goes_on,
     from_first,
@@ -89,7 +99,8 @@ def distill_one_rank(
         seed_everything(recipe.training.seed)
         student = start_student(recipe, dataset.store.facts(), dataset.classifier.scoring(), trained=trained)
         if accelerator.is_main_process:
-            require_space(run.folder, expected_bytes(student, recipe.kept_floats * len(dataset.image_index)), "the run")
+            whole = expected_bytes(student, recipe.kept_floats * len(dataset.image_index))
+            require_space(run.folder, whole - held_bytes(run), "the run")
             if trained is None:
                 run.update_card(student=student.facts(recipe.student))
             if run.student_facts.origin:
@@ -125,16 +136,6 @@ def locked_run(run: Run, recipe: Recipe) -> Iterator[None]:
         except Exception:
             undo()
             raise
-
-
-def check_trackers(config: Training) -> None:
-    """Refuse a tracker that is not installed before any work is done."""
-    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-    for tracker in config.trackers:
-        if not available[tracker]():
-            raise BackendError(
-                f"training.trackers names {tracker}, which is not installed", fix=f"pip install {tracker}"
-            )
 
 
 def train(
@@ -278,6 +279,8 @@ def end_epoch(trainer: Trainer) -> None:
     epoch = counters.epoch + 1
     try:
         scores = evaluate(trainer, epoch)
+    except CameApartError:  # nothing goes on from there
+        raise
     except Exception:
         save_checkpoint(trainer)
         raise
@@ -293,17 +296,22 @@ def evaluate(trainer: Trainer, epoch: int) -> HeldOutScores:
 
     The divergence decides, as a moving average over epochs: of some tens of held-out images, one that changes sides
     moves the agreement by more than an epoch does (docs/results.md compares them).
+
+    Raises:
+        CameApartError: the averaged student's answers are no numbers; a batch norm's loss in training can be one still.
     """
     counters, average, dataset = trainer.state.counters, trainer.state.average.module, trainer.dataset
     if dataset.labelled is not None:
         tune_head_mixing(average, dataset.labelled, trainer.config)
     share_buffers(average, trainer.accelerator)  # or the processes would judge different students
     scores = held_out_scores(average, dataset, trainer.config, trainer.accelerator)
+    if not math.isfinite(scores.held_out_kl):
+        raise came_apart(f"the divergence on held-out images is {scores.held_out_kl} after epoch {epoch}")
     before, best = counters.kl_average, counters.best_kl_average
     average_kl = scores.held_out_kl if before is None else KL_DECAY * before + (1 - KL_DECAY) * scores.held_out_kl
     counters.kl_average = average_kl
     if trainer.accelerator.is_main_process and (best is None or average_kl <= best or not trainer.run.weights.exists()):
-        counters.best_epoch, counters.best_agreement, counters.best_kl = epoch, *scores
+        counters.best_epoch, counters.best_agreement = epoch, scores.agreement
         counters.best_kl_average = average_kl
         save_tensors(trainer.run.weights, average.state_dict(), {"epoch": epoch, **scores._asdict()})
     return scores
@@ -335,9 +343,7 @@ def finish(trainer: Trainer) -> None:
         evaluate(trainer, counters.epoch)
     if accelerator.is_main_process:
         rate = trainer.plan.steps * trainer.plan.batch_size / max(counters.seconds, 1e-9)
-        best = BestEpoch(
-            epoch=counters.best_epoch, agreement=counters.best_agreement, held_out_kl=counters.best_kl or 0.0
-        )
+        best = BestEpoch(**student_facts(run.weights)._asdict())
         run.update_card(best=best, images_per_s=round(rate, 1), seconds=round(counters.seconds, 1), finished=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()

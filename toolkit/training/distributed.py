@@ -21,6 +21,8 @@ from accelerate.utils import (
     broadcast,
     broadcast_object_list,
     gather_object,
+    is_tensorboard_available,
+    is_wandb_available,
 )
 from torch import nn
 
@@ -28,7 +30,7 @@ from prgkit.config.image_size import sides
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import Training
 from prgkit.config.shard import Shard
-from prgkit.errors import PrgkitError
+from prgkit.errors import BackendError, PrgkitError
 from prgkit.interrupt import Interrupted
 from prgkit.progress import NullProgress, Progress
 from prgkit.storage.run import Run
@@ -39,6 +41,16 @@ from prgkit.teacher.shards import embed_shard, join_shards
 PROBE_STEPS = 3
 LONGEST_WAIT = timedelta(days=7)
 T = TypeVar("T")
+
+
+def check_trackers(config: Training) -> None:
+    """Refuse a tracker that is not installed before any work is done."""
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    for tracker in config.trackers:
+        if not available[tracker]():
+            raise BackendError(
+                f"training.trackers names {tracker}, which is not installed", fix=f"pip install {tracker}"
+            )
 
 
 def join_processes(trackers: Sequence[str], trackers_folder: Path) -> Accelerator:

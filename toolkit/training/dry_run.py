@@ -21,14 +21,13 @@ from prgkit.data.sources import ImageSource, measure_deep_greys, open_images
 from prgkit.device import best_device
 from prgkit.progress import Progress, duration
 from prgkit.storage.atomic import free_bytes, readable_bytes, require_space
-from prgkit.storage.run import require_own_folder
+from prgkit.storage.run import Run, require_own_folder
 from prgkit.student.model import Student, build_student
 from prgkit.teacher.clip import Teacher, load_teacher
 from prgkit.teacher.feature_store import FeatureStore, existing_store
 from prgkit.teacher.prompt_context import load_context
-from prgkit.training.checkpoint import expected_bytes
-from prgkit.training.distill import check_trackers
-from prgkit.training.distributed import probe_precision
+from prgkit.training.checkpoint import expected_bytes, held_bytes
+from prgkit.training.distributed import check_trackers, probe_precision
 from prgkit.training.few_shot import VALIDATION_SHARE
 from prgkit.training.prepare import hold_out
 
@@ -56,6 +55,7 @@ class DistillEstimate(BaseModel, frozen=True):
     evaluation_images: int
     evaluation_missing: int
     views: int  # of an image, with the evaluation view
+    mixtures: int = 0  # of all images, at most: how many a teacher has seen is known when every image is read
     teachers: tuple[TeacherEstimate, ...]
     targets_bytes: int
     pictures_bytes: int
@@ -96,7 +96,8 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
 
     progress.note(f"probing {recipe.teacher_name} and {recipe.student.model} for some seconds")
     counts = zip(recipe.teacher, zip(missing, judged, labelled, strict=True), strict=True)
-    teachers = tuple(teacher_pass(config, sum(one.views for one in each), device) for config, each in counts)
+    mixtures = count_mixtures(recipe, len(images))
+    teachers = tuple(teacher_pass(config, mixtures + sum(one.views for one in each), device) for config, each in counts)
     student, images_per_s = time_student(recipe, sum(teacher.width for teacher in teachers), device)
     result = DistillEstimate(
         images=len(images),
@@ -104,6 +105,7 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
         evaluation_images=len(evaluation) if evaluation else 0,
         evaluation_missing=max(one.images for one in judged),
         views=views,
+        mixtures=mixtures,
         teachers=teachers,
         targets_bytes=sum(teacher.targets_bytes for teacher in teachers),
         pictures_bytes=min(pictures_bytes, room_bytes(targets_root / PICTURES)),
@@ -113,7 +115,7 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
         student_s=round(recipe.training.epochs * len(images) / images_per_s, 1),
     )
     require_space(targets_root, result.targets_bytes, "the target store")
-    require_space(folder, result.run_bytes, "the run")
+    require_space(folder, result.run_bytes - held_bytes(Run(folder)), "the run")
     return result.model_copy(update={"summary": in_words(recipe, result, device, free_bytes(folder))})
 
 
@@ -181,6 +183,11 @@ def count_missing(
     return [Missing(round(new * len(images)), round(each * len(images))) for new, each in shares]
 
 
+def count_mixtures(recipe: Recipe, images: int) -> int:
+    """Return how many mixtures a teacher is shown, one view each, of those ``images`` that are not held out."""
+    return round((recipe.views.mixed or 0) * (1 - recipe.data.held_out) * images)
+
+
 def teacher_pass(config: TeacherConfig, views: int, device: torch.device) -> TeacherEstimate:
     """Return what it takes to have a teacher see so many views, in seconds and bytes, timed for a moment."""
     teacher = load_teacher(config, device)
@@ -240,12 +247,13 @@ def in_words(recipe: Recipe, figures: DistillEstimate, device: torch.device, fre
             f"{figures.evaluation_missing:,} new to {the_teacher}"
         )
     most = "at most" if recipe.data.keep.asks else "about"  # how many images are kept is known from their features
+    mixtures = f"{figures.mixtures:,} mixtures at most, " if figures.mixtures else ""
     templates = "1 template" if len(recipe.templates) == 1 else f"{len(recipe.templates)} templates"
     return {
         "images": f"{figures.images:,} in {recipe.data.images}, {figures.images_missing:,} new to {the_teacher}",
         "evaluation": judged,
         "classes": f"{len(recipe.classes)}, {templates}",
-        "teacher": f"{recipe.teacher_name}, {figures.views} views an image, "
+        "teacher": f"{recipe.teacher_name}, {figures.views} views an image, {mixtures}"
         f"about {duration(figures.teacher_s)}{gpu_hours(figures, device)}{each_teacher(figures.teachers)}",
         **shards_in_words(figures),
         "student": f"{recipe.student.model} at {size_told(recipe.student.image_size)} px, "

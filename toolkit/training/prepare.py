@@ -127,7 +127,8 @@ def read_images(
     if begun is not None:
         recipe = as_learned(recipe, begun, targets_root)
     stored, cache = existing_targets(recipe, targets_root), DecodedImageCache(targets_root / PICTURES)
-    grey: GreyRange | Measured | None = grey_of(begun) if begun is not None else "measured"
+    known = begun is not None and begun.card.images is not None  # not where a damaged card was deleted
+    grey: GreyRange | Measured | None = grey_of(begun) if begun is not None and known else "measured"
     images = read_image_index(recipe.data.image_spec, progress, known=stored or (), cache=cache, grey=grey)
     report_reading(images, progress)
     if begun is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import Keep
 from prgkit.data.ticks import read_ticks
+from prgkit.device import best_device
 from prgkit.errors import RecipeError, TargetsError
 from prgkit.progress import Progress
 from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed
@@ -24,16 +25,10 @@ from prgkit.teacher.ensemble import TeacherEnsemble, averaged
 from prgkit.teacher.refine import save_refinement
 from prgkit.teacher.zero_shot import SavedAdjustment, ZeroShotClassifier, classifier_of, log_shares
 from prgkit.training import statistics
-from prgkit.training.corrections import (
-    compare_corrections,
-    features_and_logits,
-    fit_classifier,
-    spread,
-)
-from prgkit.training.dataset import DistillationDataset, images_an_epoch
+from prgkit.training.corrections import compare_corrections, fit_classifier, spread
+from prgkit.training.dataset import DistillationDataset, images_an_epoch, in_parts
 from prgkit.training.statistics import Floats
 
-PART = 256  # images whose answers are computed at once
 VIEWED_TWICE = 1024  # images whose answers in two views are compared
 BETA = 0.999  # of balanced class weights: from some thousand images on, more of them hardly lower a class's
 
@@ -124,12 +119,10 @@ def teacher_confidence(dataset: DistillationDataset, progress: Progress, *, by_c
     """Return how sure the teacher is of each learned image [learned]: the largest probability in its answer."""
     progress.start("confidence", len(dataset.train_indices), "img")
     parts, labels = [], []
-    for start in range(0, len(dataset.train_indices), 16 * PART):
-        answers = features_and_logits(dataset, dataset.train_indices[start : start + 16 * PART])
-        largest = dataset.classifier.correct(*answers).softmax(dim=1).max(dim=1)
-        parts.append(largest.values)
-        labels.append(largest.indices)
-        progress.advance(len(parts[-1]))
+    for output in replace(dataset, classifier=dataset.classifier.to(best_device())).evaluation_outputs():
+        parts.append(output.logits.softmax(dim=1).amax(dim=1).cpu())
+        labels.append(output.labels.cpu())
+        progress.advance(len(labels[-1]))
     confidence: Floats = torch.cat(parts).numpy()
     return within_class(confidence, torch.cat(labels).numpy()) if by_class else confidence
 
@@ -241,12 +234,13 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
     """Return what there is to know of the pseudo-labels, from a sample of at most MOST_IMAGES evaluation views."""
     positions = spread(len(dataset.image_index), statistics.MOST_IMAGES)
     classifier = dataset.classifier
-    feature_parts, logit_parts, template_labels = [], [], []
-    for rows in np.array_split(dataset.rows[positions], max(1, len(positions) // PART)):
+    feature_parts, logit_parts, cosine_parts, template_labels = [], [], [], []
+    for rows in in_parts(dataset.rows[positions]):
         feature_parts.append(dataset.store.features(rows, np.zeros(len(rows), dtype=int)))
         per_prompt = classifier.per_prompt(feature_parts[-1])  # [part, M, C]
-        averages = classifier.average is not None
-        logit_parts.append(classifier.raw_logits(feature_parts[-1]) if averages else classifier.combine(per_prompt))
+        combined, averages = classifier.combine(per_prompt), classifier.average is not None
+        logit_parts.append(classifier.raw_logits(feature_parts[-1]) if averages else combined)
+        cosine_parts.append(combined.amax(dim=1) / classifier.logit_scale)
         template_labels.append(per_prompt.argmax(dim=2).T)  # [M, part]
     joined, raw_logits = torch.cat(feature_parts), torch.cat(logit_parts)
     features, vectors = joined.numpy(), classifier.class_vectors().numpy()
@@ -254,7 +248,7 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
     result = statistics.compute_statistics(
         features,
         logits,
-        cosines=(raw_logits.amax(dim=1) / dataset.store.logit_scale).numpy(),
+        cosines=torch.cat(cosine_parts).numpy(),
         classes=recipe.classes,
         templates=statistics.template_agreement(
             torch.cat(template_labels, dim=1).numpy(), raw_logits.argmax(dim=1).numpy(), recipe.templates

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,6 @@ from prgkit.storage.quality import (
     Outliers,
     Statistics,
     TeacherAgreement,
-    TeacherPair,
     TemplateAgreement,
 )
 
@@ -72,7 +70,6 @@ def compute_statistics(
     return Statistics(
         images=len(logits),
         confidence=distribution(best),
-        margin=distribution(margin),
         close_calls=int((margin < CLOSE_CALL).sum()),
         balance=balance(labels, classes),
         confused=confused(order[margin < CLOSE_CALL], classes),
@@ -303,10 +300,6 @@ def measure_disagreement(
     most = [int(label) for label in np.argsort(-contested, kind="stable")[:LISTED] if contested[label]]
     return Disagreement(
         differ=percent(differ),
-        pairs=[
-            TeacherPair(teachers=(teachers[a], teachers[b]), differ=percent(alone[a] != alone[b]))
-            for a, b in combinations(range(len(alone)), 2)
-        ],
         average=[
             TeacherAgreement(teacher=name, agreement=percent(mine == together))
             for name, mine in zip(teachers, alone, strict=True)

@@ -23,7 +23,7 @@ from prgkit.config.sections import ImageSpec
 from prgkit.data.index import read_image_index, select_labelled
 from prgkit.demo.digits import load_digits
 from prgkit.progress import NullProgress
-from prgkit.teacher.zero_shot import LogitAdjustment, ZeroShotClassifier
+from prgkit.teacher.zero_shot import LogitAdjustment, ZeroShotClassifier, no_adjustment
 from tests.conftest import PrgkitCommand
 
 CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -99,7 +99,7 @@ def test_answers_by_hand() -> None:
     features = torch.tensor([[0.6, 0.8], [0.8, 0.6], [1.0, 0.0]])
     prompts = torch.eye(2)[None]
     classifier = ZeroShotClassifier(prompts, 2.0, "mean", LogitAdjustment(torch.tensor([1.0, 0.0]), 1.0))
-    store = SimpleNamespace(features=lambda rows, views: features[rows], logit_scale=2.0)
+    store = SimpleNamespace(features=lambda rows, views: features[rows])
     dataset: Any = SimpleNamespace(image_index=range(3), rows=np.arange(3), store=store, classifier=classifier)
     answers = answers_of(dataset, NullProgress())
     assert answers.classes.tolist() == [[1, 0], [1, 0], [0, 1]]  # 0.6 against 1.2; 1.0 against 0.0
@@ -107,6 +107,18 @@ def test_answers_by_hand() -> None:
     np.testing.assert_allclose(answers.probabilities[:, 0], 1 / (1 + np.exp([-1.4, -0.6, -1.0])), rtol=1e-6)
     np.testing.assert_allclose(answers.probabilities.sum(axis=1), 1)
     np.testing.assert_allclose(answers.cosines, [0.8, 0.8, 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("average", [None, "probabilities", "confidence"])
+def test_cosines_of_two_equal_teachers_are_those_of_one(average: Any) -> None:
+    features = torch.tensor([[0.6, 0.8], [0.8, 0.6], [1.0, 0.0]])
+    joint, prompts = features.repeat(1, 2) / 2**0.5, torch.eye(2).repeat(1, 2)[None] / 2**0.5
+    classifier = ZeroShotClassifier(prompts, 2.0, "mean", no_adjustment(2), average=average, widths=(2, 2))
+    store = SimpleNamespace(features=lambda rows, views: joint[rows])
+    dataset: Any = SimpleNamespace(image_index=range(3), rows=np.arange(3), store=store, classifier=classifier)
+    answers = answers_of(dataset, NullProgress())
+    np.testing.assert_allclose(answers.cosines, [0.8, 0.8, 1.0], rtol=1e-6)
+    assert not answers.corrected.any()
 
 
 def test_csv_and_json_lines_hold_the_same() -> None:

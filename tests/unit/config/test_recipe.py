@@ -186,6 +186,8 @@ epochs: 100
         ),
         ("training: {epochs: 1e2}", "training.epochs: YAML reads 1e2 as text; write 100, without quotes"),
         ("training: {epochs: 2.5}", "training.epochs: must be a whole number, not 2.5"),
+        ("training: {seed: -1}", "training.seed: must be greater than or equal to 0, not -1"),
+        (f"training: {{seed: {2**63}}}", f"training.seed: must be less than {2**63}, not {2**63}"),
         ("training: {learning_rate: .inf}", "training.learning_rate: must be a finite number, not inf"),
         ("training: {compile: 1}", "training.compile: must be true or false, not 1"),
         ("training:", "training: empty"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from prgkit.errors import ImagesError
 from prgkit.storage import remote
 
 pytest.importorskip("fsspec")
+aiohttp = pytest.importorskip("aiohttp")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -29,6 +31,7 @@ class Handler(BaseHTTPRequestHandler):
 
     files: dict[str, bytes]
     breaks: dict[str, int]
+    refusals: list[int]
     served: list[str]
     protocol_version = "HTTP/1.1"
 
@@ -40,8 +43,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, *, send: bool) -> None:
         content = self.files.get(self.path)
-        if content is None:
-            self.send_response(404)
+        if content is None or self.refusals:
+            self.send_response(404 if content is None else self.refusals.pop())
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -73,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    Handler.files, Handler.breaks, Handler.served = {}, {}, []
+    Handler.files, Handler.breaks, Handler.served, Handler.refusals = {}, {}, [], []
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{http.server_port}"
@@ -135,6 +138,55 @@ def test_a_server_that_stays_away_and_a_tar_that_is_not_there_are_named(server: 
         open_images(server + "/pictures")
     with pytest.raises(ImagesError, match=r"^nowhere://a\.tar cannot be opened: "):
         open_images("nowhere://a.tar")
+
+
+def test_a_server_that_cannot_be_reached_is_asked_again(server: str, shards: Path) -> None:
+    """fsspec says of every failure over HTTP that the file is not there."""
+    serve(shards)
+    Handler.refusals = [503, 503, 429, 429]  # HEAD, and then GET
+    assert remote.look_up(server + "/s-0.tar").size == (shards / "s-0.tar").stat().st_size
+    Handler.refusals = [403, 403]
+    with pytest.raises(ImagesError, match=r"/s-0\.tar does not exist"):
+        remote.look_up(server + "/s-0.tar")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}/s-0.tar"
+    with pytest.raises(ImagesError, match=r"s-0\.tar could not be fetched in 3 attempts: Cannot connect to host"):
+        remote.look_up(closed)
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (aiohttp.ClientOSError(104, "Connection reset by peer"), 3),
+        (ConnectionResetError(104, "Connection reset by peer"), 3),
+        (socket.gaierror(-2, "Name or service not known"), 3),
+        (caused(FileNotFoundError("a"), aiohttp.ServerDisconnectedError()), 3),
+        (caused(FileNotFoundError("a"), TimeoutError()), 3),
+        (caused(OSError(5, "an S3 server's own mistake"), Exception("a client's")), 3),
+        (caused(FileNotFoundError(2, "No such key"), Exception("a client's")), 1),
+        (FileNotFoundError("a"), 1),
+        (OSError(28, "No space left on device"), 1),
+    ],
+)
+def test_what_another_attempt_may_mend_is_tried_again(
+    error: Exception, attempts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PAUSES_SECONDS", (0.0, 0.0))
+    tried = []
+
+    def fail() -> None:
+        tried.append(1)
+        raise error
+
+    with pytest.raises(ImagesError if attempts > 1 else type(error)):
+        remote.persist("http://a", fail)
+    assert len(tried) == attempts
 
 
 def test_the_oldest_copies_make_room_and_come_back(server: str, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from prgkit.evaluate import sensors, system
+from prgkit.evaluate.report.machine import RUNTIMES
 from prgkit.evaluate.report.schema import Machine
 
 
@@ -22,7 +23,7 @@ def test_describe_is_json_and_names_the_processor() -> None:
     assert machine.cores is not None
     assert 1 <= machine.usable_cores <= machine.cores
     assert "numpy" in machine.versions
-    assert {"ai-edge-litert", "executorch", "ncnn", "openvino", "tensorrt_rtx"} < set(system.RUNTIMES)
+    assert {"ai-edge-litert", "executorch", "ncnn", "openvino", "tensorrt_rtx"} < set(RUNTIMES)
     assert machine.busy_cores is None or 0 <= machine.busy_cores <= machine.cores
     assert system.machine_folder().replace("-", "").isalnum()
 

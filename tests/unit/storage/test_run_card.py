@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from prgkit.config.recipe import load_recipe
+from prgkit.config.recipe import Recipe, load_recipe, save_recipe, validate
 from prgkit.errors import RecipeError, RunError
 from prgkit.storage.atomic import read_sealed, write_sealed
-from prgkit.storage.run import Run
+from prgkit.storage.find import find_run, standing_where_it_started
+from prgkit.storage.run import Run, start_run
 from prgkit.storage.run_card import SCHEMA
 
 BEGUN = {"schema": SCHEMA, "prgkit": "0.1", "created": "now", "fingerprint": "f", "origin": "..", "finished": False}
@@ -73,3 +75,39 @@ def test_a_recipe_with_keys_of_before_is_read_where_they_can_be_left_out(run: Ru
         _ = run.recipe
     with pytest.raises(RecipeError, match="edge_loss"):
         load_recipe(str(run.recipe_file))
+
+
+def recipe_of(**changes: Any) -> Recipe:
+    page = {
+        "data": {"images": "a", "classes": ["b", "c"]},
+        "teacher": {"model": "d"},
+        "student": {"model": "e"},
+        "objective": {"name": "ce"},
+    }
+    return validate({**page, **changes}, where="test")
+
+
+@pytest.mark.parametrize("linked", ["runs", "runs/one"])
+def test_a_run_behind_a_link_knows_where_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: str
+) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "large" / "disk" / "here"
+    (project / linked).parent.mkdir(parents=True)
+    elsewhere.mkdir(parents=True)
+    (project / linked).symlink_to(elsewhere)
+    monkeypatch.chdir(project)
+    run = start_run(Path("runs/one"), recipe_of())
+    for place, given in ((project, Path("runs/one")), (tmp_path, run.folder.resolve()), (run.folder.resolve(), None)):
+        monkeypatch.chdir(place)
+        with standing_where_it_started(find_run(given)) as there:
+            assert Path.cwd() == project
+            assert there.recipe.data.images == "a"
+        assert Path.cwd() == place
+
+
+def test_another_folder_is_named_as_a_shell_takes_it(run: Run) -> None:
+    save_recipe(recipe_of(), run.recipe_file)
+    run.weights.touch()
+    with pytest.raises(RunError) as caught:
+        start_run(run.folder, recipe_of(objective={"name": "kd"}))
+    assert caught.value.fix == f"start a new run with --run '{run.folder}-2', or delete {run.folder}"

@@ -21,6 +21,7 @@ from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import ImagesError, PrgkitError, RecipeError, TeacherError
 from prgkit.progress import NullProgress
 from prgkit.storage.atomic import sha256
+from prgkit.storage.run import differences, start_run
 from prgkit.storage.tensors import load_tensors
 from prgkit.teacher import prompt_tuning as adapting
 from prgkit.teacher.clip import Teacher, load_teacher
@@ -193,11 +194,14 @@ def test_another_context_in_the_same_place_is_another_run(
 ) -> None:
     path = Path(shutil.copy(adapted["context"], tmp_path / "mine.safetensors"))
     recipe = recipe_for(labelled, context=path)
-    before, first = recipe.fingerprint(), prepare(recipe, adapted["folder"] / "targets", NullProgress())
+    run = start_run(tmp_path / "run", recipe)
+    before, first = recipe.fingerprint(), prepare(recipe, adapted["folder"] / "targets", NullProgress(), run)
+    assert differences(run, recipe) == []
     context = load_context(recipe.teacher[0])
     assert context is not None
     save_context(path, PromptContext(context.vectors.flip(1), context.words), recipe.teacher[0], {})
     assert recipe.fingerprint() != before
+    assert differences(run, recipe) == ["what teacher.context holds"]
     second = prepare(recipe, adapted["folder"] / "targets", NullProgress())
     assert first.fingerprint() != second.fingerprint()
     assert not first.classifier.prompts.allclose(second.classifier.prompts, atol=1e-3)

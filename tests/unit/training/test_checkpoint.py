@@ -178,6 +178,32 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path: Path, damage: s
     assert caught.value.fix == "delete it, and the same command trains this run from its start; the targets are kept"
 
 
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, state = Run(tmp_path), state_of(1)
+    train(state, 1, seed=5)
+    state.save(run)
+    with monkeypatch.context() as patch:
+
+        def full(*_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(Student, "load_state_dict", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            state_of(2).load(run)
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: Any) -> None:
+            raise PermissionError(13, "Permission denied", str(run.state))
+
+        patch.setattr("builtins.open", refuse)
+        with pytest.raises(PermissionError) as caught:  # the command line tells it by its number and its file
+            state_of(2).load(run)
+    assert (caught.value.errno, caught.value.filename) == (13, str(run.state))
+    state_of(2).load(run)
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, state = Run(tmp_path), state_of(1)
     train(state, 1, seed=5)

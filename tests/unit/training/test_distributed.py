@@ -18,7 +18,7 @@ from prgkit.errors import BackendError
 from prgkit.storage.run import Run
 from prgkit.storage.run_card import SCHEMA, PrecisionProbe
 from prgkit.student.model import Student, build_student
-from prgkit.training import distill, distributed
+from prgkit.training import distributed
 from prgkit.training.distributed import from_first, join_processes, probe_precision
 
 CPU = torch.device("cpu")
@@ -133,11 +133,11 @@ def test_one_process_makes_what_all_get() -> None:
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_missing_is_named_before_any_work(tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, f"is_{tracker}_available", lambda: False)
+    monkeypatch.setattr(distributed, f"is_{tracker}_available", lambda: False)
     with pytest.raises(BackendError) as caught:
-        distill.check_trackers(Training(trackers=(tracker,)))
+        distributed.check_trackers(Training(trackers=(tracker,)))
     assert str(caught.value) == (
         f"training.trackers names {tracker}, which is not installed\n  fix: pip install {tracker}"
     )
-    monkeypatch.setattr(distill, f"is_{tracker}_available", lambda: True)
-    distill.check_trackers(Training(trackers=(tracker,)))
+    monkeypatch.setattr(distributed, f"is_{tracker}_available", lambda: True)
+    distributed.check_trackers(Training(trackers=(tracker,)))

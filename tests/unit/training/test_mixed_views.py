@@ -21,6 +21,7 @@ from prgkit.training import prepare as preparing
 from prgkit.training.batches import StepPlan, step_items
 from prgkit.training.dataset import Process
 from prgkit.training.distill import distill
+from prgkit.training.dry_run import estimate
 from prgkit.training.prepare import prepare
 
 IMAGES = 20
@@ -88,6 +89,15 @@ def test_the_teacher_saw_what_the_student_sees_and_is_asked_once(
     assert np.array_equal(again.rows, dataset.rows)
     plain = recipe.model_copy(update={"views": recipe.views.model_copy(update={"mixed": None})})
     assert prepare(plain, tmp_path / "targets", NullProgress()).mixed is None  # in the same store
+
+
+def test_a_rehearsal_counts_mixtures(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prgkit.training.dry_run.PROBE_SECONDS", 0.0)
+    found = estimate(recipe, tmp_path / "run", tmp_path / "targets", NullProgress())
+    assert found.mixtures == 48  # 3 of each of the 16 images that are not held out
+    assert [one.views_missing for one in found.teachers] == [20 * 3 + 48]
+    assert found.targets_bytes == 2 * 64 * (20 * 3 + 48)
+    assert found.summary["teacher"].startswith("demo:digits, 3 views an image, 48 mixtures at most, about ")
 
 
 def test_mixtures_come_after_the_crops_in_turn(recipe: Recipe, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Which images an epoch is made of: exactly so many, and each as often as its share says."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from prgkit.config.sections import Keep
-from prgkit.errors import TargetsError
-from prgkit.training.batches import systematic_sample
+from prgkit.config.sections import Keep, Training
+from prgkit.errors import RunError, TargetsError
+from prgkit.training.batches import plan_steps, systematic_sample
 from prgkit.training.dataset import images_an_epoch
 from prgkit.training.pseudo_labels import sure_enough, within_class
 
@@ -79,3 +82,19 @@ def test_a_floor_by_class_by_hand() -> None:
         [0.9, 0.9, 1]
     )
     assert np.array_equal(within_class(confidence, np.arange(7)), confidence)  # even classes: one floor for all
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "labelled", "batch"),
+    [(3, 2, False, None), (4, 2, False, 4), (3, 2, True, 3), (2, 1, False, 2)],
+)
+def test_no_process_learns_from_a_single_image(images: int, processes: int, labelled: bool, batch: int | None) -> None:
+    """A batch norm cannot: of three images one of two processes would get one."""
+    dataset: Any = SimpleNamespace(images_an_epoch=images, labelled="some" if labelled else None)
+    accelerator: Any = SimpleNamespace(num_processes=processes)
+    if batch is not None:
+        assert plan_steps(dataset, Training(), accelerator).batch_size == batch
+        return
+    with pytest.raises(RunError) as caught:
+        plan_steps(dataset, Training(), accelerator)
+    assert caught.value.what == "a batch of 3 images cannot be shared by 2 processes: each needs 2 or more"

@@ -64,9 +64,13 @@ def test_a_sample_is_said_to_be_one(found: Statistics) -> None:
 
 
 def test_histograms_count_every_image(found: Statistics) -> None:
-    for name in ("confidence", "margin"):
-        assert sum(getattr(found, name).histogram) == 100
-        assert 0 < getattr(found, name).mean <= 1
+    assert sum(found.confidence.histogram) == 100
+    assert 0 < found.confidence.mean <= 1
+
+
+def test_a_file_of_before_may_tell_more(found: Statistics) -> None:
+    told = found.model_dump(mode="json")
+    assert Statistics.model_validate({**told, "margin": told["confidence"]}) == found
 
 
 def test_hesitation_copies_strangers_and_odd_prompts_are_named(found: Statistics) -> None:
