@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TypeAlias
 
@@ -108,13 +109,26 @@ def averaged(classifier: ZeroShotClassifier, targets: TeacherFeatures, recipe: R
 
 
 def as_learned(recipe: Recipe, run: Run, root: Path) -> Recipe:
-    """Return a run's recipe with what its teachers leave open, precision and batch size, as in the run's own stores.
+    """Return a run's recipe with what its teachers leave open, precision and batch size, as when it learned from them.
 
-    Another run may have made a store of the same teacher under ``root`` since. Where its own is gone it stays open.
+    That is as in its own stores, or where they are gone, as the fingerprint in its card was made. Another run may have
+    made other stores since, and another device would choose otherwise.
     """
     stores = [store.name for store in run.target_stores]
-    teachers = tuple(as_stored(config, recipe.views, root, stores) or config for config in recipe.teacher)
-    return recipe.model_copy(update={"teacher": teachers})
+    teachers = [as_stored(config, recipe.views, root, stores) for config in recipe.teacher]
+    known = tuple(stored or config for stored, config in zip(teachers, recipe.teacher, strict=True))
+    learned = recipe.model_copy(update={"teacher": known})
+    if run.card.teacher is None or all(teachers):
+        return learned
+    for precision, batch_size in product(("fp32", "bf16"), BATCH_SIZES):
+        chosen = tuple(
+            settled(config, config.precision.replace("auto", precision), config.batch_size or batch_size)
+            for config in learned.teacher
+        )
+        guess = recipe.model_copy(update={"teacher": chosen})
+        if teacher_fingerprint(guess, root) == run.card.teacher.fingerprint:
+            return guess
+    return learned
 
 
 def teacher_fingerprint(recipe: Recipe, root: Path) -> str:

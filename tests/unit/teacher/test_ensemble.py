@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -307,6 +308,23 @@ def test_a_run_keeps_to_the_store_that_it_learned_from(place: Path, tmp_path: Pa
     assert len(teacher_answers(run, recipe, images, np.arange(2), NullProgress()).logits) == 2
     assert teacher_fingerprint(as_learned(recipe, run, root), root) == run.teacher_facts.fingerprint
     assert teacher_fingerprint(as_learned(larger, run, root), root) != run.teacher_facts.fingerprint  # as is asked
+
+
+def test_a_run_of_a_gpu_keeps_its_teacher_where_its_stores_are_gone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run, root = recipe_for(place, {"model": "demo:digits"}), Run(tmp_path / "run"), tmp_path / "targets"
+    start_run(run.folder, recipe)
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr("prgkit.teacher.clip.teacher_precision", lambda _: "bf16")
+        on_a_gpu.setattr("prgkit.teacher.weights.teacher_precision", lambda _: "bf16")
+        on_a_gpu.setattr(Teacher, "_fitting_batch_size", lambda _: 256)
+        prepare(recipe, root, NullProgress(), run)
+    shutil.rmtree(root)
+    assert teacher_fingerprint(recipe, root) != run.teacher_facts.fingerprint  # as this device would have it
+    learned = as_learned(recipe, run, root)
+    assert [(config.precision, config.batch_size) for config in learned.teacher] == [("bf16", 256)]
+    assert teacher_fingerprint(learned, root) == run.teacher_facts.fingerprint
 
 
 # What a recipe may say.
