@@ -313,7 +313,7 @@ def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
         yield
     except DiskFullError as error:
         need = f"the bundle needs {readable_bytes(needed_bytes)}"
-        elsewhere = error.where and not Path(str(error.where)).resolve().is_relative_to(folder.parent.resolve())
+        elsewhere = error.where and not Path(str(error.where)).resolve().is_relative_to(folder.resolve().parent)
         where = error.where if elsewhere else folder  # INT8's trials are in the system's temporary folder
         raise DiskFullError(f"{error.what}; {need}", where=where, fix=fix) from error
 

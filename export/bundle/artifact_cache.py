@@ -13,8 +13,17 @@ from pydantic import JsonValue
 from prgkit.errors import ExportError, PrgkitError
 from prgkit.export.bundle.bundle import verify_artifact
 from prgkit.export.bundle.engine_metadata import engine_metadata_path, load_engine_metadata
-from prgkit.export.bundle.manifest import FILE, Artifact, Manifest, NotKept, Quantization, read_manifest, require_inside
-from prgkit.storage.atomic import fingerprint, writing
+from prgkit.export.bundle.manifest import (
+    FILE,
+    SCHEMA,
+    Artifact,
+    Manifest,
+    NotKept,
+    Quantization,
+    read_manifest,
+    require_inside,
+)
+from prgkit.storage.atomic import fingerprint, read_json, writing
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
 from prgkit.storage.run import TICKS
@@ -128,13 +137,14 @@ def building(folder: Path, name: str = "new") -> Iterator[Path]:
     When not, or after a kill, only artifacts that were finished stay in it, for the next export. Measurements made on
     the old bundle (its ``bench`` folder) and what was ticked in it move into the new one: they are the user's.
     """
+    folder = folder.resolve()  # a link to a bundle stays a link
     new, old = (folder.with_name(f".{folder.name}.{what}") for what in (name, "old"))
     put_back(folder)
     shutil.rmtree(old, ignore_errors=True)
     clear_unfinished(new)
     if name != RELABELLED:  # what a killed relabel has left is of no use to an export
         shutil.rmtree(folder.with_name(f".{folder.name}.{RELABELLED}"), ignore_errors=True)
-    if folder.exists() and any(folder.iterdir()) and not (folder / FILE).exists():
+    if folder.exists() and any(folder.iterdir()) and not is_bundle(folder):
         raise ExportError(
             "the folder holds something that is not a bundle", where=folder, fix="remove it, or choose another"
         )
@@ -153,6 +163,15 @@ def building(folder: Path, name: str = "new") -> Iterator[Path]:
         clear_unfinished(new)
 
 
+def is_bundle(folder: Path) -> bool:
+    """Tell whether a folder's manifest is one of a bundle's, of whatever version: other programs have one, too."""
+    try:
+        content = read_json(folder / FILE)
+    except PrgkitError:
+        return False
+    return isinstance(content, dict) and str(content.get("schema")).startswith(SCHEMA.partition("/")[0])
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold a bundle, where there is one, for this process alone.
@@ -160,7 +179,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         RunError: another process holds it.
     """
-    with locked(folder, "bundle") if (folder / FILE).exists() else nullcontext():
+    with locked(folder, "bundle") if is_bundle(folder) else nullcontext():
         yield
 
 
