@@ -54,7 +54,7 @@ from prgkit.storage.reproducible import read_array, read_png, write_array
 from prgkit.storage.run import Run
 from prgkit.teacher.answers import both_logits
 from prgkit.teacher.clip import Teacher, load_teacher
-from prgkit.teacher.ensemble import open_targets
+from prgkit.teacher.ensemble import averaged, open_targets
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 OPEN = "prgkit export --open-vocabulary"
@@ -146,7 +146,8 @@ def read_names(
                 fix="relabel where the teacher's own files are",
             )
         prompts = targets.prompts(classes, recipe.templates, teacher, progress)
-    return ZeroShotClassifier(prompts, targets.logit_scale, recipe.prompt_weighting, no_adjustment(len(classes)))
+    classifier = ZeroShotClassifier(prompts, targets.logit_scale, recipe.prompt_weighting, no_adjustment(len(classes)))
+    return averaged(classifier, targets, recipe)
 
 
 @contextlib.contextmanager

@@ -213,6 +213,18 @@ def test_the_same_classes_in_another_order_give_the_same_logits_in_that_order(ru
     assert (run.bundle / "mine.txt").read_text() == "left alone"
 
 
+def test_several_teachers_are_averaged_as_the_run_averages_them(run: Run) -> None:
+    teachers = [{"model": "demo:digits", "batch_size": 16}, {"model": "demo:digits", "weights": "random", "batch_size": 16}]
+    recipe = validate({**page(), "teacher": teachers, "targets": {"average": "probabilities"}}, where="here")
+    two = distill(recipe, Path("runs/two"), Path("targets"), NullProgress())
+    export_run(two, ExportOptions(class_vectors="initializer"), progress=NullProgress())
+    before = read_evaluation(two.bundle)
+    relabel(two.bundle, LEARNED, run=two, progress=NullProgress())
+    after = read_evaluation(two.bundle)
+    np.testing.assert_allclose(after.teacher_logits, before.teacher_logits, atol=1e-5)
+    np.testing.assert_allclose(after.teacher_uniform_logits, before.teacher_uniform_logits, atol=1e-5)
+
+
 def test_what_was_relabelled_is_not_taken_for_what_was_exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class MadeAnewError(Exception):
         pass
