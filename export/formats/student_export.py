@@ -20,7 +20,7 @@ import prgkit
 from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.ticks import Tick
-from prgkit.export.bundle.artifact_cache import ArtifactCache, Origin
+from prgkit.export.bundle.artifact_cache import ArtifactCache, Origin, remove
 from prgkit.export.bundle.bundle import describe_artifact
 from prgkit.export.bundle.manifest import EMBEDDING, NCHW, Artifact
 from prgkit.export.formats.onnx_export import Embedding, OnnxExportModule, onnx_export_module, rehearse_fp16, write_fp16
@@ -122,6 +122,7 @@ class StudentExport:
         """
 
         def make() -> Artifact:
+            remove(self.folder / file)  # of another origin: a folder would stand in the way
             write(self.folder / file)
             return self.describe(name, file, **how)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prgkit.errors import ExportError
-from prgkit.export.bundle.artifact_cache import building
+from prgkit.export.bundle.artifact_cache import ArtifactCache, building
+from prgkit.export.bundle.bundle import describe_artifact
 
 
 @pytest.mark.parametrize("text", ['{"name": "app"}', '{"schema": "prgkit.run/3"}', '["prgkit.bundle/3"]', "{", ""])
@@ -45,3 +47,29 @@ def test_a_bundle_that_is_a_link_stays_one(tmp_path: Path, is_there: bool) -> No
         assert sorted(path.name for path in disk.iterdir()) == [name, "manifest.json"]
     assert [path.name for path in disk.parent.iterdir()] == ["bundle"]
     assert [path.name for path in link.parent.iterdir()] == ["bundle"]
+
+
+def test_a_finished_folder_of_another_origin_makes_way(tmp_path: Path) -> None:
+    """A killed export of another student has left it; its format writes a folder of the same name."""
+    pytest.importorskip("torch")
+    from prgkit.export.formats.options import ExportOptions
+    from prgkit.export.formats.student_export import StudentExport
+
+    facts = {"name": "ncnn-fp32", "format": "ncnn", "precision": "fp32", "backend": "ncnn"}
+    new, nothing = tmp_path / ".bundle.new", object()
+    (new / "model.ncnn").mkdir(parents=True)
+    (new / "model.ncnn/old.bin").touch()
+    cache = ArtifactCache(new, bundle=tmp_path / "bundle", note=print)
+    before = describe_artifact(new, "model.ncnn", **facts, executed=False, note=None, parity=None)
+    cache.add(before, {"of": "another student"})
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "new.bin").touch()
+
+    given: Any = (nothing, (), nothing, ExportOptions(), nothing, None)
+    export = StudentExport(*given, folder=new, work=tmp_path, cache=cache, origin={"of": "this one"}, note=print)
+    how = {key: facts[key] for key in ("format", "precision", "backend")}
+    made = export.finish("ncnn-fp32", "model.ncnn", write=write, runner=None, **how)
+    assert [path.name for path in (new / "model.ncnn").iterdir()] == ["new.bin"]
+    assert made.sha256 != before.sha256
