@@ -42,7 +42,8 @@ def quantise(export: StudentExport, judge: Int8Judge) -> Made:
     if nncf.installed():
         name, file = "onnx-int8-openvino", "model.int8.openvino.onnx"
         by_nncf = partial(nncf.write_for_openvino, network.fp32, pixels=judge.calibration)
-        files.append(Int8File(name, file, "openvino", OPENVINO_QDQ, by_nncf, OpenVinoRunner))
+        openvino = Int8File(name, file, "openvino", OPENVINO_QDQ, by_nncf, OpenVinoRunner, converters=nncf.PACKAGES)
+        files.append(openvino)
     else:
         export.note(f"INT8: no file for OpenVINO is made, which takes NNCF: {nncf.INSTALL}")
     if export.options.trt:
