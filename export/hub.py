@@ -25,8 +25,8 @@ from prgkit.errors import HubError, PrgkitError, one_line, some
 from prgkit.export.bundle.archive import bundle_files
 from prgkit.export.bundle.artifact_cache import alone_in, building, is_bundle
 from prgkit.export.bundle.bundle import open_bundle, read_evaluation
-from prgkit.export.bundle.checksums import PARTS, require_unchanged
-from prgkit.export.bundle.manifest import ENGINE, FILE, SCHEMA, read_manifest
+from prgkit.export.bundle.checksums import require_unchanged
+from prgkit.export.bundle.manifest import ENGINE, FILE, PARTS, SCHEMA, read_manifest
 from prgkit.export.model_card import model_card, published
 from prgkit.storage.atomic import fingerprint
 

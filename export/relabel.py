@@ -27,7 +27,7 @@ from prgkit.export.bundle.bundle import (
     open_bundle,
     output_spec,
 )
-from prgkit.export.bundle.checksums import PARTS, checksums, require_unchanged
+from prgkit.export.bundle.checksums import checksums, require_unchanged
 from prgkit.export.bundle.engine_metadata import load_engine_metadata
 from prgkit.export.bundle.manifest import (
     EMBEDDING,
@@ -35,6 +35,7 @@ from prgkit.export.bundle.manifest import (
     NCHW,
     ONNX,
     OPENVINO_QDQ,
+    PARTS,
     QDQ,
     VECTORS,
     Artifact,

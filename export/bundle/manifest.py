@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
@@ -34,6 +34,7 @@ KL_SHARE = 0.1  # of FP32's divergence from the teacher, by which another file's
 LEAST_KL = 0.01  # nats by which it may be larger in any case: FP32's may be next to nothing
 MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
 VECTORS = f"{MATRIX}.npy"  # [C, D] float32
+PARTS = ("evaluation", "golden")  # the folders of a bundle with its images and what is known of them
 
 
 class Facts(BaseModel):
@@ -305,16 +306,20 @@ def read_manifest(folder: Path) -> Manifest:
         raise ExportError(f"{FILE} {mistakes(error)}", where=path, fix=EXPORT_AGAIN) from error
     for artifact in manifest.artifacts:
         require_inside(artifact.file, path)
+    for name in manifest.checksums:
+        if name != VECTORS:
+            require_inside(name, path, folders=PARTS)
     return manifest
 
 
-def require_inside(file: str, path: Path) -> None:
-    """Refuse an artifact's file that would lie outside the bundle, named in the file ``path``.
+def require_inside(file: str, path: Path, *, folders: Sequence[str] = ()) -> None:
+    """Refuse a file that would not lie in the bundle itself, or not in one of its ``folders``, named in ``path``.
 
     Raises:
-        ExportError: it would.
+        ExportError: it would not.
     """
-    if file in ("", ".", "..") or PurePosixPath(file).name != file or PureWindowsPath(file).name != file:
+    name = PureWindowsPath(file.rpartition("/")[2]).name  # in no folder of Windows either, and on no drive
+    if name in ("", "..") or file not in ([f"{folder}/{name}" for folder in folders] or [name]):
         raise ExportError(
             f"{path.name} names a file outside the bundle: {file!r}",
             where=path,
