@@ -15,7 +15,7 @@ from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import Recipe
 from prgkit.data.index import ImageIndex, read_image_index, select_labelled
 from prgkit.data.preprocessing import Preprocessing, trimmed
-from prgkit.data.snapshot import restrict_to_snapshot
+from prgkit.data.snapshot import load_snapshot, restrict_to_snapshot
 from prgkit.data.ticks import audited_keys, bring_ticks, ticks_in
 from prgkit.errors import ExportError, ImagesError
 from prgkit.export.bundle.artifact_cache import alone_in
@@ -37,7 +37,7 @@ from prgkit.storage.run import TICKS, Run
 from prgkit.student.model import Student, load_student, student_facts
 from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.ensemble import existing_targets
-from prgkit.training.prepare import grey_of, hold_out
+from prgkit.training.prepare import grey_of, hold_out, without
 from prgkit.training.pseudo_labels import confidence_of, sure_enough
 
 PARITY_IMAGES = 256
@@ -87,7 +87,9 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
         images, classes = select_labelled(labelled_images, recipe.classes, note=progress.note)
     else:
         images = learned()
-    positions = evaluation_positions(images, recipe, labelled=classes is not None, first=audited_keys(run))
+    positions = evaluation_positions(
+        images, recipe, labelled=classes is not None, first=audited_keys(run), learned=labelled_keys(run)
+    )
     teacher = teacher_answers(run, recipe, images, positions, progress)
     if options.class_vectors and student.scorer is None:
         student.use_class_vectors(*teacher.classifier.scoring())
@@ -155,16 +157,30 @@ def origin_of_student(run: Run, recipe: Recipe, student: Student) -> StudentOrig
 
 
 def evaluation_positions(
-    images: ImageIndex, recipe: Recipe, *, labelled: bool = False, first: Container[str] = ()
+    images: ImageIndex,
+    recipe: Recipe,
+    *,
+    labelled: bool = False,
+    first: Container[str] = (),
+    learned: Container[str] = (),
 ) -> NDArray[np.int64]:
     """Return which images travel: all that are ``labelled``, else those held out from training.
 
-    Where there are more than travel, those with the keys in ``first`` go before the others. The catalogue is ordered by
-    content key, so the first ones are a random sample.
+    Held out are none whose labels were ``learned``, known by their keys. Where there are more than travel, those with
+    the keys in ``first`` go before the others. The catalogue is ordered by content key, so the first ones are a random
+    sample.
     """
     chosen = np.arange(len(images)) if labelled else hold_out(images.keys, recipe.data.held_out)
+    if not labelled:
+        chosen = chosen[without(images, chosen, learned)]
     before = np.array([images.keys[position] in first for position in chosen], dtype=bool)
     return np.sort(np.concatenate([chosen[before], chosen[~before]])[: recipe.export.evaluation_images])
+
+
+def labelled_keys(run: Run) -> frozenset[str]:
+    """Return the keys of the few images whose labels a run learned from."""
+    snapshot = load_snapshot(run)
+    return snapshot.labelled_keys if snapshot else frozenset()
 
 
 def images_of(run: Run, recipe: Recipe, seen: Container[str], progress: Progress) -> ImageIndex:
@@ -212,7 +228,9 @@ def held_out_set(
     except ImagesError as error:
         progress.note(f"confidences are not calibrated: {error.what}")
         return None
-    index = index.subset(evaluation_positions(index, recipe, first=audited_keys(run)))
+    index = index.subset(
+        evaluation_positions(index, recipe, first=audited_keys(run), learned=labelled_keys(run))
+    )
     everything = np.arange(len(index))
     return HeldOutSet(
         prepared=(preprocessing.prepare(index.read(position)) for position in range(len(index))),

@@ -276,6 +276,25 @@ def test_how_faithful_int8_was_with_the_old_classes_is_not_said_of_the_new(run: 
     ]
 
 
+def test_no_image_whose_label_was_learned_is_among_those_that_were_not_learned_from(run: Run) -> None:
+    raw = page("dho")
+    del raw["data"]["evaluation"]
+    images = read_image_index(run.recipe.data.image_spec, NullProgress())
+    held_out = hold_out(images.keys, 0.45)
+    _, digits = load_digits("train")
+    few = held_out[: len(held_out) // 2].tolist()
+    for place in few:
+        photo = Path("photos") / images.source.name(int(images.indices[place]))
+        folder = Path("few", CLASSES[digits[int(photo.stem)]])
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, folder)
+    raw["data"] |= {"held_out": 0.45, "labelled": "few"}
+    taught = distill(validate(raw, where="here"), Path("runs/dho"), Path("targets"), NullProgress())
+    export_run(taught, ExportOptions(), progress=NullProgress())
+    keys = (taught.bundle / "evaluation/keys.txt").read_text().split()
+    assert sorted(keys) == sorted(images.keys[place] for place in held_out.tolist() if place not in few)
+
+
 def test_confidences_are_measured_on_images_that_no_label_was_read_of(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
