@@ -201,10 +201,14 @@ def parity_pictures(
     for position in order:
         yield images.read(position)
     if len(order) < PARITY_IMAGES and recipe.data.evaluation:
+        try:
+            more = learned()
+        except ImagesError:  # they are gone
+            return
         taken = set(images.keys)
-        others = (position for position, key in enumerate(learned().keys) if key not in taken)
+        others = (position for position, key in enumerate(more.keys) if key not in taken)
         for position in islice(others, PARITY_IMAGES - len(order)):
-            yield learned().read(position)
+            yield more.read(position)
 
 
 def held_out_set(
@@ -217,20 +221,19 @@ def held_out_set(
 ) -> HeldOutSet | None:
     """Return the images that selected the student, for its confidences: no label is read, and no student learned these.
 
-    None, which is said, where the images that the run was made from are gone.
+    They are as many as the recipe says, also where fewer were asked to travel. None, which is said, where the images
+    that the run was made from are gone.
     """
     ticks = ticks_in(run.ticks_file, recipe.classes) or ()  # bench says what is wrong with them
-    if evaluation.labels is None:
-        assert evaluation.keys is not None
-        return HeldOutSet(None, evaluation.teacher_logits, evaluation.keys, ticks)
     try:
         index = learned()
     except ImagesError as error:
         progress.note(f"confidences are not calibrated: {error.what}")
         return None
-    index = index.subset(
-        evaluation_positions(index, recipe, first=audited_keys(run), learned=labelled_keys(run))
-    )
+    held_out = evaluation_positions(index, run.recipe, first=audited_keys(run), learned=labelled_keys(run))
+    if evaluation.labels is None and len(held_out) <= len(evaluation.keys):
+        return HeldOutSet(None, evaluation.teacher_logits, evaluation.keys, ticks)
+    index = index.subset(held_out)
     everything = np.arange(len(index))
     return HeldOutSet(
         prepared=(preprocessing.prepare(index.read(position)) for position in range(len(index))),

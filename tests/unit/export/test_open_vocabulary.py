@@ -307,8 +307,9 @@ def test_confidences_are_measured_on_images_that_no_label_was_read_of(
         text.startswith(f"confidences: temperature {manifest.confidence.temperature:.3g}") for text in progress.told
     )
     assert f"logits / {manifest.confidence.temperature:g}" in (run.bundle / "README.md").read_text()
+    asked = ExportOptions(class_vectors="initializer", evaluation_images=2)
+    assert export_run(run, asked, progress=progress).confidence == manifest.confidence
     shutil.rmtree("photos")
-    monkeypatch.setattr("prgkit.export.from_run.PARITY_IMAGES", 8)  # as many as are judged need no others
     assert export_run(run, ExportOptions(class_vectors="initializer"), progress=progress).confidence is None
     assert any(text.startswith("confidences are not calibrated: photos does not exist") for text in progress.told)
 
