@@ -22,6 +22,7 @@ from prgkit.export.bundle.artifact_cache import alone_in
 from prgkit.export.bundle.manifest import Manifest, RunFacts, StudentFacts, TeacherFacts
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.student_export import CalibrationSet
+from prgkit.export.formats.tensorrt import refuse_input
 from prgkit.export.pipeline import (
     EvaluationSet,
     ExportImages,
@@ -300,8 +301,4 @@ def check_vocabulary(recipe: Recipe, options: ExportOptions) -> None:
             "score them",
             fix=f"distil with one of {', '.join(able)}, or export without --open-vocabulary",
         )
-    if options.class_vectors == "input" and options.trt:
-        raise ExportError(
-            "engines hold their class vectors; they cannot take them as an input",
-            fix="export --open-vocabulary --trt; after prgkit relabel, export --trt in the bundle builds them again",
-        )
+    refuse_input(options)

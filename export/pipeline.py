@@ -47,7 +47,7 @@ from prgkit.export.bundle.manifest import (
     TeacherFacts,
     TensorSpec,
 )
-from prgkit.export.formats import FORMATS
+from prgkit.export.formats import wanted_formats
 from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.open_vocabulary import FeatureRunner, agreement_sentence, keep_features
 from prgkit.export.formats.options import ExportOptions
@@ -229,26 +229,6 @@ def manifest_of(
         confidence=confidence,
         checksums=checksums,
     )
-
-
-def wanted_formats(options: ExportOptions) -> list[Format]:
-    """Return the formats that options ask for, in the order in which they are made.
-
-    Raises:
-        PrgkitError: one of them cannot be made here, is none, or is not asked for by its name.
-    """
-    formats = [one for one in FORMATS if one.wanted(options)]
-    wanted, known = {one.name for one in formats}, {one.name: one for one in FORMATS}
-    for name in options.formats:
-        if name not in known:
-            by_name = ", ".join(one.name for one in FORMATS if one.asked_by is None)
-            raise ExportError(f"there is no format {name!r}", fix=f"one of: {by_name}")
-        if name not in wanted:
-            fix = f"{known[name].asked_by} asks for it; in Python, arguments of these names"
-            raise ExportError(f"the format {name!r} is not asked for by its name", fix=fix)
-    for one in formats:
-        one.require(options)
-    return formats
 
 
 def write_images(

@@ -137,8 +137,8 @@ def make_explain(export: StudentExport) -> Made:
 
 
 def require_own_head(options: ExportOptions) -> None:
-    """Refuse class vectors: features are brought to unit length before these, so that no place has a share of them."""
-    if options.explain and options.class_vectors:
+    """Refuse class vectors, which an embedding asks for, too: the unit length of all features is no place's share."""
+    if options.class_vectors or options.embedding:
         raise ExportError("there are no heat maps of a student that is scored by class vectors", fix="leave one out")
 
 

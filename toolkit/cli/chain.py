@@ -147,10 +147,6 @@ def check_chain(steps: Sequence[click.Context]) -> None:
         raise click.UsageError(f"A chain works on one run: {fix}.", whole)
     for step in steps:
         check_options(step)
-        if step.info_name == "export" and builds_engines(step.params):
-            from prgkit.export.runtimes.gpu import choose_backend, choose_targets
-
-            choose_targets(choose_backend(step.params["backend"]).name, step.params["sm"])
         if step.info_name == "export":
             check_formats(step.params)
         if step.info_name == "bench":
@@ -177,15 +173,11 @@ def check_options(step: click.Context) -> None:
 
 
 def check_formats(given: Mapping[str, Any]) -> None:
-    """Refuse formats whose converter is missing."""
-    from prgkit.export.formats import FORMATS
-    from prgkit.export.formats.options import ExportOptions
+    """Refuse formats that cannot be made here, or not together."""
+    from prgkit.cli.exporting import asked_options
+    from prgkit.export.formats import wanted_formats
 
-    formats = tuple(known.name for known in FORMATS if given.get(known.name))  # each by the option of its name
-    options = ExportOptions(qnn=given["qnn"], class_vectors=given["open_vocabulary"], formats=formats)
-    for known in FORMATS:
-        if known.name in formats:
-            known.require(options)
+    wanted_formats(asked_options(given))
 
 
 def check_bench(step: click.Context) -> None:
