@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from prgkit.data.preprocessing import Preprocessing, load_image
-from prgkit.export.bundle.manifest import Manifest
+from prgkit.export.bundle.manifest import Manifest, read_manifest
 from prgkit.export.formats.snippets import resizing
-from prgkit.export.readme import readme
+from prgkit.export.readme import readme, write_manifest
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -61,6 +61,20 @@ def manifest(**other: Any) -> Manifest:
 def artifact(file: str, kind: str, precision: str, backend: str, **other: Any) -> dict[str, Any]:
     facts = {"name": file, "file": file, "format": kind, "precision": precision, "backend": backend, "bytes": 1}
     return {**facts, "sha256": "", "executed": True, "note": None, "parity": None, **other}
+
+
+def test_the_card_of_a_pulled_bundle_stays(tmp_path: Path) -> None:
+    for text, stays in (("---\nlicense: mit\n---\n# a card\n", True), ("# of an older bundle\n", False)):
+        (tmp_path / "README.md").write_text(text)
+        write_manifest(tmp_path, manifest())
+        assert ((tmp_path / "README.md").read_text() == text) == stays
+        assert read_manifest(tmp_path).classes == ("a", "b", "c")
+
+
+def test_images_are_told_of_where_there_are_any() -> None:
+    assert "`golden/` holds source pictures" in readme(manifest())
+    bare = readme(manifest(evaluation={"images": 0, "labelled": False, "source": "not published"}))
+    assert "golden/" not in bare
 
 
 def test_it_is_about_this_bundle() -> None:
