@@ -74,7 +74,7 @@ def test_the_card_of_a_pulled_bundle_stays(tmp_path: Path) -> None:
 def test_images_are_told_of_where_there_are_any() -> None:
     assert "`golden/` holds source pictures" in readme(manifest())
     bare = readme(manifest(evaluation={"images": 0, "labelled": False, "source": "not published"}))
-    assert "golden/" not in bare
+    assert "What else is here" not in bare
 
 
 def test_it_is_about_this_bundle() -> None:
