@@ -71,6 +71,13 @@ def test_the_card_of_a_pulled_bundle_stays(tmp_path: Path) -> None:
         assert read_manifest(tmp_path).classes == ("a", "b", "c")
 
 
+def test_its_programs_read_the_manifest_as_it_is_written_on_every_system() -> None:
+    kinds = ("litert", "executorch", "ncnn")
+    files = [artifact("model.onnx", "onnx", "fp32", "onnxruntime"), *(artifact(f"m.{kind}", kind, "fp32", kind) for kind in kinds)]
+    text = readme(manifest(artifacts=files))
+    assert text.count('open("manifest.json", encoding="utf-8")') == text.count('open("manifest.json"') >= 4
+
+
 def test_images_are_told_of_where_there_are_any() -> None:
     assert "`golden/` holds source pictures" in readme(manifest())
     bare = readme(manifest(evaluation={"images": 0, "labelled": False, "source": "not published"}))
