@@ -28,7 +28,7 @@ from prgkit.export.bundle.bundle import (
     output_spec,
 )
 from prgkit.export.bundle.checksums import checksums, require_unchanged
-from prgkit.export.bundle.engine_metadata import load_engine_metadata
+from prgkit.export.bundle.engine_metadata import builds_of
 from prgkit.export.bundle.manifest import (
     EMBEDDING,
     ENGINE,
@@ -42,6 +42,7 @@ from prgkit.export.bundle.manifest import (
     ClassScoring,
     Manifest,
     Quantization,
+    exports_of,
 )
 from prgkit.export.formats.open_vocabulary import Matrix, agreement_sentence, scored, write_classes
 from prgkit.export.readme import write_manifest
@@ -228,13 +229,12 @@ def leave_engines(bundle: Bundle, new: Path, progress: Progress) -> None:
     for engine in engines:
         for path in files_of(new, engine):
             path.unlink(missing_ok=True)
-    if engines:
-        names = ", ".join(engine.file for engine in engines)
-        metadata, made = load_engine_metadata(bundle.folder / engines[0].file), {engine.precision for engine in engines}
+    for backend in dict.fromkeys(engine.backend for engine in engines):
+        own = [engine for engine in engines if engine.backend == backend]
+        names = ", ".join(engine.file for engine in own)
+        (built,), made = builds_of(bundle.folder, own), {engine.precision for engine in own}
         kinds = [f"--{precision}" for precision in ("fp16", "int8") if precision in made]
-        batch = ",".join(map(str, metadata.batch))
-        build = ["prgkit", "export", "--trt", *kinds, "--backend", metadata.backend, "--batch", batch]
-        again = shlex.join([*build, "--run", str(bundle.folder)])
+        again = shlex.join(["prgkit", "export", "--trt", *kinds, *built, "--run", str(bundle.folder)])
         progress.note(f"{names}: of the old classes, and removed; {again} builds them again")
 
 
@@ -246,8 +246,8 @@ def leave_converted(bundle: Bundle, new: Path, progress: Progress) -> None:
             remove(path)
     if converted:
         names = ", ".join(artifact.file for artifact in converted)
-        options = " ".join(dict.fromkeys(option for artifact in converted for option in artifact.export_options))
-        progress.note(f"{names}: of the old classes, and removed; {OPEN} {options} makes them, with the run's classes")
+        again = "; ".join(" ".join([OPEN, *options]) for options in exports_of(converted))
+        progress.note(f"{names}: of the old classes, and removed; {again} makes them, with the run's classes")
 
 
 def relabel_images(

@@ -285,6 +285,17 @@ class Manifest(Facts):
         return made_for.margin if made_for else self.export.margin
 
 
+def exports_of(artifacts: Sequence[Artifact]) -> list[list[str]]:
+    """Return the options of the exports that make artifacts: of one, or of one for each of Qualcomm's chips.
+
+    An export takes one chip, and keeps what those before it made. --trt is last: what says how engines are built
+    follows it.
+    """
+    chips = [artifact.export_options for artifact in artifacts if artifact.format == QNN]
+    others = dict.fromkeys(word for one in artifacts if one.format != QNN for word in one.export_options)
+    return [sorted([*others, *chip], key="--trt".__eq__) for chip in chips or [()]]
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of the bundle in ``folder``.
 
