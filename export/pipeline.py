@@ -20,7 +20,7 @@ import prgkit
 from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.ticks import Tick
-from prgkit.errors import DiskFullError, ExportError
+from prgkit.errors import DiskFullError
 from prgkit.export.bundle.artifact_cache import ArtifactCache, building
 from prgkit.export.bundle.bundle import (
     STUDENT_BATCH,

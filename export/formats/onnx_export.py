@@ -288,7 +288,8 @@ def half_value(value: Any, name: str) -> Any:
     """Round a tensor to float16, or refuse it by the name of its layer."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    require_fp16(float(value.abs().max()), name, " on real images", "; or train with weight decay and gradient clipping")
+    or_else = "; or train with weight decay and gradient clipping"
+    require_fp16(float(value.abs().max()), name, " on real images", or_else)
     return value.half().float()
 
 

@@ -73,7 +73,10 @@ def test_the_card_of_a_pulled_bundle_stays(tmp_path: Path) -> None:
 
 def test_its_programs_read_the_manifest_as_it_is_written_on_every_system() -> None:
     kinds = ("litert", "executorch", "ncnn")
-    files = [artifact("model.onnx", "onnx", "fp32", "onnxruntime"), *(artifact(f"m.{kind}", kind, "fp32", kind) for kind in kinds)]
+    files = [
+        artifact("model.onnx", "onnx", "fp32", "onnxruntime"),
+        *(artifact(f"m.{kind}", kind, "fp32", kind) for kind in kinds),
+    ]
     text = readme(manifest(artifacts=files))
     assert text.count('open("manifest.json", encoding="utf-8")') == text.count('open("manifest.json"') >= 4
 

@@ -214,7 +214,10 @@ def test_the_same_classes_in_another_order_give_the_same_logits_in_that_order(ru
 
 
 def test_several_teachers_are_averaged_as_the_run_averages_them(run: Run) -> None:
-    teachers = [{"model": "demo:digits", "batch_size": 16}, {"model": "demo:digits", "weights": "random", "batch_size": 16}]
+    teachers = [
+        {"model": "demo:digits", "batch_size": 16},
+        {"model": "demo:digits", "weights": "random", "batch_size": 16},
+    ]
     recipe = validate({**page(), "teacher": teachers, "targets": {"average": "probabilities"}}, where="here")
     two = distill(recipe, Path("runs/two"), Path("targets"), NullProgress())
     export_run(two, ExportOptions(class_vectors="initializer"), progress=NullProgress())
