@@ -17,7 +17,7 @@ from prgkit.storage.quality import Statistics
 
 SCHEMA = "prgkit.bundle/3"
 FILE = "manifest.json"
-EXPORT_AGAIN = "export again: prgkit export"
+EXPORT_AGAIN = "export it again: prgkit export"
 ONNX = "onnx"  # the format of a file that ONNX Runtime runs
 QDQ = "onnx-tensorrt"  # of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
 EXPLAIN = "onnx-explain"  # of an ONNX file whose second output says where each class was found; never measured
