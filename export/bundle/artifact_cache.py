@@ -50,21 +50,22 @@ class ArtifactCache:
 
     def get(self, name: str, made_from: Origin, make: Callable[[], Artifact]) -> Artifact:
         """Return an artifact that is finished, or one that ``make`` finishes now."""
-        if (artifact := self.take(name, made_from)) is None:
-            return self.add(make(), made_from)
-        self.note(f"{artifact.file}: finished before, and made from the same; it is kept")
-        return artifact
+        return self.take(name, made_from) or self.add(make(), made_from)
 
     def take(self, name: str, made_from: Origin) -> Artifact | None:
-        """Return an artifact that was made from the same before, with its file in place, or None."""
+        """Return an artifact that was made from the same before, with its file in place, and say so; or None."""
         wanted = (name, fingerprint(made_from))
-        for artifact in self.artifacts:
-            if (artifact.name, artifact.made_from) == wanted:
-                return artifact
-        for artifact in self.before.artifacts if self.before else ():
-            if (artifact.name, artifact.made_from) == wanted and is_whole(self.bundle, artifact):
-                return self.bring(artifact)
-        return None
+
+        def is_it(artifact: Artifact) -> bool:
+            return (artifact.name, artifact.made_from) == wanted
+
+        found = next(filter(is_it, self.artifacts), None)
+        before = next(filter(is_it, self.before.artifacts if self.before else ()), None)
+        if found is None and before is not None and is_whole(self.bundle, before):
+            found = self.bring(before)
+        if found is not None:
+            self.note(f"{found.file}: finished before, and made from the same; it is kept")
+        return found
 
     def not_kept(self, name: str, made_from: Origin) -> Quantization | None:
         """Return what became of an INT8 file that was made from the same and not kept, or None."""

@@ -144,15 +144,13 @@ def require_own_head(options: ExportOptions) -> None:
 
 ONNX_FP32 = Format(
     "onnx-fp32",
-    "distill",
     wanted=lambda options: True,
     make=make_fp32,
     how_to_run=partial(section, "onnxruntime.md"),
 )
-ONNX_FP16 = Format("onnx-fp16", "distill", wanted=lambda options: options.fp16, make=make_fp16, asked_by="--fp16")
+ONNX_FP16 = Format("onnx-fp16", wanted=lambda options: options.fp16, make=make_fp16, asked_by="--fp16")
 ONNX_EXPLAIN = Format(
     "onnx-explain",
-    "distill",
     wanted=lambda options: options.explain,
     make=make_explain,
     require=require_own_head,
@@ -161,7 +159,6 @@ ONNX_EXPLAIN = Format(
 )
 ONNX_EMBEDDING = Format(
     EMBEDDING,
-    "distill",
     wanted=lambda options: options.embedding,
     make=make_embedding,
     how_to_run=partial(section, "embedding.md"),

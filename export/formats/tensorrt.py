@@ -67,7 +67,6 @@ def make_engines(precisions: Sequence[str], export: StudentExport) -> Made:
 
 FLOAT_ENGINES = Format(
     "tensorrt",
-    "trt",
     wanted=lambda options: options.trt,
     make=partial(make_engines, ("fp32", "fp16")),
     require=require_tensorrt,
@@ -76,7 +75,6 @@ FLOAT_ENGINES = Format(
 )
 INT8_ENGINES = Format(
     "tensorrt-int8",
-    "trt",
     wanted=lambda options: options.trt and options.int8,
     make=partial(make_engines, ("int8",)),
     require=require_tensorrt,

@@ -67,7 +67,6 @@ class Int8Judge:
         judged: Origin = {"int8": [file.name, margin, *(digest(values) for values in used)]}
         made_from = self.export.origin_by(file.converters) | judged
         if artifact := cache.take(file.name, made_from):
-            note(f"{artifact.file}: finished before, and made from the same; it is kept")
             return artifact
         if before := cache.not_kept(file.name, made_from):
             note(f"{file.file}: {int8_sentence(before)} (found before, from the same)")

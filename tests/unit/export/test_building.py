@@ -70,6 +70,6 @@ def test_a_finished_folder_of_another_origin_makes_way(tmp_path: Path) -> None:
     given: Any = (nothing, (), nothing, ExportOptions(), nothing, None)
     export = StudentExport(*given, folder=new, work=tmp_path, cache=cache, origin={"of": "this one"}, note=print)
     how = {key: facts[key] for key in ("format", "precision", "backend")}
-    made = export.finish("ncnn-fp32", "model.ncnn", write=write, runner=None, **how)
+    made = export.finish("ncnn-fp32", "model.ncnn", write=write, runner=None, note="never executed", **how)
     assert [path.name for path in (new / "model.ncnn").iterdir()] == ["new.bin"]
     assert made.sha256 != before.sha256

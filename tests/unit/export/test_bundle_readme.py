@@ -15,7 +15,7 @@ from PIL import Image
 
 from prgkit.data.preprocessing import Preprocessing, load_image
 from prgkit.export.bundle.manifest import Manifest, read_manifest
-from prgkit.export.formats.snippets import resizing
+from prgkit.export.formats.snippets import render
 from prgkit.export.readme import readme, write_manifest
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,7 +35,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def test_its_lines_resize_as_training_did(size: tuple[int, int], facts: Preprocessing) -> None:
     grain = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     names: dict[str, Any] = {"Image": Image, "image": Image.fromarray(grain)}
-    exec(resizing(facts), names)
+    exec(render("resize.py", facts), names)
     np.testing.assert_array_equal(np.asarray(names["image"]), facts.prepare(Image.fromarray(grain)))
 
 
