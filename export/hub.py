@@ -122,8 +122,12 @@ def pull(repo: str, folder: Path, *, revision: str | None = None, note: Callable
 
     Raises:
         ExportError: what came is damaged, or something else is in ``folder``.
-        HubError: there is no such repository, it is no bundle, or the Hub cannot be reached or refuses.
+        HubError: ``folder`` is the one that the user stands in, there is no such repository, it is no bundle, or the
+            Hub cannot be reached or refuses.
     """
+    if Path.cwd().is_relative_to(folder.resolve()):  # where the repository is OWNER/, too
+        what = "pull puts another folder in the place of the one that you stand in"
+        raise HubError(what, where=repo, fix="write OWNER/NAME, or name another folder: --out FOLDER")
     api = HfApi()
     with alone_in(folder), building(folder, "pulled") as new:
         with talking_to_the_hub(repo):

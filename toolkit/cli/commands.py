@@ -103,11 +103,6 @@ def push_bundle(session: Session, repo: str, place: Path | None, given: dict[str
 
 def pull_bundle(session: Session, repo: str, out: Path, revision: str | None) -> Document:
     """Bring a bundle, and say what is in it."""
-    if Path.cwd().is_relative_to(out.resolve()):  # also of OWNER/, which has no name
-        raise click.UsageError(
-            "pull puts a new folder in the place of an old one, and you stand in that: write OWNER/NAME, or name "
-            "another with --out."
-        )
     from prgkit.export.bundle.bundle import open_bundle
 
     with needs_extra("hub"):

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from prgkit.cli import values
-from prgkit.cli.chain import builds_engines
 from prgkit.cli.options import json_option, run_option, with_options
-
-if TYPE_CHECKING:
-    from prgkit.export.formats.options import ExportOptions
 
 QUALCOMM_CHIPS = ("SM8450", "SM8475", "SM8550", "SM8650", "SM8750", "SM8850", "SC8380XP")
 FORMATS = {  # options that each ask for a format, by its name
@@ -117,16 +113,6 @@ def engine_options() -> list[Callable[..., Any]]:
             "builds for; implies --trt.  [default: 80+; of tensorrt: this GPU]",
         ),
     ]
-
-
-def asked_options(given: Mapping[str, Any]) -> ExportOptions:
-    """Return what an export was asked for on the command line."""
-    from prgkit.export.formats.options import ExportOptions
-
-    asked = {key: given[key] for key in ExportOptions.__dataclass_fields__ if key in given}
-    asked |= {"trt": builds_engines(given), "class_vectors": given["open_vocabulary"]}
-    asked["formats"] = (*given["formats"], *(name for name in FORMATS if given[name]))
-    return ExportOptions(**asked)
 
 
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from prgkit.cli.chain import Chain
+from prgkit.cli.chain import Chain, asked_options
 from prgkit.cli.commands import (
     adapt_teacher,
     compare_trials,
@@ -33,7 +33,7 @@ from prgkit.cli.commands import (
     suggest_images,
     tell_bundle,
 )
-from prgkit.cli.exporting import asked_options, export_options, push_options, refuse_in_a_bundle
+from prgkit.cli.exporting import export_options, push_options, refuse_in_a_bundle
 from prgkit.cli.naming import AskedPictures, name_pictures, predict_options, search_gallery
 from prgkit.cli.options import (
     adapt_options,
