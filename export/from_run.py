@@ -15,13 +15,14 @@ from prgkit.config.objectives import OBJECTIVES
 from prgkit.config.recipe import Recipe
 from prgkit.data.index import ImageIndex, read_image_index, select_labelled
 from prgkit.data.preprocessing import Preprocessing, trimmed
-from prgkit.data.snapshot import restrict_to_snapshot
+from prgkit.data.snapshot import load_snapshot, restrict_to_snapshot
 from prgkit.data.ticks import audited_keys, bring_ticks, ticks_in
 from prgkit.errors import ExportError, ImagesError
 from prgkit.export.bundle.artifact_cache import alone_in
 from prgkit.export.bundle.manifest import Manifest, RunFacts, StudentFacts, TeacherFacts
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.student_export import CalibrationSet
+from prgkit.export.formats.tensorrt import refuse_input
 from prgkit.export.pipeline import (
     EvaluationSet,
     ExportImages,
@@ -37,7 +38,7 @@ from prgkit.storage.run import TICKS, Run
 from prgkit.student.model import Student, load_student, student_facts
 from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.ensemble import as_learned, existing_targets
-from prgkit.training.prepare import grey_of, hold_out
+from prgkit.training.prepare import grey_of, hold_out, without
 from prgkit.training.pseudo_labels import confidence_of, sure_enough
 
 PARITY_IMAGES = 256
@@ -88,7 +89,9 @@ def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Prog
         images, classes = select_labelled(labelled_images, recipe.classes, note=progress.note)
     else:
         images = learned()
-    positions = evaluation_positions(images, recipe, labelled=classes is not None, first=audited_keys(run))
+    positions = evaluation_positions(
+        images, recipe, labelled=classes is not None, first=audited_keys(run), learned=labelled_keys(run)
+    )
     teacher = teacher_answers(run, recipe, images, positions, progress)
     if options.class_vectors and student.scorer is None:
         student.use_class_vectors(*teacher.classifier.scoring())
@@ -156,16 +159,30 @@ def origin_of_student(run: Run, recipe: Recipe, student: Student) -> StudentOrig
 
 
 def evaluation_positions(
-    images: ImageIndex, recipe: Recipe, *, labelled: bool = False, first: Container[str] = ()
+    images: ImageIndex,
+    recipe: Recipe,
+    *,
+    labelled: bool = False,
+    first: Container[str] = (),
+    learned: Container[str] = (),
 ) -> NDArray[np.int64]:
     """Return which images travel: all that are ``labelled``, else those held out from training.
 
-    Where there are more than travel, those with the keys in ``first`` go before the others. The catalogue is ordered by
-    content key, so the first ones are a random sample.
+    Held out are none whose labels were ``learned``, known by their keys. Where there are more than travel, those with
+    the keys in ``first`` go before the others. The catalogue is ordered by content key, so the first ones are a random
+    sample.
     """
     chosen = np.arange(len(images)) if labelled else hold_out(images.keys, recipe.data.held_out)
+    if not labelled:
+        chosen = chosen[without(images, chosen, learned)]
     before = np.array([images.keys[position] in first for position in chosen], dtype=bool)
     return np.sort(np.concatenate([chosen[before], chosen[~before]])[: recipe.export.evaluation_images])
+
+
+def labelled_keys(run: Run) -> frozenset[str]:
+    """Return the keys of the few images whose labels a run learned from."""
+    snapshot = load_snapshot(run)
+    return snapshot.labelled_keys if snapshot else frozenset()
 
 
 def images_of(run: Run, recipe: Recipe, seen: Container[str], progress: Progress) -> ImageIndex:
@@ -186,10 +203,14 @@ def parity_pictures(
     for position in order:
         yield images.read(position)
     if len(order) < PARITY_IMAGES and recipe.data.evaluation:
+        try:
+            more = learned()
+        except ImagesError:  # they are gone
+            return
         taken = set(images.keys)
-        others = (position for position, key in enumerate(learned().keys) if key not in taken)
+        others = (position for position, key in enumerate(more.keys) if key not in taken)
         for position in islice(others, PARITY_IMAGES - len(order)):
-            yield learned().read(position)
+            yield more.read(position)
 
 
 def held_out_set(
@@ -202,18 +223,19 @@ def held_out_set(
 ) -> HeldOutSet | None:
     """Return the images that selected the student, for its confidences: no label is read, and no student learned these.
 
-    None, which is said, where the images that the run was made from are gone.
+    They are as many as the recipe says, also where fewer were asked to travel. None, which is said, where the images
+    that the run was made from are gone.
     """
     ticks = ticks_in(run.ticks_file, recipe.classes) or ()  # bench says what is wrong with them
-    if evaluation.labels is None:
-        assert evaluation.keys is not None
-        return HeldOutSet(None, evaluation.teacher_logits, evaluation.keys, ticks)
     try:
         index = learned()
     except ImagesError as error:
         progress.note(f"confidences are not calibrated: {error.what}")
         return None
-    index = index.subset(evaluation_positions(index, recipe, first=audited_keys(run)))
+    held_out = evaluation_positions(index, run.recipe, first=audited_keys(run), learned=labelled_keys(run))
+    if evaluation.labels is None and len(held_out) <= len(evaluation.keys):
+        return HeldOutSet(None, evaluation.teacher_logits, evaluation.keys, ticks)
+    index = index.subset(held_out)
     everything = np.arange(len(index))
     return HeldOutSet(
         prepared=(preprocessing.prepare(index.read(position)) for position in range(len(index))),
@@ -280,8 +302,4 @@ def check_vocabulary(recipe: Recipe, options: ExportOptions) -> None:
             "score them",
             fix=f"distil with one of {', '.join(able)}, or export without --open-vocabulary",
         )
-    if options.class_vectors == "input" and options.trt:
-        raise ExportError(
-            "engines hold their class vectors; they cannot take them as an input",
-            fix="export --open-vocabulary --trt; after prgkit relabel, export --trt in the bundle builds them again",
-        )
+    refuse_input(options)

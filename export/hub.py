@@ -23,10 +23,10 @@ from huggingface_hub.errors import (
 
 from prgkit.errors import HubError, PrgkitError, one_line, some
 from prgkit.export.bundle.archive import bundle_files
-from prgkit.export.bundle.artifact_cache import alone_in, building
+from prgkit.export.bundle.artifact_cache import alone_in, building, is_bundle
 from prgkit.export.bundle.bundle import open_bundle, read_evaluation
-from prgkit.export.bundle.checksums import PARTS, require_unchanged
-from prgkit.export.bundle.manifest import ENGINE, FILE, SCHEMA, read_manifest
+from prgkit.export.bundle.checksums import require_unchanged
+from prgkit.export.bundle.manifest import ENGINE, FILE, PARTS, SCHEMA, read_manifest
 from prgkit.export.model_card import model_card, published
 from prgkit.storage.atomic import fingerprint
 
@@ -96,7 +96,7 @@ def require_place(api: HfApi, repo: str, *, private: bool) -> None:
     except RepositoryNotFoundError:
         return
     names = {file.rfilename for file in info.siblings or ()} - OF_THE_HUB - {CARD}
-    if names and not (FILE in names and is_bundle(api, repo)):
+    if names and not (FILE in names and is_bundle_there(api, repo)):
         raise HubError(
             f"this repository holds something that is not a prgkit bundle: {some(sorted(names))}",
             where=repo,
@@ -108,11 +108,11 @@ def require_place(api: HfApi, repo: str, *, private: bool) -> None:
         )
 
 
-def is_bundle(api: HfApi, repo: str) -> bool:
+def is_bundle_there(api: HfApi, repo: str) -> bool:
     """Tell whether a repository's manifest is one of a bundle's, of whatever version."""
     with tempfile.TemporaryDirectory() as folder:
-        read = json.loads(Path(api.hf_hub_download(repo, FILE, local_dir=folder)).read_bytes())
-        return isinstance(read, dict) and str(read.get("schema")).startswith(SCHEMA.partition("/")[0])
+        api.hf_hub_download(repo, FILE, local_dir=folder)
+        return is_bundle(Path(folder))
 
 
 def pull(repo: str, folder: Path, *, revision: str | None = None, note: Callable[[str], None]) -> Path:
@@ -122,8 +122,12 @@ def pull(repo: str, folder: Path, *, revision: str | None = None, note: Callable
 
     Raises:
         ExportError: what came is damaged, or something else is in ``folder``.
-        HubError: there is no such repository, it is no bundle, or the Hub cannot be reached or refuses.
+        HubError: ``folder`` is the one that the user stands in, there is no such repository, it is no bundle, or the
+            Hub cannot be reached or refuses.
     """
+    if Path.cwd().is_relative_to(folder.resolve()):  # where the repository is OWNER/, too
+        what = "pull puts another folder in the place of the one that you stand in"
+        raise HubError(what, where=repo, fix="write OWNER/NAME, or name another folder: --out FOLDER")
     api = HfApi()
     with alone_in(folder), building(folder, "pulled") as new:
         with talking_to_the_hub(repo):

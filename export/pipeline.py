@@ -20,7 +20,7 @@ import prgkit
 from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.ticks import Tick
-from prgkit.errors import DiskFullError, ExportError
+from prgkit.errors import DiskFullError
 from prgkit.export.bundle.artifact_cache import ArtifactCache, building
 from prgkit.export.bundle.bundle import (
     STUDENT_BATCH,
@@ -47,7 +47,7 @@ from prgkit.export.bundle.manifest import (
     TeacherFacts,
     TensorSpec,
 )
-from prgkit.export.formats import FORMATS
+from prgkit.export.formats import wanted_formats
 from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.open_vocabulary import FeatureRunner, agreement_sentence, keep_features
 from prgkit.export.formats.options import ExportOptions
@@ -231,26 +231,6 @@ def manifest_of(
     )
 
 
-def wanted_formats(options: ExportOptions) -> list[Format]:
-    """Return the formats that options ask for, in the order in which they are made.
-
-    Raises:
-        PrgkitError: one of them cannot be made here, is none, or is not asked for by its name.
-    """
-    formats = [one for one in FORMATS if one.wanted(options)]
-    wanted, known = {one.name for one in formats}, {one.name: one for one in FORMATS}
-    for name in options.formats:
-        if name not in known:
-            by_name = ", ".join(one.name for one in FORMATS if one.asked_by is None)
-            raise ExportError(f"there is no format {name!r}", fix=f"one of: {by_name}")
-        if name not in wanted:
-            fix = f"{known[name].asked_by} asks for it; in Python, arguments of these names"
-            raise ExportError(f"the format {name!r} is not asked for by its name", fix=fix)
-    for one in formats:
-        one.require(options)
-    return formats
-
-
 def write_images(
     student: TrainedStudent, images: ExportImages, folder: Path
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -313,7 +293,7 @@ def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
         yield
     except DiskFullError as error:
         need = f"the bundle needs {readable_bytes(needed_bytes)}"
-        elsewhere = error.where and not Path(str(error.where)).resolve().is_relative_to(folder.parent.resolve())
+        elsewhere = error.where and not Path(str(error.where)).resolve().is_relative_to(folder.resolve().parent)
         where = error.where if elsewhere else folder  # INT8's trials are in the system's temporary folder
         raise DiskFullError(f"{error.what}; {need}", where=where, fix=fix) from error
 

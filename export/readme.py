@@ -14,8 +14,10 @@ OLDEST_ONNXRUNTIME = {17: "1.12", 18: "1.15", 19: "1.16", 20: "1.17", 21: "1.18"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest and the README that goes with it."""
-    write_text(folder / "README.md", readme(manifest))
+    """Write the manifest and the README that goes with it; the card of a bundle that was pulled stays."""
+    path = folder / "README.md"
+    if not (path.exists() and path.read_bytes().startswith(b"---")):  # its front matter
+        write_text(path, readme(manifest))
     write_sealed(folder / FILE, {"schema": SCHEMA, **manifest.to_json()})
 
 

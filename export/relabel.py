@@ -27,20 +27,22 @@ from prgkit.export.bundle.bundle import (
     open_bundle,
     output_spec,
 )
-from prgkit.export.bundle.checksums import PARTS, checksums, require_unchanged
-from prgkit.export.bundle.engine_metadata import load_engine_metadata
+from prgkit.export.bundle.checksums import checksums, require_unchanged
+from prgkit.export.bundle.engine_metadata import builds_of
 from prgkit.export.bundle.manifest import (
     EMBEDDING,
     ENGINE,
     NCHW,
     ONNX,
     OPENVINO_QDQ,
+    PARTS,
     QDQ,
     VECTORS,
     Artifact,
     ClassScoring,
     Manifest,
     Quantization,
+    exports_of,
 )
 from prgkit.export.formats.open_vocabulary import Matrix, agreement_sentence, scored, write_classes
 from prgkit.export.readme import write_manifest
@@ -54,7 +56,7 @@ from prgkit.storage.reproducible import read_array, read_png, write_array
 from prgkit.storage.run import Run
 from prgkit.teacher.answers import both_logits
 from prgkit.teacher.clip import Teacher, load_teacher
-from prgkit.teacher.ensemble import as_learned, open_targets
+from prgkit.teacher.ensemble import as_learned, averaged, computed_as, open_targets
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
 OPEN = "prgkit export --open-vocabulary"
@@ -139,15 +141,18 @@ def read_names(
         return load_teacher(config, best_device())
 
     with store_of(run) as root:
-        targets = open_targets(as_learned(recipe, run, root) if run else recipe, root, teacher)
-        if targets.facts().fingerprint != bundle.manifest.teacher.fingerprint:
+        wanted = bundle.manifest.teacher.fingerprint
+        settled = as_learned(recipe, run, root) if run else computed_as(recipe, root, wanted)
+        targets = open_targets(settled, root, teacher)
+        if targets.facts().fingerprint != wanted:
             raise ExportError(
                 f"the teacher here is not the one that this student learned from: {recipe.teacher_name}",
                 where=bundle.folder,
                 fix="relabel where the teacher's own files are",
             )
         prompts = targets.prompts(classes, recipe.templates, teacher, progress)
-    return ZeroShotClassifier(prompts, targets.logit_scale, recipe.prompt_weighting, no_adjustment(len(classes)))
+    classifier = ZeroShotClassifier(prompts, targets.logit_scale, recipe.prompt_weighting, no_adjustment(len(classes)))
+    return averaged(classifier, targets, recipe)
 
 
 @contextlib.contextmanager
@@ -227,13 +232,12 @@ def leave_engines(bundle: Bundle, new: Path, progress: Progress) -> None:
     for engine in engines:
         for path in files_of(new, engine):
             path.unlink(missing_ok=True)
-    if engines:
-        names = ", ".join(engine.file for engine in engines)
-        metadata, made = load_engine_metadata(bundle.folder / engines[0].file), {engine.precision for engine in engines}
+    for backend in dict.fromkeys(engine.backend for engine in engines):
+        own = [engine for engine in engines if engine.backend == backend]
+        names = ", ".join(engine.file for engine in own)
+        (built,), made = builds_of(bundle.folder, own), {engine.precision for engine in own}
         kinds = [f"--{precision}" for precision in ("fp16", "int8") if precision in made]
-        batch = ",".join(map(str, metadata.batch))
-        build = ["prgkit", "export", "--trt", *kinds, "--backend", metadata.backend, "--batch", batch]
-        again = shlex.join([*build, "--run", str(bundle.folder)])
+        again = shlex.join(["prgkit", "export", "--trt", *kinds, *built, "--run", str(bundle.folder)])
         progress.note(f"{names}: of the old classes, and removed; {again} builds them again")
 
 
@@ -245,8 +249,8 @@ def leave_converted(bundle: Bundle, new: Path, progress: Progress) -> None:
             remove(path)
     if converted:
         names = ", ".join(artifact.file for artifact in converted)
-        options = " ".join(dict.fromkeys(option for artifact in converted for option in artifact.export_options))
-        progress.note(f"{names}: of the old classes, and removed; {OPEN} {options} makes them, with the run's classes")
+        again = "; ".join(" ".join([OPEN, *options]) for options in exports_of(converted))
+        progress.note(f"{names}: of the old classes, and removed; {again} makes them, with the run's classes")
 
 
 def relabel_images(

@@ -22,7 +22,8 @@ from prgkit.evaluate.report.schema import (
 )
 from prgkit.export.bundle.bundle import Bundle, Evaluation
 from prgkit.export.bundle.confidence import describe_confidence
-from prgkit.export.bundle.engine_metadata import load_engine_metadata
+from prgkit.export.bundle.engine_metadata import builds_of
+from prgkit.export.bundle.manifest import exports_of
 from prgkit.storage.atomic import fingerprint
 from prgkit.storage.quality import Statistics
 from prgkit.storage.run import Run
@@ -99,32 +100,26 @@ def stage_images(images: EncodedImages | None) -> StageImages | None:
 def made_by(bundle: Bundle, typed: str) -> list[str]:
     """Return the commands that make the bundle again from the run's recipe, as far as what was typed does not."""
     run = shlex.quote(f"runs/{bundle.manifest.run.name}")
-    options = dict.fromkeys(option for artifact in bundle.artifacts for option in artifact.export_options)
-    given = sorted(options, key="--trt".__eq__)  # --trt last: what says how engines are built follows it
-    again: list[str] = []
-    if engines := [one.file for one in bundle.artifacts if one.format == "engine"]:
-        card = load_engine_metadata(bundle.folder / engines[0])
-        built = ["--backend", card.backend, "--batch", ",".join(map(str, card.batch))]
-        if bundle.manifest.relabelled:  # which removed those of the old classes
-            given.remove("--trt")
-            again = ["--trt", *(option for option in ("--fp16", "--int8") if option in given), *built]
-        else:
-            given += built
+    exports, further = exports_of(bundle.artifacts), list[str]()
+    builds, again = builds_of(bundle.folder, bundle.artifacts), list[list[str]]()
+    if bundle.manifest.relabelled and builds:  # which removed those of the old classes
+        kinds = [option for option in ("--fp16", "--int8") if option in exports[0]]
+        again = [["--trt", *kinds, *built] for built in builds]
+        exports = [[option for option in given if option != "--trt"] for given in exports]
+    elif builds:  # an export builds by one backend, and keeps what another built before
+        exports = [[*given, *builds[0]] for given in exports] + [[*exports[0], *built] for built in builds[1:]]
     if scoring := bundle.manifest.open_vocabulary:
-        given += ["--open-vocabulary", scoring.class_vectors]
+        further += ["--open-vocabulary", scoring.class_vectors]
     usual = Export().evaluation_images
     travelling = bundle.manifest.export.evaluation_images
     if travelling != usual:
-        given += ["--evaluation-images", str(travelling)]
-    steps = {
-        "distill": f"prgkit distill {run}/recipe.yaml --run {run}",
-        "export": " ".join(["prgkit export", *given, "--run", run]),
-    }
+        further += ["--evaluation-images", str(travelling)]
+    steps = [("distill", f"prgkit distill {run}/recipe.yaml --run {run}")]
+    steps += [("export", " ".join(["prgkit export", *given, *further, "--run", run])) for given in exports]
     if scoring and scoring.relabelled:
-        steps["relabel"] = f"prgkit relabel --classes FILE --run {run}"
-        if again:
-            steps["engines"] = " ".join(["prgkit export", *again, "--run", f"{run}/bundle"])
-    return [step for command, step in steps.items() if command not in typed.split()]
+        steps.append(("relabel", f"prgkit relabel --classes FILE --run {run}"))
+        steps += [("engines", " ".join(["prgkit export", *given, "--run", f"{run}/bundle"])) for given in again]
+    return [step for command, step in steps if command not in typed.split()]
 
 
 def vocabulary_notes(bundle: Bundle) -> list[str]:

@@ -8,12 +8,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -24,6 +23,7 @@ from prgkit.evaluate.bench.timing import clocked_runs, fixed_rate_runs, timed_ru
 from prgkit.evaluate.report.samples import WarmUp
 from prgkit.evaluate.report.schema import STAGES, Stage
 from prgkit.native_output import redirect_output
+from prgkit.workers import no_main_script
 
 if TYPE_CHECKING:
     from prgkit.data.preprocessing import Preprocessing
@@ -178,17 +178,6 @@ def remote(method: Callable[Concatenate[Resident, P], R]) -> Callable[Concatenat
         return answer
 
     return ask
-
-
-@contextmanager
-def no_main_script() -> Iterator[None]:
-    """Keep a process that is started inside from running the caller's script first, which may have no main guard."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 class Worker:

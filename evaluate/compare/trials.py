@@ -44,7 +44,7 @@ from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.ensemble import existing_targets
 from prgkit.teacher.weights import teacher_identity, weights_identity
 from prgkit.training.distill import distill
-from prgkit.training.prepare import hold_out
+from prgkit.training.prepare import hold_out, without
 
 # Each rung adds one thing to the one before, or takes one of the two parts of PRG away.
 LADDER: Mapping[str, Config] = {
@@ -297,13 +297,14 @@ class EvalSplit:
         """Read all of them: no device has to carry them here."""
         seen = existing_targets(recipe, targets_root) or ()
         learned = read_image_index(recipe.data.image_spec, progress, known=seen)
-        origin, keys = fingerprint(learned.keys), frozenset(learned.keys)
+        origin, keys, barred = fingerprint(learned.keys), frozenset(learned.keys), frozenset[str]()
         if spec := recipe.data.labelled_spec:
             few = read_image_index(spec, progress, known=seen, grey=learned.source.grey)
             few, truth = select_labelled(few, recipe.classes, note=progress.note)
-            origin = fingerprint([origin, few.keys, truth.tolist()])
+            origin, barred = fingerprint([origin, few.keys, truth.tolist()]), frozenset(few.keys)
         if not (spec := recipe.data.evaluation_spec):
-            return cls(learned, hold_out(learned.keys, recipe.data.held_out), None, origin, keys)
+            places = hold_out(learned.keys, recipe.data.held_out)
+            return cls(learned, places[without(learned, places, barred)], None, origin, keys)
         images = read_image_index(spec, progress, known=seen, grey=learned.source.grey)
         images, labels = select_labelled(images, recipe.classes, note=progress.note)
         places = np.arange(len(images))
@@ -323,7 +324,10 @@ class EvalSplit:
     @property
     def digest(self) -> str:
         """What changes when other images are judged, or other labels judge them."""
-        judged: list[Any] = [self.images.keys, None if self.labels is None else self.labels.tolist()]
+        keys = self.images.keys
+        if self.labels is None:
+            return fingerprint([[keys[place] for place in self.positions.tolist()], None])
+        judged: list[Any] = [keys, self.labels.tolist()]
         if self.novel is not None:
             judged += [self.positions.tolist(), self.novel.names]
         return fingerprint(judged)

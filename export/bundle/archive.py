@@ -9,8 +9,8 @@ from pathlib import Path
 from prgkit.errors import ExportError
 from prgkit.export.bundle.artifact_cache import files_of
 from prgkit.export.bundle.bundle import files_in, open_bundle
-from prgkit.export.bundle.checksums import PARTS, require_unchanged
-from prgkit.export.bundle.manifest import FILE, Manifest
+from prgkit.export.bundle.checksums import require_unchanged
+from prgkit.export.bundle.manifest import FILE, PARTS, Manifest
 from prgkit.storage.atomic import require_space, writing
 from prgkit.storage.find import run_name
 from prgkit.storage.reproducible import member
@@ -23,7 +23,7 @@ def pack(folder: Path) -> Path:
     would hardly get smaller, and what deflate makes of them differs between versions of zlib.
 
     Raises:
-        ExportError: the bundle is damaged, or NAME.zip is there already and is something else.
+        ExportError: the bundle is damaged or lacks a file, or NAME.zip is there already and is something else.
         DiskFullError: there is no room for it.
     """
     bundle = open_bundle(folder)
@@ -37,6 +37,10 @@ def pack(folder: Path) -> Path:
             fix="move it away, or rename it",
         )
     paths = sorted(packed_files(folder, bundle.manifest), key=lambda path: path.relative_to(folder).as_posix())
+    for path in paths:
+        if not path.is_file():
+            name, fix = path.relative_to(folder).as_posix(), "copy the bundle again, or make it again: prgkit export"
+            raise ExportError(f"{name} is missing from the bundle", where=folder, fix=fix)
     require_space(archive.parent, sum(path.stat().st_size for path in paths), "the archive", fix="free some space")
     for leftover in archive.parent.glob(f".{archive.name}.*.part"):  # of one that was killed while it packed
         leftover.unlink(missing_ok=True)

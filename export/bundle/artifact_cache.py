@@ -13,8 +13,17 @@ from pydantic import JsonValue
 from prgkit.errors import ExportError, PrgkitError
 from prgkit.export.bundle.bundle import verify_artifact
 from prgkit.export.bundle.engine_metadata import engine_metadata_path, load_engine_metadata
-from prgkit.export.bundle.manifest import FILE, Artifact, Manifest, NotKept, Quantization, read_manifest, require_inside
-from prgkit.storage.atomic import fingerprint, writing
+from prgkit.export.bundle.manifest import (
+    FILE,
+    SCHEMA,
+    Artifact,
+    Manifest,
+    NotKept,
+    Quantization,
+    read_manifest,
+    require_inside,
+)
+from prgkit.storage.atomic import fingerprint, read_json, writing
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
 from prgkit.storage.run import TICKS
@@ -41,21 +50,22 @@ class ArtifactCache:
 
     def get(self, name: str, made_from: Origin, make: Callable[[], Artifact]) -> Artifact:
         """Return an artifact that is finished, or one that ``make`` finishes now."""
-        if (artifact := self.take(name, made_from)) is None:
-            return self.add(make(), made_from)
-        self.note(f"{artifact.file}: finished before, and made from the same; it is kept")
-        return artifact
+        return self.take(name, made_from) or self.add(make(), made_from)
 
     def take(self, name: str, made_from: Origin) -> Artifact | None:
-        """Return an artifact that was made from the same before, with its file in place, or None."""
+        """Return an artifact that was made from the same before, with its file in place, and say so; or None."""
         wanted = (name, fingerprint(made_from))
-        for artifact in self.artifacts:
-            if (artifact.name, artifact.made_from) == wanted:
-                return artifact
-        for artifact in self.before.artifacts if self.before else ():
-            if (artifact.name, artifact.made_from) == wanted and is_whole(self.bundle, artifact):
-                return self.bring(artifact)
-        return None
+
+        def is_it(artifact: Artifact) -> bool:
+            return (artifact.name, artifact.made_from) == wanted
+
+        found = next(filter(is_it, self.artifacts), None)
+        before = next(filter(is_it, self.before.artifacts if self.before else ()), None)
+        if found is None and before is not None and is_whole(self.bundle, before):
+            found = self.bring(before)
+        if found is not None:
+            self.note(f"{found.file}: finished before, and made from the same; it is kept")
+        return found
 
     def not_kept(self, name: str, made_from: Origin) -> Quantization | None:
         """Return what became of an INT8 file that was made from the same and not kept, or None."""
@@ -128,13 +138,14 @@ def building(folder: Path, name: str = "new") -> Iterator[Path]:
     When not, or after a kill, only artifacts that were finished stay in it, for the next export. Measurements made on
     the old bundle (its ``bench`` folder) and what was ticked in it move into the new one: they are the user's.
     """
+    folder = folder.resolve()  # a link to a bundle stays a link
     new, old = (folder.with_name(f".{folder.name}.{what}") for what in (name, "old"))
     put_back(folder)
     shutil.rmtree(old, ignore_errors=True)
     clear_unfinished(new)
     if name != RELABELLED:  # what a killed relabel has left is of no use to an export
         shutil.rmtree(folder.with_name(f".{folder.name}.{RELABELLED}"), ignore_errors=True)
-    if folder.exists() and any(folder.iterdir()) and not (folder / FILE).exists():
+    if folder.exists() and any(folder.iterdir()) and not is_bundle(folder):
         raise ExportError(
             "the folder holds something that is not a bundle", where=folder, fix="remove it, or choose another"
         )
@@ -153,6 +164,15 @@ def building(folder: Path, name: str = "new") -> Iterator[Path]:
         clear_unfinished(new)
 
 
+def is_bundle(folder: Path) -> bool:
+    """Tell whether a folder's manifest is one of a bundle's, of whatever version: other programs have one, too."""
+    try:
+        content = read_json(folder / FILE)
+    except PrgkitError:
+        return False
+    return isinstance(content, dict) and str(content.get("schema")).startswith(SCHEMA.partition("/")[0])
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold a bundle, where there is one, for this process alone.
@@ -160,7 +180,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         RunError: another process holds it.
     """
-    with locked(folder, "bundle") if (folder / FILE).exists() else nullcontext():
+    with locked(folder, "bundle") if is_bundle(folder) else nullcontext():
         yield
 
 

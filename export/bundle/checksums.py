@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from prgkit.errors import ExportError, PrgkitError
-from prgkit.export.bundle.manifest import VECTORS
+from prgkit.export.bundle.manifest import PARTS, VECTORS
 from prgkit.storage.atomic import read_json, sha256
-
-PARTS = ("evaluation", "golden")
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -33,7 +31,7 @@ def require_unchanged(folder: Path, part: str) -> None:
     except (PrgkitError, AttributeError):  # `open_bundle` says so
         return
     for name, digest in stated.items():
-        if (name != part and not name.startswith(f"{part}/")) or ".." in name.split("/"):
+        if name != part and not name.startswith(f"{part}/"):
             continue
         path = folder / name
         if not path.is_file():

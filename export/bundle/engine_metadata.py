@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from prgkit.errors import ExportError
-from prgkit.export.bundle.manifest import Facts, TensorSpec
+from prgkit.export.bundle.manifest import ENGINE, Artifact, Facts, TensorSpec
 from prgkit.storage.atomic import sha256, write_sealed
 from prgkit.storage.documents import read_document
 
@@ -78,6 +79,16 @@ def rebuild(metadata: EngineMetadata) -> str:
     """Return the command that builds an engine like this one again, in its bundle and on the machine at hand."""
     kind = {"fp16": " --fp16", "int8": " --int8"}.get(metadata.precision, "")
     return f"{REBUILD}{kind} --backend {metadata.backend} --batch {','.join(map(str, metadata.batch))}"
+
+
+def builds_of(folder: Path, artifacts: Sequence[Artifact]) -> list[list[str]]:
+    """Return for each backend that built engines of a bundle which options of `prgkit export` say so, and the batch."""
+    first: dict[str, Artifact] = {}
+    for artifact in artifacts:
+        if artifact.format == ENGINE:
+            first.setdefault(artifact.backend, artifact)
+    cards = [load_engine_metadata(folder / artifact.file) for artifact in first.values()]
+    return [["--backend", card.backend, "--batch", ",".join(map(str, card.batch))] for card in cards]
 
 
 def engine_metadata_path(engine_path: Path) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
@@ -17,7 +17,7 @@ from prgkit.storage.quality import Statistics
 
 SCHEMA = "prgkit.bundle/3"
 FILE = "manifest.json"
-EXPORT_AGAIN = "export again: prgkit export"
+EXPORT_AGAIN = "export it again: prgkit export"
 ONNX = "onnx"  # the format of a file that ONNX Runtime runs
 QDQ = "onnx-tensorrt"  # of an INT8 file that TensorRT builds from; ONNX Runtime runs it, but slowly
 EXPLAIN = "onnx-explain"  # of an ONNX file whose second output says where each class was found; never measured
@@ -34,6 +34,7 @@ KL_SHARE = 0.1  # of FP32's divergence from the teacher, by which another file's
 LEAST_KL = 0.01  # nats by which it may be larger in any case: FP32's may be next to nothing
 MATRIX = "class_vectors"  # of an open vocabulary: the tensor in its ONNX files, and the same beside them
 VECTORS = f"{MATRIX}.npy"  # [C, D] float32
+PARTS = ("evaluation", "golden")  # the folders of a bundle with its images and what is known of them
 
 
 class Facts(BaseModel):
@@ -284,6 +285,17 @@ class Manifest(Facts):
         return made_for.margin if made_for else self.export.margin
 
 
+def exports_of(artifacts: Sequence[Artifact]) -> list[list[str]]:
+    """Return the options of the exports that make artifacts: of one, or of one for each of Qualcomm's chips.
+
+    An export takes one chip, and keeps what those before it made. --trt is last: what says how engines are built
+    follows it.
+    """
+    chips = [artifact.export_options for artifact in artifacts if artifact.format == QNN]
+    others = dict.fromkeys(word for one in artifacts if one.format != QNN for word in one.export_options)
+    return [sorted([*others, *chip], key="--trt".__eq__) for chip in chips or [()]]
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of the bundle in ``folder``.
 
@@ -305,16 +317,20 @@ def read_manifest(folder: Path) -> Manifest:
         raise ExportError(f"{FILE} {mistakes(error)}", where=path, fix=EXPORT_AGAIN) from error
     for artifact in manifest.artifacts:
         require_inside(artifact.file, path)
+    for name in manifest.checksums:
+        if name != VECTORS:
+            require_inside(name, path, folders=PARTS)
     return manifest
 
 
-def require_inside(file: str, path: Path) -> None:
-    """Refuse an artifact's file that would lie outside the bundle, named in the file ``path``.
+def require_inside(file: str, path: Path, *, folders: Sequence[str] = ()) -> None:
+    """Refuse a file that would not lie in the bundle itself, or not in one of its ``folders``, named in ``path``.
 
     Raises:
-        ExportError: it would.
+        ExportError: it would not.
     """
-    if file in ("", ".", "..") or PurePosixPath(file).name != file or PureWindowsPath(file).name != file:
+    name = PureWindowsPath(file.rpartition("/")[2]).name  # in no folder of Windows either, and on no drive
+    if name in ("", "..") or file not in ([f"{folder}/{name}" for folder in folders] or [name]):
         raise ExportError(
             f"{path.name} names a file outside the bundle: {file!r}",
             where=path,

@@ -26,7 +26,6 @@ class Format:
     """One kind of file that a student leaves in, listed in `FORMATS`."""
 
     name: str
-    extra: str | None  # what ``pip install 'prgkit[...]'`` must name to make it; None where the base install can
     wanted: Callable[[ExportOptions], bool]  # whether these options ask for it
     # Makes its files of the student, or of the artifacts that the export has made so far.
     make: Callable[[StudentExport], Made]
@@ -36,4 +35,3 @@ class Format:
     how_to_run: Callable[[Manifest], str] = lambda manifest: ""
     # The options that ask for it, as the command line has them, where its name in ``formats`` does not.
     asked_by: str | None = None
-    preprocessing_inside: bool = True  # else its files take what the manifest says of their input

@@ -137,22 +137,20 @@ def make_explain(export: StudentExport) -> Made:
 
 
 def require_own_head(options: ExportOptions) -> None:
-    """Refuse class vectors: features are brought to unit length before these, so that no place has a share of them."""
-    if options.explain and options.class_vectors:
+    """Refuse class vectors, which an embedding asks for, too: the unit length of all features is no place's share."""
+    if options.class_vectors or options.embedding:
         raise ExportError("there are no heat maps of a student that is scored by class vectors", fix="leave one out")
 
 
 ONNX_FP32 = Format(
     "onnx-fp32",
-    "distill",
     wanted=lambda options: True,
     make=make_fp32,
     how_to_run=partial(section, "onnxruntime.md"),
 )
-ONNX_FP16 = Format("onnx-fp16", "distill", wanted=lambda options: options.fp16, make=make_fp16, asked_by="--fp16")
+ONNX_FP16 = Format("onnx-fp16", wanted=lambda options: options.fp16, make=make_fp16, asked_by="--fp16")
 ONNX_EXPLAIN = Format(
     "onnx-explain",
-    "distill",
     wanted=lambda options: options.explain,
     make=make_explain,
     require=require_own_head,
@@ -161,7 +159,6 @@ ONNX_EXPLAIN = Format(
 )
 ONNX_EMBEDDING = Format(
     EMBEDDING,
-    "distill",
     wanted=lambda options: options.embedding,
     make=make_embedding,
     how_to_run=partial(section, "embedding.md"),

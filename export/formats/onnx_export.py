@@ -288,17 +288,18 @@ def half_value(value: Any, name: str) -> Any:
     """Round a tensor to float16, or refuse it by the name of its layer."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    fix = "export without --fp16, or train with weight decay and gradient clipping"
-    require_fp16(float(value.abs().max()), name, " on real images", fix=fix)
+    or_else = "; or train with weight decay and gradient clipping"
+    require_fp16(float(value.abs().max()), name, " on real images", or_else)
     return value.half().float()
 
 
-def require_fp16(largest: float, name: str, where: str = "", *, fix: str = "export without --fp16") -> None:
+def require_fp16(largest: float, name: str, where: str = "", or_else: str = "") -> None:
     """Refuse a value that float16 cannot hold, or that is no number."""
     if not largest < FP16_MAX:
         what = (
             f"FP16 cannot hold this student: {name} reaches {largest:,.0f}{where}, and float16 ends at {FP16_MAX:,.0f}"
         )
+        fix = f"export without --fp16, and without --int8 --trt, whose file is made of FP16's{or_else}"
         raise ExportError(what, fix=fix)
 
 

@@ -35,7 +35,6 @@ def make_int8(export: StudentExport) -> Made:
 
 ONNX_INT8 = Format(
     "onnx-int8",
-    "distill",
     wanted=lambda options: options.int8,
     make=make_int8,
     require=require_scales,

@@ -53,10 +53,8 @@ def float_input(preprocessing: Preprocessing) -> TensorSpec:
 
 ONNX_NCHW = Format(
     "onnx-nchw",
-    "distill",
     wanted=lambda options: options.float_input,
     make=make_nchw,
     how_to_run=partial(section, "float_input.md"),
     asked_by="--float-input",
-    preprocessing_inside=False,
 )

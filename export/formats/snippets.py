@@ -28,9 +28,10 @@ def section(name: str, manifest: Manifest, **values: Any) -> str:
     )
 
 
-def resizing(facts: Preprocessing) -> str:
-    """Return the lines of Python that bring an ``image`` to the input's size, as `Preprocessing.prepare` does."""
-    return render("resize.py", facts)
+def section_on_files(name: str, kind: str, manifest: Manifest) -> str:
+    """Return a template that is filled in with the ``files`` of one format, where there are any."""
+    files = [artifact for artifact in manifest.artifacts if artifact.format == kind]
+    return section(name, manifest, files=files) if files else ""
 
 
 def render(name: str, facts: Preprocessing, **values: Any) -> str:

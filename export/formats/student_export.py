@@ -20,7 +20,7 @@ import prgkit
 from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.ticks import Tick
-from prgkit.export.bundle.artifact_cache import ArtifactCache, Origin
+from prgkit.export.bundle.artifact_cache import ArtifactCache, Origin, remove
 from prgkit.export.bundle.bundle import describe_artifact
 from prgkit.export.bundle.manifest import EMBEDDING, NCHW, Artifact
 from prgkit.export.formats.onnx_export import Embedding, OnnxExportModule, onnx_export_module, rehearse_fp16, write_fp16
@@ -34,7 +34,6 @@ from prgkit.storage.atomic import sha256
 from prgkit.student.heads import OpenVocabulary
 from prgkit.student.model import Normalised
 
-NEVER_EXECUTED = "never executed here"
 WRITERS = ("timm", "onnx", "onnxscript", "onnxruntime")  # besides torch: what writes ONNX files, and compares them
 
 
@@ -122,6 +121,7 @@ class StudentExport:
         """
 
         def make() -> Artifact:
+            remove(self.folder / file)  # of another origin: a folder would stand in the way
             write(self.folder / file)
             return self.describe(name, file, **how)
 
@@ -144,14 +144,13 @@ class StudentExport:
     ) -> Artifact:
         """Assert that a file agrees with PyTorch and return what is known of it.
 
-        ``runner`` opens it, None where nothing here can run it; ``kind`` is said after its precision; ``facts`` are
-        other fields of `Artifact`.
+        ``runner`` opens it, None where nothing here can run it, as the ``note`` says; ``kind`` is said after its
+        precision; ``facts`` are other fields of `Artifact`.
 
         Raises:
             ParityError: it does not.
         """
         if runner is None:
-            facts = {"note": NEVER_EXECUTED, **facts}
             self.note(f"{file}: {precision}{kind}, {facts['note']}")
             return describe_artifact(
                 self.folder, file, name=name, precision=precision, parity=None, executed=False, **facts

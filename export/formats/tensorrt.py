@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import prgkit
-from prgkit.errors import NotWorthItError
+from prgkit.errors import ExportError, NotWorthItError
 from prgkit.export.bundle.artifact_cache import Origin
 from prgkit.export.bundle.bundle import describe_artifact
 from prgkit.export.bundle.engine_metadata import EngineMetadata, engine_metadata_path, write_engine_metadata
@@ -36,9 +36,23 @@ BUILDING = ".building"  # in a bundle, while an engine is built
 
 
 def require_tensorrt(options: ExportOptions) -> None:
-    """Refuse a batch profile that no engine can have, and a machine on which no TensorRT is usable."""
+    """Refuse what no engine can have, a machine on which no TensorRT is usable, and GPUs that it does not build for."""
+    refuse_input(options)
     check_batch(options.batch_profile)
-    choose_backend(options.backend)
+    choose_targets(choose_backend(options.backend).name, options.sm)
+
+
+def refuse_input(options: ExportOptions) -> None:
+    """Refuse class vectors as an input of engines.
+
+    Raises:
+        ExportError: they are asked for.
+    """
+    if options.class_vectors == "input" and options.trt:
+        raise ExportError(
+            "engines hold their class vectors; they cannot take them as an input",
+            fix="export --open-vocabulary --trt; after prgkit relabel, export --trt in the bundle builds them again",
+        )
 
 
 def make_engines(precisions: Sequence[str], export: StudentExport) -> Made:
@@ -53,7 +67,6 @@ def make_engines(precisions: Sequence[str], export: StudentExport) -> Made:
 
 FLOAT_ENGINES = Format(
     "tensorrt",
-    "trt",
     wanted=lambda options: options.trt,
     make=partial(make_engines, ("fp32", "fp16")),
     require=require_tensorrt,
@@ -62,7 +75,6 @@ FLOAT_ENGINES = Format(
 )
 INT8_ENGINES = Format(
     "tensorrt-int8",
-    "trt",
     wanted=lambda options: options.trt and options.int8,
     make=partial(make_engines, ("int8",)),
     require=require_tensorrt,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import ExportError
-from prgkit.export.bundle.artifact_cache import Origin
+from prgkit.export.bundle.artifact_cache import Origin, remove
 from prgkit.export.bundle.bundle import Evaluation, describe_artifact, read_evaluation
 from prgkit.export.bundle.fidelity import compare_with_fp32, int8_sentence, known_classes, too_few
 from prgkit.export.bundle.manifest import Artifact, Layout, NotKept, OwnQuantiser, Quantization
@@ -67,7 +67,6 @@ class Int8Judge:
         judged: Origin = {"int8": [file.name, margin, *(digest(values) for values in used)]}
         made_from = self.export.origin_by(file.converters) | judged
         if artifact := cache.take(file.name, made_from):
-            note(f"{artifact.file}: finished before, and made from the same; it is kept")
             return artifact
         if before := cache.not_kept(file.name, made_from):
             note(f"{file.file}: {int8_sentence(before)} (found before, from the same)")
@@ -86,6 +85,7 @@ class Int8Judge:
     def judge(self, file: Int8File) -> Quantization:
         """Write a file, and return how it stands to FP32."""
         path, margin = self.export.folder / file.file, self.export.options.margin
+        remove(path)  # of another origin: not every quantiser overwrites
         clip_quantile = file.write(path)
         logits = run_and_close(file.runner(path), self.evaluation.pixels)
         found = compare_with_fp32(self.evaluation.logits, logits, self.evaluation.teacher_logits, self.labels)

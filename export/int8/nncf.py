@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from prgkit.export.formats.onnx_graph import save
 from prgkit.export.formats.open_vocabulary import scoring_nodes
 
+PACKAGES = ("nncf", "openvino")  # by both of them its file is decided
 INSTALL = "pip install 'prgkit[nncf]'"
 
 
 def installed() -> bool:
     """Tell whether NNCF is here, and OpenVINO, in which its file is judged."""
-    return all(importlib.util.find_spec(package) for package in ("nncf", "openvino"))
+    return all(importlib.util.find_spec(package) for package in PACKAGES)
 
 
 def write_for_openvino(fp32: Path, path: Path, pixels: NDArray[np.uint8]) -> None:

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from prgkit.export.bundle.manifest import ONNX, OPENVINO_QDQ, QDQ
 from prgkit.export.formats.base import Made
+from prgkit.export.formats.onnx import quiet_runner
 from prgkit.export.formats.student_export import StudentExport
 from prgkit.export.int8 import nncf
 from prgkit.export.int8.calibration import CLIP_QUANTILES, Spread, measure_spreads
 from prgkit.export.int8.files import Int8File, Int8Judge, Pixels
 from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of
-from prgkit.export.runtimes.onnxruntime import OnnxRunner
 from prgkit.export.runtimes.openvino import OpenVinoRunner
 from prgkit.export.runtimes.parity import run_and_close
 from prgkit.metrics import divergences
@@ -36,13 +36,13 @@ def quantise(export: StudentExport, judge: Int8Judge) -> Made:
     engine could be larger than one without INT8.
     """
     network = Network(export.folder / "model.onnx", judge.calibration, export.note)
-    in_onnxruntime = partial(OnnxRunner, spin=False)
     write = partial(network.write, network.fp32, "onnxruntime")
-    files = [Int8File("onnx-int8", "model.int8.onnx", "onnxruntime", ONNX, write, in_onnxruntime)]
+    files = [Int8File("onnx-int8", "model.int8.onnx", "onnxruntime", ONNX, write, quiet_runner)]
     if nncf.installed():
         name, file = "onnx-int8-openvino", "model.int8.openvino.onnx"
         by_nncf = partial(nncf.write_for_openvino, network.fp32, pixels=judge.calibration)
-        files.append(Int8File(name, file, "openvino", OPENVINO_QDQ, by_nncf, OpenVinoRunner))
+        openvino = Int8File(name, file, "openvino", OPENVINO_QDQ, by_nncf, OpenVinoRunner, converters=nncf.PACKAGES)
+        files.append(openvino)
     else:
         export.note(f"INT8: no file for OpenVINO is made, which takes NNCF: {nncf.INSTALL}")
     if export.options.trt:
@@ -53,7 +53,7 @@ def quantise(export: StudentExport, judge: Int8Judge) -> Made:
                 "tensorrt",
                 QDQ,
                 write=lambda path: network.write(export.fp16_file, "tensorrt", path),
-                runner=in_onnxruntime,
+                runner=quiet_runner,
                 options=("--int8", "--trt"),
                 note=FOR_TENSORRT,
             )
@@ -95,13 +95,13 @@ def choose_clip_quantile(
     fp32: Path, convolutions: Sequence[str], spreads: Mapping[str, Spread], pixels: Pixels
 ) -> float:
     """Return which of `CLIP_QUANTILES` clips best: with ``convolutions`` quantised, the root KL is the least."""
-    logits = run_and_close(OnnxRunner(fp32, spin=False), pixels)
+    logits = run_and_close(quiet_runner(fp32), pixels)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clipped.onnx"
 
         def cost(clip_quantile: float) -> float:
             Quantizable(fp32, spreads, clip_quantile, "onnxruntime").write(path, convolutions)
-            return root_kl(logits, run_and_close(OnnxRunner(path, spin=False), pixels))
+            return root_kl(logits, run_and_close(quiet_runner(path), pixels))
 
         return min(CLIP_QUANTILES, key=cost)
 

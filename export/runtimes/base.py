@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BackendError, ExportError
-from prgkit.export.bundle.manifest import VECTORS, Artifact
+from prgkit.export.bundle.manifest import EXPORT_AGAIN, VECTORS, Artifact
 from prgkit.storage.reproducible import read_array
-
-EXPORT_AGAIN = "export it again: prgkit export"
 
 
 class Runner(Protocol):
@@ -60,6 +59,11 @@ def runs_all(variant: Variant, artifact: Artifact, beside: Sequence[Artifact]) -
 def nothing_missing(setup: Setup, gpu: bool) -> str | None:
     """Tell that nothing is missing."""
     return None
+
+
+def install_missing(setup: Setup, gpu: bool, *, modules: Sequence[str], install: str) -> str | None:
+    """Return how to install a runtime, where one of its modules is not here."""
+    return None if all(map(importlib.util.find_spec, modules)) else install
 
 
 def nothing_in_runs(run_folder: Path) -> Sequence[Artifact]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BackendError, one_line
-from prgkit.export.bundle.manifest import EXECUTORCH
-from prgkit.export.runtimes.base import EXPORT_AGAIN, Runtime, Setup, Variant, Versions
+from prgkit.export.bundle.manifest import EXECUTORCH, EXPORT_AGAIN
+from prgkit.export.runtimes.base import Runtime, Setup, Variant, Versions, install_missing
 from prgkit.native_output import without_stderr
 
 INSTALL = "pip install 'prgkit[executorch]'"
@@ -25,11 +25,6 @@ IDENTIFIER = slice(4, 8)  # where a file says which version of the format it is 
 def open_executorch(setup: Setup) -> ExecuTorchRunner:
     """Open a .pte file."""
     return ExecuTorchRunner(setup.path, setup.threads, name=setup.artifact.name)
-
-
-def why_not_here(setup: Setup, gpu: bool) -> str | None:
-    """Return how to install it, where it is not."""
-    return None if importlib.util.find_spec("executorch") and importlib.util.find_spec("torch") else INSTALL
 
 
 def examine(versions: Versions) -> Sequence[tuple[str, str | None]]:
@@ -45,7 +40,7 @@ EXECUTORCH_RUNTIME = Runtime(
     libraries=("torch", LIBRARY),
     open=open_executorch,
     examine=examine,
-    why_not_here=why_not_here,
+    why_not_here=partial(install_missing, modules=("executorch", "torch"), install=INSTALL),
 )
 
 

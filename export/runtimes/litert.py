@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BackendError, one_line
-from prgkit.export.bundle.manifest import LITERT
-from prgkit.export.runtimes.base import EXPORT_AGAIN, Runtime, Setup, Variant, Versions
+from prgkit.export.bundle.manifest import EXPORT_AGAIN, LITERT
+from prgkit.export.runtimes.base import Runtime, Setup, Variant, Versions, install_missing
 from prgkit.native_output import without_stderr
 
 INSTALL = "pip install 'prgkit[litert]'"
@@ -22,11 +22,6 @@ INSTALL = "pip install 'prgkit[litert]'"
 def open_litert(setup: Setup) -> LiteRtRunner:
     """Open a .tflite file."""
     return LiteRtRunner(setup.path, setup.threads, name=setup.artifact.name)
-
-
-def why_not_here(setup: Setup, gpu: bool) -> str | None:
-    """Return how to install it, where it is not."""
-    return None if importlib.util.find_spec("ai_edge_litert") else INSTALL
 
 
 def examine(versions: Versions) -> Sequence[tuple[str, str | None]]:
@@ -41,7 +36,7 @@ LITERT_RUNTIME = Runtime(
     libraries=("ai_edge_litert.interpreter",),
     open=open_litert,
     examine=examine,
-    why_not_here=why_not_here,
+    why_not_here=partial(install_missing, modules=("ai_edge_litert",), install=INSTALL),
 )
 
 

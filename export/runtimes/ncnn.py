@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prgkit.errors import BackendError
 from prgkit.export.bundle.manifest import NCNN
-from prgkit.export.runtimes.base import Runtime, Setup, Variant, Versions
+from prgkit.export.runtimes.base import Runtime, Setup, Variant, Versions, install_missing
 from prgkit.native_output import without_stderr
 
 PARAM, BIN = "model.ncnn.param", "model.ncnn.bin"  # its files: the graph as text, and the weights
@@ -28,11 +28,6 @@ def open_ncnn(setup: Setup) -> NcnnRunner:
     """Open a folder of ncnn's in the precision of the artifact."""
     half = setup.artifact.precision == "fp16"
     return NcnnRunner(setup.path, setup.threads, half=half, name=setup.artifact.name)
-
-
-def why_not_here(setup: Setup, gpu: bool) -> str | None:
-    """Return how to install it, where it is not."""
-    return None if importlib.util.find_spec("ncnn") else INSTALL
 
 
 def examine(versions: Versions) -> Sequence[tuple[str, str | None]]:
@@ -53,7 +48,7 @@ NCNN_RUNTIME = Runtime(
     libraries=("ncnn",),
     open=open_ncnn,
     examine=examine,
-    why_not_here=why_not_here,
+    why_not_here=partial(install_missing, modules=("ncnn",), install=INSTALL),
 )
 
 

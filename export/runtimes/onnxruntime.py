@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import BackendError, one_line
-from prgkit.export.bundle.manifest import MATRIX, NCHW, ONNX, QDQ, Artifact
-from prgkit.export.runtimes.base import EXPORT_AGAIN, Runtime, Setup, Variant, Versions, read_class_vectors
+from prgkit.export.bundle.manifest import EXPORT_AGAIN, MATRIX, NCHW, ONNX, QDQ, Artifact
+from prgkit.export.runtimes.base import Runtime, Setup, Variant, Versions, read_class_vectors
 from prgkit.export.runtimes.gpu import find_gpu
 from prgkit.export.runtimes.openvino import runs_in_openvino
 

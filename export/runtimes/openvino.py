@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BackendError
-from prgkit.export.bundle.manifest import ONNX, OPENVINO_QDQ, QDQ, Artifact
-from prgkit.export.runtimes.base import EXPORT_AGAIN, Runtime, Setup, Variant, Versions, read_class_vectors
+from prgkit.export.bundle.manifest import EXPORT_AGAIN, ONNX, OPENVINO_QDQ, QDQ, Artifact
+from prgkit.export.runtimes.base import Runtime, Setup, Variant, Versions, install_missing, read_class_vectors
 
 INSTALL = "pip install 'prgkit[openvino]'"
 SHAPES = 4  # OpenVINO's compiled networks that are kept, each with the weights: one for each batch size
@@ -32,11 +32,6 @@ def runs_in_openvino(variant: Variant, artifact: Artifact, beside: Sequence[Arti
     formats = {other.format for other in beside}
     layout = next(one for one in (OPENVINO_QDQ, QDQ, ONNX) if one in formats or one == ONNX)
     return (artifact.format, artifact.precision) in ((ONNX, "fp32"), (layout, "int8"))
-
-
-def why_not_here(setup: Setup, gpu: bool) -> str | None:
-    """Return how to install it, where it is not."""
-    return None if importlib.util.find_spec("openvino") else INSTALL
 
 
 def examine(versions: Versions) -> Sequence[tuple[str, str | None]]:
@@ -58,7 +53,7 @@ OPENVINO = Runtime(
     open=open_onnx,
     examine=examine,
     runs=runs_in_openvino,
-    why_not_here=why_not_here,
+    why_not_here=partial(install_missing, modules=("openvino",), install=INSTALL),
 )
 
 

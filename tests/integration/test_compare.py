@@ -21,7 +21,7 @@ from prgkit.errors import CameApartError, ImagesError, RecipeError, RunError
 from prgkit.evaluate.compare import trials as comparing
 from prgkit.evaluate.compare.aggregate import aggregate, comparison_document, difference, spread
 from prgkit.evaluate.compare.schema import Difference, FailedTrial, ObjectiveComparison, Spread, TrialResult
-from prgkit.evaluate.compare.trials import LADDER, Plan, Trial, compare, trials_of
+from prgkit.evaluate.compare.trials import LADDER, EvalSplit, Plan, Trial, compare, trials_of
 from prgkit.evaluate.report.html import page
 from prgkit.evaluate.report.markdown import markdown
 from prgkit.progress import NullProgress
@@ -368,6 +368,21 @@ def test_a_context_that_knows_the_novel_classes_is_refused(pictures: Path, tmp_p
                 planned(recipe, objectives=["prg"], base_to_novel=True)
         else:
             assert planned(recipe, objectives=["prg"], base_to_novel=True)
+
+
+def test_images_whose_labels_are_learned_judge_nothing(pictures: Path, tmp_path: Path) -> None:
+    targets, recipe = tmp_path / "targets", recipe_for(pictures, None)
+    before = EvalSplit.of(recipe, targets, NullProgress())
+    images = before.images
+    judged = [images.source.path(index) for index in images.indices[before.positions].tolist()]
+    for path, name in zip(judged[:2], CLASSES, strict=False):
+        (tmp_path / "labelled" / name).mkdir(parents=True)
+        shutil.copy(path, tmp_path / "labelled" / name)
+    raw = recipe.model_dump(mode="json")
+    raw["data"]["labelled"], raw["objective"] = str(tmp_path / "labelled"), {"name": "dho"}
+    after = EvalSplit.of(validate(raw, where="test").resolved(), targets, NullProgress())
+    assert after.positions.tolist() == before.positions.tolist()[2:]
+    assert after.digest != before.digest
 
 
 def test_two_sweeps_are_drawn_as_a_heat_map() -> None:

@@ -247,11 +247,26 @@ def test_what_is_wrong_is_said(
     hub.branches["me/open", "main"]["manifest.json"] = json.dumps(with_engine(facts)).encode()
     assert "this bundle holds engines, which are executable code" in said(f"pull me/open --out {out}")
     assert not out.exists()
+    hub.branches["me/bert", "main"]["manifest.json"] = b"not JSON"
+    assert "this repository holds something that is not a prgkit bundle" in said(f"push me/bert --run {bundle}")
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "manifest.json").write_text('{"name": "app"}')
+    assert "the folder holds something that is not a bundle" in said(f"pull me/open --out {app}")
+    assert [path.name for path in app.iterdir()] == ["manifest.json"]
     monkeypatch.setenv("HF_TOKEN", "wrong")
     assert "the Hub refuses" in said(f"push me/new --run {bundle}")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert "there is no token to write to the Hub with\n  fix: hf auth login" in said(f"push me/new --run {bundle}")
+
+
+@pytest.mark.parametrize("line", ["pull me/open --out .", "pull me/open --out ..", "pull me/"])
+def test_the_folder_one_stands_in_is_not_pulled_into(line: str, empty_folder: Path, prgkit: PrgkitCommand) -> None:
+    done = prgkit(line)
+    assert done.code == 1
+    assert done.err.startswith("Error: pull puts another folder in the place of the one that you stand in\n")
+    assert not list(empty_folder.iterdir())
 
 
 def with_engine(facts: dict[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def how_to_run(manifest: Manifest) -> str:
 
 
 POOLED_FORMAT = Format(
-    POOLED, None, wanted=lambda options: POOLED in options.formats, make=make_pooled, how_to_run=how_to_run
+    POOLED, wanted=lambda options: POOLED in options.formats, make=make_pooled, how_to_run=how_to_run
 )
 OFFSET = {"bias": 0.0}  # what a broken writer would add
 

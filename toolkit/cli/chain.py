@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -16,6 +16,9 @@ from click.shell_completion import CompletionItem
 
 from prgkit.cli.state import Document, Session
 from prgkit.cli.values import refuse_twice
+
+if TYPE_CHECKING:
+    from prgkit.export.formats.options import ExportOptions
 
 ON_A_RUN = ("audit", "distill", "export", "relabel", "bench", "predict", "push", "pull")
 OF_ALL_PROCESSES = (
@@ -147,12 +150,10 @@ def check_chain(steps: Sequence[click.Context]) -> None:
         raise click.UsageError(f"A chain works on one run: {fix}.", whole)
     for step in steps:
         check_options(step)
-        if step.info_name == "export" and builds_engines(step.params):
-            from prgkit.export.runtimes.gpu import choose_backend, choose_targets
-
-            choose_targets(choose_backend(step.params["backend"]).name, step.params["sm"])
         if step.info_name == "export":
-            check_formats(step.params)
+            from prgkit.export.formats import wanted_formats
+
+            wanted_formats(asked_options(step.params))
         if step.info_name == "bench":
             check_bench(step)
         if step.info_name == "predict" and not (step.params["images"] or step.params["watch"]):
@@ -176,16 +177,15 @@ def check_options(step: click.Context) -> None:
             raise click.UsageError(f"{told(name)} is for {told(needed)}, and there is none.", step)
 
 
-def check_formats(given: Mapping[str, Any]) -> None:
-    """Refuse formats whose converter is missing."""
+def asked_options(given: Mapping[str, Any]) -> ExportOptions:
+    """Return what `export` was asked for."""
     from prgkit.export.formats import FORMATS
     from prgkit.export.formats.options import ExportOptions
 
-    formats = tuple(known.name for known in FORMATS if given.get(known.name))  # each by the option of its name
-    options = ExportOptions(qnn=given["qnn"], class_vectors=given["open_vocabulary"], formats=formats)
-    for known in FORMATS:
-        if known.name in formats:
-            known.require(options)
+    asked = {key: given[key] for key in ExportOptions.__dataclass_fields__ if key in given}
+    asked |= {"trt": builds_engines(given), "class_vectors": given["open_vocabulary"]}
+    by_option = [one.name for one in FORMATS if one.asked_by is None and given.get(one.name)]
+    return ExportOptions(**{**asked, "formats": (*given["formats"], *by_option)})
 
 
 def check_bench(step: click.Context) -> None:

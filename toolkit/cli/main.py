@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from prgkit.cli.chain import Chain, builds_engines
+from prgkit.cli.chain import Chain, asked_options
 from prgkit.cli.commands import (
     adapt_teacher,
     compare_trials,
@@ -33,7 +33,7 @@ from prgkit.cli.commands import (
     suggest_images,
     tell_bundle,
 )
-from prgkit.cli.exporting import FORMATS, export_options, push_options, refuse_in_a_bundle
+from prgkit.cli.exporting import export_options, push_options, refuse_in_a_bundle
 from prgkit.cli.naming import AskedPictures, name_pictures, predict_options, search_gallery
 from prgkit.cli.options import (
     adapt_options,
@@ -103,21 +103,15 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
 
     In a bundle, on the device, --trt builds the engines from the bundle's ONNX files; that needs no torch.
     """
-    place, trt = session.folder or folder, builds_engines(given)
+    place, options = session.folder or folder, asked_options(given)
     bundle = place or Path()
-    from prgkit.export.formats.options import ExportOptions
-
-    asked = {key: given[key] for key in ExportOptions.__dataclass_fields__ if key in given}
-    asked |= {"trt": trt, "class_vectors": given["open_vocabulary"]}
-    asked["formats"] = (*given["formats"], *(name for name in FORMATS if given[name]))
-    options = ExportOptions(**asked)
     if (bundle / "manifest.json").is_file():
-        refuse_in_a_bundle(given, builds=trt)
+        refuse_in_a_bundle(given, builds=options.trt)
         from prgkit.export.bundle.bundle import open_bundle
         from prgkit.export.engines import build_engines
 
         note = session.terminal.note
-        manifest = build_engines(bundle, options, note=note) if trt else open_bundle(bundle).manifest
+        manifest = build_engines(bundle, options, note=note) if options.trt else open_bundle(bundle).manifest
         session.folder = bundle
     else:
         from prgkit.storage.find import find_run, standing_where_it_started

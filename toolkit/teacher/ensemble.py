@@ -120,15 +120,23 @@ def as_learned(recipe: Recipe, run: Run, root: Path) -> Recipe:
     learned = recipe.model_copy(update={"teacher": known})
     if run.card.teacher is None or all(teachers):
         return learned
+    return computed_as(learned, root, run.card.teacher.fingerprint)
+
+
+def computed_as(recipe: Recipe, root: Path, wanted: str) -> Recipe:
+    """Return the recipe with such a precision and batch size, where its teachers leave them open, as ``wanted`` tells.
+
+    That is a `teacher_fingerprint`; the recipe stays as it is where none has it.
+    """
     for precision, batch_size in product(("fp32", "bf16"), BATCH_SIZES):
         chosen = tuple(
             settled(config, config.precision.replace("auto", precision), config.batch_size or batch_size)
-            for config in learned.teacher
+            for config in recipe.teacher
         )
         guess = recipe.model_copy(update={"teacher": chosen})
-        if teacher_fingerprint(guess, root) == run.card.teacher.fingerprint:
+        if teacher_fingerprint(guess, root) == wanted:
             return guess
-    return learned
+    return recipe
 
 
 def teacher_fingerprint(recipe: Recipe, root: Path) -> str:

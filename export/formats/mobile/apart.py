@@ -15,6 +15,7 @@ from typing import Any
 
 from prgkit.errors import ExportError, one_line
 from prgkit.native_output import redirect_output
+from prgkit.workers import no_main_script
 
 FIX = "export without this format; what was finished is kept"
 PATIENCE_S = 10  # for a process whose work is done to clean up
@@ -33,7 +34,8 @@ def run_apart(function: Callable[..., None], *arguments: Any) -> None:
     with tempfile.NamedTemporaryFile(prefix="prgkit-convert-", suffix=".log") as log:
         process = context.Process(target=_work, args=(theirs, log.name, function, arguments), daemon=True)
         try:
-            process.start()
+            with no_main_script():
+                process.start()
             theirs.close()  # so that its death reads as the end of the pipe
             with suppress(EOFError):
                 failure = ours.recv()

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import BackendError, ExportError
-from prgkit.export.bundle.manifest import COREML, Artifact, Manifest, TensorSpec
+from prgkit.export.bundle.manifest import COREML, Artifact, TensorSpec
 from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.mobile.apart import run_apart
 from prgkit.export.formats.mobile.require import install, require_converter
 from prgkit.export.formats.options import ExportOptions
-from prgkit.export.formats.snippets import section
+from prgkit.export.formats.snippets import section_on_files
 
 if TYPE_CHECKING:
     from prgkit.export.formats.student_export import StudentExport
@@ -96,17 +97,10 @@ def start() -> None:
     import coremltools  # noqa: F401
 
 
-def how_to_run(manifest: Manifest) -> str:
-    """Return how the files are run in Swift, where there are any."""
-    files = [artifact for artifact in manifest.artifacts if artifact.format == COREML]
-    return section("coreml.md", manifest, files=files) if files else ""
-
-
 COREML_FORMAT = Format(
-    "coreml",
     "coreml",
     wanted=lambda options: "coreml" in options.formats,
     make=make_coreml,
     require=require_coreml,
-    how_to_run=how_to_run,
+    how_to_run=partial(section_on_files, "coreml.md", COREML),
 )

@@ -49,7 +49,6 @@ def lower(program: Path, path: Path) -> None:
 
 EXECUTORCH_FORMAT = Format(
     "executorch",
-    "executorch",
     wanted=lambda options: "executorch" in options.formats,
     make=make_executorch,
     require=partial(require_converter, what="ExecuTorch", modules=("executorch",), extra="executorch"),

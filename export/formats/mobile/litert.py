@@ -78,7 +78,6 @@ def make_int8(export: StudentExport, fp32: Path) -> Made:
 
 LITERT_FORMAT = Format(
     "litert",
-    EXTRA,
     wanted=lambda options: "litert" in options.formats,
     make=make_litert,
     require=partial(

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from prgkit.config.image_size import sides
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.errors import ExportError
-from prgkit.export.bundle.manifest import NCNN, Artifact, Manifest, TensorSpec
+from prgkit.export.bundle.manifest import NCNN, Artifact, TensorSpec
 from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.mobile.require import require_converter
-from prgkit.export.formats.snippets import section
+from prgkit.export.formats.snippets import section_on_files
 from prgkit.export.runtimes.ncnn import BIN, INPUT, PARAM, NcnnRunner
 
 if TYPE_CHECKING:
@@ -87,17 +87,10 @@ def planes(preprocessing: Preprocessing) -> TensorSpec:
     return TensorSpec(name=INPUT, dtype="float32", layout="CHW", shape=shape, values="RGB, 0 to 255")
 
 
-def how_to_run(manifest: Manifest) -> str:
-    """Return how the files are run in Python and C++, where there are any."""
-    files = [artifact for artifact in manifest.artifacts if artifact.format == NCNN]
-    return section("ncnn.md", manifest, files=files) if files else ""
-
-
 NCNN_FORMAT = Format(
     "ncnn",
-    "ncnn-export",
     wanted=lambda options: "ncnn" in options.formats,
     make=make_ncnn,
     require=partial(require_converter, what="ncnn", modules=("pnnx", "ncnn"), extra="ncnn-export"),
-    how_to_run=how_to_run,
+    how_to_run=partial(section_on_files, "ncnn.md", NCNN),
 )

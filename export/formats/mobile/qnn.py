@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from prgkit.errors import ExportError
-from prgkit.export.bundle.manifest import QNN, Manifest, TensorSpec
+from prgkit.export.bundle.manifest import QNN, TensorSpec
 from prgkit.export.formats.base import Format, Made
 from prgkit.export.formats.mobile.apart import run_apart
 from prgkit.export.formats.mobile.require import require_converter
 from prgkit.export.formats.options import ExportOptions
-from prgkit.export.formats.snippets import section
+from prgkit.export.formats.snippets import section_on_files
 
 if TYPE_CHECKING:
     from prgkit.export.formats.student_export import StudentExport
@@ -94,18 +95,11 @@ def require_qnn(options: ExportOptions) -> None:
         raise ExportError(f"--qnn: {options.qnn} is not known", fix=f"one of: {', '.join(CHIPS)}")
 
 
-def how_to_run(manifest: Manifest) -> str:
-    """Return how the files are run on their chip, where there are any."""
-    files = [artifact for artifact in manifest.artifacts if artifact.format == QNN]
-    return section("qnn.md", manifest, files=files) if files else ""
-
-
 QNN_FORMAT = Format(
-    "qnn",
     "qnn",
     wanted=lambda options: options.qnn is not None,
     make=make_qnn,
     require=require_qnn,
-    how_to_run=how_to_run,
+    how_to_run=partial(section_on_files, "qnn.md", QNN),
     asked_by="--qnn CHIP",
 )

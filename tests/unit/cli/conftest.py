@@ -26,6 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 
     for name, command in cli.commands.items():
         monkeypatch.setattr(command, "callback", noting(name))
-    monkeypatch.setattr("prgkit.export.runtimes.gpu.choose_backend", lambda name=None: SimpleNamespace(name="none"))
-    monkeypatch.setattr("prgkit.export.runtimes.gpu.choose_targets", lambda backend, asked: asked)
+    tensorrt = "prgkit.export.formats.tensorrt"
+    monkeypatch.setattr(f"{tensorrt}.choose_backend", lambda name=None: SimpleNamespace(name="none"))
+    monkeypatch.setattr(f"{tensorrt}.choose_targets", lambda backend, asked: asked)
     return made

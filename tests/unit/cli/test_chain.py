@@ -129,6 +129,23 @@ def test_a_wrong_line_is_told_before_anything_runs(
     assert calls == []
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--explain --open-vocabulary", "there are no heat maps of a student that is scored by class vectors"),
+        ("--explain --embedding", "there are no heat maps of a student that is scored by class vectors"),
+        ("--open-vocabulary input --trt", "engines hold their class vectors; they cannot take them as an input"),
+        ("--format tflite", "there is no format 'tflite'"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused_before_the_training(
+    prgkit: PrgkitCommand, calls: list[Any], options: str, message: str
+) -> None:
+    result = prgkit(f"distill demo export {options}")
+    assert (result.code, result.out, calls) == (1, "", [])
+    assert result.err.startswith(f"Error: {message}\n")
+
+
 def test_what_plays_a_part_together_is_taken(prgkit: PrgkitCommand, calls: list[Any]) -> None:
     for line in (
         "predict cam.mp4 --gallery g.npz --fps 2 --top-k 1 --watch drop --run x --json",

@@ -117,6 +117,25 @@ def test_a_damaged_bundle_is_not_packed(bundle: Path, file: str) -> None:
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
 
+def test_a_lost_readme_is_said(bundle: Path) -> None:
+    (bundle / "README.md").unlink()
+    with pytest.raises(ExportError, match=r"README\.md is missing from the bundle"):
+        pack(bundle)
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("name", ["golden/../../secret.txt", "/etc/passwd", "golden/..", "secret.txt", "audit/ticks.csv",
+                                  "golden/a/b.png", "golden\\..\\..\\secret.txt", "golden/C:secret.txt"])  # fmt: skip
+def test_a_strangers_manifest_takes_nothing_from_outside_its_bundle(bundle: Path, name: str) -> None:
+    manifest = read_json(bundle / "manifest.json")
+    manifest["checksums"][name] = "0" * 64
+    write_sealed(bundle / "manifest.json", manifest)
+    with pytest.raises(ExportError) as caught:
+        pack(bundle)
+    assert caught.value.what == f"manifest.json names a file outside the bundle: {name!r}"
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
 def test_a_file_of_the_users_is_never_replaced(bundle: Path) -> None:
     with zipfile.ZipFile(bundle.parent / "my-photos.zip", "w") as archive:
         archive.writestr("photos/0.jpg", "a photo")

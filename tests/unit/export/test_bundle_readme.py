@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from prgkit.data.preprocessing import Preprocessing, load_image
-from prgkit.export.bundle.manifest import Manifest
-from prgkit.export.formats.snippets import resizing
-from prgkit.export.readme import readme
+from prgkit.export.bundle.manifest import Manifest, read_manifest
+from prgkit.export.formats.snippets import render
+from prgkit.export.readme import readme, write_manifest
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -35,7 +35,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def test_its_lines_resize_as_training_did(size: tuple[int, int], facts: Preprocessing) -> None:
     grain = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     names: dict[str, Any] = {"Image": Image, "image": Image.fromarray(grain)}
-    exec(resizing(facts), names)
+    exec(render("resize.py", facts), names)
     np.testing.assert_array_equal(np.asarray(names["image"]), facts.prepare(Image.fromarray(grain)))
 
 
@@ -61,6 +61,30 @@ def manifest(**other: Any) -> Manifest:
 def artifact(file: str, kind: str, precision: str, backend: str, **other: Any) -> dict[str, Any]:
     facts = {"name": file, "file": file, "format": kind, "precision": precision, "backend": backend, "bytes": 1}
     return {**facts, "sha256": "", "executed": True, "note": None, "parity": None, **other}
+
+
+def test_the_card_of_a_pulled_bundle_stays(tmp_path: Path) -> None:
+    for text, stays in (("---\nlicense: mit\n---\n# a card\n", True), ("# of an older bundle\n", False)):
+        (tmp_path / "README.md").write_text(text)
+        write_manifest(tmp_path, manifest())
+        assert ((tmp_path / "README.md").read_text() == text) == stays
+        assert read_manifest(tmp_path).classes == ("a", "b", "c")
+
+
+def test_its_programs_read_the_manifest_as_it_is_written_on_every_system() -> None:
+    kinds = ("litert", "executorch", "ncnn")
+    files = [
+        artifact("model.onnx", "onnx", "fp32", "onnxruntime"),
+        *(artifact(f"m.{kind}", kind, "fp32", kind) for kind in kinds),
+    ]
+    text = readme(manifest(artifacts=files))
+    assert text.count('open("manifest.json", encoding="utf-8")') == text.count('open("manifest.json"') >= 4
+
+
+def test_images_are_told_of_where_there_are_any() -> None:
+    assert "`golden/` holds source pictures" in readme(manifest())
+    bare = readme(manifest(evaluation={"images": 0, "labelled": False, "source": "not published"}))
+    assert "What else is here" not in bare
 
 
 def test_it_is_about_this_bundle() -> None:

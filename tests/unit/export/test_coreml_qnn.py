@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from prgkit.config.sections import Export
 from prgkit.errors import BackendError, ExportError
 from prgkit.export.bundle.artifact_cache import ArtifactCache
 from prgkit.export.formats.mobile.coreml import COREML_FORMAT
@@ -69,6 +72,62 @@ def test_a_program_for_an_npu_is_one_node_with_the_same_input_and_output(student
     model = onnx.load(str(folder / artifact.file))
     assert [(node.op_type, node.domain) for node in model.graph.node] == [("EPContext", "com.microsoft")]
     assert [value.name for value in (*model.graph.input, *model.graph.output)] == ["pixels", "logits"]
+
+
+def test_the_commands_that_make_files_for_two_chips_again_are_two() -> None:
+    from prgkit.cli.main import cli
+    from prgkit.evaluate.bench.metadata import made_by
+    from prgkit.export.bundle.manifest import exports_of
+
+    asked = [("--int8", "--trt"), ("--coreml", "--fp16"), ("--qnn", "SM8650"), ("--qnn", "SM8750"), ("--fp16",)]
+    artifacts = [SimpleNamespace(format=options[0][2:], export_options=options) for options in asked]
+    told = [["--int8", "--coreml", "--fp16", "--qnn", chip, "--trt"] for chip in ("SM8650", "SM8750")]
+    assert exports_of(artifacts) == told
+    manifest: Any = SimpleNamespace(
+        run=SimpleNamespace(name="a"), relabelled=None, open_vocabulary=None, export=Export()
+    )
+    bundle: Any = SimpleNamespace(folder=Path(), manifest=manifest, artifacts=artifacts)
+    commands = made_by(bundle, "prgkit distill a bench")
+    assert commands == [f"prgkit export {' '.join(options)} --run runs/a" for options in told]
+    for command, chip in zip(commands, ("SM8650", "SM8750"), strict=True):
+        with cli.commands["export"].make_context("export", command.split()[2:]) as parsed:
+            assert parsed.params["qnn"] == chip
+    assert exports_of(artifacts[:1]) == [["--int8", "--trt"]]
+    assert exports_of([]) == [[]]
+
+
+def test_the_engines_of_each_backend_are_built_again_by_a_command_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prgkit.evaluate.bench.metadata import made_by
+    from prgkit.export import relabel
+
+    kinds = (("tensorrt", "fp32"), ("tensorrt_rtx", "fp32"), ("tensorrt_rtx", "fp16"))
+    artifacts = [
+        SimpleNamespace(file=f"{backend}.{precision}.engine", format="engine", backend=backend, precision=precision,
+                        export_options=("--trt", "--fp16") if precision == "fp16" else ("--trt",))
+        for backend, precision in kinds
+    ]  # fmt: skip
+    for one in artifacts:
+        (tmp_path / one.file).touch()
+    cards = {one.file: SimpleNamespace(backend=one.backend, batch=(1, 1, 8)) for one in artifacts}
+    module = "prgkit.export.bundle.engine_metadata.load_engine_metadata"
+    monkeypatch.setattr(module, lambda path: cards[path.name])
+    manifest: Any = SimpleNamespace(
+        run=SimpleNamespace(name="a"), relabelled=None, open_vocabulary=None, export=Export()
+    )
+    bundle: Any = SimpleNamespace(folder=tmp_path, manifest=manifest, artifacts=artifacts)
+    assert made_by(bundle, "distill") == [
+        "prgkit export --fp16 --trt --backend tensorrt --batch 1,1,8 --run runs/a",
+        "prgkit export --fp16 --trt --backend tensorrt_rtx --batch 1,1,8 --run runs/a",
+    ]
+    notes: list[str] = []
+    relabel.leave_engines(bundle, tmp_path, SimpleNamespace(note=notes.append))
+    assert [note.partition("; ")[2] for note in notes] == [
+        f"prgkit export --trt --backend tensorrt --batch 1,1,8 --run {tmp_path} builds them again",
+        f"prgkit export --trt --fp16 --backend tensorrt_rtx --batch 1,1,8 --run {tmp_path} builds them again",
+    ]
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_made_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

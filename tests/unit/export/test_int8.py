@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,14 +32,14 @@ from prgkit.export.bundle.manifest import Quantization  # noqa: E402
 from prgkit.export.formats import tensorrt_precision  # noqa: E402
 from prgkit.export.formats.onnx_export import OnnxExportModule, export_onnx  # noqa: E402
 from prgkit.export.formats.options import ExportOptions  # noqa: E402
-from prgkit.export.formats.student_export import CalibrationSet  # noqa: E402
+from prgkit.export.formats.student_export import CalibrationSet, StudentExport  # noqa: E402
 from prgkit.export.formats.tensorrt_build import build_engine  # noqa: E402
 from prgkit.export.from_run import calibration_set, evaluation_positions  # noqa: E402
 from prgkit.export.int8 import nncf  # noqa: E402
 from prgkit.export.int8.calibration import Spread, measure_spreads  # noqa: E402
 from prgkit.export.int8.files import Int8Judge  # noqa: E402
 from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of, weight_scales  # noqa: E402
-from prgkit.export.int8.quantise import root_kl  # noqa: E402
+from prgkit.export.int8.quantise import quantise, root_kl  # noqa: E402
 from prgkit.export.pipeline import EvaluationSet, ExportImages, StudentOrigin, TrainedStudent, export_student  # noqa: E402
 from prgkit.export.runtimes import setups  # noqa: E402
 from prgkit.export.runtimes.gpu import available_backends  # noqa: E402
@@ -443,6 +444,19 @@ def test_int8_that_is_finished_is_not_made_again(bundle, repvit, tmp_path):
     assert manifest.artifacts == bundle.manifest.artifacts
     assert "model.int8.onnx: finished before, and made from the same; it is kept" in notes
     assert not any("calibrating" in note for note in notes)
+
+
+def test_openvinos_file_is_made_anew_by_another_nncf(monkeypatch):
+    monkeypatch.setattr(nncf, "installed", lambda: True)
+    versions = {"nncf": "2.0", "openvino": "2026.1"}
+    monkeypatch.setattr("prgkit.export.formats.student_export.metadata.version", versions.__getitem__)
+    given = dict.fromkeys(field for field in StudentExport.__dataclass_fields__ if field not in ("artifacts", "ticks"))
+    export = StudentExport(**{**given, "options": ExportOptions(), "folder": Path(), "origin": {}, "note": print})
+    files = quantise(export, SimpleNamespace(calibration=(), make_all=lambda files: files))
+    (file,) = [file for file in files if file.layout == "openvino"]
+    before = export.origin_by(file.converters)
+    versions["nncf"] = "2.1"
+    assert export.origin_by(file.converters) != before
 
 
 def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tmp_path):

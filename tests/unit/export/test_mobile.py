@@ -298,6 +298,14 @@ def test_a_converters_failure_and_its_death_are_told() -> None:
         run_apart(os.abort)
 
 
+def test_a_converter_does_not_run_its_callers_script_again(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"  # without a main guard
+    work = "import time\nfrom prgkit.export.formats.mobile.apart import run_apart\nrun_apart(time.sleep, 0)\n"
+    script.write_text(f"print('once')\n{work}")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "once\n", "")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_converter_ends_with_the_export_that_waits_for_it() -> None:
     code = "import time\nfrom prgkit.export.formats.mobile.apart import run_apart\nrun_apart(time.sleep, 600)"

@@ -232,6 +232,7 @@ def test_an_activation_beyond_float16_is_refused_by_name(repvit):
         rehearse_fp16(module, torch.from_numpy(repvit.pixels[:4]))
     assert caught.value.what.startswith("FP16 cannot hold this student: network.stem.conv2 reaches 1")
     assert caught.value.what.endswith("on real images, and float16 ends at 65,504")
+    assert caught.value.fix.startswith("export without --fp16, and without --int8 --trt, whose file is made of FP16's;")
 
 
 def test_a_layer_with_a_million_is_refused_by_name(repvit):

@@ -218,6 +218,21 @@ def test_the_same_classes_in_another_order_give_the_same_logits_in_that_order(ru
     assert (run.bundle / "mine.txt").read_text() == "left alone"
 
 
+def test_several_teachers_are_averaged_as_the_run_averages_them(run: Run) -> None:
+    teachers = [
+        {"model": "demo:digits", "batch_size": 16},
+        {"model": "demo:digits", "weights": "random", "batch_size": 16},
+    ]
+    recipe = validate({**page(), "teacher": teachers, "targets": {"average": "probabilities"}}, where="here")
+    two = distill(recipe, Path("runs/two"), Path("targets"), NullProgress())
+    export_run(two, ExportOptions(class_vectors="initializer"), progress=NullProgress())
+    before = read_evaluation(two.bundle)
+    relabel(two.bundle, LEARNED, run=two, progress=NullProgress())
+    after = read_evaluation(two.bundle)
+    np.testing.assert_allclose(after.teacher_logits, before.teacher_logits, atol=1e-5)
+    np.testing.assert_allclose(after.teacher_uniform_logits, before.teacher_uniform_logits, atol=1e-5)
+
+
 def test_what_was_relabelled_is_not_taken_for_what_was_exported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class MadeAnewError(Exception):
         pass
@@ -269,6 +284,25 @@ def test_how_faithful_int8_was_with_the_old_classes_is_not_said_of_the_new(run: 
     ]
 
 
+def test_no_image_whose_label_was_learned_is_among_those_that_were_not_learned_from(run: Run) -> None:
+    raw = page("dho")
+    del raw["data"]["evaluation"]
+    images = read_image_index(run.recipe.data.image_spec, NullProgress())
+    held_out = hold_out(images.keys, 0.45)
+    _, digits = load_digits("train")
+    few = held_out[: len(held_out) // 2].tolist()
+    for place in few:
+        photo = Path("photos") / images.source.name(int(images.indices[place]))
+        folder = Path("few", CLASSES[digits[int(photo.stem)]])
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, folder)
+    raw["data"] |= {"held_out": 0.45, "labelled": "few"}
+    taught = distill(validate(raw, where="here"), Path("runs/dho"), Path("targets"), NullProgress())
+    export_run(taught, ExportOptions(), progress=NullProgress())
+    keys = (taught.bundle / "evaluation/keys.txt").read_text().split()
+    assert sorted(keys) == sorted(images.keys[place] for place in held_out.tolist() if place not in few)
+
+
 def test_confidences_are_measured_on_images_that_no_label_was_read_of(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,8 +315,9 @@ def test_confidences_are_measured_on_images_that_no_label_was_read_of(
         text.startswith(f"confidences: temperature {manifest.confidence.temperature:.3g}") for text in progress.told
     )
     assert f"logits / {manifest.confidence.temperature:g}" in (run.bundle / "README.md").read_text()
+    asked = ExportOptions(class_vectors="initializer", evaluation_images=2)
+    assert export_run(run, asked, progress=progress).confidence == manifest.confidence
     shutil.rmtree("photos")
-    monkeypatch.setattr("prgkit.export.from_run.PARITY_IMAGES", 8)  # as many as are judged need no others
     assert export_run(run, ExportOptions(class_vectors="initializer"), progress=progress).confidence is None
     assert any(text.startswith("confidences are not calibrated: photos does not exist") for text in progress.told)
 

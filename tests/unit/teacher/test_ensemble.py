@@ -25,7 +25,7 @@ from prgkit.progress import NullProgress
 from prgkit.storage.run import Run, start_run
 from prgkit.teacher.answers import teacher_answers
 from prgkit.teacher.clip import Teacher
-from prgkit.teacher.ensemble import TeacherEnsemble, as_learned, teacher_fingerprint
+from prgkit.teacher.ensemble import TeacherEnsemble, as_learned, computed_as, teacher_fingerprint
 from prgkit.teacher.stores import list_stores
 from prgkit.teacher.weights import teacher_identity
 from prgkit.teacher.zero_shot import ZeroShotClassifier, log_shares, no_adjustment
@@ -325,6 +325,8 @@ def test_a_run_of_a_gpu_keeps_its_teacher_where_its_stores_are_gone(
     learned = as_learned(recipe, run, root)
     assert [(config.precision, config.batch_size) for config in learned.teacher] == [("bf16", 256)]
     assert teacher_fingerprint(learned, root) == run.teacher_facts.fingerprint
+    assert computed_as(recipe, root, run.teacher_facts.fingerprint) == learned
+    assert computed_as(recipe, root, "of another teacher") == recipe
 
 
 # What a recipe may say.
