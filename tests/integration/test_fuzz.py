@@ -569,7 +569,7 @@ def test_class_files_are_read_as_meant_or_refused(tmp_path: Path, count: int) ->
         file, content, wanted = case
         (tmp_path / file).write_bytes(content)
         try:
-            names = load_classes(file, folder=tmp_path)
+            names = load_classes(str(tmp_path / file))
         except RecipeError as error:
             told(error)
             return
