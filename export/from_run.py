@@ -62,15 +62,24 @@ def export_run(run: Run, options: ExportOptions, *, progress: Progress) -> Manif
         if asked is not None:
             export = recipe.export.model_copy(update={"evaluation_images": asked})
             recipe = recipe.model_copy(update={"export": export})
-        export = recipe.export
-        options = replace(options, opset=export.opset, margin=export.margin, batch=options.batch or export.batch)
-        if options.embedding and options.class_vectors is None:
-            options = replace(options, class_vectors="initializer")
-        check_vocabulary(recipe, options)
-        manifest = export_best(run, recipe, options, progress)
+        manifest = export_best(run, recipe, settle_options(recipe, options), progress)
     if asked is not None and (images := manifest.evaluation.images) < asked:
         progress.note(f"there are {images} images to evaluate on; {asked} were asked for")
     return manifest
+
+
+def settle_options(recipe: Recipe, options: ExportOptions) -> ExportOptions:
+    """Return the options with what the recipe says of exports.
+
+    Raises:
+        ExportError: the student that the recipe describes cannot be exported so.
+    """
+    export = recipe.export
+    options = replace(options, opset=export.opset, margin=export.margin, batch=options.batch or export.batch)
+    if options.embedding and options.class_vectors is None:
+        options = replace(options, class_vectors="initializer")
+    check_vocabulary(recipe, options)
+    return options
 
 
 def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Progress) -> Manifest:
@@ -296,10 +305,11 @@ def check_vocabulary(recipe: Recipe, options: ExportOptions) -> None:
         ExportError: says what to do instead.
     """
     if options.class_vectors and not any(config.aligns_features for config in recipe.objective):
+        option = "--embedding" if options.embedding else "--open-vocabulary"
         able = [name for name, config in OBJECTIVES.items() if config(name=name).aligns_features]  # type: ignore[call-arg]
         raise ExportError(
             f"{recipe.objective_name} does not draw the student's features to the teacher's, so class vectors cannot "
             "score them",
-            fix=f"distil with one of {', '.join(able)}, or export without --open-vocabulary",
+            fix=f"distil with one of {', '.join(able)}, or export without {option}",
         )
     refuse_input(options)

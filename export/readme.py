@@ -10,12 +10,13 @@ from prgkit.export.formats import FORMATS
 from prgkit.export.formats.snippets import section
 from prgkit.storage.atomic import write_sealed, write_text
 
+README = "README.md"
 OLDEST_ONNXRUNTIME = {17: "1.12", 18: "1.15", 19: "1.16", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23"}  # by opset
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest and the README that goes with it; the card of a bundle that was pulled stays."""
-    path = folder / "README.md"
+    path = folder / README
     if not (path.exists() and path.read_bytes().startswith(b"---")):  # its front matter
         write_text(path, readme(manifest))
     write_sealed(folder / FILE, {"schema": SCHEMA, **manifest.to_json()})
@@ -26,7 +27,7 @@ def readme(manifest: Manifest) -> str:
     teacher, opset = manifest.teacher.model, manifest.export.opset
     others = [*(known.how_to_run(manifest) for known in FORMATS), section("other_classes.md", manifest)]
     return section(
-        "README.md",
+        README,
         manifest,
         size=size_told(manifest.preprocessing.image_size),
         # Where a teacher lay is nobody's business.

@@ -45,7 +45,7 @@ from prgkit.export.bundle.manifest import (
     exports_of,
 )
 from prgkit.export.formats.open_vocabulary import Matrix, agreement_sentence, scored, write_classes
-from prgkit.export.readme import write_manifest
+from prgkit.export.readme import README, write_manifest
 from prgkit.export.runtimes.onnxruntime import OnnxRunner
 from prgkit.export.runtimes.parity import GOLDEN_TOLERANCE
 from prgkit.progress import Progress
@@ -198,6 +198,7 @@ def write_relabelled(
             "checksums": checksums(new),
         }
     )
+    (new / README).unlink(missing_ok=True)  # a published card tells the old classes' figures
     write_manifest(new, manifest)
     return manifest
 

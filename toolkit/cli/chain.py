@@ -216,6 +216,9 @@ def run_chain(steps: Sequence[click.Context]) -> None:
     results: dict[str, Document] = {}
     with Terminal(says_results=is_main_process and not as_json, shows_progress=is_main_process) as terminal:
         session = Session(terminal, is_main_process, int(os.environ.get("WORLD_SIZE", "1")), as_json=as_json)
+        session.export_options = next(
+            (asked_options(step.params) for step in steps if step.info_name == "export"), None
+        )
         # A library that prints must not get into the document.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             for step in steps:

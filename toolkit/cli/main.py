@@ -75,6 +75,10 @@ def distill(session: Session, options: RecipeOptions) -> Document:
     """
     with needs_extra("distill"):
         recipe, folder = choose_recipe(session, options)
+        if session.export_options is not None:
+            from prgkit.export.from_run import settle_options
+
+            settle_options(recipe, session.export_options)  # what it refuses is refused before the training
         if options.dry_run:
             return print_estimate(session, recipe, folder, options.targets_root)
         from prgkit.training.distill import distill as work

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from prgkit.cli.terminal import Terminal
     from prgkit.errors import PrgkitError
+    from prgkit.export.formats.options import ExportOptions
 
 Document: TypeAlias = Mapping[str, object] | Sequence[object]  # what a command answers under --json
 
@@ -43,6 +44,7 @@ class Session:
     recipe_options: RecipeOptions | None = None  # those so far: a command that names no recipe means the one before
     failure: PrgkitError | None = None  # raised at the end, after the results are printed
     as_json: bool = False  # what the commands return is printed, at the end
+    export_options: ExportOptions | None = None  # of the chain's export, if it has one
     dry_run: bool = False  # --dry-run was given: what follows would have nothing to work on
     typed_in: Path = field(default_factory=Path.cwd)
 

@@ -57,11 +57,13 @@ def load_snapshot(run: Run) -> Snapshot | None:
 
     Raises:
         RunError: the file that says it is damaged.
+        OSError: it cannot be read.
     """
     if not run.snapshot_file.exists():
         return None
+    content = io.BytesIO(run.snapshot_file.read_bytes())  # what the system refuses is no damage
     try:
-        with np.load(run.snapshot_file, allow_pickle=False) as archive:
+        with np.load(content, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("images", "labelled", "files", "dated")}
             whole = bytes(archive["digest"]) == bytes(digest_of(arrays))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

@@ -24,6 +24,7 @@ from prgkit.storage.atomic import free_bytes, readable_bytes, require_space
 from prgkit.storage.run import Run, require_own_folder
 from prgkit.student.model import Student, build_student
 from prgkit.teacher.clip import Teacher, load_teacher
+from prgkit.teacher.ensemble import as_learned
 from prgkit.teacher.feature_store import FeatureStore, existing_store
 from prgkit.teacher.prompt_context import load_context
 from prgkit.training.checkpoint import expected_bytes, held_bytes
@@ -80,7 +81,8 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
         load_context(config)
     require_own_folder(folder, recipe)
     device = best_device()
-    stored = [existing_store(config, recipe.views, targets_root) for config in recipe.teacher]
+    learned = as_learned(recipe, run, targets_root) if (run := Run(folder)).begun else recipe
+    stored = [existing_store(config, recipe.views, targets_root) for config in learned.teacher]
     images = with_deep_greys(open_images(recipe.data.image_spec, note=progress.note))
     if images.left_out:
         progress.note(f"{images.spec}: {images.left_out}")
@@ -115,7 +117,7 @@ def estimate(recipe: Recipe, folder: Path, targets_root: Path, progress: Progres
         student_s=round(recipe.training.epochs * len(images) / images_per_s, 1),
     )
     require_space(targets_root, result.targets_bytes, "the target store")
-    require_space(folder, result.run_bytes - held_bytes(Run(folder)), "the run")
+    require_space(folder, result.run_bytes - held_bytes(run), "the run")
     return result.model_copy(update={"summary": in_words(recipe, result, device, free_bytes(folder))})
 
 

@@ -56,6 +56,20 @@ def test_images_and_classes_need_no_recipe(
 
 
 @pytest.mark.parametrize("option", ["", "--dry-run"])
+def test_an_export_that_the_student_will_not_allow_is_refused_before_the_training(
+    prgkit: PrgkitCommand, project_copy: Path, option: str
+) -> None:
+    for asked in ("--open-vocabulary", "--embedding"):
+        result = prgkit(f"distill tiny.yaml --run new --set objective.name=kd {option} export {asked}")
+        assert result.code == 1
+        assert result.err == (
+            "Error: kd does not draw the student's features to the teacher's, so class vectors cannot score them\n"
+            f"  fix: distil with one of prg, nd, promptkd, clipkd, or export without {asked}\n"
+        )
+        assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("option", ["", "--dry-run"])
 def test_a_rehearsal_refuses_what_the_work_would_refuse(
     prgkit: PrgkitCommand, project_copy: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:

@@ -213,6 +213,11 @@ def test_a_damaged_list_of_images_is_named(photos: Path, tmp_path: Path) -> None
     arguments = (recipe_for(source), tmp_path / "run", tmp_path / "targets")
     run = distill(*arguments, NullProgress())
     content = bytearray(run.snapshot_file.read_bytes())
+    run.snapshot_file.rename(tmp_path / "aside.npz")
+    run.snapshot_file.mkdir()
+    with pytest.raises(IsADirectoryError):  # as one that may not be read: no damage, and nothing to delete
+        distill(*arguments, NullProgress())
+    run.snapshot_file.rmdir()
     content[300] ^= 1
     run.snapshot_file.write_bytes(content)
     with pytest.raises(RunError, match=r"images\.npz, which says what the run was made from, is damaged"):

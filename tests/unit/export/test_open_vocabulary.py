@@ -48,7 +48,7 @@ from prgkit.export.from_run import check_vocabulary, export_run  # noqa: E402
 from prgkit.export.int8.calibration import measure_spreads  # noqa: E402
 from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of  # noqa: E402
 from prgkit.export.model_card import published  # noqa: E402
-from prgkit.export.readme import write_manifest  # noqa: E402
+from prgkit.export.readme import readme, write_manifest  # noqa: E402
 from prgkit.export.relabel import relabel, settled_bundle  # noqa: E402
 from prgkit.export.runtimes.gpu import available_backends  # noqa: E402
 from prgkit.export.runtimes.onnxruntime import OnnxRunner  # noqa: E402
@@ -205,6 +205,7 @@ def test_the_same_classes_in_another_order_give_the_same_logits_in_that_order(ru
     files = [entry.file for entry in open_bundle(run.bundle).artifacts if entry.format == "onnx"]
     before, logits = read_evaluation(run.bundle), {file: logits_of(run.bundle, file) for file in files}
     (run.bundle / "mine.txt").write_text("left alone")
+    (run.bundle / "README.md").write_text("---\nlicense: mit\n---\n# the card that it was published with\n")
     manifest = relabel(run.bundle, [LEARNED[place] for place in order], run=run, progress=NullProgress())
     after = read_evaluation(run.bundle)
     assert files == ["model.onnx", "model.fp16.onnx"]
@@ -216,6 +217,7 @@ def test_the_same_classes_in_another_order_give_the_same_logits_in_that_order(ru
     np.testing.assert_array_equal(np.array(order)[after.labels], before.labels)
     assert open_bundle(run.bundle).manifest == manifest
     assert (run.bundle / "mine.txt").read_text() == "left alone"
+    assert (run.bundle / "README.md").read_text() == readme(manifest)  # the card's figures are of the old classes
 
 
 def test_several_teachers_are_averaged_as_the_run_averages_them(run: Run) -> None:
