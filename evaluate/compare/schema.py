@@ -149,6 +149,7 @@ class ObjectiveComparison(Model):
     rows: list[ComparedObjective]
     failed: list[FailedTrial] = Field(default_factory=list)
     command: str = "prgkit compare"
+    recipe: Config | None = Field(None, description="What the recipes of all trials but the control have in common.")
 
 
 class RankedStudent(Model):

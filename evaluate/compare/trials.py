@@ -220,9 +220,24 @@ def compare(
         results.append(result)
     if not results:
         raise RunError(f"no trial could be trained; the first: {failed[0].reason}", where=out)
-    comparison = aggregate(results).model_copy(update={"failed": failed, "command": command})
+    recipes = [trial.recipe.model_dump(mode="json") for trial in trials if not trial.control]
+    told = {"failed": failed, "command": command, "recipe": common(recipes)}
+    comparison = aggregate(results).model_copy(update=told)
     write_comparison(out, comparison)
     return comparison
+
+
+def common(recipes: Sequence[Config]) -> Config:
+    """Return the keys and values that all recipes, or sections of them, have in common."""
+    found: Config = {}
+    for key, value in recipes[0].items():
+        values = [recipe[key] for recipe in recipes if key in recipe]
+        sections = [one for one in values if isinstance(one, dict)]
+        if len(sections) == len(recipes):
+            found[key] = common(sections)
+        elif values == [value] * len(recipes):
+            found[key] = value
+    return found
 
 
 def finished(path: Path, trial: Trial, split: EvalSplit) -> TrialResult | None:

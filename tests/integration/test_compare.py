@@ -21,7 +21,7 @@ from prgkit.errors import CameApartError, ImagesError, RecipeError, RunError
 from prgkit.evaluate.compare import trials as comparing
 from prgkit.evaluate.compare.aggregate import aggregate, comparison_document, difference, spread
 from prgkit.evaluate.compare.schema import Difference, FailedTrial, ObjectiveComparison, Spread, TrialResult
-from prgkit.evaluate.compare.trials import LADDER, EvalSplit, Plan, Trial, compare, trials_of
+from prgkit.evaluate.compare.trials import LADDER, EvalSplit, Plan, Trial, common, compare, trials_of
 from prgkit.evaluate.report.html import page
 from prgkit.evaluate.report.markdown import markdown
 from prgkit.progress import NullProgress
@@ -198,6 +198,12 @@ def test_one_seed_is_paired_by_image() -> None:
     assert spread([1.0, None]) is None
 
 
+def test_what_recipes_have_in_common_is_told_key_by_key() -> None:
+    recipes: list[Any] = [{"a": None, "b": {"x": 1, "y": 2}, "t": [1]}, {"b": {"x": 1, "y": 3}, "c": 1, "t": [1]}]
+    assert common(recipes) == {"b": {"x": 1}, "t": [1]}
+    assert common(recipes[:1]) == recipes[0]
+
+
 def test_a_comparison_is_made_once_and_goes_on_where_it_was(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +223,8 @@ def test_a_comparison_is_made_once_and_goes_on_where_it_was(
     found = compare(trials, tmp_path / "out", tmp_path / "targets", NullProgress(), command="prgkit compare")
     assert trained == ["ce", "prg", "prg"]
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == found.model_dump(mode="json")
+    shared = trials[0].recipe.model_dump(mode="json")
+    assert found.recipe == {**shared, "objective": {"weight": 1.0, "prompt_weighting": "max"}}
     alone = json.loads(trials[0].file(tmp_path / "out").read_text())
     assert (alone["schema"], alone["seed"], len(alone["answers"])) == (
         "prgkit.trial/2",
