@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,17 +20,7 @@ COLUMNS = ("image", "class", "probability", "second_class", "second_probability"
 LONGEST = 65_500  # pixels of a JPEG's side, as libjpeg has it
 
 
-class Answers(Protocol):
-    """A place that answers are added to, one by one; a picture's name is in it where it has an answer already."""
-
-    def __contains__(self, name: object) -> bool: ...
-
-    def add(self, answer: Prediction) -> None:
-        """Keep an answer, on the disk."""
-        ...
-
-
-def open_answers(out: Path) -> Answers:
+def open_answers(out: Path) -> AnswerLines | AnnotatedPictures:
     """Open a .csv or .jsonl file, or a folder for pictures, new or with answers in it to go on with.
 
     Raises:

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from prgkit.config.prompts import canonical
-from prgkit.config.recipe import Recipe, drop_retired_keys, validate
-from prgkit.config.sections import TeacherConfig
-from prgkit.device import best_device
+from prgkit.config.recipe import Recipe, validate
 from prgkit.errors import ExportError, ParityError, RunError
 from prgkit.export.bundle.artifact_cache import RELABELLED, alone_in, building, files_of, link, put_back, remove
 from prgkit.export.bundle.bundle import (
@@ -55,7 +52,7 @@ from prgkit.storage.locks import locked
 from prgkit.storage.reproducible import read_array, read_png, write_array
 from prgkit.storage.run import Run
 from prgkit.teacher.answers import both_logits
-from prgkit.teacher.clip import Teacher, load_teacher
+from prgkit.teacher.clip import teacher_loader
 from prgkit.teacher.ensemble import as_learned, averaged, computed_as, open_targets
 from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
 
@@ -83,7 +80,6 @@ def relabel(folder: Path, classes: Sequence[str], *, run: Run | None, progress: 
         scoring = require_open(bundle)
         for part in PARTS:
             require_unchanged(folder, part)
-        drop_retired_keys(bundle.manifest.recipe)
         recipe = validate(bundle.manifest.recipe, where=folder)
         answers = read_names(bundle, recipe, classes, run, progress)
         with building(folder, RELABELLED) as new:
@@ -135,11 +131,7 @@ def read_names(
 ) -> ZeroShotClassifier:
     """Return what turns features into answers about ``classes``: their names as the teacher reads them."""
 
-    @cache
-    def teacher(config: TeacherConfig) -> Teacher:  # asked only where the store does not hold these names
-        progress.note(f"loading the teacher {config.model}")
-        return load_teacher(config, best_device())
-
+    teacher = teacher_loader(progress)  # asked only where the store does not hold these names
     with store_of(run) as root:
         wanted = bundle.manifest.teacher.fingerprint
         settled = as_learned(recipe, run, root) if run else computed_as(recipe, root, wanted)

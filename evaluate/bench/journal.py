@@ -9,7 +9,6 @@ was measured in two sittings. What came before under other conditions is never u
 from __future__ import annotations
 
 import copy
-import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prgkit.errors import BenchError, PrgkitError
-from prgkit.evaluate.report.samples import SoakWindow
 from prgkit.evaluate.report.schema import Machine, Model, Soak, Stage
-from prgkit.storage.atomic import fingerprint, sha256, write_bytes
+from prgkit.storage.atomic import fingerprint, sha256
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
+from prgkit.storage.reproducible import write_array
 
 MOST_PAUSE_S = 600.0
 # What describes the machine and does not change while a bench is under way.
@@ -114,17 +113,6 @@ class FailureRecord(Model):
     reason: str
 
 
-KINDS: dict[type[Model], str] = {
-    RoundRecord: "round",
-    BatchRecord: "batch",
-    StageRecord: "stages",
-    LogitsRecord: "logits",
-    FramesRecord: "frames",
-    SoakStart: "start",
-    SoakWindow: "window",
-    SoakEnd: "end",
-    FailureRecord: "failed",
-}
 AnyRecord = TypeVar("AnyRecord", bound=Model)
 Line = dict[str, Any]  # of the journal: when, which kind, and the record
 
@@ -142,7 +130,8 @@ class BenchJournal:
         now, made_from = time.time(), fingerprint(conditions)
         self.file = Journal(folder / "journal.jsonl", Line)
         before = read_lines(self.file.path)
-        if any("kind" in line and not line["kind"].endswith("failed") for line in before):  # measured something
+        kinds = [line["kind"] for line in before if "kind" in line]
+        if any(not kind.endswith(FailureRecord.__name__) for kind in kinds):  # measured something
             age_s = now - max(line["at"] for line in before)
             if before[0].get("conditions") == made_from and 0 <= age_s <= MOST_PAUSE_S:
                 self.lines = before
@@ -162,7 +151,7 @@ class BenchJournal:
 
     def of(self, *kinds: type[AnyRecord]) -> list[AnyRecord]:
         """Return the records of some kinds, in the order in which they were measured."""
-        by_name = {self.prefix + KINDS[kind]: kind for kind in kinds}
+        by_name = {self.prefix + kind.__name__: kind for kind in kinds}
         return [
             by_name[line["kind"]].model_validate({key: line[key] for key in line if key not in ("at", "kind")})
             for line in self.lines
@@ -172,16 +161,14 @@ class BenchJournal:
     def add(self, record: Model) -> None:
         """Keep what has just been measured."""
         if self.folder is not None:
-            self.append({"kind": self.prefix + KINDS[type(record)], **record.model_dump(mode="json")})
+            self.append({"kind": self.prefix + type(record).__name__, **record.model_dump(mode="json")})
 
     def add_logits(self, artifact: int, logits: NDArray[np.float32]) -> None:
         """Keep an artifact's logits [images, classes] in a file of their own, and after it the record that names it."""
         if self.folder is None:
             return
-        buffer = io.BytesIO()
-        np.save(buffer, logits, allow_pickle=False)
         path = self.folder / f"logits-{len(self.lines)}.npy"
-        write_bytes(path, buffer.getvalue())
+        write_array(path, logits)
         self.add(LogitsRecord(artifact=artifact, file=path.name, sha256=sha256(path)))
 
     def logits(self) -> dict[int, NDArray[np.float32]]:
@@ -216,7 +203,7 @@ class BenchJournal:
         if aside.exists():
             raise PrgkitError(f"{aside.name} is there already", where=aside, fix="move it elsewhere")
         self.folder.rename(aside)
-        rounds = sum(line.get("kind") == "round" for line in before)
+        rounds = sum(line.get("kind") == RoundRecord.__name__ for line in before)
         return (
             f"A bench that was stopped after {rounds} rounds, too long ago or under other conditions, is not part of "
             f"this one: its samples are in {aside.name}."

@@ -51,7 +51,6 @@ def class_by_class(report: Report) -> Section | None:
         return None
     few = len(shares) <= SHOWN_AT_ONCE
     groups = [shares] if few else [shares[:WORST], shares[-BEST:]]
-    marks = [[class_mark(share) for share in group] for group in groups]
     judges = ("student", "teacher") if per_class.measure == "recall" else ("same answer",)
     weights: dict[str, float] = report.pseudo_labels.class_weights if report.pseudo_labels else {}
     return Section(
@@ -66,7 +65,7 @@ def class_by_class(report: Report) -> Section | None:
         tuple(class_row(share, len(judges), weights) for share in shares),
         ends=None if few else (WORST, BEST),
         folded="Every class in figures",
-        plots=(charts.class_shares(marks, left_out=len(shares) - sum(map(len, groups))),),
+        plots=(charts.class_shares(groups, left_out=len(shares) - sum(map(len, groups))),),
     )
 
 
@@ -75,13 +74,6 @@ def worst_first(per_class: PerClass) -> list[ClassShare]:
     return sorted(
         (share for share in per_class.classes if share.images), key=lambda share: (share.student or 0.0, -share.images)
     )
-
-
-def class_mark(share: ClassShare) -> charts.Share:
-    """Return a class as a line of the chart."""
-    assert share.student is not None  # it has images
-    assert share.student_interval is not None
-    return charts.Share(share.name, share.images, share.student, share.student_interval, share.teacher)
 
 
 def class_row(share: ClassShare, judges: int, weights: Mapping[str, float]) -> TableRow:

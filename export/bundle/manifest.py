@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from prgkit.config.image_size import Size
 from prgkit.config.sections import Export
 from prgkit.data.preprocessing import Preprocessing
-from prgkit.errors import ExportError, PrgkitError
-from prgkit.storage.atomic import read_sealed
+from prgkit.errors import ExportError
+from prgkit.storage.documents import read_document
 from prgkit.storage.quality import Statistics
 
 SCHEMA = "prgkit.bundle/3"
@@ -305,16 +305,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / FILE
     if not path.exists():
         raise ExportError("there is no bundle here", where=folder, fix="make one: prgkit export")
-    try:
-        facts = read_sealed(path)
-    except PrgkitError as error:
-        raise ExportError(error.what, where=path, fix="make the bundle again: prgkit export") from error
-    if (schema := facts.pop("schema", None)) != SCHEMA:
-        raise ExportError(f"{FILE} has schema {schema!r}, not {SCHEMA!r}", where=path, fix=EXPORT_AGAIN)
-    try:
-        manifest = Manifest.model_validate(facts)
-    except ValidationError as error:
-        raise ExportError(f"{FILE} {mistakes(error)}", where=path, fix=EXPORT_AGAIN) from error
+    manifest = read_document(path, Manifest, SCHEMA, what="a bundle's manifest", fix=EXPORT_AGAIN, error=ExportError)
     for artifact in manifest.artifacts:
         require_inside(artifact.file, path)
     for name in manifest.checksums:
@@ -336,25 +327,3 @@ def require_inside(file: str, path: Path, *, folders: Sequence[str] = ()) -> Non
             where=path,
             fix="copy the bundle again, or make it again: prgkit export",
         )
-
-
-def mistakes(error: ValidationError) -> str:
-    """Say what is wrong with a file's facts: the keys that it lacks, else the first one that is wrong."""
-    errors = error.errors(include_url=False)
-    for mistake in errors:
-        if mistake["loc"][:1] == ("artifacts",) and len(mistake["loc"]) > 1:
-            place = spelled(mistake["loc"])
-            return f"has an artifact that lacks facts: {place}: {reason(mistake['type'], mistake['msg'])}"
-    if missing := [spelled(mistake["loc"]) for mistake in errors if mistake["type"] == "missing"]:
-        return f"lacks {', '.join(missing)}"
-    return f"is damaged: {spelled(errors[0]['loc'])}: {reason(errors[0]['type'], errors[0]['msg'])}"
-
-
-def spelled(location: Iterable[int | str]) -> str:
-    """Return a place in a file as ``artifacts[0].file``."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
-
-
-def reason(kind: str, message: str) -> str:
-    """Say in a word what is wrong with a value."""
-    return {"missing": "missing", "extra_forbidden": "unknown key"}.get(kind, message)

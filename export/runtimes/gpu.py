@@ -46,11 +46,6 @@ class Backend:
         return self.problem is None
 
 
-def available_backends() -> dict[str, Backend]:
-    """Return both TensorRTs with their version, or with what each needs to be usable here."""
-    return {name: probe_backend(name) for name in BACKENDS}
-
-
 def choose_backend(name: str | None = None) -> Backend:
     """Return the backend asked for, or the best that is usable: tensorrt where a GPU is, else tensorrt_rtx.
 

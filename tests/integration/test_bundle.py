@@ -33,7 +33,7 @@ from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.student_export import CalibrationSet
 from prgkit.export.pipeline import EvaluationSet, ExportImages, StudentOrigin, TrainedStudent, export_student
 from prgkit.export.runtimes import open_runner
-from prgkit.export.runtimes.gpu import available_backends
+from prgkit.export.runtimes.gpu import probe_backend
 from prgkit.export.runtimes.onnxruntime import OnnxRunner
 from prgkit.export.runtimes.parity import check_golden
 from prgkit.storage import reproducible
@@ -41,7 +41,7 @@ from prgkit.storage.atomic import read_json, write_sealed
 from prgkit.storage.locks import locked
 
 needs_rtx = pytest.mark.skipif(
-    not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
+    not probe_backend("tensorrt_rtx").usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
 )
 
 CLASSES = [f"thing {number}" for number in range(20)]
@@ -94,7 +94,7 @@ def export(repvit, folder, *, notes=None, learned=None, **options):
 def whole(repvit, tmp_path_factory):
     """A bundle with both precisions and, where tensorrt_rtx is, both engines; tests copy it before they damage it."""
     folder, notes = tmp_path_factory.mktemp("run") / "bundle", []
-    manifest = export(repvit, folder, notes=notes, fp16=True, trt=available_backends()["tensorrt_rtx"].usable)
+    manifest = export(repvit, folder, notes=notes, fp16=True, trt=probe_backend("tensorrt_rtx").usable)
     return SimpleNamespace(folder=folder, manifest=manifest, notes=notes)
 
 

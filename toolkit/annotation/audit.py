@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from prgkit.annotation.sheet import Card, sheet
 from prgkit.config.recipe import Recipe
-from prgkit.data.ticks import AuditSample, SampledImage, Tick, carried, read_ticks, set_aside, ticked, write_ticks
+from prgkit.data.ticks import AuditSample, Tick, carried, read_ticks, set_aside, ticked, write_ticks
 from prgkit.device import best_device
 from prgkit.errors import PrgkitError, RunError
 from prgkit.evaluate.accuracy.ticked import teacher_share
@@ -106,13 +106,13 @@ def draw_audit(run: Run, recipe: Recipe, targets_root: Path, *, count: int | Non
         if before is None or (before.made_from, len(before.images)) != (made_from, count):
             kept = before.images if before and before.made_from == made_from else ()
             rows = choose(dataset, predictions, recipe, count, first=[image.key for image in kept])
-            ticks = carried([Tick(**row.model_dump()) for row in rows], earlier)
+            ticks = carried(rows, earlier)
             keep_earlier(run, earlier, ticks, same=bool(kept), progress=progress)
             write_ticks(run.ticks_file, ticks)
             sample = AuditSample(made_from=made_from, drawn_from=len(dataset.image_index), images=rows)
             write_sealed(run.sample_file, sample.model_dump(mode="json", by_alias=True))
         else:
-            ticks = carried([Tick(**image.model_dump()) for image in before.images], earlier)
+            ticks = carried(before.images, earlier)
             if not run.ticks_file.exists():
                 write_ticks(run.ticks_file, ticks)
         write_text(run.sheet_file, draw_sheet(run, recipe, dataset, predictions, ticks, progress))
@@ -145,7 +145,7 @@ def predict(dataset: DistillationDataset, progress: Progress) -> TeacherPredicti
 
 def choose(
     dataset: DistillationDataset, predictions: TeacherPredictions, recipe: Recipe, count: int, *, first: Sequence[str]
-) -> tuple[SampledImage, ...]:
+) -> tuple[Tick, ...]:
     """Return the images to tick: those with the keys in ``first``, then others, numbered in an order drawn by chance.
 
     The held-out images go before the rest, since the student is judged on them. Which images are held out is decided
@@ -164,7 +164,7 @@ def choose(
         added += part[draw(predictions.classes[part, 0], predictions.confidence[part, 0], wanted, chance)].tolist()
     chosen += sorted(added, key=lambda position: keys[position])
     return tuple(
-        SampledImage(
+        Tick(
             number=number,
             file=images.name(int(dataset.image_index.indices[position])),
             key=keys[position],

@@ -6,13 +6,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from prgkit.cli.options import FOLDER, PLACE, json_option, run_option, with_options
 from prgkit.cli.state import Document, Session
-from prgkit.errors import ImagesError, PrgkitError
+from prgkit.errors import ImagesError
+
+if TYPE_CHECKING:
+    from prgkit.evaluate.predict import Prediction
+    from prgkit.evaluate.search import Neighbours
+
+AnswerType = TypeVar("AnswerType", "Prediction", "Neighbours")
 
 
 def predict_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,7 +110,7 @@ def name_pictures(
     from prgkit.evaluate import system
     from prgkit.evaluate.answers import in_words, open_answers, place_below, save_picture
     from prgkit.evaluate.pictures import open_pictures
-    from prgkit.evaluate.predict import Model, Prediction
+    from prgkit.evaluate.predict import Model
     from prgkit.storage.find import find_bundle
 
     bundle, run = find_bundle(session.folder or place)
@@ -136,27 +142,6 @@ def name_pictures(
     if out is not None:
         terminal.say((str(out), "bold"), f": {told.count:,} pictures answered, {told.failed:,} of them unreadable")
     return told.answers
-
-
-class Answer(Protocol):
-    """The answer to one picture, or why there is none."""
-
-    @property
-    def image(self) -> str:
-        """The picture's name."""
-        ...
-
-    @property
-    def error(self) -> PrgkitError | None:
-        """Why it cannot be read."""
-        ...
-
-    def to_json(self) -> object:
-        """Return it as --json prints it."""
-        ...
-
-
-AnswerType = TypeVar("AnswerType", bound=Answer)
 
 
 @dataclass
@@ -191,7 +176,7 @@ def tell_each(
 
 def search_gallery(session: Session, asked: AskedPictures, place: Path | None, gallery: Path, top_k: int) -> Document:
     """Say which images of a gallery each picture is most like."""
-    from prgkit.evaluate.search import Neighbours, search
+    from prgkit.evaluate.search import search
     from prgkit.storage.find import find_bundle
 
     def tell(answer: Neighbours) -> None:

@@ -38,7 +38,6 @@ NOT_LEARNED_FROM: YamlMapping = {
     "training": {"workers", "checkpoint_minutes", "trackers"},
     "export": True,
 }
-RETIRED_OF_PRG = {"node_loss": "pearson", "edge_loss": "mse"}  # keys of before: each has one value that is meant now
 
 
 class Recipe(Config):
@@ -228,11 +227,9 @@ class Recipe(Config):
     def fingerprint(self) -> str:
         """Return what decides the trained weights: everything but `not_learned_from`, and what contexts hold.
 
-        What is not set leaves no trace, so that a run outlives new keys; keys of before leave theirs.
+        What is not set leaves no trace, so that a run outlives new keys.
         """
         config = self.model_dump(mode="json", exclude=self.not_learned_from, exclude_none=True)
-        for member in members_of(config):
-            member |= RETIRED_OF_PRG if member["name"] == "prg" else {}
         contexts = [Path(os.path.expanduser(teacher.context)) for teacher in self.teacher if teacher.context]
         return fingerprint([config, *(sha256(path) for path in contexts if path.is_file())] if contexts else config)
 
@@ -265,7 +262,6 @@ def load_recipe(
     """
     path = find_recipe(name)
     raw = read_yaml(path)
-    drop_retired_keys(raw)
     given = {f"data.{key}": value for key, value in (("images", images), ("classes", classes)) if value is not None}
     for key, value in given.items():
         section_of(raw, key)[key.removeprefix("data.")] = value
@@ -310,22 +306,6 @@ def summary_line(path: Path) -> str:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as YAML that `load_recipe` reads back as the same recipe."""
     write_yaml(recipe.model_dump(mode="json"), path)
-
-
-def drop_retired_keys(raw: YamlMapping) -> None:
-    """Take out of a recipe what it says in keys of before, where nothing else can be meant now."""
-    if isinstance(export := raw.get("export"), dict):
-        export.pop("fidelity", None)  # INT8 was judged by its agreement with FP32
-    for member in members_of(raw):
-        for key, value in RETIRED_OF_PRG.items():
-            if isinstance(member, dict) and member.get(key) == value:
-                del member[key]
-
-
-def members_of(raw: YamlMapping) -> list[Any]:
-    """Return a page's objective, or the members of a list of them."""
-    objective = raw.get("objective")
-    return objective if isinstance(objective, list) else [objective]
 
 
 def apply_override(raw: YamlMapping, override: str) -> None:

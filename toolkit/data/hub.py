@@ -15,6 +15,7 @@ from PIL import Image
 from prgkit.config.prompts import load_classes
 from prgkit.data.decode import UnreadableImage
 from prgkit.data.files import Source, read_span
+from prgkit.demo.digits import load_digits
 from prgkit.errors import ImagesError, first_line, nearest
 from prgkit.storage.atomic import cache_folder
 
@@ -217,16 +218,9 @@ def open_demo(rest: str) -> DatasetSource:
     Raises:
         ImagesError: there is no such demo, or what it is made from is not installed.
     """
-    known = ("digits/train", "digits/test")
-    if rest not in known:
-        raise ImagesError(f"there is no demo:{rest}{nearest(rest, known)}", fix=f"use demo:{' or demo:'.join(known)}")
-    try:
-        from prgkit.demo.digits import load_digits
-
-        digits = load_digits(rest.removeprefix("digits/"))
-    except ImportError as error:
-        fix = "pip install 'prgkit[demo]'"
-        raise ImagesError(f"demo:{rest} needs {error.name}, which is not installed", fix=fix) from error
+    if not rest.startswith("digits/"):
+        raise ImagesError(f"there is no demo:{rest}", fix="use demo:digits/train or demo:digits/test")
+    digits = load_digits(rest.removeprefix("digits/"))
     return DatasetSource(rest, [*zip(*digits, strict=True)], None)
 
 

@@ -207,23 +207,13 @@ def ticks_in(path: Path, classes: Sequence[str]) -> set[Tick] | None:
         return None
 
 
-class SampledImage(BaseModel, frozen=True):
-    """An image on the sheet: all of its `Tick` but what is ticked."""
-
-    number: int
-    file: str
-    key: str
-    teacher: str
-    confidence: str
-
-
 class AuditSample(BaseModel, frozen=True):
     """Which images are on a run's sheet: its sample.json."""
 
     schema_version: Literal["prgkit.audit/1"] = Field("prgkit.audit/1", alias="schema")
     made_from: str  # a fingerprint of the images and the teacher's answers
     drawn_from: int
-    images: tuple[SampledImage, ...]
+    images: tuple[Tick, ...]
 
     @classmethod
     def of(cls, run: Run) -> AuditSample | None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from prgkit import __version__
 from prgkit.config.messages import first_mistake
-from prgkit.config.recipe import Recipe, drop_retired_keys, save_recipe, validate
+from prgkit.config.recipe import Recipe, save_recipe, validate
 from prgkit.config.sections import StudentConfig
 from prgkit.config.yaml_io import YamlMapping, read_yaml
 from prgkit.errors import RunError
@@ -62,9 +62,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The resolved recipe the run was started with."""
-        raw = read_yaml(self.recipe_file)
-        drop_retired_keys(raw)
-        return validate(raw, where=self.recipe_file)
+        return validate(read_yaml(self.recipe_file), where=self.recipe_file)
 
     @property
     def card(self) -> RunCard:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from prgkit.errors import some
 
@@ -46,11 +46,6 @@ class TeacherFacts(Part):
     width: int  # of its features
     logit_scale: float
     context: str | None = None  # the digest of what adapt-teacher learned
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _one_or_many(cls, targets: Any) -> Any:
-        return (targets,) if isinstance(targets, str) else targets
 
 
 class LearnedFacts(Part):

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,21 +24,13 @@ from prgkit.errors import StudentError, one_line
 from prgkit.outputs import StudentOutput
 from prgkit.storage.atomic import sha256
 from prgkit.storage.run import Run, initial_run, initial_weights
-from prgkit.storage.run_card import InitialRun, StudentFacts, TeacherFacts
+from prgkit.storage.run_card import BestEpoch, InitialRun, StudentFacts, TeacherFacts
 from prgkit.storage.tensors import load_facts, load_tensors
 from prgkit.student.heads import ClassVectors, DualHead, DualHeadModel, OpenVocabulary
 from prgkit.student.timm_model import architecture, create_timm_model, head_names, timm_config
 
 if TYPE_CHECKING:
     from prgkit.data.augment import Batch
-
-
-class CheckpointFacts(NamedTuple):
-    """What the header of a student's weights says of them."""
-
-    epoch: int
-    agreement: float
-    held_out_kl: float
 
 
 class Normalised(nn.Module):
@@ -312,9 +304,9 @@ def student_logits(student: Student, batches: Iterable[Batch]) -> NDArray[np.flo
     return torch.cat(parts).numpy()
 
 
-def student_facts(path: Path) -> CheckpointFacts:
+def student_facts(path: Path) -> BestEpoch:
     """Return what is written in a weights file's header: the epoch it comes from, and its scores."""
-    return TypeAdapter(CheckpointFacts).validate_python(load_facts(path))
+    return BestEpoch.model_validate(load_facts(path))
 
 
 def reparameterised(model: nn.Module) -> nn.Module:

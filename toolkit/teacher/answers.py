@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from prgkit.config.recipe import Recipe
-from prgkit.config.sections import TeacherConfig
 from prgkit.data.index import ImageIndex
-from prgkit.device import best_device
 from prgkit.errors import ExportError
 from prgkit.progress import Progress
 from prgkit.storage.run import Run
-from prgkit.teacher.clip import Teacher, load_teacher
+from prgkit.teacher.clip import teacher_loader
 from prgkit.teacher.ensemble import as_learned, averaged, open_targets
 from prgkit.teacher.feature_store import embed
 from prgkit.teacher.zero_shot import ZeroShotClassifier, classifier_of
@@ -40,12 +37,7 @@ def teacher_answers(
     Raises:
         ExportError: the teacher is not the one that the run's student learned from.
     """
-
-    @cache
-    def teacher(config: TeacherConfig) -> Teacher:
-        progress.note(f"loading the teacher {config.model}")
-        return load_teacher(config, best_device())
-
+    teacher = teacher_loader(progress)
     root = run.target_stores[0].parent
     targets = open_targets(as_learned(recipe, run, root), root, teacher)
     if targets.facts().fingerprint != run.teacher_facts.fingerprint:

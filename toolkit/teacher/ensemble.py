@@ -26,7 +26,7 @@ from prgkit.teacher.clip import BATCH_SIZES
 from prgkit.teacher.feature_store import FeatureStore, Load, existing_store, open_store
 from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.weights import as_stored, settled, teacher_identity, weights_identity
-from prgkit.teacher.zero_shot import ZeroShotClassifier, no_adjustment
+from prgkit.teacher.zero_shot import ZeroShotClassifier
 
 
 class TeacherEnsemble:
@@ -73,18 +73,6 @@ class TeacherEnsemble:
     ) -> Tensor:
         """Return T [M, C, D] float32; each teacher embeds a set of classes and templates once."""
         return self._joined([store.prompts(classes, templates, teacher, progress) for store in self.stores])
-
-    def alone(self, classifier: ZeroShotClassifier) -> list[ZeroShotClassifier]:
-        """Return each teacher's own classifier, not adjusted, of its part of the features, as `split` gives it."""
-        scale, untouched = len(self.stores) * classifier.logit_scale, no_adjustment(classifier.prompts.shape[1])
-        return [
-            ZeroShotClassifier(prompts, scale, classifier.prompt_weighting, untouched)
-            for prompts in self.split(classifier.prompts)
-        ]
-
-    def split(self, vectors: Tensor) -> list[Tensor]:
-        """Return each teacher's part of joint vectors [..., D]: w_k times its own [..., D_k]."""
-        return list(torch.split(vectors, [store.width for store in self.stores], dim=-1))
 
     def facts(self) -> TeacherFacts:
         """Return what a run's card says of its teachers."""

@@ -12,7 +12,6 @@ another store's journal lie one after the other. A kill leaves a torn last recor
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
@@ -25,14 +24,11 @@ from numpy.typing import NDArray
 
 from prgkit.config.shard import WHOLE, Shard
 from prgkit.data.snapshot import KEY_BYTES, packed
-from prgkit.progress import silent
-from prgkit.storage.atomic import flush, guarding_space, mapped, read_sealed, write_bytes, write_sealed
-from prgkit.storage.locks import locked
+from prgkit.storage.atomic import flush, guarding_space, mapped
 
 SCHEMA = "prgkit.targets/3"
 INDEX = "index.bin"
 SHARDS = "shards"
-OLD_JOURNAL = "journal.jsonl"  # of prgkit.targets/2
 OPEN_FILES = 256  # mapped at once: a store may have thousands, and a process may open some hundreds
 MARK = b"prgblk\r\n"
 HEADER = struct.Struct("<8s16sQIIII")
@@ -289,25 +285,6 @@ class FeatureFiles:
 @lru_cache(OPEN_FILES)
 def _mapped(path: Path, _inode: int, rows: int, width: int) -> NDArray[np.float16]:
     return mapped(path, np.float16, (rows, width))
-
-
-def upgrade(folder: Path) -> None:
-    """Bring a store of prgkit.targets/2, whose journal was of JSON lines, to this form: its features stay."""
-    old = folder / OLD_JOURNAL
-    if not old.exists():
-        return
-    with locked(folder, "target store", wait=silent):
-        blocks = []
-        for line in old.read_bytes().split(b"\n")[:-1] if old.exists() else []:
-            try:
-                found = json.loads(line)
-                digests = tuple(bytes.fromhex(one) for one in found["digests"])
-                blocks.append(Block(found["row"], packed(found["keys"]), digests).packed())
-            except (ValueError, TypeError, KeyError):  # a damaged line: its images are embedded again
-                continue
-        write_bytes(folder / INDEX, b"".join(blocks))
-        write_sealed(folder / "card.json", {**read_sealed(folder / "card.json"), "schema": SCHEMA})
-        old.unlink(missing_ok=True)
 
 
 def digest(content: bytes) -> bytes:

@@ -38,13 +38,13 @@ from prgkit.errors import TargetsError
 from prgkit.progress import NULL_PROGRESS, Progress
 from prgkit.storage.atomic import (
     fingerprint,
-    read_sealed,
     read_text,
     require_space,
     write_bytes,
     write_sealed,
     write_text,
 )
+from prgkit.storage.documents import read_document
 from prgkit.storage.locks import locked
 from prgkit.storage.run_card import TeacherFacts
 from prgkit.teacher.clip import Teacher
@@ -57,7 +57,6 @@ from prgkit.teacher.feature_files import (
     FeatureFiles,
     KeyTable,
     digest,
-    upgrade,
 )
 from prgkit.teacher.prompt_context import load_context
 from prgkit.teacher.weights import as_stored, name_of, settled, teacher_identity, views_identity
@@ -87,13 +86,14 @@ class FeatureStore:
     """A store of a teacher's features, opened for reading and appending; with a ``shard``, what is appended is its."""
 
     def __init__(self, folder: Path, config: TeacherConfig, shard: Shard = WHOLE) -> None:
-        upgrade(folder)
         self.folder = folder
         self.config = config
         self.shard = shard
         self.own_folder = folder / SHARDS / shard.folder if shard.total else folder
         self.context = load_context(config)
-        self.card = StoreCard.model_validate(read_sealed(folder / "card.json", fix=LOST_CARD))
+        self.card = read_document(
+            folder / "card.json", StoreCard, SCHEMA, what="a target store", fix=LOST_CARD, error=TargetsError
+        )
         self.width = self.card.width
         self.logit_scale = self.card.logit_scale
         self._table = KeyTable()

@@ -18,7 +18,7 @@ from prgkit.storage.find import RUNS
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Run
-from prgkit.teacher.feature_files import INDEX, SHARDS, BlockJournal, KeyTable, upgrade
+from prgkit.teacher.feature_files import INDEX, SHARDS, BlockJournal, KeyTable
 
 DAY_SECONDS = 86_400
 
@@ -76,7 +76,6 @@ def free(row: StoredTargets, *, rehearse: bool) -> bool:
 
 def describe(folder: Path, users: dict[Path, list[str]]) -> StoredTargets:
     """Return what a store holds, without reading its features."""
-    upgrade(folder)
     card = folder / "card.json"
     facts, table, views = read_json(card), KeyTable(), 0
     for block in BlockJournal(folder / INDEX).new_blocks():

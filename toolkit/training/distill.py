@@ -30,7 +30,6 @@ from prgkit.progress import NullProgress, Progress
 from prgkit.storage.atomic import require_space
 from prgkit.storage.locks import locked
 from prgkit.storage.run import Run, differences, require_own_folder, start_run, undoing
-from prgkit.storage.run_card import BestEpoch
 from prgkit.storage.tensors import save_tensors
 from prgkit.student.model import Student, build_student, start_student, student_facts
 from prgkit.teacher.ensemble import as_learned, teacher_fingerprint
@@ -343,8 +342,8 @@ def finish(trainer: Trainer) -> None:
         evaluate(trainer, counters.epoch)
     if accelerator.is_main_process:
         rate = trainer.plan.steps * trainer.plan.batch_size / max(counters.seconds, 1e-9)
-        best = BestEpoch(**student_facts(run.weights)._asdict())
-        run.update_card(best=best, images_per_s=round(rate, 1), seconds=round(counters.seconds, 1), finished=True)
+        best, seconds = student_facts(run.weights), round(counters.seconds, 1)
+        run.update_card(best=best, images_per_s=round(rate, 1), seconds=seconds, finished=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from prgkit.config.recipe import Recipe
 from prgkit.config.sections import Keep
@@ -17,8 +15,9 @@ from prgkit.data.ticks import read_ticks
 from prgkit.device import best_device
 from prgkit.errors import RecipeError, TargetsError
 from prgkit.progress import Progress
-from prgkit.storage.atomic import read_sealed, sha256, write_bytes, write_sealed
+from prgkit.storage.atomic import read_sealed, sha256, write_sealed
 from prgkit.storage.quality import Statistics
+from prgkit.storage.reproducible import write_array
 from prgkit.storage.run import Run
 from prgkit.storage.run_card import LearnedFacts
 from prgkit.teacher.ensemble import TeacherEnsemble, averaged
@@ -71,9 +70,7 @@ def save_findings(
     """Write into the run what was found; the JSON comes last and vouches for the other files."""
     confidence_sha256 = refinement_sha256 = None
     if confidence is not None:
-        buffer = io.BytesIO()
-        np.save(buffer, confidence, allow_pickle=False)
-        write_bytes(run.confidence_file, buffer.getvalue())
+        write_array(run.confidence_file, confidence)
         confidence_sha256 = sha256(run.confidence_file)
     if classifier.refinement is not None:
         save_refinement(run.refinement_file, classifier.refinement)
@@ -270,7 +267,7 @@ def pseudo_label_statistics(dataset: DistillationDataset, recipe: Recipe) -> Sta
         )
     if isinstance(dataset.store, TeacherEnsemble):
         update["teachers"] = statistics.measure_disagreement(
-            labels_alone(dataset.store, classifier, feature_parts),
+            torch.cat([classifier.each_teacher(part).argmax(dim=2) for part in feature_parts], dim=1).numpy(),
             raw_logits.argmax(dim=1).numpy(),
             teachers=[store.config.name for store in dataset.store.stores],
             classes=recipe.classes,
@@ -295,20 +292,6 @@ def two_views(dataset: DistillationDataset) -> tuple[NDArray[np.int64], NDArray[
         for view in (0, 1)
     )
     return first.argmax(dim=1).numpy(), second.argmax(dim=1).numpy()
-
-
-def labels_alone(
-    ensemble: TeacherEnsemble, classifier: ZeroShotClassifier, features: Sequence[Tensor]
-) -> NDArray[np.int64]:
-    """Return the class that each of K teachers names by itself, not adjusted: [K, n], for joint features in parts."""
-    parts = [ensemble.split(part) for part in features]
-    labels: NDArray[np.int64] = torch.stack(
-        [
-            torch.cat([alone.raw_logits(part[teacher]).argmax(dim=1) for part in parts])
-            for teacher, alone in enumerate(ensemble.alone(classifier))
-        ]
-    ).numpy()
-    return labels
 
 
 def sure_enough(confidence: NDArray[np.float32], config: Keep) -> NDArray[np.bool_]:

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from prgkit.evaluate.report.formatting import ms
 from prgkit.evaluate.report.plots import svg
 from prgkit.evaluate.report.plots.svg import FONT, WIDTH, Axis
+from prgkit.evaluate.report.schema import ClassShare
 
 BAR, LINE, GAP = 11.0, 36.0, 30.0  # pixels: a bar, a bar with its name above it, the title of a group
 
@@ -63,21 +64,10 @@ def draw_bar(bar: Bar, x: Axis, above: float) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class Share:
-    """One class: the student's share in percent with its interval, and the teacher's where it has one."""
-
-    label: str
-    images: int
-    student: float
-    interval: tuple[float, float]
-    teacher: float | None
-
-
 ROW, NAME = 25.0, 138.0  # pixels: a class, the room for its name
 
 
-def class_shares(groups: Sequence[Sequence[Share]], *, left_out: int) -> Markup:
+def class_shares(groups: Sequence[Sequence[ClassShare]], *, left_out: int) -> Markup:
     """Draw a line for each class on an axis from 0 to 100 %, in groups with the number of classes left out between."""
     left, right, top = NAME + 10, WIDTH - 44.0, 30.0
     bottom = top + ROW * (sum(map(len, groups)) + len(groups) - 1) + 4
@@ -92,7 +82,7 @@ def class_shares(groups: Sequence[Sequence[Share]], *, left_out: int) -> Markup:
         for share in group:
             middle += ROW
             parts += draw_share(share, x, middle - ROW / 2 + 2)
-    description = ", ".join(f"{share.label} {share.student:.0f} %" for group in groups for share in group)
+    description = ", ".join(f"{share.name} {share.student:.0f} %" for group in groups for share in group)
     return svg.drawing(bottom, parts, title="Share by class", description=description)
 
 
@@ -104,14 +94,16 @@ def class_key(x: Axis, *, teacher: bool) -> list[str]:
     return [*parts, svg.text(WIDTH, 14.5, "images", anchor="end", muted=True)]
 
 
-def draw_share(share: Share, x: Axis, middle: float) -> list[str]:
+def draw_share(share: ClassShare, x: Axis, middle: float) -> list[str]:
     """Return a class's name, marks, interval and number of images."""
-    low, high = (x.at(value) for value in share.interval)
+    assert share.student is not None  # it has images
+    assert share.student_interval is not None
+    low, high = (x.at(value) for value in share.student_interval)
     ink, text_at = svg.colour(0), middle + FONT * 0.35
-    title = f"{share.label}: student {share.student:.1f} %"
+    title = f"{share.name}: student {share.student:.1f} %"
     title += "" if share.teacher is None else f", teacher {share.teacher:.1f} %"
     return [
-        svg.text(0, text_at, svg.shortened(share.label, NAME)),
+        svg.text(0, text_at, svg.shortened(share.name, NAME)),
         svg.line(low, middle, high, middle, stroke=ink, width=5, extra='opacity="0.4" stroke-linecap="round"'),
         *([] if share.teacher is None else [diamond(x.at(share.teacher), middle)]),
         svg.circle(x.at(share.student), middle, radius=5, fill=ink, title=title),

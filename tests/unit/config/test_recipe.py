@@ -415,19 +415,6 @@ def test_the_fingerprint_is_of_what_is_learned_from(mine: str) -> None:
         assert load_recipe(mine, overrides=same[:count]).fingerprint() == recipe.fingerprint(), same[count - 1]
 
 
-@pytest.mark.parametrize(
-    ("objective", "before"),  # as prgkit wrote it into cards when PRG had the keys node_loss and edge_loss
-    [
-        ("{name: prg}", "6f6e22e5966e28bc"),
-        ("[{name: kd}, {name: prg}]", "ee2213669137fb47"),
-        ("{name: kd}", "3618b45391339aab"),
-    ],
-)
-def test_a_fingerprint_outlives_the_keys_that_leave(objective: str, before: str) -> None:
-    text = f"data: {{images: a, classes: [b, c]}}\nteacher: {{model: d}}\nstudent: {{model: e}}\nobjective: {objective}"
-    assert validate(parse_yaml(text, where="test"), where="test").fingerprint() == before
-
-
 def test_how_labels_are_read_is_learned_from_where_labels_are(mine: str) -> None:
     from_1, dho = "data.label_format.first_number=1", ["data.labelled=shots/", "objective={name: dho}"]
     plain, learner = load_recipe(mine), load_recipe(mine, overrides=dho)

@@ -42,7 +42,7 @@ from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of, w
 from prgkit.export.int8.quantise import quantise, root_kl  # noqa: E402
 from prgkit.export.pipeline import EvaluationSet, ExportImages, StudentOrigin, TrainedStudent, export_student  # noqa: E402
 from prgkit.export.runtimes import setups  # noqa: E402
-from prgkit.export.runtimes.gpu import available_backends  # noqa: E402
+from prgkit.export.runtimes.gpu import probe_backend  # noqa: E402
 from prgkit.export.runtimes.onnxruntime import OnnxRunner  # noqa: E402
 from prgkit.export.runtimes.parity import run_and_close  # noqa: E402
 from prgkit.progress import NullProgress  # noqa: E402
@@ -57,7 +57,7 @@ def build_engines(folder, *, note, **options):
 
 
 needs_rtx = pytest.mark.skipif(
-    not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
+    not probe_backend("tensorrt_rtx").usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
 )
 
 

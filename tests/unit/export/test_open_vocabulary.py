@@ -50,7 +50,7 @@ from prgkit.export.int8.qdq import Quantizable, find_convolutions, tensors_of  #
 from prgkit.export.model_card import published  # noqa: E402
 from prgkit.export.readme import readme, write_manifest  # noqa: E402
 from prgkit.export.relabel import relabel, settled_bundle  # noqa: E402
-from prgkit.export.runtimes.gpu import available_backends  # noqa: E402
+from prgkit.export.runtimes.gpu import probe_backend  # noqa: E402
 from prgkit.export.runtimes.onnxruntime import OnnxRunner  # noqa: E402
 from prgkit.export.runtimes.openvino import OpenVinoRunner  # noqa: E402
 from prgkit.export.runtimes.parity import run_batches  # noqa: E402
@@ -66,7 +66,7 @@ from prgkit.training.prepare import hold_out, prepare  # noqa: E402
 BASE = Path(__file__).parents[3] / ".venv-base" / "bin" / "python"
 LEARNED = CLASSES[:4]
 needs_rtx = pytest.mark.skipif(
-    not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
+    not probe_backend("tensorrt_rtx").usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
 )
 
 
@@ -367,7 +367,7 @@ def test_there_may_be_more_or_fewer_classes(run: Run, count: int) -> None:
 
 def test_no_image_is_read_and_a_known_name_costs_no_teacher(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     relabel(run.bundle, ["five", "six"], run=run, progress=NullProgress())
-    monkeypatch.setattr(relabelling, "load_teacher", lambda *_: pytest.fail("the teacher was asked again"))
+    monkeypatch.setattr("prgkit.teacher.clip.load_teacher", lambda *_: pytest.fail("the teacher was asked again"))
     monkeypatch.setattr("prgkit.teacher.clip.Teacher.embed_images", lambda *_: pytest.fail("the teacher saw an image"))
     relabel(run.bundle, LEARNED, run=run, progress=NullProgress())
     relabel(run.bundle, ["five", "six"], run=run, progress=NullProgress())

@@ -19,11 +19,11 @@ from prgkit.export.formats import tensorrt_build
 from prgkit.export.formats.tensorrt_build import build_engine
 from prgkit.export.formats.tensorrt_precision import LEAST_INT8_WEIGHTS, constant, layers_of, leave_small_in_fp16
 from prgkit.export.runtimes import gpu
-from prgkit.export.runtimes.gpu import Gpu, available_backends, choose_backend, choose_targets, find_gpu
+from prgkit.export.runtimes.gpu import Gpu, choose_backend, choose_targets, find_gpu, probe_backend
 from prgkit.storage.atomic import sha256
 
 needs_rtx = pytest.mark.skipif(
-    not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
+    not probe_backend("tensorrt_rtx").usable, reason="tensorrt_rtx is not installed: pip install 'prgkit[rtx]'"
 )
 
 
@@ -364,7 +364,7 @@ def test_a_placeholder_wheel_that_cannot_be_imported_is_told_from_none(monkeypat
         raise ImportError("libnvinfer.so.11: cannot open shared object file")
 
     monkeypatch.setattr(tensorrt_build.importlib, "import_module", broken)
-    problem = available_backends()["tensorrt"].problem
+    problem = probe_backend("tensorrt").problem
     assert problem.startswith("cannot be imported (libnvinfer.so.11: cannot open shared object file); pip install")
 
 

@@ -23,7 +23,7 @@ from prgkit.export.bundle.engine_metadata import EngineMetadata, write_engine_me
 from prgkit.export.bundle.manifest import TensorSpec
 from prgkit.export.formats.tensorrt_build import build_engine
 from prgkit.export.runtimes import tensorrt
-from prgkit.export.runtimes.gpu import Gpu, available_backends, this_platform
+from prgkit.export.runtimes.gpu import Gpu, probe_backend, this_platform
 from prgkit.export.runtimes.tensorrt import TensorRTRunner, require_match, why_not_here
 from prgkit.storage.atomic import sha256
 
@@ -336,7 +336,7 @@ def test_tensorrt_for_rtx_has_all_that_the_runner_calls():
 
 
 @pytest.mark.skipif(tensorrt.find_gpu() is not None, reason="there is a GPU")
-@pytest.mark.skipif(not available_backends()["tensorrt_rtx"].usable, reason="tensorrt_rtx is not installed")
+@pytest.mark.skipif(not probe_backend("tensorrt_rtx").usable, reason="tensorrt_rtx is not installed")
 def test_a_real_engine_without_a_gpu_says_what_it_needs(repvit, tmp_path):
     card = build_engine(repvit.fp16, tmp_path, precision="fp16", batch=(1, 1, 8), backend="tensorrt_rtx")
     with pytest.raises(BackendError) as caught:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from prgkit.config.recipe import Recipe, load_recipe, save_recipe, validate
-from prgkit.errors import RecipeError, RunError
+from prgkit.config.recipe import Recipe, save_recipe, validate
+from prgkit.errors import RunError
 from prgkit.storage.atomic import read_sealed, write_sealed
 from prgkit.storage.find import find_run, standing_where_it_started
 from prgkit.storage.run import Run, start_run
@@ -57,24 +57,6 @@ def test_a_card_of_another_form_is_damaged(run: Run) -> None:
     write_sealed(run.card_file, {**BEGUN, "finished": "perhaps"})
     with pytest.raises(RunError, match=r"card\.json is damaged: finished: Input should be a valid boolean"):
         _ = run.card
-
-
-def test_a_recipe_with_keys_of_before_is_read_where_they_can_be_left_out(run: Run) -> None:
-    recipe = (
-        "data: {images: a, classes: [b, c]}\nteacher: {model: d}\nstudent: {model: e}\nexport: {fidelity: 99}\n"
-        "objective: [{name: prg, node_loss: pearson, edge_loss: mse}, {name: kd}]\n"
-    )
-    run.recipe_file.write_text(recipe)
-    again = load_recipe(str(run.recipe_file))  # as `prgkit distill RUN/recipe.yaml --run RUN` reads it
-    assert [objective.name for objective in run.recipe.objective] == ["prg", "kd"]
-    assert again.fingerprint() == run.recipe.resolved().fingerprint()
-    with pytest.raises(RecipeError, match="fidelity"):  # asked for now, it is a mistake
-        load_recipe(str(run.recipe_file), overrides=["export.fidelity=99"])
-    run.recipe_file.write_text(recipe.replace("mse", "pearson"))
-    with pytest.raises(RecipeError, match="edge_loss"):
-        _ = run.recipe
-    with pytest.raises(RecipeError, match="edge_loss"):
-        load_recipe(str(run.recipe_file))
 
 
 def recipe_of(**changes: Any) -> Recipe:

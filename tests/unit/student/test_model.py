@@ -378,7 +378,7 @@ def test_weights_come_back_bit_for_bit(run: Run) -> None:
     save_tensors(run.weights, student.state_dict(), {"epoch": 3, "agreement": 61.5, "held_out_kl": 0.25})
     loaded = load_student(run)
     assert not loaded.training
-    assert student_facts(run.weights)._asdict() == {"epoch": 3, "agreement": 61.5, "held_out_kl": 0.25}
+    assert student_facts(run.weights).model_dump() == {"epoch": 3, "agreement": 61.5, "held_out_kl": 0.25}
     assert loaded.preprocessing == student.preprocessing
     assert loaded.state_dict().keys() == student.state_dict().keys() == load_file(run.weights).keys()
     for name, tensor in student.state_dict().items():

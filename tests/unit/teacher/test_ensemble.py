@@ -32,7 +32,7 @@ from prgkit.teacher.zero_shot import ZeroShotClassifier, log_shares, no_adjustme
 from prgkit.training.distill import distill
 from prgkit.training.dry_run import estimate
 from prgkit.training.prepare import prepare
-from prgkit.training.pseudo_labels import labels_alone, pseudo_label_statistics
+from prgkit.training.pseudo_labels import pseudo_label_statistics
 from prgkit.training.statistics import measure_disagreement, summarise_disagreement
 
 IMAGES = 24
@@ -199,7 +199,8 @@ def test_each_teacher_has_a_store_of_its_own_that_other_runs_share(
     ]
     torch.testing.assert_close(per_prompt[2], (per_prompt[0] + per_prompt[1]) / 2, rtol=1e-5, atol=1e-4)
     assert isinstance(both.store, TeacherEnsemble)
-    named = labels_alone(both.store, both.classifier, [both.store.features(both.rows[positions], views)])
+    features = both.store.features(both.rows[positions], views)
+    named = both.classifier.each_teacher(features).argmax(dim=2)
     for mine, one in zip(named, (alone, again), strict=True):
         assert mine.tolist() == one.teacher_output(positions, views, torch.device("cpu")).labels.tolist()
     assert len({one.fingerprint() for one in (alone, again, both)}) == 3
@@ -222,7 +223,7 @@ def test_a_student_of_two_teachers_is_trained_judged_and_keeps_both_stores(
     assert any(note.startswith("  teachers    they name different classes on ") for note in progress.notes)
 
     images = index_images(open_images(recipe.data.images), workers=1)
-    monkeypatch.setattr("prgkit.teacher.answers.load_teacher", lambda *_: pytest.fail("nothing is new to a teacher"))
+    monkeypatch.setattr("prgkit.teacher.clip.load_teacher", lambda *_: pytest.fail("nothing is new to a teacher"))
     weighted = teacher_answers(run, recipe, images, np.arange(len(images)), NullProgress()).logits
     dataset = prepare(recipe, Path("targets"), NullProgress())
     said = dataset.teacher_output(np.arange(len(images)), np.zeros(len(images), dtype=int), torch.device("cpu"))

@@ -1,7 +1,6 @@
 """The target store: the teacher sees each view once, whatever is renamed, added, killed or damaged."""
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,6 @@ from prgkit.data.sources import open_images
 from prgkit.demo.digits import load_digits
 from prgkit.errors import DiskFullError, PrgkitError, TeacherError
 from prgkit.progress import NullProgress
-from prgkit.storage.atomic import write_sealed
 from prgkit.storage.locks import locked
 from prgkit.teacher import feature_store as storing
 from prgkit.teacher.clip import Teacher, load_teacher
@@ -378,29 +376,6 @@ def test_a_damaged_record_is_named_and_its_block_alone_is_seen_again(
     assert again.notes == [note for note in progress.notes if note != lost and "loading" not in note]
     assert index.stat().st_size == size + sizes[number]  # what other processes have read stays where it was
     assert view.stat().st_size <= 2 * row_bytes
-
-
-def test_a_store_of_the_form_before_keeps_what_the_teacher_has_seen(
-    photos: Path, tmp_path: Path, calls: dict[str, int]
-) -> None:
-    recipe = recipe_for(photos)
-    whole = see(recipe, tmp_path)
-    folder = whole.store.folder
-    before = features(whole, 1, whole.train_indices)
-    lines = [
-        {"row": block.row, "keys": [key.tobytes().hex() for key in block.keys], "digests": [one.hex() for one in block.digests]}
-        for block in BlockJournal(folder / "index.bin").new_blocks()
-    ]  # fmt: skip
-    (folder / "index.bin").unlink()
-    (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"row": 4')
-    card = json.loads((folder / "card.json").read_text())
-    write_sealed(folder / "card.json", {**card, "schema": "prgkit.targets/2"})
-    calls["views"] = 0
-    upgraded = see(recipe, tmp_path)
-    assert calls["views"] == 0
-    assert torch.equal(features(upgraded, 1, upgraded.train_indices), before)
-    assert json.loads((folder / "card.json").read_text()) == card
-    assert not (folder / "journal.jsonl").exists()
 
 
 def test_a_damaged_card_is_named_and_comes_back_with_what_the_teacher_has_seen(
