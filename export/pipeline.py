@@ -153,8 +153,11 @@ def export_student(
             note=note,
             ticks=images.held_out.ticks if images.held_out else (),
         )
-        first, confidence = make_first(formats[0], export, student, images)  # FORMATS begins with FP32
-        made = [first]
+        made = [make(formats[0], export)]  # FP32, by whose logits the files after it are judged
+        logits, held_out_logits = write_images(student, images, new)
+        if student.scorer is not None:
+            note(agreement_sentence(logits, images.evaluation.teacher_logits))
+        confidence = calibrate(student, images.held_out, held_out_logits, note=note)
         made += [make(known, export) for known in formats[1:]]
         if options.class_vectors == "input":
             export.artifacts[:] = [export.take_class_vectors(artifact) for artifact in export.artifacts]
@@ -177,25 +180,17 @@ def make(known: Format, export: StudentExport) -> Made:
     return made
 
 
-def make_first(
-    known: Format, export: StudentExport, student: TrainedStudent, images: ExportImages
-) -> tuple[Made, Confidence | None]:
-    """Make the FP32 file, and send the images through it: other files are judged by its logits."""
-    made = make(known, export)
-    logits, held_out = write_images(student, images, export.folder)
-    if student.scorer is not None:
-        export.note(agreement_sentence(logits, images.evaluation.teacher_logits))
-    if images.held_out is None:
-        return made, None
+def calibrate(
+    student: TrainedStudent, held_out: HeldOutSet | None, logits: NDArray[np.float32], *, note: Callable[[str], None]
+) -> Confidence | None:
+    """Return how sure the student may be, by its ``logits`` [m, classes] of held-out images; None without such."""
+    if held_out is None:
+        return None
     confidence = measure_confidence(
-        held_out,
-        images.held_out.teacher_logits,
-        keys=images.held_out.keys,
-        ticks=images.held_out.ticks,
-        classes=student.classes,
+        logits, held_out.teacher_logits, keys=held_out.keys, ticks=held_out.ticks, classes=student.classes
     )
-    export.note(describe_confidence(confidence))
-    return made, confidence
+    note(describe_confidence(confidence))
+    return confidence
 
 
 def manifest_of(
