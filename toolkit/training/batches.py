@@ -90,6 +90,13 @@ def step_items(
     place_of = {int(position): place for place, position in enumerate(dataset.train_indices)}
     first_view = {position: int(dataset.image_index.keys[position][:8], 16) for position in dataset.train_indices}
     order = np.empty(0, dtype=np.int64)
+
+    def item(position: int, epoch: int) -> tuple[int, list[int]]:
+        turn = (first_view[position] + epoch) % (views + mixtures)
+        if turn < views:
+            return position, [1 + turn]
+        return images + place_of[position] * mixtures + turn - views, [0]
+
     for step in steps:
         epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
         if step_in_epoch == 0 or not len(order):
@@ -97,11 +104,7 @@ def step_items(
             order = shuffled(dataset, chosen, np.random.default_rng((config.seed, epoch)))
         batch = order[step_in_epoch * plan.batch_size : (step_in_epoch + 1) * plan.batch_size]
         mine = batch[process.rank :: process.world_size]
-        turns = [(int(position), (first_view[position] + epoch) % (views + mixtures)) for position in mine]
-        yield [
-            (position, [1 + turn]) if turn < views else (images + place_of[position] * mixtures + turn - views, [0])
-            for position, turn in turns
-        ]
+        yield [item(int(position), epoch) for position in mine]
 
 
 def shuffled(
