@@ -40,15 +40,15 @@ class PRG(nn.Module):
         teacher_nodes = nodes(teacher.features, teacher.logits, self.config.block)  # N^t [B, D+C]
         student_nodes = nodes(student.features, student.logits, self.config.block)  # N^s [B, D+C]
         self.update_proxies(student_nodes.detach(), teacher_nodes, teacher.labels)
-        teacher_edges = correlate(teacher_nodes, self.teacher_proxies[self.seen])  # E^t [B, seen classes]
-        student_edges = correlate(student_nodes, self.student_proxies[self.seen])  # E^s [B, seen classes]
+        teacher_edges = correlate(teacher_nodes, self.teacher_proxies)  # E^t [B, C], 0 to classes not seen yet
+        student_edges = correlate(student_nodes, self.student_proxies)  # E^s [B, C]
 
         if self.config.supervision == "soft":
             supervision = kl_divergence(student.logits, teacher.logits, weights=teacher.weights)
         else:
             supervision = cross_entropy(student.logits, teacher.labels, teacher.weights)
         node = (1 - pearson(student_nodes, teacher_nodes)).mean()
-        edge = F.mse_loss(student_edges, teacher_edges)
+        edge = (student_edges - teacher_edges).square().sum() / (len(student_edges) * self.seen.sum())
         return {
             "supervision": supervision,
             "node": self.config.node_weight * node,
@@ -69,11 +69,10 @@ class PRG(nn.Module):
             torch.distributed.all_reduce(counts)
             torch.distributed.all_reduce(sums)
         present = counts > 0
-        means = torch.chunk(sums / counts.clamp(min=1)[:, None], 2, dim=1)  # the student's, the teacher's
-        momentum = (
-            self.config.proxy_momentum * self.seen.to(means[0].dtype)[:, None]
-        )  # 0 where there is nothing to keep
-        for proxies, mean in ((self.student_proxies, means[0]), (self.teacher_proxies, means[1])):
+        student_means, teacher_means = torch.chunk(sums / counts.clamp(min=1)[:, None], 2, dim=1)
+        # 0 where there is nothing to keep yet
+        momentum = self.config.proxy_momentum * self.seen.to(teacher_means.dtype)[:, None]
+        for proxies, mean in ((self.student_proxies, student_means), (self.teacher_proxies, teacher_means)):
             proxies.copy_(torch.where(present[:, None], momentum * proxies + (1 - momentum) * mean, proxies))
         self.seen |= present
 
