@@ -103,7 +103,7 @@ def device_state(device: str) -> DeviceState:
 def machine_notes(machine: Machine) -> list[str]:
     """Return what a reader of the latencies must know about the machine."""
     notes = []
-    busy, cores = machine.busy_cores, machine.usable_cores
+    busy, cores = machine.busy_cores, machine.cores or machine.usable_cores  # all that run, not this process's alone
     if busy is not None and busy > 0.15 * cores:
         notes.append(f"Machine busy before the measurement: {busy:.1f} of {cores} cores.")
     for gpu in machine.gpus:

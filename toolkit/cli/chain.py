@@ -189,8 +189,11 @@ def asked_options(given: Mapping[str, Any]) -> ExportOptions:
 
 
 def check_bench(step: click.Context) -> None:
-    """Refuse reports that nothing compares, and a comparison of one, or with a baseline."""
+    """Refuse more threads than cores, reports that nothing compares, and a comparison of one, or with a baseline."""
+    from prgkit.evaluate.bench.options import require_cores
+
     given = step.params
+    require_cores(given["threads"], given["sweep_threads"] or ())
     if given["merge"] and len(given["reports"]) < 2:
         raise click.UsageError("--merge compares two reports or more: bench --merge a.json b.json.", step)
     if given["merge"] and given["baseline"]:

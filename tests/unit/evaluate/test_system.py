@@ -100,6 +100,10 @@ def test_notes_name_what_spoils_a_measurement() -> None:
         "stolen_percent": 0.0,
     }
     assert notes_on(quiet) == []
+    assert notes_on({**quiet, "cores": 32, "busy_cores": 2.0}) == []  # of others, elsewhere
+    assert notes_on({**quiet, "cores": 4, "usable_cores": 1, "busy_cores": 2.0}) == [
+        "Machine busy before the measurement: 2.0 of 4 cores."
+    ]
     loud = {**quiet, "busy_cores": 1.9, "stolen_percent": 3.2, "clocks_locked": False, "clock_range_mhz": [800, 3500]}
     loud["gpus"] = [
         {"name": "Orin", "driver": "1", "busy_percent": 0.0},
