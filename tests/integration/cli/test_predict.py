@@ -218,6 +218,9 @@ def test_answers_are_kept_and_gone_on_with(prgkit: PrgkitCommand, project_copy: 
     lines = Path("new/a.jsonl").read_bytes().splitlines(keepends=True)
     assert [json.loads(line) for line in lines[:5]] == printed[:5]
     assert json.loads(lines[5])["error"]["what"] == "photos/cut.png cannot be read: truncated"
+    again = prgkit("predict photos/0[0-4].png photos/cut.png --out new/a.jsonl")
+    assert (again.code, again.out) == (1, "new/a.jsonl: 1 pictures answered, 1 of them unreadable\n")
+    assert Path("new/a.jsonl").read_bytes().splitlines(keepends=True) == lines
     Path("new/a.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:9])  # what a kill leaves
     Path("photos/cut.png").unlink()
     assert prgkit("predict photos --out new/a.jsonl").out == "new/a.jsonl: 21 pictures answered, 0 of them unreadable\n"
