@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -22,7 +22,7 @@ from prgkit.errors import BackendError, ImagesError
 VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"})
 ADDRESS = re.compile(r"(rtsps?|https?|udp|tcp)://")
 POLL_SECONDS = 0.5  # between two looks into a watched folder
-SETTLED_SECONDS = 3.0  # a file that was last written so long ago is whole
+SETTLED_SECONDS = 1.0  # a file that has not changed for so long is whole
 Reader: TypeAlias = Callable[[], Image.Image]
 
 
@@ -135,29 +135,54 @@ def reader_of(frame: Any) -> Reader:
     return lambda: Image.fromarray(np.ascontiguousarray(frame[..., ::-1]))
 
 
+class WrittenOver(str):
+    """The path of a picture that is another since it was yielded: it is to be asked about again."""
+
+
+class Seen(NamedTuple):
+    """A file as it was when it was looked at."""
+
+    facts: tuple[int, int]  # its size, and when it was written by the clock of the machine that keeps it
+    since: float  # by this process's clock
+    shrank: bool = False  # it is no picture that comes slowly, but one that is written over again and again
+
+
 def watched(folder: Path) -> Iterator[str]:
-    """Yield the paths of the pictures in a folder, then of those put there, once they stop growing; without end.
+    """Yield the paths of the pictures in a folder, then of those put there or written over, once whole; without end.
 
     Raises:
-        ImagesError: there is no such folder.
+        ImagesError: there is no such folder, or no more.
     """
     if not folder.is_dir():
         raise ImagesError("there is no such folder to watch", where=folder, fix=f"mkdir -p {folder}")
-    yielded: set[str] = set()
-    sizes: dict[str, int] = {}
+    seen: dict[str, Seen] = {}
+    yielded: dict[str, tuple[int, int]] = {}
     while True:
-        for name in sorted(os.listdir(folder)):
-            if name in yielded or name.startswith(".") or suffix_of(name) not in image_suffixes():
-                continue
+        for name in pictures_in(folder):
             try:
-                facts = (folder / name).stat()
+                status = (folder / name).stat()
             except OSError:  # it is gone again
                 continue
-            if sizes.get(name) == facts.st_size or time.time() - facts.st_mtime > SETTLED_SECONDS:
-                yielded.add(name)
-                yield str(folder / name)
-            sizes[name] = facts.st_size
+            facts, now, last = (status.st_size, status.st_mtime_ns), time.monotonic(), seen.get(name)
+            if last is None or facts != last.facts:
+                shrank = last is not None and (last.shrank or facts[0] < last.facts[0])
+                seen[name] = Seen(facts, now, shrank)
+            elif facts != yielded.get(name) and (last.shrank or now - last.since >= SETTLED_SECONDS):
+                path = str(folder / name)
+                path = WrittenOver(path) if name in yielded else path
+                yielded[name] = facts
+                yield path
         time.sleep(POLL_SECONDS)
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """Return the names of a watched folder's pictures, sorted."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        what = f"the watched folder can no longer be read: {error.strerror}"
+        raise ImagesError(what, where=folder, fix="bring it back, and give the same command again") from error
+    return [name for name in names if not name.startswith(".") and suffix_of(name) in image_suffixes()]
 
 
 def paths_on_stdin() -> Iterator[str]:
