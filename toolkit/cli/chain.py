@@ -156,8 +156,8 @@ def check_chain(steps: Sequence[click.Context]) -> None:
             wanted_formats(asked_options(step.params))
         if step.info_name == "bench":
             check_bench(step)
-        if step.info_name == "predict" and not (step.params["images"] or step.params["watch"]):
-            raise click.UsageError("Missing argument 'IMAGE...'.", step)
+        if step.info_name == "predict":
+            check_predict(step)
 
 
 def check_options(step: click.Context) -> None:
@@ -202,6 +202,23 @@ def check_bench(step: click.Context) -> None:
         raise click.UsageError(
             f"Got unexpected extra argument ({given['reports'][0]}); --merge compares reports.", step
         )
+
+
+def check_predict(step: click.Context) -> None:
+    """Refuse no pictures, and answers on pictures that would themselves be asked about."""
+    from prgkit.evaluate.answers import place_below
+
+    given, watch = step.params, step.params["watch"]
+    if not (given["images"] or watch):
+        raise click.UsageError("Missing argument 'IMAGE...'.", step)
+    for name in ("out", "explain"):
+        place = given[name]
+        if watch and place and (name == "explain" or place.suffix.lower() not in (".csv", ".jsonl")):
+            copies = place_below(place, str(watch / "a.jpg")).parent
+            if watch.resolve() in (place.resolve(), copies.resolve()):
+                raise click.UsageError(
+                    f"--{name} {place} puts pictures into {watch}, which --watch looks into; name another folder.", step
+                )
 
 
 def builds_engines(given: Mapping[str, object]) -> bool:

@@ -99,3 +99,22 @@ def test_a_picture_that_is_written_over_every_second_is_answered(tmp_path: Path,
         for path in watched(tmp_path):
             taken.append(path)
     assert len(taken) > 15
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_folder_that_goes_away_ends_it_and_leaves_the_answers(
+    prgkit: PrgkitCommand, project_copy: Path, looks: Script, as_json: bool
+) -> None:
+    Path("drop").mkdir()
+    shutil.copy("photos/00.png", "drop/a.png")
+    looks({6: lambda: shutil.rmtree("drop")})
+    result = prgkit(f"{WATCH} seen.jsonl" + (" --json" if as_json else ""))
+    assert (result.code, [answer["image"] for answer in answers()]) == (1, ["drop/a.png"])
+    assert result.err.endswith(
+        "Error: the watched folder can no longer be read: No such file or directory\n  where: drop\n"
+        "  fix: bring it back, and give the same command again\n"
+    )
+    if as_json:
+        assert result.json["predict"] == answers()
+    else:
+        assert result.out == "seen.jsonl: 1 pictures answered, 0 of them unreadable\n"
