@@ -178,11 +178,15 @@ def tell_each(
             told.count += 1
             if session.as_json:
                 told.answers.append(answer.to_json())
-            tell(answer)
-            if answer.error is not None:
-                told.failed, first = told.failed + 1, first or answer.error
+            error = answer.error
+            try:
+                tell(answer)
+            except ImagesError as gone:  # what it is drawn on was there when it was answered
+                error = gone
+            if error is not None:
+                told.failed, first = told.failed + 1, first or error
                 if asked.images != (answer.image,):  # else it is the line's own failure
-                    session.terminal.note(str(answer.error))
+                    session.terminal.note(str(error))
     if told.failed and session.failure is None:
         what = f"{told.failed} of {told.count} pictures have no answer; the others are answered"
         session.failure = first if told.count == 1 else ImagesError(what)

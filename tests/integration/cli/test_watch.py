@@ -101,6 +101,30 @@ def test_a_picture_that_is_written_over_every_second_is_answered(tmp_path: Path,
     assert len(taken) > 15
 
 
+def test_a_picture_that_is_gone_once_it_is_answered_stops_nothing(
+    prgkit: PrgkitCommand, project_copy: Path, looks: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prgkit.evaluate.predict import Model
+
+    stream = Model.stream
+
+    def consumed(*given: Any, **how: Any) -> Any:
+        for answer in stream(*given, **how):
+            if answer.image == "drop/a.png":
+                Path(answer.image).unlink()
+            yield answer
+
+    Path("drop").mkdir()
+    for name in "ab":
+        shutil.copy("photos/00.png", f"drop/{name}.png")
+    monkeypatch.setattr(Model, "stream", consumed)
+    looks({})
+    result = prgkit(f"{WATCH} seen")
+    assert (result.code, [path.name for path in Path("seen/drop").iterdir()]) == (1, ["b.png.jpg"])
+    assert result.err.startswith("drop/a.png does not exist")
+    assert result.err.endswith("Error: 1 of 2 pictures have no answer; the others are answered\n")
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_folder_that_goes_away_ends_it_and_leaves_the_answers(
     prgkit: PrgkitCommand, project_copy: Path, looks: Script, as_json: bool
