@@ -21,6 +21,7 @@ from prgkit.errors import BackendError, ImagesError
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"})
 ADDRESS = re.compile(r"(rtsps?|https?|udp|tcp)://")
+TICK_SECONDS = 0.001  # to which a video's times are exact
 POLL_SECONDS = 0.5  # between two looks into a watched folder
 SETTLED_SECONDS = 1.0  # a file that has not changed for so long is whole
 Reader: TypeAlias = Callable[[], Image.Image]
@@ -71,18 +72,21 @@ def frames(source: str, fps: float | None, note: Callable[[str], None]) -> Itera
 def recorded_frames(
     cv2: Any, capture: Any, source: str, fps: float | None, note: Callable[[str], None]
 ) -> Iterator[tuple[str, Reader]]:
-    """Yield the frames of a file; those between two that are wanted are not even decoded."""
+    """Yield the frames of a file, by their own times; those between two that are wanted are not even decoded."""
     rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
-    step, due = max(1.0, rate / fps) if fps else 1.0, 0.0
-    place = -1
+    place, seconds, due, period = -1, -TICK_SECONDS, 0.0, 1 / fps if fps else 0.0
     while capture.grab():
         place += 1
-        if place < due - 1e-9:
+        # Where the file or OpenCV knows no times, that is 0 of each frame; no two frames have the same name.
+        told = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 or place / rate
+        seconds = max(told, seconds + TICK_SECONDS)
+        reached = seconds + TICK_SECONDS
+        if reached < due:
             continue
-        due += step
+        due = reached - reached % period + period if period else 0.0  # one frame of each period
         readable, frame = capture.retrieve()
         if readable:
-            yield f"{source}/{place / rate:08.3f}s", reader_of(frame)
+            yield f"{source}/{seconds:08.3f}s", reader_of(frame)
     if place < 0:
         raise ImagesError(
             f"{source} has no frame that can be read", fix="convert it: ffmpeg -i IN -c:v libx264 OUT.mp4"
