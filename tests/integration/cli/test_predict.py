@@ -227,11 +227,11 @@ def test_answers_are_kept_and_gone_on_with(prgkit: PrgkitCommand, project_copy: 
     assert (
         sorted(map(json.loads, Path("new/a.jsonl").read_text().splitlines()), key=lambda row: row["image"]) == printed
     )
-    assert prgkit("predict photos/00.png photos/01.png --out a.csv --top-k 1").code == 0
+    assert prgkit("predict photos/00.png photos/01.png --out a.csv").code == 0
     header, first, _ = Path("a.csv").read_text().splitlines()
     assert header == "image,class,probability,second_class,second_probability,abstained,rejected,error"
-    (name, probability), *_ = printed[0]["top"]
-    assert first == f"photos/00.png,{name},{probability},,,false,false,"
+    (name, probability), (second, less), *_ = printed[0]["top"]
+    assert first == f"photos/00.png,{name},{probability},{second},{less},false,false,"
     Path("a.csv").write_text("x,y\n")
     refused = prgkit("predict photos --out a.csv")
     assert refused.err == (
@@ -386,7 +386,7 @@ def test_a_gallery_is_searched_picture_by_picture_until_ctrl_c(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("prgkit.evaluate.search.search", search)
-    result = prgkit("predict --watch photos --gallery g.npz --top-k 2 --fps 3")
+    result = prgkit("predict cam.mp4 --watch photos --gallery g.npz --top-k 2 --fps 3")
     assert (result.code, result.out) == (1, "a.png: b.png 0.500, c.png 0.250\n")
     assert result.err.endswith("Error: 1 of 2 pictures have no answer; the others are answered\n")
     found = prgkit("predict 0 --gallery g.npz --json").json["predict"]
