@@ -279,7 +279,7 @@ def core_limit() -> str:
     if min(quotas()) < bound_cores():
         return "by its container's quota"
     if bound_cores() < (os.cpu_count() or 0):
-        return "by its CPU affinity (taskset, Slurm, a container)"
+        return "by its CPU affinity: taskset, Slurm or a container"
     return "all that there are"
 
 

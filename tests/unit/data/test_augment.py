@@ -295,7 +295,7 @@ def test_it_is_said_what_leaves_no_more_cores(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
     for quota, there, why in (
         (2, 8, "by its container's quota"),
-        (9, 8, "by its CPU affinity (taskset, Slurm, a container)"),
+        (9, 8, "by its CPU affinity: taskset, Slurm or a container"),
         (9, 4, "all that there are"),
     ):
         monkeypatch.setattr("prgkit.workers.quotas", lambda quota=quota: [quota])
