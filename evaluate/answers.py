@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -46,10 +45,11 @@ class AnswerLines:
         try:
             if not whole and not begins.startswith(data[: len(begins)].decode()):
                 raise ValueError("it is no first line that was cut short")
-            self.known = set(names_in(whole.decode(), as_table=self.as_table))
+            self.known, answered = answers_in(whole.decode(), as_table=self.as_table)
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             fix = "name another file, or delete this one"
             raise ImagesError("the file holds something else than answers", where=path, fix=fix) from error
+        whole = answered.encode()
         if whole != data:
             write_bytes(path, whole)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,8 @@ class AnswerLines:
 
     def add(self, answer: Prediction) -> None:
         """Append a line."""
-        self.known.add(answer.image)
+        if answer.error is None:
+            self.known.add(answer.image)
         if not self.as_table:
             self.write(json.dumps(answer.to_json(), ensure_ascii=False) + "\n")
             return
@@ -76,15 +77,20 @@ class AnswerLines:
             file.write(line)
 
 
-def names_in(text: str, *, as_table: bool) -> Iterator[str]:
-    """Yield the name of each picture that has an answer in a file's text."""
-    if not as_table:
-        yield from (json.loads(line)["image"] for line in text.split("\n")[:-1])
-        return
-    rows = csv.reader(io.StringIO(text))
-    if (header := next(rows, None)) is not None and tuple(header) != COLUMNS:
-        raise ValueError(f"columns {header}")
-    yield from (row[0] for row in rows if row)
+def answers_in(text: str, *, as_table: bool) -> tuple[set[str], str]:
+    """Return the names of the pictures that have an answer in a file's text, and the text without those that failed."""
+    if as_table:
+        rows = csv.reader(io.StringIO(text))
+        if (header := next(rows, None)) is not None and tuple(header) != COLUMNS:
+            raise ValueError(f"columns {header}")
+        found = [(row[0], as_row(tuple(row)), any(row[len(COLUMNS) - 1 :])) for row in rows if row]
+    else:
+        header, lines = None, text.split("\n")[:-1]
+        found = [(one["image"], f"{line}\n", bool(one.get("error"))) for line in lines for one in [json.loads(line)]]
+    answered = [(name, line) for name, line, failed in found if not failed]
+    if len(answered) < len(found):
+        text = "".join([as_row(COLUMNS) if header else "", *(line for _, line in answered)])
+    return {name for name, _ in answered}, text
 
 
 def as_row(cells: tuple[object, ...]) -> str:

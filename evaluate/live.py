@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -21,8 +21,9 @@ from prgkit.errors import BackendError, ImagesError
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"})
 ADDRESS = re.compile(r"(rtsps?|https?|udp|tcp)://")
+TICK_SECONDS = 0.001  # to which a video's times are exact
 POLL_SECONDS = 0.5  # between two looks into a watched folder
-SETTLED_SECONDS = 3.0  # a file that was last written so long ago is whole
+SETTLED_SECONDS = 1.0  # a file that has not changed for so long is whole
 Reader: TypeAlias = Callable[[], Image.Image]
 
 
@@ -71,18 +72,21 @@ def frames(source: str, fps: float | None, note: Callable[[str], None]) -> Itera
 def recorded_frames(
     cv2: Any, capture: Any, source: str, fps: float | None, note: Callable[[str], None]
 ) -> Iterator[tuple[str, Reader]]:
-    """Yield the frames of a file; those between two that are wanted are not even decoded."""
+    """Yield the frames of a file, by their own times; those between two that are wanted are not even decoded."""
     rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
-    step, due = max(1.0, rate / fps) if fps else 1.0, 0.0
-    place = -1
+    place, seconds, due, period = -1, -TICK_SECONDS, 0.0, 1 / fps if fps else 0.0
     while capture.grab():
         place += 1
-        if place < due - 1e-9:
+        # Where the file or OpenCV knows no times, that is 0 of each frame; no two frames have the same name.
+        told = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 or place / rate
+        seconds = max(told, seconds + TICK_SECONDS)
+        reached = seconds + TICK_SECONDS
+        if reached < due:
             continue
-        due += step
+        due = reached - reached % period + period if period else 0.0  # one frame of each period
         readable, frame = capture.retrieve()
         if readable:
-            yield f"{source}/{place / rate:08.3f}s", reader_of(frame)
+            yield f"{source}/{seconds:08.3f}s", reader_of(frame)
     if place < 0:
         raise ImagesError(
             f"{source} has no frame that can be read", fix="convert it: ffmpeg -i IN -c:v libx264 OUT.mp4"
@@ -135,29 +139,54 @@ def reader_of(frame: Any) -> Reader:
     return lambda: Image.fromarray(np.ascontiguousarray(frame[..., ::-1]))
 
 
+class WrittenOver(str):
+    """The path of a picture that is another since it was yielded: it is to be asked about again."""
+
+
+class Seen(NamedTuple):
+    """A file as it was when it was looked at."""
+
+    facts: tuple[int, int]  # its size, and when it was written by the clock of the machine that keeps it
+    since: float  # by this process's clock
+    shrank: bool = False  # it is no picture that comes slowly, but one that is written over again and again
+
+
 def watched(folder: Path) -> Iterator[str]:
-    """Yield the paths of the pictures in a folder, then of those put there, once they stop growing; without end.
+    """Yield the paths of the pictures in a folder, then of those put there or written over, once whole; without end.
 
     Raises:
-        ImagesError: there is no such folder.
+        ImagesError: there is no such folder, or no more.
     """
     if not folder.is_dir():
         raise ImagesError("there is no such folder to watch", where=folder, fix=f"mkdir -p {folder}")
-    yielded: set[str] = set()
-    sizes: dict[str, int] = {}
+    seen: dict[str, Seen] = {}
+    yielded: dict[str, tuple[int, int]] = {}
     while True:
-        for name in sorted(os.listdir(folder)):
-            if name in yielded or name.startswith(".") or suffix_of(name) not in image_suffixes():
-                continue
+        for name in pictures_in(folder):
             try:
-                facts = (folder / name).stat()
+                status = (folder / name).stat()
             except OSError:  # it is gone again
                 continue
-            if sizes.get(name) == facts.st_size or time.time() - facts.st_mtime > SETTLED_SECONDS:
-                yielded.add(name)
-                yield str(folder / name)
-            sizes[name] = facts.st_size
+            facts, now, last = (status.st_size, status.st_mtime_ns), time.monotonic(), seen.get(name)
+            if last is None or facts != last.facts:
+                shrank = last is not None and (last.shrank or facts[0] < last.facts[0])
+                seen[name] = Seen(facts, now, shrank)
+            elif facts != yielded.get(name) and (last.shrank or now - last.since >= SETTLED_SECONDS):
+                path = str(folder / name)
+                path = WrittenOver(path) if name in yielded else path
+                yielded[name] = facts
+                yield path
         time.sleep(POLL_SECONDS)
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """Return the names of a watched folder's pictures, sorted."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        what = f"the watched folder can no longer be read: {error.strerror}"
+        raise ImagesError(what, where=folder, fix="bring it back, and give the same command again") from error
+    return [name for name in names if not name.startswith(".") and suffix_of(name) in image_suffixes()]
 
 
 def paths_on_stdin() -> Iterator[str]:

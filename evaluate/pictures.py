@@ -21,7 +21,7 @@ from prgkit.data.files import printable
 from prgkit.data.preprocessing import Preprocessing, load_image
 from prgkit.data.sources import open_images
 from prgkit.errors import ImagesError, PrgkitError, one_line
-from prgkit.evaluate.live import comes_over_time, frames, is_live, is_video, paths_on_stdin
+from prgkit.evaluate.live import WrittenOver, comes_over_time, frames, is_live, is_video, paths_on_stdin
 from prgkit.progress import silent
 from prgkit.workers import available_cores
 
@@ -69,7 +69,7 @@ def open_pictures(
         grey: the values of a deep grey that are black and white.
         note: told which files of a folder are no pictures, and how many frames were skipped.
         fps: the most frames a second that are taken of a video; None for all of a file, the newest of a camera.
-        skip: the names of pictures that are left out; a camera's frames never are.
+        skip: the names of pictures that are left out; a camera's frames never are, nor what was written over.
         live: whether what comes later must not keep any waiting, as of a camera and of stdin anyway.
 
     Raises:
@@ -84,7 +84,7 @@ def open_pictures(
         elif isinstance(given, str | os.PathLike):
             text = os.fspath(given)
             found, comes = pictures_at(text, grey, note, fps), live or comes_over_time(text)
-            again = () if is_live(text) else skip
+            again = () if is_live(text) or isinstance(given, WrittenOver) else skip
         elif isinstance(given, Image.Image):
             name = str(getattr(given, "filename", "") or place)
             found = iter([NamedPicture(name, partial(from_pillow, given, name, grey))])

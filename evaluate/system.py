@@ -20,6 +20,7 @@ from prgkit.workers import available_cores
 
 LIBRARIES = ("torch", "numpy")  # what bench works with besides the runtimes
 CPUFREQ = Path("/sys/devices/system/cpu/cpufreq")
+DEVICE_TREE_MODEL = "/proc/device-tree/model"  # the board, as those with ARM cores name it
 
 
 def describe() -> Machine:
@@ -103,7 +104,7 @@ def device_state(device: str) -> DeviceState:
 def machine_notes(machine: Machine) -> list[str]:
     """Return what a reader of the latencies must know about the machine."""
     notes = []
-    busy, cores = machine.busy_cores, machine.usable_cores
+    busy, cores = machine.busy_cores, machine.cores or machine.usable_cores  # all that run, not this process's alone
     if busy is not None and busy > 0.15 * cores:
         notes.append(f"Machine busy before the measurement: {busy:.1f} of {cores} cores.")
     for gpu in machine.gpus:
@@ -150,14 +151,21 @@ def machine_folder() -> str:
 
 
 def cpu_model() -> str:
-    """Return the processor's name without its trademark signs and its clock."""
+    """Return the board's name, or the processor's without its trademark signs and its clock."""
     text = read("/proc/cpuinfo") or ""
-    match = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
-    # Boards with ARM cores name the board in the device tree, and no model in cpuinfo.
-    on_mac = output("sysctl", "-n", "machdep.cpu.brand_string") if platform.system() == "Darwin" else None
-    name = match.group(1) if match else read("/proc/device-tree/model") or on_mac or platform.processor()
-    name = re.sub(r"\((?:R|TM|r|tm)\)|\bCPU\b|\bProcessor\b|@.*$|\x00", "", name or platform.machine())
-    return " ".join(name.split())
+
+    def said(key: str) -> list[str]:
+        return re.findall(rf"^{key}[ \t]*:[ \t]*(\S.*)$", text, re.MULTILINE)
+
+    board = [name for name in (read(DEVICE_TREE_MODEL), *said("Model")) if name and "dummy-virt" not in name]
+    if board:
+        name = board[0]
+    else:  # what ARM's cores are called is common to many; of the two kinds in a phone, both are told
+        on_mac = output("sysctl", "-n", "machdep.cpu.brand_string") if platform.system() == "Darwin" else None
+        named = [*said("model name"), *said("Hardware"), on_mac, platform.processor(), platform.machine()]
+        parts = dict.fromkeys(said("CPU implementer") + said("CPU part"))
+        name = " ".join([next(filter(None, named), ""), *parts])
+    return " ".join(re.sub(r"\((?:R|TM|r|tm)\)|\bCPU\b|\bProcessor\b|@.*$|\x00", "", name).split())
 
 
 def busy_cores(window_s: float = 0.3) -> float | None:

@@ -266,8 +266,21 @@ atexit.register(_end_all)
 
 def available_cores() -> int:
     """Return how many cores this process really has: a container, Slurm or taskset may leave it few of many."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-    return max(1, min(cores, *quotas()))
+    return max(1, min(bound_cores(), *quotas()))
+
+
+def bound_cores() -> int:
+    """Return how many cores the system would ever run this process on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+
+
+def core_limit() -> str:
+    """Say what it is that leaves this process no more cores."""
+    if min(quotas()) < bound_cores():
+        return "by its container's quota"
+    if bound_cores() < (os.cpu_count() or 0):
+        return "by its CPU affinity: taskset, Slurm or a container"
+    return "all that there are"
 
 
 def quotas() -> list[int]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from prgkit.errors import BenchError
+from prgkit.workers import available_cores, core_limit
 
 LONGEST_SOAK_MINUTES = 24 * 60.0
 
@@ -37,6 +39,7 @@ class BenchOptions(BaseModel):
                     f"{threads} threads cannot run anything",
                     fix="give --threads 1 or more, or leave it out for every core; --sweep-threads from 1, too",
                 )
+        require_cores(self.threads, self.sweep_threads)
         if not self.seconds > 0 or not math.isfinite(self.seconds):
             raise BenchError(
                 f"{self.seconds:g} s is no time to measure in", fix="give --seconds a number above 0, such as 10"
@@ -65,6 +68,23 @@ class BenchOptions(BaseModel):
         if self.soak_minutes is not None:
             options += ["--soak", f"{self.soak_minutes:g}"]
         return shlex.join(["prgkit", "bench", "--run", str(bundle_folder), *options])
+
+
+def require_cores(threads: int | None, sweep_threads: Sequence[int]) -> None:
+    """Refuse more threads than this process has cores: they would wait for each other, and look tens of times slower.
+
+    Raises:
+        BenchError: there are too few.
+    """
+    cores = available_cores()
+    for option, count in (("--threads", threads or 0), ("--sweep-threads", max(sweep_threads, default=0))):
+        if count > cores:
+            usable = f"{cores} core{'' if cores == 1 else 's'}"
+            raise BenchError(
+                f"{option} {count} is more than the {usable} that this process may use ({core_limit()}): threads that "
+                "wait for each other look tens of times slower",
+                fix=f"give {option} numbers up to {cores}, or leave it out",
+            )
 
 
 def comma(numbers: tuple[int, ...]) -> str:

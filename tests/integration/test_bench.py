@@ -229,7 +229,10 @@ def test_a_bundle_becomes_a_report(tmp_path: Path) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_latency_stages_threads_and_frames_stand_beside_the_rows(tmp_path: Path) -> None:
+def test_latency_stages_threads_and_frames_stand_beside_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prgkit.evaluate.bench.options.available_cores", lambda: 2)
     out = tmp_path / "out"
     report = measure(
         make_bundle(tmp_path / "bundle"), out, batches=(), sweep_threads=(1, 2), fps=200, soak_minutes=0.01

@@ -156,14 +156,14 @@ def check_chain(steps: Sequence[click.Context]) -> None:
             wanted_formats(asked_options(step.params))
         if step.info_name == "bench":
             check_bench(step)
-        if step.info_name == "predict" and not (step.params["images"] or step.params["watch"]):
-            raise click.UsageError("Missing argument 'IMAGE...'.", step)
+        if step.info_name == "predict":
+            check_predict(step, as_json=any(one.params["as_json"] for one in steps))
 
 
 def check_options(step: click.Context) -> None:
     """Refuse options that would be passed over in silence, beside another one or without it."""
     parameters = {str(parameter.name): parameter for parameter in step.command.params}
-    given = {name for name in parameters if step.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    given = {name for name in parameters if is_given(step, name)}
 
     def told(name: str) -> str:
         parameter = parameters[name]
@@ -175,6 +175,11 @@ def check_options(step: click.Context) -> None:
     for command, name, needed in NEEDS:
         if command == step.info_name and name in given and needed not in given:
             raise click.UsageError(f"{told(name)} is for {told(needed)}, and there is none.", step)
+
+
+def is_given(step: click.Context, name: str) -> bool:
+    """Tell whether an option stands on the command line, though it be with its default's value."""
+    return step.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def asked_options(given: Mapping[str, Any]) -> ExportOptions:
@@ -189,8 +194,11 @@ def asked_options(given: Mapping[str, Any]) -> ExportOptions:
 
 
 def check_bench(step: click.Context) -> None:
-    """Refuse reports that nothing compares, and a comparison of one, or with a baseline."""
+    """Refuse more threads than cores, reports that nothing compares, and a comparison of one, or with a baseline."""
+    from prgkit.evaluate.bench.options import require_cores
+
     given = step.params
+    require_cores(given["threads"], given["sweep_threads"] or ())
     if given["merge"] and len(given["reports"]) < 2:
         raise click.UsageError("--merge compares two reports or more: bench --merge a.json b.json.", step)
     if given["merge"] and given["baseline"]:
@@ -199,6 +207,35 @@ def check_bench(step: click.Context) -> None:
         raise click.UsageError(
             f"Got unexpected extra argument ({given['reports'][0]}); --merge compares reports.", step
         )
+
+
+def check_predict(step: click.Context, *, as_json: bool) -> None:
+    """Refuse no pictures, what would be passed over, and answers on pictures that would themselves be asked about."""
+    from prgkit.evaluate.answers import place_below
+    from prgkit.evaluate.live import comes_over_time, is_video
+
+    given, images, watch = step.params, step.params["images"], step.params["watch"]
+    if not (images or watch):
+        raise click.UsageError("Missing argument 'IMAGE...'.", step)
+    if given["fps"] is not None and not any(one == "-" or is_video(one) for one in images):
+        raise click.UsageError("--fps is for a video, and there is none.", step)
+    if is_given(step, "batch_size") and (watch or any(map(comes_over_time, images))):
+        raise click.UsageError(
+            "--batch means nothing with pictures that come over time: each is answered at once.", step
+        )
+    if is_given(step, "top_k") and given["out"] and given["out"].suffix.lower() != ".jsonl" and not as_json:
+        room = "a table has two answers" if given["out"].suffix.lower() == ".csv" else "a picture has one answer"
+        raise click.UsageError(
+            f"--top-k means nothing with --out {given['out']}: {room}, a .jsonl as many as asked.", step
+        )
+    for name in ("out", "explain"):
+        place = given[name]
+        if watch and place and (name == "explain" or place.suffix.lower() not in (".csv", ".jsonl")):
+            copies = place_below(place, str(watch / "a.jpg")).parent
+            if watch.resolve() in (place.resolve(), copies.resolve()):
+                raise click.UsageError(
+                    f"--{name} {place} puts pictures into {watch}, which --watch looks into; name another folder.", step
+                )
 
 
 def builds_engines(given: Mapping[str, object]) -> bool:

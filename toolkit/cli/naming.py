@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -158,20 +158,37 @@ def tell_each(
 ) -> Told:
     """Have each answer told as it comes, and note which pictures cannot be read."""
     told, first = Told(), None
-    with suppress(KeyboardInterrupt) if asked.endless else nullcontext():
+    with ending(session, told) if asked.endless else nullcontext():
         for answer in answers:
             told.count += 1
             if session.as_json:
                 told.answers.append(answer.to_json())
-            tell(answer)
-            if answer.error is not None:
-                told.failed, first = told.failed + 1, first or answer.error
+            error = answer.error
+            try:
+                tell(answer)
+            except ImagesError as gone:  # what it is drawn on was there when it was answered
+                error = gone
+            if error is not None:
+                told.failed, first = told.failed + 1, first or error
                 if asked.images != (answer.image,):  # else it is the line's own failure
-                    session.terminal.note(str(answer.error))
-    if told.failed:
+                    session.terminal.note(str(error))
+    if told.failed and session.failure is None:
         what = f"{told.failed} of {told.count} pictures have no answer; the others are answered"
         session.failure = first if told.count == 1 else ImagesError(what)
     return told
+
+
+@contextmanager
+def ending(session: Session, told: Told) -> Iterator[None]:
+    """Have what comes over time end at Ctrl-C, or with what stops it: then what was told of it still stands."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    except ImagesError as error:
+        if not told.count:
+            raise
+        session.failure = error
 
 
 def search_gallery(session: Session, asked: AskedPictures, place: Path | None, gallery: Path, top_k: int) -> Document:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from prgkit.errors import BenchError
 from prgkit.evaluate.bench.options import BenchOptions
 from prgkit.evaluate.report.schema import Report
 from tests.conftest import PrgkitCommand
@@ -85,7 +86,26 @@ def test_a_bench_that_is_worse_than_its_baseline_tells_all_and_exits_1(
         "Error: the new report would overwrite its baseline, and the next bench would be held against that\n"
         "  where: new/report.json\n"
     )
+    monkeypatch.setattr("prgkit.evaluate.bench.options.available_cores", lambda: 2)
     result = prgkit("bench", "--run", "device", "--threads", "2", "--baseline", "base.json", "--out", "new")
     assert result.err.startswith(
         "Error: the baseline was measured with --threads 1, and this would be with --threads 2\n"
     )
+
+
+@pytest.mark.parametrize("option", ["--threads 4", "--sweep-threads 1,2,4"])
+def test_more_threads_than_cores_are_refused_before_anything_runs(
+    prgkit: PrgkitCommand, empty_folder: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("prgkit.evaluate.bench.options.available_cores", lambda: 3)
+    monkeypatch.setattr("prgkit.evaluate.bench.options.core_limit", lambda: "all that there are")
+    name = option.split()[0]
+    result = prgkit(f"distill demo bench {option}")
+    assert (result.code, result.out, result.err) == (
+        *(1, ""),
+        f"Error: {name} 4 is more than the 3 cores that this process may use (all that there are): threads that wait "
+        f"for each other look tens of times slower\n  fix: give {name} numbers up to 3, or leave it out\n",
+    )
+    with pytest.raises(BenchError, match="is more than the 3 cores that this process may use"):
+        BenchOptions(threads=4).check()
+    BenchOptions(threads=3, sweep_threads=(1, 3)).check()

@@ -218,17 +218,20 @@ def test_answers_are_kept_and_gone_on_with(prgkit: PrgkitCommand, project_copy: 
     lines = Path("new/a.jsonl").read_bytes().splitlines(keepends=True)
     assert [json.loads(line) for line in lines[:5]] == printed[:5]
     assert json.loads(lines[5])["error"]["what"] == "photos/cut.png cannot be read: truncated"
+    again = prgkit("predict photos/0[0-4].png photos/cut.png --out new/a.jsonl")
+    assert (again.code, again.out) == (1, "new/a.jsonl: 1 pictures answered, 1 of them unreadable\n")
+    assert Path("new/a.jsonl").read_bytes().splitlines(keepends=True) == lines
     Path("new/a.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:9])  # what a kill leaves
     Path("photos/cut.png").unlink()
     assert prgkit("predict photos --out new/a.jsonl").out == "new/a.jsonl: 21 pictures answered, 0 of them unreadable\n"
     assert (
         sorted(map(json.loads, Path("new/a.jsonl").read_text().splitlines()), key=lambda row: row["image"]) == printed
     )
-    assert prgkit("predict photos/00.png photos/01.png --out a.csv --top-k 1").code == 0
+    assert prgkit("predict photos/00.png photos/01.png --out a.csv").code == 0
     header, first, _ = Path("a.csv").read_text().splitlines()
     assert header == "image,class,probability,second_class,second_probability,abstained,rejected,error"
-    (name, probability), *_ = printed[0]["top"]
-    assert first == f"photos/00.png,{name},{probability},,,false,false,"
+    (name, probability), (second, less), *_ = printed[0]["top"]
+    assert first == f"photos/00.png,{name},{probability},{second},{less},false,false,"
     Path("a.csv").write_text("x,y\n")
     refused = prgkit("predict photos --out a.csv")
     assert refused.err == (
@@ -383,7 +386,7 @@ def test_a_gallery_is_searched_picture_by_picture_until_ctrl_c(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("prgkit.evaluate.search.search", search)
-    result = prgkit("predict --watch photos --gallery g.npz --top-k 2 --fps 3")
+    result = prgkit("predict cam.mp4 --watch photos --gallery g.npz --top-k 2 --fps 3")
     assert (result.code, result.out) == (1, "a.png: b.png 0.500, c.png 0.250\n")
     assert result.err.endswith("Error: 1 of 2 pictures have no answer; the others are answered\n")
     found = prgkit("predict 0 --gallery g.npz --json").json["predict"]

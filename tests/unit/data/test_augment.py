@@ -22,7 +22,7 @@ from prgkit.data.cache import DecodedImageCache
 from prgkit.data.index import ImageIndex, index_images
 from prgkit.data.preprocessing import Preprocessing
 from prgkit.data.sources import open_images
-from prgkit.workers import available_cores, default_workers
+from prgkit.workers import available_cores, core_limit, default_workers
 
 PAGE = Views(count=3, crop_scale=(0.3, 0.8), seed=5)
 PREPROCESSING = Preprocessing(24, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -289,6 +289,18 @@ def test_the_cores_are_those_that_a_container_leaves(monkeypatch: pytest.MonkeyP
     for quotas, expected in (([], 16), ([3], 3), ([40, 5], 5)):
         monkeypatch.setattr("prgkit.workers.quotas", lambda quotas=quotas: [99, *quotas])
         assert available_cores() == expected
+
+
+def test_it_is_said_what_leaves_no_more_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    for quota, there, why in (
+        (2, 8, "by its container's quota"),
+        (9, 8, "by its CPU affinity: taskset, Slurm or a container"),
+        (9, 4, "all that there are"),
+    ):
+        monkeypatch.setattr("prgkit.workers.quotas", lambda quota=quota: [quota])
+        monkeypatch.setattr(os, "cpu_count", lambda there=there: there)
+        assert core_limit() == why
 
 
 def test_a_gone_file_is_named(tmp_path: Path) -> None:

@@ -46,6 +46,37 @@ def test_a_line_that_a_kill_cut_short_is_written_anew(tmp_path: Path, suffix: st
     assert not path.read_bytes().startswith(b'{"ima')
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_what_failed_is_asked_again_and_no_answer_is_lost(tmp_path: Path, suffix: str) -> None:
+    path, again = tmp_path / f"answers.{suffix}", tmp_path / f"again.{suffix}"
+    good = [Prediction(name, label="one", probability=0.5) for name in ("a.png", 'g,"h.png', "z.png")]
+    bad = Prediction("cut.png", error=ImagesError("cut.png cannot be read, and\nmore"))
+    for answer in (good[0], bad, *good[1:]):
+        open_answers(path).add(answer)
+    first = open_answers(path)
+    assert [name in first for name in ("a.png", "cut.png", 'g,"h.png', "z.png")] == [True, False, True, True]
+    for answer in good:
+        open_answers(again).add(answer)
+    assert path.read_bytes() == again.read_bytes()
+    first.add(bad)
+    assert "cut.png" not in first
+    assert path.read_text().count("cut.png cannot be read") == 1
+
+
+def test_a_kill_while_failures_are_dropped_loses_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "answers.csv"
+    for answer in (Prediction("a.png", label="one"), Prediction("cut.png", error=ImagesError("cut"))):
+        open_answers(path).add(answer)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_answers(path)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("name", "held"),
     [

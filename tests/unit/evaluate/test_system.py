@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,46 @@ def test_cpu_names_lose_their_ornaments(monkeypatch: pytest.MonkeyPatch) -> None
     assert system.cpu_model() == "AMD EPYC 7B13 64-Core"
     pretend("processor\t: 0\nModel\t\t: Raspberry Pi 4 Model B Rev 1.4\n")
     assert system.cpu_model() == "Raspberry Pi 4 Model B Rev 1.4"
+
+
+ARM = """processor\t: 0
+BogoMIPS\t: 108.00
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU part\t: 0xd08
+
+Hardware\t: BCM2835
+Model\t\t: Raspberry Pi 4 Model B Rev 1.2
+"""
+BOARD = "Model\t\t: Raspberry Pi 4 Model B Rev 1.2\n"
+ARMV7 = "model name\t: ARMv7 Processor rev 4 (v7l)\n"
+PHONE = "CPU implementer\t: 0x41\nCPU part\t: 0xd05\n\nCPU implementer\t: 0x41\nCPU part\t: 0xd0b\n"
+
+
+@pytest.mark.parametrize(
+    ("tree", "cpuinfo", "name"),
+    [
+        (None, ARM, "Raspberry Pi 4 Model B Rev 1.2"),
+        (None, ARMV7 + ARM, "Raspberry Pi 4 Model B Rev 1.2"),
+        ("Raspberry Pi 5 Model B Rev 1.0\0", ARM, "Raspberry Pi 5 Model B Rev 1.0"),
+        ("linux,dummy-virt\0", ARM.replace(BOARD, ""), "BCM2835 0x41 0xd08"),
+        (None, ARM.partition("Hardware")[0], "aarch64 0x41 0xd08"),
+        (None, ARM.partition("Hardware")[0].replace("0xd08", "0xd40"), "aarch64 0x41 0xd40"),
+        (None, ARM.replace(BOARD, "").replace("BCM2835", "Qualcomm SM8350"), "Qualcomm SM8350 0x41 0xd08"),
+        (None, ARMV7 + PHONE, "ARMv7 rev 4 (v7l) 0x41 0xd05 0xd0b"),
+        (None, "model\t\t: 85\nmodel name\t: AMD EPYC 7B13\n", "AMD EPYC 7B13"),
+        (None, "", "aarch64"),
+    ],
+)
+def test_machines_with_arm_cores_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, tree: str | None, cpuinfo: str, name: str
+) -> None:
+    files = {"/proc/cpuinfo": cpuinfo, "/proc/device-tree/model": tree}
+    monkeypatch.setattr(system, "read", lambda path: files.get(str(path)))
+    monkeypatch.setattr(
+        system, "platform", SimpleNamespace(system=lambda: "Linux", processor=str, machine=lambda: "aarch64")
+    )
+    assert system.cpu_model() == name
 
 
 def test_gpus_come_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +141,10 @@ def test_notes_name_what_spoils_a_measurement() -> None:
         "stolen_percent": 0.0,
     }
     assert notes_on(quiet) == []
+    assert notes_on({**quiet, "cores": 32, "busy_cores": 2.0}) == []  # of others, elsewhere
+    assert notes_on({**quiet, "cores": 4, "usable_cores": 1, "busy_cores": 2.0}) == [
+        "Machine busy before the measurement: 2.0 of 4 cores."
+    ]
     loud = {**quiet, "busy_cores": 1.9, "stolen_percent": 3.2, "clocks_locked": False, "clock_range_mhz": [800, 3500]}
     loud["gpus"] = [
         {"name": "Orin", "driver": "1", "busy_percent": 0.0},
