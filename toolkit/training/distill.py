@@ -109,7 +109,7 @@ def distill_one_rank(
 
 
 def already_finished(run: Run, recipe: Recipe, targets_root: Path, progress: Progress) -> bool:
-    """Tell whether a run is finished, and whether its images have changed since; or refuse it before it is touched."""
+    """Tell whether a run is finished, and say what has changed since; or refuse it before it is touched."""
     require_own_folder(run.folder, recipe)
     if not (run.finished and run.weights.exists()) or differences(run, recipe):
         return False
