@@ -343,8 +343,17 @@ def test_another_objective_drops_the_parameters_of_the_first(mine: str) -> None:
         "alpha": 0.5,
         "temperature": 4.0,
     }
+    for page, name in (("{name: kd, temperature: 7}", "ofa"), ("{name: promptkd, kl_weight: 10}", "nd")):
+        (other,) = load_recipe(mine, overrides=[f"objective={page}", f"objective.name={name}"]).objective
+        assert other == OBJECTIVES[name](name=name)  # its own defaults, also of what both have
+    given = ["objective={name: kd, temperature: 7}", "objective.temperature=3"]
+    for overrides, temperature in (([*given, "objective.name=ofa"], 3.0), ([*given[:1], "objective.name=kd"], 7.0)):
+        (other,) = load_recipe(mine, overrides=overrides).objective
+        assert other.model_dump()["temperature"] == temperature
     with pytest.raises(RecipeError, match="unknown objective 'kdd'"):
         load_recipe(mine, overrides=["objective.name=kdd"])
+    with pytest.raises(RecipeError, match="objective"):
+        load_recipe(mine, overrides=["objective.name=[kd]"])
 
 
 @pytest.mark.parametrize(
