@@ -15,7 +15,7 @@ from prgkit.config.image_size import sides
 from prgkit.config.messages import ONE_OR_MANY, explain
 from prgkit.config.objectives import OBJECTIVES, AnyObjective, Config, ObjectiveConfig
 from prgkit.config.prior import EVEN, load_by_class
-from prgkit.config.prompts import LEARNED, load_classes, load_templates, load_words
+from prgkit.config.prompts import LEARNED, load_classes, load_templates, load_words, phrases
 from prgkit.config.sections import (
     Data,
     Export,
@@ -200,15 +200,16 @@ class Recipe(Config):
 
         ``note`` is told what was taken off the class names, and which look odd.
         """
-        words = self.data.words
+        words = None if self.data.words is None else load_words(self.data.words)
         data = self.data.model_copy(
             update={
                 "classes": load_classes(self.data.classes, note=note),
                 "prompts": load_templates(self.data.prompts),
-                "words": None if words is None else load_words(words),
+                "words": words,
             }
         )
         require_classes(self.objective, data.classes)
+        require_phrases(self.objective, words or ())
         prior = load_by_class(self.targets.prior, data.classes, key="targets.prior", word=EVEN)
         weights = load_by_class(
             self.training.class_weights, data.classes, key="training.class_weights", word="balanced"
@@ -246,6 +247,16 @@ def require_classes(objectives: Sequence[AnyObjective], classes: Sequence[str]) 
                 "nothing else, so that no gradient passes",
                 fix="leave it out, or learn by lelp, which is made for few classes",
             )
+
+
+def require_phrases(objectives: Sequence[AnyObjective], words: Sequence[str]) -> None:
+    """Refuse an objective that compares phrases with each other, and has one."""
+    if sum(len(phrases(word)) for word in words) == 1 and any(objective.compares_words for objective in objectives):
+        raise RecipeError(
+            f"vocabulary compares phrases with each other, and {words[0]!r} is the only one",
+            where="data.words",
+            fix="give several, or a contrast pair such as 'old / new', or learn by aspects",
+        )
 
 
 def load_recipe(

@@ -551,6 +551,17 @@ def test_a_word_is_a_phrase_or_a_pair() -> None:
         recipe.resolved()
 
 
+def test_vocabulary_has_several_phrases_to_compare() -> None:
+    def resolved(name: str, word: str) -> Recipe:
+        data = f"data: {{images: a, classes: [cat, dog], words: [{word}]}}"
+        return validate(page(f"{data}\nobjective: {{name: {name}}}"), where="test").resolved()
+
+    with pytest.raises(RecipeError, match="vocabulary compares phrases with each other, and 'fur' is the only one"):
+        resolved("vocabulary", "fur")
+    assert resolved("vocabulary", "old / new").words == ("old / new",)
+    assert resolved("aspects", "fur").words == ("fur",)
+
+
 @pytest.mark.parametrize("name", ["kd", "dkd"])
 def test_two_classes_are_not_standardised(name: str) -> None:
     recipe = validate(page(f"objective: {{name: {name}, standardise: true}}"), where="test")
