@@ -74,7 +74,7 @@ class ExportArguments(TypedDict, total=False):
     trt: bool
     backend: str
     batch: tuple[int, int, int]
-    sm: tuple[str, ...]
+    sm: str | tuple[str, ...]
     open_vocabulary: Literal["initializer", "input"]
     embedding: bool
     explain: bool
@@ -109,7 +109,7 @@ class Run(storage.Run):
         super().__init__(find_run(Path(folder)).folder)
 
     def export(
-        self, *, formats: Sequence[str] = (), progress: Callback | None = None, **options: Unpack[ExportArguments]
+        self, *, formats: str | Sequence[str] = (), progress: Callback | None = None, **options: Unpack[ExportArguments]
     ) -> Bundle:
         """Turn the student into ONNX, and what else is asked for, as ``prgkit export`` does; return the bundle.
 
@@ -121,8 +121,10 @@ class Run(storage.Run):
         from prgkit.export.formats.options import ExportOptions
         from prgkit.export.from_run import export_run
 
-        asked: dict[str, Any] = {**options, "formats": tuple(name for name in formats if name != "onnx")}
+        asked: dict[str, Any] = {**options, "formats": tuple(name for name in several(formats) if name != "onnx")}
         asked["trt"] = any(options.get(key) for key in ("trt", "backend", "sm", "batch"))
+        if options.get("sm"):
+            asked["sm"] = several(options["sm"])
         asked["class_vectors"] = asked.pop("open_vocabulary", None)
         with standing_where_it_started(self) as there:
             export_run(there, ExportOptions(**asked), progress=Reporter(progress))
@@ -199,8 +201,8 @@ def label(recipe: AnyPath | None = None, **which: Unpack[RecipeArguments]) -> li
 def compare(
     recipe: AnyPath | None = None,
     *,
-    objectives: Sequence[str] = ("ce", "kd", "prg"),
-    students: Sequence[str] = (),
+    objectives: str | Sequence[str] = ("ce", "kd", "prg"),
+    students: str | Sequence[str] = (),
     seeds: int = 1,
     out: AnyPath | None = None,
     **which: Unpack[RecipeArguments],
@@ -210,7 +212,8 @@ def compare(
     from prgkit.evaluate.compare.trials import compare as train
 
     chosen, folder = choose(compare, recipe, which)
-    trials, place = trials_of(chosen, Plan(objectives, students, seeds)), folder.with_name(f"{folder.name}-compared")
+    plan = Plan(several(objectives), several(students), seeds)
+    trials, place = trials_of(chosen, plan), folder.with_name(f"{folder.name}-compared")
     progress = Reporter(which.get("progress"))
     return train(trials, Path(out or place), targets_of(which), progress, command="prgkit.compare(...)", whole=None)
 
@@ -253,6 +256,11 @@ def choose(
     overrides = [f"{key}={yaml_text(value)}" for key, value in given.items()]
     chosen = load_recipe(os.fspath(recipe or "custom"), overrides=overrides, note=logger.info)
     return chosen, RUNS / run_name(os.fspath(recipe or images or ""))
+
+
+def several(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Return names, of which one may be given by itself: it is no sequence of its letters."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def require_known(function: Callable[..., object], which: RecipeArguments) -> None:

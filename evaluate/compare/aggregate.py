@@ -229,7 +229,8 @@ def objectives_about(comparison: ObjectiveComparison) -> str:
         )
     mixing = "; how the heads of dho vote, by a quarter of data.labelled" if "dho" in names else ""
     sentences.append(
-        f"Checkpoints are chosen by agreement with the teacher on held-out images, never by a label{mixing}."
+        "Checkpoints are chosen by the divergence from the teacher on held-out images, a moving average over epochs, "
+        f"never by a label{mixing}."
     )
     return " ".join(sentences)
 

@@ -65,7 +65,9 @@ class TrialResult(Model):
     epochs: int
     images: int = Field(description="How many images it learned from.")
     images_per_s: float = Field(description="While training.")
-    selected: BestEpoch = Field(description="By agreement with the teacher on held-out images: no label is seen.")
+    selected: BestEpoch = Field(
+        description="By the divergence from the teacher on held-out images, as a moving average: no label is seen."
+    )
     evaluation: JudgedImages
     teacher: TrialTeacher
     top1: float | None

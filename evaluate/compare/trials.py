@@ -107,7 +107,7 @@ def trials_of(recipe: Recipe, plan: Plan) -> list[Trial]:
     """Return every trial of a comparison, rows together and seeds last.
 
     Raises:
-        RecipeError: an objective or a parameter is not known, or a value cannot stand there.
+        RecipeError: an objective or a parameter is not known, a value cannot stand there, or no control can be made.
     """
     configs = objective_configs(recipe, plan)
     require_sweeps(plan, configs)
@@ -133,8 +133,13 @@ def trials_of(recipe: Recipe, plan: Plan) -> list[Trial]:
 
 def untaught(trial: Trial) -> Trial:
     """Return a trial whose teacher has random weights: what a student learns without anyone's knowledge."""
-    teachers = tuple(teacher.model_copy(update={"weights": RANDOM}) for teacher in trial.recipe.teacher)
-    return Trial(f"{trial.label}, random teacher", trial.recipe.model_copy(update={"teacher": teachers}), control=True)
+    label, raw = f"{trial.label}, random teacher", trial.recipe.model_dump(mode="json")
+    random = {"weights": RANDOM, "context": None}  # a context is learned for the weights that are gone
+    raw["teacher"] = [teacher.model_dump(mode="json") | random for teacher in trial.recipe.teacher]
+    if len({teacher["model"] for teacher in raw["teacher"]}) < len(raw["teacher"]):
+        what = "two teachers of one model are the same with random weights, so that they make no control"
+        raise RecipeError(what, where="teacher", fix="leave --random-teacher out, or compare with one of them")
+    return Trial(label, validate(raw, where=f"the comparison's {label}").resolved(), control=True)
 
 
 def objective_configs(recipe: Recipe, plan: Plan) -> dict[str, Config]:

@@ -15,7 +15,10 @@ import pytest
 from PIL import Image
 
 import prgkit
-from prgkit.errors import ImagesError, StudentError
+from prgkit.api import RecipeArguments, choose
+from prgkit.config.yaml_io import yaml_text
+from prgkit.demo.digits import CLASSES
+from prgkit.errors import ImagesError, PrgkitError, RecipeError, StudentError
 from tests.conftest import PrgkitCommand
 
 DOCS = Path(__file__).parents[2] / "docs" / "python.md"
@@ -80,6 +83,34 @@ def test_what_cannot_be_is_refused_in_words(project_copy: Path) -> None:
         prgkit.load("nowhere")
     with pytest.raises(AttributeError, match="has no attribute 'distil'"):
         prgkit.distil  # noqa: B018
+
+
+def test_one_name_is_no_sequence_of_its_letters(project_copy: Path) -> None:
+    with pytest.raises(RecipeError, match="unknown objective 'prgg'; did you mean 'prg'"):
+        prgkit.compare("tiny.yaml", objectives="prgg")
+    with pytest.raises(StudentError, match="timm has no model 'test_efficientnett'"):
+        prgkit.compare("tiny.yaml", objectives="kd", students="test_efficientnett")
+    with pytest.raises(PrgkitError, match="litertt"):
+        prgkit.Run("runs/tiny").export(formats="litertt")
+
+
+def test_settings_may_be_numpys() -> None:
+    settings: dict[str, object] = {
+        "training.epochs": np.int64(3),
+        "training.learning_rate": np.float32(0.25),
+        "views.flip": np.bool_(0),
+    }
+    settings["targets.debias"], settings["targets.prior"] = (
+        np.float64(1),
+        dict(zip(CLASSES, np.arange(10) / 45, strict=True)),
+    )
+    given: RecipeArguments = {"settings": settings, "classes": list(np.array(CLASSES)), "images": Path("photos")}
+    recipe, _ = choose(prgkit.distill, None, given)
+    assert (recipe.training.epochs, recipe.training.learning_rate, recipe.views.flip) == (3, 0.25, False)
+    assert recipe.classes == CLASSES
+    assert yaml_text([np.arange(3), np.float64(0.5), Path("a")]) == "[[0, 1, 2], 0.5, a]"
+    with pytest.raises(TypeError, match="not object"):
+        yaml_text(object())
 
 
 def test_a_model_names_whatever_a_picture_comes_as(project_copy: Path) -> None:

@@ -144,6 +144,20 @@ def test_the_control_is_marked(pictures: Path) -> None:
     assert [teacher.weights for trial in trials for teacher in trial.recipe.teacher] == [None, None, "random"]
 
 
+def test_the_control_reads_no_context_and_two_teachers_that_would_be_one_are_refused(pictures: Path) -> None:
+    raw = recipe_for(pictures).model_dump(mode="json")
+    raw["teacher"]["context"] = "learned.safetensors"
+    taught, control = planned(validate(raw, where="test").resolved(), objectives=["kd"], random_teacher=True)
+    assert taught.recipe.teacher[0].context == "learned.safetensors"
+    assert [(one.weights, one.context) for one in control.recipe.teacher] == [("random", None)]
+    assert control.recipe.templates == ("the digit {}", "a {}")
+    raw["teacher"] = [{"model": "RN50", "weights": "openai"}, {"model": "RN50", "weights": "yfcc15m"}]
+    with pytest.raises(RecipeError, match="two teachers of one model are the same with random weights"):
+        planned(validate(raw, where="test").resolved(), objectives=["kd"], random_teacher=True)
+    raw["teacher"][1]["model"] = "RN101"
+    assert len(planned(validate(raw, where="test").resolved(), objectives=["kd"], random_teacher=True)) == 2
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

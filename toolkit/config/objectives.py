@@ -29,6 +29,8 @@ class ObjectiveConfig(Config):
     reads_stages: ClassVar[bool] = False
     # Whether it asks the teacher about data.words.
     reads_words: ClassVar[bool] = False
+    # Whether what they teach is how those phrases compare, so that one alone says nothing.
+    compares_words: ClassVar[bool] = False
     weight: float = Field(1.0, gt=0)
     prompt_weighting: Literal["max", "mean", "softmax"] = "max"
 
@@ -276,6 +278,7 @@ class Vocabulary(ObjectiveConfig):
 
     family = "text"
     reads_words = True
+    compares_words = True
     name: Literal["vocabulary"]
     word_weight: float = Field(0.1, ge=0)
     temperature: float = Field(4.0, gt=0)  # of the scores of words

@@ -30,22 +30,23 @@ def load_classes(
     *,
     note: Callable[[str], None] = silent,
     where: str = "the class names",
+    fewest: int = 2,
 ) -> tuple[str, ...]:
     """Return class names: a named list, a file of names, or the names given.
 
     ``note`` is told what a file has besides names, which is left out, and which names look like ids.
 
     Raises:
-        RecipeError: there is no such list or file, or its names are empty, repeated or fewer than two.
+        RecipeError: there is no such list or file, or its names are empty, repeated or fewer than ``fewest``.
     """
     if not isinstance(value, str):
         entries = [(f"entry {number}", name) for number, name in enumerate(value, 1)]
-        names = checked_classes(entries, where=where)
+        names = checked_classes(entries, where=where, fewest=fewest)
     elif value in NAMED_CLASSES:
         return named_classes(value)
     else:
         path = find_file(value)
-        names = listed_classes(path, silent if path.parent == LISTS else note)
+        names = listed_classes(path, silent if path.parent == LISTS else note, fewest=fewest)
     if odd := like_ids(names):
         note(f"class names look like ids: {some(odd)}; the teacher reads them as words")
     elif odd := odd_names(names):
@@ -54,12 +55,12 @@ def load_classes(
 
 
 def load_words(value: str | Sequence[str]) -> tuple[str, ...]:
-    """Return data.words, given as class names are.
+    """Return data.words, given as class names are; one is enough.
 
     Raises:
         RecipeError: as `load_classes` does, or one of them is more than a contrast pair.
     """
-    words = load_classes(value, where="data.words")
+    words = load_classes(value, where="data.words", fewest=1)
     if wrong := [word for word in words if len(phrases(word)) > 2]:
         fix = "write two phrases, as in 'old / new'"
         raise RecipeError(f"{wrong[0]!r} is no contrast pair", where="data.words", fix=fix)
@@ -124,7 +125,7 @@ def named_classes(name: str) -> tuple[str, ...]:
     return listed_classes(LISTS / f"{name}.txt")
 
 
-def listed_classes(path: Path, note: Callable[[str], None] = silent) -> tuple[str, ...]:
+def listed_classes(path: Path, note: Callable[[str], None] = silent, *, fewest: int = 2) -> tuple[str, ...]:
     """Return the names in a file, in any of the forms that other tools write; ``note`` is told what was taken off."""
     try:
         text = read_text(path)
@@ -132,7 +133,7 @@ def listed_classes(path: Path, note: Callable[[str], None] = silent) -> tuple[st
         what = f"{path.name} cannot be read: {error}"
         raise RecipeError(what, where=path, fix="save it as a UTF-8 text file") from error
     entries, remarks = read_names(text, path)
-    names = checked_classes(entries, where=path)
+    names = checked_classes(entries, where=path, fewest=fewest)
     for remark in remarks:
         note(remark)
     return names
@@ -151,7 +152,7 @@ def named_templates(name: str) -> tuple[str, ...]:
     return tuple(read_text(TEMPLATES / f"{name}.txt").splitlines())
 
 
-def checked_classes(names: Iterable[tuple[str, object]], *, where: object) -> tuple[str, ...]:
+def checked_classes(names: Iterable[tuple[str, object]], *, where: object, fewest: int) -> tuple[str, ...]:
     """Return the names, given with their places, or say what is wrong with them."""
     first_at: dict[str, str] = {}
     repeated: list[str] = []
@@ -171,9 +172,10 @@ def checked_classes(names: Iterable[tuple[str, object]], *, where: object) -> tu
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
         what = f"class names repeat: {', '.join(repeated[:5])}{more}"
         raise RecipeError(what, where=where, fix="keep one of each; case, spaces and underscores make no difference")
-    if len(accepted) < 2:
+    if len(accepted) < fewest:
         what = f"there is only one class, {accepted[0]!r}" if accepted else "there are no class names"
-        raise RecipeError(what, where=where, fix="give at least two, or there is nothing to tell apart")
+        fix = "give at least two, or there is nothing to tell apart" if fewest > 1 else "give one, or leave them out"
+        raise RecipeError(what, where=where, fix=fix)
     return tuple(accepted)
 
 

@@ -13,9 +13,9 @@ from pydantic import ValidationError, field_serializer, field_validator, model_v
 
 from prgkit.config.image_size import sides
 from prgkit.config.messages import ONE_OR_MANY, explain
-from prgkit.config.objectives import OBJECTIVES, AnyObjective, Config
+from prgkit.config.objectives import OBJECTIVES, AnyObjective, Config, ObjectiveConfig
 from prgkit.config.prior import EVEN, load_by_class
-from prgkit.config.prompts import LEARNED, load_classes, load_templates, load_words
+from prgkit.config.prompts import LEARNED, load_classes, load_templates, load_words, phrases
 from prgkit.config.sections import (
     Data,
     Export,
@@ -199,15 +199,16 @@ class Recipe(Config):
 
         ``note`` is told what was taken off the class names, and which look odd.
         """
-        words = self.data.words
+        words = None if self.data.words is None else load_words(self.data.words)
         data = self.data.model_copy(
             update={
                 "classes": load_classes(self.data.classes, note=note),
                 "prompts": load_templates(self.data.prompts),
-                "words": None if words is None else load_words(words),
+                "words": words,
             }
         )
         require_classes(self.objective, data.classes)
+        require_phrases(self.objective, words or ())
         prior = load_by_class(self.targets.prior, data.classes, key="targets.prior", word=EVEN)
         weights = load_by_class(
             self.training.class_weights, data.classes, key="training.class_weights", word="balanced"
@@ -245,6 +246,16 @@ def require_classes(objectives: Sequence[AnyObjective], classes: Sequence[str]) 
             )
 
 
+def require_phrases(objectives: Sequence[AnyObjective], words: Sequence[str]) -> None:
+    """Refuse an objective that compares phrases with each other, and has one."""
+    if sum(len(phrases(word)) for word in words) == 1 and any(objective.compares_words for objective in objectives):
+        raise RecipeError(
+            f"vocabulary compares phrases with each other, and {words[0]!r} is the only one",
+            where="data.words",
+            fix="give several, or a contrast pair such as 'old / new', or learn by aspects",
+        )
+
+
 def load_recipe(
     name: str,
     *,
@@ -265,8 +276,8 @@ def load_recipe(
     given = {f"data.{key}": value for key, value in (("images", images), ("classes", classes)) if value is not None}
     for key, value in given.items():
         section_of(raw, key)[key.removeprefix("data.")] = value
-    for override in overrides:
-        apply_override(raw, override)
+    for number, override in enumerate(overrides):
+        apply_override(raw, override, earlier=overrides[:number])
     changes = [*(f"{key}={value}" for key, value in given.items()), *overrides]
     where = f"{path}, with {', '.join(changes)}" if changes else path
     return validate(raw, where=where).resolved(note)
@@ -308,16 +319,21 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     write_yaml(recipe.model_dump(mode="json"), path)
 
 
-def apply_override(raw: YamlMapping, override: str) -> None:
-    """Set one value of a recipe that is not checked yet: ``training.epochs=5``; the value is read as YAML."""
+def apply_override(raw: YamlMapping, override: str, *, earlier: Sequence[str] = ()) -> None:
+    """Set one value of a recipe that is not checked yet: ``training.epochs=5``; the value is read as YAML.
+
+    Another objective begins with its own defaults, also of what the old one calls alike; what an ``earlier`` override
+    gave stays, where the new one has it.
+    """
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise RecipeError(f"--set takes KEY=VALUE, not {override!r}", fix="for example --set training.epochs=5")
     section = section_of(raw, key)
     value = parse_yaml(f"value: {text}", where=f"--set {override}")["value"]
-    if key == "objective.name" and value in OBJECTIVES:
-        # A new objective brings its own parameters; the old one's are not carried over.
-        for foreign in section.keys() - OBJECTIVES[value].model_fields.keys():
+    if key == "objective.name" and str(value) in OBJECTIVES and section.get("name", value) != value:
+        given = {one.partition("=")[0] for one in earlier}
+        kept = {name for name in OBJECTIVES[value].model_fields if f"objective.{name}" in given}
+        for foreign in section.keys() - ObjectiveConfig.model_fields.keys() - kept:
             del section[foreign]
     section[key.rpartition(".")[2]] = value
 

@@ -63,7 +63,11 @@ def plain_yaml(text: str) -> Any:
 
 def yaml_text(value: object) -> str:
     """Return a value as one line of YAML, from which `parse_yaml` reads it back; paths become text."""
-    plain = json.loads(json.dumps(value, default=os.fspath))
+
+    def plain_value(other: Any) -> Any:
+        return other.tolist() if hasattr(other, "tolist") else os.fspath(other)  # numpy's numbers and arrays, paths
+
+    plain = json.loads(json.dumps(value, default=plain_value))
     text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=math.inf)
     return text.removesuffix("...\n").strip()
 

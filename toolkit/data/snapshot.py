@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from prgkit.config.prompts import canonical
 from prgkit.config.recipe import Recipe
+from prgkit.config.sections import ImageSpec
 from prgkit.data.index import ImageIndex
-from prgkit.data.sources import ImageSource, lies_in_files, open_images
+from prgkit.data.sources import ImageSource, lies_in_files, number_of, open_images
 from prgkit.errors import ImagesError, RunError
 from prgkit.progress import Progress
 from prgkit.storage.atomic import write_bytes
+from prgkit.storage.remote import is_url
 from prgkit.storage.run import Run
 
 KEY_BYTES = 16
@@ -32,9 +35,10 @@ class Snapshot(NamedTuple):
     labelled_keys: frozenset[str]  # those of the few images whose labels are learned from
     files: NDArray[np.uint64]  # a number for each file's name and size, sorted
     dated_files: NDArray[np.uint64]  # the same of its date as well
+    labels: NDArray[np.uint64] | None  # a number for each labelled image's file and its label; None: not known
 
 
-def save_snapshot(run: Run, image_index: ImageIndex, labelled: ImageIndex | None) -> None:
+def save_snapshot(run: Run, image_index: ImageIndex, labelled: ImageIndex | None, classes: Sequence[str]) -> None:
     """Write into a run that has learned nothing yet what it is going to learn from and be judged on."""
     source = image_index.source
     files, dated = ((source.file_digests(dated=each) if lies_in_files(source.spec) else []) for each in (False, True))
@@ -44,6 +48,8 @@ def save_snapshot(run: Run, image_index: ImageIndex, labelled: ImageIndex | None
         "files": np.sort(np.array(files, dtype=np.uint64)),
         "dated": np.sort(np.array(dated, dtype=np.uint64)),
     }
+    if labelled is not None:
+        arrays["labels"] = label_digests(labelled.source, classes)[1]
     sealed: dict[str, Any] = {**arrays, "digest": digest_of(arrays)}
     buffer = io.BytesIO()
     np.savez(buffer, **sealed)
@@ -64,7 +70,9 @@ def load_snapshot(run: Run) -> Snapshot | None:
     content = io.BytesIO(run.snapshot_file.read_bytes())  # what the system refuses is no damage
     try:
         with np.load(content, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("images", "labelled", "files", "dated")}
+            # "labels" is there where labels were learned from.
+            names = {"images", "labelled", "files", "dated", *archive.files} - {"digest"}
+            arrays = {name: archive[name] for name in names}
             whole = bytes(archive["digest"]) == bytes(digest_of(arrays))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         whole = False
@@ -75,7 +83,7 @@ def load_snapshot(run: Run) -> Snapshot | None:
             fix="delete it; the images that are there now are then taken to be those",
         )
     keys, labelled_keys = (frozenset(bytes(key).hex() for key in arrays[name]) for name in ("images", "labelled"))
-    return Snapshot(keys, labelled_keys, arrays["files"], arrays["dated"])
+    return Snapshot(keys, labelled_keys, arrays["files"], arrays["dated"], arrays.get("labels"))
 
 
 def restrict_to_snapshot(
@@ -117,13 +125,23 @@ def restrict_to_snapshot(
 
 
 def report_changes(run: Run, recipe: Recipe, progress: Progress) -> None:
-    """Say of a finished run whether its images are others now, by their names and sizes.
+    """Say of a finished run whether its images, or the labels that it learned from, are others now."""
+    snapshot, spec = load_snapshot(run), recipe.data.labelled_spec
+    if snapshot is None:
+        return
+    if lies_in_files(recipe.data.images):
+        report_images(run, recipe.data.images, snapshot, progress)
+    if spec is None or not recipe.learns_labels or snapshot.labels is None or is_url(spec.source):
+        return
+    if spec.labels is not None or lies_in_files(spec.source):
+        report_labels(run, spec, recipe.classes, snapshot.labels, progress)
+
+
+def report_images(run: Run, spec: str, snapshot: Snapshot, progress: Progress) -> None:
+    """Say what is new among the images, and what is gone, by names and sizes.
 
     Of those that have another date than then, up to `MOST_READ` are read: a copied folder has new dates and old images.
     """
-    snapshot, spec = load_snapshot(run), recipe.data.images
-    if snapshot is None or not lies_in_files(spec):
-        return
     try:
         source = open_images(spec).with_grey(run.image_facts.grey_range)
     except ImagesError as error:
@@ -138,13 +156,40 @@ def report_changes(run: Run, recipe: Recipe, progress: Progress) -> None:
     changed = [index for index in known if is_changed(source, index, snapshot)]
     new = np.union1d(new, changed).astype(np.int64)
     gone = len(np.setdiff1d(snapshot.files, files))
-    changes = [f"{len(new):,} files are new or changed, e.g. {source.name(int(new[0]))}"] if len(new) else []
+    if told := in_words([source.name(index) for index in new.tolist()], gone, what="files"):
+        progress.note(f"{spec} is not what the run was made from any more: {told}{restart_command(run)}")
+
+
+def report_labels(
+    run: Run, spec: ImageSpec, classes: Sequence[str], learned: NDArray[np.uint64], progress: Progress
+) -> None:
+    """Say which labels are new and how many are gone, by the images' names and sizes; no image is read."""
+    try:
+        source = open_images(spec)
+        labelled, digests = label_digests(source, classes)
+    except ImagesError as error:
+        progress.note(f"the labels that it learned from are not there any more: {error.what}")
+        return
+    new = labelled[~np.isin(digests, learned)]
+    gone = len(np.setdiff1d(learned, digests))
+    if told := in_words([source.name(index) for index in new.tolist()], gone, what="labels"):
+        place = spec.labels or spec.source
+        progress.note(f"{place} does not hold the labels that it learned from any more: {told}{restart_command(run)}")
+
+
+def label_digests(source: ImageSource, classes: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """Return the images that have a label, and a number for the name, the size and the label of each."""
+    labels, files = source.labels(range(len(source)), classes), source.file_digests()
+    labelled = [index for index, label in enumerate(labels) if label is not None]
+    states = (f"{files[index]} {canonical(str(labels[index]))}".encode() for index in labelled)
+    return np.array(labelled, dtype=np.int64), np.array([number_of(state) for state in states], dtype=np.uint64)
+
+
+def in_words(new: Sequence[str], gone: int, *, what: str) -> str:
+    """Tell what is new and what is gone, up to the command that learns from all; nothing where that is none."""
+    changes = [f"{len(new):,} {what} are new or changed, e.g. {new[0]}"] if new else []
     changes += [f"{gone:,} that were there are gone or changed"] if gone else []
-    if changes:
-        progress.note(
-            f"{spec} is not what the run was made from any more: {'; '.join(changes)}. It has not learned from what is "
-            f"new; to learn from all: {restart_command(run)}"
-        )
+    return f"{'; '.join(changes)}. It has not learned from what is new; to learn from all: " if changes else ""
 
 
 def is_changed(source: ImageSource, index: int, snapshot: Snapshot) -> bool:

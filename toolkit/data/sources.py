@@ -117,6 +117,11 @@ def lies_in_files(spec: str) -> bool:
     return not (colon and kind in LIBRARIES) and not is_url(spec)
 
 
+def number_of(state: bytes) -> int:
+    """Return a number of 64 bits that changes with any byte."""
+    return int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little")
+
+
 class ImageSource:
     """Numbered images of one source; threads, forks and pickled copies may read at once."""
 
@@ -184,7 +189,7 @@ class ImageSource:
         """Return a number for each image's name and size in bytes, and its date if ``dated``; no image is read."""
         size, date = (getattr(self._source, name, lambda _: 0) for name in ("size", "date"))
         states = (f"{size(i)} {date(i) if dated else ''} {self.name(i)}".encode() for i in range(len(self)))
-        return [int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little") for state in states]
+        return [number_of(state) for state in states]
 
     @property
     def is_part(self) -> bool:

@@ -244,7 +244,7 @@ def fit_adjustment(logits: Tensor, config: TargetsConfig, prior: Tensor | None =
 
 
 def fit_log_prior(logits: Tensor, prior: Tensor | None = None) -> Tensor:
-    """Return log p [C] that has to go for the mean of softmax(W - log p) [n, C] to be ``prior`` [C], or else even.
+    """Return log p / q [C] that has to go for the mean of softmax(W - log p / q) [n, C] to be q: ``prior``, or even.
 
     Dividing a posterior by the prior in it is logit adjustment (Menon et al., ICLR 2021); that the prior can be
     estimated from the teacher's own answers is debiased pseudo-labelling (Wang et al., CVPR 2022). Their estimate is
@@ -253,22 +253,23 @@ def fit_log_prior(logits: Tensor, prior: Tensor | None = None) -> Tensor:
     until nothing is left to take off, as in Sinkhorn's scaling of one margin; that point is unique, since it minimises
     the convex mean_i logsumexp_c(W_ic - b_c) + sum_c q_c b_c, q the shares that are to remain.
 
-    No p falls below 1/n: n images cannot tell it from none. So a class that nobody matched is helped by a little
-    and not given images until it has its share.
+    The teacher's own p is what is sought, and no p falls below 1/n: n images cannot tell it from none. So a class that
+    nobody matched is helped by a little and not given images until it has its share, however rare or common it is.
     """
     images, classes = logits.shape
     floor = -math.log(max(images, classes))
     wanted = torch.zeros(classes, dtype=torch.float64) if prior is None else (prior.double() * classes).log()
     log_prior = torch.full((classes,), -math.log(classes), dtype=torch.float64)
     for _ in range(MOST_ITERATIONS):
-        mean = (logits - log_prior.to(logits)).softmax(dim=1).mean(dim=0, dtype=torch.float64)  # [C], sums to 1
+        shift = (log_prior - wanted).to(logits)
+        mean = (logits - shift).softmax(dim=1).mean(dim=0, dtype=torch.float64)  # [C], sums to 1
         moved = log_prior + mean.clamp(min=1e-30).log() - wanted
         moved = (moved - moved.logsumexp(dim=0)).clamp(min=floor)
         step = float((moved - log_prior).abs().max())  # of the class that is farthest from its share, as a logarithm
         log_prior = moved
         if step < CLOSE:
             break
-    return log_prior.float()
+    return (log_prior - wanted).float()
 
 
 def fit_temperature(logits: Tensor, share: float) -> float:

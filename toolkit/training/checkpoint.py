@@ -20,6 +20,8 @@ from prgkit.storage.tensors import load_tensors, save_tensors
 from prgkit.student.model import Student
 
 STEPS_UNREAD = 50  # of which a GPU keeps the losses to itself
+KL_DECAY = 0.7  # of the moving average of the held-out divergence over epochs
+STALE = 1.3  # times an epoch's own divergence: an average above it is that of epochs before
 
 
 @dataclass
@@ -67,6 +69,19 @@ class TrainingCounters:
     def means(self) -> dict[str, float]:
         """Return this epoch's mean of each loss term, over the steps of which they were read."""
         return {name: total / (self.steps_in_epoch - len(self._unread)) for name, total in self.sums.items()}
+
+    def is_best(self, divergence: float) -> bool:
+        """Take an epoch's held-out divergence into the moving average; tell whether that is the least so far.
+
+        A training that jumps early leaves an average that is high for many epochs. An epoch that is better than what is
+        kept is not held to it: where its average is out of touch with it, the average begins anew.
+        """
+        before, best = self.kl_average, self.best_kl_average
+        average = divergence if before is None else KL_DECAY * before + (1 - KL_DECAY) * divergence
+        if best is not None and divergence < best < average and average > STALE * divergence:
+            average = divergence
+        self.kl_average = average
+        return best is None or average <= best
 
     def end_epoch(self) -> None:
         """Count one epoch and start the next one's sums at zero."""

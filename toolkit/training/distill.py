@@ -59,8 +59,6 @@ from prgkit.training.few_shot import append_labelled, tune_head_mixing
 from prgkit.training.optimizer import build_optimizer, schedule
 from prgkit.training.prepare import prepare
 
-KL_DECAY = 0.7  # of the moving average of the held-out divergence over epochs
-
 
 def distill(recipe: Recipe, folder: Path, targets_root: Path, progress: Progress) -> Run:
     """Distil ``recipe`` into the run at ``folder``, or go on where it was stopped.
@@ -108,7 +106,7 @@ def distill_one_rank(
 
 
 def already_finished(run: Run, recipe: Recipe, targets_root: Path, progress: Progress) -> bool:
-    """Tell whether a run is finished, and whether its images have changed since; or refuse it before it is touched."""
+    """Tell whether a run is finished, and say what has changed since; or refuse it before it is touched."""
     require_own_folder(run.folder, recipe)
     if not (run.finished and run.weights.exists()) or differences(run, recipe):
         return False
@@ -306,12 +304,10 @@ def evaluate(trainer: Trainer, epoch: int) -> HeldOutScores:
     scores = held_out_scores(average, dataset, trainer.config, trainer.accelerator)
     if not math.isfinite(scores.held_out_kl):
         raise came_apart(f"the divergence on held-out images is {scores.held_out_kl} after epoch {epoch}")
-    before, best = counters.kl_average, counters.best_kl_average
-    average_kl = scores.held_out_kl if before is None else KL_DECAY * before + (1 - KL_DECAY) * scores.held_out_kl
-    counters.kl_average = average_kl
-    if trainer.accelerator.is_main_process and (best is None or average_kl <= best or not trainer.run.weights.exists()):
+    best = counters.is_best(scores.held_out_kl)
+    if trainer.accelerator.is_main_process and (best or not trainer.run.weights.exists()):
         counters.best_epoch, counters.best_agreement = epoch, scores.agreement
-        counters.best_kl_average = average_kl
+        counters.best_kl_average = counters.kl_average
         save_tensors(trainer.run.weights, average.state_dict(), {"epoch": epoch, **scores._asdict()})
     return scores
 

@@ -70,7 +70,7 @@ def prepare(
         few = FewLabelled(kept, few.labels[np.isin(few.images.keys, kept.keys)])
     if run is not None:
         if begun is None:
-            save_snapshot(run, images, few.images if few else None)
+            save_snapshot(run, images, few.images if few else None, recipe.classes)
         judged = image_facts(evaluation) if evaluation else None
         run.update_card(images=image_facts(images), evaluation=judged, teacher=store.facts())
     held_out = hold_out(images.keys, recipe.data.held_out)

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from prgkit.config.prompts import LISTS, NAMED_CLASSES, NAMED_TEMPLATES, canonical, fill, load_classes, load_templates
+from prgkit.config.prompts import (
+    LISTS,
+    NAMED_CLASSES,
+    NAMED_TEMPLATES,
+    canonical,
+    fill,
+    load_classes,
+    load_templates,
+    load_words,
+)
 from prgkit.errors import RecipeError
 
 REAL = Path(os.environ.get("PRGKIT_DATA", "not given")) / "cifar100"
@@ -319,6 +328,13 @@ def test_too_few_names(tmp_path: Path) -> None:
     )
     (tmp_path / "names.txt").write_text("# nothing\n\n")
     assert classes_error(str(tmp_path / "names.txt")).startswith("there are no class names\n")
+
+
+def test_one_contrast_pair_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("striped / plain\n")
+    assert load_words(["striped / plain"]) == load_words(str(tmp_path / "words.txt")) == ("striped / plain",)
+    with pytest.raises(RecipeError, match=r"there are no class names\n  where: data\.words\n  fix: give one, or"):
+        load_words([])
 
 
 def test_names_that_are_not_names() -> None:

@@ -343,8 +343,17 @@ def test_another_objective_drops_the_parameters_of_the_first(mine: str) -> None:
         "alpha": 0.5,
         "temperature": 4.0,
     }
+    for page, name in (("{name: kd, temperature: 7}", "ofa"), ("{name: promptkd, kl_weight: 10}", "nd")):
+        (other,) = load_recipe(mine, overrides=[f"objective={page}", f"objective.name={name}"]).objective
+        assert other == OBJECTIVES[name](name=name)  # its own defaults, also of what both have
+    given = ["objective={name: kd, temperature: 7}", "objective.temperature=3"]
+    for overrides, temperature in (([*given, "objective.name=ofa"], 3.0), ([*given[:1], "objective.name=kd"], 7.0)):
+        (other,) = load_recipe(mine, overrides=overrides).objective
+        assert other.model_dump()["temperature"] == temperature
     with pytest.raises(RecipeError, match="unknown objective 'kdd'"):
         load_recipe(mine, overrides=["objective.name=kdd"])
+    with pytest.raises(RecipeError, match="objective"):
+        load_recipe(mine, overrides=["objective.name=[kd]"])
 
 
 @pytest.mark.parametrize(
@@ -527,6 +536,17 @@ def test_a_word_is_a_phrase_or_a_pair() -> None:
     recipe = validate(page("data: {images: a, classes: [cat, dog], words: [fur, old / new / newer]}"), where="test")
     with pytest.raises(RecipeError, match="is no contrast pair"):
         recipe.resolved()
+
+
+def test_vocabulary_has_several_phrases_to_compare() -> None:
+    def resolved(name: str, word: str) -> Recipe:
+        data = f"data: {{images: a, classes: [cat, dog], words: [{word}]}}"
+        return validate(page(f"{data}\nobjective: {{name: {name}}}"), where="test").resolved()
+
+    with pytest.raises(RecipeError, match="vocabulary compares phrases with each other, and 'fur' is the only one"):
+        resolved("vocabulary", "fur")
+    assert resolved("vocabulary", "old / new").words == ("old / new",)
+    assert resolved("aspects", "fur").words == ("fur",)
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd"])

@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from prgkit import demo
 from prgkit.annotation.audit import audit
 from prgkit.config.recipe import Recipe, validate
+from prgkit.data.snapshot import load_snapshot
+from prgkit.data.ticks import Tick, write_ticks
 from prgkit.demo.digits import CLASSES, load_digits
 from prgkit.errors import PrgkitError, RunError
 from prgkit.export.formats.options import ExportOptions
@@ -154,6 +156,60 @@ def test_a_finished_run_says_what_is_new_and_is_judged_on_its_own(photos: Path, 
 
     anew = distill(arguments[0], tmp_path / "run-2", tmp_path / "targets", NullProgress())
     assert anew.image_facts.used == ALL
+
+
+@pytest.mark.parametrize("by", ["sheet", "folders"])
+def test_a_finished_run_says_which_labels_it_has_not_learned_from(photos: Path, tmp_path: Path, by: str) -> None:
+    source, table, folders = put(photos, tmp_path / "pics", FEW), tmp_path / "labels.csv", tmp_path / "labelled"
+    names = sorted(path.name for path in source.iterdir())
+
+    def label(labels: dict[str, str]) -> None:
+        ticks = enumerate(labels.items(), 1)
+        write_ticks(table, [Tick(number, name, "", of, "90", right=True) for number, (name, of) in ticks])
+        shutil.rmtree(folders, ignore_errors=True)
+        for name, of in labels.items():
+            (folders / of.lower()).mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, folders / of.lower())
+
+    told = {name: CLASSES[number % 3] for number, name in enumerate(names[:12])}
+    label(told)
+    labelled = {"labelled": str(source), "labelled_labels": str(table)} if by == "sheet" else {"labelled": str(folders)}
+    data = {"images": str(source), "classes": list(CLASSES), "prompts": ["a {}"], "held_out": 0.2, **labelled}
+    arguments = (recipe_for(source, data=data, objective={"name": "dho"}), tmp_path / "run", tmp_path / "targets")
+    run = distill(*arguments, NullProgress())
+    label({name: of.upper() for name, of in told.items()})  # the same labels in another spelling
+    same = Heard()
+    distill(*arguments, same)
+    assert same.said == [f"{run.folder} is finished already"]
+
+    another = {**told, names[0]: CLASSES[5]}
+    more = {**told, names[20]: CLASSES[1], names[21]: CLASSES[1]}
+    fewer = {name: told[name] for name in names[1:12]}
+    for labels, new, gone in ((another, names[:1], 1), (more, names[20:22], 0), (fewer, [], 1)):
+        label(labels)
+        heard = Heard()
+        distill(*arguments, heard)
+        (note,) = heard.about("does not hold the labels that it learned from any more")
+        first = "".join(new[:1] if by == "sheet" else [f"{labels[name]}/{name}" for name in new[:1]])
+        assert (f"{len(new)} labels are new or changed, e.g. {first}" in note) == bool(new)
+        assert (f"{gone} that were there are gone or changed" in note) == bool(gone)
+        assert note.startswith(str(table if by == "sheet" else folders))
+        assert f"to learn from all: prgkit distill {run.folder}/recipe.yaml --run {run.folder}-2 " in note
+    table.unlink()
+    shutil.rmtree(folders)
+    distill(*arguments, heard)
+    assert len(heard.about("the labels that it learned from are not there any more")) == 1
+
+
+def test_a_run_of_before_that_kept_no_labels_says_nothing_of_them(photos: Path, tmp_path: Path) -> None:
+    run = distill(
+        recipe_for(put(photos, tmp_path / "pics", FEW)), tmp_path / "run", tmp_path / "targets", NullProgress()
+    )
+    with np.load(run.snapshot_file) as archive:  # as every run had it, and one without labels has it still
+        assert set(archive.files) == {"images", "labelled", "files", "dated", "digest"}
+    snapshot = load_snapshot(run)
+    assert snapshot is not None
+    assert snapshot.labels is None
 
 
 def test_a_stopped_run_goes_on_with_its_own_images_bit_for_bit(photos: Path, tmp_path: Path) -> None:

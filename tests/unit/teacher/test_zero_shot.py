@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from prgkit.config.prior import class_shares
 from prgkit.config.recipe import Recipe, validate
 from prgkit.config.sections import TargetsConfig
 from prgkit.data.ticks import Tick
@@ -94,6 +95,29 @@ def test_a_class_that_nobody_matched_explodes_nothing() -> None:
     one_odd_image = teacher.clone()
     one_odd_image[0, 9] = 80
     assert ((one_odd_image - fit_log_prior(one_odd_image)).argmax(dim=1) == 9).sum() == 1
+
+
+def test_a_class_that_never_comes_leaves_the_others_corrected_as_without_it() -> None:
+    labels = EVEN % 2 + 1  # no image of the first
+    teacher = exact_logits(labels)[:, :3] + torch.tensor([0.0, 3.0, 0.0])
+    shares = class_shares({"none": 0, "one": 1, "two": 1}, ("none", "one", "two"))
+    alone, beside = fit_log_prior(teacher[:, 1:]), fit_log_prior(teacher, torch.tensor(shares))
+    assert float(beside[1] - beside[2]) == pytest.approx(float(alone[0] - alone[1]), abs=0.01)
+    answers = teacher - beside
+    torch.testing.assert_close(answers.softmax(1).mean(0), torch.tensor([0, 0.5, 0.5]), atol=1e-3, rtol=0)
+    assert accuracy(answers, labels) > accuracy(teacher, labels) + 3
+
+
+def test_a_class_that_is_known_to_be_rare_gets_its_share() -> None:
+    labels = (torch.arange(300) < 3).long()
+    even = exact_logits(labels)[:, :2]  # as if both came alike,
+    teacher = even + torch.tensor([0.0, 4.0])  # and the rare one is named readily
+    assert float(teacher.softmax(1).mean(0)[1]) > 0.3
+    for rare in (0.05, 0.01):
+        answers = teacher - fit_log_prior(teacher, torch.tensor([1 - rare, rare]))
+        assert float(answers.softmax(1).mean(0)[1]) == pytest.approx(rare, rel=0.01)
+    assert accuracy(answers, labels) > 98
+    torch.testing.assert_close(fit_log_prior(teacher, torch.tensor([0.5, 0.5])), fit_log_prior(teacher))
 
 
 def test_the_temperature_of_true_probabilities_is_found() -> None:
