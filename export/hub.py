@@ -118,7 +118,7 @@ def is_bundle_there(api: HfApi, repo: str) -> bool:
 def pull(repo: str, folder: Path, *, revision: str | None = None, note: Callable[[str], None]) -> Path:
     """Bring the bundle of the model repository OWNER/NAME into ``folder``, and return that; every digest is compared.
 
-    A bundle that is there already is replaced when all of the new one is here; its measurements stay.
+    A bundle that is there already is replaced when all of the new one is here; what no export made of it stays.
 
     Raises:
         ExportError: what came is damaged, or something else is in ``folder``.
@@ -129,7 +129,7 @@ def pull(repo: str, folder: Path, *, revision: str | None = None, note: Callable
         what = "pull puts another folder in the place of the one that you stand in"
         raise HubError(what, where=repo, fix="write OWNER/NAME, or name another folder: --out FOLDER")
     api = HfApi()
-    with alone_in(folder), building(folder, "pulled") as new:
+    with alone_in(folder), building(folder, "pulled", note=note) as new:
         with talking_to_the_hub(repo):
             try:
                 api.hf_hub_download(repo, FILE, revision=revision, local_dir=new)

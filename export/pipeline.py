@@ -138,7 +138,7 @@ def export_student(
     """
     formats = wanted_formats(options)
     needed_bytes = expected_bytes(student, len(images.evaluation.teacher_logits), options)
-    with room_for(folder, needed_bytes), building(folder) as new, tempfile.TemporaryDirectory() as work:
+    with room_for(folder, needed_bytes), building(folder, note=note) as new, tempfile.TemporaryDirectory() as work:
         export = StudentExport(
             student.network,
             student.classes,

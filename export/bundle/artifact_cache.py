@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatch
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -15,7 +16,9 @@ from prgkit.export.bundle.bundle import verify_artifact
 from prgkit.export.bundle.engine_metadata import engine_metadata_path, load_engine_metadata
 from prgkit.export.bundle.manifest import (
     FILE,
+    PARTS,
     SCHEMA,
+    VECTORS,
     Artifact,
     Manifest,
     NotKept,
@@ -23,10 +26,10 @@ from prgkit.export.bundle.manifest import (
     read_manifest,
     require_inside,
 )
+from prgkit.progress import silent
 from prgkit.storage.atomic import fingerprint, read_json, writing
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
-from prgkit.storage.run import TICKS
 
 RELABELLED = "relabelled"  # what `building` calls the folder that takes the place of one with other classes
 JOURNAL = "finished.jsonl"  # in a folder that is being built; in a bundle the manifest says the same
@@ -132,11 +135,12 @@ class ArtifactCache:
 
 
 @contextmanager
-def building(folder: Path, name: str = "new") -> Iterator[Path]:
+def building(folder: Path, name: str = "new", *, note: Callable[[str], None] = silent) -> Iterator[Path]:
     """Give a folder beside ``folder``, known by ``name``, that takes its place when all went well.
 
-    When not, or after a kill, only artifacts that were finished stay in it, for the next export. Measurements made on
-    the old bundle (its ``bench`` folder) and what was ticked in it move into the new one: they are the user's.
+    When not, or after a kill, only artifacts that were finished stay in it, for the next export. What no export made
+    of the old one moves into the new one: measurements, ticks, whatever the user put there; ``note`` is told what
+    cannot, since the new one has a file of that name.
     """
     folder = folder.resolve()  # a link to a bundle stays a link
     new, old = (folder.with_name(f".{folder.name}.{what}") for what in (name, "old"))
@@ -152,9 +156,11 @@ def building(folder: Path, name: str = "new") -> Iterator[Path]:
     new.mkdir(parents=True, exist_ok=True)
     try:
         yield new
-        for kept in ("bench", TICKS.parent.name):
-            if (folder / kept).exists() and not (new / kept).exists():
-                shutil.copytree(folder / kept, new / kept)
+        for path in of_the_user(folder):  # they have two names until the old folder goes: a kill loses none
+            if os.path.lexists(new / path.name):
+                note(f"{path.name}, which no export made, makes way for the bundle's own of that name")
+            else:
+                link_all(path, new / path.name)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -162,6 +168,22 @@ def building(folder: Path, name: str = "new") -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         clear_unfinished(new)
+
+
+def of_the_user(folder: Path) -> Iterator[Path]:
+    """Yield what lies in a bundle and no export made: measurements, ticks, whatever the user put there.
+
+    Where its manifest cannot be read, what is called as an export calls its files counts as made by one.
+    """
+    manifest = manifest_of(folder)
+    made = {FILE, "README.md", JOURNAL, VECTORS, *PARTS}
+    for artifact in manifest.artifacts if manifest else ():
+        made |= {path.name for path in files_of(folder, artifact)}
+    # An engine is in no manifest after a kill while another was built in its place.
+    names = (".lock*", ".*.part", "model.*.tensorrt*.engine*" if manifest else "model.*")
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name not in made and not any(fnmatch(path.name, name) for name in names):
+            yield path
 
 
 def is_bundle(folder: Path) -> bool:
@@ -204,7 +226,7 @@ def clear_unfinished(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, where there is one."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -247,3 +269,13 @@ def link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copy2(source, target)
+
+
+def link_all(source: Path, target: Path) -> None:
+    """Let second names stand for a file, or for all files of a folder; a symbolic link stays one."""
+    if source.is_symlink():
+        target.symlink_to(os.readlink(source))
+    elif source.is_dir():
+        shutil.copytree(source, target, symlinks=True, copy_function=link)
+    else:
+        link(str(source), str(target))
