@@ -44,7 +44,7 @@ def judge_int8(bundle: Bundle, rows: Sequence[Row]) -> list[Int8Verdict]:
     against = min(floats, key=lambda row: measured_latency(row).p50_ms)
     files = [one for one in bundle.artifacts if (one.format, one.precision) == ("onnx", "int8")]
     return [
-        judge(row, row.comparison, against, margin=bundle.manifest.margin(one))
+        judge(row, row.comparison, against, margin=bundle.manifest.margin)
         for one in files
         if (row := ran.get(one.name)) is not None and row.comparison is not None
     ]

@@ -14,9 +14,12 @@ from pydantic import JsonValue
 from prgkit.errors import ExportError, PrgkitError
 from prgkit.export.bundle.bundle import verify_artifact
 from prgkit.export.bundle.engine_metadata import engine_metadata_path, load_engine_metadata
+from prgkit.export.bundle.fidelity import int8_sentence
 from prgkit.export.bundle.manifest import (
+    ENGINE,
     FILE,
     PARTS,
+    QDQ,
     SCHEMA,
     VECTORS,
     Artifact,
@@ -78,7 +81,7 @@ class ArtifactCache:
         return None
 
     def carry_over(
-        self, artifacts: Sequence[Artifact], origin: Origin | None, *, decided: Callable[[str], bool]
+        self, artifacts: Sequence[Artifact], origin: Origin | None, *, decided: Callable[[str], bool], margin: float
     ) -> tuple[list[Artifact], list[NotKept]]:
         """Take over what else the bundle holds of the same student, and what was not kept; say what it loses.
 
@@ -86,6 +89,7 @@ class ArtifactCache:
             artifacts: what this export has made.
             origin: what its FP32 file is made from; None where nothing can be taken over.
             decided: tells of an artifact's name whether this export was to decide on it, whatever came of that.
+            margin: by how many percent points INT8 may be worse; what was kept by a larger one may not stay.
         """
         if self.before is None:
             return [], []
@@ -93,6 +97,11 @@ class ArtifactCache:
         same = ("onnx-fp32", fingerprint(origin)) in [(artifact.name, artifact.made_from) for artifact in before]
         others = [artifact for artifact in before if artifact.name not in names]
         stay = [other for other in others if same and not decided(other.name) and is_whole(self.bundle, other)]
+        refused = {one.name: facts for one in stay if (facts := refused_by(margin, one, before))}
+        stay, others = ([one for one in group if one.name not in refused] for group in (stay, others))
+        for artifact in before:
+            if artifact.name in refused:
+                self.note(f"no longer in the bundle: {artifact.file}: {int8_sentence(refused[artifact.name])}")
         for message, group in (
             ("stays in the bundle, not asked for, and of the same student", stay),
             ("no longer in the bundle", [other for other in others if other not in stay]),
@@ -100,7 +109,7 @@ class ArtifactCache:
             if group:
                 self.note(f"{message}: {', '.join(artifact.file for artifact in group)}")
         not_kept = [facts for facts in self.before.not_kept if same and not decided(facts.name)]
-        return [self.bring(artifact) for artifact in stay], not_kept
+        return [self.bring(artifact) for artifact in stay], [*not_kept, *refused.values()]
 
     def bring(self, artifact: Artifact) -> Artifact:
         """Give an artifact of the bundle a second name here, or copy it, and write down that it is finished."""
@@ -242,6 +251,15 @@ def is_whole(folder: Path, artifact: Artifact) -> bool:
     except (PrgkitError, OSError):
         return False
     return True
+
+
+def refused_by(margin: float, artifact: Artifact, beside: Sequence[Artifact]) -> Quantization | None:
+    """Return how an INT8 file stands to FP32 where that is not good enough; an engine is as good as what it is of."""
+    source = next((one for one in beside if one.format == QDQ), artifact)
+    facts = (source if (artifact.format, artifact.precision) == (ENGINE, "int8") else artifact).quantization
+    if facts is None or facts.comparison is None or facts.comparison.holds(margin):
+        return None
+    return facts.model_copy(update={"name": artifact.name, "kept": False, "margin": margin, "made_from": None})
 
 
 def files_of(folder: Path, artifact: Artifact) -> list[Path]:

@@ -275,7 +275,7 @@ def test_how_faithful_int8_was_with_the_old_classes_is_not_said_of_the_new(run: 
     manifest["not_kept"] = [{"name": "int8", "why": "it is slow"}]
     write_sealed(run.bundle / "manifest.json", manifest)
     told = relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
-    kept = {"layout": "onnxruntime", "margin": 2.0, "calibration_images": 4}  # the margin is what bench needs
+    kept = {"layout": "onnxruntime", "margin": 2.0, "calibration_images": 4}
     assert told.artifacts[0].quantization.to_json() == kept
     assert told.not_kept == ()
     assert told.confidence is None
