@@ -179,6 +179,19 @@ def building(folder: Path, name: str = "new", *, note: Callable[[str], None] = s
         clear_unfinished(new)
 
 
+def require_elsewhere(folder: Path, command: str, *, fix: str, stands_in: Path | None = None) -> None:
+    """Refuse to replace the folder that the user stands in: the shell would be left in one that is gone.
+
+    ``stands_in`` is where that is, by default where this process is.
+
+    Raises:
+        ExportError: it is that folder, or lies in it.
+    """
+    if (stands_in or Path.cwd()).is_relative_to(folder.resolve()):
+        what = f"{command} puts another folder in the place of the one that you stand in"
+        raise ExportError(what, where=folder, fix=fix)
+
+
 def of_the_user(folder: Path) -> Iterator[Path]:
     """Yield what lies in a bundle and no export made: measurements, ticks, whatever the user put there.
 
