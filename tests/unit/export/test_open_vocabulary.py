@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -253,6 +254,29 @@ def test_what_was_relabelled_is_not_taken_for_what_was_exported(run: Run, monkey
     with pytest.raises(MadeAnewError):
         export()
     assert open_bundle(run.bundle).classes == ("one", "two")
+
+
+@pytest.mark.parametrize("vectors", ["initializer", None])
+def test_an_export_says_that_other_classes_go(run: Run, monkeypatch: pytest.MonkeyPatch, vectors: Any) -> None:
+    told: list[list[str]] = []
+
+    def export() -> None:
+        progress = Notes()
+        export_run(run, ExportOptions(class_vectors=vectors), progress=progress)
+        told.append([text for text in progress.told if "classes FILE" in text])
+
+    monkeypatch.setattr("prgkit.export.from_run.export_best", lambda *_: open_bundle(run.bundle).manifest)
+    export()
+    relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
+    export()
+    relabel(run.bundle, run.recipe.classes, run=run, progress=NullProgress())
+    export()
+    again = "relabel" if vectors else "export --open-vocabulary relabel"
+    said = (
+        f"the bundle has had other classes since {datetime.now(timezone.utc).date()}; this export gives it the run's "
+        f"again: prgkit {again} --classes FILE gives the others back"
+    )
+    assert told == [[], [said], []]
 
 
 def test_a_bundle_is_not_replaced_while_another_process_works_in_it(run: Run) -> None:
