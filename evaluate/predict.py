@@ -85,7 +85,8 @@ class Model:
         folder: the bundle.
         bench: where this machine's measurements of the bundle are: the artifact that its selection.json names is run,
             the FP32 file otherwise.
-        runtime: what runs it, such as litert: that file where it can, or else the bundle's first that it can.
+        runtime: what runs it, such as litert: that file where it was chosen for this runtime, or else the bundle's
+            first that it can run.
         note: told what a confidence is worth, and which files of a folder are no pictures.
 
     Raises:
@@ -101,7 +102,7 @@ class Model:
         note: Callable[[str], None] = silent,
     ) -> None:
         self.bundle, self.note = open_bundle(folder, verify=()), note
-        selected = selected_artifact(self.bundle, bench)
+        selected = selected_artifact(self.bundle, bench, runtime)
         self._setup = first_setup(folder, [selected, *self.bundle.artifacts] if runtime else [selected], runtime)
         self.artifact = self._setup.artifact
         verify_artifact(folder, self.artifact)

@@ -44,7 +44,7 @@ def judge_int8(bundle: Bundle, rows: Sequence[Row]) -> list[Int8Verdict]:
     against = min(floats, key=lambda row: measured_latency(row).p50_ms)
     files = [one for one in bundle.artifacts if (one.format, one.precision) == ("onnx", "int8")]
     return [
-        judge(row, row.comparison, against, margin=bundle.manifest.margin(one))
+        judge(row, row.comparison, against, margin=bundle.manifest.margin)
         for one in files
         if (row := ran.get(one.name)) is not None and row.comparison is not None
     ]
@@ -111,10 +111,11 @@ def write_selection(folder: Path, bundle: Bundle, verdicts: Sequence[Int8Verdict
     write_sealed(folder / FILE, selection.model_dump(mode="json"))
 
 
-def selected_artifact(bundle: Bundle, folder: Path | None) -> Artifact:
+def selected_artifact(bundle: Bundle, folder: Path | None, runtime: str | None = None) -> Artifact:
     """Return the entry that `predict` runs: the one selected in this machine's bench folder, else the FP32 file.
 
-    A selection of files that were exported anew since counts no more.
+    A selection of files that were exported anew since counts no more, nor one for another ``runtime``: whether INT8 is
+    as good and faster was measured with the runtime that the verdict names.
 
     Raises:
         PrgkitError: the selection is damaged, or was written by another version.
@@ -123,7 +124,8 @@ def selected_artifact(bundle: Bundle, folder: Path | None) -> Artifact:
     if folder is not None and (folder / FILE).exists():
         fix = "measure again: prgkit bench"
         selection = read_document(folder / FILE, Selection, SCHEMA, what="a bench's selection", fix=fix)
+        judged_with = {verdict.artifact: verdict.backend for verdict in selection.int8}
         for artifact in bundle.artifacts:
-            if artifact.sha256 == selection.sha256:
+            if artifact.sha256 == selection.sha256 and runtime in (None, judged_with.get(artifact.name)):
                 return artifact
     return fp32_onnx(bundle)

@@ -18,7 +18,7 @@ from prgkit.data.preprocessing import Preprocessing, trimmed
 from prgkit.data.snapshot import load_snapshot, restrict_to_snapshot
 from prgkit.data.ticks import audited_keys, bring_ticks, ticks_in
 from prgkit.errors import ExportError, ImagesError
-from prgkit.export.bundle.artifact_cache import alone_in
+from prgkit.export.bundle.artifact_cache import alone_in, manifest_of
 from prgkit.export.bundle.manifest import Manifest, RunFacts, StudentFacts, TeacherFacts
 from prgkit.export.formats.options import ExportOptions
 from prgkit.export.formats.student_export import CalibrationSet
@@ -62,7 +62,9 @@ def export_run(run: Run, options: ExportOptions, *, progress: Progress) -> Manif
         if asked is not None:
             export = recipe.export.model_copy(update={"evaluation_images": asked})
             recipe = recipe.model_copy(update={"export": export})
-        manifest = export_best(run, recipe, settle_options(recipe, options), progress)
+        options = settle_options(recipe, options)
+        tell_other_classes(run, recipe, options, progress)
+        manifest = export_best(run, recipe, options, progress)
     if asked is not None and (images := manifest.evaluation.images) < asked:
         progress.note(f"there are {images} images to evaluate on; {asked} were asked for")
     return manifest
@@ -80,6 +82,18 @@ def settle_options(recipe: Recipe, options: ExportOptions) -> ExportOptions:
         options = replace(options, class_vectors="initializer")
     check_vocabulary(recipe, options)
     return options
+
+
+def tell_other_classes(run: Run, recipe: Recipe, options: ExportOptions, progress: Progress) -> None:
+    """Say of a bundle that was given other classes that it is about to lose them."""
+    before = manifest_of(run.bundle)
+    if before is None or before.relabelled is None or before.classes == tuple(recipe.classes):
+        return
+    again = "relabel" if options.class_vectors else "export --open-vocabulary relabel"
+    progress.note(
+        f"the bundle has had other classes since {before.relabelled[:10]}; this export gives it the run's again: "
+        f"prgkit {again} --classes FILE gives the others back"
+    )
 
 
 def export_best(run: Run, recipe: Recipe, options: ExportOptions, progress: Progress) -> Manifest:

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 
 from prgkit.errors import HubError, PrgkitError, one_line, some
 from prgkit.export.bundle.archive import bundle_files
-from prgkit.export.bundle.artifact_cache import alone_in, building, is_bundle
+from prgkit.export.bundle.artifact_cache import alone_in, building, is_bundle, require_elsewhere
 from prgkit.export.bundle.bundle import open_bundle, read_evaluation
 from prgkit.export.bundle.checksums import require_unchanged
 from prgkit.export.bundle.manifest import ENGINE, FILE, PARTS, SCHEMA, read_manifest
@@ -118,18 +118,16 @@ def is_bundle_there(api: HfApi, repo: str) -> bool:
 def pull(repo: str, folder: Path, *, revision: str | None = None, note: Callable[[str], None]) -> Path:
     """Bring the bundle of the model repository OWNER/NAME into ``folder``, and return that; every digest is compared.
 
-    A bundle that is there already is replaced when all of the new one is here; its measurements stay.
+    A bundle that is there already is replaced when all of the new one is here; what no export made of it stays.
 
     Raises:
-        ExportError: what came is damaged, or something else is in ``folder``.
-        HubError: ``folder`` is the one that the user stands in, there is no such repository, it is no bundle, or the
-            Hub cannot be reached or refuses.
+        ExportError: what came is damaged, something else is in ``folder``, or the user stands in it.
+        HubError: there is no such repository, it is no bundle, or the Hub cannot be reached or refuses.
     """
-    if Path.cwd().is_relative_to(folder.resolve()):  # where the repository is OWNER/, too
-        what = "pull puts another folder in the place of the one that you stand in"
-        raise HubError(what, where=repo, fix="write OWNER/NAME, or name another folder: --out FOLDER")
+    # Where the repository is OWNER/, that is this one, too.
+    require_elsewhere(folder, "pull", fix="write OWNER/NAME, or name another folder: --out FOLDER")
     api = HfApi()
-    with alone_in(folder), building(folder, "pulled") as new:
+    with alone_in(folder), building(folder, "pulled", note=note) as new:
         with talking_to_the_hub(repo):
             try:
                 api.hf_hub_download(repo, FILE, revision=revision, local_dir=new)

@@ -138,7 +138,7 @@ def export_student(
     """
     formats = wanted_formats(options)
     needed_bytes = expected_bytes(student, len(images.evaluation.teacher_logits), options)
-    with room_for(folder, needed_bytes), building(folder) as new, tempfile.TemporaryDirectory() as work:
+    with room_for(folder, needed_bytes), building(folder, note=note) as new, tempfile.TemporaryDirectory() as work:
         export = StudentExport(
             student.network,
             student.classes,
@@ -164,7 +164,9 @@ def export_student(
         # With class vectors as an input, an older bundle's files that hold them inside cannot stay.
         origin = export.origin if options.class_vectors != "input" else None
         settled_names = frozenset().union(*(result.decided for result in made))  # older artifacts of these do not stay
-        stay, refused = export.cache.carry_over(export.artifacts, origin, decided=settled_names.__contains__)
+        stay, refused = export.cache.carry_over(
+            export.artifacts, origin, decided=settled_names.__contains__, margin=options.margin
+        )
         artifacts = (*export.artifacts, *stay)
         export.cache.leave_only(artifacts)
         not_kept = [facts for result in made for facts in result.not_kept]

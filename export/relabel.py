@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 from prgkit.config.prompts import canonical
 from prgkit.config.recipe import Recipe, validate
 from prgkit.errors import ExportError, ParityError, RunError
-from prgkit.export.bundle.artifact_cache import RELABELLED, alone_in, building, files_of, link, put_back, remove
+from prgkit.export.bundle.artifact_cache import (
+    RELABELLED,
+    alone_in,
+    building,
+    files_of,
+    link,
+    put_back,
+    remove,
+    require_elsewhere,
+)
 from prgkit.export.bundle.bundle import (
     Bundle,
     fp32_onnx,
@@ -106,12 +115,8 @@ def settled_bundle(given: Path | None) -> tuple[Path, Run | None]:
                 put_back(lost.bundle.resolve())
     bundle, run = find_bundle(given)
     folder = bundle.resolve()
-    if Path.cwd().is_relative_to(folder):
-        raise ExportError(
-            "relabel puts another folder in the place of the one that you stand in",
-            where=folder,
-            fix=f"cd {shlex.quote(str(folder.parent))}, and there: prgkit relabel --classes FILE --run {folder.name}",
-        )
+    fix = f"cd {shlex.quote(str(folder.parent))}, and there: prgkit relabel --classes FILE --run {folder.name}"
+    require_elsewhere(folder, "relabel", fix=fix)
     return bundle, run
 
 

@@ -257,7 +257,7 @@ def accuracy(row: Row, logits: NDArray[np.float32], subject: Subject) -> dict[st
     if row.precision == "int8":
         known = known_classes(evaluation, subject.ticks, subject.bundle.classes)
         found = compare_with_fp32(evaluation.logits, logits, evaluation.teacher_logits, known)
-        figures |= {"comparison": found, "faithful": found.holds(subject.bundle.manifest.margin())}
+        figures |= {"comparison": found, "faithful": found.holds(subject.bundle.manifest.margin)}
     return figures
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatch
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -13,9 +14,14 @@ from pydantic import JsonValue
 from prgkit.errors import ExportError, PrgkitError
 from prgkit.export.bundle.bundle import verify_artifact
 from prgkit.export.bundle.engine_metadata import engine_metadata_path, load_engine_metadata
+from prgkit.export.bundle.fidelity import int8_sentence
 from prgkit.export.bundle.manifest import (
+    ENGINE,
     FILE,
+    PARTS,
+    QDQ,
     SCHEMA,
+    VECTORS,
     Artifact,
     Manifest,
     NotKept,
@@ -23,10 +29,10 @@ from prgkit.export.bundle.manifest import (
     read_manifest,
     require_inside,
 )
+from prgkit.progress import silent
 from prgkit.storage.atomic import fingerprint, read_json, writing
 from prgkit.storage.journal import Journal
 from prgkit.storage.locks import locked
-from prgkit.storage.run import TICKS
 
 RELABELLED = "relabelled"  # what `building` calls the folder that takes the place of one with other classes
 JOURNAL = "finished.jsonl"  # in a folder that is being built; in a bundle the manifest says the same
@@ -75,7 +81,7 @@ class ArtifactCache:
         return None
 
     def carry_over(
-        self, artifacts: Sequence[Artifact], origin: Origin | None, *, decided: Callable[[str], bool]
+        self, artifacts: Sequence[Artifact], origin: Origin | None, *, decided: Callable[[str], bool], margin: float
     ) -> tuple[list[Artifact], list[NotKept]]:
         """Take over what else the bundle holds of the same student, and what was not kept; say what it loses.
 
@@ -83,6 +89,7 @@ class ArtifactCache:
             artifacts: what this export has made.
             origin: what its FP32 file is made from; None where nothing can be taken over.
             decided: tells of an artifact's name whether this export was to decide on it, whatever came of that.
+            margin: by how many percent points INT8 may be worse; what was kept by a larger one may not stay.
         """
         if self.before is None:
             return [], []
@@ -90,6 +97,11 @@ class ArtifactCache:
         same = ("onnx-fp32", fingerprint(origin)) in [(artifact.name, artifact.made_from) for artifact in before]
         others = [artifact for artifact in before if artifact.name not in names]
         stay = [other for other in others if same and not decided(other.name) and is_whole(self.bundle, other)]
+        refused = {one.name: facts for one in stay if (facts := refused_by(margin, one, before))}
+        stay, others = ([one for one in group if one.name not in refused] for group in (stay, others))
+        for artifact in before:
+            if artifact.name in refused:
+                self.note(f"no longer in the bundle: {artifact.file}: {int8_sentence(refused[artifact.name])}")
         for message, group in (
             ("stays in the bundle, not asked for, and of the same student", stay),
             ("no longer in the bundle", [other for other in others if other not in stay]),
@@ -97,7 +109,7 @@ class ArtifactCache:
             if group:
                 self.note(f"{message}: {', '.join(artifact.file for artifact in group)}")
         not_kept = [facts for facts in self.before.not_kept if same and not decided(facts.name)]
-        return [self.bring(artifact) for artifact in stay], not_kept
+        return [self.bring(artifact) for artifact in stay], [*not_kept, *refused.values()]
 
     def bring(self, artifact: Artifact) -> Artifact:
         """Give an artifact of the bundle a second name here, or copy it, and write down that it is finished."""
@@ -132,11 +144,12 @@ class ArtifactCache:
 
 
 @contextmanager
-def building(folder: Path, name: str = "new") -> Iterator[Path]:
+def building(folder: Path, name: str = "new", *, note: Callable[[str], None] = silent) -> Iterator[Path]:
     """Give a folder beside ``folder``, known by ``name``, that takes its place when all went well.
 
-    When not, or after a kill, only artifacts that were finished stay in it, for the next export. Measurements made on
-    the old bundle (its ``bench`` folder) and what was ticked in it move into the new one: they are the user's.
+    When not, or after a kill, only artifacts that were finished stay in it, for the next export. What no export made
+    of the old one moves into the new one: measurements, ticks, whatever the user put there; ``note`` is told what
+    cannot, since the new one has a file of that name.
     """
     folder = folder.resolve()  # a link to a bundle stays a link
     new, old = (folder.with_name(f".{folder.name}.{what}") for what in (name, "old"))
@@ -152,9 +165,11 @@ def building(folder: Path, name: str = "new") -> Iterator[Path]:
     new.mkdir(parents=True, exist_ok=True)
     try:
         yield new
-        for kept in ("bench", TICKS.parent.name):
-            if (folder / kept).exists() and not (new / kept).exists():
-                shutil.copytree(folder / kept, new / kept)
+        for path in of_the_user(folder):  # they have two names until the old folder goes: a kill loses none
+            if os.path.lexists(new / path.name):
+                note(f"{path.name}, which no export made, makes way for the bundle's own of that name")
+            else:
+                link_all(path, new / path.name)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -162,6 +177,35 @@ def building(folder: Path, name: str = "new") -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         clear_unfinished(new)
+
+
+def require_elsewhere(folder: Path, command: str, *, fix: str, stands_in: Path | None = None) -> None:
+    """Refuse to replace the folder that the user stands in: the shell would be left in one that is gone.
+
+    ``stands_in`` is where that is, by default where this process is.
+
+    Raises:
+        ExportError: it is that folder, or lies in it.
+    """
+    if (stands_in or Path.cwd()).is_relative_to(folder.resolve()):
+        what = f"{command} puts another folder in the place of the one that you stand in"
+        raise ExportError(what, where=folder, fix=fix)
+
+
+def of_the_user(folder: Path) -> Iterator[Path]:
+    """Yield what lies in a bundle and no export made: measurements, ticks, whatever the user put there.
+
+    Where its manifest cannot be read, what is called as an export calls its files counts as made by one.
+    """
+    manifest = manifest_of(folder)
+    made = {FILE, "README.md", JOURNAL, VECTORS, *PARTS}
+    for artifact in manifest.artifacts if manifest else ():
+        made |= {path.name for path in files_of(folder, artifact)}
+    # An engine is in no manifest after a kill while another was built in its place.
+    names = (".lock*", ".*.part", "model.*.tensorrt*.engine*" if manifest else "model.*")
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name not in made and not any(fnmatch(path.name, name) for name in names):
+            yield path
 
 
 def is_bundle(folder: Path) -> bool:
@@ -204,7 +248,7 @@ def clear_unfinished(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, where there is one."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -220,6 +264,15 @@ def is_whole(folder: Path, artifact: Artifact) -> bool:
     except (PrgkitError, OSError):
         return False
     return True
+
+
+def refused_by(margin: float, artifact: Artifact, beside: Sequence[Artifact]) -> Quantization | None:
+    """Return how an INT8 file stands to FP32 where that is not good enough; an engine is as good as what it is of."""
+    source = next((one for one in beside if one.format == QDQ), artifact)
+    facts = (source if (artifact.format, artifact.precision) == (ENGINE, "int8") else artifact).quantization
+    if facts is None or facts.comparison is None or facts.comparison.holds(margin):
+        return None
+    return facts.model_copy(update={"name": artifact.name, "kept": False, "margin": margin, "made_from": None})
 
 
 def files_of(folder: Path, artifact: Artifact) -> list[Path]:
@@ -247,3 +300,13 @@ def link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copy2(source, target)
+
+
+def link_all(source: Path, target: Path) -> None:
+    """Let second names stand for a file, or for all files of a folder; a symbolic link stays one."""
+    if source.is_symlink():
+        target.symlink_to(os.readlink(source))
+    elif source.is_dir():
+        shutil.copytree(source, target, symlinks=True, copy_function=link)
+    else:
+        link(str(source), str(target))

@@ -279,10 +279,10 @@ class Manifest(Facts):
         """When the classes were changed, or None."""
         return self.open_vocabulary.relabelled if self.open_vocabulary else None
 
-    def margin(self, artifact: Artifact | None = None) -> float:
-        """Return by how many percent points INT8 may be worse: what a file was made for, else the recipe's."""
-        made_for = artifact.quantization if artifact else None
-        return made_for.margin if made_for else self.export.margin
+    @property
+    def margin(self) -> float:
+        """By how many percent points INT8 may be worse: the last export's, by which what stayed was judged again."""
+        return self.export.margin
 
 
 def exports_of(artifacts: Sequence[Artifact]) -> list[list[str]]:

@@ -413,13 +413,13 @@ def test_a_bundle_is_replaced_and_its_measurements_stay(copy, repvit):
     (copy / "bench" / "laptop" / "report.json").write_text("{}")
     (copy / "audit").mkdir()
     (copy / "audit" / "ticks.csv").write_text("ticked here")
-    (copy / "stale").touch()
+    (copy / "answers.csv").write_text("those of predict --out")
     before = (copy / "manifest.json").stat().st_ino
     export(repvit, copy)
     assert (copy / "manifest.json").stat().st_ino != before
     assert (copy / "bench" / "laptop" / "report.json").exists()
     assert (copy / "audit" / "ticks.csv").read_text() == "ticked here"
-    assert not (copy / "stale").exists()
+    assert (copy / "answers.csv").read_text() == "those of predict --out"
     assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
     open_bundle(copy)
 

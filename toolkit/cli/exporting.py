@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prgkit.cli import values
 from prgkit.cli.options import json_option, run_option, with_options
+
+if TYPE_CHECKING:
+    from prgkit.cli.state import Session
+    from prgkit.storage.run import Run
 
 QUALCOMM_CHIPS = ("SM8450", "SM8475", "SM8550", "SM8650", "SM8750", "SM8850", "SC8380XP")
 FORMATS = {  # options that each ask for a format, by its name
@@ -113,6 +118,14 @@ def engine_options() -> list[Callable[..., Any]]:
             "builds for; implies --trt.  [default: 80+; of tensorrt: this GPU]",
         ),
     ]
+
+
+def refuse_where_one_stands(session: Session, run: Run) -> None:
+    """Refuse, before any work is done for it, to replace the bundle that the command was typed in."""
+    from prgkit.export.bundle.artifact_cache import require_elsewhere
+
+    fix = f"cd {shlex.quote(str(run.folder.resolve()))} first; there --run is not needed"
+    require_elsewhere(run.bundle, "export", fix=fix, stands_in=session.typed_in)
 
 
 def refuse_in_a_bundle(given: Mapping[str, object], *, builds: bool) -> None:

@@ -33,7 +33,7 @@ from prgkit.cli.commands import (
     suggest_images,
     tell_bundle,
 )
-from prgkit.cli.exporting import export_options, push_options, refuse_in_a_bundle
+from prgkit.cli.exporting import export_options, push_options, refuse_in_a_bundle, refuse_where_one_stands
 from prgkit.cli.naming import AskedPictures, name_pictures, predict_options, search_gallery
 from prgkit.cli.options import (
     adapt_options,
@@ -77,8 +77,10 @@ def distill(session: Session, options: RecipeOptions) -> Document:
         recipe, folder = choose_recipe(session, options)
         if session.export_options is not None:
             from prgkit.export.from_run import settle_options
+            from prgkit.storage.run import Run
 
             settle_options(recipe, session.export_options)  # what it refuses is refused before the training
+            refuse_where_one_stands(session, Run(folder))
         if options.dry_run:
             return print_estimate(session, recipe, folder, options.targets_root)
         from prgkit.training.distill import distill as work
@@ -120,7 +122,9 @@ def export(session: Session, /, folder: Path | None, **given: Any) -> Document:
     else:
         from prgkit.storage.find import find_run, standing_where_it_started
 
-        run = click.get_current_context().with_resource(standing_where_it_started(find_run(place)))
+        run = find_run(place)
+        refuse_where_one_stands(session, run)
+        run = click.get_current_context().with_resource(standing_where_it_started(run))
         with needs_extra("distill"):
             from prgkit.export.from_run import export_run
 

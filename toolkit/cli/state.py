@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from prgkit.errors import PrgkitError
+
 if TYPE_CHECKING:
     from prgkit.cli.terminal import Terminal
-    from prgkit.errors import PrgkitError
     from prgkit.export.formats.options import ExportOptions
 
 Document: TypeAlias = Mapping[str, object] | Sequence[object]  # what a command answers under --json
@@ -33,6 +36,21 @@ class RecipeOptions:
         return (self.recipe, self.images, self.classes) != (None, None, None)  # an empty one is a mistake
 
 
+def standing_in() -> Path:
+    """Return the folder that the user stands in.
+
+    Raises:
+        PrgkitError: it is gone.
+    """
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        name = os.environ.get("PWD", "")
+        there = f"cd {shlex.quote(name)} enters the one that has its name now"
+        fix = there if os.path.isdir(name) else "cd to one that exists"
+        raise PrgkitError("the folder that you stand in is gone", where=name or None, fix=fix) from error
+
+
 @dataclass
 class Session:
     """What the commands of one chain share."""
@@ -46,7 +64,7 @@ class Session:
     as_json: bool = False  # what the commands return is printed, at the end
     export_options: ExportOptions | None = None  # of the chain's export, if it has one
     dry_run: bool = False  # --dry-run was given: what follows would have nothing to work on
-    typed_in: Path = field(default_factory=Path.cwd)
+    typed_in: Path = field(default_factory=standing_in)
 
     def place(self, given: Path | None) -> Path | None:
         """Return a path as it was typed, or the whole of it where the command works in a run's own place by now."""

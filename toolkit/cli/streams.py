@@ -50,7 +50,7 @@ def run_process(cli: click.Group) -> None:
             sys.exit(print_error(DiskFullError("no disk space left", where=place, fix=fix)))
         if not isinstance(error, OSError) or error.errno not in REFUSALS or place is None:
             raise
-        fix = "make it accessible, or name another folder (--out, --run)"
+        fix = "make it accessible, or work in another place, such as a copy of it"
         sys.exit(print_error(PrgkitError(str(error.strerror).lower(), where=place, fix=fix)))
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -116,6 +116,40 @@ def test_fewer_evaluation_images_than_asked_for_are_said(
     assert prgkit("export").err == ""
 
 
+@pytest.mark.parametrize(
+    "line", ["export --fp16 --run ..", "distill --run .. export", "distill ../../../tiny.yaml --run .. export"]
+)
+def test_the_bundle_that_one_stands_in_is_not_replaced(
+    prgkit: PrgkitCommand, project_copy: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    run = project_copy.resolve() / "runs/tiny"
+    monkeypatch.chdir(run / "bundle")
+    before = (run / "bundle").stat().st_ino
+    monkeypatch.setattr("prgkit.export.from_run.export_run", lambda *_, **__: pytest.fail("it went to work"))
+    monkeypatch.setattr("prgkit.training.distill.distill", lambda *_, **__: pytest.fail("it went to work"))
+    result = prgkit(line)
+    assert (result.code, result.out, (run / "bundle").stat().st_ino) == (1, "", before)
+    said = result.err[result.err.index("Error: ") :].splitlines()
+    assert said[0] == "Error: export puts another folder in the place of the one that you stand in"
+    assert said[2] == f"  fix: cd {run} first; there --run is not needed"
+    assert (said[1].startswith("  where: "), len(said)) == (True, 3)
+
+
+@pytest.mark.parametrize("line", ["bench", "predict a.png", "distill demo", "doctor", "recipes", "export", "pull a/b"])
+def test_a_folder_that_is_gone_is_told(
+    prgkit: PrgkitCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    place = tmp_path / "the bundle"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("PWD", str(place))
+    place.rmdir()
+    told = f"Error: the folder that you stand in is gone\n  where: {place}\n  fix: "
+    assert prgkit(line) == CliResult(1, "", f"{told}cd to one that exists\n")
+    place.mkdir()
+    assert prgkit(line) == CliResult(1, "", f"{told}cd '{place}' enters the one that has its name now\n")
+
+
 @pytest.mark.parametrize("command", ["bench", "export", "export --trt", "predict photos/00.png"])
 def test_a_packed_bundle_is_not_opened(prgkit: PrgkitCommand, project_copy: Path, command: str) -> None:
     assert prgkit("export --zip --run runs/tiny/bundle").code == 0

@@ -25,7 +25,7 @@ from tests.conftest import TINY_RECIPE, CliResult, PrgkitCommand, raising
         (RuntimeError("I/O error: No space left on device (os error 28)"), 1,
          "Error: no disk space left\n  fix: free some and run the same command again\n"),
         (OSError(errno.EROFS, "Read-only file system", "bench"), 1, "Error: read-only file system\n  where: bench\n"
-         "  fix: make it accessible, or name another folder (--out, --run)\n"),
+         "  fix: make it accessible, or work in another place, such as a copy of it\n"),
     ],
 )  # fmt: skip
 def test_exit_codes(

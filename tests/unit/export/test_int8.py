@@ -21,12 +21,14 @@ from prgkit.data.index import read_image_index  # noqa: E402
 from prgkit.data.preprocessing import Preprocessing  # noqa: E402
 from prgkit.data.ticks import Tick  # noqa: E402
 from prgkit.errors import ExportError, TargetsError  # noqa: E402
+from prgkit.evaluate.bench.bench import Subject, accuracy  # noqa: E402
 from prgkit.evaluate.predict import Model  # noqa: E402
 from prgkit.evaluate.report.formatting import lead_row, refused  # noqa: E402
 from prgkit.evaluate.report.schema import Int8Verdict, Latency, Row  # noqa: E402
 from prgkit.evaluate.selection import int8_notes, judge_int8, write_selection  # noqa: E402
 from prgkit.export import engines  # noqa: E402
-from prgkit.export.bundle.bundle import open_bundle  # noqa: E402
+from prgkit.export.bundle.artifact_cache import refused_by  # noqa: E402
+from prgkit.export.bundle.bundle import open_bundle, read_evaluation  # noqa: E402
 from prgkit.export.bundle.fidelity import compare_with_fp32, images_needed, int8_sentence, known_classes, too_few  # noqa: E402
 from prgkit.export.bundle.manifest import Quantization  # noqa: E402
 from prgkit.export.formats import tensorrt_precision  # noqa: E402
@@ -475,6 +477,47 @@ def test_int8_that_is_not_kept_leaves_its_figures_and_no_file(bundle, repvit, tm
     assert int8_notes(open_bundle(tmp_path / "bundle"), []) == [f"onnx-int8: {said}."]
 
 
+def test_int8_that_was_not_asked_for_stays_only_within_the_margin_of_now(bundle, repvit, tmp_path):
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    notes, kept = [], bundle.manifest.artifacts[1]
+    worst = -kept.quantization.comparison.teacher.bounds[0]
+    manifest = export(repvit, tmp_path / "bundle", notes, count=192, margin=worst + 0.01)
+    assert manifest.artifacts[1] == kept
+    assert notes[-1] == "stays in the bundle, not asked for, and of the same student: model.int8.onnx"
+    manifest = export(repvit, tmp_path / "bundle", notes, count=192, margin=worst - 0.01)
+    assert [entry.name for entry in manifest.artifacts] == ["onnx-fp32"]
+    assert not list((tmp_path / "bundle").glob("*int8*"))
+    (said,) = [note for note in notes if note.startswith("no longer in the bundle: ")]
+    assert said == f"no longer in the bundle: model.int8.onnx: {int8_sentence(manifest.not_kept[0])}"
+    assert f"INT8 is not kept: it is not surely as good as FP32: {said.partition('as FP32: ')[2]}" in said
+    assert [(one.name, one.kept, one.margin) for one in manifest.not_kept] == [("onnx-int8", False, worst - 0.01)]
+
+
+def test_an_engine_is_as_good_as_the_int8_file_that_it_is_of(bundle):
+    entry = bundle.manifest.artifacts[1]
+    source = entry.model_copy(update={"name": "onnx-int8-tensorrt", "format": "onnx-tensorrt"})
+    engine = entry.model_copy(update={"name": "tensorrt-int8", "format": "engine", "quantization": None})
+    floats = engine.model_copy(update={"name": "tensorrt-fp32", "precision": "fp32"})
+    worst = -entry.quantization.comparison.teacher.bounds[0]
+    for margin, names in ((worst + 0.01, [None] * 3), (worst - 0.01, [source.name, engine.name, None])):
+        found = [refused_by(margin, one, [floats, source, engine]) for one in (source, engine, floats)]
+        assert [facts and facts.name for facts in found] == names
+
+
+@pytest.mark.parametrize(("margin", "faithful"), [(2.0, True), (1.0, False)])
+def test_a_report_judges_by_one_margin(bundle, tmp_path, margin, faithful):
+    """The same answers on 192 images could be 1.4 points worse; the file was made for 15."""
+    shutil.copytree(bundle.folder, tmp_path / "bundle")
+    manifest = read_sealed(tmp_path / "bundle/manifest.json")
+    write_sealed(tmp_path / "bundle/manifest.json", {**manifest, "recipe": {"export": {"margin": margin}}})
+    opened, evaluation = open_bundle(tmp_path / "bundle"), read_evaluation(tmp_path / "bundle")
+    *floats, row = rows(int8_ms=[5.0] * 10)
+    subject = Subject(opened, evaluation, ticks=[], run_folder=None)
+    figures = accuracy(row, evaluation.logits, subject)
+    (verdict,) = judge_int8(opened, [*floats, row.model_copy(update=figures)])
+    assert (figures["faithful"], verdict.faithful, verdict.margin) == (faithful, faithful, margin)
+
+
 @needs_rtx
 def test_an_engine_of_int8_that_missed_its_floor_is_refused_with_the_figures(bundle, tmp_path):
     shutil.copytree(bundle.folder, tmp_path / "bundle")
@@ -590,6 +633,17 @@ def test_predict_obeys_the_choice_of_this_machine(bundle, tmp_path):
     assert artifact() == "onnx-fp32", "a choice of other files counts no more"
     write_selection(tmp_path / "bench", opened, [])
     assert not (tmp_path / "bench" / "selection.json").exists()
+
+
+def test_the_choice_of_this_machine_is_one_for_the_runtime_that_it_was_measured_with(bundle, tmp_path):
+    pytest.importorskip("openvino")
+    opened = open_bundle(bundle.folder)
+    write_selection(tmp_path / "bench", opened, judge_int8(opened, rows(int8_ms=[5.0] * 10)))
+    chosen = {}
+    for runtime in (None, "onnxruntime", "openvino"):
+        with Model(bundle.folder, bench=tmp_path / "bench", runtime=runtime) as model:
+            chosen[runtime] = model.artifact.name
+    assert chosen == {None: "onnx-int8", "onnxruntime": "onnx-int8", "openvino": "onnx-fp32"}
 
 
 def test_the_headline_is_never_of_int8_that_was_not_kept():

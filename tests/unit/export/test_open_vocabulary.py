@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -255,6 +256,29 @@ def test_what_was_relabelled_is_not_taken_for_what_was_exported(run: Run, monkey
     assert open_bundle(run.bundle).classes == ("one", "two")
 
 
+@pytest.mark.parametrize("vectors", ["initializer", None])
+def test_an_export_says_that_other_classes_go(run: Run, monkeypatch: pytest.MonkeyPatch, vectors: Any) -> None:
+    told: list[list[str]] = []
+
+    def export() -> None:
+        progress = Notes()
+        export_run(run, ExportOptions(class_vectors=vectors), progress=progress)
+        told.append([text for text in progress.told if "classes FILE" in text])
+
+    monkeypatch.setattr("prgkit.export.from_run.export_best", lambda *_: open_bundle(run.bundle).manifest)
+    export()
+    relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
+    export()
+    relabel(run.bundle, run.recipe.classes, run=run, progress=NullProgress())
+    export()
+    again = "relabel" if vectors else "export --open-vocabulary relabel"
+    said = (
+        f"the bundle has had other classes since {datetime.now(timezone.utc).date()}; this export gives it the run's "
+        f"again: prgkit {again} --classes FILE gives the others back"
+    )
+    assert told == [[], [said], []]
+
+
 def test_a_bundle_is_not_replaced_while_another_process_works_in_it(run: Run) -> None:
     with locked(run.bundle, "bundle"):
         with pytest.raises(RunError, match="is working on this bundle"):
@@ -275,7 +299,7 @@ def test_how_faithful_int8_was_with_the_old_classes_is_not_said_of_the_new(run: 
     manifest["not_kept"] = [{"name": "int8", "why": "it is slow"}]
     write_sealed(run.bundle / "manifest.json", manifest)
     told = relabel(run.bundle, ["one", "two"], run=run, progress=NullProgress())
-    kept = {"layout": "onnxruntime", "margin": 2.0, "calibration_images": 4}  # the margin is what bench needs
+    kept = {"layout": "onnxruntime", "margin": 2.0, "calibration_images": 4}
     assert told.artifacts[0].quantization.to_json() == kept
     assert told.not_kept == ()
     assert told.confidence is None
