@@ -589,7 +589,8 @@ def test_demo_digits() -> None:
     assert set(labels_of(images)) == set(range(10))
     assert images.read(0).mode == "RGB"
     assert error_text("demo:digits/tset") == (
-        "there is no demo:digits/tset; did you mean 'digits/test'?\n  fix: use demo:digits/train or demo:digits/test"
+        "the digits have no split 'tset'; did you mean 'test'?\n"
+        "  where: demo:digits/tset\n  fix: use demo:digits/train or demo:digits/test"
     )
 
 

@@ -43,7 +43,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     block = {"offset": 0, "keys": ["0" * 32], "heights": [2], "widths": [2], "digest": "0"}
     (tmp_path / "targets" / "pictures" / "journal.jsonl").write_text(json.dumps(block) + "\n")
     for name in ("first", "second"):
-        make_run(Path("runs", name), **CARD, teacher={**TEACHER, "targets": "targets/aaaa"})
+        make_run(Path("runs", name), **CARD, teacher={**TEACHER, "targets": ["targets/aaaa"]})
     make_run(Path("runs/started"), **CARD)
     for path in (tmp_path / "targets" / "bbbb").iterdir():
         os.utime(path, (0, time.time() - 3 * 86_400))
@@ -80,9 +80,9 @@ def test_what_no_run_uses_is_freed(root: Path) -> None:
 
 def test_a_comparisons_trial_and_a_linked_run_use_their_stores(root: Path) -> None:
     trial, linked = Path("runs/first-compared/trials/kd"), Path("elsewhere/run")
-    make_run(trial, **{**CARD, "origin": "../../../.."}, teacher={**TEACHER, "targets": "targets/bbbb"})
+    make_run(trial, **{**CARD, "origin": "../../../.."}, teacher={**TEACHER, "targets": ["targets/bbbb"]})
     make_store(Path("targets/cccc"), 2, views=2, teacher="RN101")
-    make_run(linked, **CARD, teacher={**TEACHER, "targets": "targets/cccc"})
+    make_run(linked, **CARD, teacher={**TEACHER, "targets": ["targets/cccc"]})
     Path("runs/linked").symlink_to(linked.resolve())
     make_store(Path("runs/first/targets/dddd"), 2, views=2, teacher="RN50")  # a card, and no run
     assert {Path(row.store).name: row.runs for row in list_stores(root) if row.teacher} == {

@@ -90,7 +90,9 @@ def test_the_nearest_copy_of_each_image_whatever_part_it_is_in(monkeypatch: pyte
         monkeypatch.setattr("prgkit.training.statistics.COMPARED", part)
         compared: list[int] = []
         nearest, cosines = nearest_copies(features, np.zeros(30, int), compared.append)
-        assert {place: int(nearest[place]) for place in np.flatnonzero(nearest >= 0)} == {3: 4, 4: 29, 29: 4}
+        found = {int(place): int(nearest[place]) for place in np.flatnonzero(nearest >= 0)}
+        assert found.pop(3) in (4, 29)  # which are the same; a product's last bit depends on the machine
+        assert found == {4: 29, 29: 4}
         whole = features @ features.T - 9 * np.eye(30, dtype=np.float32)
         np.testing.assert_allclose(cosines, whole.max(axis=1), atol=1e-6)
         assert sum(compared) == 30
